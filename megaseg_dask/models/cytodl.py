@@ -1,0 +1,470 @@
+"""Bundles as cyto-dl leaves them: a folder, a zip of it, or a bare Lightning checkpoint.
+
+Foreign files are read as data. Checkpoints load with ``weights_only=True``, a
+zip is checked entry by entry and never unpacked to disk, and names such as
+``_target_`` are compared, never imported. The weights say which network they
+belong to; what a file states about it must agree with them. A statement that
+would change the result and is not carried out here is refused by name.
+"""
+
+import io
+import json
+import re
+import stat
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path, PurePosixPath
+from reprlib import Repr
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from megaseg_dask.errors import BundleError
+from megaseg_dask.models.bundle import (
+    Bundle,
+    NetworkSpec,
+    Triple,
+    content_digest,
+    first_few,
+    fit_weights,
+    with_aliases,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+Place: TypeAlias = Path | zipfile.Path
+Fixed: TypeAlias = Mapping[str, tuple[object, ...]]
+
+MAX_BYTES = 8 * 2**30  # forty times the largest published checkpoint
+MAX_RATIO = 100  # trained weights hardly compress
+RATIO_FROM_BYTES = 100 * 2**20  # below this a high ratio does no harm
+
+TARGETS = ("monai.networks.nets.DynUNet", "monai.networks.nets.dynunet.DynUNet")
+NETWORK_ARGUMENTS = tuple(field.name for field in fields(NetworkSpec))
+
+# Of each section: the arguments with the only values that are carried out here
+# (the defaults of MONAI and of the reference), and those that change no result.
+BACKBONE: Fixed = {
+    "_target_": TARGETS,
+    "spatial_dims": (3,),
+    "trans_bias": (False,),
+    "norm_name": (("INSTANCE", {"affine": True}), ("instance", {"affine": True})),
+    "act_name": ("leakyrelu", ("leakyrelu", {"inplace": True, "negative_slope": 0.01})),
+}
+BACKBONE_FREE = {
+    "dropout",
+    "deep_supervision",
+    "deep_supr_num",
+    "_convert_",
+    "_recursive_",
+    *NETWORK_ARGUMENTS,
+}
+INFERENCE: Fixed = {
+    "padding_mode": ("constant",),
+    "cval": (0,),
+    "sigma_scale": (0.125,),
+    "with_coord": (False,),
+}
+INFERENCE_FREE = {
+    "roi_size", "overlap", "mode",
+    "sw_batch_size", "sw_device", "device", "progress", "buffer_steps", "buffer_dim",
+}  # fmt: skip
+NORMALIZE: Fixed = {
+    "channel_wise": (True,),
+    "nonzero": (False,),
+    "dtype": ("float32", "numpy.float32", "torch.float32"),
+}
+NORMALIZE_FREE = {"_target_", "keys", "allow_missing_keys"}
+# Transforms that load an image or change its container, not its values.
+ORDINARY_TRANSFORMS = {
+    "RemoveNaNKeysd", "LoadImaged", "BioIOImageLoaderd", "AICSImageLoaderd", "EnsureChannelFirstd",
+    "ToTensord", "EnsureTyped", "CastToTyped", "SelectItemsd", "DeleteItemsd",
+}  # fmt: skip
+SETTINGS = {"patch_shape": "roi_size", "overlap": "overlap", "window": "mode"}  # of a Bundle → of MONAI
+
+# Foreign values are printed in part: a short YAML can describe one without end.
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 100
+short = _REPR.repr
+
+
+def load_bundle(path: str | Path, *, checkpoint: str | None = None) -> Bundle:
+    """The bundle in a folder, a zip or a ``.ckpt``; one channel in and one out.
+
+    ``<x>/checkpoints/*.ckpt`` and ``<x>/train_config.yaml`` may lie one level
+    deeper. Of several checkpoints ``checkpoint`` names one; else the highest epoch
+    is taken. Settings come from ``hyper_parameters``, else train_config.yaml, else
+    the reference of MegaSeg_v1. Raises BundleError for whatever is not such a
+    bundle, with the reason.
+    """
+    path = Path(path)
+    try:
+        config, content = _read(path, checkpoint)
+        return _bundle(path.stem if path.is_file() else path.resolve().name, config, content)
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def save_bundle(
+    folder: str | Path,
+    network: NetworkSpec,
+    state_dict: "Mapping[str, torch.Tensor]",
+    *,
+    patch_shape: Triple,
+    overlap: float,
+    epoch: int,
+    half: bool = False,
+) -> Path:
+    """Write a bundle that cyto-dl and `load_bundle` read; returns the checkpoint's path.
+
+    ``state_dict`` is the network's own, with or without its aliases; ``half``
+    stores float16. Raises BundleError when it does not fit ``network``.
+    """
+    import torch
+    import yaml
+
+    dtype = torch.float16 if half else torch.float32
+    weights = {name: tensor.to(dtype) for name, tensor in fit_weights(network, state_dict).items()}
+    inference = {"sw_batch_size": 1, "roi_size": list(patch_shape), "overlap": overlap, "mode": "gaussian"}
+    # Through JSON, so that tuples become lists, which every reader of YAML knows.
+    arguments = json.loads(json.dumps(asdict(network)))
+    backbone = {"_target_": TARGETS[0], "spatial_dims": 3, **arguments, "dropout": 0.0}
+    checkpoint = Path(folder, "checkpoints", f"epoch_{epoch:03d}.ckpt")
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "epoch": epoch,
+        "pytorch-lightning_version": "2.6.6",  # the one that cyto-dl's own checkpoints were measured with
+        # With the aliases, which cyto-dl insists on; they share their tensor's storage in the file.
+        "state_dict": {f"backbone.{key}": value for key, value in with_aliases(network, weights).items()},
+        "hyper_parameters": {"backbone": backbone, "inference_args": inference},
+    }
+    torch.save(content, checkpoint)
+    normalize = {"_target_": "monai.transforms.NormalizeIntensityd", "keys": "raw", "channel_wise": True}
+    config = {
+        "model": {
+            "backbone": backbone,
+            "inference_args": inference,
+            "_aux": {"filters": arguments["filters"], "overlap": overlap},
+        },
+        "data": {
+            "_aux": {"patch_shape": inference["roi_size"]},
+            "transforms": {"predict": {"transforms": [normalize]}},
+        },
+    }
+    Path(folder, "train_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return checkpoint
+
+
+# --- files
+
+
+def _read(path: Path, checkpoint: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parsed train_config.yaml (empty without one) and the checkpoint's content."""
+    if path.is_dir():
+        return _read_layout(path, checkpoint)
+    if not path.is_file():
+        raise BundleError("no such file or folder; give a bundle's folder, its zip or a .ckpt")
+    if zipfile.is_zipfile(path):
+        with _open_zip(path) as archive:
+            if not _is_torch_archive(archive):
+                return _read_layout(zipfile.Path(archive), checkpoint)
+    if checkpoint not in (None, path.name, path.stem):
+        raise BundleError(f"this is one checkpoint, not a folder with one named {checkpoint}")
+    return {}, _read_checkpoint(path)
+
+
+def _is_torch_archive(archive: zipfile.ZipFile) -> bool:
+    # torch's own format is a zip as well: one folder with the pickle data.pkl.
+    return any(PurePosixPath(name).match("*/data.pkl") for name in archive.namelist())
+
+
+def _open_zip(file: Path | io.BytesIO) -> zipfile.ZipFile:
+    try:
+        archive = zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise BundleError(f"the zip is damaged ({error}); fetch it again") from error
+    for entry in archive.infolist():
+        _require_safe(entry)
+    total = sum(entry.file_size for entry in archive.infolist())
+    if total > MAX_BYTES:
+        raise BundleError(f"the zip unpacks to {total} bytes, at most {MAX_BYTES} are read")
+    return archive
+
+
+def _require_safe(entry: zipfile.ZipInfo) -> None:
+    name = entry.filename
+    if name.startswith("/") or "\\" in name or ":" in name or ".." in PurePosixPath(name).parts:
+        raise BundleError(f"zip entry {short(name)} points outside its folder; this zip is not safe")
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        raise BundleError(f"zip entry {short(name)} is a link; this zip is not safe")
+    if entry.file_size > max(RATIO_FROM_BYTES, MAX_RATIO * entry.compress_size):
+        raise BundleError(
+            f"zip entry {short(name)} grows from {entry.compress_size} to {entry.file_size} bytes; "
+            "this zip is not safe"
+        )
+
+
+def _read_layout(top: Place, checkpoint: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    root = _find_root(top)
+    file = _choose([file for file in (root / "checkpoints").iterdir() if _is_checkpoint(file)], checkpoint)
+    config = root / "train_config.yaml"
+    return (_read_yaml(config) if config.is_file() else {}), _read_checkpoint(file)
+
+
+def _is_checkpoint(file: Place) -> bool:
+    return file.name.endswith(".ckpt") and not file.name.startswith(".") and file.is_file()
+
+
+def _find_root(top: Place) -> Place:
+    # Zips made on a Mac carry a second tree, __MACOSX, without content.
+    deeper = (child for child in top.iterdir() if child.is_dir() and child.name != "__MACOSX")
+    roots: list[Place] = [place for place in (top, *deeper) if (place / "checkpoints").is_dir()]
+    if len(roots) != 1:
+        found = f"{len(roots)} of them ({', '.join(sorted(r.name for r in roots))})" if roots else "none"
+        raise BundleError(
+            f"expected one folder with checkpoints/*.ckpt, here or one level deeper; found {found}"
+        )
+    return roots[0]
+
+
+def _choose(files: list[Place], wanted: str | None) -> Place:
+    names = sorted(file.name for file in files)
+    if wanted is not None:
+        candidates = [file for file in files if file.name in (wanted, f"{wanted}.ckpt")]
+    elif len(files) > 1:
+        candidates = sorted(
+            (file for file in files if _epoch(file.name)), key=lambda file: _epoch(file.name)
+        )[-1:]
+    else:
+        candidates = files
+    if not candidates:
+        raise BundleError(
+            f"checkpoint {wanted or 'not chosen'}: there are {', '.join(names) or 'none'}; name one of them"
+        )
+    return candidates[0]
+
+
+def _epoch(name: str) -> tuple[int, int] | tuple[()]:
+    """Epoch, and version of the file; nothing for last.ckpt. Lightning writes both ``_`` and ``=``."""
+    match = re.search(r"epoch[_=]?(\d+)(?:.*-v(\d+))?", name)
+    return (int(match[1]), int(match[2] or 0)) if match else ()
+
+
+def _read_bytes(file: Place) -> bytes:
+    if isinstance(file, Path) and file.stat().st_size > MAX_BYTES:
+        raise BundleError(f"{file.name} has {file.stat().st_size} bytes, at most {MAX_BYTES} are read")
+    try:
+        return file.read_bytes()
+    except OSError:
+        raise
+    # Each decompressor has errors of its own, and an encrypted entry is a RuntimeError.
+    except Exception as error:
+        raise BundleError(f"{file.name} cannot be read ({short(str(error))}); fetch the zip again") from error
+
+
+def _read_yaml(file: Place) -> dict[str, Any]:
+    import yaml
+
+    data = _read_bytes(file)
+    try:
+        config = yaml.safe_load(data)
+    # Beside YAMLError, a scalar that claims a type it is not of raises what that type raises.
+    except Exception as error:
+        raise BundleError(
+            f"{file.name} is not YAML ({short(str(error))}); fetch it again or remove it"
+        ) from error
+    if not isinstance(config, dict):
+        raise BundleError(
+            f"{file.name} is not a configuration but {short(config)}; fetch it again or remove it"
+        )
+    return config
+
+
+def _read_checkpoint(file: Place) -> dict[str, Any]:
+    import torch
+
+    stream = io.BytesIO(_read_bytes(file))
+    if zipfile.is_zipfile(stream):
+        _open_zip(stream).close()
+    stream.seek(0)
+    try:
+        content = torch.load(stream, map_location="cpu", weights_only=True)
+    # Bytes that are no checkpoint fail in the unpickler as anything from KeyError to RuntimeError.
+    except Exception as error:
+        raise BundleError(f"{file.name} {_why_not_loaded(error)}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise BundleError(
+            f"{file.name} is not a Lightning checkpoint: expected a state_dict, found {short(found)}"
+        )
+    return content
+
+
+def _why_not_loaded(error: Exception) -> str:
+    if match := re.search(r"(?:GLOBAL|class) (\S+)", str(error)):
+        return (
+            f"pickles {match[1]:.80}, neither a tensor nor a plain value; it is not safe and was not loaded"
+        )
+    return "is not a checkpoint, or not a whole one; fetch it again"
+
+
+# --- what they say
+
+
+def _bundle(name: str, config: Mapping[str, Any], content: Mapping[str, Any]) -> Bundle:
+    hyper = _given(content.get("hyper_parameters"))
+    state = _backbone_state(content["state_dict"])
+    network = NetworkSpec.of_weights({key: tuple(tensor.shape) for key, tensor in state.items()})
+    origins = _network_origins(network, hyper, config) | {"normalization": _normalization_origin(config)}
+    if (network.in_channels, network.out_channels) != (1, 1):
+        raise BundleError(
+            f"in_channels {network.in_channels}, out_channels {network.out_channels}: "
+            "only networks with one channel in and one out are run"
+        )
+    _require_one_head(hyper.get("task_heads"), _at(config, "model", "task_heads"))
+    settings, found = _settings(hyper, config)
+    bundle = Bundle(name, "", network, fit_weights(network, state), **settings, origins=origins | found)
+    return replace(bundle, digest=content_digest(bundle))
+
+
+def _at(config: object, *keys: str) -> Any:
+    for key in keys:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def _given(section: object) -> dict[str, Any]:
+    """What a section states; a value saved as an unresolved ``${...}`` states nothing."""
+    items = section.items() if isinstance(section, Mapping) else ()
+    return {str(key): value for key, value in items if value is not None and not _unresolved(value)}
+
+
+def _unresolved(value: object) -> bool:
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
+def _backbone_state(state: Mapping[str, Any]) -> "dict[str, torch.Tensor]":
+    import torch
+
+    # A loss keeps class weights in its head; they say nothing about prediction.
+    state = {
+        str(key): value for key, value in state.items() if not re.match(r"task_heads\..*\bloss\.", str(key))
+    }
+    if foreign := [key for key in state if not key.startswith("backbone.")]:
+        raise BundleError(
+            f"weights outside the backbone ({first_few(foreign)}): only a DynUNet and nothing more is run"
+        )
+    if broken := [key for key, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise BundleError(f"the state_dict holds more than tensors ({first_few(broken)})")
+    named = {key.removeprefix("backbone.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    # The heads of deep supervision are for training; the last output is the same without them.
+    return {
+        key: value for key, value in named.items() if not re.search(r"deep_supervision_heads|super_head", key)
+    }
+
+
+def _network_origins(network: NetworkSpec, hyper: Mapping[str, Any], config: object) -> dict[str, str]:
+    """Who states each argument of the network; all must agree with the weights."""
+    source, stated = "hyper_parameters", _given(hyper.get("backbone"))
+    if not stated:
+        auxiliary = _given(_at(config, "model", "_aux"))
+        source, stated = (
+            "train_config.yaml",
+            {key: auxiliary[key] for key in auxiliary if key in NETWORK_ARGUMENTS},
+        )
+        stated |= _given(_at(config, "model", "backbone"))
+    _require_known(f"backbone in {source}", stated, BACKBONE, BACKBONE_FREE)
+    for argument in NETWORK_ARGUMENTS:
+        _require_agreement(source, argument, stated.get(argument), getattr(network, argument))
+    return {argument: source if argument in stated else "state dict" for argument in NETWORK_ARGUMENTS}
+
+
+def _require_agreement(source: str, argument: str, stated: Any, found: Any) -> None:
+    if argument == "filters" and isinstance(stated, list | tuple):
+        stated = stated[: len(found)]  # as DynUNet does
+    if stated is not None and not _same(stated, found):
+        raise BundleError(
+            f"{argument}: {source} says {short(stated)}, the weights are of {found}; one of them is wrong"
+        )
+
+
+def _same(value: object, expected: object) -> bool:
+    """Equality that cannot fail on a foreign value; one size stands for every axis."""
+    if isinstance(expected, Mapping):
+        known = isinstance(value, Mapping) and value.keys() == expected.keys()
+        return known and all(_same(_at(value, key), expected[key]) for key in expected)
+    if not isinstance(expected, tuple):
+        return isinstance(value, bool | int | float | str) and value == expected
+    if isinstance(value, int):
+        return all(_same(value, each) for each in expected)
+    return (
+        isinstance(value, list | tuple) and len(value) == len(expected) and all(map(_same, value, expected))
+    )
+
+
+def _require_known(section: str, stated: Mapping[str, Any], fixed: Fixed, free: set[str]) -> None:
+    for argument, value in stated.items():
+        if argument in free or any(_same(value, accepted) for accepted in fixed.get(argument, ())):
+            continue
+        reason = (
+            f"only {fixed[argument][0]} is run" if argument in fixed else "this argument is not known here"
+        )
+        raise BundleError(f"{section}: {argument:.80} is {short(value)}; {reason}")
+
+
+def _require_one_head(*stated: object) -> None:
+    for heads in stated:
+        if isinstance(heads, Mapping) and len(heads) > 1:
+            raise BundleError(f"{len(heads)} task heads ({first_few(heads)}): only bundles with one are run")
+
+
+def _normalization_origin(config: object) -> str:
+    """Who states the preprocessing; it must be the reference's, `NormalizeIntensityd` per channel."""
+    transforms = _at(config, "data", "transforms", "predict", "transforms")
+    if not isinstance(transforms, list) or any(map(_unresolved, transforms)):
+        return "reference"
+    names = [str(_at(transform, "_target_")).rpartition(".")[2] for transform in transforms]
+    for name, transform in zip(names, transforms, strict=True):
+        if name == "NormalizeIntensityd":
+            _require_known(name, {"channel_wise": False, **_given(transform)}, NORMALIZE, NORMALIZE_FREE)
+        elif name not in ORDINARY_TRANSFORMS:
+            raise BundleError(
+                f"predict transform {name:.80} is not carried out here, only NormalizeIntensityd is"
+            )
+    if "NormalizeIntensityd" not in names:
+        raise BundleError(
+            "the predict transforms do not normalise; only networks with NormalizeIntensityd are run"
+        )
+    return "train_config.yaml"
+
+
+def _settings(hyper: Mapping[str, Any], config: object) -> tuple[dict[str, Any], dict[str, str]]:
+    """Patch, overlap and window as far as stated, and who states each; else the Bundle's defaults hold."""
+    auxiliary = {
+        "roi_size": _at(config, "data", "_aux", "patch_shape"),
+        "overlap": _at(config, "model", "_aux", "overlap"),
+    }
+    in_config = _given(auxiliary) | _given(_at(config, "model", "inference_args"))
+    sources = {"hyper_parameters": _given(hyper.get("inference_args")), "train_config.yaml": in_config}
+    for source, stated in sources.items():
+        _require_known(f"inference_args in {source}", stated, INFERENCE, INFERENCE_FREE)
+    stated = {
+        argument: (source, value)
+        for source in reversed(sources)
+        for argument, value in sources[source].items()
+    }
+    origins = {setting: stated.get(argument, ("reference",))[0] for setting, argument in SETTINGS.items()}
+    given = {setting: stated[argument][1] for setting, argument in SETTINGS.items() if argument in stated}
+    return {setting: _parsed(setting, value) for setting, value in given.items()}, origins
+
+
+def _parsed(setting: str, value: Any) -> str | tuple[Any, ...]:
+    if setting == "window":
+        return value if isinstance(value, str) else short(value)
+    values = list(value) if isinstance(value, list | tuple) else [value] * 3
+    kind = int if setting == "patch_shape" else int | float
+    if len(values) != 3 or not all(isinstance(each, kind) and not isinstance(each, bool) for each in values):
+        raise BundleError(f"{setting} is {short(value)}; expected three numbers, or one for all axes")
+    return tuple(values) if kind is int else tuple(map(float, values))
