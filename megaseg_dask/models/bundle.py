@@ -42,18 +42,14 @@ class NetworkSpec:
     def __post_init__(self) -> None:
         levels = {len(self.filters), len(self.strides), len(self.kernel_size)}
         if len(levels) != 1 or len(self.filters) < 3:
-            raise BundleError(
-                f"filters, strides and kernel_size need an entry for each of 3 or more levels: {self}"
-            )
+            raise BundleError(f"filters, strides and kernel_size need an entry for each of 3 or more levels: {self}")
         if self.strides[0] != (1, 1, 1) or self.upsample_kernel_size != self.strides[1:]:
             raise BundleError(
                 f"strides {self.strides} must begin with (1, 1, 1) and go on like upsample_kernel_size "
                 f"{self.upsample_kernel_size}, or the output has another shape than the input"
             )
         if any(size % 2 == 0 for kernel in self.kernel_size for size in kernel):
-            raise BundleError(
-                f"kernel_size {self.kernel_size}: even sizes shift the image; only odd ones are run"
-            )
+            raise BundleError(f"kernel_size {self.kernel_size}: even sizes shift the image; only odd ones are run")
         if min(self.in_channels, self.out_channels, *self.filters, *chain(*self.strides)) < 1:
             raise BundleError(f"channels, filters and strides must be positive: {self}")
 
@@ -231,29 +227,26 @@ def require_patch(network: NetworkSpec, patch_shape: tuple[int, ...]) -> None:
     must be left at the bottleneck, since instance norm cannot normalise one.
     """
     multiple = network.patch_multiple
-    if len(patch_shape) == 3 and _takes(multiple, patch_shape):
-        return
-    raise SettingsError(
-        f"patch {_join(patch_shape)}: the network needs z,y,x in multiples of {_join(multiple)}, and at least "
-        f"two voxels of that size{_nearest(multiple, patch_shape)}"
-    )
+    if not _takes(multiple, patch_shape):
+        raise SettingsError(
+            f"patch {_join(patch_shape)}: expected z,y,x in multiples of {_join(multiple)}, two voxels or "
+            f"more at the bottleneck; the nearest that works is {_join(_nearest(multiple, patch_shape))}"
+        )
 
 
 def _takes(multiple: Triple, patch_shape: tuple[int, ...]) -> bool:
-    sizes = list(zip(patch_shape, multiple, strict=True))
-    return all(size > 0 and size % step == 0 for size, step in sizes) and prod(patch_shape) > prod(multiple)
+    fits = len(patch_shape) == 3 and all(size % step == 0 for size, step in zip(patch_shape, multiple, strict=True))
+    return fits and min(patch_shape) > 0 and prod(patch_shape) > prod(multiple)
 
 
-def _nearest(multiple: Triple, patch_shape: tuple[int, ...]) -> str:
-    if len(patch_shape) != 3:
-        return ""
-    lower = [max(size // step, 1) * step for size, step in zip(patch_shape, multiple, strict=True)]
+def _nearest(multiple: Triple, patch_shape: tuple[int, ...]) -> tuple[int, ...]:
+    wanted = (patch_shape + multiple)[:3]  # also for a shape of too few or too many axes
+    lower = [max(size // step, 1) * step for size, step in zip(wanted, multiple, strict=True)]
     candidates = product(*((low, low + step) for low, step in zip(lower, multiple, strict=True)))
-    nearest = min(
+    return min(
         (candidate for candidate in candidates if _takes(multiple, candidate)),
-        key=lambda candidate: sum(abs(a - b) for a, b in zip(candidate, patch_shape, strict=True)),
+        key=lambda candidate: sum(abs(a - b) for a, b in zip(candidate, wanted, strict=True)),
     )
-    return f"; the nearest that works is {_join(nearest)}"
 
 
 def _join(sizes: Iterable[int]) -> str:

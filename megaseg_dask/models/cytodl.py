@@ -51,24 +51,9 @@ BACKBONE: Fixed = {
     "norm_name": (("INSTANCE", {"affine": True}), ("instance", {"affine": True})),
     "act_name": ("leakyrelu", ("leakyrelu", {"inplace": True, "negative_slope": 0.01})),
 }
-BACKBONE_FREE = {
-    "dropout",
-    "deep_supervision",
-    "deep_supr_num",
-    "_convert_",
-    "_recursive_",
-    *NETWORK_ARGUMENTS,
-}
-INFERENCE: Fixed = {
-    "padding_mode": ("constant",),
-    "cval": (0,),
-    "sigma_scale": (0.125,),
-    "with_coord": (False,),
-}
-INFERENCE_FREE = {
-    "roi_size", "overlap", "mode",
-    "sw_batch_size", "sw_device", "device", "progress", "buffer_steps", "buffer_dim",
-}  # fmt: skip
+BACKBONE_FREE = {*NETWORK_ARGUMENTS, "dropout", "deep_supervision", "deep_supr_num"}
+INFERENCE: Fixed = {"padding_mode": ("constant",), "cval": (0,), "sigma_scale": (0.125,)}
+INFERENCE_FREE = {"roi_size", "overlap", "mode", "sw_batch_size", "sw_device", "device", "progress"}
 NORMALIZE: Fixed = {
     "channel_wise": (True,),
     "nonzero": (False,),
@@ -82,10 +67,18 @@ ORDINARY_TRANSFORMS = {
 }  # fmt: skip
 SETTINGS = {"patch_shape": "roi_size", "overlap": "overlap", "window": "mode"}  # of a Bundle → of MONAI
 
-# Foreign values are printed in part: a short YAML can describe one without end.
-_REPR = Repr()
-_REPR.maxstring = _REPR.maxother = 100
-short = _REPR.repr
+
+class _Short(Repr):
+    """Prints a foreign value in part: a short file can describe one without end."""
+
+    def repr_instance(self, value: object, level: int) -> str:
+        plain = isinstance(value, bool | float | None)
+        return repr(value) if plain else f"<{type(value).__name__}>"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = 100
+short = _SHORT.repr
 
 
 def load_bundle(path: str | Path, *, checkpoint: str | None = None) -> Bundle:
@@ -184,26 +177,25 @@ def _open_zip(file: Path | io.BytesIO) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise BundleError(f"the zip is damaged ({error}); fetch it again") from error
+        raise BundleError(f"the zip is damaged ({short(str(error))}); fetch it again") from error
     for entry in archive.infolist():
-        _require_safe(entry)
+        if danger := _danger(entry):
+            raise BundleError(f"zip entry {short(entry.filename)} {danger}; this zip is not safe and was not read")
     total = sum(entry.file_size for entry in archive.infolist())
     if total > MAX_BYTES:
-        raise BundleError(f"the zip unpacks to {total} bytes, at most {MAX_BYTES} are read")
+        raise BundleError(f"the zip unpacks to {total} bytes; at most {MAX_BYTES} are read")
     return archive
 
 
-def _require_safe(entry: zipfile.ZipInfo) -> None:
-    name = entry.filename
-    if name.startswith("/") or "\\" in name or ":" in name or ".." in PurePosixPath(name).parts:
-        raise BundleError(f"zip entry {short(name)} points outside its folder; this zip is not safe")
+def _danger(entry: zipfile.ZipInfo) -> str:
+    parts = entry.filename.removesuffix("/").split("/")
+    if not {"", ".", ".."}.isdisjoint(parts) or "\\" in entry.filename or ":" in entry.filename:
+        return "points outside its folder"
     if stat.S_ISLNK(entry.external_attr >> 16):
-        raise BundleError(f"zip entry {short(name)} is a link; this zip is not safe")
+        return "is a link"
     if entry.file_size > max(RATIO_FROM_BYTES, MAX_RATIO * entry.compress_size):
-        raise BundleError(
-            f"zip entry {short(name)} grows from {entry.compress_size} to {entry.file_size} bytes; "
-            "this zip is not safe"
-        )
+        return f"grows from {entry.compress_size} to {entry.file_size} bytes"
+    return ""
 
 
 def _read_layout(top: Place, checkpoint: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -218,32 +210,28 @@ def _is_checkpoint(file: Place) -> bool:
 
 
 def _find_root(top: Place) -> Place:
+    if (top / "checkpoints").is_dir():
+        return top
     # Zips made on a Mac carry a second tree, __MACOSX, without content.
-    deeper = (child for child in top.iterdir() if child.is_dir() and child.name != "__MACOSX")
-    roots: list[Place] = [place for place in (top, *deeper) if (place / "checkpoints").is_dir()]
+    below = (child for child in top.iterdir() if child.is_dir() and child.name != "__MACOSX")
+    roots: list[Place] = [child for child in below if (child / "checkpoints").is_dir()]
     if len(roots) != 1:
-        found = f"{len(roots)} of them ({', '.join(sorted(r.name for r in roots))})" if roots else "none"
-        raise BundleError(
-            f"expected one folder with checkpoints/*.ckpt, here or one level deeper; found {found}"
-        )
+        names = first_few(root.name for root in roots) or "none"
+        raise BundleError(f"expected one folder with checkpoints/*.ckpt, here or one level deeper; found {names}")
     return roots[0]
 
 
 def _choose(files: list[Place], wanted: str | None) -> Place:
-    names = sorted(file.name for file in files)
     if wanted is not None:
         candidates = [file for file in files if file.name in (wanted, f"{wanted}.ckpt")]
-    elif len(files) > 1:
-        candidates = sorted(
-            (file for file in files if _epoch(file.name)), key=lambda file: _epoch(file.name)
-        )[-1:]
-    else:
+    elif len(files) == 1:
         candidates = files
+    else:
+        candidates = sorted((f for f in files if _epoch(f.name)), key=lambda f: _epoch(f.name))
     if not candidates:
-        raise BundleError(
-            f"checkpoint {wanted or 'not chosen'}: there are {', '.join(names) or 'none'}; name one of them"
-        )
-    return candidates[0]
+        asked = f"no checkpoint {wanted}" if wanted else "no checkpoint that names its epoch"
+        raise BundleError(f"{asked}; there are: {first_few((file.name for file in files), 10) or 'none'}")
+    return candidates[-1]
 
 
 def _epoch(name: str) -> tuple[int, int] | tuple[()]:
@@ -272,13 +260,9 @@ def _read_yaml(file: Place) -> dict[str, Any]:
         config = yaml.safe_load(data)
     # Beside YAMLError, a scalar that claims a type it is not of raises what that type raises.
     except Exception as error:
-        raise BundleError(
-            f"{file.name} is not YAML ({short(str(error))}); fetch it again or remove it"
-        ) from error
+        raise BundleError(f"{file.name} is not YAML ({short(str(error))}); fetch it again or remove it") from error
     if not isinstance(config, dict):
-        raise BundleError(
-            f"{file.name} is not a configuration but {short(config)}; fetch it again or remove it"
-        )
+        raise BundleError(f"{file.name} is not a configuration but {short(config)}; fetch it again or remove it")
     return config
 
 
@@ -295,18 +279,14 @@ def _read_checkpoint(file: Place) -> dict[str, Any]:
     except Exception as error:
         raise BundleError(f"{file.name} {_why_not_loaded(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise BundleError(
-            f"{file.name} is not a Lightning checkpoint: expected a state_dict, found {short(found)}"
-        )
+        found = first_few(content) if isinstance(content, dict) else type(content).__name__
+        raise BundleError(f"{file.name} is not a Lightning checkpoint: expected a state_dict, found {found}")
     return content
 
 
 def _why_not_loaded(error: Exception) -> str:
-    if match := re.search(r"(?:GLOBAL|class) (\S+)", str(error)):
-        return (
-            f"pickles {match[1]:.80}, neither a tensor nor a plain value; it is not safe and was not loaded"
-        )
+    if match := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"pickles {match[1]:.80}, neither a tensor nor a plain value; it is not safe and was not loaded"
     return "is not a checkpoint, or not a whole one; fetch it again"
 
 
@@ -349,20 +329,15 @@ def _backbone_state(state: Mapping[str, Any]) -> "dict[str, torch.Tensor]":
     import torch
 
     # A loss keeps class weights in its head; they say nothing about prediction.
-    state = {
-        str(key): value for key, value in state.items() if not re.match(r"task_heads\..*\bloss\.", str(key))
-    }
-    if foreign := [key for key in state if not key.startswith("backbone.")]:
-        raise BundleError(
-            f"weights outside the backbone ({first_few(foreign)}): only a DynUNet and nothing more is run"
-        )
-    if broken := [key for key, value in state.items() if not isinstance(value, torch.Tensor)]:
+    kept = {key: value for key, value in state.items() if not re.match(r"task_heads\..*\bloss\.", str(key))}
+    if foreign := [key for key in kept if not str(key).startswith("backbone.")]:
+        raise BundleError(f"weights outside the backbone ({first_few(foreign)}): only a DynUNet is run")
+    if broken := [key for key, value in kept.items() if not isinstance(value, torch.Tensor)]:
         raise BundleError(f"the state_dict holds more than tensors ({first_few(broken)})")
-    named = {key.removeprefix("backbone.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    named = {key.removeprefix("backbone.").removeprefix("_orig_mod."): value for key, value in kept.items()}
     # The heads of deep supervision are for training; the last output is the same without them.
-    return {
-        key: value for key, value in named.items() if not re.search(r"deep_supervision_heads|super_head", key)
-    }
+    heads = re.compile(r"deep_supervision_heads\.|.*\.super_head\.")
+    return {key: value for key, value in named.items() if not heads.match(key)}
 
 
 def _network_origins(network: NetworkSpec, hyper: Mapping[str, Any], config: object) -> dict[str, str]:
@@ -370,11 +345,8 @@ def _network_origins(network: NetworkSpec, hyper: Mapping[str, Any], config: obj
     source, stated = "hyper_parameters", _given(hyper.get("backbone"))
     if not stated:
         auxiliary = _given(_at(config, "model", "_aux"))
-        source, stated = (
-            "train_config.yaml",
-            {key: auxiliary[key] for key in auxiliary if key in NETWORK_ARGUMENTS},
-        )
-        stated |= _given(_at(config, "model", "backbone"))
+        in_config = {key: auxiliary[key] for key in NETWORK_ARGUMENTS if key in auxiliary}
+        source, stated = "train_config.yaml", in_config | _given(_at(config, "model", "backbone"))
     _require_known(f"backbone in {source}", stated, BACKBONE, BACKBONE_FREE)
     for argument in NETWORK_ARGUMENTS:
         _require_agreement(source, argument, stated.get(argument), getattr(network, argument))
@@ -385,9 +357,7 @@ def _require_agreement(source: str, argument: str, stated: Any, found: Any) -> N
     if argument == "filters" and isinstance(stated, list | tuple):
         stated = stated[: len(found)]  # as DynUNet does
     if stated is not None and not _same(stated, found):
-        raise BundleError(
-            f"{argument}: {source} says {short(stated)}, the weights are of {found}; one of them is wrong"
-        )
+        raise BundleError(f"{argument}: {source} says {short(stated)}, the weights are of {found}; one is wrong")
 
 
 def _same(value: object, expected: object) -> bool:
@@ -399,18 +369,16 @@ def _same(value: object, expected: object) -> bool:
         return isinstance(value, bool | int | float | str) and value == expected
     if isinstance(value, int):
         return all(_same(value, each) for each in expected)
-    return (
-        isinstance(value, list | tuple) and len(value) == len(expected) and all(map(_same, value, expected))
-    )
+    if not isinstance(value, list | tuple) or len(value) != len(expected):
+        return False
+    return all(map(_same, value, expected))
 
 
 def _require_known(section: str, stated: Mapping[str, Any], fixed: Fixed, free: set[str]) -> None:
     for argument, value in stated.items():
         if argument in free or any(_same(value, accepted) for accepted in fixed.get(argument, ())):
             continue
-        reason = (
-            f"only {fixed[argument][0]} is run" if argument in fixed else "this argument is not known here"
-        )
+        reason = f"only {fixed[argument][0]} is run" if argument in fixed else "not an argument known here"
         raise BundleError(f"{section}: {argument:.80} is {short(value)}; {reason}")
 
 
@@ -425,19 +393,19 @@ def _normalization_origin(config: object) -> str:
     transforms = _at(config, "data", "transforms", "predict", "transforms")
     if not isinstance(transforms, list) or any(map(_unresolved, transforms)):
         return "reference"
-    names = [str(_at(transform, "_target_")).rpartition(".")[2] for transform in transforms]
+    names = [_class_name(_at(transform, "_target_")) for transform in transforms]
     for name, transform in zip(names, transforms, strict=True):
         if name == "NormalizeIntensityd":
             _require_known(name, {"channel_wise": False, **_given(transform)}, NORMALIZE, NORMALIZE_FREE)
         elif name not in ORDINARY_TRANSFORMS:
-            raise BundleError(
-                f"predict transform {name:.80} is not carried out here, only NormalizeIntensityd is"
-            )
+            raise BundleError(f"predict transform {name} is not carried out here, only NormalizeIntensityd is")
     if "NormalizeIntensityd" not in names:
-        raise BundleError(
-            "the predict transforms do not normalise; only networks with NormalizeIntensityd are run"
-        )
+        raise BundleError("the predict transforms lack NormalizeIntensityd; only networks with it are run")
     return "train_config.yaml"
+
+
+def _class_name(target: object) -> str:
+    return target.rpartition(".")[2][:80] if isinstance(target, str) else short(target)
 
 
 def _settings(hyper: Mapping[str, Any], config: object) -> tuple[dict[str, Any], dict[str, str]]:
@@ -450,14 +418,12 @@ def _settings(hyper: Mapping[str, Any], config: object) -> tuple[dict[str, Any],
     sources = {"hyper_parameters": _given(hyper.get("inference_args")), "train_config.yaml": in_config}
     for source, stated in sources.items():
         _require_known(f"inference_args in {source}", stated, INFERENCE, INFERENCE_FREE)
-    stated = {
-        argument: (source, value)
-        for source in reversed(sources)
-        for argument, value in sources[source].items()
-    }
-    origins = {setting: stated.get(argument, ("reference",))[0] for setting, argument in SETTINGS.items()}
-    given = {setting: stated[argument][1] for setting, argument in SETTINGS.items() if argument in stated}
-    return {setting: _parsed(setting, value) for setting, value in given.items()}, origins
+    settings, origins = {}, {}
+    for setting, argument in SETTINGS.items():
+        origins[setting] = next((name for name in sources if argument in sources[name]), "reference")
+        if origins[setting] in sources:
+            settings[setting] = _parsed(setting, sources[origins[setting]][argument])
+    return settings, origins
 
 
 def _parsed(setting: str, value: Any) -> str | tuple[Any, ...]:
