@@ -120,12 +120,10 @@ def save_bundle(
 
     dtype = torch.float16 if half else torch.float32
     weights = {name: tensor.to(dtype) for name, tensor in fit_weights(network, state_dict).items()}
-    inference = {"sw_batch_size": 1, "roi_size": list(patch_shape), "overlap": overlap, "mode": "gaussian"}
     # Through JSON, so that tuples become lists, which every reader of YAML knows.
     arguments = json.loads(json.dumps(asdict(network)))
     backbone = {"_target_": TARGETS[0], "spatial_dims": 3, **arguments, "dropout": 0.0}
-    checkpoint = Path(folder, "checkpoints", f"epoch_{epoch:03d}.ckpt")
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    inference = {"sw_batch_size": 1, "roi_size": list(patch_shape), "overlap": overlap, "mode": "gaussian"}
     content = {
         "epoch": epoch,
         "pytorch-lightning_version": "2.6.6",  # the one that cyto-dl's own checkpoints were measured with
@@ -133,21 +131,20 @@ def save_bundle(
         "state_dict": {f"backbone.{key}": value for key, value in with_aliases(network, weights).items()},
         "hyper_parameters": {"backbone": backbone, "inference_args": inference},
     }
+    checkpoint = Path(folder, "checkpoints", f"epoch_{epoch:03d}.ckpt")
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, checkpoint)
-    normalize = {"_target_": "monai.transforms.NormalizeIntensityd", "keys": "raw", "channel_wise": True}
-    config = {
-        "model": {
-            "backbone": backbone,
-            "inference_args": inference,
-            "_aux": {"filters": arguments["filters"], "overlap": overlap},
-        },
-        "data": {
-            "_aux": {"patch_shape": inference["roi_size"]},
-            "transforms": {"predict": {"transforms": [normalize]}},
-        },
-    }
-    Path(folder, "train_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    config = yaml.safe_dump(_train_config(backbone, inference), sort_keys=False)
+    Path(folder, "train_config.yaml").write_text(config, encoding="utf-8")
     return checkpoint
+
+
+def _train_config(backbone: dict[str, Any], inference: dict[str, Any]) -> dict[str, Any]:
+    normalize = {"_target_": "monai.transforms.NormalizeIntensityd", "keys": "raw", "channel_wise": True}
+    return {
+        "model": {"backbone": backbone, "inference_args": inference},
+        "data": {"transforms": {"predict": {"transforms": [normalize]}}},
+    }
 
 
 # --- files

@@ -4,6 +4,8 @@ Not through `save_bundle`, so that reading is tested against another writer.
 """
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,17 @@ def seeded_network(network: NetworkSpec = TINY, seed: int = 0) -> DynUNet:
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
     return built.eval().requires_grad_(False)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: tiny networks only wait for a second one on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def backbone(network: NetworkSpec = TINY) -> dict[str, Any]:

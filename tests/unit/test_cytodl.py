@@ -21,6 +21,7 @@ from tests.unit.bundles import (
     backbone,
     checkpoint_content,
     inference_args,
+    one_thread,
     seeded_network,
     train_config,
     write_checkpoint,
@@ -29,6 +30,12 @@ from tests.unit.bundles import (
 )
 
 COMPILED = "backbone._orig_mod."
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    with one_thread():
+        yield
 
 
 def refusal(path, **options) -> str:
