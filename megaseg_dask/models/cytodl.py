@@ -141,9 +141,12 @@ def save_bundle(
 
 def _train_config(backbone: dict[str, Any], inference: dict[str, Any]) -> dict[str, Any]:
     normalize = {"_target_": "monai.transforms.NormalizeIntensityd", "keys": "raw", "channel_wise": True}
+    # The napari plugin looks in _aux. Lists are copied, or YAML would write references.
+    model_aux = {"filters": [*backbone["filters"]], "overlap": inference["overlap"]}
+    data_aux = {"patch_shape": [*inference["roi_size"]]}
     return {
-        "model": {"backbone": backbone, "inference_args": inference},
-        "data": {"transforms": {"predict": {"transforms": [normalize]}}},
+        "model": {"backbone": backbone, "inference_args": inference, "_aux": model_aux},
+        "data": {"transforms": {"predict": {"transforms": [normalize]}}, "_aux": data_aux},
     }
 
 

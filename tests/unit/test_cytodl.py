@@ -562,6 +562,15 @@ def test_either_part_of_a_saved_bundle_is_enough(tmp_path):
     assert set(load_bundle(tmp_path).origins.values()) == {"train_config.yaml"}
 
 
+def test_saved_configuration_is_where_the_plugin_looks(tmp_path):
+    saved(tmp_path)
+    text = (tmp_path / "train_config.yaml").read_text()
+    config = yaml.safe_load(text)
+    assert config["model"]["_aux"] == {"filters": [*TINY.filters], "overlap": OVERLAP}
+    assert config["data"]["_aux"] == {"patch_shape": [*PATCH_SHAPE]}
+    assert "&" not in text
+
+
 def test_saving_checks_the_weights(tmp_path):
     with pytest.raises(BundleError, match="do not fit the network"):
         save_bundle(tmp_path / "x", TINY, {}, patch_shape=PATCH_SHAPE, overlap=OVERLAP, epoch=1)
