@@ -77,9 +77,7 @@ class Contingency:
         order = np.lexsort((true, predicted))
         predicted, true = predicted[order], true[order]
         is_first = np.concatenate([[True], (predicted[1:] != predicted[:-1]) | (true[1:] != true[:-1])])
-        return cls(
-            predicted[is_first], true[is_first], np.add.reduceat(voxels[order], np.flatnonzero(is_first))
-        )
+        return cls(predicted[is_first], true[is_first], np.add.reduceat(voxels[order], np.flatnonzero(is_first)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +193,7 @@ def _n_objects(ids: NDArray[np.uint64]) -> int:
 def _foreground(table: Contingency) -> tuple[int, int, int]:
     """Voxels of the foreground that both share, of the predicted one and of the true one."""
     predicted, true = table.predicted > 0, table.true > 0
-    shared, in_predicted, in_true = (
-        int(table.voxels[rows].sum()) for rows in (predicted & true, predicted, true)
-    )
+    shared, in_predicted, in_true = (int(table.voxels[rows].sum()) for rows in (predicted & true, predicted, true))
     return shared, in_predicted, in_true
 
 
