@@ -1,0 +1,94 @@
+"""Workers: a local cluster of processes, one worker per GPU, or a scheduler that already runs."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import dask
+
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.plan import Plan
+
+START_S = 60
+
+# 1.0: a worker never holds a second task in waiting, so a task that kills it takes no neighbour along.
+_CONFIG = {
+    "distributed.scheduler.worker-saturation": 1.0,
+    "distributed.worker.multiprocessing-method": "spawn",
+    # The plan bounds memory; Dask must not pause or spill a worker that does what was planned.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.admin.tick.limit": "30s",
+}
+
+
+@contextmanager
+def connect(plan: Plan) -> Iterator[Any]:
+    """Yield a Dask ``Client`` with the workers that the plan's settings ask for, and give them back.
+
+    Raises :class:`SettingsError` if a scheduler does not answer or no worker comes.
+    """
+    from distributed import Client
+
+    with dask.config.set(_CONFIG), _quiet():
+        if plan.options.scheduler:
+            try:
+                client = Client(plan.options.scheduler, timeout=START_S)
+            except (OSError, ValueError) as error:
+                raise SettingsError(f"--scheduler {plan.options.scheduler}: no answer: {error}") from error
+            with client:
+                yield client
+            return
+        with _local_cluster(plan) as cluster, Client(cluster) as client:
+            yield client
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Dask's log lines about workers that come and go from the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.nanny", "distributed.scheduler")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # A busy dashboard port is replaced by a free one, which the address shown later tells.
+            warnings.filterwarnings("ignore", "Port .* is already in use")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _local_cluster(plan: Plan) -> Any:
+    if plan.engine.device == "cuda":
+        return _cuda_cluster(plan)
+    from distributed import LocalCluster
+
+    # One thread per worker: a task already uses all threads that the plan gives a forward pass.
+    return LocalCluster(
+        n_workers=plan.options.workers or 1,
+        threads_per_worker=1,
+        processes=True,
+        memory_limit=0,
+        dashboard_address="127.0.0.1:0",
+        host="127.0.0.1",
+    )
+
+
+def _cuda_cluster(plan: Plan) -> Any:
+    try:
+        from dask_cuda import LocalCUDACluster
+    except ImportError as error:
+        raise SettingsError(
+            "one worker per GPU needs dask-cuda: pip install 'megaseg-dask[cuda12]' (or cuda13), or use --device cpu"
+        ) from error
+    return LocalCUDACluster(
+        n_workers=plan.options.workers,
+        threads_per_worker=1,
+        memory_limit=0,
+        dashboard_address="127.0.0.1:0",
+    )

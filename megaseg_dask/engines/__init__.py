@@ -1,0 +1,1 @@
+"""What runs the network; each engine is one file."""

@@ -1,0 +1,42 @@
+"""The reference engine: eager PyTorch on CPU or CUDA, in full float32."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megaseg_dask.errors import EngineError
+from megaseg_dask.models import Bundle, build_network
+
+Float32 = NDArray[np.float32]
+
+
+class TorchEngine:
+    """A network on its device; called with ``(batch, c, z, y, x)``, it returns logits of that shape."""
+
+    def __init__(self, bundle: Bundle, *, device: str, threads: int) -> None:
+        """Build the network. Raises :class:`EngineError` if the device is not there: never another instead."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EngineError("the plan runs on cuda, but this worker's PyTorch sees no GPU; "
+                              "start workers with a GPU, or plan with --device cpu")  # fmt: skip
+        # TF32 keeps 10 bits of mantissa; promise 1 is about all 23. Deterministic kernels keep the last bit.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        self._threads = threads
+        self._network = build_network(bundle).to(device)
+        self._device = device
+
+    def __call__(self, patches: Float32) -> Float32:
+        """Predict one batch of normalised patches."""
+        # The thread count is part of the last bits, and PyTorch keeps it per calling thread.
+        torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            logits = self._network(torch.from_numpy(patches).to(self._device))
+        result: Float32 = logits.float().cpu().numpy()
+        return result
+
+
+def has_gpu() -> bool:
+    """Tell whether PyTorch can use a GPU here."""
+    return torch.cuda.is_available()

@@ -1,0 +1,66 @@
+"""What a run tells while it works: small records, for a terminal, a log or a script alike."""
+
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened."""
+
+    kind: ClassVar[str] = "event"
+
+    def as_dict(self) -> dict[str, object]:
+        """Return JSON values, with the kind under ``event``."""
+        return {"event": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Started(Event):
+    """A run began, or went on from an earlier one."""
+
+    kind: ClassVar[str] = "started"
+    target: str
+    n_tasks: int
+    n_done: int
+    dashboard: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Event):
+    """A task of a stage ended."""
+
+    kind: ClassVar[str] = "progress"
+    stage: str
+    n_done: int
+    n_tasks: int
+    elapsed_s: float
+    voxels_per_s: float
+    left_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure(Event):
+    """A task failed for good."""
+
+    kind: ClassVar[str] = "failure"
+    stage: str
+    index: int
+    volume: str
+    box: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Event):
+    """How a run ended."""
+
+    kind: ClassVar[str] = "result"
+    status: str
+    target: str
+    n_objects: int | None
+    wall_s: float
+    already_done: bool = False
+    failures: list[dict[str, object]] = field(default_factory=list)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    run: str = ""

@@ -1,0 +1,120 @@
+"""Predict one block: the patches that touch its core, in batches of fixed shape, blended in grid order.
+
+What an engine must offer is declared here, beside the code that uses it. An
+engine is opened once per worker process and never replaced by another kind.
+"""
+
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask.blending import blend, window
+from megaseg_dask.errors import BundleError
+from megaseg_dask.geometry import Box, PatchGrid
+from megaseg_dask.intensity import Normalisation
+
+Float32 = NDArray[np.float32]
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """Turns normalised patches into logits."""
+
+    def __call__(self, patches: Float32) -> Float32:
+        """Map ``(batch, 1, z, y, x)`` to logits of the same shape, float32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """All of an engine that can change a bit of its output; resolved once, into the plan."""
+
+    engine: str
+    device: str
+    precision: str
+    batch: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A bundle by address and digest: workers load it themselves and check that it is the plan's."""
+
+    path: str
+    name: str
+    digest: str
+    window: str
+
+
+def resolve_engine(*, device: str, batch: int | None, threads: int | None) -> EngineSpec:
+    """Decide what ``auto`` means on this machine: a GPU if PyTorch sees one."""
+    if device == "auto":
+        from megaseg_dask.engines.pytorch import has_gpu
+
+        device = "cuda" if has_gpu() else "cpu"
+    return EngineSpec("torch", device, "fp32", batch or 1, threads or os.cpu_count() or 1)
+
+
+@functools.lru_cache(maxsize=1)
+def open_engine(model: ModelRef, spec: EngineSpec) -> Engine:
+    """Load the bundle and put its network on the device, once per process.
+
+    Raises :class:`BundleError` if the bundle at that address is no longer the plan's.
+    """
+    from megaseg_dask.engines.pytorch import TorchEngine
+    from megaseg_dask.models import load_bundle
+
+    bundle = load_bundle(model.path)
+    if bundle.digest != model.digest:
+        raise BundleError(f"{model.path} has digest {bundle.digest[:12]}, the plan was made with {model.digest[:12]}; "
+                          "put the bundle back, or start anew with --overwrite")  # fmt: skip
+    return TorchEngine(bundle, device=spec.device, threads=spec.threads)
+
+
+cached_window = functools.lru_cache(maxsize=2)(window)
+
+
+def cut_patch(values: NDArray[np.generic], read_box: Box, patch: Box, normalisation: Normalisation) -> Float32:
+    """Return one normalised patch; beyond the volume it is zero, which is the volume's mean.
+
+    ``values`` are the voxels of ``read_box``. Padding comes after normalising, as in MONAI.
+    """
+    inside = patch & read_box
+    result = np.zeros(patch.shape, np.float32)
+    result[inside.within(patch).slices] = normalisation(values[inside.within(read_box).slices])
+    return result
+
+
+def predict_block(
+    values: NDArray[np.generic], core: Box, grid: PatchGrid, normalisation: Normalisation, engine: Engine,
+    *, batch: int = 1, window_mode: str = "gaussian",
+) -> Float32:  # fmt: skip
+    """Return the blended logits of a core, float32 ``(z, y, x)``.
+
+    ``values`` are the voxels of ``grid.read_box(core)``: the core and its halo.
+    """
+    read_box = grid.read_box(core)
+    patches = ((p, cut_patch(values, read_box, p, normalisation)) for p in grid.iter_touching(core))
+    logits: Float32 = blend(_predict(patches, engine, batch), core, cached_window(grid.patch_shape, window_mode))[0]
+    return logits
+
+
+def _predict(patches: Iterable[tuple[Box, Float32]], engine: Engine, batch: int) -> Iterator[tuple[Box, Float32]]:
+    for group in _batched(patches, batch):
+        # The last batch is filled up: another batch shape may take another kernel, and change a bit.
+        filled = np.zeros((batch, 1, *group[0][1].shape), np.float32)
+        for slot, (_, patch) in zip(filled, group, strict=False):
+            slot[0] = patch
+        yield from zip((box for box, _ in group), engine(filled), strict=False)
+
+
+def _batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while group := list(islice(iterator, n)):
+        yield group

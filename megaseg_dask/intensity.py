@@ -1,0 +1,181 @@
+"""One normalisation per volume, from statistics that add across boxes.
+
+The statistics belong to the volume, so they must not depend on how it was
+split. Integers are summed exactly, in any order. Floats are summed in float64
+over a fixed partition of the volume (``PARTITION_SHAPE``) and merged in its
+grid order, so the last bit does not depend on blocks, chunks or workers.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask.errors import DataError
+from megaseg_dask.geometry import Box
+
+Float32 = NDArray[np.float32]
+
+# Part of the result for float images: another partition may change the last bit of mean and std.
+PARTITION_SHAPE = (64, 256, 256)
+
+# 16-bit limbs in float64: products stay below 2^32, so a slab of 2^20 voxels sums below 2^53, exactly.
+_SLAB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Count, mean and sum of squared deviations of float values; merging follows Chan et al. 1979."""
+
+    n: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    minimum: float = math.inf
+    maximum: float = -math.inf
+
+    @classmethod
+    def of(cls, values: NDArray[np.floating]) -> "Moments":
+        """Return the moments of finite values."""
+        if not values.size:
+            return cls()
+        mean = float(values.mean(dtype=np.float64))
+        deviations = (values - np.float64(mean)).ravel()
+        squares = float(np.dot(deviations, deviations))
+        return cls(values.size, mean, squares, float(values.min()), float(values.max()))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        n = self.n + other.n
+        if not n:
+            return self
+        delta = other.mean - self.mean
+        return Moments(
+            n,
+            self.mean + delta * other.n / n,
+            self.squares + other.squares + delta * delta * self.n * other.n / n,
+            min(self.minimum, other.minimum),
+            max(self.maximum, other.maximum),
+        )
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation."""
+        return math.sqrt(self.squares / self.n) if self.n else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Exact count, sum and sum of squares of integer values: adds in any order and any tree."""
+
+    n: int = 0
+    total: int = 0
+    total_squares: int = 0
+    minimum: float = math.inf
+    maximum: float = -math.inf
+
+    @classmethod
+    def of(cls, values: NDArray[np.integer]) -> "Counts":
+        """Return the exact sums of an integer array of any width and sign."""
+        if not values.size:
+            return cls()
+        slabs = np.array_split(values.ravel(), -(-values.size // _SLAB))
+        total = sum((_exact_sums(slab) for slab in slabs), np.zeros(2, object))
+        return cls(values.size, int(total[0]), int(total[1]), int(values.min()), int(values.max()))
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.n + other.n,
+            self.total + other.total,
+            self.total_squares + other.total_squares,
+            min(self.minimum, other.minimum),
+            max(self.maximum, other.maximum),
+        )
+
+    @property
+    def mean(self) -> float:
+        """Mean, rounded once to float64."""
+        return self.total / self.n if self.n else 0.0
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation; the variance is an exact fraction until it is rounded once."""
+        if not self.n:
+            return 0.0
+        return math.sqrt((self.n * self.total_squares - self.total**2) / self.n**2)
+
+
+Statistics = Moments | Counts
+
+
+def _exact_sums(values: NDArray[np.integer]) -> NDArray[np.object_]:
+    """Return sum and sum of squares of at most ``_SLAB`` integers as Python integers."""
+    low = int(values.min())
+    span = int(values.max()) - low
+    # Modular subtraction in the unsigned type is exact, also across the sign.
+    unsigned = values.view(f"u{values.itemsize}") - np.array(low, values.dtype).view(f"u{values.itemsize}")
+    limbs = [
+        ((unsigned >> unsigned.dtype.type(16 * i)) & unsigned.dtype.type(0xFFFF if values.itemsize > 1 else 0xFF))
+        .astype(np.float64)
+        for i in range(-(-span.bit_length() // 16))
+    ]  # fmt: skip
+    total = sum(int(limb.sum()) << 16 * i for i, limb in enumerate(limbs))
+    squares = sum(int(a @ b) << 16 * (i + j) for i, a in enumerate(limbs) for j, b in enumerate(limbs))
+    n = values.size
+    return np.array([total + n * low, squares + 2 * low * total + n * low * low], object)
+
+
+def measure(values: NDArray[Any], at: Box, *, nan_to_background: bool = False) -> Statistics:
+    """Return the statistics of one part of the volume, ``values`` of box ``at``.
+
+    Raises :class:`DataError` naming the first voxel that is NaN or infinite,
+    unless ``nan_to_background`` leaves such voxels out.
+    """
+    if values.dtype.kind in "iu":
+        return Counts.of(values)
+    if values.dtype.kind == "b":
+        return Counts.of(values.view(np.uint8))
+    finite = np.isfinite(values)
+    if finite.all():
+        return Moments.of(values)
+    if nan_to_background:
+        return Moments.of(values[finite])
+    first = np.unravel_index(int(np.argmin(finite)), values.shape)
+    place = tuple(int(f) + s for f, s in zip(first, at.start, strict=True))
+    raise DataError(
+        f"voxel (z, y, x) = {place} is {values[first]}, and {int((~finite).sum()) - 1} more of box {at} are not "
+        "finite; pass --nan-to-background to treat them as background, or mend the image"
+    )
+
+
+def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
+    """Add statistics in the order given, which for floats must be the partition's grid order."""
+    iterator: Iterator[Statistics] = iter(parts)
+    total = next(iterator)
+    for part in iterator:
+        total = total + part  # type: ignore[operator]  # all parts of a volume are of one kind
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Normalisation:
+    """The z-score of one volume: MONAI's ``NormalizeIntensity(channel_wise=True)``."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> "Normalisation":
+        """Return the normalisation that the statistics of the whole volume ask for."""
+        return cls(statistics.mean, statistics.std)
+
+    def __call__(self, values: NDArray[np.generic]) -> Float32:
+        """Return ``(values - mean) / std`` in float32; a constant volume gives zeros, a NaN the mean."""
+        normalised = values.astype(np.float32)
+        normalised -= np.float32(self.mean)
+        # A std of zero divides by one, as in MONAI.
+        normalised /= np.float32(self.std) or np.float32(1)
+        if values.dtype.kind == "f":
+            np.nan_to_num(normalised, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        return normalised

@@ -1,0 +1,93 @@
+"""What is done: an append-only record beside the target, tied to one plan.
+
+Object stores cannot append, so the record is a row of numbered segments, each
+written once. A task is recorded after its data are written, so what the
+journal says is true; what it does not say is computed again.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from megaseg_dask.stores import Location
+
+_FOLDER = "journal"
+_SEGMENT_S = 1.0
+
+Summary = Mapping[str, object]
+
+
+@dataclass
+class Journal:
+    """Finished tasks and their summaries, by stage and index."""
+
+    run: Location
+    done: dict[str, dict[int, Summary]] = field(default_factory=dict)
+    result: Summary | None = None
+    _pending: list[dict[str, object]] = field(default_factory=list)
+    _n_segments: int = 0
+    _last_write: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def read(cls, run: Location) -> "Journal":
+        """Read what earlier runs of the same plan recorded."""
+        journal = cls(run)
+        keys = run.keys(_FOLDER)
+        for key in keys:
+            for line in (run.get(key) or b"").splitlines():
+                journal._replay(json.loads(line))
+        journal._n_segments = len(keys)
+        return journal
+
+    def _replay(self, record: dict[str, object]) -> None:
+        if "result" in record:
+            self.result = record["result"]  # type: ignore[assignment]
+        else:
+            self.done.setdefault(str(record["stage"]), {})[int(str(record["index"]))] = record["summary"]  # type: ignore[assignment]
+
+    def summaries(self, stage: str) -> list[Summary]:
+        """Return the summaries of a stage in the order of task indices."""
+        return [summary for _, summary in sorted(self.done.get(stage, {}).items())]
+
+    def is_done(self, stage: str, index: int) -> bool:
+        """Tell whether a task is finished."""
+        return index in self.done.get(stage, {})
+
+    @property
+    def n_done(self) -> int:
+        """Number of finished tasks."""
+        return sum(map(len, self.done.values()))
+
+    def add(self, stage: str, index: int, summary: Summary) -> None:
+        """Record a task whose data are written; it reaches the store within a second, or at :meth:`flush`."""
+        self._append({"stage": stage, "index": index, "summary": summary})
+        if time.monotonic() - self._last_write > _SEGMENT_S:
+            self.flush()
+
+    def finish(self, result: Summary) -> None:
+        """Record that the run is complete."""
+        self._append({"result": result})
+        self.flush()
+
+    def _append(self, record: dict[str, object]) -> None:
+        self._replay(record)
+        self._pending.append(record)
+
+    def flush(self) -> None:
+        """Write what was added since the last segment."""
+        if self._pending:
+            text = "\n".join(json.dumps(record, sort_keys=True) for record in self._pending)
+            self.run.put(f"{_FOLDER}/{self._n_segments:08d}.jsonl", text.encode())
+            self._n_segments += 1
+            self._pending.clear()
+        self._last_write = time.monotonic()
+
+    @contextmanager
+    def flushed(self) -> Iterator["Journal"]:
+        """Flush at the end, however it comes: an interrupted run keeps what it finished."""
+        try:
+            yield self
+        finally:
+            self.flush()

@@ -1,0 +1,78 @@
+"""What one worker will need at its peak, per stage, before anything starts.
+
+Each stage is a sum of arrays that live at the same moment, counted in bytes
+per voxel of the block, plus what an idle worker holds. The factors of library
+calls (convolutions, codecs, component labelling) were measured; a test
+measures whole stages against this projection.
+"""
+
+from dataclasses import dataclass
+
+from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
+
+# Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, before it has done anything.
+IDLE_BYTES = 600 * 10**6
+
+# Share of a machine's memory that workers may plan with; the rest is the client's and the system's.
+BUDGET_SHARE = 0.8
+
+# Full-resolution feature maps that a DynUNet forward pass holds at its peak (skip connection, concatenation,
+# residual and convolution buffers), in units of ``filters[0]`` float32 maps of the patch.
+FEATURE_MAPS = 10
+
+# cc3d's working memory per voxel beside its labels.
+_LABELLING_BYTES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the projection depends on."""
+
+    volume_shape: Shape
+    block_shape: Shape
+    measure_shape: Shape
+    patch_grid: PatchGrid
+    first_filters: int
+    n_parameters: int
+    batch: int
+    source_bytes: int
+    scores_bytes: int
+    label_bytes: int
+
+
+def _largest_read_box(sizes: Sizes) -> int:
+    grid = BlockGrid(sizes.volume_shape, sizes.block_shape)
+    # Read boxes grow from the rim inwards: a block in the middle has halos on all sides.
+    middle = tuple(n // 2 for n in grid.grid_shape)
+    corners = [grid.core(middle), grid[0]]
+    return max(sizes.patch_grid.read_box(core).size for core in corners)
+
+
+def forward_bytes(sizes: Sizes) -> int:
+    """Return the memory of one forward pass, weights included."""
+    patch = Box.of(sizes.patch_grid.patch_shape).size
+    return 4 * (patch * sizes.batch * (sizes.first_filters * FEATURE_MAPS + 4) + sizes.n_parameters)
+
+
+def project(sizes: Sizes) -> dict[str, int]:
+    """Return the projected peak of a worker in each stage, in bytes."""
+    core = Box.of(tuple(map(min, sizes.block_shape, sizes.volume_shape))).size
+    read = _largest_read_box(sizes)
+    measured = Box.of(tuple(map(min, sizes.measure_shape, sizes.volume_shape))).size
+    # Blending holds sum and weights; turning logits into scores holds three more float32 arrays.
+    segment = read * sizes.source_bytes * 2 + core * 16
+    label = core * (1 + 2 * 4 + _LABELLING_BYTES)
+    relabel = core * (4 + 3 * sizes.label_bytes)
+    # A block of a coarser level reads eight times its voxels, one write unit at a time.
+    stages = {
+        "measure": measured * sizes.source_bytes * 2 + 2**20 * 64,
+        "segment": max(segment + forward_bytes(sizes), segment + core * (4 + sizes.scores_bytes)),
+        "label": label,
+        "seams": core,
+        "relabel": relabel,
+        "downsample": relabel * 2,
+    }
+    if core == Box.of(sizes.volume_shape).size:
+        kept = core * (sizes.source_bytes + sizes.scores_bytes + 1)
+        stages = {"volume": kept + max(stages["segment"], label + relabel)}
+    return {stage: IDLE_BYTES + n for stage, n in stages.items()}

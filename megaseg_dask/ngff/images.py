@@ -1,0 +1,395 @@
+"""OME-Zarr images: their metadata as plain values, and single volumes of them as ``(z, y, x)`` arrays.
+
+Axes go by name, never by position or extent: an image may lack t, c or z, and
+its spatial axes may come in any order. Metadata pass through the models of
+ome-zarr-models in both directions, so what is written is valid by construction.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from megaseg_dask.errors import DataError, MegasegError, SourceError, StoreError
+from megaseg_dask.geometry import BlockGrid, Box, Shape
+from megaseg_dask.layout import Layout
+from megaseg_dask.ngff.pyramids import default_level_shapes
+from megaseg_dask.stores import ZARR_FORMAT, Location, cached_array
+
+Array = NDArray[Any]
+T = TypeVar("T")
+
+SPATIAL = ("z", "y", "x")
+_KNOWN_AXES = {"t", "c", *SPATIAL}
+_MICROMETRES = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "meter": 1e6, "angstrom": 1e-4}
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of an image: ``t``, ``c``, ``z``, ``y`` or ``x``, with its unit."""
+
+    name: str
+    type: str | None = None
+    unit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One resolution of an image; tuples follow the image's axes, scales are in the axes' units."""
+
+    path: str
+    shape: Shape
+    scale: tuple[float, ...]
+    translation: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """The metadata of a multiscale image, finest level first."""
+
+    version: str
+    name: str
+    axes: tuple[Axis, ...]
+    levels: tuple[Level, ...]
+    dtype: str
+    channel_names: tuple[str, ...] = ()
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """Names of the axes, in the order of the arrays."""
+        return tuple(axis.name for axis in self.axes)
+
+    def extent(self, axis: str) -> int:
+        """Return the number of voxels along an axis of the finest level; 1 if there is no such axis."""
+        names = self.axis_names
+        return self.levels[0].shape[names.index(axis)] if axis in names else 1
+
+    def spatial(self, values: Sequence[float]) -> tuple[float, ...]:
+        """Pick the ``(z, y, x)`` entries of a per-axis tuple."""
+        return tuple(values[self.axis_names.index(name)] for name in SPATIAL)
+
+    def volume_shape(self, level: int = 0) -> Shape:
+        """Return the ``(z, y, x)`` shape of a level."""
+        return tuple(int(n) for n in self.spatial(self.levels[level].shape))
+
+    @property
+    def spacing_um(self) -> tuple[float, ...]:
+        """Voxel size ``(z, y, x)`` of the finest level; µm unless the unit is missing or unknown."""
+        factors = [_MICROMETRES.get(axis.unit or "", 1.0) for axis in self.axes]
+        return self.spatial([s * f for s, f in zip(self.levels[0].scale, factors, strict=True)])
+
+    def from_level(self, level: int) -> "Image":
+        """Return the image that starts at a coarser level."""
+        return replace(self, levels=self.levels[level:])
+
+    def without_channels(self) -> "Image":
+        """Return the image without its channel axis."""
+        keep = [i for i, name in enumerate(self.axis_names) if name != "c"]
+        levels = tuple(
+            Level(v.path, _picked(v.shape, keep), _picked(v.scale, keep), _picked(v.translation, keep))
+            for v in self.levels
+        )
+        return replace(self, axes=tuple(self.axes[i] for i in keep), levels=levels, channel_names=())
+
+    def with_times(self, start: int, stop: int) -> "Image":
+        """Return the image of timepoints ``start:stop``, in its place in time."""
+        if "t" not in self.axis_names:
+            return self
+        t = self.axis_names.index("t")
+        levels = tuple(
+            replace(
+                v,
+                shape=_changed(v.shape, t, stop - start),
+                translation=_changed(v.translation, t, v.translation[t] + start * v.scale[t]),
+            )
+            for v in self.levels
+        )
+        return replace(self, levels=levels)
+
+    def with_pyramid(self) -> "Image":
+        """Return the image with coarser levels if it has none, and levels named by number."""
+        levels = list(self.levels)
+        if len(levels) == 1:
+            for shape, factor in default_level_shapes(self.volume_shape(), self.spacing_um):
+                levels.append(self._coarser(levels[-1], shape, factor))
+        return replace(self, levels=tuple(replace(v, path=str(i)) for i, v in enumerate(levels)))
+
+    def _coarser(self, level: Level, shape: Shape, factor: Shape) -> Level:
+        steps = dict(zip(SPATIAL, factor, strict=True))
+        extents = dict(zip(SPATIAL, shape, strict=True))
+        factors = [steps.get(name, 1) for name in self.axis_names]
+        # The origin of a level is the centre of its first window.
+        offsets = [o + s * (f - 1) / 2 for o, s, f in zip(level.translation, level.scale, factors, strict=True)]
+        return Level(
+            path="",
+            shape=tuple(extents.get(name, n) for name, n in zip(self.axis_names, level.shape, strict=True)),
+            scale=tuple(s * f for s, f in zip(level.scale, factors, strict=True)),
+            translation=tuple(offsets),
+        )
+
+
+def _picked(values: tuple[T, ...], indices: Sequence[int]) -> tuple[T, ...]:
+    return tuple(values[i] for i in indices)
+
+
+def _changed(values: tuple[T, ...], index: int, value: T) -> tuple[T, ...]:
+    return (*values[:index], value, *values[index + 1 :])
+
+
+# -- reading
+
+
+def read_image(location: Location) -> Image:
+    """Read and check the metadata of the image at ``location``.
+
+    Raises :class:`SourceError` that says what was found instead of an image.
+    """
+    group, ome = _open_image_group(location)
+    entries = ome.get("multiscales")
+    if not entries or not isinstance(entries, list) or not isinstance(entries[0], dict):
+        raise SourceError(f"{location} is {_describe_group(group, ome)}, not an OME-Zarr image")
+    entry = entries[0]
+    version = str(ome.get("version") or entry.get("version") or {2: "0.4", 3: "0.5"}[group.metadata.zarr_format])
+    if version not in ZARR_FORMAT:
+        raise SourceError(f"{location} is OME-Zarr {version}; 0.4 and 0.5 can be read: convert it first")
+    axes, transforms = _parse_multiscale(location, version, entry)
+    arrays = [_open_level(location, path) for path, _, _ in transforms]
+    for array in arrays:
+        if array.ndim != len(axes):
+            raise SourceError(f"{location}/{array.path}: {array.ndim} dimensions for axes {[a.name for a in axes]}")
+    levels = tuple(
+        Level(path, array.shape, scale, translation)
+        for (path, scale, translation), array in zip(transforms, arrays, strict=True)
+    )
+    name = str(entry.get("name") or location.name)
+    return Image(version, name, axes, levels, str(arrays[0].dtype), _channel_names(ome))
+
+
+def digest_of(location: Location, image: Image) -> str:
+    """Return a digest of what identifies a source: its metadata, shapes and dtypes, not its address."""
+    levels = [(location / level.path).open_array() for level in image.levels]
+    attributes, _ = location.ome_attributes()
+    identity = [attributes, [[list(a.shape), str(a.dtype), list(a.chunks)] for a in levels]]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _open_image_group(location: Location) -> tuple[zarr.Group, dict[str, Any]]:
+    if not location.exists():
+        raise SourceError(f"{location} does not exist; check the path")
+    try:
+        return location.open_group(), location.ome_attributes()[1]
+    except Exception as error:
+        raise SourceError(f"{location} is {_describe_folder(location)}, not an OME-Zarr image") from error
+
+
+def _describe_folder(location: Location) -> str:
+    if location.path.is_file():
+        return f"a file of {location.path.stat().st_size} bytes (convert it, with bioformats2raw for instance)"
+    names = sorted(p.name for p in location.path.iterdir())
+    if {".zarray", "zarr.json"} & set(names):
+        return "a single Zarr array"
+    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return f"a folder with {shown}" if names else "an empty folder"
+
+
+def _describe_group(group: zarr.Group, ome: Mapping[str, object]) -> str:
+    for key, what in (("plate", "an HCS plate"), ("well", "a well of a plate"), ("labels", "a labels group"),
+                      ("bioformats2raw.layout", "a bioformats2raw collection")):  # fmt: skip
+        if key in ome:
+            inside = sorted(name for name, _ in group.groups())[:3]
+            return f"{what} (its groups: {', '.join(inside)}; name one image in it)"
+    return "a Zarr group without multiscales metadata"
+
+
+def _parse_multiscale(
+    location: Location, version: str, entry: dict[str, object]
+) -> tuple[tuple[Axis, ...], list[tuple[str, tuple[float, ...], tuple[float, ...]]]]:
+    model = _multiscale_model(version)
+    try:
+        with warnings.catch_warnings():
+            # The model mends a swapped scale and translation and says so; the order is all it changes.
+            warnings.simplefilter("ignore")
+            multiscale = model.model_validate(entry)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise SourceError(
+            f"{location}: its OME-Zarr {version} metadata are invalid: {where}: {problem['msg']}"
+        ) from error
+    axes = tuple(Axis(str(a.name), a.type, a.unit if isinstance(a.unit, str) else None) for a in multiscale.axes)
+    names = [axis.name for axis in axes]
+    if unknown := set(names) - _KNOWN_AXES:
+        raise SourceError(f"{location} has axes {names}; {sorted(unknown)} cannot be told apart from t, c, z, y, x")
+    if missing := [name for name in SPATIAL if name not in names]:
+        raise SourceError(f"{location} has axes {names}, no {missing}: the model segments 3D volumes of z, y and x")
+    overall = multiscale.coordinateTransformations
+    return axes, [
+        (dataset.path, *_compose(len(axes), dataset.coordinateTransformations, overall))
+        for dataset in multiscale.datasets
+    ]
+
+
+def _multiscale_model(version: str):  # type: ignore[no-untyped-def]  # one of two unrelated classes
+    from ome_zarr_models import v04, v05
+
+    return {"0.4": v04.multiscales.Multiscale, "0.5": v05.multiscales.Multiscale}[version]
+
+
+def _compose(ndim: int, *stages: Sequence[object] | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Apply a dataset's transformations, then those of the whole multiscale, to one scale and translation."""
+    scale, translation = np.ones(ndim), np.zeros(ndim)
+    for transform in (t for stage in stages for t in stage or ()):
+        if (factors := getattr(transform, "scale", None)) is not None:
+            scale, translation = scale * factors, translation * factors
+        elif (offset := getattr(transform, "translation", None)) is not None:
+            translation = translation + offset
+    return tuple(map(float, scale)), tuple(map(float, translation))
+
+
+def _open_level(location: Location, path: str) -> zarr.Array[Any]:
+    try:
+        return (location / path).open_array()
+    except (FileNotFoundError, KeyError, ValueError, TypeError) as error:
+        raise SourceError(
+            f"{location} lists level {path!r}, but no Zarr array is there: the copy is incomplete"
+        ) from error
+
+
+def _channel_names(ome: Mapping[str, object]) -> tuple[str, ...]:
+    omero = ome.get("omero")
+    channels = omero.get("channels", []) if isinstance(omero, dict) else []
+    return tuple(str(c.get("label", i)) for i, c in enumerate(channels) if isinstance(c, dict))
+
+
+# -- single volumes
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """One timepoint and channel of one array, seen as ``(z, y, x)``; a value that opens on first use."""
+
+    location: Location
+    axis_names: tuple[str, ...]
+    t: int = 0
+    c: int = 0
+
+    def read(self, box: Box) -> Array:
+        """Read a box as ``(z, y, x)`` in native byte order; raises :class:`StoreError` naming a bad chunk."""
+        array = cached_array(self.location)
+        try:
+            values = np.asarray(array[self._index(box)])
+        except Exception as error:
+            raise self._blame(array, box, error) from error
+        return self._to_zyx(values).astype(values.dtype.newbyteorder("="), copy=False)
+
+    def write(self, box: Box, values: Array) -> None:
+        """Write a box of ``(z, y, x)`` values of the array's dtype; one task must own its write units."""
+        array = cached_array(self.location, writable=True)
+        # zarr casts silently, and a wrapped number would look like data.
+        if values.dtype != array.dtype:
+            raise TypeError(f"{self.location}: values are {values.dtype}, the array is {array.dtype}")
+        spatial = [name for name in self.axis_names if name in SPATIAL]
+        try:
+            array[self._index(box)] = values.transpose([SPATIAL.index(name) for name in spatial])
+        except OSError as error:
+            cause = error.strerror or str(error)
+            raise StoreError(
+                f"cannot write {self.location}: {cause}; make room and run the same command again"
+            ) from error
+
+    def _index(self, box: Box) -> tuple[int | slice, ...]:
+        where: dict[str, int | slice] = {
+            "t": self.t,
+            "c": self.c,
+            **dict(zip(SPATIAL, box.slices, strict=True)),
+        }
+        return tuple(where[name] for name in self.axis_names)
+
+    def _to_zyx(self, values: Array) -> Array:
+        spatial = [name for name in self.axis_names if name in SPATIAL]
+        return np.ascontiguousarray(values.transpose([spatial.index(name) for name in SPATIAL]))
+
+    def _blame(self, array: zarr.Array[Any], box: Box, error: Exception) -> MegasegError:
+        """Find the stored object that cannot be read: codecs say what is wrong, but not where."""
+        index = self._index(box)
+        full = Box(
+            tuple(i.start if isinstance(i, slice) else i for i in index),
+            tuple(i.stop if isinstance(i, slice) else i + 1 for i in index),
+        )
+        grid = BlockGrid(array.shape, array.shards or array.chunks)
+        for position in grid.iter_overlapping(full):
+            try:
+                array[grid.core(position).slices]
+            except Exception as cause:
+                place = f"{self.location}/{array.metadata.encode_chunk_key(position)}"
+                # A store may recover, a chunk that does not decode will not.
+                if isinstance(cause, OSError):
+                    return StoreError(f"cannot read {place}: {cause.strerror or cause}")
+                return DataError(f"chunk {place} is corrupt ({type(cause).__name__}: {cause}); "
+                                 "restore it from a copy and run the same command again")  # fmt: skip
+        return StoreError(f"cannot read {self.location} at {box}: {type(error).__name__}: {error}")
+
+
+# -- writing
+
+
+def create_array(location: Location, image: Image, level: int, dtype: str, layout: Layout, version: str) -> None:
+    """Create one level's array, over what may be there; t and c have chunks of one."""
+
+    def per_axis(spatial: Shape) -> Shape:
+        return tuple(spatial[SPATIAL.index(n)] if n in SPATIAL else 1 for n in image.axis_names)
+
+    chunks, unit = per_axis(layout.chunk_shape), per_axis(layout.write_unit)
+    v3 = ZARR_FORMAT[version] == 3
+    zarr.create_array(
+        location.arrays,
+        shape=image.levels[level].shape,
+        chunks=chunks,
+        shards=unit if v3 and unit != chunks else None,
+        dtype=dtype,
+        fill_value=0,
+        zarr_format=3 if v3 else 2,
+        dimension_names=image.axis_names if v3 else None,
+        # OME-Zarr 0.4 asks for nested folders, which is not Zarr v2's own default.
+        chunk_key_encoding=None if v3 else {"name": "v2", "separator": "/"},
+        overwrite=True,
+    )
+
+
+def image_attributes(image: Image, *, label: bool = False) -> dict[str, object]:
+    """Return the attributes of an image group, or of a label image two groups below its source."""
+    from ome_zarr_models import v04, v05
+
+    models = {"0.4": v04, "0.5": v05}[image.version]
+    multiscale = models.multiscales.Multiscale(
+        axes=[models.axes.Axis(name=a.name, type=a.type, unit=a.unit) for a in image.axes],
+        datasets=tuple(
+            models.multiscales.Dataset.build(
+                path=v.path, scale=v.scale, translation=v.translation if any(v.translation) else None
+            )
+            for v in image.levels
+        ),
+        name=image.name,
+    )
+    attributes: dict[str, object] = {"multiscales": [multiscale.model_dump(exclude_none=True)]}
+    if label:
+        attributes["image-label"] = {"source": {"image": "../../"}}
+    return versioned(attributes, image.version)
+
+
+def versioned(attributes: dict[str, object], version: str) -> dict[str, object]:
+    """Put OME metadata where their version keeps them: under ``ome`` from 0.5 on."""
+    if version == "0.5":
+        return {"ome": {"version": version, **attributes}}
+    for part in ("multiscales", "image-label"):
+        match attributes.get(part):
+            case [dict(entry)] | dict(entry):
+                entry["version"] = version
+    return attributes

@@ -1,0 +1,125 @@
+"""Pyramid levels: their shapes, and how one level follows from the level below it.
+
+Windows are anchored to the volume, so a level does not depend on who computed
+which part of it. Scores are averaged; labels take the mode, never a mean (the
+mean of objects 3 and 7 is object 5).
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask.geometry import Box, Shape
+
+Array = NDArray[Any]
+
+# A viewer shows a level of this size at once; a coarser one would help nobody.
+_SMALLEST_LEVEL = 256
+
+
+def default_level_shapes(shape: Shape, spacing_um: tuple[float, ...]) -> Iterator[tuple[Shape, Shape]]:
+    """Yield shape and factor of each coarser level for a source that has no pyramid.
+
+    Axes are halved while the plane is larger than 256 voxels; z only once its
+    spacing is no coarser than that of the plane, so voxels grow towards cubes.
+    """
+    spacing = list(spacing_um)
+    while max(shape[-2:]) > _SMALLEST_LEVEL:
+        finest = min(spacing)
+        factor = tuple(2 if n > 1 and s < 2 * finest else 1 for n, s in zip(shape, spacing, strict=True))
+        shape = tuple(-(-n // f) for n, f in zip(shape, factor, strict=True))
+        spacing = [s * f for s, f in zip(spacing, factor, strict=True)]
+        yield shape, factor
+
+
+def integer_factor(fine: int, coarse: int) -> int | None:
+    """Return the whole factor between two extents, floor and ceiling division both allowed; else ``None``."""
+    factor = round(fine / coarse)
+    return factor if coarse in (fine // factor, -(-fine // factor)) else None
+
+
+def source_box(box: Box, fine_shape: Shape, coarse_shape: Shape) -> Box:
+    """Return the voxels of the finer level that a box of the coarser one is computed from."""
+    axes = zip(box.start, box.stop, fine_shape, coarse_shape, strict=True)
+    ranges = [(_source_range(a, fine, coarse)[0], _source_range(b - 1, fine, coarse)[1]) for a, b, fine, coarse in axes]
+    return Box(tuple(a for a, _ in ranges), tuple(b for _, b in ranges))
+
+
+def _source_range(index: int, fine: int, coarse: int) -> tuple[int, int]:
+    factor = integer_factor(fine, coarse)
+    if factor is None:
+        nearest = (2 * index + 1) * fine // (2 * coarse)
+        return nearest, nearest + 1
+    return index * factor, min((index + 1) * factor, fine)
+
+
+def downsample(values: Array, fine_box: Box, box: Box, fine_shape: Shape, coarse_shape: Shape, *, mode: bool) -> Array:
+    """Compute ``box`` of the coarser level from ``values``, which are ``fine_box`` of the finer one.
+
+    ``mode`` takes the most frequent id of a window, ties to the smallest
+    non-zero one; else the mean, rounded half to even for integers. An axis
+    without a whole factor takes the nearest voxel.
+    """
+    factors = []
+    for axis, (fine, coarse) in enumerate(zip(fine_shape, coarse_shape, strict=True)):
+        factor = integer_factor(fine, coarse)
+        if factor is None:
+            nearest = [_source_range(i, fine, coarse)[0] - fine_box.start[axis]
+                       for i in range(box.start[axis], box.stop[axis])]  # fmt: skip
+            values = values.take(nearest, axis=axis)
+        factors.append(factor or 1)
+    windows = _mode if mode else _mean
+    result = np.empty(box.shape, values.dtype)
+    # Full windows in one go; the last, cut-off window of an axis in a call of its own.
+    parts = [_full_and_cut(n, f) for n, f in zip(values.shape, factors, strict=True)]
+    for part in product(*parts):
+        inside = values[tuple(slice(a * f, b * f) for (a, b), f in zip(part, factors, strict=True))]
+        window = tuple(min(f, n) for f, n in zip(factors, inside.shape, strict=True))
+        result[tuple(slice(a, b) for a, b in part)] = windows(_stack(inside, window))
+    return result
+
+
+def _full_and_cut(extent: int, factor: int) -> list[tuple[int, int]]:
+    full, rest = divmod(extent, factor)
+    return [(0, full)] * (full > 0) + [(full, full + 1)] * (rest > 0)
+
+
+def _stack(values: Array, window: Shape) -> Array:
+    """Return ``(*coarse, voxels of a window)``."""
+    split = [x for n, f in zip(values.shape, window, strict=True) for x in (n // f, f)]
+    ndim = len(window)
+    order = [*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2)]
+    stacked: Array = values.reshape(split).transpose(order)
+    return stacked.reshape(*stacked.shape[:ndim], -1)
+
+
+def _mean(samples: Array) -> Array:
+    mean = samples.mean(axis=-1, dtype=np.float32)
+    return mean.astype(samples.dtype) if samples.dtype.kind == "f" else np.rint(mean).astype(samples.dtype)
+
+
+def _mode(samples: Array) -> Array:
+    best: Array = samples[..., 0].copy()
+    # Most windows lie inside one object or outside all: only the mixed ones are counted.
+    mixed = np.zeros(best.shape, bool)
+    for i in range(1, samples.shape[-1]):
+        mixed |= samples[..., i] != best
+    best[mixed] = _mode_of_rows(np.sort(samples[mixed], axis=-1))
+    return best
+
+
+def _mode_of_rows(rows: Array) -> Array:
+    """Return the mode of each sorted row ``(n, window)``; ties to the smallest non-zero value."""
+    best = rows[:, 0].copy()
+    run = np.ones(len(rows), np.int64)
+    longest = run.copy()
+    for i in range(1, rows.shape[1]):
+        run = np.where(rows[:, i] == rows[:, i - 1], run + 1, 1)
+        # Rows ascend, so on a tie the earlier value stands, unless it is the background.
+        better = (run > longest) | ((run == longest) & (best == 0))
+        best = np.where(better, rows[:, i], best)
+        longest = np.where(better, run, longest)
+    return best

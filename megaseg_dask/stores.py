@@ -1,0 +1,170 @@
+"""Where data live: one location type for arrays and for small objects.
+
+A :class:`Location` is an address and nothing else, so it travels to workers.
+Small objects (plan, journal, tables) are put atomically through obstore;
+arrays go through zarr. Errors name the URL and the cause.
+"""
+
+import functools
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import obstore
+import zarr
+import zarr.storage
+from obstore.store import LocalStore
+
+from megaseg_dask.errors import SettingsError, StoreError, TargetError
+
+ZARR_FORMAT = {"0.4": 2, "0.5": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A folder on some store."""
+
+    url: str
+
+    @classmethod
+    def of(cls, address: str | Path) -> "Location":
+        """Return the location of a path or ``file://`` URL, made absolute.
+
+        Raises :class:`SettingsError` for a scheme that cannot be opened.
+        """
+        text = str(address).removeprefix("file://")
+        if not text:
+            raise SettingsError("an empty path names no image; give a folder such as cells.zarr")
+        if "://" in text:
+            raise SettingsError(f"{text}: only local folders can be opened so far; copy the image to a disk")
+        return cls(str(Path(text).expanduser().absolute()))
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(f"{self.url}/{name}") if name else self
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local location."""
+        return Path(self.url)
+
+    @property
+    def name(self) -> str:
+        """Last part of the address, without ``.zarr`` and the like."""
+        return self.path.name.split(".")[0]
+
+    def sibling(self, suffix: str) -> "Location":
+        """Return the location beside this one whose name has ``suffix`` appended."""
+        return Location(self.url.rstrip("/") + suffix)
+
+    def exists(self) -> bool:
+        """Tell whether anything is there."""
+        return self.path.exists()
+
+    def is_inside(self, other: "Location") -> bool:
+        """Tell whether this is a folder below ``other``."""
+        return other.path.resolve() in self.path.resolve().parents
+
+    def is_same(self, other: "Location") -> bool:
+        """Tell whether both are one folder, links followed."""
+        return other.path.resolve() == self.path.resolve()
+
+    # -- small objects
+
+    @property
+    def _objects(self) -> LocalStore:
+        return LocalStore(prefix=self.url, mkdir=True)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write one object, whole or not at all."""
+        with naming(self / key, "write"):
+            obstore.put(self._objects, key, data)
+
+    def get(self, key: str) -> bytes | None:
+        """Read one object; ``None`` if there is none."""
+        if not self.exists():
+            return None
+        with naming(self / key, "read"):
+            try:
+                return bytes(obstore.get(self._objects, key).bytes())
+            except FileNotFoundError:
+                return None
+
+    def keys(self, prefix: str) -> list[str]:
+        """Return the keys below a folder, sorted."""
+        if not self.exists():
+            return []
+        with naming(self / prefix, "list"):
+            found = obstore.list(self._objects, prefix=prefix).collect()
+        return sorted(str(entry["path"]) for entry in found)
+
+    def remove(self) -> None:
+        """Remove the folder and all below it; nothing there is no error."""
+        with naming(self, "remove"):
+            shutil.rmtree(self.path, ignore_errors=not self.exists())
+
+    def require_writable(self) -> None:
+        """Raise :class:`TargetError` if nothing could be created here; writes nothing that stays."""
+        parent = next(p for p in self.path.parents if p.exists())
+        probe = parent / f".{self.path.name}.megaseg-probe"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise TargetError(f"{self.url} cannot be written: {error.strerror} in {parent}; choose another target "
+                              "or mend its permissions") from error  # fmt: skip
+
+    # -- arrays
+
+    @property
+    def arrays(self) -> zarr.storage.LocalStore:
+        """The zarr store rooted here."""
+        return zarr.storage.LocalStore(self.url)
+
+    def open_group(self) -> zarr.Group:
+        """Open the group here for reading; raises what zarr raises."""
+        return zarr.open_group(self.arrays, mode="r")
+
+    def ome_attributes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return all attributes of the group here, and the OME metadata among them (0.5 has them under ``ome``)."""
+        attributes = cast(dict[str, Any], self.open_group().attrs.asdict())
+        ome = attributes.get("ome", attributes)
+        return attributes, ome if isinstance(ome, dict) else {}
+
+    def open_array(self, *, writable: bool = False) -> zarr.Array[Any]:
+        """Open the array here."""
+        with naming(self, "open"):
+            return zarr.open_array(self.arrays, mode="r+" if writable else "r")
+
+    def write_group(self, version: str, attributes: dict[str, object]) -> None:
+        """Create the group if it is not there, and set these of its attributes."""
+        with naming(self, "write"):
+            format_ = ZARR_FORMAT[version]
+            group = zarr.open_group(self.arrays, mode="a", zarr_format=cast("zarr.core.common.ZarrFormat", format_))
+            if attributes:
+                group.update_attributes(attributes)
+
+
+@contextmanager
+def naming(location: Location, verb: str) -> Iterator[None]:
+    """Turn errors of a store into :class:`StoreError` that names URL, verb and cause."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        cause = error.strerror or str(error)
+        raise StoreError(f"cannot {verb} {location}: {cause}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def cached_array(location: Location, *, writable: bool = False) -> zarr.Array[Any]:
+    """Open an array once per process: opening costs more than reading a small chunk."""
+    return location.open_array(writable=writable)

@@ -1,0 +1,167 @@
+"""What a run finds and leaves at its target: create the arrays, publish the metadata at the end.
+
+Until a run is complete its groups carry no OME metadata, so no reader can take
+a part for the whole. Nothing is ever removed but what this run would write.
+"""
+
+from dataclasses import asdict
+from importlib.metadata import version
+
+from megaseg_dask import labelling
+from megaseg_dask.errors import TargetError
+from megaseg_dask.ngff.images import create_array, image_attributes, versioned
+from megaseg_dask.plan import Plan
+from megaseg_dask.stores import Location, cached_array
+from megaseg_dask.tasks import WORK, product_location
+
+PROVENANCE = "megaseg"
+
+
+def read_recorded(run: Location) -> Plan | None:
+    """Return the plan that an earlier run recorded, if any; raises :class:`TargetError` if it cannot be read."""
+    data = run.get("plan.json")
+    if data is None:
+        return None
+    try:
+        return Plan.model_validate_json(data)
+    except ValueError as error:
+        raise TargetError(f"{run}/plan.json is not a plan of this version; start anew with --overwrite") from error
+
+
+def require_same(plan: Plan, recorded: Plan) -> None:
+    """Raise :class:`TargetError` that lists what differs, if the recorded run would give another output."""
+    if plan.fingerprint == recorded.fingerprint:
+        return
+    old, new = recorded.determinants, plan.determinants
+    changes = [f"{k}: was {_short(old.get(k))}, now {_short(new.get(k))}" for k in new if old.get(k) != new.get(k)]
+    raise TargetError(
+        f"{plan.target} belongs to another run ({'; '.join(changes)}); "
+        "repeat its options to resume it, choose another target, or start anew with --overwrite"
+    )
+
+
+def _short(value: object) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 24 else text[:12] + "…"
+
+
+def require_free(plan: Plan) -> None:
+    """Raise :class:`TargetError` if something that is not this run's stands where it would write."""
+    target = Location(plan.target)
+    in_place = target.is_same(Location(plan.source))
+    where = product_location(plan, "labels") if in_place else target
+    if in_place and not where.exists():
+        return
+    if not where.exists() or (where.path.is_dir() and not any(where.path.iterdir())):
+        return
+    if not where.path.is_dir():
+        raise TargetError(f"{where} is a file; choose another target")
+    if not in_place and _is_foreign_image(where):
+        raise TargetError(
+            f"{where} is an image that megaseg did not write, and is never replaced; choose another target"
+        )
+    if not plan.options.overwrite:
+        raise TargetError(f"{where} exists, without the record of a run; choose another target, or pass --overwrite")
+
+
+def _is_foreign_image(location: Location) -> bool:
+    try:
+        attributes, ome = location.ome_attributes()
+    except Exception:
+        return False
+    return PROVENANCE not in attributes and bool({"multiscales", "plate", "well"} & set(ome))
+
+
+def clear(plan: Plan) -> None:
+    """Remove the run folder, and what the plan would write at the target; nothing else."""
+    Location(plan.run).remove()
+    for kind in plan.options.outputs:
+        group = product_location(plan, kind)
+        if group.url == plan.target:
+            _remove_levels(group)
+        elif group.exists():
+            group.remove()
+            _list_labels(plan, remove=group.path.name)
+
+
+def _remove_levels(group: Location) -> None:
+    """Remove the numbered arrays of an image and its metadata; labels and files beside them stay."""
+    for child in group.path.iterdir() if group.exists() else ():
+        if child.name.isdigit():
+            (group / child.name).remove()
+        elif child.name in ("zarr.json", ".zattrs", ".zgroup"):
+            child.unlink()
+
+
+def create(plan: Plan) -> None:
+    """Create groups and empty arrays for everything that tasks write."""
+    cached_array.cache_clear()
+    image, options = plan.target_image, plan.options
+    Location(plan.target).write_group(image.version, {})
+    dtypes = {
+        "scores": options.scores_dtype,
+        "mask": "uint8",
+        "fragments": "uint32",
+        "labels": str(labelling.label_dtype(plan.volume_shape)),
+    }
+    intermediate = [] if plan.is_one_task else [k for k in ("mask", "fragments") if k not in options.outputs]
+    for kind in (*options.outputs, *intermediate):
+        group = product_location(plan, kind)
+        if kind in ("labels", "mask") and kind in options.outputs:
+            (Location(plan.target) / "labels").write_group(image.version, {})
+        if kind in options.outputs:
+            group.write_group(image.version, {})
+        for level in range(len(image.levels) if kind in options.outputs else 1):
+            create_array(group / str(level), image, level, dtypes[kind], plan.layout(level), image.version)
+
+
+def publish(plan: Plan, normalization: list[dict[str, float]]) -> None:
+    """Write the metadata that make the finished arrays an image, its labels and their provenance."""
+    provenance = {PROVENANCE: _provenance(plan, normalization)}
+    # Labels first: whoever sees the image then sees all of it.
+    for kind in sorted(plan.options.outputs, key=("mask", "labels", "scores").index):
+        group = product_location(plan, kind)
+        attributes = image_attributes(plan.target_image, label=kind != "scores")
+        if kind != "scores":
+            group.write_group(plan.target_image.version, {**attributes, **provenance})
+            _list_labels(plan, add=group.path.name)
+        else:
+            group.write_group(plan.target_image.version, {**attributes, **provenance})
+
+
+def _list_labels(plan: Plan, *, add: str = "", remove: str = "") -> None:
+    """Keep the list of label images in the ``labels`` group, which viewers go by."""
+    group = Location(plan.target) / "labels"
+    _, ome = group.ome_attributes()
+    names = [n for n in ome.get("labels", []) if n not in (add, remove)] + ([add] if add else [])
+    group.write_group(plan.target_image.version, versioned({"labels": names}, plan.target_image.version))
+
+
+def _provenance(plan: Plan, normalization: list[dict[str, float]]) -> dict[str, object]:
+    """Return all that determines the result and nothing else: no times, hosts or workers."""
+    source = plan.source_image
+    return {
+        "model": {"name": plan.model.name, "digest": plan.model.digest},
+        "settings": plan.options.result_options(),
+        "engine": asdict(plan.engine),
+        "normalization": [
+            {"t": v.t, "c": v.c, "mean": found["mean"], "std": found["std"]}
+            for v, found in zip(plan.volumes, normalization, strict=True)
+        ],
+        "threshold": plan.options.threshold,
+        "source": {
+            "digest": plan.source_digest,
+            "shape": source.levels[0].shape,
+            "dtype": source.dtype,
+            "statistics": [
+                {"minimum": found["minimum"], "maximum": found["maximum"]} for found in normalization
+            ],
+        },
+        "versions": {name: version(name) for name in ("megaseg-dask", "torch", "monai", "numpy")},
+        "missing_boxes": [],
+    }  # fmt: skip
+
+
+def remove_work(plan: Plan) -> None:
+    """Remove intermediate data; the plan, the journal and the statistics stay."""
+    (Location(plan.run) / WORK).remove()

@@ -1,0 +1,30 @@
+"""Write the trained weights (their moving average) as a half-precision bundle in cyto-dl's layout.
+
+python starter/export.py RUN_FOLDER megaseg_dask/models/starter
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from train import FILTERS, STAGES
+
+from megaseg_dask.models import NetworkSpec, save_bundle
+
+
+def export(run: Path, bundle: Path, epoch: int) -> Path:
+    """Return the path of the checkpoint that was written."""
+    average = torch.load(run / "last.pt", weights_only=True)["average"]
+    weights = {name.removeprefix("module."): value for name, value in average.items() if name != "n_averaged"}
+    patch_shape = STAGES[-1][2]
+    spec = NetworkSpec(filters=FILTERS)
+    return save_bundle(bundle, spec, weights, patch_shape=patch_shape, overlap=0.25, epoch=epoch, half=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--epoch", type=int, default=1)
+    args = parser.parse_args()
+    print(export(args.run, args.bundle, args.epoch))
