@@ -58,7 +58,12 @@ def resolve_engine(*, device: str, batch: int | None, threads: int | None) -> En
         from megaseg_dask.engines.pytorch import has_gpu
 
         device = "cuda" if has_gpu() else "cpu"
-    return EngineSpec("torch", device, "fp32", batch or 1, threads or os.cpu_count() or 1)
+    return EngineSpec("torch", device, "fp32", batch or 1, threads or n_cores())
+
+
+def n_cores() -> int:
+    """Return the cores that this process may use, which a batch system may have restricted."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.lru_cache(maxsize=1)

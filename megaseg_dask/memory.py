@@ -6,7 +6,11 @@ calls (convolutions, codecs, component labelling) were measured; a test
 measures whole stages against this projection.
 """
 
+import resource
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
 
@@ -76,3 +80,21 @@ def project(sizes: Sizes) -> dict[str, int]:
         kept = core * (sizes.source_bytes + sizes.scores_bytes + 1)
         stages = {"volume": kept + max(stages["segment"], label + relabel)}
     return {stage: IDLE_BYTES + n for stage, n in stages.items()}
+
+
+# -- measuring it
+
+
+def reset_peak() -> None:
+    """Start a new measurement of :func:`peak_bytes`, where the kernel allows it (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Return this process's largest resident size since :func:`reset_peak`, or ever where there is no reset."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

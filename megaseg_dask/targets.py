@@ -139,11 +139,13 @@ def _list_labels(plan: Plan, *, add: str = "", remove: str = "") -> None:
 
 def _provenance(plan: Plan, normalization: list[dict[str, float]]) -> dict[str, object]:
     """Return all that determines the result and nothing else: no times, hosts or workers."""
-    source = plan.source_image
+    source, engine = plan.source_image, asdict(plan.engine)
+    # Any block gives the same voxels, and the engine has an entry of its own.
+    settings = {k: v for k, v in plan.options.result_options().items() if k not in engine and k != "block"}
     return {
         "model": {"name": plan.model.name, "digest": plan.model.digest},
-        "settings": plan.options.result_options(),
-        "engine": asdict(plan.engine),
+        "settings": settings,
+        "engine": engine,
         "normalization": [
             {"t": v.t, "c": v.c, "mean": found["mean"], "std": found["std"]}
             for v, found in zip(plan.volumes, normalization, strict=True)

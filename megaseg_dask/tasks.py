@@ -8,8 +8,6 @@ the same voxels to the same places. Intermediate data live in the run folder.
 import functools
 import io
 import json
-import resource
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -31,6 +29,7 @@ from megaseg_dask.intensity import (
     measure,
     merge_statistics,
 )
+from megaseg_dask.memory import peak_bytes, reset_peak
 from megaseg_dask.ngff.images import Volume
 from megaseg_dask.ngff.pyramids import downsample, source_box
 from megaseg_dask.plan import Plan
@@ -324,6 +323,7 @@ def load_plan(run: str, fingerprint: str) -> Plan:
 
 def run_task(run: str, fingerprint: str, stage: str, index: int) -> Summary:
     """Run one task of a recorded plan and return its summary; what workers call."""
+    reset_peak()
     plan = load_plan(run, fingerprint)
     volume, number = plan.split_index(stage, index)
     name, _, level = stage.partition("-")
@@ -331,13 +331,7 @@ def run_task(run: str, fingerprint: str, stage: str, index: int) -> Summary:
         summary = downsample_block(plan, volume, number, level=int(level))
     else:
         summary = _STAGES[name](plan, volume, number)
-    return {**summary, "peak_bytes": _peak_bytes()}
-
-
-def _peak_bytes() -> int:
-    """Return the largest resident size that this process ever had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return {**summary, "peak_bytes": peak_bytes()}
 
 
 def task_box(plan: Plan, stage: str, index: int) -> tuple[str, str]:

@@ -7,6 +7,8 @@ images), and writes them as JSON with the machine. Rows whose data are absent
 are skipped with a notice. The simulations have seeds that training never uses.
 """
 
+# ruff: noqa: T201 - a command of its own: its result is what it prints
+
 import argparse
 import json
 import os

@@ -3,6 +3,8 @@
 python starter/export.py RUN_FOLDER megaseg_dask/models/starter
 """
 
+# ruff: noqa: T201 - a command of its own: its result is what it prints
+
 import argparse
 from pathlib import Path
 

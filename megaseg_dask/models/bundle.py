@@ -42,18 +42,14 @@ class NetworkSpec:
     def __post_init__(self) -> None:
         levels = {len(self.filters), len(self.strides), len(self.kernel_size)}
         if len(levels) != 1 or len(self.filters) < 3:
-            raise BundleError(
-                f"filters, strides and kernel_size need an entry for each of 3 or more levels: {self}"
-            )
+            raise BundleError(f"filters, strides and kernel_size need an entry for each of 3 or more levels: {self}")
         if self.strides[0] != (1, 1, 1) or self.upsample_kernel_size != self.strides[1:]:
             raise BundleError(
                 f"strides {self.strides} must begin with (1, 1, 1) and go on like upsample_kernel_size "
                 f"{self.upsample_kernel_size}, or the output has another shape than the input"
             )
         if any(size % 2 == 0 for kernel in self.kernel_size for size in kernel):
-            raise BundleError(
-                f"kernel_size {self.kernel_size}: even sizes shift the image; only odd ones are run"
-            )
+            raise BundleError(f"kernel_size {self.kernel_size}: even sizes shift the image; only odd ones are run")
         if min(self.in_channels, self.out_channels, *self.filters, *chain(*self.strides)) < 1:
             raise BundleError(f"channels, filters and strides must be positive: {self}")
 
@@ -239,9 +235,7 @@ def require_patch(network: NetworkSpec, patch_shape: tuple[int, ...]) -> None:
 
 
 def _takes(multiple: Triple, patch_shape: tuple[int, ...]) -> bool:
-    fits = len(patch_shape) == 3 and all(
-        size % step == 0 for size, step in zip(patch_shape, multiple, strict=True)
-    )
+    fits = len(patch_shape) == 3 and all(size % step == 0 for size, step in zip(patch_shape, multiple, strict=True))
     return fits and min(patch_shape) > 0 and prod(patch_shape) > prod(multiple)
 
 

@@ -180,9 +180,7 @@ def _open_zip(file: Path | io.BytesIO) -> zipfile.ZipFile:
         raise BundleError(f"the zip is damaged ({short(str(error))}); fetch it again") from error
     for entry in archive.infolist():
         if danger := _danger(entry):
-            raise BundleError(
-                f"zip entry {short(entry.filename)} {danger}; this zip is not safe and was not read"
-            )
+            raise BundleError(f"zip entry {short(entry.filename)} {danger}; this zip is not safe and was not read")
     total = sum(entry.file_size for entry in archive.infolist())
     if total > MAX_BYTES:
         raise BundleError(f"the zip unpacks to {total} bytes; at most {MAX_BYTES} are read")
@@ -219,9 +217,7 @@ def _find_root(top: Place) -> Place:
     roots: list[Place] = [child for child in below if (child / "checkpoints").is_dir()]
     if len(roots) != 1:
         names = first_few(root.name for root in roots) or "none"
-        raise BundleError(
-            f"expected one folder with checkpoints/*.ckpt, here or one level deeper; found {names}"
-        )
+        raise BundleError(f"expected one folder with checkpoints/*.ckpt, here or one level deeper; found {names}")
     return roots[0]
 
 
@@ -264,13 +260,9 @@ def _read_yaml(file: Place) -> dict[str, Any]:
         config = yaml.safe_load(data)
     # Beside YAMLError, a scalar that claims a type it is not of raises what that type raises.
     except Exception as error:
-        raise BundleError(
-            f"{file.name} is not YAML ({short(str(error))}); fetch it again or remove it"
-        ) from error
+        raise BundleError(f"{file.name} is not YAML ({short(str(error))}); fetch it again or remove it") from error
     if not isinstance(config, dict):
-        raise BundleError(
-            f"{file.name} is not a configuration but {short(config)}; fetch it again or remove it"
-        )
+        raise BundleError(f"{file.name} is not a configuration but {short(config)}; fetch it again or remove it")
     return config
 
 
@@ -294,9 +286,7 @@ def _read_checkpoint(file: Place) -> dict[str, Any]:
 
 def _why_not_loaded(error: Exception) -> str:
     if match := re.search(r"GLOBAL (\S+)", str(error)):
-        return (
-            f"pickles {match[1]:.80}, neither a tensor nor a plain value; it is not safe and was not loaded"
-        )
+        return f"pickles {match[1]:.80}, neither a tensor nor a plain value; it is not safe and was not loaded"
     return "is not a checkpoint, or not a whole one; fetch it again"
 
 
@@ -367,9 +357,7 @@ def _require_agreement(source: str, argument: str, stated: Any, found: Any) -> N
     if argument == "filters" and isinstance(stated, list | tuple):
         stated = stated[: len(found)]  # as DynUNet does
     if stated is not None and not _same(stated, found):
-        raise BundleError(
-            f"{argument}: {source} says {short(stated)}, the weights are of {found}; one is wrong"
-        )
+        raise BundleError(f"{argument}: {source} says {short(stated)}, the weights are of {found}; one is wrong")
 
 
 def _same(value: object, expected: object) -> bool:
@@ -410,9 +398,7 @@ def _normalization_origin(config: object) -> str:
         if name == "NormalizeIntensityd":
             _require_known(name, {"channel_wise": False, **_given(transform)}, NORMALIZE, NORMALIZE_FREE)
         elif name not in ORDINARY_TRANSFORMS:
-            raise BundleError(
-                f"predict transform {name} is not carried out here, only NormalizeIntensityd is"
-            )
+            raise BundleError(f"predict transform {name} is not carried out here, only NormalizeIntensityd is")
     if "NormalizeIntensityd" not in names:
         raise BundleError("the predict transforms lack NormalizeIntensityd; only networks with it are run")
     return "train_config.yaml"

@@ -1,0 +1,39 @@
+"""What many tests need: one light bundle, one set of real workers."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.bundles import write_checkpoint
+
+SHARED = Path(__file__).parents[2] / "shared/data"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory) -> Path:
+    """A checkpoint of a 5-level network small enough for a test, patch 16,32,32, overlap 0.5."""
+    return write_checkpoint(tmp_path_factory.mktemp("bundle") / "tiny.ckpt")
+
+
+@pytest.fixture(scope="session")
+def client():
+    """Two real worker processes, shared by the tests of one test process."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    from megaseg_dask.cluster import CONFIG
+
+    with (
+        dask.config.set(CONFIG),
+        LocalCluster(2, threads_per_worker=1, memory_limit=0, dashboard_address=None, host="127.0.0.1") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real images kept beside the project, where they are."""
+    if not SHARED.exists():
+        pytest.skip(f"real images are not at {SHARED}")
+    return SHARED

@@ -1,0 +1,103 @@
+"""The two rules of the architecture: imports point down the list, and each library has its door."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "megaseg_dask"
+
+# From the bottom up. A module may import those before it; a new module gets its place here.
+LAYERS = """
+errors events
+geometry blending intensity labelling layout memory simulation evaluate
+stores
+models.bundle models.files models.cytodl models models.zoo
+engines engines.pytorch inference
+ngff ngff.pyramids ngff.images ngff.plates ngff.tables
+settings plan journal tasks targets cluster
+run
+xarrays training report view demo doctor
+cli
+__init__ __main__
+""".split()
+
+# library: the modules (or packages) through which it comes in.
+DOORS = {
+    "cc3d": {"labelling"},
+    "dask": {"cluster", "run", "xarrays"},
+    "dask_cuda": {"cluster"},
+    "distributed": {"cluster", "run"},
+    "monai": {"models", "engines"},
+    "numpy": None,
+    "obstore": {"stores"},
+    "ome_zarr_models": {"ngff"},
+    "psutil": {"memory", "plan"},
+    "pydantic": {"settings", "plan", "ngff"},
+    "rich": {"cli"},
+    "scipy": {"labelling", "simulation", "evaluate"},
+    "torch": {"models", "engines"},
+    "typer": {"cli"},
+    "yaml": {"models"},
+    "zarr": {"ngff", "stores"},
+}
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if is_module(name) else str(node.module) for name in names}
+    return found
+
+
+def is_module(name: str) -> bool:
+    return name.removeprefix("megaseg_dask.") in MODULES
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_module_has_its_place(module):
+    assert module in LAYERS, f"{module} has no place in LAYERS"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module):
+    own = [name.removeprefix("megaseg_dask.") for name in imports(MODULES[module]) if name.startswith("megaseg_dask.")]
+    above = [name for name in own if LAYERS.index(name) >= LAYERS.index(module)]
+    assert not above, f"{module} imports {above}, which stand above it"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_each_library_has_its_door(module):
+    for name in imports(MODULES[module]):
+        library = name.split(".")[0]
+        if library == "megaseg_dask" or library in sys.stdlib_module_names:
+            continue
+        assert library in DOORS, f"{module} imports {library}, which has no door"
+        doors = DOORS[library]
+        assert doors is None or {module, module.split(".")[0]} & doors, f"{library} comes in through {doors}"
+
+
+def test_every_declared_dependency_is_used():
+    import tomllib
+
+    names = {"connected-components-3d": "cc3d", "pyyaml": "yaml", "ome-zarr-models": "ome_zarr_models"}
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    declared = {line.split(">")[0].split("=")[0].strip() for line in project["dependencies"]}
+    used = {name.split(".")[0] for path in MODULES.values() for name in imports(path)}
+    assert {names.get(name, name) for name in declared} <= used
+
+
+def test_files_can_be_read_in_one_sitting():
+    lengths = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert max(lengths.values()) <= 400, {name: n for name, n in lengths.items() if n > 400}
