@@ -9,7 +9,8 @@ from importlib.metadata import version
 
 from megaseg_dask import labelling
 from megaseg_dask.errors import TargetError
-from megaseg_dask.ngff.images import create_array, image_attributes, versioned
+from megaseg_dask.ngff.images import image_attributes, versioned
+from megaseg_dask.ngff.volumes import create_array
 from megaseg_dask.plan import Plan
 from megaseg_dask.stores import Location, cached_array
 from megaseg_dask.tasks import WORK, product_location

@@ -30,8 +30,8 @@ from megaseg_dask.intensity import (
     merge_statistics,
 )
 from megaseg_dask.memory import peak_bytes, reset_peak
-from megaseg_dask.ngff.images import Volume
 from megaseg_dask.ngff.pyramids import downsample, source_box
+from megaseg_dask.ngff.volumes import Volume
 from megaseg_dask.plan import Plan
 from megaseg_dask.stores import Location, cached_array
 

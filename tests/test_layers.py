@@ -15,7 +15,7 @@ geometry blending intensity labelling layout memory simulation evaluate
 stores
 models.bundle models.files models.cytodl models models.zoo
 engines engines.pytorch inference
-ngff ngff.pyramids ngff.images ngff.plates ngff.tables
+ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
 settings plan journal tasks targets cluster
 run
 xarrays training report view demo doctor

@@ -1,4 +1,4 @@
-"""OME-Zarr images: their metadata as plain values, and single volumes of them as ``(z, y, x)`` arrays.
+"""OME-Zarr images: their metadata as plain values, read and written.
 
 Axes go by name, never by position or extent: an image may lack t, c or z, and
 its spatial axes may come in any order. Metadata pass through the models of
@@ -14,16 +14,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from megaseg_dask.errors import DataError, MegasegError, SourceError, StoreError
-from megaseg_dask.geometry import BlockGrid, Box, Shape
-from megaseg_dask.layout import Layout
+from megaseg_dask.errors import SourceError
+from megaseg_dask.geometry import Shape
 from megaseg_dask.ngff.pyramids import default_level_shapes
-from megaseg_dask.stores import ZARR_FORMAT, Location, cached_array
+from megaseg_dask.stores import ZARR_FORMAT, Location
 
-Array = NDArray[Any]
 T = TypeVar("T")
 
 SPATIAL = ("z", "y", "x")
@@ -268,99 +265,7 @@ def _channel_names(ome: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(str(c.get("label", i)) for i, c in enumerate(channels) if isinstance(c, dict))
 
 
-# -- single volumes
-
-
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """One timepoint and channel of one array, seen as ``(z, y, x)``; a value that opens on first use."""
-
-    location: Location
-    axis_names: tuple[str, ...]
-    t: int = 0
-    c: int = 0
-
-    def read(self, box: Box) -> Array:
-        """Read a box as ``(z, y, x)`` in native byte order; raises :class:`StoreError` naming a bad chunk."""
-        array = cached_array(self.location)
-        try:
-            values = np.asarray(array[self._index(box)])
-        except Exception as error:
-            raise self._blame(array, box, error) from error
-        return self._to_zyx(values).astype(values.dtype.newbyteorder("="), copy=False)
-
-    def write(self, box: Box, values: Array) -> None:
-        """Write a box of ``(z, y, x)`` values of the array's dtype; one task must own its write units."""
-        array = cached_array(self.location, writable=True)
-        # zarr casts silently, and a wrapped number would look like data.
-        if values.dtype != array.dtype:
-            raise TypeError(f"{self.location}: values are {values.dtype}, the array is {array.dtype}")
-        spatial = [name for name in self.axis_names if name in SPATIAL]
-        try:
-            array[self._index(box)] = values.transpose([SPATIAL.index(name) for name in spatial])
-        except OSError as error:
-            cause = error.strerror or str(error)
-            raise StoreError(
-                f"cannot write {self.location}: {cause}; make room and run the same command again"
-            ) from error
-
-    def _index(self, box: Box) -> tuple[int | slice, ...]:
-        where: dict[str, int | slice] = {
-            "t": self.t,
-            "c": self.c,
-            **dict(zip(SPATIAL, box.slices, strict=True)),
-        }
-        return tuple(where[name] for name in self.axis_names)
-
-    def _to_zyx(self, values: Array) -> Array:
-        spatial = [name for name in self.axis_names if name in SPATIAL]
-        return np.ascontiguousarray(values.transpose([spatial.index(name) for name in SPATIAL]))
-
-    def _blame(self, array: zarr.Array[Any], box: Box, error: Exception) -> MegasegError:
-        """Find the stored object that cannot be read: codecs say what is wrong, but not where."""
-        index = self._index(box)
-        full = Box(
-            tuple(i.start if isinstance(i, slice) else i for i in index),
-            tuple(i.stop if isinstance(i, slice) else i + 1 for i in index),
-        )
-        grid = BlockGrid(array.shape, array.shards or array.chunks)
-        for position in grid.iter_overlapping(full):
-            try:
-                array[grid.core(position).slices]
-            except Exception as cause:
-                place = f"{self.location}/{array.metadata.encode_chunk_key(position)}"
-                # A store may recover, a chunk that does not decode will not.
-                if isinstance(cause, OSError):
-                    return StoreError(f"cannot read {place}: {cause.strerror or cause}")
-                return DataError(f"chunk {place} is corrupt ({type(cause).__name__}: {cause}); "
-                                 "restore it from a copy and run the same command again")  # fmt: skip
-        return StoreError(f"cannot read {self.location} at {box}: {type(error).__name__}: {error}")
-
-
 # -- writing
-
-
-def create_array(location: Location, image: Image, level: int, dtype: str, layout: Layout, version: str) -> None:
-    """Create one level's array, over what may be there; t and c have chunks of one."""
-
-    def per_axis(spatial: Shape) -> Shape:
-        return tuple(spatial[SPATIAL.index(n)] if n in SPATIAL else 1 for n in image.axis_names)
-
-    chunks, unit = per_axis(layout.chunk_shape), per_axis(layout.write_unit)
-    v3 = ZARR_FORMAT[version] == 3
-    zarr.create_array(
-        location.arrays,
-        shape=image.levels[level].shape,
-        chunks=chunks,
-        shards=unit if v3 and unit != chunks else None,
-        dtype=dtype,
-        fill_value=0,
-        zarr_format=3 if v3 else 2,
-        dimension_names=image.axis_names if v3 else None,
-        # OME-Zarr 0.4 asks for nested folders, which is not Zarr v2's own default.
-        chunk_key_encoding=None if v3 else {"name": "v2", "separator": "/"},
-        overwrite=True,
-    )
 
 
 def image_attributes(image: Image, *, label: bool = False) -> dict[str, object]:
