@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.models import NetworkSpec, build_network, cytodl, load_bundle, save_bundle
+from megaseg_dask.models import NetworkSpec, build_network, files, load_bundle, save_bundle
 from tests.unit.bundles import (
     OVERLAP,
     PATCH_SHAPE,
@@ -150,9 +150,7 @@ def test_arguments_that_do_not_change_inference(argument, tmp_path, reference):
         "backbone": {**backbone(), argument: HARMLESS[argument]},
         "inference_args": {**inference_args(), "sw_batch_size": 4},
     }
-    assert (
-        load_bundle(write_checkpoint(tmp_path / "a.ckpt", hyper_parameters=hyper)).digest == reference.digest
-    )
+    assert load_bundle(write_checkpoint(tmp_path / "a.ckpt", hyper_parameters=hyper)).digest == reference.digest
 
 
 def test_training_heads_and_losses_are_left_out(tmp_path, reference):
@@ -182,9 +180,7 @@ def checkpoints(folder, *names):
 
 def seed_of(bundle) -> int:
     key = "output_block.conv.conv.bias"
-    return [seeded_network(seed=seed).state_dict()[key].item() for seed in range(3)].index(
-        bundle.weights[key].item()
-    )
+    return [seeded_network(seed=seed).state_dict()[key].item() for seed in range(3)].index(bundle.weights[key].item())
 
 
 @pytest.mark.parametrize(
@@ -315,9 +311,7 @@ def test_several_heads_are_refused(tmp_path):
     assert "2 task heads (nuclei, seg)" in refusal(path)
     content = checkpoint_content()
     content["state_dict"]["task_heads.seg.model.conv.weight"] = torch.ones(1)
-    assert "outside the backbone (task_heads.seg.model.conv.weight)" in refusal(
-        save(tmp_path / "b.ckpt", content)
-    )
+    assert "outside the backbone (task_heads.seg.model.conv.weight)" in refusal(save(tmp_path / "b.ckpt", content))
 
 
 NORMALIZE = {"_target_": "monai.transforms.NormalizeIntensityd", "keys": "raw", "channel_wise": True}
@@ -345,9 +339,7 @@ def test_other_preprocessing_is_refused_by_name(transforms, message, tmp_path):
     assert message in refusal(write_folder(tmp_path / "x", config=config))
 
 
-@pytest.mark.parametrize(
-    "predict", ["${data.transforms.test}", {"transforms": "${a}"}, {"transforms": ["${a}"]}, None]
-)
+@pytest.mark.parametrize("predict", ["${data.transforms.test}", {"transforms": "${a}"}, {"transforms": ["${a}"]}, None])
 def test_unresolved_preprocessing_falls_to_the_reference(predict, tmp_path):
     config = {"data": {"transforms": {"predict": predict}}}
     assert load_bundle(write_folder(tmp_path / "x", config=config)).origins["normalization"] == "reference"
@@ -376,9 +368,7 @@ def test_pickled_code_is_never_run(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("hostile*"))
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"not a checkpoint", b"\x80\x02", bytes(range(256)) * 9, b"PK\x03\x04 broken"]
-)
+@pytest.mark.parametrize("data", [b"", b"not a checkpoint", b"\x80\x02", bytes(range(256)) * 9, b"PK\x03\x04 broken"])
 def test_bytes_that_are_no_checkpoint(data, tmp_path):
     (tmp_path / "a.ckpt").write_bytes(data)
     assert "is not a checkpoint, or not a whole one; fetch it again" in refusal(tmp_path / "a.ckpt")
@@ -486,7 +476,7 @@ def test_zip_entries_that_are_links(tmp_path):
 
 
 def test_size_bombs(tmp_path, monkeypatch):
-    monkeypatch.setattr(cytodl, "RATIO_FROM_BYTES", 10**6)
+    monkeypatch.setattr(files, "RATIO_FROM_BYTES", 10**6)
     path = write_zip(tmp_path / "a.zip")
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(entry("megaSeg/bomb"), bytes(2 * 10**6))
@@ -498,7 +488,7 @@ def test_size_bombs(tmp_path, monkeypatch):
 
 
 def test_files_that_are_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(cytodl, "MAX_BYTES", 1000)
+    monkeypatch.setattr(files, "MAX_BYTES", 1000)
     assert "at most 1000 are read" in refusal(FORMS["zip"](tmp_path))
     assert "at most 1000 are read" in refusal(FORMS["folder"](tmp_path))
     assert "at most 1000 are read" in refusal(FORMS["checkpoint"](tmp_path))
