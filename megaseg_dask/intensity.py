@@ -81,8 +81,8 @@ class Counts:
         if not values.size:
             return cls()
         slabs = np.array_split(values.ravel(), -(-values.size // _SLAB))
-        total = sum((_exact_sums(slab) for slab in slabs), np.zeros(2, object))
-        return cls(values.size, int(total[0]), int(total[1]), int(values.min()), int(values.max()))
+        totals, squares = zip(*map(_exact_sums, slabs), strict=True)
+        return cls(values.size, sum(totals), sum(squares), int(values.min()), int(values.max()))
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -109,21 +109,19 @@ class Counts:
 Statistics = Moments | Counts
 
 
-def _exact_sums(values: NDArray[np.integer]) -> NDArray[np.object_]:
-    """Return sum and sum of squares of at most ``_SLAB`` integers as Python integers."""
-    low = int(values.min())
+def _exact_sums(values: NDArray[np.integer]) -> tuple[int, int]:
+    """Return sum and sum of squares of at most ``_SLAB`` integers."""
+    low, n = int(values.min()), values.size
     span = int(values.max()) - low
-    # Modular subtraction in the unsigned type is exact, also across the sign.
-    unsigned = values.view(f"u{values.itemsize}") - np.array(low, values.dtype).view(f"u{values.itemsize}")
-    limbs = [
-        ((unsigned >> unsigned.dtype.type(16 * i)) & unsigned.dtype.type(0xFFFF if values.itemsize > 1 else 0xFF))
-        .astype(np.float64)
-        for i in range(-(-span.bit_length() // 16))
-    ]  # fmt: skip
-    total = sum(int(limb.sum()) << 16 * i for i, limb in enumerate(limbs))
-    squares = sum(int(a @ b) << 16 * (i + j) for i, a in enumerate(limbs) for j, b in enumerate(limbs))
-    n = values.size
-    return np.array([total + n * low, squares + 2 * low * total + n * low * low], object)
+    # Differences modulo 2^64 are exact, also across the sign.
+    above = values.astype(np.uint64) - np.uint64(low % 2**64)
+    shifts = [16 * i for i in range(-(-span.bit_length() // 16))]
+    limbs = [((above >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.float64) for shift in shifts]
+    total = sum(int(limb.sum()) << shift for limb, shift in zip(limbs, shifts, strict=True))
+    squares = sum(
+        int(a @ b) << (i + j) for a, i in zip(limbs, shifts, strict=True) for b, j in zip(limbs, shifts, strict=True)
+    )
+    return total + n * low, squares + 2 * low * total + n * low * low
 
 
 def measure(values: NDArray[Any], at: Box, *, nan_to_background: bool = False) -> Statistics:

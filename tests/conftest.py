@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.unit.bundles import write_checkpoint
+
+# Shared machines stall: a clock says nothing about a law.
+settings.register_profile("megaseg", deadline=None, max_examples=60)
+settings.load_profile("megaseg")
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
