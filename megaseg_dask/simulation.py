@@ -206,7 +206,7 @@ def _nuclei(space: Space, shell: bool) -> NDArray[np.float32]:
     radius, flat = space.between(8, 34), rng.uniform(0.45, 1.0)
     warp, amount = space.field(max(0.6 * radius, 5)), rng.uniform(0.02, 0.14)
     texture = _chromatin(space)
-    rim, skin = rng.uniform(0, 1.2), space.between(0.9, 2.0)
+    rim, skin = rng.uniform(0, 1.6), space.between(0.9, 2.0)
     dye = np.zeros(space.shape, dtype=np.float32)
     centres = _spread(space, radius, rng.uniform(0.95, 1.9))
     for centre, value in zip(centres, _contrast(space, len(centres)), strict=True):
@@ -228,8 +228,8 @@ def _nuclei(space: Space, shell: bool) -> NDArray[np.float32]:
 def _chromatin(space: Space) -> NDArray[np.float32]:
     """Brightness inside nuclei: grains, and dark nucleoli."""
     rng = space.rng
-    grains = np.exp(rng.uniform(0.05, 0.6) * space.field(space.between(1.2, 4)))
-    nucleoli = space.field(space.between(3, 7)) > rng.uniform(1.1, 2.5)
+    grains = np.exp(rng.uniform(0.05, 1.1) * space.field(space.between(1.2, 6)))
+    nucleoli = space.field(space.between(3, 8)) > rng.uniform(0.9, 2.5)
     return np.asarray(np.where(nucleoli, rng.uniform(0.15, 0.8), 1) * grains, dtype=np.float32)
 
 
@@ -308,7 +308,7 @@ def _blur(space: Space, dye: Floats) -> NDArray[np.float32]:
     sigmas = [space.between(5, 14) / f / s for f, s in zip(factors, space.steps, strict=True)]
     wide = ndimage.gaussian_filter(coarse, sigmas)
     full = ndimage.zoom(wide, np.array(space.shape) / wide.shape, order=1, grid_mode=True, mode="nearest")
-    return np.asarray(sharp + space.rng.uniform(0, 0.4) * full, dtype=np.float32)
+    return np.asarray(sharp + space.rng.uniform(0, 0.8) * full, dtype=np.float32)
 
 
 def _background(space: Space, difficulty: float) -> NDArray[np.float32]:
