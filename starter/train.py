@@ -10,6 +10,7 @@ continues from the last one. `starter/export.py` makes the bundle.
 
 import argparse
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -178,7 +179,7 @@ def train(folder: Path, steps: int, rate: float, seed: int, start: Path | None, 
         n, shape = next((n, shape) for end, n, shape in STAGES if step < end * steps)
         # Cosine decay after a short warm-up; Adam and the loss are the published recipe's.
         warm = min(1.0, (step + 1) / 50)
-        optimizer.param_groups[0]["lr"] = rate * warm * (0.5 + 0.5 * np.cos(np.pi * step / steps)) + 1e-6
+        optimizer.param_groups[0]["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
         if step % 2 == 0:
             pool.renew()
         x, y = pool.batch(n, shape)
