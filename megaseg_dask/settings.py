@@ -6,15 +6,34 @@ output, and so belongs to the fingerprint of a plan; the others only say how
 and where the work is done, and may differ when a run resumes.
 """
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from numbers import Integral
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from megaseg_dask.errors import SettingsError
 
 OUTPUTS = ("labels", "scores", "mask")
+
+# Headings of the command line's help.
+SOURCE = "What to segment"
+NETWORK = "The network"
+OUTPUT = "What to write"
+RUN = "Where and how it runs"
+
 _BYTES = {
     "": 1,
     "KB": 1e3,
@@ -28,20 +47,19 @@ _BYTES = {
 }
 
 
-def _split(convert: Callable[[str], Any], n: int) -> Callable[[Any], Any]:
-    def parse(value: Any) -> Any:
-        if not isinstance(value, str):
-            return (value,) * n if isinstance(value, int | float) else value
-        parts = value.replace("x", ",").split(",")
-        return tuple(map(convert, parts * n if len(parts) == 1 else parts))
-
-    return parse
+def _parse_three(value: Any) -> Any:
+    if isinstance(value, str):
+        value = value.replace("x", ",").split(",")
+    parts = tuple(value) if isinstance(value, Iterable) else (value,)
+    if len(parts) not in (1, 3):
+        raise ValueError(f"expected three numbers z,y,x, or one for all axes; found {len(parts)}")
+    return parts * 3 if len(parts) == 1 else parts
 
 
 def _parse_bytes(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"([\d.]+)\s*([KMGT]I?B|)", value.strip().upper())
+    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*([KMGT]I?B|)", value.strip().upper())
     if not found:
         raise ValueError("expected a size such as 8GB or 500MiB")
     return int(float(found[1]) * _BYTES[found[2]])
@@ -52,23 +70,52 @@ def _parse_names(value: Any) -> Any:
 
 
 def _parse_time(value: Any) -> Any:
-    if isinstance(value, str) and re.fullmatch(r"\d*:\d*", value):
-        start, stop = value.split(":")
-        return (int(start or 0), int(stop) if stop else None)
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, Integral):
         return (int(value), int(value) + 1)
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d*)(:?)(\d*)", value.strip(), re.ASCII)
+    if not found or value.strip() == "":
+        raise ValueError("expected timepoints such as 0:10, 5: or 7")
+    first, colon, stop = found.groups()
+    return (int(first or 0), int(stop) if stop else None) if colon else (int(first), int(first) + 1)
+
+
+def _require_range(value: tuple[int, int | None]) -> tuple[int, int | None]:
+    first, stop = value
+    if first < 0 or (stop is not None and stop <= first):
+        raise ValueError("expected a range of one timepoint or more, counted from 0")
     return value
 
 
-Triple = Annotated[tuple[int, int, int], BeforeValidator(_split(int, 3))]
-Fractions = Annotated[tuple[float, float, float], BeforeValidator(_split(float, 3))]
-Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(gt=0)]
+def _parse_text(value: Any) -> Any:
+    # From Python a channel may be an index, a model a Path and a version a number.
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value == "":
+        raise ValueError("expected something")
+    return str(value) if isinstance(value, Integral | float) else value
+
+
+def _parse_whole(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\d+", value, re.ASCII) else value
+
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Triple = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_parse_three)]
+Fractions = Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_parse_three)]
+Bytes = Annotated[Positive, BeforeValidator(_parse_bytes)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_parse_names)]
-TimeRange = Annotated[tuple[int, int | None], BeforeValidator(_parse_time)]
+TimeRange = Annotated[tuple[int, int | None], BeforeValidator(_parse_time), AfterValidator(_require_range)]
+Text = Annotated[str, BeforeValidator(_parse_text)]
 
 
-def _option(default: Any, help_: str, metavar: str | None = None, *, result: bool = False, **rules: Any) -> Any:
-    return Field(default, description=help_, json_schema_extra={"result": result, "metavar": metavar}, **rules)
+def _option(
+    panel: str, default: Any, help_: str, metavar: str | None = None, *, result: bool = False, **rules: Any
+) -> Any:
+    extra: dict[str, Any] = {"panel": panel, "metavar": metavar, "result": result}
+    return Field(default, description=help_, json_schema_extra=extra, **rules)
 
 
 class Settings(BaseModel):
@@ -76,71 +123,109 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    model: str = _option("MegaSeg_v1", "Name of a model, or path of a bundle folder, zip or .ckpt.", "NAME|PATH")
-    channel: str | None = _option(
+    channel: Text | None = _option(
+        SOURCE,
         None,
         "Channel to segment, by name or index; needed if the source has several.",
         "NAME|INDEX",
         result=True,
     )
-    time: TimeRange | None = _option(None, "Timepoints to segment, half-open; all by default.", "A:B", result=True)
-    level: int = _option(0, "Resolution level to segment; 0 is the finest.", "N", result=True, ge=0)
+    time: TimeRange | None = _option(
+        SOURCE, None, "Timepoints to segment, half-open: 0:10, 5: or 7. (default: all)", "A:B", result=True
+    )
+    level: int = _option(SOURCE, 0, "Resolution level to segment; 0 is the finest.", "N", result=True, ge=0)
+    nan_to_background: bool = _option(
+        SOURCE, False, "Treat NaN and infinite voxels as background, not as an error.", result=True
+    )
+    model: Text = _option(
+        NETWORK, "MegaSeg_v1", "Name of a model, or path of a bundle folder, zip or .ckpt.", "NAME|PATH"
+    )
     patch: Triple | None = _option(
+        NETWORK,
         None,
         "Voxels that the network sees at once. (default: the bundle's, else 64,128,128)",
         "Z,Y,X",
         result=True,
     )
     overlap: Fractions | None = _option(
-        None, "Overlap of patches, once or per axis. (default: the bundle's, else 0.25)", "F", result=True
+        NETWORK,
+        None,
+        "Overlap of patches, once or per axis; 0 is fastest. (default: the bundle's, else 0.25)",
+        "F",
+        result=True,
     )
-    threshold: float = _option(0.5, "A voxel is foreground if its score is above this.", "F", result=True, ge=0, le=1)
-    connectivity: Literal[1, 2, 3] = _option(
-        1, "Voxels of one object touch by faces (1), edges (2) or corners (3).", "1|2|3", result=True
+    engine: Literal["auto", "torch"] = _option(NETWORK, "auto", "What runs the network.", "auto|torch", result=True)
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        NETWORK, "auto", "Where the network runs; auto is a GPU if there is one.", "auto|cpu|cuda", result=True
     )
-    min_size: int = _option(0, "Drop objects of fewer voxels.", "N", result=True, ge=0)
-    nan_to_background: bool = _option(
-        False, "Treat NaN and infinite voxels as background, not as an error.", result=True
+    precision: Literal["auto", "fp32"] = _option(
+        NETWORK, "auto", "Arithmetic inside the network; fp32 has TF32 off.", "auto|fp32", result=True
     )
-    outputs: Names = _option(("labels", "scores"), "What to write: labels, scores, mask.", "LIST", result=True)
+    batch: int | None = _option(NETWORK, None, "Patches per forward pass. (default: 1)", "N", result=True, gt=0)
+    threads: int | None = _option(
+        NETWORK,
+        None,
+        "CPU threads of one forward pass; part of the result's last bits. (default: the cores of this machine)",
+        "N",
+        result=True,
+        gt=0,
+    )
+    outputs: Names = _option(
+        OUTPUT, ("labels", "scores"), "What to write, of labels, scores and mask.", "LIST", result=True
+    )
+    threshold: float = _option(
+        OUTPUT, 0.5, "A voxel is foreground if its score is above this.", "F", result=True, ge=0, le=1
+    )
+    connectivity: Annotated[Literal[1, 2, 3], BeforeValidator(_parse_whole)] = _option(
+        OUTPUT, 1, "Voxels of one object touch by faces (1), edges (2) or corners (3).", "1|2|3", result=True
+    )
+    min_size: int = _option(OUTPUT, 0, "Drop objects of fewer voxels.", "N", result=True, ge=0)
     scores_dtype: Literal["uint8", "float32"] = _option(
-        "uint8", "uint8 stores 255 times the score, rounded.", "uint8|float32", result=True
+        OUTPUT, "uint8", "uint8 stores 255 times the score, rounded.", "uint8|float32", result=True
     )
-    label_name: str = _option(
-        "megaseg", "Name of the label image.", "NAME", result=True, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
+    label_name: Text = _option(OUTPUT, "megaseg", "Name of the label image.", "NAME", result=True)
+    ome_zarr: Annotated[Literal["0.4", "0.5"], BeforeValidator(_parse_text)] = _option(
+        OUTPUT, "0.5", "OME-Zarr version to write.", "0.4|0.5", result=True
     )
-    ome_zarr: Literal["0.4", "0.5"] = _option("0.5", "OME-Zarr version to write.", "0.4|0.5", result=True)
+    overwrite: bool = _option(OUTPUT, False, "Start anew where another run's output stands.")
     block: Triple | None = _option(
+        RUN,
         None,
         "Voxels of one task; any shape gives the same result. (default: from --memory)",
         "Z,Y,X",
         result=True,
     )
-    engine: Literal["auto", "torch"] = _option("auto", "What runs the network.", "auto|torch", result=True)
-    device: Literal["auto", "cpu", "cuda"] = _option(
-        "auto", "Where the network runs; auto is a GPU if there is one.", "auto|cpu|cuda", result=True
-    )
-    precision: Literal["auto", "fp32"] = _option(
-        "auto", "Arithmetic inside the network; fp32 has TF32 off.", "auto|fp32", result=True
-    )
-    batch: int | None = _option(None, "Patches per forward pass. (default: 1)", "N", result=True, gt=0)
-    threads: int | None = _option(
-        None, "CPU threads of one forward pass; part of the result's last bits. (default: the cores of this machine)",
-        "N", result=True, gt=0,
-    )  # fmt: skip
     memory: Bytes | None = _option(
-        None, "Memory of one worker. (default: 8GB, or its share of this machine if that is less)", "8GB"
+        RUN,
+        None,
+        "Memory of one worker. (default: 8GB, or its share of this machine if that is less)",
+        "8GB|500MiB",
     )
-    workers: int | None = _option(None, "Worker processes. (default: one, or one per GPU)", "N", gt=0)
-    scheduler: str | None = _option(None, "Use the running Dask scheduler at this address.", "ADDRESS")
-    retries: int = _option(3, "Further attempts for a task whose worker or store failed.", "N", ge=0)
-    overwrite: bool = _option(False, "Start anew where another run's output stands.")
+    workers: int | None = _option(RUN, None, "Worker processes. (default: one, or one per GPU)", "N", gt=0)
+    scheduler: Text | None = _option(RUN, None, "Use the running Dask scheduler at this address.", "ADDRESS")
+    retries: int = _option(RUN, 3, "Further attempts for a task whose worker or store failed.", "N", ge=0)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python counts True as 1, and ``patch=True`` would become 1,1,1.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("expected a value, not true or false")
+        return value
+
+    @field_validator("label_name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        # It becomes a folder beside zarr's own files.
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name) or name == "zarr.json":
+            raise ValueError("expected letters, digits, _, - and dots inside, 100 at most: it names a folder")
+        return name
 
     @field_validator("outputs")
     @classmethod
     def _known_outputs(cls, outputs: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := set(outputs) - set(OUTPUTS):
-            raise ValueError(f"unknown {', '.join(sorted(unknown))}; choose from {', '.join(OUTPUTS)}")
+            raise ValueError(f"unknown {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(OUTPUTS)}")
         if not outputs:
             raise ValueError(f"nothing to write; choose from {', '.join(OUTPUTS)}")
         return tuple(name for name in OUTPUTS if name in outputs)
@@ -155,10 +240,16 @@ class Settings(BaseModel):
         return Settings.model_validate({**self.model_dump(), **open_})
 
 
+def declared(name: str) -> dict[str, Any]:
+    """Return ``panel``, ``metavar`` and ``result`` of an option."""
+    extra = Settings.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return extra
+
+
 def is_result(name: str) -> bool:
     """Tell whether an option can change the output."""
-    extra = Settings.model_fields[name].json_schema_extra
-    return isinstance(extra, dict) and bool(extra["result"])
+    return bool(declared(name)["result"])
 
 
 def parse_settings(values: Mapping[str, object]) -> Settings:
@@ -171,14 +262,20 @@ def parse_settings(values: Mapping[str, object]) -> Settings:
     except ValidationError as error:
         problem = error.errors()[0]
         name = str(problem["loc"][0])
-        option = f"--{name.replace('_', '-')}"
         if problem["type"] == "extra_forbidden":
-            raise SettingsError(f"no such option: {name}") from error
-        extra = Settings.model_fields[name].json_schema_extra
-        takes = extra.get("metavar") if isinstance(extra, dict) else None
-        message = str(problem["msg"]).removeprefix("Value error, ")
+            raise SettingsError(f"no such option: {name}{_nearest(name)}") from error
+        message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+        takes = declared(name)["metavar"] or "true|false"
+        option = f"--{name.replace('_', '-')}"
         raise SettingsError(f"{option} {_shown(values.get(name))}: {message} (takes {takes})") from error
 
 
+def _nearest(name: str) -> str:
+    found = get_close_matches(name.replace("-", "_"), Settings.model_fields, n=1)
+    return f"; did you mean {found[0]}?" if found else f"; there are {', '.join(Settings.model_fields)}"
+
+
 def _shown(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    # Quoted where it would vanish from the line, or break it.
+    return text if text and text.isprintable() else repr(text)
