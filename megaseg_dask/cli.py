@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,26 +16,29 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from megaseg_dask.errors import MegasegError
-from megaseg_dask.settings import Settings, parse_settings
+from megaseg_dask.settings import Settings, declared, parse_settings
 
 if TYPE_CHECKING:
     from megaseg_dask.events import Event
 
 app = typer.Typer(
     name="megaseg",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Segment 3D microscopy with MegaSeg, at any size, as if the whole volume had been predicted at once.",
 )
 
+WRONG_REQUEST = 2
 INTERRUPTED = 130
+
+# What typer raises for an unknown option or command; it has no public name.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="OME-Zarr image to read.", show_default=False)]
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="OME-Zarr image to write; SOURCE again adds labels to it.")
 ]
+Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout; all else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
 
@@ -50,16 +54,13 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 def _option(name: str) -> inspect.Parameter:
     """Return a field as a command line option; its text is parsed by the field's own validator."""
-    field = Settings.model_fields[name]
-    extra = field.json_schema_extra
-    assert isinstance(extra, dict)
-    default = field.default
-    shown = ",".join(default) if isinstance(default, tuple) else str(default)
+    field, extra = Settings.model_fields[name], declared(name)
     info = typer.Option(
         f"--{name.replace('_', '-')}",
-        help=field.description,
-        metavar=str(extra["metavar"]) if extra["metavar"] else None,
-        show_default=False if default in (None, False) else shown,
+        help=f"{field.description}{_default(field.default)}",
+        metavar=extra["metavar"],
+        rich_help_panel=extra["panel"],
+        show_default=False,
     )
     kind = bool if field.annotation is bool else str | None
     return inspect.Parameter(
@@ -70,18 +71,46 @@ def _option(name: str) -> inspect.Parameter:
     )
 
 
+def _default(value: object) -> str:
+    if value is None or value is False:
+        return ""
+    return f" (default: {','.join(value) if isinstance(value, tuple) else value})"
+
+
 def _settings_of(options: dict[str, Any]) -> Settings:
     return parse_settings({name: value for name, value in options.items() if value not in (None, False)})
+
+
+@app.callback(invoke_without_command=True)
+def megaseg(context: typer.Context, *, version: Version = False) -> None:
+    r"""Segment 3D microscopy with MegaSeg, at any size, as if the whole volume had been predicted at once.
+
+    \b
+    Look first, then run:
+      megaseg plan cells.zarr segmented.zarr
+      megaseg segment cells.zarr segmented.zarr
+    """
+    if version:
+        import importlib.metadata
+
+        typer.echo(f"megaseg-dask {importlib.metadata.version('megaseg-dask')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(WRONG_REQUEST)
 
 
 @app.command()
 @with_settings
 def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet = False, **options: Any) -> None:
-    """Segment an image: scores and labels, as multiscale OME-Zarr.
+    r"""Segment an image: scores and labels, as multiscale OME-Zarr.
 
     Interrupt it with Ctrl-C, or lose the machine: the same command goes on where it stopped.
 
-    Example: megaseg segment cells.zarr cells-segmented.zarr --model MegaSeg_v1 --channel 0
+    \b
+    Examples:
+      megaseg segment cells.zarr segmented.zarr --channel 0
+      megaseg segment cells.zarr segmented.zarr --model megaSeg.zip --overlap 0
+      megaseg segment cells.zarr cells.zarr --outputs labels
     """
     with _exit_codes(json_):
         settings = _settings_of(options)
@@ -91,13 +120,18 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
             result = run_segment(source, target, settings, emit=emit)
         if not json_:
             _print_result(result, quiet)
-        raise typer.Exit(1 if result.failures else 0)
+        raise typer.Exit(result.exit_code)
 
 
 @app.command()
 @with_settings
 def plan(source: Source, target: Target, *, json_: Json = False, **options: Any) -> None:
-    """Show what segment would do with the same options: blocks, patches, memory, bytes. Writes nothing."""
+    r"""Show what segment would do with the same options: blocks, patches, memory, bytes. Writes nothing.
+
+    \b
+    Example:
+      megaseg plan cells.zarr segmented.zarr --channel 0 --memory 4GB
+    """
     with _exit_codes(json_):
         settings = _settings_of(options)
         from megaseg_dask.run import plan_run
@@ -105,7 +139,7 @@ def plan(source: Source, target: Target, *, json_: Json = False, **options: Any)
         planned, journal = plan_run(source, target, settings)
         summary = {**planned.summary(), "tasks_done": journal.n_done, "done": journal.result is not None}
         if json_:
-            typer.echo(json.dumps(summary))
+            typer.echo(json.dumps({"event": "plan", **summary}))
         else:
             _print_plan(summary)
 
@@ -122,14 +156,26 @@ def _exit_codes(as_json: bool) -> Iterator[None]:
         _fail(str(error), error.exit_code, as_json)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", INTERRUPTED, as_json)
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except Exception as error:
+        # A bug: scripts get their last line all the same, people the traceback to report.
+        if as_json:
+            _echo_error(f"{type(error).__name__}: {error}", 1)
+        raise
 
 
 def _fail(message: str, code: int, as_json: bool) -> NoReturn:
     if as_json:
-        status = "interrupted" if code == INTERRUPTED else "error"
-        typer.echo(json.dumps({"event": "result", "status": status, "error": message, "exit_code": code}))
-    typer.echo(f"megaseg: {message}", err=True)
+        _echo_error(message, code)
+    # One line, whatever a path or a foreign message holds.
+    typer.echo(f"megaseg: {' '.join(message.splitlines())}", err=True)
     raise typer.Exit(code)
+
+
+def _echo_error(message: str, code: int) -> None:
+    status = "interrupted" if code == INTERRUPTED else "error"
+    typer.echo(json.dumps({"event": "result", "status": status, "error": message, "exit_code": code}))
 
 
 # -- what a person reads
@@ -275,6 +321,22 @@ def _size(n: float) -> str:
     return f"{n:.3g} TB"
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # A batch system ends a job by SIGTERM: leave as after Ctrl-C, with the journal written and no worker left.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = app(arguments, standalone_mode=False)
+    except _UsageError as error:
+        with contextlib.suppress(typer.Exit):
+            _fail(_usage(error), WRONG_REQUEST, "--json" in arguments)
+        code = WRONG_REQUEST
+    sys.exit(code)
+
+
+def _usage(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "megaseg"
+    message = str(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
+    return f"{message}; see {command} --help"

@@ -64,3 +64,12 @@ class Result(Event):
     failures: list[dict[str, object]] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     run: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line ends with."""
+        return 1 if self.failures else 0
+
+    def as_dict(self) -> dict[str, object]:
+        """Return JSON values, the exit code among them."""
+        return {**Event.as_dict(self), "exit_code": self.exit_code}
