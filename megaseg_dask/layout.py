@@ -31,20 +31,23 @@ def write_layout(shape: Shape, block_shape: Shape, *, sharded: bool) -> Layout:
     """Return chunks that divide the block, and write units of whole chunks that divide it too.
 
     An axis that no good chunk divides gets one chunk per block. Where one block
-    spans an axis, nobody else writes along it, and any chunk will do.
+    spans an axis, nobody else writes along it, and it is cut evenly: a rest of
+    one plane would be stored and decoded as a whole chunk.
     """
-    spans = [b >= n for n, b in zip(shape, block_shape, strict=True)]
-    chunk = tuple(
-        min(n, most) if spanned else _divisor(b, most, least=most // 4)
-        for n, b, most, spanned in zip(shape, block_shape, CHUNK_SHAPE, spans, strict=True)
-    )
+    axes = list(zip(shape, block_shape, CHUNK_SHAPE, SHARD_SHAPE, strict=True))
+    chunk = tuple(_even(n, most) if b >= n else _divisor(b, most, least=most // 4) for n, b, most, _ in axes)
     if not sharded:
         return Layout(chunk, chunk)
-    n_chunks = [-(-(n if spanned else b) // c)
-                for n, b, c, spanned in zip(shape, block_shape, chunk, spans, strict=True)]  # fmt: skip
-    most_chunks = [max(most // c, 1) for most, c in zip(SHARD_SHAPE, chunk, strict=True)]
-    unit = tuple(c * _divisor(n, most) for c, n, most in zip(chunk, n_chunks, most_chunks, strict=True))
-    return Layout(chunk, unit)
+    chunks_of_unit = [
+        _even(-(-n // c), max(most // c, 1)) if b >= n else _divisor(b // c, max(most // c, 1))
+        for (n, b, _, most), c in zip(axes, chunk, strict=True)
+    ]
+    return Layout(chunk, tuple(c * k for c, k in zip(chunk, chunks_of_unit, strict=True)))
+
+
+def _even(n: int, most: int) -> int:
+    """Return the extent of the fewest nearly equal parts of ``n``, none above ``most``."""
+    return -(-n // -(-n // most))
 
 
 def _divisor(n: int, most: int, *, least: int = 1) -> int:

@@ -6,6 +6,7 @@ arrays go through zarr. Errors name the URL and the cause.
 """
 
 import functools
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import obstore
+import obstore.exceptions
 import zarr
 import zarr.storage
 from obstore.store import LocalStore
 
-from megaseg_dask.errors import SettingsError, StoreError, TargetError
+from megaseg_dask.errors import MegasegError, SettingsError, StoreError, TargetError
 
 ZARR_FORMAT = {"0.4": 2, "0.5": 3}
 
@@ -55,8 +57,8 @@ class Location:
 
     @property
     def name(self) -> str:
-        """Last part of the address, without ``.zarr`` and the like."""
-        return self.path.name.split(".")[0]
+        """Last part of the address, without ``.ome.zarr`` or ``.zarr``."""
+        return re.sub(r"(?<=.)(\.ome)?\.zarr$", "", self.path.name)
 
     def sibling(self, suffix: str) -> "Location":
         """Return the location beside this one whose name has ``suffix`` appended."""
@@ -76,14 +78,10 @@ class Location:
 
     # -- small objects
 
-    @property
-    def _objects(self) -> LocalStore:
-        return LocalStore(prefix=self.url, mkdir=True)
-
     def put(self, key: str, data: bytes) -> None:
         """Write one object, whole or not at all."""
         with naming(self / key, "write"):
-            obstore.put(self._objects, key, data)
+            obstore.put(LocalStore(prefix=self.url, mkdir=True), key, data)
 
     def get(self, key: str) -> bytes | None:
         """Read one object; ``None`` if there is none."""
@@ -91,7 +89,17 @@ class Location:
             return None
         with naming(self / key, "read"):
             try:
-                return bytes(obstore.get(self._objects, key).bytes())
+                return bytes(obstore.get(LocalStore(prefix=self.url), key).bytes())
+            except FileNotFoundError:
+                return None
+
+    def size(self, key: str) -> int | None:
+        """Return the bytes of one object; ``None`` if there is none."""
+        if not self.exists():
+            return None
+        with naming(self / key, "read"):
+            try:
+                return obstore.head(LocalStore(prefix=self.url), key)["size"]
             except FileNotFoundError:
                 return None
 
@@ -100,7 +108,7 @@ class Location:
         if not self.exists():
             return []
         with naming(self / prefix, "list"):
-            found = obstore.list(self._objects, prefix=prefix).collect()
+            found = obstore.list(LocalStore(prefix=self.url), prefix=prefix).collect()
         return sorted(str(entry["path"]) for entry in found)
 
     def remove(self) -> None:
@@ -109,15 +117,17 @@ class Location:
             shutil.rmtree(self.path, ignore_errors=not self.exists())
 
     def require_writable(self) -> None:
-        """Raise :class:`TargetError` if nothing could be created here; writes nothing that stays."""
-        parent = next(p for p in self.path.parents if p.exists())
-        probe = parent / f".{self.path.name}.megaseg-probe"
-        try:
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise TargetError(f"{self.url} cannot be written: {error.strerror} in {parent}; choose another target "
-                              "or mend its permissions") from error  # fmt: skip
+        """Raise :class:`TargetError` if nothing could be created here and beside it; writes nothing that stays."""
+        # The run folder stands beside the target.
+        beside = next(p for p in (*self.path.parents, self.path) if p.exists())
+        for folder in {beside, self.path} if self.path.is_dir() else {beside}:
+            probe = folder / f".{self.path.name}.megaseg-probe"
+            try:
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise TargetError(f"{self.url} cannot be written: {error.strerror} in {folder}; choose another "
+                                  "target or mend its permissions") from error  # fmt: skip
 
     # -- arrays
 
@@ -128,7 +138,8 @@ class Location:
 
     def open_group(self) -> zarr.Group:
         """Open the group here for reading; raises what zarr raises."""
-        return zarr.open_group(self.arrays, mode="r")
+        # Consolidated metadata may be older than the attributes they repeat.
+        return zarr.open_group(self.arrays, mode="r", use_consolidated=False)
 
     def ome_attributes(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return all attributes of the group here, and the OME metadata among them (0.5 has them under ``ome``)."""
@@ -142,9 +153,16 @@ class Location:
             return zarr.open_array(self.arrays, mode="r+" if writable else "r")
 
     def write_group(self, version: str, attributes: dict[str, object]) -> None:
-        """Create the group if it is not there, and set these of its attributes."""
+        """Create the group if it is not there, and set these of its attributes.
+
+        Raises :class:`TargetError` if a group of another Zarr format is there:
+        each kind of reader would see another half of it.
+        """
+        format_ = ZARR_FORMAT[version]
+        if self.size(".zgroup" if format_ == 3 else "zarr.json") is not None:
+            raise TargetError(f"{self} is a Zarr v{5 - format_} group, and OME-Zarr {version} is stored as "
+                              f"v{format_}; choose the other version with --ome-zarr")  # fmt: skip
         with naming(self, "write"):
-            format_ = ZARR_FORMAT[version]
             group = zarr.open_group(self.arrays, mode="a", zarr_format=cast("zarr.core.common.ZarrFormat", format_))
             if attributes:
                 group.update_attributes(attributes)
@@ -155,13 +173,16 @@ def naming(location: Location, verb: str) -> Iterator[None]:
     """Turn errors of a store into :class:`StoreError` that names URL, verb and cause."""
     try:
         yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if isinstance(error, StoreError):
+    except (OSError, obstore.exceptions.BaseError) as error:
+        # Whoever opens something knows best what it means that nothing is there.
+        if isinstance(error, MegasegError) or (isinstance(error, FileNotFoundError) and verb == "open"):
             raise
-        cause = error.strerror or str(error)
-        raise StoreError(f"cannot {verb} {location}: {cause}") from error
+        raise StoreError(f"cannot {verb} {location}: {cause_of(error)}") from error
+
+
+def cause_of(error: BaseException) -> str:
+    """Return one line for an error of a store: the system's words, without address or debug output."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
 @functools.lru_cache(maxsize=64)

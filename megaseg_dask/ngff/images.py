@@ -9,6 +9,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,16 +17,17 @@ import numpy as np
 import zarr
 from pydantic import ValidationError
 
-from megaseg_dask.errors import SourceError
+from megaseg_dask.errors import SourceError, StoreError
 from megaseg_dask.geometry import Shape
 from megaseg_dask.ngff.pyramids import default_level_shapes
-from megaseg_dask.stores import ZARR_FORMAT, Location
+from megaseg_dask.stores import ZARR_FORMAT, Location, cause_of
 
 T = TypeVar("T")
 
 SPATIAL = ("z", "y", "x")
-_KNOWN_AXES = {"t", "c", *SPATIAL}
+_AXIS_TYPES = {"t": "time", "c": "channel", **dict.fromkeys(SPATIAL, "space")}
 _MICROMETRES = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "meter": 1e6, "angstrom": 1e-4}
+_FIRST_BYTES = {b"II": "TIFF", b"MM": "TIFF", b"PK": "zip"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,22 +153,24 @@ def read_image(location: Location) -> Image:
     group, ome = _open_image_group(location)
     entries = ome.get("multiscales")
     if not entries or not isinstance(entries, list) or not isinstance(entries[0], dict):
-        raise SourceError(f"{location} is {_describe_group(group, ome)}, not an OME-Zarr image")
+        raise SourceError(f"{location} is {_describe_group(location, ome)}, not an OME-Zarr image")
     entry = entries[0]
     version = str(ome.get("version") or entry.get("version") or {2: "0.4", 3: "0.5"}[group.metadata.zarr_format])
     if version not in ZARR_FORMAT:
         raise SourceError(f"{location} is OME-Zarr {version}; 0.4 and 0.5 can be read: convert it first")
     axes, transforms = _parse_multiscale(location, version, entry)
     arrays = [_open_level(location, path) for path, _, _ in transforms]
-    for array in arrays:
+    for (path, _, _), array in zip(transforms, arrays, strict=True):
         if array.ndim != len(axes):
-            raise SourceError(f"{location}/{array.path}: {array.ndim} dimensions for axes {[a.name for a in axes]}")
+            raise SourceError(f"{location}/{path}: {array.ndim} dimensions for axes {[a.name for a in axes]}")
     levels = tuple(
         Level(path, array.shape, scale, translation)
         for (path, scale, translation), array in zip(transforms, arrays, strict=True)
     )
     name = str(entry.get("name") or location.name)
-    return Image(version, name, axes, levels, str(arrays[0].dtype), _channel_names(ome))
+    # Volumes are read in native byte order, so that is the dtype they have.
+    dtype = str(arrays[0].dtype.newbyteorder("="))
+    return Image(version, name, axes, levels, dtype, _channel_names(ome))
 
 
 def digest_of(location: Location, image: Image) -> str:
@@ -183,25 +187,40 @@ def _open_image_group(location: Location) -> tuple[zarr.Group, dict[str, Any]]:
     try:
         return location.open_group(), location.ome_attributes()[1]
     except Exception as error:
-        raise SourceError(f"{location} is {_describe_folder(location)}, not an OME-Zarr image") from error
+        raise SourceError(f"{location} is {_describe_path(location, error)}, not an OME-Zarr image") from error
 
 
-def _describe_folder(location: Location) -> str:
+def _describe_path(location: Location, error: Exception) -> str:
+    """Say what stands where no Zarr group could be opened."""
     if location.path.is_file():
-        return f"a file of {location.path.stat().st_size} bytes (convert it, with bioformats2raw for instance)"
+        with location.path.open("rb") as file:
+            kind = _FIRST_BYTES.get(file.read(2), location.path.suffix.removeprefix("."))
+        return f"a {kind} file".replace("  ", " ") + " (convert it, with bioformats2raw for instance)"
     names = sorted(p.name for p in location.path.iterdir())
-    if {".zarray", "zarr.json"} & set(names):
-        return "a single Zarr array"
+    with suppress(Exception):
+        location.open_array()
+        return f"a single Zarr array (name the folder of its image, perhaps {location.path.parent})"
+    if {"zarr.json", ".zgroup"} & set(names):
+        return f"a Zarr group whose metadata cannot be read ({cause_of(error)})"
     shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     return f"a folder with {shown}" if names else "an empty folder"
 
 
-def _describe_group(group: zarr.Group, ome: Mapping[str, object]) -> str:
-    for key, what in (("plate", "an HCS plate"), ("well", "a well of a plate"), ("labels", "a labels group"),
-                      ("bioformats2raw.layout", "a bioformats2raw collection")):  # fmt: skip
-        if key in ome:
-            inside = sorted(name for name, _ in group.groups())[:3]
-            return f"{what} (its groups: {', '.join(inside)}; name one image in it)"
+def _describe_group(location: Location, ome: Mapping[str, Any]) -> str:
+    """Say what a group without multiscales is, and where an image of it would be."""
+    match ome:
+        case {"plate": {"wells": [{"path": str(well)}, *_]}}:
+            return f"an HCS plate (name one image in it, such as {location / well}/0)"
+        case {"plate": _}:
+            return "an HCS plate (name one image in it)"
+        case {"well": {"images": [{"path": str(field)}, *_]}}:
+            return f"a well of a plate (name one image in it, such as {location / field})"
+        case {"well": _}:
+            return "a well of a plate (name one image in it)"
+        case {"labels": _}:
+            return f"a labels group (name the image that it belongs to, {location.path.parent})"
+        case {"bioformats2raw.layout": _}:
+            return f"a bioformats2raw collection (name one image in it, such as {location}/0)"
     return "a Zarr group without multiscales metadata"
 
 
@@ -211,26 +230,33 @@ def _parse_multiscale(
     model = _multiscale_model(version)
     try:
         with warnings.catch_warnings():
-            # The model mends a swapped scale and translation and says so; the order is all it changes.
+            # The models warn of what the specification only recommends: no reason to refuse an image.
             warnings.simplefilter("ignore")
             multiscale = model.model_validate(entry)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise SourceError(
-            f"{location}: its OME-Zarr {version} metadata are invalid: {where}: {problem['msg']}"
-        ) from error
-    axes = tuple(Axis(str(a.name), a.type, a.unit if isinstance(a.unit, str) else None) for a in multiscale.axes)
-    names = [axis.name for axis in axes]
-    if unknown := set(names) - _KNOWN_AXES:
+        where = ".".join(map(str, ("multiscales", *problem["loc"])))
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        raise SourceError(f"{location}: its OME-Zarr {version} metadata are invalid: {where}: {message}") from error
+    names = [str(axis.name) for axis in multiscale.axes]
+    if unknown := set(names) - set(_AXIS_TYPES):
         raise SourceError(f"{location} has axes {names}; {sorted(unknown)} cannot be told apart from t, c, z, y, x")
     if missing := [name for name in SPATIAL if name not in names]:
-        raise SourceError(f"{location} has axes {names}, no {missing}: the model segments 3D volumes of z, y and x")
+        raise SourceError(f"{location} has axes {names} and no {' or '.join(missing)}: "
+                          "the model segments 3D volumes of z, y and x")  # fmt: skip
+    # By name: the type is only a recommendation, and often left out.
+    axes = tuple(
+        Axis(name, _AXIS_TYPES[name], a.unit if isinstance(a.unit, str) else None)
+        for name, a in zip(names, multiscale.axes, strict=True)
+    )
     overall = multiscale.coordinateTransformations
-    return axes, [
-        (dataset.path, *_compose(len(axes), dataset.coordinateTransformations, overall))
-        for dataset in multiscale.datasets
-    ]
+    levels = []
+    for dataset in multiscale.datasets:
+        try:
+            levels.append((dataset.path, *_compose(len(axes), dataset.coordinateTransformations, overall)))
+        except ValueError as error:
+            raise SourceError(f"{location}: level {dataset.path!r}: {error}") from error
+    return axes, levels
 
 
 def _multiscale_model(version: str):  # type: ignore[no-untyped-def]  # one of two unrelated classes
@@ -240,29 +266,42 @@ def _multiscale_model(version: str):  # type: ignore[no-untyped-def]  # one of t
 
 
 def _compose(ndim: int, *stages: Sequence[object] | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Apply a dataset's transformations, then those of the whole multiscale, to one scale and translation."""
+    """Apply a dataset's transformations, then those of the whole multiscale, to one scale and translation.
+
+    Raises :class:`ValueError` for what is neither: numbers in a file of their own, or not finite.
+    """
     scale, translation = np.ones(ndim), np.zeros(ndim)
     for transform in (t for stage in stages for t in stage or ()):
         if (factors := getattr(transform, "scale", None)) is not None:
             scale, translation = scale * factors, translation * factors
-        elif (offset := getattr(transform, "translation", None)) is not None:
+        elif isinstance(offset := getattr(transform, "translation", None), list):
             translation = translation + offset
+        else:
+            raise ValueError("its scale or translation is in a file of its own; only numbers in the metadata are read")
+    if not np.isfinite([scale, translation]).all():
+        raise ValueError(f"scale {scale} and translation {translation} have to be finite")
     return tuple(map(float, scale)), tuple(map(float, translation))
 
 
 def _open_level(location: Location, path: str) -> zarr.Array[Any]:
     try:
         return (location / path).open_array()
-    except (FileNotFoundError, KeyError, ValueError, TypeError) as error:
+    except StoreError:
+        raise
+    except FileNotFoundError as error:
         raise SourceError(
             f"{location} lists level {path!r}, but no Zarr array is there: the copy is incomplete"
         ) from error
+    except Exception as error:
+        raise SourceError(f"{location / path} is no Zarr array that can be opened: {cause_of(error)}") from error
 
 
 def _channel_names(ome: Mapping[str, object]) -> tuple[str, ...]:
     omero = ome.get("omero")
-    channels = omero.get("channels", []) if isinstance(omero, dict) else []
-    return tuple(str(c.get("label", i)) for i, c in enumerate(channels) if isinstance(c, dict))
+    channels = omero.get("channels") if isinstance(omero, dict) else None
+    # A channel without a name keeps its place, so that the names of the others stay with theirs.
+    labels = [c.get("label") if isinstance(c, dict) else None for c in channels or ()]
+    return tuple(str(i if label in (None, "") else label) for i, label in enumerate(labels))
 
 
 # -- writing

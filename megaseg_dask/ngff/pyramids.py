@@ -5,8 +5,8 @@ which part of it. Scores are averaged; labels take the mode, never a mean (the
 mean of objects 3 and 7 is object 5).
 """
 
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Iterable, Iterator
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,10 @@ def default_level_shapes(shape: Shape, spacing_um: tuple[float, ...]) -> Iterato
     Axes are halved while the plane is larger than 256 voxels; z only once its
     spacing is no coarser than that of the plane, so voxels grow towards cubes.
     """
-    spacing = list(spacing_um)
+    # Some files say 0 for an unknown pixel size.
+    spacing = [abs(s) or 1.0 for s in spacing_um]
     while max(shape[-2:]) > _SMALLEST_LEVEL:
-        finest = min(spacing)
+        finest = min(s for n, s in zip(shape, spacing, strict=True) if n > 1)
         factor = tuple(2 if n > 1 and s < 2 * finest else 1 for n, s in zip(shape, spacing, strict=True))
         shape = tuple(-(-n // f) for n, f in zip(shape, factor, strict=True))
         spacing = [s * f for s, f in zip(spacing, factor, strict=True)]
@@ -37,8 +38,10 @@ def default_level_shapes(shape: Shape, spacing_um: tuple[float, ...]) -> Iterato
 
 def integer_factor(fine: int, coarse: int) -> int | None:
     """Return the whole factor between two extents, floor and ceiling division both allowed; else ``None``."""
-    factor = round(fine / coarse)
-    return factor if coarse in (fine // factor, -(-fine // factor)) else None
+    nearest = round(fine / coarse)
+    # From 10 to 4 is a factor of 3 that was rounded up, though 2 is as near.
+    candidates = (nearest, fine // coarse, -(-fine // coarse))
+    return next((f for f in candidates if f and coarse in (fine // f, -(-fine // f))), None)
 
 
 def source_box(box: Box, fine_shape: Shape, coarse_shape: Shape) -> Box:
@@ -71,14 +74,13 @@ def downsample(values: Array, fine_box: Box, box: Box, fine_shape: Shape, coarse
                        for i in range(box.start[axis], box.stop[axis])]  # fmt: skip
             values = values.take(nearest, axis=axis)
         factors.append(factor or 1)
-    windows = _mode if mode else _mean
+    reduce_ = _mode if mode else _mean
     result = np.empty(box.shape, values.dtype)
     # Full windows in one go; the last, cut-off window of an axis in a call of its own.
-    parts = [_full_and_cut(n, f) for n, f in zip(values.shape, factors, strict=True)]
-    for part in product(*parts):
+    for part in product(*(_full_and_cut(n, f) for n, f in zip(values.shape, factors, strict=True))):
         inside = values[tuple(slice(a * f, b * f) for (a, b), f in zip(part, factors, strict=True))]
-        window = tuple(min(f, n) for f, n in zip(factors, inside.shape, strict=True))
-        result[tuple(slice(a, b) for a, b in part)] = windows(_stack(inside, window))
+        window = map(min, factors, inside.shape)
+        result[tuple(slice(a, b) for a, b in part)] = reduce_(_samples(inside, window))
     return result
 
 
@@ -87,39 +89,43 @@ def _full_and_cut(extent: int, factor: int) -> list[tuple[int, int]]:
     return [(0, full)] * (full > 0) + [(full, full + 1)] * (rest > 0)
 
 
-def _stack(values: Array, window: Shape) -> Array:
-    """Return ``(*coarse, voxels of a window)``."""
-    split = [x for n, f in zip(values.shape, window, strict=True) for x in (n // f, f)]
-    ndim = len(window)
-    order = [*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2)]
-    stacked: Array = values.reshape(split).transpose(order)
-    return stacked.reshape(*stacked.shape[:ndim], -1)
+def _samples(values: Array, window: Iterable[int]) -> list[Array]:
+    """Return, for each place in a window, the voxels there of all windows: views, in raster order."""
+    window = tuple(window)
+    return [values[tuple(map(slice, place, [None] * len(place), window))] for place in np.ndindex(window)]
 
 
-def _mean(samples: Array) -> Array:
-    mean = samples.mean(axis=-1, dtype=np.float32)
-    return mean.astype(samples.dtype) if samples.dtype.kind == "f" else np.rint(mean).astype(samples.dtype)
+def _mean(samples: list[Array]) -> Array:
+    # One order of summation for every split, and no rounding in it that the result could show.
+    total = np.zeros(samples[0].shape, np.float64 if samples[0].dtype.kind == "f" else np.uint32)
+    for sample in samples:
+        total += sample
+    mean = total / len(samples)
+    return (mean if samples[0].dtype.kind == "f" else np.rint(mean)).astype(samples[0].dtype)
 
 
-def _mode(samples: Array) -> Array:
-    best: Array = samples[..., 0].copy()
+def _mode(samples: list[Array]) -> Array:
+    best: Array = samples[0].copy()
     # Most windows lie inside one object or outside all: only the mixed ones are counted.
     mixed = np.zeros(best.shape, bool)
-    for i in range(1, samples.shape[-1]):
-        mixed |= samples[..., i] != best
-    best[mixed] = _mode_of_rows(np.sort(samples[mixed], axis=-1))
+    for sample in samples[1:]:
+        mixed |= sample != best
+    if mixed.any():
+        best[mixed] = _mode_of_rows(np.sort(np.stack([sample[mixed] for sample in samples], axis=-1), axis=-1))
     return best
 
 
 def _mode_of_rows(rows: Array) -> Array:
     """Return the mode of each sorted row ``(n, window)``; ties to the smallest non-zero value."""
-    best = rows[:, 0].copy()
-    run = np.ones(len(rows), np.int64)
+    columns = np.ascontiguousarray(rows.T)
+    best: Array = columns[0].copy()
+    run = np.ones(len(best), np.uint32)
     longest = run.copy()
-    for i in range(1, rows.shape[1]):
-        run = np.where(rows[:, i] == rows[:, i - 1], run + 1, 1)
+    for before, here in pairwise(columns):
+        run *= before == here
+        run += 1
         # Rows ascend, so on a tie the earlier value stands, unless it is the background.
         better = (run > longest) | ((run == longest) & (best == 0))
-        best = np.where(better, rows[:, i], best)
-        longest = np.where(better, run, longest)
+        np.copyto(best, here, where=better)
+        np.copyto(longest, run, where=better)
     return best

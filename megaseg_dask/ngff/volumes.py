@@ -16,9 +16,15 @@ from megaseg_dask.errors import DataError, MegasegError, StoreError
 from megaseg_dask.geometry import BlockGrid, Box, Shape
 from megaseg_dask.layout import Layout
 from megaseg_dask.ngff.images import SPATIAL, Image
-from megaseg_dask.stores import ZARR_FORMAT, Location, cached_array
+from megaseg_dask.stores import ZARR_FORMAT, Location, cached_array, cause_of
 
 Array = NDArray[Any]
+
+# A checksum tells a damaged chunk from data. Readers of Zarr v2 (jzarr, and so Fiji and QuPath) know Blosc, not Zstd.
+_COMPRESSORS: dict[str, Any] = {
+    "0.5": {"name": "zstd", "configuration": {"level": 1, "checksum": True}},
+    "0.4": {"id": "blosc", "cname": "zstd", "clevel": 1, "shuffle": 1},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +37,17 @@ class Volume:
     c: int = 0
 
     def read(self, box: Box) -> Array:
-        """Read a box as ``(z, y, x)`` in native byte order; raises :class:`StoreError` naming a bad chunk."""
+        """Read a box as ``(z, y, x)`` in native byte order.
+
+        Raises :class:`DataError` naming a corrupt chunk, or :class:`StoreError` naming one that cannot be read.
+        """
         array = cached_array(self.location)
         try:
             values = np.asarray(array[self._index(box)])
         except Exception as error:
             raise self._blame(array, box, error) from error
+        if array.shards is not None:
+            self._require_no_empty_shard(array, box, values)
         return self._to_zyx(values).astype(values.dtype.newbyteorder("="), copy=False)
 
     def write(self, box: Box, values: Array) -> None:
@@ -49,10 +60,8 @@ class Volume:
         try:
             array[self._index(box)] = values.transpose([SPATIAL.index(name) for name in spatial])
         except OSError as error:
-            cause = error.strerror or str(error)
-            raise StoreError(
-                f"cannot write {self.location}: {cause}; make room and run the same command again"
-            ) from error
+            raise StoreError(f"cannot write {self.location}: {cause_of(error)}; mend that (make room, mount the "
+                             "disk) and run the same command again") from error  # fmt: skip
 
     def _index(self, box: Box) -> tuple[int | slice, ...]:
         where: dict[str, int | slice] = {
@@ -66,25 +75,51 @@ class Volume:
         spatial = [name for name in self.axis_names if name in SPATIAL]
         return np.ascontiguousarray(values.transpose([spatial.index(name) for name in SPATIAL]))
 
-    def _blame(self, array: zarr.Array[Any], box: Box, error: Exception) -> MegasegError:
-        """Find the stored object that cannot be read: codecs say what is wrong, but not where."""
+    def _full_box(self, box: Box) -> Box:
         index = self._index(box)
-        full = Box(
+        return Box(
             tuple(i.start if isinstance(i, slice) else i for i in index),
             tuple(i.stop if isinstance(i, slice) else i + 1 for i in index),
         )
+
+    def _require_no_empty_shard(self, array: zarr.Array[Any], box: Box, values: Array) -> None:
+        """Raise :class:`DataError` for a shard of no bytes: zarr 3.1 reads it as background."""
+        full = self._full_box(box)
+        values = values.reshape(full.shape)
         grid = BlockGrid(array.shape, array.shards or array.chunks)
         for position in grid.iter_overlapping(full):
+            part = values[(grid.core(position) & full).within(full).slices]
+            # Objects are only asked for where all voxels are the fill value: elsewhere something was read.
+            if (part == array.fill_value).all():
+                key = array.metadata.encode_chunk_key(position)
+                if self.location.size(key) == 0:
+                    raise _corrupt(f"{self.location}/{key}", "it is empty")
+
+    def _blame(self, array: zarr.Array[Any], box: Box, error: Exception) -> MegasegError:
+        """Find the stored object that cannot be read: codecs say what is wrong, but not where."""
+        grid = BlockGrid(array.shape, array.shards or array.chunks)
+        for position in grid.iter_overlapping(self._full_box(box)):
             try:
                 array[grid.core(position).slices]
             except Exception as cause:
-                place = f"{self.location}/{array.metadata.encode_chunk_key(position)}"
-                # A store may recover, a chunk that does not decode will not.
-                if isinstance(cause, OSError):
-                    return StoreError(f"cannot read {place}: {cause.strerror or cause}")
-                return DataError(f"chunk {place} is corrupt ({type(cause).__name__}: {cause}); "
-                                 "restore it from a copy and run the same command again")  # fmt: skip
-        return StoreError(f"cannot read {self.location} at {box}: {type(error).__name__}: {error}")
+                return self._judge(array.metadata.encode_chunk_key(position), cause)
+        return StoreError(f"cannot read {self.location} at {box}: {cause_of(error)}")
+
+    def _judge(self, key: str, cause: Exception) -> MegasegError:
+        """Tell a store that failed, and may recover, from a chunk that will never decode."""
+        place = f"{self.location}/{key}"
+        # Some codecs raise OSError too, but only the system numbers its errors.
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return StoreError(f"cannot read {place}: {cause_of(cause)}")
+        try:
+            self.location.get(key)
+        except StoreError as error:
+            return error
+        return _corrupt(place, f"{type(cause).__name__}: {cause}")
+
+
+def _corrupt(place: str, cause: str) -> DataError:
+    return DataError(f"chunk {place} is corrupt ({cause}); restore it from a copy and run the same command again")
 
 
 def create_array(location: Location, image: Image, level: int, dtype: str, layout: Layout, version: str) -> None:
@@ -101,6 +136,7 @@ def create_array(location: Location, image: Image, level: int, dtype: str, layou
         chunks=chunks,
         shards=unit if v3 and unit != chunks else None,
         dtype=dtype,
+        compressors=_COMPRESSORS[version],
         fill_value=0,
         zarr_format=3 if v3 else 2,
         dimension_names=image.axis_names if v3 else None,
