@@ -7,6 +7,7 @@ computed again. The final state is derived from the journal.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,22 +53,27 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
     if journal.result is not None:
         result = Result("done", plan.target, _n_objects(plan, journal), 0.0, already_done=True, run=plan.run)
     else:
-        _begin(plan, journal)
-        if client is not None:
-            result = run_plan(plan, journal, client, emit)
-        else:
-            with connect(plan) as own_client:
-                result = run_plan(plan, journal, own_client, emit)
+        # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
+        with connect(plan) if client is None else nullcontext(client) as workers:
+            _begin(plan, journal)
+            result = run_plan(plan, journal, workers, emit)
     emit(result)
     return result
 
 
 def _begin(plan: Plan, journal: Journal) -> None:
-    """Create the arrays and record the plan, in that order: a recorded plan has its arrays."""
+    """Record the plan, then create its arrays, anew until a task is done.
+
+    In that order a run killed in between finds its record and goes on, and a
+    target without a record is not ours.
+    """
+    run = Location(plan.run)
+    if journal.n_done == 0 and plan.options.overwrite:
+        run.remove()
+    run.put(targets.PLAN, plan.model_dump_json(indent=1).encode())
     if journal.n_done == 0:
         targets.clear(plan)
         targets.create(plan)
-    Location(plan.run).put("plan.json", plan.model_dump_json(indent=1).encode())
 
 
 def run_plan(plan: Plan, journal: Journal, client: Any, emit: Emit) -> Result:
