@@ -16,17 +16,18 @@ from megaseg_dask.stores import Location, cached_array
 from megaseg_dask.tasks import WORK, product_location
 
 PROVENANCE = "megaseg"
+PLAN = "plan.json"
 
 
 def read_recorded(run: Location) -> Plan | None:
     """Return the plan that an earlier run recorded, if any; raises :class:`TargetError` if it cannot be read."""
-    data = run.get("plan.json")
+    data = run.get(PLAN)
     if data is None:
         return None
     try:
         return Plan.model_validate_json(data)
     except ValueError as error:
-        raise TargetError(f"{run}/plan.json is not a plan of this version; start anew with --overwrite") from error
+        raise TargetError(f"{run}/{PLAN} is not a plan of this version; start anew with --overwrite") from error
 
 
 def require_same(plan: Plan, recorded: Plan) -> None:
@@ -50,32 +51,37 @@ def require_free(plan: Plan) -> None:
     """Raise :class:`TargetError` if something that is not this run's stands where it would write."""
     target = Location(plan.target)
     in_place = target.is_same(Location(plan.source))
-    where = product_location(plan, "labels") if in_place else target
-    if in_place and not where.exists():
-        return
-    if not where.exists() or (where.path.is_dir() and not any(where.path.iterdir())):
-        return
-    if not where.path.is_dir():
-        raise TargetError(f"{where} is a file; choose another target")
-    if not in_place and _is_foreign_image(where):
-        raise TargetError(
-            f"{where} is an image that megaseg did not write, and is never replaced; choose another target"
-        )
-    if not plan.options.overwrite:
-        raise TargetError(f"{where} exists, without the record of a run; choose another target, or pass --overwrite")
+    # An unfinished run has no provenance at its target yet, but its record.
+    recorded = Location(plan.run).get(PLAN) is not None
+    for where in [product_location(plan, kind) for kind in plan.options.outputs] if in_place else [target]:
+        if not where.exists() or (where.path.is_dir() and not any(where.path.iterdir())):
+            continue
+        if not where.path.is_dir():
+            raise TargetError(f"{where} is a file; choose another target")
+        if not recorded and _is_foreign(where):
+            raise TargetError(
+                f"{where} holds Zarr data that megaseg did not write, and is never replaced; choose another target"
+            )
+        if not plan.options.overwrite:
+            raise TargetError(
+                f"{where} exists, without the record of a run; choose another target, or pass --overwrite"
+            )
 
 
-def _is_foreign_image(location: Location) -> bool:
-    try:
-        attributes, ome = location.ome_attributes()
-    except Exception:
+def _is_foreign(location: Location) -> bool:
+    """Tell whether a folder has what a run would replace, without the provenance that a run leaves."""
+    names = {child.name for child in location.path.iterdir()}
+    if not names & {"zarr.json", ".zgroup", ".zarray"} and not any(map(str.isdigit, names)):
         return False
-    return PROVENANCE not in attributes and bool({"multiscales", "plate", "well"} & set(ome))
+    try:
+        attributes, _ = location.ome_attributes()
+    except Exception:
+        return True
+    return PROVENANCE not in attributes
 
 
 def clear(plan: Plan) -> None:
-    """Remove the run folder, and what the plan would write at the target; nothing else."""
-    Location(plan.run).remove()
+    """Remove what the plan would write at the target; nothing else."""
     for kind in plan.options.outputs:
         group = product_location(plan, kind)
         if group.url == plan.target:
