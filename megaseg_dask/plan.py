@@ -287,7 +287,8 @@ def require_target(settings: Settings, source: Location, target: Location) -> No
     """Raise if the target lies in the source, would replace it, or cannot be written."""
     if target.is_inside(source):
         raise TargetError(f"{target} lies inside the source; choose a folder beside it, or the source itself as target")
-    if source.is_inside(target):
+    run = run_folder(target, settings.label_name)
+    if any(source.is_inside(folder) for folder in (target, run)) or source.is_same(run):
         raise TargetError(f"{target} holds the source; choose a folder of its own")
     if source.is_same(target):
         if "scores" in settings.outputs:
@@ -307,7 +308,7 @@ def _choose_channel(image: Image, channel: str | None, where: Location) -> int:
         return 0
     if channel in names:
         return names.index(channel)
-    if channel.isdigit() and int(channel) < n:
+    if channel.isdecimal() and int(channel) < n:
         return int(channel)
     raise SettingsError(f"--channel {channel}: no such channel in {where}; it has {listed}")
 
