@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # A batch system ends a job by SIGTERM: leave as after Ctrl-C, with the journal written and no worker left.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="megaseg", standalone_mode=False) or 0
     except _UsageError as error:
         with contextlib.suppress(typer.Exit):
             _fail(_usage(error), WRONG_REQUEST, "--json" in arguments)
