@@ -13,6 +13,17 @@ from megaseg_dask.plan import Plan
 
 START_S = 60
 
+# Read by libraries as they load, so set before a worker starts; worth a factor of 2 and of 4 (docs/decisions.md).
+WORKER_ENVIRONMENT = {
+    # A forward pass frees and allocates gigabytes: keep them, rather than return and fault them in each time. One
+    # arena, because glibc gives other arenas, which threads get, heaps of at most 64 MB.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+    # Threads that spin at a barrier hold up each other as soon as another process wants a core.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
 # 1.0: a worker never holds a second task in waiting, so a task that kills it takes no neighbour along.
 CONFIG = {
     "distributed.scheduler.worker-saturation": 1.0,
@@ -22,8 +33,7 @@ CONFIG = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.admin.tick.limit": "30s",
-    # Threads that spin at a barrier while another process holds a core made a forward pass 4 times slower.
-    "distributed.nanny.pre-spawn-environ.OMP_WAIT_POLICY": "PASSIVE",
+    **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in WORKER_ENVIRONMENT.items()},
 }
 
 
