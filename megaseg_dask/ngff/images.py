@@ -272,12 +272,11 @@ def _compose(ndim: int, *stages: Sequence[object] | None) -> tuple[tuple[float, 
     """
     scale, translation = np.ones(ndim), np.zeros(ndim)
     for transform in (t for stage in stages for t in stage or ()):
-        if (factors := getattr(transform, "scale", None)) is not None:
-            scale, translation = scale * factors, translation * factors
-        elif isinstance(offset := getattr(transform, "translation", None), list):
-            translation = translation + offset
-        else:
+        factors, offset = getattr(transform, "scale", np.ones(ndim)), getattr(transform, "translation", np.zeros(ndim))
+        if getattr(transform, "path", None) is not None or isinstance(offset, str):
             raise ValueError("its scale or translation is in a file of its own; only numbers in the metadata are read")
+        with np.errstate(all="ignore"):
+            scale, translation = scale * factors, translation * factors + offset
     if not np.isfinite([scale, translation]).all():
         raise ValueError(f"scale {scale} and translation {translation} have to be finite")
     return tuple(map(float, scale)), tuple(map(float, translation))

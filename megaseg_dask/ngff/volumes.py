@@ -97,10 +97,10 @@ class Volume:
 
     def _blame(self, array: zarr.Array[Any], box: Box, error: Exception) -> MegasegError:
         """Find the stored object that cannot be read: codecs say what is wrong, but not where."""
-        grid = BlockGrid(array.shape, array.shards or array.chunks)
-        for position in grid.iter_overlapping(self._full_box(box)):
+        full, grid = self._full_box(box), BlockGrid(array.shape, array.shards or array.chunks)
+        for position in grid.iter_overlapping(full):
             try:
-                array[grid.core(position).slices]
+                array[(grid.core(position) & full).slices]
             except Exception as cause:
                 return self._judge(array.metadata.encode_chunk_key(position), cause)
         return StoreError(f"cannot read {self.location} at {box}: {cause_of(error)}")
