@@ -24,6 +24,17 @@ WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
+# Ctrl-C reaches every process of a terminal: the client alone answers it, and ends its workers. What fails in a
+# worker comes back to the client, which says so once and in one line.
+WORKER_PRELOAD = """
+import logging
+import signal
+
+def dask_setup(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+"""
+
 # 1.0: a worker never holds a second task in waiting, so a task that kills it takes no neighbour along.
 CONFIG = {
     "distributed.scheduler.worker-saturation": 1.0,
@@ -33,6 +44,7 @@ CONFIG = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.admin.tick.limit": "30s",
+    "distributed.worker.preload": [WORKER_PRELOAD],
     **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in WORKER_ENVIRONMENT.items()},
 }
 
