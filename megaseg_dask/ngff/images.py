@@ -244,7 +244,7 @@ def _parse_multiscale(
     if missing := [name for name in SPATIAL if name not in names]:
         raise SourceError(f"{location} has axes {names} and no {' or '.join(missing)}: "
                           "the model segments 3D volumes of z, y and x")  # fmt: skip
-    # By name: the type is only a recommendation, and often left out.
+    # By name: of t and c, the type is only a recommendation.
     axes = tuple(
         Axis(name, _AXIS_TYPES[name], a.unit if isinstance(a.unit, str) else None)
         for name, a in zip(names, multiscale.axes, strict=True)

@@ -409,7 +409,7 @@ def test_damaged_metadata_give_an_image_or_a_reason(tmp_path, version, data):
 
 
 def test_the_specifications_own_examples(shared_data, tmp_path):
-    """Each case of the NGFF test suites is an image or a reason; what they call invalid is never 3D and readable."""
+    """No case of the NGFF test suites is a 3D image, valid or not: each ends as a reason."""
     for version in ("0.4", "0.5"):
         suite = json.loads((shared_data / f"omezarr/metadata/ngff_spec_{version}/tests/image_suite.json").read_text())
         for i, case in enumerate(suite["tests"]):
