@@ -226,9 +226,12 @@ def _nuclei(space: Space, shell: bool) -> NDArray[np.float32]:
 
 
 def _chromatin(space: Space) -> NDArray[np.float32]:
-    """Brightness inside nuclei: grains, and dark nucleoli."""
+    """Brightness inside nuclei: grains or threads, and dark nucleoli."""
     rng = space.rng
-    grains = np.exp(rng.uniform(0.05, 1.1) * space.field(space.between(1.2, 6)))
+    grains = space.field(space.between(1.2, 6))
+    if rng.random() < 0.5:  # threads around voids, as of heterochromatin, instead of grains
+        grains = 1 - 2 * np.abs(grains)
+    grains = np.exp(rng.uniform(0.05, 1.1) * grains)
     nucleoli = space.field(space.between(3, 8)) > rng.uniform(0.9, 2.5)
     return np.asarray(np.where(nucleoli, rng.uniform(0.15, 0.8), 1) * grains, dtype=np.float32)
 
