@@ -32,7 +32,7 @@ IMAGE_SHAPE = (64, 208, 208)
 # Instance norm ties the answer to what a patch holds: end at the patch that inference uses.
 STAGES = ((0.25, 4, (32, 64, 64)), (0.75, 2, (32, 96, 96)), (1.0, 1, (64, 128, 128)))
 # Large objects are the hardest to fill, shells the likeliest to be confused with them.
-WEIGHTS = np.array([{"nuclei": 3.0, "shells": 1.5}.get(kind, 1.0) for kind in KINDS])
+WEIGHTS = np.array([{"nuclei": 5.0, "shells": 1.5}.get(kind, 1.0) for kind in KINDS])
 MAX_NORM = 30.0  # gradients of the first steps reach 5
 HELD_OUT = 10**9  # seeds from here on are never trained on
 
