@@ -1,19 +1,22 @@
 """What is done: an append-only record beside the target, tied to one plan.
 
 Object stores cannot append, so the record is a row of numbered segments, each
-written once. A task is recorded after its data are written, so what the
-journal says is true; what it does not say is computed again.
+written once, that names its plan. A task is recorded after its data are
+written, so what the journal says is true; what it does not say, or says of
+another plan, is computed again.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from megaseg_dask.stores import Location
 
-_FOLDER = "journal"
+FOLDER = "journal"
 _SEGMENT_S = 1.0
 
 Summary = Mapping[str, object]
@@ -24,6 +27,7 @@ class Journal:
     """Finished tasks and their summaries, by stage and index."""
 
     run: Location
+    fingerprint: str
     done: dict[str, dict[int, Summary]] = field(default_factory=dict)
     result: Summary | None = None
     _pending: list[dict[str, object]] = field(default_factory=list)
@@ -31,21 +35,30 @@ class Journal:
     _last_write: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def read(cls, run: Location) -> "Journal":
+    def read(cls, run: Location, fingerprint: str) -> "Journal":
         """Read what earlier runs of the same plan recorded."""
-        journal = cls(run)
-        keys = run.keys(_FOLDER)
-        for key in keys:
-            for line in (run.get(key) or b"").splitlines():
-                journal._replay(json.loads(line))
-        journal._n_segments = len(keys)
+        journal = cls(run, fingerprint)
+        for key in run.keys(FOLDER):
+            if number := re.fullmatch(rf"{FOLDER}/(\d+)\.jsonl", key):
+                journal._n_segments = int(number[1]) + 1
+                journal._read_segment(run.get(key) or b"")
         return journal
 
-    def _replay(self, record: dict[str, object]) -> None:
+    def _read_segment(self, data: bytes) -> None:
+        """Replay a segment of this plan; of one torn by a power loss nothing counts, and its tasks run again."""
+        try:
+            head, *records = map(json.loads, data.splitlines())
+        except ValueError:
+            return
+        if head == {"plan": self.fingerprint}:
+            for record in records:
+                self._replay(record)
+
+    def _replay(self, record: Mapping[str, Any]) -> None:
         if "result" in record:
-            self.result = record["result"]  # type: ignore[assignment]
+            self.result = record["result"]
         else:
-            self.done.setdefault(str(record["stage"]), {})[int(str(record["index"]))] = record["summary"]  # type: ignore[assignment]
+            self.done.setdefault(record["stage"], {})[record["index"]] = record["summary"]
 
     def summaries(self, stage: str) -> list[Summary]:
         """Return the summaries of a stage in the order of task indices."""
@@ -78,8 +91,9 @@ class Journal:
     def flush(self) -> None:
         """Write what was added since the last segment."""
         if self._pending:
-            text = "\n".join(json.dumps(record, sort_keys=True) for record in self._pending)
-            self.run.put(f"{_FOLDER}/{self._n_segments:08d}.jsonl", text.encode())
+            records = [{"plan": self.fingerprint}, *self._pending]
+            text = "\n".join(json.dumps(record, sort_keys=True) for record in records)
+            self.run.put(f"{FOLDER}/{self._n_segments:08d}.jsonl", text.encode())
             self._n_segments += 1
             self._pending.clear()
         self._last_write = time.monotonic()

@@ -15,6 +15,7 @@ from megaseg_dask import targets, tasks
 from megaseg_dask.cluster import START_S, connect
 from megaseg_dask.errors import MegasegError, StoreError, TaskError
 from megaseg_dask.events import Event, Failure, Progress, Result, Started
+from megaseg_dask.journal import FOLDER as journal_folder
 from megaseg_dask.journal import Journal
 from megaseg_dask.plan import Plan, make_plan, run_folder
 from megaseg_dask.settings import Settings
@@ -36,11 +37,13 @@ def plan_run(source: str, target: str, settings: Settings) -> tuple[Plan, Journa
     run = run_folder(Location.of(target), settings.label_name)
     recorded = None if settings.overwrite else targets.read_recorded(run)
     plan = make_plan(source, target, settings, recorded=recorded)
-    if recorded is None:
-        targets.require_free(plan)
-        return plan, Journal(run)
-    targets.require_same(plan, recorded)
-    return plan, Journal.read(run)
+    if recorded is not None:
+        targets.require_same(plan, recorded)
+        if targets.is_present(plan):
+            return plan, Journal.read(run, plan.fingerprint)
+    # Nothing is done at a target that is not there, whatever a record beside it says.
+    targets.require_free(plan)
+    return plan, Journal(run, plan.fingerprint)
 
 
 def segment(source: str, target: str, settings: Settings, *, client: Any = None, emit: Emit = lambda _: None) -> Result:
@@ -68,8 +71,9 @@ def _begin(plan: Plan, journal: Journal) -> None:
     target without a record is not ours.
     """
     run = Location(plan.run)
-    if journal.n_done == 0 and plan.options.overwrite:
-        run.remove()
+    if journal.n_done == 0:
+        for stale in (journal_folder, tasks.WORK):
+            (run / stale).remove()
     run.put(targets.PLAN, plan.model_dump_json(indent=1).encode())
     if journal.n_done == 0:
         targets.clear(plan)

@@ -12,7 +12,7 @@ from megaseg_dask.errors import TargetError
 from megaseg_dask.ngff.images import image_attributes, versioned
 from megaseg_dask.ngff.volumes import create_array
 from megaseg_dask.plan import Plan
-from megaseg_dask.stores import Location, cached_array
+from megaseg_dask.stores import Location, cached_array, naming
 from megaseg_dask.tasks import WORK, product_location
 
 PROVENANCE = "megaseg"
@@ -45,6 +45,11 @@ def require_same(plan: Plan, recorded: Plan) -> None:
 def _short(value: object) -> str:
     text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text if len(text) <= 24 else text[:12] + "…"
+
+
+def is_present(plan: Plan) -> bool:
+    """Tell whether the arrays of a recorded run are still there; somebody may have removed them."""
+    return all((product_location(plan, kind) / "0").exists() for kind in plan.options.outputs)
 
 
 def require_free(plan: Plan) -> None:
@@ -119,7 +124,8 @@ def create(plan: Plan) -> None:
         if kind in options.outputs:
             group.write_group(image.version, {})
         for level in range(len(image.levels) if kind in options.outputs else 1):
-            create_array(group / str(level), image, level, dtypes[kind], plan.layout(level), image.version)
+            with naming(group / str(level), "create"):
+                create_array(group / str(level), image, level, dtypes[kind], plan.layout(level), image.version)
 
 
 def publish(plan: Plan, normalization: list[dict[str, float]]) -> None:
