@@ -265,9 +265,9 @@ def _failure_line(fields: dict[str, Any]) -> str:
 
 
 def _print_result(result: Any, quiet: bool) -> None:
-    if result.failures:
+    if n := len(result.failures):
         typer.echo(
-            f"megaseg: {len(result.failures)} tasks failed; what is finished is kept in {result.run}:",
+            f"megaseg: {n} {'task' if n == 1 else 'tasks'} failed; what is finished is kept in {result.run}:",
             err=True,
         )
         for failure in result.failures[:10]:
