@@ -6,6 +6,7 @@ calls (convolutions, codecs, component labelling) were measured; a test
 measures whole stages against this projection.
 """
 
+import ctypes
 import resource
 import sys
 from contextlib import suppress
@@ -15,14 +16,18 @@ from pathlib import Path
 from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
 
 # Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, before it has done anything.
-IDLE_BYTES = 600 * 10**6
+IDLE_BYTES = 650 * 10**6
 
 # Share of a machine's memory that workers may plan with; the rest is the client's and the system's.
 BUDGET_SHARE = 0.8
 
-# Full-resolution feature maps that a DynUNet forward pass holds at its peak (skip connection, concatenation,
-# residual and convolution buffers), in units of ``filters[0]`` float32 maps of the patch.
-FEATURE_MAPS = 10
+# Float32 feature maps of a patch at full resolution that a DynUNet's forward pass holds at its peak on CPU: skip
+# connection, concatenation, residual, convolution buffers and what the heap loses between them. Measured 9 to 14.
+_FEATURE_MAPS = 14
+# oneDNN stores channels in blocks of 16, also where there are fewer.
+_CHANNEL_BLOCK = 16
+# Compiled kernels and scratch space of a forward pass, whatever its size.
+_FORWARD_BYTES = 100 * 10**6
 
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
@@ -55,7 +60,8 @@ def _largest_read_box(sizes: Sizes) -> int:
 def forward_bytes(sizes: Sizes) -> int:
     """Return the memory of one forward pass, weights included."""
     patch = Box.of(sizes.patch_grid.patch_shape).size
-    return 4 * (patch * sizes.batch * (sizes.first_filters * FEATURE_MAPS + 4) + sizes.n_parameters)
+    maps = _FEATURE_MAPS * max(sizes.first_filters, _CHANNEL_BLOCK)
+    return 4 * (patch * sizes.batch * maps + sizes.n_parameters) + _FORWARD_BYTES
 
 
 def project(sizes: Sizes) -> dict[str, int]:
@@ -77,12 +83,20 @@ def project(sizes: Sizes) -> dict[str, int]:
         "downsample": relabel * 2,
     }
     if core == Box.of(sizes.volume_shape).size:
-        kept = core * (sizes.source_bytes + sizes.scores_bytes + 1)
-        stages = {"volume": kept + max(stages["segment"], label + relabel)}
-    return {stage: IDLE_BYTES + n for stage, n in stages.items()}
+        volume = core * (sizes.source_bytes + sizes.scores_bytes + 1)
+        stages = {"volume": volume + max(stages["segment"], label + relabel)}
+    # The engine stays open from one task to the next.
+    kept = IDLE_BYTES + 4 * sizes.n_parameters
+    return {stage: kept + n for stage, n in stages.items()}
 
 
 # -- measuring it
+
+
+def release() -> None:
+    """Give freed memory back to the system, where the C library can (glibc): stages differ in what they hold."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak() -> None:

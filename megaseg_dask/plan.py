@@ -225,6 +225,9 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
     image = whole.from_level(settings.level)
     require_segmentable(image, where)
     require_target(settings, where, to)
+    if where.is_same(to):
+        # One container holds one version.
+        settings = settings.model_copy(update={"ome_zarr": whole.version})
     channel = _choose_channel(image, settings.channel, where)
     first, stop = _choose_times(image, settings)
     if recorded is not None:

@@ -135,19 +135,18 @@ def publish(plan: Plan, normalization: list[dict[str, float]]) -> None:
     for kind in sorted(plan.options.outputs, key=("mask", "labels", "scores").index):
         group = product_location(plan, kind)
         attributes = image_attributes(plan.target_image, label=kind != "scores")
+        group.write_group(plan.target_image.version, {**attributes, **provenance})
         if kind != "scores":
-            group.write_group(plan.target_image.version, {**attributes, **provenance})
             _list_labels(plan, add=group.path.name)
-        else:
-            group.write_group(plan.target_image.version, {**attributes, **provenance})
 
 
 def _list_labels(plan: Plan, *, add: str = "", remove: str = "") -> None:
     """Keep the list of label images in the ``labels`` group, which viewers go by."""
     group = Location(plan.target) / "labels"
-    _, ome = group.ome_attributes()
-    names = [n for n in ome.get("labels", []) if n not in (add, remove)] + ([add] if add else [])
-    group.write_group(plan.target_image.version, versioned({"labels": names}, plan.target_image.version))
+    version, (_, ome) = plan.target_image.version, group.ome_attributes()
+    names = [n for n in ome.get("labels") or [] if n not in (add, remove)] + ([add] if add else [])
+    listed = versioned({"labels": names}, version)
+    group.write_group(version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
 
 
 def _provenance(plan: Plan, normalization: list[dict[str, float]]) -> dict[str, object]:

@@ -29,7 +29,7 @@ from megaseg_dask.intensity import (
     measure,
     merge_statistics,
 )
-from megaseg_dask.memory import peak_bytes, reset_peak
+from megaseg_dask.memory import peak_bytes, release, reset_peak
 from megaseg_dask.ngff.pyramids import downsample, source_box
 from megaseg_dask.ngff.volumes import Volume
 from megaseg_dask.plan import Plan
@@ -321,8 +321,15 @@ def load_plan(run: str, fingerprint: str) -> Plan:
     return plan
 
 
+@functools.lru_cache(maxsize=1)
+def enter_stage(stage: str) -> None:
+    """Once per stage and process: what the last stage held is not this one's memory."""
+    release()
+
+
 def run_task(run: str, fingerprint: str, stage: str, index: int) -> Summary:
     """Run one task of a recorded plan and return its summary; what workers call."""
+    enter_stage(stage)
     reset_peak()
     plan = load_plan(run, fingerprint)
     volume, number = plan.split_index(stage, index)

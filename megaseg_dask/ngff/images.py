@@ -327,7 +327,7 @@ def image_attributes(image: Image, *, label: bool = False) -> dict[str, object]:
     return versioned(attributes, image.version)
 
 
-def versioned(attributes: dict[str, object], version: str) -> dict[str, object]:
+def versioned(attributes: dict[str, Any], version: str) -> dict[str, Any]:
     """Put OME metadata where their version keeps them: under ``ome`` from 0.5 on."""
     if version == "0.5":
         return {"ome": {"version": version, **attributes}}

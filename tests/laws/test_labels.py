@@ -50,7 +50,7 @@ def label_by_blocks(mask, block_shape, connectivity, min_size=0) -> np.ndarray:
                 planes[i][near], labelling.plane_box(grid[i], near),
                 planes[j][far], labelling.plane_box(grid[j], far), connectivity,
             )  # fmt: skip
-            pairs.append(found.astype(np.int64) + [offsets[i] - 1, offsets[j] - 1])
+            pairs.append(found.astype(np.int64) + np.array([offsets[i], offsets[j]]) - 1)
     table = labelling.Fragments(
         np.concatenate([f.first for f in fragments]), np.concatenate([f.size for f in fragments])
     )

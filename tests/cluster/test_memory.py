@@ -1,0 +1,39 @@
+"""Promise 7: what a worker needs at its peak stays below what the plan projects."""
+
+import pytest
+
+from megaseg_dask.run import plan_run, segment
+from megaseg_dask.settings import parse_settings
+from tests.images import blobs, write_image
+
+
+@pytest.mark.parametrize("block", ["48,256,256", "48,128,128"])
+def test_measured_peaks_stay_below_the_projection(block, tmp_path, tiny_bundle):
+    source = write_image(tmp_path / "image.zarr", blobs((48, 256, 256)))
+    settings = parse_settings({
+        "model": str(tiny_bundle), "threads": 1, "patch": "48,128,128", "overlap": 0, "block": block,
+    })  # fmt: skip
+    plan, _ = plan_run(str(source), str(tmp_path / "out.zarr"), settings)
+    # Workers of its own: a worker that other tests used holds what they left.
+    result = segment(str(source), str(tmp_path / "out.zarr"), settings)
+    assert result.status == "done"
+    assert len(result.peak_bytes) == len(plan.stages)
+    for stage, peak in result.peak_bytes.items():
+        assert 50e6 < peak <= plan.projected_bytes[stage.split("-")[0]], (stage, peak, plan.projected_bytes)
+        assert plan.projected_bytes[stage.split("-")[0]] <= plan.memory_bytes
+
+
+def test_a_block_that_needs_too_much_is_refused_and_a_smaller_one_is_chosen(tmp_path, tiny_bundle):
+    from megaseg_dask.errors import SettingsError
+
+    source = write_image(tmp_path / "image.zarr", blobs((96, 256, 384)), chunks=(96, 128, 128))
+    options = {"model": str(tiny_bundle), "threads": 1}
+    roomy, _ = plan_run(str(source), str(tmp_path / "a.zarr"), parse_settings({**options, "memory": "8GB"}))
+    assert roomy.is_one_task
+    tight, _ = plan_run(str(source), str(tmp_path / "b.zarr"), parse_settings({**options, "memory": "1GB"}))
+    assert not tight.is_one_task
+    assert max(tight.projected_bytes.values()) <= 1e9
+    with pytest.raises(SettingsError, match="raise --memory"):
+        plan_run(
+            str(source), str(tmp_path / "c.zarr"), parse_settings({**options, "memory": "1GB", "block": "96,256,384"})
+        )
