@@ -6,20 +6,23 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 import contextlib
 import inspect
 import json
-import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from megaseg_dask.console import (
+    print_demo,
+    print_evaluation,
+    print_findings,
+    print_plan,
+    print_result,
+    reporter,
+)
 from megaseg_dask.errors import MegasegError
 from megaseg_dask.settings import Settings, declared, parse_settings
-
-if TYPE_CHECKING:
-    from megaseg_dask.events import Event
 
 app = typer.Typer(
     name="megaseg",
@@ -89,6 +92,8 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
     Look first, then run:
       megaseg plan cells.zarr segmented.zarr
       megaseg segment cells.zarr segmented.zarr
+
+    Or begin with real cells and a small model: megaseg demo
     """
     if version:
         import importlib.metadata
@@ -116,10 +121,10 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
         settings = _settings_of(options)
         from megaseg_dask.run import segment as run_segment
 
-        with _reporter(json_, quiet) as emit:
+        with reporter(json_, quiet) as emit:
             result = run_segment(source, target, settings, emit=emit)
         if not json_:
-            _print_result(result, quiet)
+            print_result(result, quiet)
         raise typer.Exit(result.exit_code)
 
 
@@ -141,7 +146,64 @@ def plan(source: Source, target: Target, *, json_: Json = False, **options: Any)
         if json_:
             typer.echo(json.dumps({"event": "plan", **summary}))
         else:
-            _print_plan(summary)
+            print_plan(summary)
+
+
+@app.command()
+def demo(
+    folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Where to write.")] = "megaseg-demo",
+    *,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Segment real nuclei with the starter model, offline, and say where to look.
+
+    It writes an OME-Zarr image with its true labels, segments it, and draws both side by side.
+    """
+    with _exit_codes(json_):
+        from pathlib import Path
+
+        from megaseg_dask.demo import run_demo
+
+        with reporter(json_, quiet) as emit:
+            done = run_demo(Path(folder), emit)
+        if not json_:
+            print_demo(done)
+
+
+@app.command()
+def evaluate(
+    predicted: Annotated[str, typer.Argument(metavar="PREDICTED", help="Label image, or an image with labels.")],
+    truth: Annotated[str, typer.Argument(metavar="TRUTH", help="Label image of the same shape, or an image with it.")],
+    *,
+    label: Annotated[str | None, typer.Option(metavar="NAME", help="Which of PREDICTED's label images.")] = None,
+    truth_label: Annotated[str | None, typer.Option(metavar="NAME", help="Which of TRUTH's.")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated lines, for a spreadsheet.")] = False,
+    json_: Json = False,
+) -> None:
+    r"""Score predicted labels against true ones: Dice, IoU, average precision, panoptic quality.
+
+    \b
+    Example:
+      megaseg evaluate segmented.zarr nuclei.zarr
+    """
+    with _exit_codes(json_):
+        from megaseg_dask.scoring import evaluate_images, find_labels
+
+        found = evaluate_images(find_labels(predicted, label), find_labels(truth, truth_label))
+        if json_:
+            typer.echo(json.dumps({"event": "result", "status": "done", **found.as_dict()}))
+        else:
+            print_evaluation(found, csv=csv)
+
+
+@app.command()
+def doctor(*, json_: Json = False) -> None:
+    """Show what this machine has, what auto would choose and why, and the usual troubles."""
+    with _exit_codes(json_):
+        from megaseg_dask.doctor import examine
+
+        print_findings(examine(), as_json=json_)
 
 
 # -- how a command ends
@@ -176,149 +238,6 @@ def _fail(message: str, code: int, as_json: bool) -> NoReturn:
 def _echo_error(message: str, code: int) -> None:
     status = "interrupted" if code == INTERRUPTED else "error"
     typer.echo(json.dumps({"event": "result", "status": status, "error": message, "exit_code": code}))
-
-
-# -- what a person reads
-
-
-@contextlib.contextmanager
-def _reporter(as_json: bool, quiet: bool) -> Iterator[Callable[["Event"], None]]:
-    """Yield a function that shows events: JSON lines, a progress bar on a terminal, or plain lines."""
-    if as_json:
-        yield lambda event: typer.echo(json.dumps(event.as_dict()))
-    elif quiet:
-        yield lambda event: None
-    elif sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-        with _bars() as show:
-            yield show
-    else:
-        yield _lines()
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[Callable[["Event"], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description:<13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bars: dict[str, Any] = {}
-
-        def show(event: "Event") -> None:
-            fields: dict[str, Any] = event.as_dict()
-            match event.kind:
-                case "started":
-                    progress.console.print(_started_line(fields))
-                case "progress":
-                    stage = str(fields["stage"])
-                    if stage not in bars:
-                        bars[stage] = progress.add_task(stage, total=fields["n_tasks"], rate="")
-                    progress.update(bars[stage], completed=fields["n_done"], rate=_rate(fields))
-                case "failure":
-                    progress.console.print(_failure_line(fields))
-
-        yield show
-
-
-def _lines(every_s: float = 5.0) -> Callable[["Event"], None]:
-    """Return a printer of plain lines, one per stage and every few seconds."""
-    last: dict[str, float] = {}
-
-    def show(event: "Event") -> None:
-        fields: dict[str, Any] = event.as_dict()
-        match event.kind:
-            case "started":
-                typer.echo(_started_line(fields), err=True)
-            case "failure":
-                typer.echo(_failure_line(fields), err=True)
-            case "progress":
-                stage, now = str(fields["stage"]), time.monotonic()
-                complete = fields["n_done"] == fields["n_tasks"]
-                if complete or now - last.setdefault(stage, now) > every_s:
-                    last[stage] = now
-                    left = "" if complete else f", about {fields['left_s']:.0f} s left"
-                    line = f"{stage}: {fields['n_done']}/{fields['n_tasks']} tasks, {fields['elapsed_s']:.1f} s"
-                    typer.echo(f"{line}, {_rate(fields)}{left}", err=True)
-
-    return show
-
-
-def _rate(fields: dict[str, Any]) -> str:
-    return f"{fields['voxels_per_s'] / 1e6:.1f} Mvoxel/s"
-
-
-def _started_line(fields: dict[str, Any]) -> str:
-    resumed = f", {fields['n_done']} of them done before" if fields["n_done"] else ""
-    return f"{fields['n_tasks']} tasks{resumed}; dashboard {fields['dashboard']}"
-
-
-def _failure_line(fields: dict[str, Any]) -> str:
-    return f"FAILED {fields['stage']} {fields['volume']} box {fields['box']}: {fields['error']}"
-
-
-def _print_result(result: Any, quiet: bool) -> None:
-    if n := len(result.failures):
-        typer.echo(
-            f"megaseg: {n} {'task' if n == 1 else 'tasks'} failed; what is finished is kept in {result.run}:",
-            err=True,
-        )
-        for failure in result.failures[:10]:
-            typer.echo(_failure_line(failure), err=True)
-        typer.echo("Run the same command again once the cause is mended.", err=True)
-        return
-    objects = "" if result.n_objects is None else f"{result.n_objects} objects in "
-    if result.already_done:
-        typer.echo(f"{objects}{result.target}: already done, nothing to do")
-        return
-    typer.echo(f"{objects}{result.target} after {result.wall_s:.1f} s")
-    if not quiet and result.peak_bytes:
-        stage, peak = max(result.peak_bytes.items(), key=lambda item: item[1])
-        typer.echo(f"most memory of a worker: {peak / 1e9:.2f} GB in stage {stage}", err=True)
-
-
-def _print_plan(summary: dict[str, Any]) -> None:
-    engine, model = summary["engine"], summary["model"]
-    peaks = ", ".join(f"{stage} {n / 1e9:.2f}" for stage, n in summary["projected_bytes"].items())
-    tasks = " → ".join(f"{stage} {n}" for stage, n in summary["stages"].items())
-    rows = {
-        "source": f"{summary['source']}  ({summary['volumes']} volumes of {_shape(summary['volume_shape'])}"
-                  f" {summary['dtype']})",
-        "target": summary["target"],
-        "model": f"{model['name']}  ({model['parameters']:,} parameters, digest {model['digest'][:12]})",
-        "engine": f"{engine['engine']} {engine['precision']} on {engine['device']}, {engine['threads']} threads, "
-                  f"batch {engine['batch']}",
-        "patches": f"{summary['patches']} of {_shape(summary['patch_shape'])} per volume, overlap "
-                   f"{_shape(summary['overlap'])}: {summary['patch_voxels_per_voxel']} voxels predicted per voxel",
-        "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, redundancy "
-                  f"{summary['redundancy']}",
-        "bytes": f"{_size(summary['bytes_read'])} read ({summary['read_amplification']} times the volume), "
-                 f"{_size(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}",
-        "memory": f"{_size(summary['memory_bytes'])} per worker; projected GB: {peaks}",
-        "tasks": tasks + (f"  ({summary['tasks_done']} done)" if summary["tasks_done"] else ""),
-        "fingerprint": summary["fingerprint"][:16],
-    }  # fmt: skip
-    for name, text in rows.items():
-        typer.echo(f"{name:<12} {text}")
-
-
-def _shape(values: Any) -> str:
-    return ",".join(map(str, values))
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

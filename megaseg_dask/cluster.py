@@ -64,10 +64,19 @@ def connect(plan: Plan) -> Iterator[Any]:
             except (OSError, ValueError) as error:
                 raise SettingsError(f"--scheduler {plan.options.scheduler}: no answer: {error}") from error
             with client:
+                _require_worker(client)
                 yield client
             return
         with _local_cluster(plan) as cluster, Client(cluster) as client:
+            _require_worker(client)
             yield client
+
+
+def _require_worker(client: Any) -> None:
+    try:
+        client.wait_for_workers(1, timeout=START_S)
+    except TimeoutError as error:
+        raise SettingsError(f"no worker joined within {START_S} s; see {client.dashboard_link}") from error
 
 
 @contextmanager
@@ -89,6 +98,10 @@ def _quiet() -> Iterator[None]:
 
 def _local_cluster(plan: Plan) -> Any:
     if plan.engine.device == "cuda":
+        from megaseg_dask.engines.pytorch import cuda_devices
+
+        if not cuda_devices():
+            raise SettingsError("--device cuda: PyTorch sees no GPU here; run megaseg doctor, or use --device cpu")
         return _cuda_cluster(plan)
     from distributed import LocalCluster
 

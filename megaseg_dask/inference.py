@@ -55,9 +55,9 @@ class ModelRef:
 def resolve_engine(*, device: str, batch: int | None, threads: int | None) -> EngineSpec:
     """Decide what ``auto`` means on this machine: a GPU if PyTorch sees one."""
     if device == "auto":
-        from megaseg_dask.engines.pytorch import has_gpu
+        from megaseg_dask.engines.pytorch import cuda_devices
 
-        device = "cuda" if has_gpu() else "cpu"
+        device = "cuda" if cuda_devices() else "cpu"
     return EngineSpec("torch", device, "fp32", batch or 1, threads or n_cores())
 
 

@@ -29,6 +29,10 @@ _CHANNEL_BLOCK = 16
 # Compiled kernels and scratch space of a forward pass, whatever its size.
 _FORWARD_BYTES = 100 * 10**6
 
+# The join holds fragments, not voxels. How many there are only the data know: an estimate, from a small nucleus.
+_VOXELS_PER_FRAGMENT = 10_000
+_FRAGMENT_BYTES = 64
+
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
 
@@ -79,6 +83,7 @@ def project(sizes: Sizes) -> dict[str, int]:
         "segment": max(segment + forward_bytes(sizes), segment + core * (4 + sizes.scores_bytes)),
         "label": label,
         "seams": core,
+        "join": Box.of(sizes.volume_shape).size // _VOXELS_PER_FRAGMENT * _FRAGMENT_BYTES,
         "relabel": relabel,
         "downsample": relabel * 2,
     }

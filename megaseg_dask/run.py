@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megaseg_dask import targets, tasks
-from megaseg_dask.cluster import START_S, connect
+from megaseg_dask.cluster import connect
 from megaseg_dask.errors import MegasegError, StoreError, TaskError
 from megaseg_dask.events import Event, Failure, Progress, Result, Started
 from megaseg_dask.journal import FOLDER as journal_folder
@@ -27,6 +27,7 @@ Emit = Callable[[Event], None]
 _LEAST_WINDOW = 8
 _PER_WORKER = 2
 _FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 10.0
 
 
 def plan_run(source: str, target: str, settings: Settings) -> tuple[Plan, Journal]:
@@ -83,7 +84,6 @@ def _begin(plan: Plan, journal: Journal) -> None:
 def run_plan(plan: Plan, journal: Journal, client: Any, emit: Emit) -> Result:
     """Run what the journal lacks, stage by stage, and publish the result if nothing failed."""
     started = time.monotonic()
-    client.wait_for_workers(1, timeout=START_S)
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
     emit(Started(plan.target, n_tasks, journal.n_done, client.dashboard_link))
     progress = _StageRunner(plan, journal, client, emit)
@@ -185,7 +185,7 @@ class _StageRunner:
                 outcome = future.result() if future.status == "finished" else future.exception()
                 future.release()
                 if is_infrastructure(outcome) and attempts[index] <= self.plan.options.retries:
-                    time.sleep(_FIRST_PAUSE_S * 2 ** (attempts[index] - 1))
+                    time.sleep(min(_FIRST_PAUSE_S * 2 ** (attempts[index] - 1), _LONGEST_PAUSE_S))
                     submit(index)
                     continue
                 yield index, outcome

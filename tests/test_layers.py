@@ -18,8 +18,8 @@ engines engines.pytorch inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
 settings plan journal tasks targets cluster
 run
-xarrays training report view demo doctor
-cli
+xarrays training scoring report view demo doctor
+console cli
 __init__ __main__
 """.split()
 
@@ -33,12 +33,14 @@ DOORS = {
     "numpy": None,
     "obstore": {"stores"},
     "ome_zarr_models": {"ngff"},
-    "psutil": {"memory", "plan"},
+    "psutil": {"memory", "plan", "doctor"},
     "pydantic": {"settings", "plan", "ngff"},
-    "rich": {"cli"},
+    "rich": {"console"},
+    "matplotlib": {"demo"},
     "scipy": {"labelling", "simulation", "evaluate"},
+    "tifffile": {"demo"},
     "torch": {"models", "engines"},
-    "typer": {"cli"},
+    "typer": {"cli", "console"},
     "yaml": {"models"},
     "zarr": {"ngff", "stores"},
 }

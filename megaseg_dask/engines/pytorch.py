@@ -37,6 +37,13 @@ class TorchEngine:
         return result
 
 
-def has_gpu() -> bool:
-    """Tell whether PyTorch can use a GPU here."""
-    return torch.cuda.is_available()
+def cuda_devices() -> list[str]:
+    """Return the names of the GPUs that PyTorch can use here."""
+    return (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+
+
+def cuda_version() -> str | None:
+    """Return the CUDA version that PyTorch was built with, if any."""
+    return torch.version.cuda

@@ -149,9 +149,7 @@ def write_folder(
     return folder
 
 
-def write_zip(
-    path: str | Path, network: NetworkSpec = TINY, *, inside: str = "megaSeg/", **options: Any
-) -> Path:
+def write_zip(path: str | Path, network: NetworkSpec = TINY, *, inside: str = "megaSeg/", **options: Any) -> Path:
     """The zip of `write_folder`, with everything below the folder ``inside``."""
     path = Path(path)
     folder = write_folder(path.with_suffix(".unpacked"), network, **options)
