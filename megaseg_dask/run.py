@@ -40,9 +40,10 @@ def plan_run(source: str, target: str, settings: Settings) -> tuple[Plan, Journa
     plan = make_plan(source, target, settings, recorded=recorded)
     if recorded is not None:
         targets.require_same(plan, recorded)
-        if targets.is_present(plan):
-            return plan, Journal.read(run, plan.fingerprint)
-    # Nothing is done at a target that is not there, whatever a record beside it says.
+        journal = Journal.read(run, plan.fingerprint)
+        if targets.is_present(plan, finished=journal.result is not None):
+            return plan, journal
+    # Nothing is done in arrays that are not there, whatever a record beside them says.
     targets.require_free(plan)
     return plan, Journal(run, plan.fingerprint)
 

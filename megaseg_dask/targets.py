@@ -47,9 +47,17 @@ def _short(value: object) -> str:
     return text if len(text) <= 24 else text[:12] + "…"
 
 
-def is_present(plan: Plan) -> bool:
-    """Tell whether the arrays of a recorded run are still there; somebody may have removed them."""
-    return all((product_location(plan, kind) / "0").exists() for kind in plan.options.outputs)
+def is_present(plan: Plan, *, finished: bool) -> bool:
+    """Tell whether the arrays of a recorded run are still there: a missing one would read as background."""
+    kinds = plan.options.outputs if finished else (*plan.options.outputs, *intermediates(plan))
+    return all((product_location(plan, kind) / "0").exists() for kind in kinds)
+
+
+def intermediates(plan: Plan) -> list[str]:
+    """Return the arrays that live in the run folder while a run goes on."""
+    if plan.is_one_task or "labels" not in plan.options.outputs:
+        return []
+    return [kind for kind in ("mask", "fragments") if kind not in plan.options.outputs]
 
 
 def require_free(plan: Plan) -> None:
@@ -116,8 +124,7 @@ def create(plan: Plan) -> None:
         "fragments": "uint32",
         "labels": str(labelling.label_dtype(plan.volume_shape)),
     }
-    intermediate = [] if plan.is_one_task else [k for k in ("mask", "fragments") if k not in options.outputs]
-    for kind in (*options.outputs, *intermediate):
+    for kind in (*options.outputs, *intermediates(plan)):
         group = product_location(plan, kind)
         if kind in ("labels", "mask") and kind in options.outputs:
             (Location(plan.target) / "labels").write_group(image.version, {})

@@ -1,0 +1,103 @@
+"""How often the expensive things happen: exact counts, which no clock can blur."""
+
+import functools
+import shutil
+import time
+
+import pytest
+
+from megaseg_dask import inference, tasks
+from megaseg_dask.engines.pytorch import TorchEngine
+from megaseg_dask.run import plan_run, segment
+from megaseg_dask.settings import parse_settings
+from tests.images import blobs, write_image
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count forward passes and reads of the source, in this process."""
+    counts = {"forward": 0, "read_voxels": 0}
+
+    def count(self, patches, original=TorchEngine.__call__):
+        counts["forward"] += 1
+        return original(self, patches)
+
+    def read(self, box, original=tasks.Volume.read):
+        if "image.zarr" in str(self.location):
+            counts["read_voxels"] += box.size
+        return original(self, box)
+
+    monkeypatch.setattr(TorchEngine, "__call__", count)
+    monkeypatch.setattr(tasks.Volume, "read", read)
+    inference.open_engine.cache_clear()
+    return counts
+
+
+def run_here(plan):
+    """Run all stages without a cluster."""
+    from megaseg_dask import targets
+    from megaseg_dask.stores import Location
+
+    Location(plan.run).put(targets.PLAN, plan.model_dump_json().encode())
+    targets.create(plan)
+    run = functools.partial(tasks.run_task, plan.run, plan.fingerprint)
+    for stage in plan.stages:
+        summaries = [run(stage.name, i) for i in range(stage.n_tasks)]
+        if stage.name == "measure":
+            tasks.merge_measurements(plan, summaries)
+
+
+@pytest.mark.parametrize("block", ["24,64,96", "24,32,48", "13,29,31"])
+def test_forward_passes_and_reads_are_those_of_the_plan(block, tmp_path, tiny_bundle, counted):
+    image = blobs((24, 64, 96))
+    source = write_image(tmp_path / "image.zarr", image)
+    settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": block})
+    plan, _ = plan_run(str(source), str(tmp_path / "out.zarr"), settings)
+    run_here(plan)
+    summary = plan.summary()
+    assert counted["forward"] == round(summary["redundancy"] * summary["patches"])
+    assert counted["read_voxels"] * image.itemsize == summary["bytes_read"]
+
+
+def test_a_second_run_computes_nothing_and_a_resumed_one_only_what_is_missing(tmp_path, tiny_bundle, client):
+    source = write_image(tmp_path / "image.zarr", blobs((24, 64, 96)))
+    settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": "24,32,48"})
+    undisturbed, interrupted = tmp_path / "a.zarr", tmp_path / "b.zarr"
+    segment(str(source), str(undisturbed), settings, client=client)
+    again = segment(str(source), str(undisturbed), settings, client=client)
+
+    def interrupt(event):
+        if event.kind == "progress" and event.stage == "label":
+            raise KeyboardInterrupt
+
+    events = []
+    with pytest.raises(KeyboardInterrupt):
+        segment(str(source), str(interrupted), settings, client=client, emit=interrupt)
+    result = segment(str(source), str(interrupted), settings, client=client, emit=events.append)
+    assert result.status == "done"
+    assert {e.stage for e in events if e.kind == "progress"}.isdisjoint({"measure", "segment"})
+    assert contents(interrupted) == contents(undisturbed)
+    assert again.already_done
+
+
+def test_lost_intermediate_data_are_computed_again_not_taken_for_background(tmp_path, tiny_bundle, client):
+    source = write_image(tmp_path / "image.zarr", blobs((24, 64, 96)))
+    settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": "24,32,48"})
+    undisturbed, robbed = tmp_path / "a.zarr", tmp_path / "b.zarr"
+    segment(str(source), str(undisturbed), settings, client=client)
+
+    def interrupt(event):
+        if event.kind == "progress" and event.stage == "label":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(str(source), str(robbed), settings, client=client, emit=interrupt)
+    while any(client.processing().values()):
+        time.sleep(0.1)  # workers finish the tasks in hand
+    shutil.rmtree(tmp_path / "b.zarr.run/megaseg" / tasks.WORK)
+    assert segment(str(source), str(robbed), settings, client=client).status == "done"
+    assert contents(robbed) == contents(undisturbed)
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
