@@ -75,7 +75,7 @@ def require_free(plan: Plan) -> None:
             raise TargetError(
                 f"{where} holds Zarr data that megaseg did not write, and is never replaced; choose another target"
             )
-        if not plan.options.overwrite:
+        if not (recorded or plan.options.overwrite):
             raise TargetError(
                 f"{where} exists, without the record of a run; choose another target, or pass --overwrite"
             )
