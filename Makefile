@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed  ## Segment real cells and say where to look
-	$(BIN)/megaseg demo
+	$(BIN)/megaseg demo megaseg-demo
 
 test: $(VENV)/.installed  ## Every promise, fast
 	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist worksteal
@@ -30,4 +30,4 @@ bench: $(VENV)/.installed  ## Measure, and write benchmarks/results
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache megaseg-demo

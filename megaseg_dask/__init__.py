@@ -1,1 +1,26 @@
 """MegaSeg 3D segmentation of any volume, split over Dask workers, identical to predicting it whole."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from megaseg_dask.events import Result
+
+__all__ = ["segment"]
+
+
+def segment(
+    source: "str | Path", target: "str | Path", *, model: str = "MegaSeg_v1", client: Any = None, **settings: Any
+) -> "Result":
+    """Segment the OME-Zarr image ``source`` into ``target``: what the command ``megaseg segment`` calls.
+
+    ``settings`` are the command's options with underscores; ``client`` is a Dask
+    client to use instead of starting workers. Raises
+    :class:`~megaseg_dask.errors.MegasegError` for a request that cannot be
+    carried out; tasks that failed are named in the result.
+    """
+    from megaseg_dask import run
+    from megaseg_dask.settings import parse_settings
+
+    return run.segment(str(source), str(target), parse_settings({"model": model, **settings}), client=client)

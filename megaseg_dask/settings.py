@@ -279,3 +279,15 @@ def _shown(value: object) -> str:
     text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
     # Quoted where it would vanish from the line, or break it.
     return text if text and text.isprintable() else repr(text)
+
+
+def options_table() -> str:
+    """Return all options as a Markdown table: what docs/options.md holds."""
+    rows = ["| option | meaning |", "|---|---|"]
+    for name, field in Settings.model_fields.items():
+        metavar = declared(name)["metavar"]
+        option = f"--{name.replace('_', '-')}" + (f" {metavar}" if metavar else "")
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        stated = "" if default in (None, False) else f" Default: {default}."
+        rows.append(f"| `{option.replace('|', chr(92) + '|')}` | {field.description}{stated} |")
+    return "\n".join(rows)
