@@ -1,6 +1,6 @@
 """Train the light network on simulated structures, with the published recipe's loss and optimiser.
 
-    nice -n 19 python starter/train.py RUN_FOLDER --steps 4500
+    nice -n 19 python starter/train.py RUN_FOLDER --steps 3600
 
 Nothing but `megaseg_dask.simulation` feeds it. Each image is z-scored as a
 whole before patches are cut, as inference does. Checkpoints (network, its
@@ -219,7 +219,7 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
