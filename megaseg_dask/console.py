@@ -88,7 +88,8 @@ def _lines(every_s: float = 5.0) -> Callable[[Event], None]:
 
 
 def _rate(fields: dict[str, Any]) -> str:
-    return f"{fields['voxels_per_s'] / 1e6:.1f} Mvoxel/s"
+    rate = float(fields["voxels_per_s"])
+    return f"{rate / 1e6:.3g} Mvoxel/s" if rate else ""
 
 
 def _started_line(fields: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ class Started(Event):
 
 @dataclass(frozen=True, slots=True)
 class Progress(Event):
-    """A task of a stage ended."""
+    """A stage began, or a task of it ended."""
 
     kind: ClassVar[str] = "progress"
     stage: str

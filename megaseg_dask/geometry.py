@@ -4,6 +4,7 @@ Pure integer arithmetic on voxel coordinates. Both grids belong to the whole
 volume, never to a worker's share, so the answer does not depend on the split.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -203,12 +204,25 @@ class PatchGrid:
         return hull & Box.of(self.volume_shape)
 
     def count_predicted(self, block_shape: Shape) -> int:
-        """Return how many patches all blocks of this shape predict together.
+        """Return how many patches all blocks of this shape predict together."""
+        return math.prod(n_patches for n_patches, _ in self._axis_totals(block_shape))
 
-        Patches and blocks are products of axes, so the sum over blocks is the
-        product of sums over axes: cheap for a million blocks.
-        """
-        total = 1
-        for starts, n, p, b in zip(self.starts, self.volume_shape, self.patch_shape, block_shape, strict=True):
-            total *= sum((min(s + p, n) - 1) // b - max(s, 0) // b + 1 for s in starts)
-        return total
+    def count_read(self, block_shape: Shape) -> int:
+        """Return how many voxels all blocks of this shape read together, halos included."""
+        return math.prod(n_voxels for _, n_voxels in self._axis_totals(block_shape))
+
+    def _axis_totals(self, block_shape: Shape) -> Iterator[tuple[int, int]]:
+        axes = zip(self.volume_shape, self.patch_shape, self.overlap, block_shape, strict=True)
+        return (_axis_totals(*axis) for axis in axes)
+
+
+@functools.cache
+def _axis_totals(extent: int, patch: int, overlap: float, block: int) -> tuple[int, int]:
+    """Return patches predicted and voxels read along one axis, summed over the blocks there.
+
+    Patches and blocks are products of axes, so a sum over all blocks is the
+    product of sums over axes: cheap for a million blocks.
+    """
+    line = PatchGrid((extent,), (patch,), (overlap,))
+    cores = list(BlockGrid((extent,), (block,)))
+    return sum(map(line.count_touching, cores)), sum(line.read_box(core).size for core in cores)

@@ -175,8 +175,8 @@ class Plan(BaseModel):
         voxels = math.prod(self.volume_shape)
         n_predicted = grid.count_predicted(self.block_shape)
         item = np.dtype(self.source_image.dtype).itemsize
-        halo_voxels = sum(grid.read_box(core).size for core in self.block_grid())
-        read = halo_voxels if self.is_one_task else halo_voxels + voxels
+        # Statistics take one more read, except where a volume is read once for all.
+        read = grid.count_read(self.block_shape) + (0 if self.is_one_task else voxels)
         sizes = {"labels": label_dtype(self.volume_shape).itemsize, "mask": 1,
                  "scores": np.dtype(self.options.scores_dtype).itemsize}  # fmt: skip
         written = sum(math.prod(v.shape) for v in self.target_image.levels)

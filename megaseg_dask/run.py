@@ -113,7 +113,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, emit: Emit) -> Result:
 def _statistics(plan: Plan, journal: Journal) -> list[dict[str, float]]:
     if plan.is_one_task:
         return [dict(summary["statistics"]) for summary in journal.summaries("volume")]  # type: ignore[call-overload]
-    return tasks.read_statistics(plan.run, plan.fingerprint)
+    return tasks.read_statistics(plan)
 
 
 def _n_objects(plan: Plan, journal: Journal) -> int | None:
@@ -136,6 +136,9 @@ class _StageRunner:
         """Run the tasks of a stage that the journal lacks."""
         pending = [i for i in range(n_tasks) if not self.journal.is_done(stage, i)]
         started = time.monotonic()
+        if pending:
+            # A first block may take minutes: show the stage before it is done.
+            self.emit(Progress(stage, n_tasks - len(pending), n_tasks, 0.0, 0.0, None))
         for n, (index, outcome) in enumerate(self._outcomes(stage, iter(pending)), start=1):
             if isinstance(outcome, BaseException):
                 self._fail(stage, index, outcome)

@@ -116,20 +116,16 @@ def merge_measurements(plan: Plan, summaries: list[Mapping[str, object]]) -> Non
 
 
 def _describe(statistics: Statistics) -> dict[str, float]:
-    return {
-        "mean": statistics.mean,
-        "std": statistics.std,
-        "minimum": statistics.minimum,
-        "maximum": statistics.maximum,
-    }
+    # JSON has no infinity, which is the minimum of a volume without one finite voxel.
+    low, high = (statistics.minimum, statistics.maximum) if statistics.n else (0.0, 0.0)
+    return {"mean": statistics.mean, "std": statistics.std, "minimum": low, "maximum": high}
 
 
-@functools.lru_cache(maxsize=2)
-def read_statistics(run: str, fingerprint: str) -> list[dict[str, float]]:
-    """Return mean, std, minimum and maximum of each volume; the fingerprint keeps the cache to one plan."""
-    data = Location(run).get(STATISTICS)
+def read_statistics(plan: Plan) -> list[dict[str, float]]:
+    """Return mean, std, minimum and maximum of each volume."""
+    data = Location(plan.run).get(STATISTICS)
     if data is None:
-        raise TaskError(f"{run}/{STATISTICS} is missing; stage measure has to run first")
+        raise TaskError(f"{plan.run}/{STATISTICS} is missing; stage measure has to run first")
     statistics: list[dict[str, float]] = json.loads(data)
     return statistics
 
@@ -178,7 +174,7 @@ def segment_block(plan: Plan, volume: int, number: int) -> Summary:
     """Predict one block and write its core's scores and mask."""
     core = plan.block_grid()[number]
     values = _source(plan, volume).read(plan.patch_grid.read_box(core))
-    found = read_statistics(plan.run, plan.fingerprint)[volume]
+    found = read_statistics(plan)[volume]
     scores = _predict(plan, values, core, Normalisation(found["mean"], found["std"]))
     _write_predictions(plan, volume, core, scores)
     return {}

@@ -197,16 +197,21 @@ def alive(session: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
-def test_an_interrupted_run_goes_on(how, source, undisturbed, tiny_bundle, tmp_path):
+def test_an_interrupted_run_goes_on(how, source, megaseg, tiny_bundle, tmp_path):
+    # So many patches that the run is still at them when it is interrupted.
+    slowly = ["--overlap", "0.75"]
+    megaseg(source, tmp_path / "undisturbed.zarr", *slowly)
+    undisturbed = contents(tmp_path / "undisturbed.zarr")
     target = tmp_path / "out.zarr"
-    command = [sys.executable, "-m", "megaseg_dask", "segment", source, target, "--model", tiny_bundle, *OPTIONS]
+    options = ["--model", tiny_bundle, *OPTIONS, *slowly]
+    command = [sys.executable, "-m", "megaseg_dask", "segment", source, target, *options]
     errors = tmp_path / "stderr.txt"
     with errors.open("w") as stderr, subprocess.Popen(
         [*map(str, command), "--json"], stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
     ) as process:  # fmt: skip
         assert process.stdout is not None
         events = (json.loads(line) for line in process.stdout)
-        next(event for event in events if event.get("stage") == "segment")
+        next(event for event in events if event.get("stage") == "segment" and event["n_done"])
         if how == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)
         else:

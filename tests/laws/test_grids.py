@@ -77,3 +77,10 @@ def test_steps_of_a_connectivity(connectivity, n):
 def test_an_impossible_overlap_is_refused(overlap):
     with pytest.raises(SettingsError, match="at least 0 and below 1"):
         PatchGrid((9, 9, 9), (3, 3, 3), overlap)
+
+
+@given(shapes, shapes, overlaps, shapes)
+def test_voxels_read_are_counted(volume_shape, patch_shape, overlap, block_shape):
+    grid = PatchGrid(volume_shape, patch_shape, overlap)
+    expected = sum(grid.read_box(core).size for core in BlockGrid(volume_shape, block_shape))
+    assert grid.count_read(block_shape) == expected
