@@ -19,6 +19,7 @@ from megaseg_dask.console import (
     print_findings,
     print_plan,
     print_result,
+    print_status,
     reporter,
 )
 from megaseg_dask.errors import MegasegError
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 
 WRONG_REQUEST = 2
+PENDING = 3
 INTERRUPTED = 130
 
 # What typer raises for an unknown option or command; it has no public name.
@@ -147,6 +149,25 @@ def plan(source: Source, target: Target, *, json_: Json = False, **options: Any)
             typer.echo(json.dumps({"event": "plan", **summary}))
         else:
             print_plan(summary)
+
+
+@app.command()
+def status(target: Target, *, json_: Json = False) -> None:
+    """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending."""
+    with _exit_codes(json_):
+        from megaseg_dask.run import status as run_status
+
+        found = run_status(target)
+        for run in found:
+            if json_:
+                typer.echo(json.dumps(run.as_dict()))
+            else:
+                print_status(run)
+        worst = max((run.exit_code for run in found), key=[0, PENDING, 1].index)
+        if json_:
+            states = {0: "done", PENDING: "pending", 1: "failed"}
+            typer.echo(json.dumps({"event": "result", "status": states[worst], "exit_code": worst}))
+        raise typer.Exit(worst)
 
 
 @app.command()

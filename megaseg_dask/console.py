@@ -16,6 +16,8 @@ import typer
 
 from megaseg_dask.events import Event
 
+_MOST_FAILURES = 10
+
 
 @contextlib.contextmanager
 def reporter(as_json: bool, quiet: bool) -> Iterator[Callable[[Event], None]]:
@@ -108,7 +110,7 @@ def print_result(result: Any, quiet: bool) -> None:
             f"megaseg: {n} {'task' if n == 1 else 'tasks'} failed; what is finished is kept in {result.run}:",
             err=True,
         )
-        for failure in result.failures[:10]:
+        for failure in result.failures[:_MOST_FAILURES]:
             typer.echo(_failure_line(failure), err=True)
         typer.echo("Run the same command again once the cause is mended.", err=True)
         return
@@ -120,6 +122,16 @@ def print_result(result: Any, quiet: bool) -> None:
     if not quiet and result.peak_bytes:
         stage, peak = max(result.peak_bytes.items(), key=lambda item: item[1])
         typer.echo(f"most memory of a worker: {peak / 1e9:.2f} GB in stage {stage}", err=True)
+
+
+def print_status(run: Any) -> None:
+    """Print how a run stands, one row a stage, then its failures."""
+    typer.echo(f"{run.label_name}: {'done' if run.done else 'failed' if run.failures else 'not finished'}")
+    _print_rows({f"  {stage}": f"{n} of {total} tasks" for stage, (n, total) in run.stages.items()}, 16)
+    for failure in run.failures[:_MOST_FAILURES]:
+        typer.echo(_failure_line(failure))
+    if not run.done:
+        typer.echo("Run the same segment command again to go on.")
 
 
 def print_plan(summary: dict[str, Any]) -> None:

@@ -73,3 +73,19 @@ class Result(Event):
     def as_dict(self) -> dict[str, object]:
         """Return JSON values, the exit code among them."""
         return {**Event.as_dict(self), "exit_code": self.exit_code}
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus(Event):
+    """How a run stands: finished and planned tasks of each stage, and what failed."""
+
+    kind: ClassVar[str] = "status"
+    label_name: str
+    done: bool
+    stages: dict[str, tuple[int, int]]
+    failures: list[dict[str, object]]
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 something failed, 3 work is pending."""
+        return 0 if self.done else 1 if self.failures else 3

@@ -24,11 +24,12 @@ Summary = Mapping[str, object]
 
 @dataclass
 class Journal:
-    """Finished tasks and their summaries, by stage and index."""
+    """Finished tasks and their summaries, by stage and index; and what failed last and was not mended since."""
 
     run: Location
     fingerprint: str
     done: dict[str, dict[int, Summary]] = field(default_factory=dict)
+    failed: dict[tuple[str, int], Summary] = field(default_factory=dict)
     result: Summary | None = None
     _pending: list[dict[str, object]] = field(default_factory=list)
     _n_segments: int = 0
@@ -55,10 +56,14 @@ class Journal:
                 self._replay(record)
 
     def _replay(self, record: Mapping[str, Any]) -> None:
-        if "result" in record:
-            self.result = record["result"]
-        else:
-            self.done.setdefault(record["stage"], {})[record["index"]] = record["summary"]
+        match record:
+            case {"result": result}:
+                self.result = result
+            case {"stage": stage, "index": index, "failure": failure}:
+                self.failed[stage, index] = failure
+            case {"stage": stage, "index": index, "summary": summary}:
+                self.done.setdefault(stage, {})[index] = summary
+                self.failed.pop((stage, index), None)
 
     def summaries(self, stage: str) -> list[Summary]:
         """Return the summaries of a stage in the order of task indices."""
@@ -78,6 +83,10 @@ class Journal:
         self._append({"stage": stage, "index": index, "summary": summary})
         if time.monotonic() - self._last_write > _SEGMENT_S:
             self.flush()
+
+    def add_failure(self, stage: str, index: int, failure: Summary) -> None:
+        """Record a task that failed for good in this run; a later run tries it again."""
+        self._append({"stage": stage, "index": index, "failure": failure})
 
     def finish(self, result: Summary) -> None:
         """Record that the run is complete."""

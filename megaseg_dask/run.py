@@ -13,8 +13,8 @@ from typing import Any
 
 from megaseg_dask import targets, tasks
 from megaseg_dask.cluster import connect
-from megaseg_dask.errors import MegasegError, StoreError, TaskError
-from megaseg_dask.events import Event, Failure, Progress, Result, Started
+from megaseg_dask.errors import MegasegError, StoreError, TargetError, TaskError
+from megaseg_dask.events import Event, Failure, Progress, Result, RunStatus, Started
 from megaseg_dask.journal import FOLDER as journal_folder
 from megaseg_dask.journal import Journal
 from megaseg_dask.plan import Plan, make_plan, run_folder
@@ -64,6 +64,30 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
             result = run_plan(plan, journal, workers, emit)
     emit(result)
     return result
+
+
+def status(target: str) -> list[RunStatus]:
+    """Return how the runs on a target stand, one for each label name, from their journals alone.
+
+    Raises :class:`TargetError` if no run is recorded there.
+    """
+    folder = Location.of(target).sibling(".run")
+    names = sorted(p.name for p in folder.path.iterdir()) if folder.exists() else []
+    plans = {name: targets.read_recorded(folder / name) for name in names}
+    found = [_status_of(name, plan, folder / name) for name, plan in plans.items() if plan is not None]
+    if not found:
+        raise TargetError(f"no run is recorded at {folder}; start one with megaseg segment")
+    return found
+
+
+def _status_of(name: str, plan: Plan, run: Location) -> RunStatus:
+    journal = Journal.read(run, plan.fingerprint)
+    return RunStatus(
+        label_name=name,
+        done=journal.result is not None,
+        stages={s.name: (len(journal.done.get(s.name, {})), s.n_tasks) for s in plan.stages},
+        failures=list(map(dict, journal.failed.values())),
+    )
 
 
 def _begin(plan: Plan, journal: Journal) -> None:
@@ -161,6 +185,7 @@ class _StageRunner:
         volume, box = tasks.task_box(self.plan, stage, index)
         failure = Failure(stage, index, volume, box, describe(error))
         self.failures.append(failure)
+        self.journal.add_failure(stage, index, failure.as_dict())
         self.emit(failure)
 
     def _outcomes(self, stage: str, pending: Iterator[int]) -> Iterator[tuple[int, Any]]:
