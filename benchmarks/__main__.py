@@ -1,0 +1,20 @@
+"""``make bench``: run the measurements and keep their results; ``--small`` only shows that they run."""
+
+import argparse
+
+from benchmarks import field
+from benchmarks.machine import keep
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="a field of 40×160×160; nothing is kept")
+    if parser.parse_args().small:
+        print(field.measure((40, 160, 160)))
+    else:
+        keep("field", field.measure())
+
+
+if __name__ == "__main__":
+    main()
