@@ -77,7 +77,7 @@ def write_sample(location: Location, image: NDArray[np.uint16], truth: NDArray[n
     """Write an image with its labels as OME-Zarr 0.5, micrometres and all."""
     level = Level("0", image.shape, SPACING_UM, (0.0, 0.0, 0.0))
     axes = tuple(Axis(name, "space", "micrometer") for name in "zyx")
-    described = Image("0.5", "nuclei", axes, (level,), "uint16").with_pyramid()
+    described = Image("0.5", "nuclei", axes, (level,), "uint16")
     labels = location / "labels"
     location.write_group("0.5", {})
     labels.write_group("0.5", versioned({"labels": ["truth"]}, "0.5"))
