@@ -88,7 +88,7 @@ def _settings_of(options: dict[str, Any]) -> Settings:
 
 @app.callback(invoke_without_command=True)
 def megaseg(context: typer.Context, *, version: Version = False) -> None:
-    r"""Segment 3D microscopy with MegaSeg, at any size, as if the whole volume had been predicted at once.
+    """Segment 3D microscopy with MegaSeg, at any size, as if the whole volume had been predicted at once.
 
     \b
     Look first, then run:
@@ -109,7 +109,7 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
 @app.command()
 @with_settings
 def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet = False, **options: Any) -> None:
-    r"""Segment an image: scores and labels, as multiscale OME-Zarr.
+    """Segment an image: scores and labels, as multiscale OME-Zarr.
 
     Interrupt it with Ctrl-C, or lose the machine: the same command goes on where it stopped.
 
@@ -133,7 +133,7 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
 @app.command()
 @with_settings
 def plan(source: Source, target: Target, *, json_: Json = False, **options: Any) -> None:
-    r"""Show what segment would do with the same options: blocks, patches, memory, bytes. Writes nothing.
+    """Show what segment would do with the same options: blocks, patches, memory, bytes. Writes nothing.
 
     \b
     Example:
@@ -202,16 +202,22 @@ def evaluate(
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated lines, for a spreadsheet.")] = False,
     json_: Json = False,
 ) -> None:
-    r"""Score predicted labels against true ones: Dice, IoU, average precision, panoptic quality.
+    """Score predicted labels against true ones: Dice, IoU, average precision, panoptic quality.
 
     \b
     Example:
       megaseg evaluate segmented.zarr nuclei.zarr
     """
     with _exit_codes(json_):
-        from megaseg_dask.scoring import evaluate_images, find_labels
+        from megaseg_dask.scoring import evaluate_images, find_labels, is_label_image
 
-        found = evaluate_images(find_labels(predicted, label), find_labels(truth, truth_label))
+        compared = find_labels(predicted, label), find_labels(truth, truth_label)
+        found = evaluate_images(*compared)
+        for location in compared:
+            if not is_label_image(location):
+                typer.echo(
+                    f"megaseg: warning: {location} is not marked as a label image; its voxels count as ids", err=True
+                )
         if json_:
             typer.echo(json.dumps({"event": "result", "status": "done", **found.as_dict()}))
         else:

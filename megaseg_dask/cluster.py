@@ -1,6 +1,7 @@
 """Workers: a local cluster of processes, one worker per GPU, or a scheduler that already runs."""
 
 import logging
+import multiprocessing
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from typing import Any
 
 import dask
 
-from megaseg_dask.errors import SettingsError
+from megaseg_dask.errors import EngineError, SettingsError
 from megaseg_dask.plan import Plan
 
 START_S = 60
@@ -57,6 +58,7 @@ def connect(plan: Plan) -> Iterator[Any]:
     """
     from distributed import Client
 
+    _require_main_guard()
     with dask.config.set(CONFIG), _quiet():
         if plan.options.scheduler:
             try:
@@ -67,9 +69,21 @@ def connect(plan: Plan) -> Iterator[Any]:
                 _require_worker(client)
                 yield client
             return
-        with _local_cluster(plan) as cluster, Client(cluster) as client:
+        try:
+            cluster = _local_cluster(plan)
+        except RuntimeError as error:
+            raise EngineError(
+                f"workers could not start ({error}); in a script, put its calls under `if __name__ == '__main__':`"
+            ) from error
+        with cluster, Client(cluster) as client:
             _require_worker(client)
             yield client
+
+
+def _require_main_guard() -> None:
+    """Refuse to run while a worker imports the user's script: it would start workers, without end."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SettingsError("workers import your script: put its calls under `if __name__ == '__main__':`")
 
 
 def _require_worker(client: Any) -> None:

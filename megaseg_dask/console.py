@@ -96,7 +96,8 @@ def _rate(fields: dict[str, Any]) -> str:
 
 def _started_line(fields: dict[str, Any]) -> str:
     resumed = f", {fields['n_done']} of them done before" if fields["n_done"] else ""
-    return f"{fields['n_tasks']} tasks{resumed}; dashboard {fields['dashboard']}"
+    n = fields["n_tasks"]
+    return f"{n} {'task' if n == 1 else 'tasks'}{resumed}; dashboard {fields['dashboard']}"
 
 
 def _failure_line(fields: dict[str, Any]) -> str:
@@ -114,6 +115,8 @@ def print_result(result: Any, quiet: bool) -> None:
             typer.echo(_failure_line(failure), err=True)
         typer.echo("Run the same command again once the cause is mended.", err=True)
         return
+    for warning in result.warnings:
+        typer.echo(f"megaseg: warning: {warning}", err=True)
     objects = "" if result.n_objects is None else f"{result.n_objects} objects in "
     if result.already_done:
         typer.echo(f"{objects}{result.target}: already done, nothing to do")
@@ -140,7 +143,7 @@ def print_plan(summary: dict[str, Any]) -> None:
     peaks = ", ".join(f"{stage} {n / 1e9:.2f}" for stage, n in summary["projected_bytes"].items())
     tasks = " → ".join(f"{stage} {n}" for stage, n in summary["stages"].items())
     rows = {
-        "source": f"{summary['source']}  ({summary['volumes']} volumes of {_shape(summary['volume_shape'])}"
+        "source": f"{summary['source']}  ({summary['volumes']} × {_shape(summary['volume_shape'])}"
                   f" {summary['dtype']})",
         "target": summary["target"],
         "model": f"{model['name']}  ({model['parameters']:,} parameters, digest {model['digest'][:12]})",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaseg_dask.errors import SettingsError
+from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.evaluate import Evaluation
 from megaseg_dask.events import Result
 from megaseg_dask.geometry import Box
@@ -28,6 +28,7 @@ Array = NDArray[Any]
 
 SPACING_UM = (0.29, 0.26, 0.26)
 _MIN_SIZE = 500
+_MARK = "made-by-megaseg-demo.txt"
 _INSTALL = "pip install 'megaseg-dask[demo]'"
 
 
@@ -48,10 +49,9 @@ def run_demo(folder: Path, emit: Emit) -> Demo:
     Raises :class:`SettingsError` if the sample images are not installed.
     """
     image, truth = read_sample()
-    folder.mkdir(parents=True, exist_ok=True)
+    require_free(folder)
     source, target = Location.of(folder / "nuclei.zarr"), Location.of(folder / "segmented.zarr")
-    if not (source / "labels/truth").exists():
-        write_sample(source, image, truth)
+    write_sample(source, image, truth)
     settings = parse_settings({"model": "starter", "min_size": _MIN_SIZE})
     result = segment(source.url, target.url, settings, emit=emit)
     evaluation = evaluate_images(target / "labels/megaseg", source / "labels/truth")
@@ -60,6 +60,18 @@ def run_demo(folder: Path, emit: Emit) -> Demo:
     scores, labels = (Volume(target / place, axes).read(whole) for place in ("0", "labels/megaseg/0"))
     draw(picture, image, scores, labels)
     return Demo(source, target, picture, result, evaluation)
+
+
+def require_free(folder: Path) -> None:
+    """Raise :class:`TargetError` unless the folder is new, empty, or an earlier demo's; then create it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = any(folder.iterdir()) and not (folder / _MARK).exists()
+    except OSError as error:
+        raise TargetError(f"{folder} cannot be made a folder: {error.strerror}; choose another") from error
+    if foreign:
+        raise TargetError(f"{folder} holds something else; choose a new or empty folder")
+    (folder / _MARK).write_text("Written by megaseg demo; the folder can be removed.\n")
 
 
 def read_sample() -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:

@@ -62,6 +62,7 @@ class Result(Event):
     wall_s: float
     already_done: bool = False
     failures: list[dict[str, object]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     run: str = ""
 

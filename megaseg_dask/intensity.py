@@ -25,6 +25,8 @@ PARTITION_SHAPE = (64, 256, 256)
 # 16-bit limbs in float64: products stay below 2^32, so a slab of 2^20 voxels sums below 2^53, exactly.
 _SLAB = 2**20
 
+_EXACT_FLOAT = 2**53
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
@@ -166,12 +168,19 @@ class Normalisation:
     @classmethod
     def of(cls, statistics: Statistics) -> "Normalisation":
         """Return the normalisation that the statistics of the whole volume ask for."""
+        if isinstance(statistics, Counts) and max(abs(statistics.minimum), abs(statistics.maximum)) > _EXACT_FLOAT:
+            raise DataError(
+                f"voxels reach {statistics.maximum}, and numbers beyond 2^53 have no exact float64; "
+                "subtract the offset of the image first"
+            )
         return cls(statistics.mean, statistics.std)
 
-    def __call__(self, values: NDArray[np.generic]) -> Float32:
+    def __call__(self, values: NDArray[Any]) -> Float32:
         """Return ``(values - mean) / std`` in float32; a constant volume gives zeros, a NaN the mean."""
-        normalised = values.astype(np.float32)
-        normalised -= np.float32(self.mean)
+        # Wide numbers hold offsets that float32 would round away before they are subtracted.
+        wide = values.dtype.itemsize > 2 and values.dtype != np.float32
+        kind = np.float64 if wide else np.float32
+        normalised: Float32 = np.subtract(values, kind(self.mean), dtype=kind).astype(np.float32, copy=False)
         # A std of zero divides by one, as in MONAI.
         normalised /= np.float32(self.std) or np.float32(1)
         if values.dtype.kind == "f":

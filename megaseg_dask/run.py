@@ -17,6 +17,7 @@ from megaseg_dask.errors import MegasegError, StoreError, TargetError, TaskError
 from megaseg_dask.events import Event, Failure, Progress, Result, RunStatus, Started
 from megaseg_dask.journal import FOLDER as journal_folder
 from megaseg_dask.journal import Journal
+from megaseg_dask.lease import Held, held
 from megaseg_dask.plan import Plan, make_plan, run_folder
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
@@ -55,15 +56,27 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
     :class:`MegasegError`; a run in which tasks failed returns a result that names them.
     """
     plan, journal = plan_run(source, target, settings)
-    if journal.result is not None:
-        result = Result("done", plan.target, _n_objects(plan, journal), 0.0, already_done=True, run=plan.run)
-    else:
+    if journal.result is None:
         # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
-        with connect(plan) if client is None else nullcontext(client) as workers:
-            _begin(plan, journal)
-            result = run_plan(plan, journal, workers, emit)
+        with connect(plan) if client is None else nullcontext(client) as workers, held(Location(plan.run)) as lease:
+            # Again: another client may have worked on it until now.
+            plan, journal = plan_run(source, target, settings)
+            result = _carry_out(plan, journal, workers, lease, emit)
+    else:
+        result = _already_done(plan, journal)
     emit(result)
     return result
+
+
+def _already_done(plan: Plan, journal: Journal) -> Result:
+    return Result("done", plan.target, _n_objects(plan, journal), 0.0, already_done=True, run=plan.run)
+
+
+def _carry_out(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
+    if journal.result is not None:
+        return _already_done(plan, journal)
+    _begin(plan, journal)
+    return run_plan(plan, journal, client, lease, emit)
 
 
 def status(target: str) -> list[RunStatus]:
@@ -106,12 +119,12 @@ def _begin(plan: Plan, journal: Journal) -> None:
         targets.create(plan)
 
 
-def run_plan(plan: Plan, journal: Journal, client: Any, emit: Emit) -> Result:
+def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
     """Run what the journal lacks, stage by stage, and publish the result if nothing failed."""
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
     emit(Started(plan.target, n_tasks, journal.n_done, client.dashboard_link))
-    progress = _StageRunner(plan, journal, client, emit)
+    progress = _StageRunner(plan, journal, client, lease, emit)
     with journal.flushed():
         for stage in plan.stages:
             progress.run(stage.name, stage.n_tasks)
@@ -129,6 +142,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, emit: Emit) -> Result:
         n_objects=None if progress.failures else _n_objects(plan, journal),
         wall_s=round(time.monotonic() - started, 3),
         failures=[failure.as_dict() for failure in progress.failures],
+        warnings=[] if progress.failures else _doubts(plan, journal),
         peak_bytes=progress.peak_bytes,
         run=plan.run,
     )
@@ -138,6 +152,12 @@ def _statistics(plan: Plan, journal: Journal) -> list[dict[str, float]]:
     if plan.is_one_task:
         return [dict(summary["statistics"]) for summary in journal.summaries("volume")]  # type: ignore[call-overload]
     return tasks.read_statistics(plan)
+
+
+def _doubts(plan: Plan, journal: Journal) -> list[str]:
+    """Name volumes whose result means nothing, although it is what the network says."""
+    found = zip(plan.volumes, _statistics(plan, journal), strict=True)
+    return [f"t={v.t} c={v.c} is constant: what is found in it means nothing" for v, s in found if not s["std"]]
 
 
 def _n_objects(plan: Plan, journal: Journal) -> int | None:
@@ -152,6 +172,7 @@ class _StageRunner:
     plan: Plan
     journal: Journal
     client: Any
+    lease: Held
     emit: Emit
     failures: list[Failure] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
@@ -164,6 +185,7 @@ class _StageRunner:
             # A first block may take minutes: show the stage before it is done.
             self.emit(Progress(stage, n_tasks - len(pending), n_tasks, 0.0, 0.0, None))
         for n, (index, outcome) in enumerate(self._outcomes(stage, iter(pending)), start=1):
+            self.lease.require()
             if isinstance(outcome, BaseException):
                 self._fail(stage, index, outcome)
                 if isinstance(outcome, StoreError):

@@ -38,6 +38,11 @@ def find_labels(address: str, name: str | None = None) -> Location:
     return labels / (name or names[0])
 
 
+def is_label_image(location: Location) -> bool:
+    """Tell whether an image says that its voxels are ids of objects."""
+    return "image-label" in location.ome_attributes()[1]
+
+
 def evaluate_images(predicted: Location, truth: Location) -> Evaluation:
     """Compare two label images of one shape.
 

@@ -6,6 +6,7 @@ arrays go through zarr. Errors name the URL and the cause.
 """
 
 import functools
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ class Location:
             raise SettingsError("an empty path names no image; give a folder such as cells.zarr")
         if "://" in text:
             raise SettingsError(f"{text}: only local folders can be opened so far; copy the image to a disk")
-        return cls(str(Path(text).expanduser().absolute()))
+        # Not resolve: a link stays the address that the user knows.
+        return cls(os.path.normpath(Path(text).expanduser().absolute()))
 
     def __truediv__(self, name: str) -> "Location":
         return Location(f"{self.url}/{name}") if name else self
@@ -82,6 +84,20 @@ class Location:
         """Write one object, whole or not at all."""
         with naming(self / key, "write"):
             obstore.put(LocalStore(prefix=self.url, mkdir=True), key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write one object unless there is one; tell whether it was written. Of several writers one succeeds."""
+        with naming(self / key, "write"):
+            try:
+                obstore.put(LocalStore(prefix=self.url, mkdir=True), key, data, mode="create")
+            except obstore.exceptions.AlreadyExistsError:
+                return False
+            return True
+
+    def delete(self, key: str) -> None:
+        """Remove one object; none there is no error."""
+        with naming(self / key, "remove"):
+            (self.path / key).unlink(missing_ok=True)
 
     def get(self, key: str) -> bytes | None:
         """Read one object; ``None`` if there is none."""

@@ -16,7 +16,7 @@ stores
 models.bundle models.files models.cytodl models models.zoo
 engines engines.pytorch inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
-settings plan journal tasks targets cluster
+settings plan journal lease tasks targets cluster
 run
 xarrays training scoring report view demo doctor
 console cli

@@ -67,3 +67,17 @@ def test_a_voxel_that_is_no_number_is_named_or_left_out(bad):
     found = measure(values, Box.of(values.shape), nan_to_background=True)
     assert found.n == values.size - 1
     assert Normalisation.of(found)(values)[2, 3, 1] == 0
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [("i8", 2**52), ("i8", -(2**52)), ("u4", 2**31), ("f8", 1e12)])
+def test_a_large_offset_does_not_blur_the_image(dtype, offset):
+    image = np.random.default_rng(0).integers(0, 4000, (8, 9, 10))
+    shifted = image.astype(dtype) + np.array(offset, dtype)
+    plain, moved = (Normalisation.of(measure(v, Box.of(v.shape)))(v) for v in (image.astype("u2"), shifted))
+    np.testing.assert_allclose(moved, plain, atol=2e-3)
+
+
+def test_integers_without_an_exact_float_are_refused():
+    values = np.array([2**63, 2**63 + 4000], np.uint64)
+    with pytest.raises(DataError, match="subtract the offset"):
+        Normalisation.of(measure(values, Box.of(values.shape)))

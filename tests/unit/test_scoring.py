@@ -50,10 +50,10 @@ def test_the_command_prints_a_table_json_or_csv(pair):
     table = run(app, ["evaluate", str(ours), str(truth)])
     assert table.exit_code == 0
     assert f"{expected.dice:.4f}" in table.output
-    found = json.loads(run(app, ["evaluate", str(ours), str(truth), "--json"]).output)
+    found = json.loads(run(app, ["evaluate", str(ours), str(truth), "--json"]).stdout)
     assert found["dice"] == expected.dice
     assert len(found["matchings"]) == 10
-    csv = run(app, ["evaluate", str(ours), str(truth), "--csv"]).output.splitlines()
+    csv = run(app, ["evaluate", str(ours), str(truth), "--csv"]).stdout.splitlines()
     assert len(csv) == 11
     assert len({line.count(",") for line in csv}) == 1
 

@@ -1,0 +1,123 @@
+"""One client at a time: who carries out a run holds its lease, and says so with a heartbeat.
+
+Two clients on one target would clear and write under each other. The lease is
+an object in the run folder, created only if there is none; its owner counts a
+beat up in it. Whoever finds a lease watches for a while: a count that stands
+still belongs to a client that is gone. No clock of another machine is read.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megaseg_dask.errors import StoreError, TargetError
+from megaseg_dask.stores import Location
+
+KEY = "lease.json"
+BEAT_S = 2.0
+# Beats that may be missed before a client counts as gone; a busy machine delays a few.
+_PATIENCE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who holds a run: an id of its own, and a name for people."""
+
+    id: str
+    host: str
+    pid: int
+    beat: int = 0
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @property
+    def is_gone(self) -> bool:
+        """Tell whether it is a process of this machine that does not exist any more."""
+        return self.host == socket.gethostname() and not Path(f"/proc/{self.pid}").exists() and Path("/proc").exists()
+
+
+class Held:
+    """The lease of a run, kept by a thread that beats."""
+
+    def __init__(self, run: Location, lease: Lease) -> None:
+        self._run, self._lease = run, lease
+        self._stopped, self._lost = threading.Event(), threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart.start()
+
+    def require(self) -> None:
+        """Raise :class:`StoreError` if another client took the run over, because this one had stopped for long."""
+        if self._lost.is_set():
+            raise StoreError(f"another client took over {self._run} while this one stood still; leave the run to it")
+
+    def release(self) -> None:
+        """Give the lease back, if it is still ours."""
+        self._stopped.set()
+        self._heart.join()
+        if _is_of(self._lease, read(self._run)):
+            self._run.delete(KEY)
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(BEAT_S):
+            # A store that fails for a moment is no reason to give up: the next beat tries again.
+            with suppress(StoreError):
+                if not _is_of(self._lease, read(self._run)):
+                    self._lost.set()
+                    return
+                self._lease = replace(self._lease, beat=self._lease.beat + 1)
+                self._run.put(KEY, _encode(self._lease))
+
+
+def _is_of(lease: Lease, holder: Lease | None) -> bool:
+    return holder is not None and holder.id == lease.id
+
+
+@contextmanager
+def held(run: Location) -> Iterator[Held]:
+    """Hold the lease of a run; raises :class:`TargetError` that names the client that has it."""
+    lease = Lease(uuid.uuid4().hex, socket.gethostname(), os.getpid())
+    _acquire(run, lease)
+    holding = Held(run, lease)
+    try:
+        yield holding
+    finally:
+        holding.release()
+
+
+def read(run: Location) -> Lease | None:
+    """Return the lease of a run, if somebody has it."""
+    data = run.get(KEY)
+    return None if data is None else Lease(**json.loads(data))
+
+
+def _acquire(run: Location, lease: Lease) -> None:
+    while not run.create(KEY, _encode(lease)):
+        holder = read(run)
+        if holder is None:
+            continue
+        if not holder.is_gone and _is_alive(run, holder):
+            raise TargetError(f"{run} is being written by {holder}; wait for it, or end it, and try again")
+        if read(run) == holder:
+            run.delete(KEY)
+
+
+def _is_alive(run: Location, holder: Lease) -> bool:
+    """Watch a lease until its beat goes on, or for as long as a living client may keep silent."""
+    patience = time.monotonic() + _PATIENCE * BEAT_S
+    while time.monotonic() < patience:
+        time.sleep(BEAT_S / 2)
+        if read(run) != holder:
+            return True
+    return False
+
+
+def _encode(lease: Lease) -> bytes:
+    return json.dumps(asdict(lease)).encode()
