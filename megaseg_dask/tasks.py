@@ -118,7 +118,7 @@ def merge_measurements(plan: Plan, summaries: list[Mapping[str, object]]) -> Non
 def _describe(statistics: Statistics) -> dict[str, float]:
     # JSON has no infinity, which is the minimum of a volume without one finite voxel.
     low, high = (statistics.minimum, statistics.maximum) if statistics.n else (0.0, 0.0)
-    return {"mean": statistics.mean, "std": statistics.std, "minimum": low, "maximum": high}
+    return {**asdict(Normalisation.of(statistics)), "minimum": low, "maximum": high}
 
 
 def read_statistics(plan: Plan) -> list[dict[str, float]]:

@@ -109,3 +109,22 @@ def test_batches_are_split_invariant_against_themselves(batch, tmp_path, tiny_bu
     whole = run(source, tmp_path / "whole.zarr", tiny_bundle, client, batch=batch)
     split = run(source, tmp_path / "split.zarr", tiny_bundle, client, batch=batch, block=(11, 29, 23))
     assert_array_equal(whole["0"][...], split["0"][...])
+
+
+def test_integers_without_an_exact_float_fail_on_both_paths(tmp_path, tiny_bundle, client):
+    from megaseg_dask.errors import DataError
+
+    image = blobs((16, 40, 40)).astype(np.uint64) + np.uint64(2**63)
+    source = write_image(tmp_path / "image.zarr", image)
+    options = {"model": str(tiny_bundle), "threads": 1, "overlap": 0}
+    whole = segment(str(source), str(tmp_path / "a.zarr"), parse_settings(options), client=client)
+    assert "subtract the offset" in whole.failures[0]["error"]
+    with pytest.raises(DataError, match="subtract the offset"):
+        segment(str(source), str(tmp_path / "b.zarr"), parse_settings({**options, "block": "16,20,20"}), client=client)
+
+
+def test_a_constant_volume_is_called_meaningless(tmp_path, tiny_bundle, client):
+    source = write_image(tmp_path / "image.zarr", np.full((16, 32, 40), 7, np.uint8))
+    settings = parse_settings({"model": str(tiny_bundle), "threads": 1})
+    result = segment(str(source), str(tmp_path / "out.zarr"), settings, client=client)
+    assert result.warnings == ["t=0 c=0 is constant: what is found in it means nothing"]
