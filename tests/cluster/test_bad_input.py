@@ -195,6 +195,11 @@ def alive(session: int) -> list[str]:
     return found
 
 
+def hear_interrupts() -> None:
+    """Tests that a shell runs in the background inherit that SIGINT is ignored; a user's terminal does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
 def test_an_interrupted_run_goes_on(how, source, megaseg, tiny_bundle, tmp_path):
@@ -207,7 +212,8 @@ def test_an_interrupted_run_goes_on(how, source, megaseg, tiny_bundle, tmp_path)
     command = [sys.executable, "-m", "megaseg_dask", "segment", source, target, *options]
     errors = tmp_path / "stderr.txt"
     with errors.open("w") as stderr, subprocess.Popen(
-        [*map(str, command), "--json"], stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+        [*map(str, command), "--json"], stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
+        preexec_fn=hear_interrupts,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         events = (json.loads(line) for line in process.stdout)
