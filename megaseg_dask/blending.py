@@ -39,7 +39,7 @@ def blend(predictions: Iterable[tuple[Box, Float32]], core: Box, weights: Float3
     """Blend patch logits ``(channels, *patch)`` into the core's logits ``(channels, *core)``.
 
     ``predictions`` must come in grid order. Raises :class:`EngineError` if a
-    voxel of the core got no weight: uncovered voxels would pass for background.
+    voxel of the core got no weight, or no number: it would pass for background.
     """
     total: Float32 | None = None
     weight_sum = np.zeros(core.shape, np.float32)
@@ -55,6 +55,8 @@ def blend(predictions: Iterable[tuple[Box, Float32]], core: Box, weights: Float3
     if total is None or not weight_sum.all():
         raise EngineError(f"block {core} has voxels that no patch covers; the patch grid skips voxels")
     total /= weight_sum
+    if not np.isfinite(total).all():
+        raise EngineError(f"the network gave NaN or infinity in block {core}; the image's extremes may overflow it")
     return total
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.errors import SettingsError, TargetError, TaskError
 from megaseg_dask.evaluate import Evaluation
 from megaseg_dask.events import Result
 from megaseg_dask.geometry import Box
@@ -54,6 +54,8 @@ def run_demo(folder: Path, emit: Emit) -> Demo:
     write_sample(source, image, truth)
     settings = parse_settings({"model": "starter", "min_size": _MIN_SIZE})
     result = segment(source.url, target.url, settings, emit=emit)
+    if result.failures:
+        raise TaskError(str(result.failures[0]["error"]))
     evaluation = evaluate_images(target / "labels/megaseg", source / "labels/truth")
     picture = folder / "nuclei.png"
     whole, axes = Box.of(image.shape), ("z", "y", "x")

@@ -43,9 +43,10 @@ class Moments:
         """Return the moments of finite values."""
         if not values.size:
             return cls()
+        # Contiguous, and no BLAS: strides and thread counts change the order of a sum, and so its last bit.
+        values = np.ascontiguousarray(values)
         mean = float(values.mean(dtype=np.float64))
-        deviations = (values - np.float64(mean)).ravel()
-        squares = float(np.dot(deviations, deviations))
+        squares = float(np.square(values - np.float64(mean)).sum())
         return cls(values.size, mean, squares, float(values.min()), float(values.max()))
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -173,6 +174,8 @@ class Normalisation:
                 f"voxels reach {statistics.maximum}, and numbers beyond 2^53 have no exact float64; "
                 "subtract the offset of the image first"
             )
+        if not math.isfinite(statistics.std):
+            raise DataError(f"voxels reach {statistics.maximum}: their spread overflows; rescale the image first")
         return cls(statistics.mean, statistics.std)
 
     def __call__(self, values: NDArray[Any]) -> Float32:
@@ -180,9 +183,10 @@ class Normalisation:
         # Wide numbers hold offsets that float32 would round away before they are subtracted.
         wide = values.dtype.itemsize > 2 and values.dtype != np.float32
         kind = np.float64 if wide else np.float32
-        normalised: Float32 = np.subtract(values, kind(self.mean), dtype=kind).astype(np.float32, copy=False)
+        centred = np.subtract(values, kind(self.mean), dtype=kind)
         # A std of zero divides by one, as in MONAI.
-        normalised /= np.float32(self.std) or np.float32(1)
+        centred /= kind(self.std) or kind(1)
+        normalised: Float32 = centred.astype(np.float32, copy=False)
         if values.dtype.kind == "f":
             np.nan_to_num(normalised, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         return normalised

@@ -102,7 +102,9 @@ class Journal:
         if self._pending:
             records = [{"plan": self.fingerprint}, *self._pending]
             text = "\n".join(json.dumps(record, sort_keys=True) for record in records)
-            self.run.put(f"{FOLDER}/{self._n_segments:08d}.jsonl", text.encode())
+            # A client that stood still must not write over its successor's segment.
+            while not self.run.create(f"{FOLDER}/{self._n_segments:08d}.jsonl", text.encode()):
+                self._n_segments += 1
             self._n_segments += 1
             self._pending.clear()
         self._last_write = time.monotonic()

@@ -95,7 +95,13 @@ def held(run: Location) -> Iterator[Held]:
 def read(run: Location) -> Lease | None:
     """Return the lease of a run, if somebody has it."""
     data = run.get(KEY)
-    return None if data is None else Lease(**json.loads(data))
+    if data is None:
+        return None
+    try:
+        return Lease(**json.loads(data))
+    except (ValueError, TypeError):
+        # Torn by a power loss: nobody beats in it, so it is taken over as one that stands still.
+        return Lease("", "an unknown host", 0)
 
 
 def _acquire(run: Location, lease: Lease) -> None:

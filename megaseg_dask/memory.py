@@ -33,6 +33,9 @@ _FORWARD_BYTES = 100 * 10**6
 _VOXELS_PER_FRAGMENT = 10_000
 _FRAGMENT_BYTES = 64
 
+# Working memory of the mode per finer voxel, where all windows are mixed.
+_MODE_BYTES = 16
+
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
 
@@ -77,7 +80,6 @@ def project(sizes: Sizes) -> dict[str, int]:
     segment = read * sizes.source_bytes * 2 + core * 16
     label = core * (1 + 2 * 4 + _LABELLING_BYTES)
     relabel = core * (4 + 3 * sizes.label_bytes)
-    # A block of a coarser level reads eight times its voxels, one write unit at a time.
     stages = {
         "measure": measured * sizes.source_bytes * 2 + 2**20 * 64,
         "segment": max(segment + forward_bytes(sizes), segment + core * (4 + sizes.scores_bytes)),
@@ -85,7 +87,8 @@ def project(sizes: Sizes) -> dict[str, int]:
         "seams": core,
         "join": Box.of(sizes.volume_shape).size // _VOXELS_PER_FRAGMENT * _FRAGMENT_BYTES,
         "relabel": relabel,
-        "downsample": relabel * 2,
+        # Parts of 16.8 million finer voxels, and the unit that they make up.
+        "downsample": min(core, 2**24) * 2 * (sizes.label_bytes + _MODE_BYTES) + core * sizes.label_bytes,
     }
     if core == Box.of(sizes.volume_shape).size:
         volume = core * (sizes.source_bytes + sizes.scores_bytes + 1)

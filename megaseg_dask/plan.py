@@ -23,7 +23,7 @@ from megaseg_dask.layout import Layout, iter_block_shapes, write_layout
 from megaseg_dask.memory import BUDGET_SHARE, Sizes, project
 from megaseg_dask.models import load_bundle, require_patch
 from megaseg_dask.models.zoo import locate
-from megaseg_dask.ngff.images import Image, digest_of, read_image
+from megaseg_dask.ngff.images import Image, digest_of, read_image, sample_of
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
 
@@ -59,6 +59,7 @@ class Plan(BaseModel):
     source_image: Image
     target_image: Image
     source_digest: str
+    source_sample: str
     volumes: tuple[PlannedVolume, ...]
     model: ModelRef
     engine: EngineSpec
@@ -245,11 +246,12 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
         run=run_folder(to, settings.label_name).url,
         source_image=image,
         target_image=replace(
-            image.without_channels().with_times(first, stop).with_pyramid(),
+            image.without_channels().with_times(first, stop).with_pyramid(complete=not where.is_same(to)),
             version=settings.ome_zarr,
             dtype=settings.scores_dtype,
         ),
         source_digest=digest_of(where, whole),
+        source_sample=sample_of(where / image.levels[0].path),
         volumes=tuple(PlannedVolume(t, channel, t - first) for t in range(first, stop)),
         model=ModelRef(str(path), bundle.name, bundle.digest, bundle.window),
         engine=engine,

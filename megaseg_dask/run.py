@@ -58,7 +58,7 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
     plan, journal = plan_run(source, target, settings)
     if journal.result is None:
         # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
-        with connect(plan) if client is None else nullcontext(client) as workers, held(Location(plan.run)) as lease:
+        with connect(plan) if client is None else nullcontext(client) as workers, held(lease_folder(plan)) as lease:
             # Again: another client may have worked on it until now.
             plan, journal = plan_run(source, target, settings)
             result = _carry_out(plan, journal, workers, lease, emit)
@@ -68,7 +68,14 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
     return result
 
 
+def lease_folder(plan: Plan) -> Location:
+    """Return where the lease lies: of the target, since runs of all label names write its scores and metadata."""
+    return Location(plan.target).sibling(".run")
+
+
 def _already_done(plan: Plan, journal: Journal) -> Result:
+    # A run that was killed in its last moment left them.
+    targets.remove_work(plan)
     return Result("done", plan.target, _n_objects(plan, journal), 0.0, already_done=True, run=plan.run)
 
 
@@ -85,7 +92,7 @@ def status(target: str) -> list[RunStatus]:
     Raises :class:`TargetError` if no run is recorded there.
     """
     folder = Location.of(target).sibling(".run")
-    names = sorted(p.name for p in folder.path.iterdir()) if folder.exists() else []
+    names = sorted(p.name for p in folder.path.iterdir() if p.is_dir()) if folder.exists() else []
     plans = {name: targets.read_recorded(folder / name) for name in names}
     found = [_status_of(name, plan, folder / name) for name, plan in plans.items() if plan is not None]
     if not found:

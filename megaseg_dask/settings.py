@@ -221,6 +221,13 @@ class Settings(BaseModel):
             raise ValueError("expected letters, digits, _, - and dots inside, 100 at most: it names a folder")
         return name
 
+    @field_validator("label_name")
+    @classmethod
+    def _no_mask(cls, name: str) -> str:
+        if name.endswith("_mask"):
+            raise ValueError("the ending _mask is taken by --outputs mask")
+        return name
+
     @field_validator("outputs")
     @classmethod
     def _known_outputs(cls, outputs: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,15 @@ class Location:
             except FileNotFoundError:
                 return None
 
+    def head(self, key: str, n_bytes: int) -> bytes | None:
+        """Read the beginning of one object; ``None`` if there is none."""
+        with naming(self / key, "read"):
+            try:
+                with (self.path / key).open("rb") as file:
+                    return file.read(n_bytes)
+            except FileNotFoundError:
+                return None
+
     def keys(self, prefix: str) -> list[str]:
         """Return the keys below a folder, sorted."""
         if not self.exists():
@@ -168,20 +177,21 @@ class Location:
         with naming(self, "open"):
             return zarr.open_array(self.arrays, mode="r+" if writable else "r")
 
-    def write_group(self, version: str, attributes: dict[str, object]) -> None:
-        """Create the group if it is not there, and set these of its attributes.
-
-        Raises :class:`TargetError` if a group of another Zarr format is there:
-        each kind of reader would see another half of it.
-        """
+    def require_version(self, version: str) -> None:
+        """Raise :class:`TargetError` if a group of another Zarr format is here: each reader would see half of it."""
         format_ = ZARR_FORMAT[version]
         if self.size(".zgroup" if format_ == 3 else "zarr.json") is not None:
             raise TargetError(f"{self} is a Zarr v{5 - format_} group, and OME-Zarr {version} is stored as "
                               f"v{format_}; choose the other version with --ome-zarr")  # fmt: skip
+
+    def write_group(self, version: str, attributes: Mapping[str, object]) -> None:
+        """Create the group if it is not there, and set these of its attributes; see :meth:`require_version`."""
+        self.require_version(version)
+        format_ = cast("zarr.core.common.ZarrFormat", ZARR_FORMAT[version])
         with naming(self, "write"):
-            group = zarr.open_group(self.arrays, mode="a", zarr_format=cast("zarr.core.common.ZarrFormat", format_))
+            group = zarr.open_group(self.arrays, mode="a", zarr_format=format_)
             if attributes:
-                group.update_attributes(attributes)
+                group.update_attributes(dict(attributes))
 
 
 @contextmanager

@@ -4,8 +4,10 @@ Until a run is complete its groups carry no OME metadata, so no reader can take
 a part for the whole. Nothing is ever removed but what this run would write.
 """
 
+import json
 from dataclasses import asdict
 from importlib.metadata import version
+from typing import Any
 
 from megaseg_dask import labelling
 from megaseg_dask.errors import TargetError
@@ -33,6 +35,11 @@ def read_recorded(run: Location) -> Plan | None:
 def require_same(plan: Plan, recorded: Plan) -> None:
     """Raise :class:`TargetError` that lists what differs, if the recorded run would give another output."""
     if plan.fingerprint == recorded.fingerprint:
+        if plan.source != recorded.source and plan.source_sample != recorded.source_sample:
+            raise TargetError(
+                f"{plan.target} belongs to a run on {recorded.source}, and {plan.source} is another image; "
+                "choose another target, or start anew with --overwrite"
+            )
         return
     old, new = recorded.determinants, plan.determinants
     changes = [f"{k}: was {_short(old.get(k))}, now {_short(new.get(k))}" for k in new if old.get(k) != new.get(k)]
@@ -50,7 +57,39 @@ def _short(value: object) -> str:
 def is_present(plan: Plan, *, finished: bool) -> bool:
     """Tell whether the arrays of a recorded run are still there: a missing one would read as background."""
     kinds = plan.options.outputs if finished else (*plan.options.outputs, *intermediates(plan))
-    return all((product_location(plan, kind) / "0").exists() for kind in kinds)
+    arrays = all((product_location(plan, kind) / "0").exists() for kind in kinds)
+    return arrays and all(_is_ours(plan, group) for group in _groups(plan))
+
+
+def _groups(plan: Plan) -> list[Location]:
+    """Return the groups that carry the provenance of a run."""
+    target = Location(plan.target)
+    root = [] if target.is_same(Location(plan.source)) else [target]
+    return [*root, *(product_location(plan, kind) for kind in plan.options.outputs if kind != "scores")]
+
+
+def _is_ours(plan: Plan, group: Location) -> bool:
+    """Tell whether a group was made by a run of this plan, finished or not, and not put there by somebody else."""
+    found = _provenance_at(group)
+    return found is not None and (found == _mark(plan) or _identity(found) == _identity(_provenance(plan, [])))
+
+
+def _provenance_at(group: Location) -> dict[str, Any] | None:
+    """Return what a run left at a group, its mark or its provenance, if it did."""
+    try:
+        found: dict[str, Any] | None = group.ome_attributes()[0].get(PROVENANCE)
+    except Exception:
+        return None
+    return found
+
+
+def _mark(plan: Plan) -> dict[str, str]:
+    return {"unfinished": plan.fingerprint}
+
+
+def _identity(provenance: dict[str, Any]) -> str:
+    source = provenance.get("source", {}).get("digest")
+    return json.dumps([source, *(provenance.get(key) for key in ("model", "settings", "engine"))])
 
 
 def intermediates(plan: Plan) -> list[str]:
@@ -64,33 +103,50 @@ def require_free(plan: Plan) -> None:
     """Raise :class:`TargetError` if something that is not this run's stands where it would write."""
     target = Location(plan.target)
     in_place = target.is_same(Location(plan.source))
-    # An unfinished run has no provenance at its target yet, but its record.
+    # Somebody who agreed to --overwrite once, and was interrupted, need not agree again.
     recorded = Location(plan.run).get(PLAN) is not None
     for where in [product_location(plan, kind) for kind in plan.options.outputs] if in_place else [target]:
         if not where.exists() or (where.path.is_dir() and not any(where.path.iterdir())):
             continue
         if not where.path.is_dir():
             raise TargetError(f"{where} is a file; choose another target")
-        if not recorded and _is_foreign(where):
+        if _is_foreign(where):
             raise TargetError(
                 f"{where} holds Zarr data that megaseg did not write, and is never replaced; choose another target"
             )
-        if not (recorded or plan.options.overwrite):
+        ours = recorded and (_provenance_at(where) is None or _is_ours(plan, where))
+        if not (ours or plan.options.overwrite):
             raise TargetError(
                 f"{where} exists, without the record of a run; choose another target, or pass --overwrite"
             )
+    _require_one_version(plan)
 
 
 def _is_foreign(location: Location) -> bool:
-    """Tell whether a folder has what a run would replace, without the provenance that a run leaves."""
+    """Tell whether a folder has what a run would replace, without the mark or provenance that a run leaves."""
     names = {child.name for child in location.path.iterdir()}
-    if not names & {"zarr.json", ".zgroup", ".zarray"} and not any(map(str.isdigit, names)):
+    arrays = any(map(str.isdigit, names))
+    if not arrays and not names & {"zarr.json", ".zgroup", ".zarray"}:
+        return False
+    if _provenance_at(location) is not None:
         return False
     try:
         attributes, _ = location.ome_attributes()
     except Exception:
         return True
-    return PROVENANCE not in attributes
+    # A bare group may be one whose mark was not yet written when its run was killed.
+    return arrays or bool(attributes)
+
+
+def _require_one_version(plan: Plan) -> None:
+    """Raise :class:`TargetError` if what stays at the target is stored in another Zarr format: one holds all."""
+    target, version = Location(plan.target), plan.target_image.version
+    labels = target / "labels"
+    names = {p.name for p in labels.path.iterdir() if p.is_dir()} if labels.exists() else set()
+    others = names - {product_location(plan, kind).path.name for kind in plan.options.outputs}
+    staying = ([labels] if others else []) + ([target] if "scores" not in plan.options.outputs else [])
+    for group in staying:
+        group.require_version(version)
 
 
 def clear(plan: Plan) -> None:
@@ -101,7 +157,11 @@ def clear(plan: Plan) -> None:
             _remove_levels(group)
         elif group.exists():
             group.remove()
-            _list_labels(plan, remove=group.path.name)
+            labels = Location(plan.target) / "labels"
+            if any(p.is_dir() for p in labels.path.iterdir()):
+                _list_labels(plan, remove=group.path.name)
+            else:
+                labels.remove()
 
 
 def _remove_levels(group: Location) -> None:
@@ -117,7 +177,8 @@ def create(plan: Plan) -> None:
     """Create groups and empty arrays for everything that tasks write."""
     cached_array.cache_clear()
     image, options = plan.target_image, plan.options
-    Location(plan.target).write_group(image.version, {})
+    in_place = Location(plan.target).is_same(Location(plan.source))
+    Location(plan.target).write_group(image.version, {} if in_place else {PROVENANCE: _mark(plan)})
     dtypes = {
         "scores": options.scores_dtype,
         "mask": "uint8",
@@ -129,7 +190,7 @@ def create(plan: Plan) -> None:
         if kind in ("labels", "mask") and kind in options.outputs:
             (Location(plan.target) / "labels").write_group(image.version, {})
         if kind in options.outputs:
-            group.write_group(image.version, {})
+            group.write_group(image.version, {PROVENANCE: _mark(plan)})
         for level in range(len(image.levels) if kind in options.outputs else 1):
             with naming(group / str(level), "create"):
                 create_array(group / str(level), image, level, dtypes[kind], plan.layout(level), image.version)
@@ -145,6 +206,8 @@ def publish(plan: Plan, normalization: list[dict[str, float]]) -> None:
         group.write_group(plan.target_image.version, {**attributes, **provenance})
         if kind != "scores":
             _list_labels(plan, add=group.path.name)
+    if "scores" not in plan.options.outputs and Location(plan.target) in _groups(plan):
+        Location(plan.target).write_group(plan.target_image.version, provenance)
 
 
 def _list_labels(plan: Plan, *, add: str = "", remove: str = "") -> None:
@@ -156,8 +219,11 @@ def _list_labels(plan: Plan, *, add: str = "", remove: str = "") -> None:
     group.write_group(version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
 
 
-def _provenance(plan: Plan, normalization: list[dict[str, float]]) -> dict[str, object]:
-    """Return all that determines the result and nothing else: no times, hosts or workers."""
+def _provenance(plan: Plan, normalization: list[dict[str, float]]) -> dict[str, Any]:
+    """Return all that determines the result and nothing else: no times, hosts or workers.
+
+    Without normalisations, which are known once a run has measured, for comparison.
+    """
     source, engine = plan.source_image, asdict(plan.engine)
     # Any block gives the same voxels, and the engine has an entry of its own.
     settings = {k: v for k, v in plan.options.result_options().items() if k not in engine and k != "block"}
@@ -167,7 +233,7 @@ def _provenance(plan: Plan, normalization: list[dict[str, float]]) -> dict[str, 
         "engine": engine,
         "normalization": [
             {"t": v.t, "c": v.c, "mean": found["mean"], "std": found["std"]}
-            for v, found in zip(plan.volumes, normalization, strict=True)
+            for v, found in zip(plan.volumes, normalization, strict=bool(normalization))
         ],
         "threshold": plan.options.threshold,
         "source": {

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megaseg_dask import labelling
 from megaseg_dask.blending import sigmoid
 from megaseg_dask.errors import TaskError
-from megaseg_dask.geometry import BlockGrid, Box
+from megaseg_dask.geometry import BlockGrid, Box, Shape
 from megaseg_dask.inference import open_engine, predict_block
 from megaseg_dask.intensity import (
     PARTITION_SHAPE,
@@ -40,6 +40,9 @@ Summary = dict[str, object]
 
 WORK = "work"
 STATISTICS = "statistics.json"
+
+# Voxels of the finer level that are reduced at a time: whole chunks of ours.
+_DOWNSAMPLE_SHAPE = (64, 512, 512)
 
 
 # -- what a task reads and writes
@@ -251,9 +254,22 @@ def downsample_block(plan: Plan, volume: int, number: int, *, level: int) -> Sum
     for kind in plan.options.outputs:
         below, here = product(plan, kind, volume, level - 1), product(plan, kind, volume, level)
         for box in (units.core(p) & block for p in units.iter_overlapping(block)):
-            source = source_box(box, fine, coarse)
-            here.write(box, downsample(below.read(source), source, box, fine, coarse, mode=kind != "scores"))
+            here.write(box, _coarser(below, box, fine, coarse, mode=kind != "scores"))
     return {}
+
+
+def _coarser(below: Volume, box: Box, fine: Shape, coarse: Shape, *, mode: bool) -> Array:
+    """Compute one write unit of a coarser level in parts, so that its memory does not grow with the factor."""
+    part_shape = tuple(max(n * c // f, 1) for n, c, f in zip(_DOWNSAMPLE_SHAPE, coarse, fine, strict=True))
+    parts = []
+    for part in BlockGrid(box.shape, part_shape):
+        here = part.shifted(box.start)
+        source = source_box(here, fine, coarse)
+        parts.append((part, downsample(below.read(source), source, here, fine, coarse, mode=mode)))
+    result = np.empty(box.shape, parts[0][1].dtype)
+    for part, values in parts:
+        result[part.slices] = values
+    return result
 
 
 # -- a volume that fits one block

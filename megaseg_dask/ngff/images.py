@@ -18,11 +18,14 @@ import zarr
 from pydantic import ValidationError
 
 from megaseg_dask.errors import SourceError, StoreError
-from megaseg_dask.geometry import Shape
+from megaseg_dask.geometry import BlockGrid, Shape
 from megaseg_dask.ngff.pyramids import default_level_shapes
 from megaseg_dask.stores import ZARR_FORMAT, Location, cause_of
 
 T = TypeVar("T")
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 2**16
 
 SPATIAL = ("z", "y", "x")
 _AXIS_TYPES = {"t": "time", "c": "channel", **dict.fromkeys(SPATIAL, "space")}
@@ -112,10 +115,10 @@ class Image:
         )
         return replace(self, levels=levels)
 
-    def with_pyramid(self) -> "Image":
-        """Return the image with coarser levels if it has none, and levels named by number."""
+    def with_pyramid(self, *, complete: bool = True) -> "Image":
+        """Return the image with levels named by number; with coarser ones if it has none and is to be complete."""
         levels = list(self.levels)
-        if len(levels) == 1:
+        if complete and len(levels) == 1:
             for shape, factor in default_level_shapes(self.volume_shape(), self.spacing_um):
                 levels.append(self._coarser(levels[-1], shape, factor))
         return replace(self, levels=tuple(replace(v, path=str(i)) for i, v in enumerate(levels)))
@@ -179,6 +182,17 @@ def digest_of(location: Location, image: Image) -> str:
     attributes, _ = location.ome_attributes()
     identity = [attributes, [[list(a.shape), str(a.dtype), list(a.chunks)] for a in levels]]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def sample_of(location: Location) -> str:
+    """Return a digest of the beginnings of some stored objects of an array: tells two images of one form apart."""
+    array = location.open_array()
+    grid = BlockGrid(array.shape, array.shards or array.chunks)
+    digest = hashlib.sha256()
+    for number in sorted({round(i * (len(grid) - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)}):
+        key = array.metadata.encode_chunk_key(grid.position(number))
+        digest.update(key.encode() + (location.head(key, _SAMPLE_BYTES) or b""))
+    return digest.hexdigest()
 
 
 def _open_image_group(location: Location) -> tuple[zarr.Group, dict[str, Any]]:

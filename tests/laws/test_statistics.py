@@ -81,3 +81,9 @@ def test_integers_without_an_exact_float_are_refused():
     values = np.array([2**63, 2**63 + 4000], np.uint64)
     with pytest.raises(DataError, match="subtract the offset"):
         Normalisation.of(measure(values, Box.of(values.shape)))
+
+
+def test_float_sums_do_not_depend_on_how_the_array_lies_in_memory():
+    wide = np.random.default_rng(0).normal(1000, 7, (64, 256, 600)).astype(np.float64)
+    view = wide[:, :, 100:356]
+    assert Moments.of(view) == Moments.of(view.copy()) == Moments.of(np.asfortranarray(view))

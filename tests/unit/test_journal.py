@@ -128,7 +128,7 @@ def test_a_segment_that_could_not_be_written_is_kept_for_the_next_try(run, monke
         raise StoreError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Location, "put", full)
+        patch.setattr(Location, "create", full)
         with pytest.raises(StoreError):
             journal.flush()
     journal.flush()
