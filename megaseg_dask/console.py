@@ -169,7 +169,7 @@ def print_demo(demo: Any) -> None:
     rows = {
         "source": demo.source,
         "segmented": f"{demo.target}  ({took})",
-        "objects": f"{scores.n_predicted} found, {scores.n_true} in the labels drawn by people",
+        "objects": f"{scores.n_predicted} found, {scores.n_true} in the labels of the sample",
         "Dice": f"{scores.dice:.3f} of the foreground",
         "matched": f"{scores.matchings[0].true_positives} objects at IoU 0.5, panoptic quality "
                    f"{scores.panoptic_quality:.3f}",
