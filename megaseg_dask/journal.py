@@ -79,7 +79,7 @@ class Journal:
         return sum(map(len, self.done.values()))
 
     def add(self, stage: str, index: int, summary: Summary) -> None:
-        """Record a task whose data are written; it reaches the store within a second, or at :meth:`flush`."""
+        """Record a task whose data are written; it reaches the store with one a second later, or at :meth:`flush`."""
         self._append({"stage": stage, "index": index, "summary": summary})
         if time.monotonic() - self._last_write > _SEGMENT_S:
             self.flush()

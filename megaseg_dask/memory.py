@@ -36,6 +36,9 @@ _FRAGMENT_BYTES = 64
 # Working memory of the mode per finer voxel, where all windows are mixed.
 _MODE_BYTES = 16
 
+# zarr decodes this many whole chunks of the source at a time, however little of them is read.
+_CHUNKS_AT_ONCE = 10
+
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
 
@@ -52,6 +55,8 @@ class Sizes:
     n_parameters: int
     batch: int
     source_bytes: int
+    chunk_bytes: int
+    n_chunks: int
     scores_bytes: int
     label_bytes: int
 
@@ -76,12 +81,13 @@ def project(sizes: Sizes) -> dict[str, int]:
     core = Box.of(tuple(map(min, sizes.block_shape, sizes.volume_shape))).size
     read = _largest_read_box(sizes)
     measured = Box.of(tuple(map(min, sizes.measure_shape, sizes.volume_shape))).size
+    decoded = sizes.chunk_bytes * min(sizes.n_chunks, _CHUNKS_AT_ONCE)
     # Blending holds sum and weights; turning logits into scores holds three more float32 arrays.
-    segment = read * sizes.source_bytes * 2 + core * 16
+    segment = read * sizes.source_bytes * 2 + core * 16 + decoded
     label = core * (1 + 2 * 4 + _LABELLING_BYTES)
     relabel = core * (4 + 3 * sizes.label_bytes)
     stages = {
-        "measure": measured * sizes.source_bytes * 2 + 2**20 * 64,
+        "measure": measured * sizes.source_bytes * 2 + 2**20 * 64 + decoded,
         "segment": max(segment + forward_bytes(sizes), segment + core * (4 + sizes.scores_bytes)),
         "label": label,
         "seams": core,

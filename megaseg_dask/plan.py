@@ -60,6 +60,8 @@ class Plan(BaseModel):
     target_image: Image
     source_digest: str
     source_sample: str
+    source_chunk_bytes: int
+    n_source_chunks: int
     volumes: tuple[PlannedVolume, ...]
     model: ModelRef
     engine: EngineSpec
@@ -158,6 +160,8 @@ class Plan(BaseModel):
                 first_filters=self.first_filters,
                 n_parameters=self.n_parameters,
                 batch=self.engine.batch,
+                chunk_bytes=self.source_chunk_bytes,
+                n_chunks=self.n_source_chunks,
                 source_bytes=np.dtype(self.source_image.dtype).itemsize,
                 scores_bytes=np.dtype(options.scores_dtype).itemsize,
                 label_bytes=label_dtype(self.volume_shape).itemsize,
@@ -233,6 +237,7 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
     first, stop = _choose_times(image, settings)
     if recorded is not None:
         settings = settings.filled(recorded.options.result_options())
+    array = (where / image.levels[0].path).open_array()
     path = locate(settings.model)
     bundle = load_bundle(path)
     settings = settings.filled({"patch": bundle.patch_shape, "overlap": bundle.overlap})
@@ -252,6 +257,8 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
         ),
         source_digest=digest_of(where, whole),
         source_sample=sample_of(where / image.levels[0].path),
+        source_chunk_bytes=math.prod(array.chunks) * array.dtype.itemsize,
+        n_source_chunks=math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)),
         volumes=tuple(PlannedVolume(t, channel, t - first) for t in range(first, stop)),
         model=ModelRef(str(path), bundle.name, bundle.digest, bundle.window),
         engine=engine,

@@ -37,3 +37,14 @@ def test_a_block_that_needs_too_much_is_refused_and_a_smaller_one_is_chosen(tmp_
         plan_run(
             str(source), str(tmp_path / "c.zarr"), parse_settings({**options, "memory": "1GB", "block": "96,256,384"})
         )
+
+
+def test_large_chunks_of_the_source_are_part_of_the_projection(tmp_path, tiny_bundle):
+    image = blobs((32, 128, 128))
+    options = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": "16,64,64"})
+    projected = {}
+    for chunks in [(32, 128, 128), (16, 32, 32)]:
+        source = write_image(tmp_path / f"{chunks[0]}.zarr", image, chunks=chunks)
+        plan, _ = plan_run(str(source), str(tmp_path / "out.zarr"), options)
+        projected[chunks[0]] = plan.projected_bytes["segment"]
+    assert projected[32] - projected[16] == image.nbytes - 10 * 16 * 32 * 32 * 2
