@@ -1,5 +1,6 @@
 """What many tests need: one light bundle, one set of real workers."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ from hypothesis import settings
 from tests.unit.bundles import write_checkpoint
 
 # Shared machines stall: a clock says nothing about a law.
+# In CI the same examples each time: luck must not stop a change. `HYPOTHESIS_PROFILE=attack` looks for new ones.
 settings.register_profile("megaseg", deadline=None, max_examples=60)
-settings.load_profile("megaseg")
+settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("attack", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "megaseg"))
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 

@@ -313,7 +313,8 @@ def _channel_names(ome: Mapping[str, object]) -> tuple[str, ...]:
     omero = ome.get("omero")
     channels = omero.get("channels") if isinstance(omero, dict) else None
     # A channel without a name keeps its place, so that the names of the others stay with theirs.
-    labels = [c.get("label") if isinstance(c, dict) else None for c in channels or ()]
+    listed = channels if isinstance(channels, list) else []
+    labels = [c.get("label") if isinstance(c, dict) else None for c in listed]
     return tuple(str(i if label in (None, "") else label) for i, label in enumerate(labels))
 
 

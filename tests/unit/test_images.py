@@ -408,6 +408,15 @@ def test_damaged_metadata_give_an_image_or_a_reason(tmp_path, version, data):
         assert image.with_pyramid().levels
 
 
+@pytest.mark.parametrize("channels", [True, 3, "dna", {"label": "dna"}, [1, None, {"label": "dna"}]])
+def test_omero_channels_that_are_no_list_of_channels_name_nothing(channels, tmp_path):
+    path = write_image(tmp_path / "image.zarr", blobs((3, *SHAPE)), axes="czyx", channels=["a", "b", "c"])
+    ome = ome_of(path)
+    ome["omero"]["channels"] = channels
+    set_ome(path, ome)
+    assert read_image(Location.of(path)).channel_names in ((), ("0", "1", "dna"))
+
+
 def test_the_specifications_own_examples(shared_data, tmp_path):
     """No case of the NGFF test suites is a 3D image, valid or not: each ends as a reason."""
     for version in ("0.4", "0.5"):
