@@ -276,7 +276,12 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
 
 def run_folder(target: Location, label_name: str) -> Location:
     """Return where the plan, the journal and intermediate data of a run live."""
-    return target.sibling(".run") / label_name
+    return runs_folder(target) / label_name
+
+
+def runs_folder(target: Location) -> Location:
+    """Return what holds the run folders of a target, and its lease: all runs write its scores and metadata."""
+    return target.sibling(".run")
 
 
 def default_memory_bytes(n_workers: int) -> int:

@@ -18,7 +18,7 @@ from megaseg_dask.events import Event, Failure, Progress, Result, RunStatus, Sta
 from megaseg_dask.journal import FOLDER as journal_folder
 from megaseg_dask.journal import Journal
 from megaseg_dask.lease import Held, held
-from megaseg_dask.plan import Plan, make_plan, run_folder
+from megaseg_dask.plan import Plan, make_plan, run_folder, runs_folder
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
 
@@ -58,7 +58,10 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
     plan, journal = plan_run(source, target, settings)
     if journal.result is None:
         # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
-        with connect(plan) if client is None else nullcontext(client) as workers, held(lease_folder(plan)) as lease:
+        with (
+            connect(plan) if client is None else nullcontext(client) as workers,
+            held(runs_folder(Location(plan.target))) as lease,
+        ):
             # Again: another client may have worked on it until now.
             plan, journal = plan_run(source, target, settings)
             result = _carry_out(plan, journal, workers, lease, emit)
@@ -66,11 +69,6 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
         result = _already_done(plan, journal)
     emit(result)
     return result
-
-
-def lease_folder(plan: Plan) -> Location:
-    """Return where the lease lies: of the target, since runs of all label names write its scores and metadata."""
-    return Location(plan.target).sibling(".run")
 
 
 def _already_done(plan: Plan, journal: Journal) -> Result:
@@ -91,7 +89,7 @@ def status(target: str) -> list[RunStatus]:
 
     Raises :class:`TargetError` if no run is recorded there.
     """
-    folder = Location.of(target).sibling(".run")
+    folder = runs_folder(Location.of(target))
     names = sorted(p.name for p in folder.path.iterdir() if p.is_dir()) if folder.exists() else []
     plans = {name: targets.read_recorded(folder / name) for name in names}
     found = [_status_of(name, plan, folder / name) for name, plan in plans.items() if plan is not None]

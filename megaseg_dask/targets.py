@@ -63,9 +63,13 @@ def is_present(plan: Plan, *, finished: bool) -> bool:
 
 def _groups(plan: Plan) -> list[Location]:
     """Return the groups that carry the provenance of a run."""
-    target = Location(plan.target)
-    root = [] if target.is_same(Location(plan.source)) else [target]
+    root = [] if _is_in_place(plan) else [Location(plan.target)]
     return [*root, *(product_location(plan, kind) for kind in plan.options.outputs if kind != "scores")]
+
+
+def _is_in_place(plan: Plan) -> bool:
+    """Tell whether labels go into the source, whose own group and image are not ours."""
+    return Location(plan.target).is_same(Location(plan.source))
 
 
 def _is_ours(plan: Plan, group: Location) -> bool:
@@ -101,11 +105,10 @@ def intermediates(plan: Plan) -> list[str]:
 
 def require_free(plan: Plan) -> None:
     """Raise :class:`TargetError` if something that is not this run's stands where it would write."""
-    target = Location(plan.target)
-    in_place = target.is_same(Location(plan.source))
+    products = [product_location(plan, kind) for kind in plan.options.outputs]
     # Somebody who agreed to --overwrite once, and was interrupted, need not agree again.
     recorded = Location(plan.run).get(PLAN) is not None
-    for where in [product_location(plan, kind) for kind in plan.options.outputs] if in_place else [target]:
+    for where in products if _is_in_place(plan) else [Location(plan.target)]:
         if not where.exists() or (where.path.is_dir() and not any(where.path.iterdir())):
             continue
         if not where.path.is_dir():
@@ -177,8 +180,7 @@ def create(plan: Plan) -> None:
     """Create groups and empty arrays for everything that tasks write."""
     cached_array.cache_clear()
     image, options = plan.target_image, plan.options
-    in_place = Location(plan.target).is_same(Location(plan.source))
-    Location(plan.target).write_group(image.version, {} if in_place else {PROVENANCE: _mark(plan)})
+    Location(plan.target).write_group(image.version, {} if _is_in_place(plan) else {PROVENANCE: _mark(plan)})
     dtypes = {
         "scores": options.scores_dtype,
         "mask": "uint8",
