@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "megaseg_dask"
 # From the bottom up. A module may import those before it; a new module gets its place here.
 LAYERS = """
 errors events
-geometry blending intensity labelling layout memory simulation evaluate
+geometry blending intensity labelling measurements layout memory simulation evaluate
 stores
 models.bundle models.files models.cytodl models models.zoo
 engines engines.pytorch inference
@@ -34,6 +34,7 @@ DOORS = {
     "obstore": {"stores"},
     "ome_zarr_models": {"ngff"},
     "psutil": {"memory", "plan", "doctor"},
+    "pyarrow": {"ngff"},
     "pydantic": {"settings", "plan", "ngff"},
     "rich": {"console"},
     "matplotlib": {"demo"},
