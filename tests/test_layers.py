@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "megaseg_dask"
 # From the bottom up. A module may import those before it; a new module gets its place here.
 LAYERS = """
 errors events
-geometry blending intensity labelling measurements layout memory simulation evaluate
+geometry blending intensity labelling digits measurements layout memory simulation evaluate
 stores
 models.bundle models.files models.cytodl models models.zoo
 engines engines.pytorch inference

@@ -1,0 +1,154 @@
+"""Measurements as files: one Parquet table for a whole run, and a table beside the labels of each image.
+
+Both are written volume by volume into a local temporary file and then put in
+one piece, so no reader sees a part and a plate's rows are never in memory. The
+table of an image follows ngio's feature table, version 1, whose Parquet backend
+needs no other library (``ngio.tables.v1._feature_table``, ngio 1.1).
+"""
+
+import mmap
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from megaseg_dask.errors import TargetError
+from megaseg_dask.stores import Location, naming
+
+Columns = Mapping[str, NDArray[Any]]
+
+# The mark of a table that this package wrote; any other is somebody's own.
+PROVENANCE = "megaseg"
+
+# Each row group costs a footer entry per column: one for each of a hundred thousand fields would outweigh the rows.
+_GROUP_ROWS = 2**17
+
+_PLACE = {"plate": "string", "well": "string", "field": "string", "timepoint": "int32", "channel": "int32"}
+_MEASURED = {
+    "label": "int64",
+    "volume_voxels": "int64",
+    "volume_um3": "float64",
+    **{f"centroid_{axis}": "float64" for axis in "zyx"},
+    **{f"centroid_{axis}_um": "float64" for axis in "zyx"},
+    **{f"bbox_{axis}_start": "int64" for axis in "zyx"},
+    **{f"bbox_{axis}_stop": "int64" for axis in "zyx"},
+    **{f"intensity_{name}": "float64" for name in ("mean", "min", "max", "std", "sum")},
+    "touches_border": "bool",
+}
+
+
+def _schema(columns: Mapping[str, str]) -> pa.Schema:
+    return pa.schema([pa.field(n, pa.type_for_alias(t), nullable=t == "string") for n, t in columns.items()])
+
+
+# People script against these columns: they may be joined by others, but never change.
+RUN_SCHEMA = _schema(_PLACE | _MEASURED)
+# An image knows its own place in a plate.
+IMAGE_SCHEMA = _schema({name: t for name, t in (_PLACE | _MEASURED).items() if name not in ("plate", "well", "field")})
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The volume whose objects some rows describe; a plain image has no plate, well and field."""
+
+    timepoint: int
+    channel: int
+    plate: str | None = None
+    well: str | None = None
+    field: str | None = None
+
+
+def write_parquet(
+    folder: Location, key: str, volumes: Iterable[tuple[Place, Columns]], *, schema: pa.Schema = RUN_SCHEMA
+) -> int:
+    """Write the rows of all volumes, in the order given, into one Parquet file; return their number.
+
+    ``volumes`` pairs a place with the columns of ``measurements.to_columns``;
+    it is read once, and the rows of a volume or of a row group, whichever are
+    more, are held at a time. Raises :class:`StoreError` naming what could not be
+    written.
+    """
+    with tempfile.TemporaryDirectory(prefix="megaseg-") as temporary:
+        path = Path(temporary) / "table.parquet"
+        with naming(Location.of(path), "write"), pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for rows in _iter_groups(volumes, schema):
+                writer.write_table(rows, row_group_size=_GROUP_ROWS)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            # A store takes any buffer, and a mapped file costs no memory.
+            folder.put(key, cast(bytes, data))
+        return int(pq.read_metadata(path).num_rows)
+
+
+def write_ngio_table(
+    image: Location,
+    version: str,
+    name: str,
+    volumes: Iterable[tuple[Place, Columns]],
+    *,
+    label_name: str,
+    provenance: Mapping[str, object],
+) -> None:
+    """Write ``tables/<name>`` of an image, the features of the objects in its ``labels/<label_name>``.
+
+    ``version`` is the image's, ``"0.4"`` or ``"0.5"``; ``volumes`` are its
+    timepoints, told apart by the column ``timepoint``. The table is listed when
+    it is complete. Raises :class:`TargetError` if a table of that name is
+    there that has no provenance of this package.
+    """
+    require_own_table(image, name)
+    tables = image / "tables"
+    # First the rows, then what makes a reader look for them.
+    write_parquet(tables / name, "table.parquet", volumes, schema=IMAGE_SCHEMA)
+    (tables / name).write_group(
+        version,
+        {
+            "type": "feature_table",
+            "table_version": "1",
+            "region": {"path": f"../labels/{label_name}"},
+            "instance_key": "label",
+            "backend": "parquet",
+            "index_key": "label",
+            "index_type": "int",
+            PROVENANCE: dict(provenance),
+        },
+    )
+    # Unlike the list of labels, that of tables is no OME metadata: in both versions it stands by itself.
+    tables.write_group(version, {})
+    listed = cast("list[str]", tables.open_group().attrs.get("tables", []))
+    tables.write_group(version, {"tables": [*listed, *({name} - set(listed))]})
+
+
+def require_own_table(image: Location, name: str) -> None:
+    """Raise :class:`TargetError` if an image has a table of this name that this package did not write."""
+    where = image / "tables" / name
+    if not any(where.size(key) is not None for key in ("zarr.json", ".zgroup")):
+        return
+    if PROVENANCE not in where.open_group().attrs:
+        raise TargetError(f"{where} is a table that megaseg did not write, and is never replaced; choose another name")
+
+
+def _iter_groups(volumes: Iterable[tuple[Place, Columns]], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield the rows of many small volumes together."""
+    waiting: list[pa.Table] = []
+    n_rows = 0
+    for place, columns in volumes:
+        waiting.append(_table(place, columns, schema))
+        n_rows += waiting[-1].num_rows
+        if n_rows >= _GROUP_ROWS:
+            yield pa.concat_tables(waiting)
+            waiting, n_rows = [], 0
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _table(place: Place, columns: Columns, schema: pa.Schema) -> pa.Table:
+    """Return the rows of one volume; a column of another type than the schema's is an error, never a cast."""
+    n_rows = len(columns["label"])
+    here = {n: pa.repeat(pa.scalar(v, pa.type_for_alias(_PLACE[n])), n_rows) for n, v in asdict(place).items()}
+    measured = {name: pa.array(values) for name, values in columns.items()}
+    return pa.table([(here | measured)[name] for name in schema.names], schema=schema)
