@@ -25,7 +25,7 @@ from megaseg_dask.geometry import Box, Shape
 Array = NDArray[Any]
 Columns = dict[str, Array]
 
-# Temporaries of a slab take 20 to 50 bytes a voxel, 300 in the worst case of one label a voxel.
+# Temporaries of a slab take about 30 bytes a voxel; where each voxel differs from the next, 400 (100 MB).
 _SLAB_VOXELS = 2**18
 
 # Rows and parts that wait before they are added, so that small parts are not sorted one by one.
@@ -74,6 +74,8 @@ def measure_block(labels: NDArray[np.unsignedinteger], intensity: Array, core: B
     ``labels`` are final ids ``(z, y, x)`` of any unsigned width, ``intensity``
     the image in the same voxels, integers or finite floats; ``core`` is where
     they lie in the volume. Raises :class:`DataError` if the shapes differ.
+
+    Holds, besides the block, 10 MB and about 450 bytes per object of it.
     """
     if not labels.shape == intensity.shape == core.shape:
         raise DataError(f"labels {labels.shape} and image {intensity.shape} of block {core} differ in shape")

@@ -98,8 +98,9 @@ def write_ngio_table(
     ``version`` is the image's, ``"0.4"`` or ``"0.5"``; ``volumes`` are its
     timepoints, told apart by the column ``timepoint``. The table is listed when
     it is complete. Raises :class:`TargetError` if a table of that name is
-    there that has no provenance of this package.
+    there that has no provenance of this package, or an image of another version.
     """
+    image.require_version(version)
     require_own_table(image, name)
     tables = image / "tables"
     # First the rows, then what makes a reader look for them.
@@ -147,7 +148,7 @@ def _iter_groups(volumes: Iterable[tuple[Place, Columns]], schema: pa.Schema) ->
 
 
 def _table(place: Place, columns: Columns, schema: pa.Schema) -> pa.Table:
-    """Return the rows of one volume; a column of another type than the schema's is an error, never a cast."""
+    """Return the rows of one volume."""
     n_rows = len(columns["label"])
     here = {n: pa.repeat(pa.scalar(v, pa.type_for_alias(_PLACE[n])), n_rows) for n, v in asdict(place).items()}
     measured = {name: pa.array(values) for name, values in columns.items()}
