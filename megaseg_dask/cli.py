@@ -20,6 +20,7 @@ from megaseg_dask.console import (
     print_plan,
     print_result,
     print_status,
+    print_tasks,
     reporter,
 )
 from megaseg_dask.errors import MegasegError
@@ -132,8 +133,17 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
 
 @app.command()
 @with_settings
-def plan(source: Source, target: Target, *, json_: Json = False, **options: Any) -> None:
-    """Show what segment would do with the same options: blocks, patches, memory, bytes. Writes nothing.
+def plan(
+    source: Source,
+    target: Target,
+    *,
+    record: Annotated[bool, typer.Option("--record", help="Write the plan, for megaseg task to work on.")] = False,
+    json_: Json = False,
+    **options: Any,
+) -> None:
+    """Show what segment would do with the same options: blocks, patches, memory, bytes, time. Writes nothing.
+
+    The time is that of one worker like this machine, from a few forward passes of the network.
 
     \b
     Example:
@@ -141,14 +151,52 @@ def plan(source: Source, target: Target, *, json_: Json = False, **options: Any)
     """
     with _exit_codes(json_):
         settings = _settings_of(options)
-        from megaseg_dask.run import plan_run
+        from megaseg_dask.run import estimate_time, plan_run
+        from megaseg_dask.single import record_plan
 
+        if record:
+            record_plan(source, target, settings)
         planned, journal = plan_run(source, target, settings)
-        summary = {**planned.summary(), "tasks_done": journal.n_done, "done": journal.result is not None}
+        times = estimate_time(planned)
+        summary = {**planned.summary(), **times, "tasks_done": journal.n_done, "done": journal.result is not None}
         if json_:
             typer.echo(json.dumps({"event": "plan", **summary}))
         else:
             print_plan(summary)
+
+
+@app.command()
+def task(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage, as megaseg status lists them.")],
+    indices: Annotated[list[str], typer.Argument(metavar="INDEX…", help="Tasks of that stage: 7, or 0-99.")],
+    *,
+    label_name: Annotated[str, typer.Option(metavar="NAME", help="Which of the runs on TARGET.")] = "megaseg",
+    json_: Json = False,
+) -> None:
+    """Run single tasks of a plan in this process, without a cluster: for job arrays, and to look at what fails.
+
+    Record the plan first, run the stages in their order, then let segment do what is left and publish.
+
+    \b
+    Example:
+      megaseg plan cells.zarr out.zarr --record
+      megaseg task out.zarr measure 0-9
+      megaseg segment cells.zarr out.zarr
+    """
+    with _exit_codes(json_):
+        from megaseg_dask.single import parse_indices, read_plan, run_tasks
+
+        with reporter(json_, quiet=False) as emit:
+            wanted = parse_indices(indices)
+            failures = run_tasks(read_plan(target, label_name), stage, wanted, emit)
+        status = "failed" if failures else "done"
+        if json_:
+            n_done = len(wanted) - len(failures)
+            typer.echo(json.dumps({"event": "result", "status": status, "n_done": n_done, "exit_code": bool(failures)}))
+        else:
+            print_tasks(stage, len(wanted), failures)
+        raise typer.Exit(bool(failures))
 
 
 @app.command()

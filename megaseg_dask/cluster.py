@@ -36,9 +36,15 @@ def dask_setup(worker):
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
 """
 
+# A worker that sends no sign of life for so long is given up; a call that holds the interpreter may be silent a while.
+WORKER_TIMEOUT_S = 120.0
+
 # 1.0: a worker never holds a second task in waiting, so a task that kills it takes no neighbour along.
 CONFIG = {
     "distributed.scheduler.worker-saturation": 1.0,
+    # We count attempts ourselves, and tell who dies for its neighbour from who killed the worker.
+    "distributed.scheduler.allowed-failures": 0,
+    "distributed.scheduler.worker-ttl": f"{WORKER_TIMEOUT_S}s",
     "distributed.worker.multiprocessing-method": "spawn",
     # The plan bounds memory; Dask must not pause or spill a worker that does what was planned.
     "distributed.worker.memory.target": False,
@@ -59,7 +65,8 @@ def connect(plan: Plan) -> Iterator[Any]:
     from distributed import Client
 
     _require_main_guard()
-    with dask.config.set(CONFIG), _quiet():
+    patience_s = min(plan.options.timeout or WORKER_TIMEOUT_S, WORKER_TIMEOUT_S)
+    with dask.config.set({**CONFIG, "distributed.scheduler.worker-ttl": f"{patience_s}s"}), _quiet():
         if plan.options.scheduler:
             try:
                 client = Client(plan.options.scheduler, timeout=START_S)
@@ -91,6 +98,20 @@ def _require_worker(client: Any) -> None:
         client.wait_for_workers(1, timeout=START_S)
     except TimeoutError as error:
         raise SettingsError(f"no worker joined within {START_S} s; see {client.dashboard_link}") from error
+
+
+def add_workers(client: Any, n: int) -> bool:
+    """Bring the workers of a cluster that we started up to ``n`` again; tell whether that could be asked for.
+
+    A worker that dies in the moment it joins is not started again by its nanny.
+    """
+    cluster = client.cluster
+    if cluster is None or not hasattr(cluster, "scale"):
+        return False
+    # Down to those that are there, so that the dead are forgotten.
+    cluster.scale(len(client.nthreads()))
+    cluster.scale(n)
+    return True
 
 
 @contextmanager

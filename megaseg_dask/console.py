@@ -127,6 +127,14 @@ def print_result(result: Any, quiet: bool) -> None:
         typer.echo(f"most memory of a worker: {peak / 1e9:.2f} GB in stage {stage}", err=True)
 
 
+def print_tasks(stage: str, n: int, failures: list[Any]) -> None:
+    """Say how single tasks ended; what looks like a bug with its traceback."""
+    typer.echo(f"{stage}: {n - len(failures)} of {n} {'task' if n == 1 else 'tasks'} done")
+    for failure in failures:
+        if failure.details:
+            typer.echo(failure.details, err=True)
+
+
 def print_status(run: Any) -> None:
     """Print how a run stands, one row a stage, then its failures."""
     typer.echo(f"{run.label_name}: {'done' if run.done else 'failed' if run.failures else 'not finished'}")
@@ -156,6 +164,9 @@ def print_plan(summary: dict[str, Any]) -> None:
         "bytes": f"{_size(summary['bytes_read'])} read ({summary['read_amplification']} times the volume), "
                  f"{_size(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}",
         "memory": f"{_size(summary['memory_bytes'])} per worker; projected GB: {peaks}",
+        "time": f"about {_duration(summary['projected_s'])} of one worker like this machine, "
+                f"{summary['patch_s']:.2g} s a patch" if summary["projected_s"] else "cannot be told here: "
+                f"{summary['time_unknown']}",
         "tasks": tasks + (f"  ({summary['tasks_done']} done)" if summary["tasks_done"] else ""),
         "fingerprint": summary["fingerprint"][:16],
     }  # fmt: skip
@@ -215,6 +226,11 @@ def _print_rows(rows: dict[str, Any], width: int = 12) -> None:
 
 def _shape(values: Any) -> str:
     return ",".join(map(str, values))
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 def _size(n: float) -> str:

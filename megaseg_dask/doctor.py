@@ -15,7 +15,7 @@ import psutil
 from megaseg_dask.errors import BundleError
 from megaseg_dask.inference import n_cores, resolve_engine
 from megaseg_dask.models.zoo import locate
-from megaseg_dask.plan import default_memory_bytes
+from megaseg_dask.planning import default_memory_bytes
 
 _PACKAGES = ("megaseg-dask", "torch", "monai", "dask", "distributed", "zarr", "ome-zarr-models", "numpy", "dask-cuda")
 _LITTLE_MEMORY = 4 * 10**9

@@ -46,6 +46,10 @@ class EngineError(MegasegError, RuntimeError):
     """The machine cannot offer what the plan asks of the inference engine."""
 
 
+class ClusterError(MegasegError, ConnectionError):
+    """The scheduler or all workers were lost on the way; the same command resumes."""
+
+
 class DataError(MegasegError, ValueError):
     """Voxels that cannot be segmented, such as NaN; the message names where."""
 

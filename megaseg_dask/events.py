@@ -14,6 +14,10 @@ class Event:
         """Return JSON values, with the kind under ``event``."""
         return {"event": self.kind, **asdict(self)}
 
+    def fields(self) -> dict[str, object]:
+        """Return what it was made from."""
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Started(Event):
@@ -41,7 +45,7 @@ class Progress(Event):
 
 @dataclass(frozen=True, slots=True)
 class Failure(Event):
-    """A task failed for good."""
+    """A task failed for good in this run; ``details`` is the traceback of what looks like a bug."""
 
     kind: ClassVar[str] = "failure"
     stage: str
@@ -49,6 +53,7 @@ class Failure(Event):
     volume: str
     box: str
     error: str
+    details: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megaseg_dask.errors import SettingsError
 
 Shape = tuple[int, ...]
@@ -108,6 +111,15 @@ class BlockGrid:
 
     def __iter__(self) -> Iterator[Box]:
         return map(self.core, product(*map(range, self.grid_shape)))
+
+    def morton_order(self) -> NDArray[np.int64]:
+        """Return all indices along a Z-order curve: blocks that follow each other share what they read."""
+        positions = np.unravel_index(np.arange(len(self), dtype=np.int64), self.grid_shape)
+        code = np.zeros(len(self), np.int64)
+        for bit in range(max(self.grid_shape).bit_length()):
+            for axis, place in enumerate(reversed(positions)):
+                code |= (place >> bit & 1) << (bit * len(positions) + axis)
+        return np.argsort(code, kind="stable")
 
     def iter_overlapping(self, box: Box) -> Iterator[Shape]:
         """Yield the places of the blocks that share a voxel with ``box``, in grid order."""

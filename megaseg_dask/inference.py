@@ -6,6 +6,7 @@ engine is opened once per worker process and never replaced by another kind.
 
 import functools
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,11 +17,14 @@ from numpy.typing import NDArray
 
 from megaseg_dask.blending import blend, window
 from megaseg_dask.errors import BundleError
-from megaseg_dask.geometry import Box, PatchGrid
+from megaseg_dask.geometry import Box, PatchGrid, Shape
 from megaseg_dask.intensity import Normalisation
 
 Float32 = NDArray[np.float32]
 T = TypeVar("T")
+
+# Long enough for a few passes of a light network; a heavy one gets two.
+_MEASURE_S = 3.0
 
 
 class Engine(Protocol):
@@ -80,6 +84,22 @@ def open_engine(model: ModelRef, spec: EngineSpec) -> Engine:
         raise BundleError(f"{model.path} has digest {bundle.digest[:12]}, the plan was made with {model.digest[:12]}; "
                           "put the bundle back, or start anew with --overwrite")  # fmt: skip
     return TorchEngine(bundle, device=spec.device, threads=spec.threads)
+
+
+def measure_patch_s(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> float:
+    """Return the seconds of one patch on this machine: the quickest of a few forward passes, the first not counted.
+
+    Raises :class:`EngineError` if this machine cannot run the engine.
+    """
+    engine = open_engine(model, spec)
+    patches = np.zeros((spec.batch, 1, *patch_shape), np.float32)
+    passes: list[float] = []
+    started = time.perf_counter()
+    while len(passes) < 4 and (len(passes) < 2 or time.perf_counter() - started < _MEASURE_S):
+        began = time.perf_counter()
+        engine(patches)
+        passes.append(time.perf_counter() - began)
+    return min(passes[1:]) / spec.batch
 
 
 cached_window = functools.lru_cache(maxsize=2)(window)

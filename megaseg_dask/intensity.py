@@ -137,11 +137,17 @@ def measure(values: NDArray[Any], at: Box, *, nan_to_background: bool = False) -
         return Counts.of(values)
     if values.dtype.kind == "b":
         return Counts.of(values.view(np.uint8))
+    if nan_to_background:
+        return Moments.of(values[np.isfinite(values)])
+    require_finite(values, at)
+    return Moments.of(values)
+
+
+def require_finite(values: NDArray[np.floating], at: Box) -> None:
+    """Raise :class:`DataError` naming the first voxel of box ``at`` that is NaN or infinite."""
     finite = np.isfinite(values)
     if finite.all():
-        return Moments.of(values)
-    if nan_to_background:
-        return Moments.of(values[finite])
+        return
     first = np.unravel_index(int(np.argmin(finite)), values.shape)
     place = tuple(int(f) + s for f, s in zip(first, at.start, strict=True))
     raise DataError(

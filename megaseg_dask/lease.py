@@ -53,6 +53,11 @@ class Held:
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
 
+    @property
+    def id(self) -> str:
+        """The id under which workers write for this client."""
+        return self._lease.id
+
     def require(self) -> None:
         """Raise :class:`StoreError` if another client took the run over, because this one had stopped for long."""
         if self._lost.is_set():

@@ -39,6 +39,9 @@ _MODE_BYTES = 16
 # zarr decodes this many whole chunks of the source at a time, however little of them is read.
 _CHUNKS_AT_ONCE = 10
 
+# Tables of logits that are merged, read ahead by several threads: 65536 bins of four columns each.
+_TABLE_BYTES = 20 * 2**21
+
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
 
@@ -59,6 +62,8 @@ class Sizes:
     n_chunks: int
     scores_bytes: int
     label_bytes: int
+    fills_holes: bool = False
+    is_automatic: bool = False
 
 
 def _largest_read_box(sizes: Sizes) -> int:
@@ -85,10 +90,19 @@ def project(sizes: Sizes) -> dict[str, int]:
     # Blending holds sum and weights; turning logits into scores holds three more float32 arrays.
     segment = read * sizes.source_bytes * 2 + core * 16 + decoded
     label = core * (1 + 2 * 4 + _LABELLING_BYTES)
+    # Known logits, their bins, and the bins of a slab.
+    table = core * 4 * 2 + _TABLE_BYTES
+    if sizes.is_automatic:
+        segment += core * 4
     relabel = core * (4 + 3 * sizes.label_bytes)
     stages = {
         "measure": measured * sizes.source_bytes * 2 + 2**20 * 64 + decoded,
         "segment": max(segment + forward_bytes(sizes), segment + core * (4 + sizes.scores_bytes)),
+        "histogram": table,
+        "cutoff": _TABLE_BYTES,
+        "threshold": core * 6,
+        "holes": label + core,
+        "fill": core * 7,
         "label": label,
         "seams": core,
         "join": Box.of(sizes.volume_shape).size // _VOXELS_PER_FRAGMENT * _FRAGMENT_BYTES,
@@ -98,7 +112,12 @@ def project(sizes: Sizes) -> dict[str, int]:
     }
     if core == Box.of(sizes.volume_shape).size:
         volume = core * (sizes.source_bytes + sizes.scores_bytes + 1)
-        stages = {"volume": volume + max(stages["segment"], label + relabel)}
+        mask = (table if sizes.is_automatic else 0) + (stages["holes"] if sizes.fills_holes else 0)
+        stages = {"volume": volume + max(stages["segment"] + mask, label + relabel)}
+    else:
+        unused = set() if sizes.fills_holes else {"holes", "fill"}
+        unused |= set() if sizes.is_automatic else {"histogram", "cutoff", "threshold"}
+        stages = {stage: n for stage, n in stages.items() if stage not in unused}
     # The engine stays open from one task to the next.
     kept = IDLE_BYTES + 4 * sizes.n_parameters
     return {stage: kept + n for stage, n in stages.items()}

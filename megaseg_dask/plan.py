@@ -1,34 +1,29 @@
-"""Settings become a plan: what will be computed, by which tasks, at what cost, before anything is written.
+"""The plan of a run: what is computed, by which tasks of which stages, and at what cost.
 
 A plan is a value: it prints, it is JSON, and two plans with one fingerprint
-give the same output. Whatever can change a bit is resolved here, once.
+give the same output. Tasks are numbered per stage, volume by volume.
 """
 
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
-import psutil
 from pydantic import BaseModel, ConfigDict
 
-from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.errors import SettingsError
 from megaseg_dask.geometry import BlockGrid, PatchGrid, Shape
-from megaseg_dask.inference import EngineSpec, ModelRef, resolve_engine
+from megaseg_dask.inference import EngineSpec, ModelRef
 from megaseg_dask.intensity import PARTITION_SHAPE
 from megaseg_dask.labelling import label_dtype
-from megaseg_dask.layout import Layout, iter_block_shapes, write_layout
-from megaseg_dask.memory import BUDGET_SHARE, Sizes, project
-from megaseg_dask.models import load_bundle, require_patch
-from megaseg_dask.models.zoo import locate
-from megaseg_dask.ngff.images import Image, digest_of, read_image, sample_of
+from megaseg_dask.layout import Layout, write_layout
+from megaseg_dask.memory import Sizes, project
+from megaseg_dask.ngff.images import Image
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
-
-MINIMUM_SHAPE = (16, 16, 16)
-DEFAULT_MEMORY_BYTES = 8 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +37,16 @@ class PlannedVolume:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Tasks that may run in any order once the stage before them is done."""
+    """Tasks that may run in any order once those of the same volume in the stage before are done.
+
+    A ``local`` stage needs only the same block of the stage before: a block
+    that was mended redoes nothing of its neighbours.
+    """
 
     name: str
     n_tasks: int
+    per_volume: int
+    local: bool = False
 
 
 class Plan(BaseModel):
@@ -100,10 +101,20 @@ class Plan(BaseModel):
         return len(self.block_grid()) == 1
 
     @property
+    def measure_level(self) -> int | None:
+        """Level of the source whose voxels give the normalisation; ``None`` if the settings give it."""
+        match self.options.normalization:
+            case None:
+                return 0
+            case str(text):
+                return int(text.removeprefix("level:")) - self.options.level
+        return None
+
+    @property
     def measure_grid(self) -> BlockGrid:
         """What each task of ``measure`` reads: about a block, but whole parts of the fixed partition."""
         parts = (max(b // p, 1) * p for b, p in zip(self.block_shape, PARTITION_SHAPE, strict=True))
-        return BlockGrid(self.volume_shape, tuple(parts))
+        return BlockGrid(self.source_image.volume_shape(self.measure_level or 0), tuple(parts))
 
     def layout(self, level: int) -> Layout:
         """Return chunk and write unit of a level, ``(z, y, x)``."""
@@ -112,28 +123,54 @@ class Plan(BaseModel):
 
     # -- work
 
-    @property
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The stages in order, with their number of tasks over all volumes."""
-        n = len(self.volumes)
+        return tuple(
+            Stage(name, per_volume * len(self.volumes), per_volume, local) for name, per_volume, local in self._stages()
+        )
+
+    def _stages(self) -> Iterator[tuple[str, int, bool]]:
         if self.is_one_task:
-            return (Stage("volume", n),)
-        n_blocks = n * len(self.block_grid())
-        stages = [Stage("measure", n * len(self.measure_grid)), Stage("segment", n_blocks)]
-        if "labels" in self.options.outputs:
-            stages += [
-                Stage("label", n_blocks),
-                Stage("seams", n_blocks),
-                Stage("join", n),
-                Stage("relabel", n_blocks),
-            ]
-        coarser = range(1, len(self.target_image.levels))
-        return (*stages, *(Stage(f"downsample-{k}", n * len(self.block_grid(k))) for k in coarser))
+            yield "volume", 1, False
+            return
+        options, n = self.options, len(self.block_grid())
+        if self.measure_level is not None:
+            yield "measure", len(self.measure_grid), False
+        yield "segment", n, False
+        if self.has_mask:
+            if options.is_automatic:
+                yield from (("histogram", n, True), ("cutoff", 1, False), ("threshold", n, False))
+            if options.fill_holes:
+                yield from (("holes", n, True), ("holes-seams", n, False), ("holes-join", 1, False), ("fill", n, False))
+        if "labels" in options.outputs:
+            yield from (("label", n, True), ("seams", n, False), ("join", 1, False), ("relabel", n, False))
+        for level in range(1, len(self.target_image.levels)):
+            yield f"downsample-{level}", len(self.block_grid(level)), False
+
+    @property
+    def has_mask(self) -> bool:
+        """Tell whether scores are turned into a mask."""
+        return bool({"labels", "mask"} & set(self.options.outputs))
+
+    def stage(self, name: str) -> Stage:
+        """Return a stage; raises :class:`SettingsError` that lists those there are."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise SettingsError(f"no stage {name} in this run; it has {', '.join(s.name for s in self.stages)}")
+
+    def grid(self, stage: str) -> BlockGrid | None:
+        """Return the blocks that the tasks of a stage are about; ``None`` where a task is about a whole volume."""
+        if stage == "measure":
+            return self.measure_grid
+        if stage.startswith("downsample-"):
+            return self.block_grid(int(stage.removeprefix("downsample-")))
+        return self.block_grid() if self.stage(stage).per_volume > 1 else None
 
     def split_index(self, stage: str, index: int) -> tuple[int, int]:
         """Return the number of a task's volume, and the task's number in that volume."""
-        n_tasks = next(s.n_tasks for s in self.stages if s.name == stage)
-        return divmod(index, n_tasks // len(self.volumes))
+        return divmod(index, self.stage(stage).per_volume)
 
     # -- identity and cost
 
@@ -165,6 +202,8 @@ class Plan(BaseModel):
                 source_bytes=np.dtype(self.source_image.dtype).itemsize,
                 scores_bytes=np.dtype(options.scores_dtype).itemsize,
                 label_bytes=label_dtype(self.volume_shape).itemsize,
+                fills_holes=bool(options.fill_holes and self.has_mask),
+                is_automatic=options.is_automatic and self.has_mask,
             )
         )
 
@@ -212,68 +251,6 @@ class Plan(BaseModel):
         }
 
 
-# -- making a plan
-
-
-def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | None = None) -> Plan:
-    """Resolve settings into a plan; reads metadata and the bundle, writes nothing.
-
-    What the settings leave open is taken from ``recorded``, the plan of an
-    earlier run on the same target: a run that resumes never re-plans. Raises
-    :class:`SourceError`, :class:`SettingsError`, :class:`TargetError` or
-    :class:`BundleError`.
-    """
-    where, to = Location.of(source), Location.of(target)
-    whole = read_image(where)
-    if settings.level >= len(whole.levels):
-        raise SettingsError(f"--level {settings.level}: the source has levels 0 to {len(whole.levels) - 1}")
-    image = whole.from_level(settings.level)
-    require_segmentable(image, where)
-    require_target(settings, where, to)
-    if where.is_same(to):
-        # One container holds one version.
-        settings = settings.model_copy(update={"ome_zarr": whole.version})
-    channel = _choose_channel(image, settings.channel, where)
-    first, stop = _choose_times(image, settings)
-    if recorded is not None:
-        settings = settings.filled(recorded.options.result_options())
-    array = (where / image.levels[0].path).open_array()
-    path = locate(settings.model)
-    bundle = load_bundle(path)
-    settings = settings.filled({"patch": bundle.patch_shape, "overlap": bundle.overlap})
-    assert settings.patch is not None
-    require_patch(bundle.network, settings.patch)
-    engine = resolve_engine(device=settings.device, batch=settings.batch, threads=settings.threads)
-    settings = settings.filled(asdict(engine))
-    plan = Plan(
-        source=where.url,
-        target=to.url,
-        run=run_folder(to, settings.label_name).url,
-        source_image=image,
-        target_image=replace(
-            image.without_channels().with_times(first, stop).with_pyramid(complete=not where.is_same(to)),
-            version=settings.ome_zarr,
-            dtype=settings.scores_dtype,
-        ),
-        source_digest=digest_of(where, whole),
-        source_sample=sample_of(where / image.levels[0].path),
-        source_chunk_bytes=math.prod(array.chunks) * array.dtype.itemsize,
-        n_source_chunks=math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)),
-        volumes=tuple(PlannedVolume(t, channel, t - first) for t in range(first, stop)),
-        model=ModelRef(str(path), bundle.name, bundle.digest, bundle.window),
-        engine=engine,
-        # By index: a name may be given to another channel later.
-        options=settings.model_copy(update={"channel": str(channel), "time": (first, stop)}),
-        memory_bytes=settings.memory or default_memory_bytes(settings.workers or 1),
-        n_parameters=sum(t.numel() for t in bundle.weights.values()),
-        first_filters=bundle.network.filters[0],
-    )
-    if plan.options.block is None:
-        plan = choose_block(plan)
-    require_memory(plan)
-    return plan
-
-
 def run_folder(target: Location, label_name: str) -> Location:
     """Return where the plan, the journal and intermediate data of a run live."""
     return runs_folder(target) / label_name
@@ -282,82 +259,3 @@ def run_folder(target: Location, label_name: str) -> Location:
 def runs_folder(target: Location) -> Location:
     """Return what holds the run folders of a target, and its lease: all runs write its scores and metadata."""
     return target.sibling(".run")
-
-
-def default_memory_bytes(n_workers: int) -> int:
-    """Return 8 GB, or a worker's share of this machine where that is less."""
-    return min(DEFAULT_MEMORY_BYTES, int(psutil.virtual_memory().total * BUDGET_SHARE / n_workers))
-
-
-def require_segmentable(image: Image, where: Location) -> None:
-    """Raise :class:`SourceError` if the network cannot take volumes of this image."""
-    shape = image.volume_shape()
-    if any(n < least for n, least in zip(shape, MINIMUM_SHAPE, strict=True)):
-        raise SourceError(
-            f"{where}: volumes of (z, y, x) = {shape} voxels are too small; the model needs at least {MINIMUM_SHAPE}"
-        )
-    if np.dtype(image.dtype).kind not in "iufb":
-        raise SourceError(f"{where}: voxels are {image.dtype}; integers or floats are needed")
-
-
-def require_target(settings: Settings, source: Location, target: Location) -> None:
-    """Raise if the target lies in the source, would replace it, or cannot be written."""
-    if target.is_inside(source):
-        raise TargetError(f"{target} lies inside the source; choose a folder beside it, or the source itself as target")
-    run = run_folder(target, settings.label_name)
-    if any(source.is_inside(folder) for folder in (target, run)) or source.is_same(run):
-        raise TargetError(f"{target} holds the source; choose a folder of its own")
-    if source.is_same(target):
-        if "scores" in settings.outputs:
-            raise SettingsError("the target is the source, whose image stays as it is: pass --outputs labels")
-        if settings.level or settings.time:
-            raise SettingsError("--level and --time need a target of their own: labels in the source match all of it")
-    target.require_writable()
-
-
-def _choose_channel(image: Image, channel: str | None, where: Location) -> int:
-    n = image.extent("c")
-    names = [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]
-    listed = ", ".join(f"{i} ({name})" if name != str(i) else name for i, name in enumerate(names))
-    if channel is None and n > 1:
-        raise SettingsError(f"{where} has {n} channels; choose one with --channel: {listed}")
-    if channel is None:
-        return 0
-    if channel in names:
-        return names.index(channel)
-    if channel.isdecimal() and int(channel) < n:
-        return int(channel)
-    raise SettingsError(f"--channel {channel}: no such channel in {where}; it has {listed}")
-
-
-def _choose_times(image: Image, settings: Settings) -> tuple[int, int]:
-    n = image.extent("t")
-    first, stop = settings.time or (0, None)
-    stop = n if stop is None else stop
-    if not 0 <= first < stop <= n:
-        raise SettingsError(f"--time {first}:{stop}: the source has timepoints 0:{n}")
-    return first, stop
-
-
-def choose_block(plan: Plan) -> Plan:
-    """Return the plan with the block that predicts the fewest patches within the memory budget.
-
-    The smallest block stands if none fits; :func:`require_memory` then says so.
-    """
-    shapes = list(iter_block_shapes(plan.volume_shape))
-    # Of equal blocks by that measure the largest: fewer seams, fewer tasks.
-    for block in sorted(shapes, key=lambda b: (plan.patch_grid.count_predicted(b), -math.prod(b))):
-        candidate = plan.with_block(block)
-        if max(candidate.projected_bytes.values()) <= plan.memory_bytes:
-            return candidate
-    return plan.with_block(min(shapes, key=math.prod))
-
-
-def require_memory(plan: Plan) -> None:
-    """Raise :class:`SettingsError` if a stage's projected peak is above the budget."""
-    stage, most = max(plan.projected_bytes.items(), key=lambda item: item[1])
-    if most > plan.memory_bytes:
-        raise SettingsError(
-            f"stage {stage} needs {most / 1e9:.2f} GB with block {plan.block_shape} and patch {plan.options.patch}, "
-            f"and a worker may use {plan.memory_bytes / 1e9:.2f} GB; raise --memory, or make --block or --patch smaller"
-        )

@@ -1,34 +1,40 @@
-"""Carry out a plan: the pending tasks of each stage over a bounded window of futures.
+"""Carry out a plan: what the journal lacks goes to the workers, what they finish goes to the journal.
 
-The scheduler sees a few hundred futures and small summaries, however many
-blocks there are. What is finished goes to the journal; what it holds is never
-computed again. The final state is derived from the journal.
+What the journal holds is never computed again, and the final state is derived
+from it: a run in which something failed ends as failed, names it, and records
+in the output which boxes are missing.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from megaseg_dask import targets, tasks
+import numpy as np
+
+from megaseg_dask import products, targets, tasks
 from megaseg_dask.cluster import connect
-from megaseg_dask.errors import MegasegError, StoreError, TargetError, TaskError
+from megaseg_dask.dispatch import Dispatcher, GroupSize
+from megaseg_dask.errors import MegasegError, TargetError
 from megaseg_dask.events import Event, Failure, Progress, Result, RunStatus, Started
+from megaseg_dask.flows import Flow, iter_flows
+from megaseg_dask.inference import measure_patch_s
 from megaseg_dask.journal import FOLDER as journal_folder
 from megaseg_dask.journal import Journal
 from megaseg_dask.lease import Held, held
-from megaseg_dask.plan import Plan, make_plan, run_folder, runs_folder
+from megaseg_dask.plan import Plan, run_folder, runs_folder
+from megaseg_dask.planning import make_plan
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
+from megaseg_dask.tasks import Outcome
 
 Emit = Callable[[Event], None]
 
-# Enough tasks in flight that no worker waits for the client, few enough that memory stays flat.
-_LEAST_WINDOW = 8
-_PER_WORKER = 2
-_FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 10.0
+# So many failures of a store in a row are a full disk or a lost store, not a chunk: stop, so that the next run resumes.
+_STORE_IS_LOST = 5
+# Between two events of one stage.
+_PROGRESS_S = 0.2
 
 
 def plan_run(source: str, target: str, settings: Settings) -> tuple[Plan, Journal]:
@@ -41,12 +47,21 @@ def plan_run(source: str, target: str, settings: Settings) -> tuple[Plan, Journa
     plan = make_plan(source, target, settings, recorded=recorded)
     if recorded is not None:
         targets.require_same(plan, recorded)
-        journal = Journal.read(run, plan.fingerprint)
-        if targets.is_present(plan, finished=journal.result is not None):
-            return plan, journal
+        if targets.is_present(plan):
+            return plan, Journal.read(plan)
     # Nothing is done in arrays that are not there, whatever a record beside them says.
     targets.require_free(plan)
-    return plan, Journal(run, plan.fingerprint)
+    return plan, Journal.of(plan)
+
+
+def estimate_time(plan: Plan) -> dict[str, Any]:
+    """Return seconds of a patch, from forward passes on this machine, and of all patches on one worker like it."""
+    try:
+        patch_s = measure_patch_s(plan.model, plan.engine, plan.patch_grid.patch_shape)
+    except MegasegError as error:
+        return {"patch_s": None, "projected_s": None, "time_unknown": str(error)}
+    n_patches = plan.patch_grid.count_predicted(plan.block_shape) * len(plan.volumes)
+    return {"patch_s": patch_s, "projected_s": round(patch_s * n_patches, 1)}
 
 
 def segment(source: str, target: str, settings: Settings, *, client: Any = None, emit: Emit = lambda _: None) -> Result:
@@ -80,7 +95,7 @@ def _already_done(plan: Plan, journal: Journal) -> Result:
 def _carry_out(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
     if journal.result is not None:
         return _already_done(plan, journal)
-    _begin(plan, journal)
+    begin(plan, journal)
     return run_plan(plan, journal, client, lease, emit)
 
 
@@ -92,23 +107,23 @@ def status(target: str) -> list[RunStatus]:
     folder = runs_folder(Location.of(target))
     names = sorted(p.name for p in folder.path.iterdir() if p.is_dir()) if folder.exists() else []
     plans = {name: targets.read_recorded(folder / name) for name in names}
-    found = [_status_of(name, plan, folder / name) for name, plan in plans.items() if plan is not None]
+    found = [_status_of(name, plan) for name, plan in plans.items() if plan is not None]
     if not found:
         raise TargetError(f"no run is recorded at {folder}; start one with megaseg segment")
     return found
 
 
-def _status_of(name: str, plan: Plan, run: Location) -> RunStatus:
-    journal = Journal.read(run, plan.fingerprint)
+def _status_of(name: str, plan: Plan) -> RunStatus:
+    journal = Journal.read(plan)
     return RunStatus(
         label_name=name,
         done=journal.result is not None,
-        stages={s.name: (len(journal.done.get(s.name, {})), s.n_tasks) for s in plan.stages},
+        stages={s.name: (int(journal.done(s.name).sum()), s.n_tasks) for s in plan.stages},
         failures=list(map(dict, journal.failed.values())),
     )
 
 
-def _begin(plan: Plan, journal: Journal) -> None:
+def begin(plan: Plan, journal: Journal) -> None:
     """Record the plan, then create its arrays, anew until a task is done.
 
     In that order a run killed in between finds its record and goes on, and a
@@ -116,158 +131,167 @@ def _begin(plan: Plan, journal: Journal) -> None:
     """
     run = Location(plan.run)
     if journal.n_done == 0:
-        for stale in (journal_folder, tasks.WORK):
+        for stale in (journal_folder, products.WORK, products.VOLUMES):
             (run / stale).remove()
     run.put(targets.PLAN, plan.model_dump_json(indent=1).encode())
     if journal.n_done == 0:
         targets.clear(plan)
         targets.create(plan)
+    else:
+        targets.withdraw(plan)
 
 
 def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
-    """Run what the journal lacks, stage by stage, and publish the result if nothing failed."""
+    """Run what the journal lacks, and publish what there is; the next run goes on with what failed."""
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
     emit(Started(plan.target, n_tasks, journal.n_done, client.dashboard_link))
-    progress = _StageRunner(plan, journal, client, lease, emit)
+    runner = _Runner(plan, journal, client, lease, emit)
     with journal.flushed():
-        for stage in plan.stages:
-            progress.run(stage.name, stage.n_tasks)
-            if progress.failures:
-                break
-            if stage.name == "measure":
-                tasks.merge_measurements(plan, journal.summaries("measure"))
-        else:
-            targets.publish(plan, _statistics(plan, journal))
+        runner.run()
+        failures = [Failure(**failure) for failure in journal.failed.values()]
+        found = _found(plan, journal)
+        if any(found) and not runner.store_is_lost:
+            missing = [tasks.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
+            targets.publish(plan, found, missing)
+        if not failures:
             journal.finish({"n_objects": _n_objects(plan, journal)})
             targets.remove_work(plan)
     return Result(
-        status="failed" if progress.failures else "done",
+        status="failed" if failures else "done",
         target=plan.target,
-        n_objects=None if progress.failures else _n_objects(plan, journal),
+        n_objects=None if failures else _n_objects(plan, journal),
         wall_s=round(time.monotonic() - started, 3),
-        failures=[failure.as_dict() for failure in progress.failures],
-        warnings=[] if progress.failures else _doubts(plan, journal),
-        peak_bytes=progress.peak_bytes,
+        failures=[failure.as_dict() for failure in failures],
+        warnings=[] if failures else _doubts(plan, found),
+        peak_bytes={name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks},
         run=plan.run,
     )
 
 
-def _statistics(plan: Plan, journal: Journal) -> list[dict[str, float]]:
+def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
+    """Return statistics and threshold of each volume; nothing of one that is missing as a whole."""
     if plan.is_one_task:
-        return [dict(summary["statistics"]) for summary in journal.summaries("volume")]  # type: ignore[call-overload]
-    return tasks.read_statistics(plan)
+        summaries = journal.by_index("volume")
+        return [{**s["statistics"], "threshold": s.get("threshold")} if s else {} for s in summaries]
+    missing = {plan.split_index(stage, index)[0] for stage, index in journal.failed if stage == "measure"}
+    return [{} if v in missing else products.read_state(plan, v) for v in range(len(plan.volumes))]
 
 
-def _doubts(plan: Plan, journal: Journal) -> list[str]:
+def _doubts(plan: Plan, found: list[dict[str, Any]]) -> list[str]:
     """Name volumes whose result means nothing, although it is what the network says."""
-    found = zip(plan.volumes, _statistics(plan, journal), strict=True)
-    return [f"t={v.t} c={v.c} is constant: what is found in it means nothing" for v, s in found if not s["std"]]
+    pairs = zip(plan.volumes, found, strict=True)
+    return [f"t={v.t} c={v.c} is constant: what is found in it means nothing" for v, s in pairs if not s["std"]]
 
 
 def _n_objects(plan: Plan, journal: Journal) -> int | None:
-    counts = [s.get("n_objects") for s in journal.summaries("volume" if plan.is_one_task else "join")]
-    return sum(map(int, counts)) if counts and None not in counts else None  # type: ignore[arg-type]
+    if "labels" not in plan.options.outputs:
+        return None
+    return sum(int(s["n_objects"]) for s in journal.summaries("volume" if plan.is_one_task else "join"))
 
 
 @dataclass
-class _StageRunner:
-    """Feeds the tasks of one stage after the other, and keeps what failed."""
+class _Runner:
+    """Feeds the dispatcher with tasks that may start, and the journal with what became of them."""
 
     plan: Plan
     journal: Journal
     client: Any
     lease: Held
     emit: Emit
-    failures: list[Failure] = field(default_factory=list)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
+    store_is_lost: bool = False
+    _active: list[Flow] = field(default_factory=list)
+    _seen: dict[str, "_Pace"] = field(default_factory=dict)
 
-    def run(self, stage: str, n_tasks: int) -> None:
-        """Run the tasks of a stage that the journal lacks."""
-        pending = [i for i in range(n_tasks) if not self.journal.is_done(stage, i)]
-        started = time.monotonic()
-        if pending:
-            # A first block may take minutes: show the stage before it is done.
-            self.emit(Progress(stage, n_tasks - len(pending), n_tasks, 0.0, 0.0, None))
-        for n, (index, outcome) in enumerate(self._outcomes(stage, iter(pending)), start=1):
+    def run(self) -> None:
+        """Run all volumes; a stage of one does not wait for another volume."""
+        self._upcoming = iter_flows(self.plan, self.journal)
+        dispatcher = Dispatcher(
+            self.client,
+            self.plan.run,
+            self.plan.fingerprint,
+            self.lease.id,
+            self.plan.options.retries,
+            self.plan.options.timeout,
+        )
+        n_in_a_row = 0
+        for stage, outcome in dispatcher.outcomes(self._ready):
             self.lease.require()
-            if isinstance(outcome, BaseException):
-                self._fail(stage, index, outcome)
-                if isinstance(outcome, StoreError):
-                    # A full disk or a lost store fails every task alike: stop, so that the next run resumes.
-                    return
-                continue
-            self.peak_bytes[stage] = max(self.peak_bytes.get(stage, 0), outcome.pop("peak_bytes"))
-            self.journal.add(stage, index, outcome)
-            self.emit(self._progress(stage, n, len(pending), n_tasks, time.monotonic() - started))
+            if not outcome.error:
+                n_in_a_row = 0
+                self.journal.add(stage, outcome.index, outcome.summary, outcome.seconds, outcome.peak_bytes)
+                self._show(stage)
+            else:
+                n_in_a_row += outcome.is_infrastructure
+                self._fail(stage, outcome)
+            self._settle(stage, outcome.index)
+            if n_in_a_row >= _STORE_IS_LOST:
+                self.store_is_lost = True
+                return
 
-    def _progress(self, stage: str, n: int, n_pending: int, n_tasks: int, elapsed_s: float) -> Progress:
-        shape = self.plan.volume_shape
-        voxels = len(self.plan.volumes) * shape[0] * shape[1] * shape[2] / n_tasks
-        rate = voxels * n / elapsed_s if elapsed_s else 0.0
-        n_done = n_tasks - n_pending + n
-        return Progress(stage, n_done, n_tasks, round(elapsed_s, 3), rate, elapsed_s / n * (n_pending - n))
+    def _ready(self, size: GroupSize) -> tuple[str, Any]:
+        """Return tasks of the first volume that has some; volumes begin only when those before leave workers idle."""
+        while True:
+            for flow in self._active:
+                if flow.n_ready:
+                    stage = flow.stage.name
+                    if stage not in self._seen:
+                        self._begin_stage(flow)
+                    return flow.take(size(stage, flow.n_ready))
+            following = next(self._upcoming, None)
+            if following is None:
+                return "", ()
+            if not following.is_over:
+                self._active.append(following)
 
-    def _fail(self, stage: str, index: int, error: BaseException) -> None:
-        volume, box = tasks.task_box(self.plan, stage, index)
-        failure = Failure(stage, index, volume, box, describe(error))
-        self.failures.append(failure)
-        self.journal.add_failure(stage, index, failure.as_dict())
+    def _settle(self, stage: str, index: int) -> None:
+        volume = self.plan.split_index(stage, index)[0] if not self.plan.is_one_task else 0
+        flow = next(f for f in self._active if f.volume == volume)
+        flow.settle()
+        if flow.is_over:
+            self._active.remove(flow)
+            if self.journal.is_complete(volume) and not self.plan.is_one_task:
+                # What is finished needs no more than its outputs: disks are not filled by volumes that are done.
+                products.work_folder(self.plan, volume).remove()
+
+    def _begin_stage(self, flow: Flow) -> None:
+        stage = flow.stage
+        done = self.journal.done(stage.name)
+        n_done = int(done.sum())
+        voxels = len(self.plan.volumes) * float(np.prod(self.plan.volume_shape)) / stage.n_tasks
+        self._seen[stage.name] = _Pace(n_done, stage.n_tasks, voxels)
+        # A first block may take minutes: show the stage before it is done.
+        self.emit(self._seen[stage.name].progress(stage.name))
+
+    def _show(self, stage: str) -> None:
+        pace = self._seen[stage]
+        pace.n_done += 1
+        if pace.n_done in (pace.n_before + 1, pace.n_tasks) or time.monotonic() - pace.shown > _PROGRESS_S:
+            self.emit(pace.progress(stage))
+
+    def _fail(self, stage: str, outcome: Outcome) -> None:
+        failure = tasks.failure_of(self.plan, stage, outcome)
+        self.journal.add_failure(stage, outcome.index, failure.fields())
         self.emit(failure)
 
-    def _outcomes(self, stage: str, pending: Iterator[int]) -> Iterator[tuple[int, Any]]:
-        """Yield index and summary (or exception) of each task, in order of arrival."""
-        from distributed import as_completed
 
-        n_workers = max(len(self.client.scheduler_info()["workers"]), 1)
-        attempts: dict[int, int] = {}
-        waiting = as_completed(raise_errors=False)
-        running: dict[Any, int] = {}
+@dataclass
+class _Pace:
+    """How a stage gets on: what was done before this run, and what since."""
 
-        def submit(index: int) -> None:
-            attempts[index] = attempts.get(index, 0) + 1
-            key = f"{stage}-{index}-{attempts[index]}-{self.plan.fingerprint[:8]}-{time.monotonic_ns()}"
-            future = self.client.submit(
-                tasks.run_task, self.plan.run, self.plan.fingerprint, stage, index, key=key, pure=False
-            )
-            running[future] = index
-            waiting.add(future)
+    n_done: int
+    n_tasks: int
+    voxels: float
+    began: float = field(default_factory=time.monotonic)
+    shown: float = 0.0
 
-        for index in _first(pending, max(_LEAST_WINDOW, _PER_WORKER * n_workers)):
-            submit(index)
-        try:
-            for future in waiting:
-                index = running.pop(future)
-                outcome = future.result() if future.status == "finished" else future.exception()
-                future.release()
-                if is_infrastructure(outcome) and attempts[index] <= self.plan.options.retries:
-                    time.sleep(min(_FIRST_PAUSE_S * 2 ** (attempts[index] - 1), _LONGEST_PAUSE_S))
-                    submit(index)
-                    continue
-                yield index, outcome
-                for following in _first(pending, 1):
-                    submit(following)
-        finally:
-            self.client.cancel(list(running))
+    def __post_init__(self) -> None:
+        self.n_before = self.n_done
 
-
-def _first(items: Iterator[int], n: int) -> Iterator[int]:
-    for _ in range(n):
-        try:
-            yield next(items)
-        except StopIteration:
-            return
-
-
-def is_infrastructure(outcome: object) -> bool:
-    """Tell whether another attempt may help: a lost worker or a store that failed, not a bug or bad data."""
-    from distributed import CancelledError, KilledWorker
-
-    return isinstance(outcome, StoreError | KilledWorker | CancelledError | ConnectionError | TimeoutError)
-
-
-def describe(error: BaseException) -> str:
-    """Return one line for an error: ours as they are, others with their class."""
-    if isinstance(error, MegasegError) and not isinstance(error, TaskError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    def progress(self, stage: str) -> Progress:
+        """Return the event that tells it now."""
+        self.shown = time.monotonic()
+        elapsed_s, n = self.shown - self.began, self.n_done - self.n_before
+        rate = self.voxels * n / elapsed_s if elapsed_s else 0.0
+        left_s = elapsed_s / n * (self.n_tasks - self.n_done) if n else None
+        return Progress(stage, self.n_done, self.n_tasks, round(elapsed_s, 3), rate, left_s)

@@ -6,6 +6,7 @@ output, and so belongs to the fingerprint of a plan; the others only say how
 and where the work is done, and may differ when a run resumes.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ from pydantic import (
 from megaseg_dask.errors import SettingsError
 
 OUTPUTS = ("labels", "scores", "mask")
+# Named here too, so that --help need not load what computes them.
+THRESHOLDS = ("otsu", "yen", "isodata", "minimum", "triangle", "li")
 
 # Headings of the command line's help.
 SOURCE = "What to segment"
@@ -81,6 +84,31 @@ def _parse_time(value: Any) -> Any:
     return (int(first or 0), int(stop) if stop else None) if colon else (int(first), int(first) + 1)
 
 
+def _parse_threshold(value: Any) -> Any:
+    if isinstance(value, str) and value in THRESHOLDS:
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected a number from 0 to 1, or one of {', '.join(THRESHOLDS)}") from None
+    if not 0 <= number <= 1:
+        raise ValueError("expected a score from 0 to 1")
+    return number
+
+
+def _parse_normalization(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"level:\d+", value.strip(), re.ASCII):
+        return value.strip()
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        mean, std = map(float, parts)
+    except (TypeError, ValueError):
+        raise ValueError("expected two numbers MEAN,STD, or level:N") from None
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise ValueError("expected a finite mean and a standard deviation above 0")
+    return (mean, std)
+
+
 def _require_range(value: tuple[int, int | None]) -> tuple[int, int | None]:
     first, stop = value
     if first < 0 or (stop is not None and stop <= first):
@@ -109,6 +137,8 @@ Bytes = Annotated[Positive, BeforeValidator(_parse_bytes)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_parse_names)]
 TimeRange = Annotated[tuple[int, int | None], BeforeValidator(_parse_time), AfterValidator(_require_range)]
 Text = Annotated[str, BeforeValidator(_parse_text)]
+Threshold = Annotated[float | str, BeforeValidator(_parse_threshold)]
+MeanStd = Annotated[tuple[float, float] | str, BeforeValidator(_parse_normalization)]
 
 
 def _option(
@@ -136,6 +166,14 @@ class Settings(BaseModel):
     level: int = _option(SOURCE, 0, "Resolution level to segment; 0 is the finest.", "N", result=True, ge=0)
     nan_to_background: bool = _option(
         SOURCE, False, "Treat NaN and infinite voxels as background, not as an error.", result=True
+    )
+    normalization: MeanStd | None = _option(
+        SOURCE,
+        None,
+        "Mean and standard deviation to normalise with, or those of a coarser level, which is read faster. "
+        "(default: of all voxels of each volume)",
+        "MEAN,STD|level:N",
+        result=True,
     )
     model: Text = _option(
         NETWORK, "MegaSeg_v1", "Name of a model, or path of a bundle folder, zip or .ckpt.", "NAME|PATH"
@@ -173,13 +211,25 @@ class Settings(BaseModel):
     outputs: Names = _option(
         OUTPUT, ("labels", "scores"), "What to write, of labels, scores and mask.", "LIST", result=True
     )
-    threshold: float = _option(
-        OUTPUT, 0.5, "A voxel is foreground if its score is above this.", "F", result=True, ge=0, le=1
+    threshold: Threshold = _option(
+        OUTPUT,
+        0.5,
+        "A voxel is foreground if its score is above this; or a method that finds the threshold of each volume.",
+        f"F|{'|'.join(THRESHOLDS)}",
+        result=True,
     )
     connectivity: Annotated[Literal[1, 2, 3], BeforeValidator(_parse_whole)] = _option(
         OUTPUT, 1, "Voxels of one object touch by faces (1), edges (2) or corners (3).", "1|2|3", result=True
     )
     min_size: int = _option(OUTPUT, 0, "Drop objects of fewer voxels.", "N", result=True, ge=0)
+    fill_holes: int = _option(
+        OUTPUT,
+        0,
+        "Fill holes of at most this many voxels: background connected as --connectivity says.",
+        "N",
+        result=True,
+        ge=0,
+    )
     scores_dtype: Literal["uint8", "float32"] = _option(
         OUTPUT, "uint8", "uint8 stores 255 times the score, rounded.", "uint8|float32", result=True
     )
@@ -204,6 +254,14 @@ class Settings(BaseModel):
     workers: int | None = _option(RUN, None, "Worker processes. (default: one, or one per GPU)", "N", gt=0)
     scheduler: Text | None = _option(RUN, None, "Use the running Dask scheduler at this address.", "ADDRESS")
     retries: int = _option(RUN, 3, "Further attempts for a task whose worker or store failed.", "N", ge=0)
+    timeout: float | None = _option(
+        RUN,
+        None,
+        "Give up a task or a worker that shows no sign for so many seconds, and try elsewhere. "
+        "(default: a worker after 120, a task after 20 times the longest of its stage, 300 at least)",
+        "SECONDS",
+        gt=0,
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -236,6 +294,11 @@ class Settings(BaseModel):
         if not outputs:
             raise ValueError(f"nothing to write; choose from {', '.join(OUTPUTS)}")
         return tuple(name for name in OUTPUTS if name in outputs)
+
+    @property
+    def is_automatic(self) -> bool:
+        """Tell whether each volume gets a threshold of its own, found from all of it."""
+        return isinstance(self.threshold, str)
 
     def result_options(self) -> dict[str, object]:
         """Return the options that can change the output, as JSON values."""

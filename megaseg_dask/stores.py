@@ -184,13 +184,18 @@ class Location:
             raise TargetError(f"{self} is a Zarr v{5 - format_} group, and OME-Zarr {version} is stored as "
                               f"v{format_}; choose the other version with --ome-zarr")  # fmt: skip
 
-    def write_group(self, version: str, attributes: Mapping[str, object]) -> None:
-        """Create the group if it is not there, and set these of its attributes; see :meth:`require_version`."""
+    def write_group(self, version: str, attributes: Mapping[str, object], *, replace: bool = False) -> None:
+        """Create the group if it is not there, and set these of its attributes, or these alone.
+
+        See :meth:`require_version`.
+        """
         self.require_version(version)
         format_ = cast("zarr.core.common.ZarrFormat", ZARR_FORMAT[version])
         with naming(self, "write"):
             group = zarr.open_group(self.arrays, mode="a", zarr_format=format_)
-            if attributes:
+            if replace:
+                group.attrs.put(dict(attributes))  # type: ignore[arg-type]
+            elif attributes:
                 group.update_attributes(dict(attributes))
 
 

@@ -14,8 +14,8 @@ from megaseg_dask.errors import TargetError
 from megaseg_dask.ngff.images import image_attributes, versioned
 from megaseg_dask.ngff.volumes import create_array
 from megaseg_dask.plan import Plan
+from megaseg_dask.products import WORK, product_location
 from megaseg_dask.stores import Location, cached_array, naming
-from megaseg_dask.tasks import WORK, product_location
 
 PROVENANCE = "megaseg"
 PLAN = "plan.json"
@@ -54,10 +54,9 @@ def _short(value: object) -> str:
     return text if len(text) <= 24 else text[:12] + "…"
 
 
-def is_present(plan: Plan, *, finished: bool) -> bool:
+def is_present(plan: Plan) -> bool:
     """Tell whether the arrays of a recorded run are still there: a missing one would read as background."""
-    kinds = plan.options.outputs if finished else (*plan.options.outputs, *intermediates(plan))
-    arrays = all((product_location(plan, kind) / "0").exists() for kind in kinds)
+    arrays = all((product_location(plan, kind) / "0").exists() for kind in plan.options.outputs)
     return arrays and all(_is_ours(plan, group) for group in _groups(plan))
 
 
@@ -94,13 +93,6 @@ def _mark(plan: Plan) -> dict[str, str]:
 def _identity(provenance: dict[str, Any]) -> str:
     source = provenance.get("source", {}).get("digest")
     return json.dumps([source, *(provenance.get(key) for key in ("model", "settings", "engine"))])
-
-
-def intermediates(plan: Plan) -> list[str]:
-    """Return the arrays that live in the run folder while a run goes on."""
-    if plan.is_one_task or "labels" not in plan.options.outputs:
-        return []
-    return [kind for kind in ("mask", "fragments") if kind not in plan.options.outputs]
 
 
 def require_free(plan: Plan) -> None:
@@ -177,30 +169,42 @@ def _remove_levels(group: Location) -> None:
 
 
 def create(plan: Plan) -> None:
-    """Create groups and empty arrays for everything that tasks write."""
+    """Create groups and empty arrays of all outputs; until :func:`publish` the groups carry the run's mark alone."""
     cached_array.cache_clear()
     image, options = plan.target_image, plan.options
     Location(plan.target).write_group(image.version, {} if _is_in_place(plan) else {PROVENANCE: _mark(plan)})
     dtypes = {
         "scores": options.scores_dtype,
         "mask": "uint8",
-        "fragments": "uint32",
         "labels": str(labelling.label_dtype(plan.volume_shape)),
     }
-    for kind in (*options.outputs, *intermediates(plan)):
+    for kind in options.outputs:
         group = product_location(plan, kind)
-        if kind in ("labels", "mask") and kind in options.outputs:
+        if kind != "scores":
             (Location(plan.target) / "labels").write_group(image.version, {})
-        if kind in options.outputs:
             group.write_group(image.version, {PROVENANCE: _mark(plan)})
-        for level in range(len(image.levels) if kind in options.outputs else 1):
+        for level in range(len(image.levels)):
             with naming(group / str(level), "create"):
                 create_array(group / str(level), image, level, dtypes[kind], plan.layout(level), image.version)
 
 
-def publish(plan: Plan, normalization: list[dict[str, float]]) -> None:
-    """Write the metadata that make the finished arrays an image, its labels and their provenance."""
-    provenance = {PROVENANCE: _provenance(plan, normalization)}
+def withdraw(plan: Plan) -> None:
+    """Take back what :func:`publish` wrote of a run with missing boxes, before these are written."""
+    for kind in plan.options.outputs:
+        if kind != "scores" and _provenance_at(product_location(plan, kind)) != _mark(plan):
+            _list_labels(plan, remove=product_location(plan, kind).path.name)
+    for group in _groups(plan):
+        if _provenance_at(group) != _mark(plan):
+            group.write_group(plan.target_image.version, {PROVENANCE: _mark(plan)}, replace=True)
+
+
+def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[str, Any]]) -> None:
+    """Write the metadata that make the finished arrays an image, its labels and their provenance.
+
+    ``found`` holds mean, std, minimum, maximum, and the threshold where it was
+    searched, of each volume; ``missing_boxes`` what no task could write.
+    """
+    provenance = {PROVENANCE: {**_provenance(plan, found), "missing_boxes": missing_boxes}}
     # Labels first: whoever sees the image then sees all of it.
     for kind in sorted(plan.options.outputs, key=("mask", "labels", "scores").index):
         group = product_location(plan, kind)
@@ -221,36 +225,36 @@ def _list_labels(plan: Plan, *, add: str = "", remove: str = "") -> None:
     group.write_group(version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
 
 
-def _provenance(plan: Plan, normalization: list[dict[str, float]]) -> dict[str, Any]:
+def _provenance(plan: Plan, found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return all that determines the result and nothing else: no times, hosts or workers.
 
-    Without normalisations, which are known once a run has measured, for comparison.
+    Without what was found in the volumes, which a run knows at its end, for comparison.
     """
-    source, engine = plan.source_image, asdict(plan.engine)
+    source, engine, threshold = plan.source_image, asdict(plan.engine), plan.options.threshold
     # Any block gives the same voxels, and the engine has an entry of its own.
     settings = {k: v for k, v in plan.options.result_options().items() if k not in engine and k != "block"}
+
+    def per_volume(*names: str) -> list[dict[str, Any]]:
+        pairs = zip(plan.volumes, found, strict=bool(found))
+        return [{"t": v.t, "c": v.c, **{name: known.get(name) for name in names}} for v, known in pairs]
+
     return {
         "model": {"name": plan.model.name, "digest": plan.model.digest},
         "settings": settings,
         "engine": engine,
-        "normalization": [
-            {"t": v.t, "c": v.c, "mean": found["mean"], "std": found["std"]}
-            for v, found in zip(plan.volumes, normalization, strict=bool(normalization))
-        ],
-        "threshold": plan.options.threshold,
+        "normalization": per_volume("mean", "std"),
+        "threshold": per_volume("threshold") if plan.options.is_automatic and plan.has_mask else threshold,
         "source": {
             "digest": plan.source_digest,
             "shape": source.levels[0].shape,
             "dtype": source.dtype,
-            "statistics": [
-                {"minimum": found["minimum"], "maximum": found["maximum"]} for found in normalization
-            ],
+            "statistics": per_volume("minimum", "maximum"),
         },
         "versions": {name: version(name) for name in ("megaseg-dask", "torch", "monai", "numpy")},
         "missing_boxes": [],
-    }  # fmt: skip
+    }
 
 
 def remove_work(plan: Plan) -> None:
-    """Remove intermediate data; the plan, the journal and the statistics stay."""
+    """Remove intermediate data; the plan, the journal and what was found in the volumes stay."""
     (Location(plan.run) / WORK).remove()

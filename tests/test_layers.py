@@ -16,8 +16,8 @@ stores
 models.bundle models.files models.cytodl models models.zoo
 engines engines.pytorch inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
-settings plan journal lease tasks targets cluster
-run
+settings plan planning journal lease products tasks.scores tasks.labels tasks.levels tasks.whole tasks targets
+cluster dispatch flows run single
 xarrays training scoring report view demo doctor
 console cli
 __init__ __main__
@@ -26,14 +26,14 @@ __init__ __main__
 # library: the modules (or packages) through which it comes in.
 DOORS = {
     "cc3d": {"labelling"},
-    "dask": {"cluster", "run", "xarrays"},
+    "dask": {"cluster", "xarrays"},
     "dask_cuda": {"cluster"},
-    "distributed": {"cluster", "run"},
+    "distributed": {"cluster", "dispatch"},
     "monai": {"models", "engines"},
     "numpy": None,
     "obstore": {"stores"},
     "ome_zarr_models": {"ngff"},
-    "psutil": {"memory", "plan", "doctor"},
+    "psutil": {"memory", "planning", "doctor"},
     "pyarrow": {"ngff"},
     "pydantic": {"settings", "plan", "ngff"},
     "rich": {"console"},

@@ -1,15 +1,16 @@
 """How often the expensive things happen: exact counts, which no clock can blur."""
 
-import functools
 import shutil
 import time
 
 import pytest
 
-from megaseg_dask import inference, tasks
+from megaseg_dask import inference, products
 from megaseg_dask.engines.pytorch import TorchEngine
-from megaseg_dask.run import plan_run, segment
+from megaseg_dask.ngff.volumes import Volume
+from megaseg_dask.run import segment
 from megaseg_dask.settings import parse_settings
+from megaseg_dask.single import record_plan, run_tasks
 from tests.images import blobs, write_image
 
 
@@ -22,29 +23,15 @@ def counted(monkeypatch):
         counts["forward"] += 1
         return original(self, patches)
 
-    def read(self, box, original=tasks.Volume.read):
+    def read(self, box, original=Volume.read):
         if "image.zarr" in str(self.location):
             counts["read_voxels"] += box.size
         return original(self, box)
 
     monkeypatch.setattr(TorchEngine, "__call__", count)
-    monkeypatch.setattr(tasks.Volume, "read", read)
+    monkeypatch.setattr(Volume, "read", read)
     inference.open_engine.cache_clear()
     return counts
-
-
-def run_here(plan):
-    """Run all stages without a cluster."""
-    from megaseg_dask import targets
-    from megaseg_dask.stores import Location
-
-    Location(plan.run).put(targets.PLAN, plan.model_dump_json().encode())
-    targets.create(plan)
-    run = functools.partial(tasks.run_task, plan.run, plan.fingerprint)
-    for stage in plan.stages:
-        summaries = [run(stage.name, i) for i in range(stage.n_tasks)]
-        if stage.name == "measure":
-            tasks.merge_measurements(plan, summaries)
 
 
 @pytest.mark.parametrize("block", ["24,64,96", "24,32,48", "13,29,31"])
@@ -52,8 +39,9 @@ def test_forward_passes_and_reads_are_those_of_the_plan(block, tmp_path, tiny_bu
     image = blobs((24, 64, 96))
     source = write_image(tmp_path / "image.zarr", image)
     settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": block})
-    plan, _ = plan_run(str(source), str(tmp_path / "out.zarr"), settings)
-    run_here(plan)
+    plan = record_plan(str(source), str(tmp_path / "out.zarr"), settings)
+    for stage in plan.stages:
+        assert not run_tasks(plan, stage.name, range(stage.n_tasks), lambda _: None)
     summary = plan.summary()
     assert counted["forward"] == round(summary["redundancy"] * summary["patches"])
     assert counted["read_voxels"] * image.itemsize == summary["bytes_read"]
@@ -94,7 +82,7 @@ def test_lost_intermediate_data_are_computed_again_not_taken_for_background(tmp_
         segment(str(source), str(robbed), settings, client=client, emit=interrupt)
     while any(client.processing().values()):
         time.sleep(0.1)  # workers finish the tasks in hand
-    shutil.rmtree(tmp_path / "b.zarr.run/megaseg" / tasks.WORK)
+    shutil.rmtree(tmp_path / "b.zarr.run/megaseg" / products.WORK)
     assert segment(str(source), str(robbed), settings, client=client).status == "done"
     assert contents(robbed) == contents(undisturbed)
 

@@ -48,6 +48,11 @@ VALUES = [
     ("workers", "2", 2, 2),
     ("scheduler", "tcp://10.0.0.1:8786", "tcp://10.0.0.1:8786", "tcp://10.0.0.1:8786"),
     ("retries", "0", 0, 0),
+    ("timeout", "90", 90, 90.0),
+    ("threshold", "otsu", "otsu", "otsu"),
+    ("fill_holes", "30", 30, 30),
+    ("normalization", "10.5,2", (10.5, 2), (10.5, 2.0)),
+    ("normalization", "level:2", "level:2", "level:2"),
 ]
 
 
@@ -105,10 +110,16 @@ NONSENSE = [
     ("outputs", "labels,,scores", "unknown ''"),
     ("outputs", "", "unknown ''"),
     ("outputs", [], "nothing to write"),
-    ("threshold", "2", "less than or equal to 1"),
-    ("threshold", "-0.5", "greater than or equal to 0"),
-    ("threshold", "nan", "less than or equal to 1"),
-    ("threshold", "high", "number"),
+    ("threshold", "2", "from 0 to 1"),
+    ("threshold", "-0.5", "from 0 to 1"),
+    ("threshold", "nan", "from 0 to 1"),
+    ("threshold", "high", "or one of otsu, yen"),
+    ("fill_holes", "-1", "greater than or equal to 0"),
+    ("normalization", "10", "MEAN,STD, or level:N"),
+    ("normalization", "10,0", "above 0"),
+    ("normalization", "nan,1", "finite mean"),
+    ("normalization", "level:-1", "MEAN,STD, or level:N"),
+    ("timeout", "0", "greater than 0"),
     ("connectivity", "4", "1, 2 or 3"),
     ("connectivity", "0", "1, 2 or 3"),
     ("min_size", "-3", "greater than or equal to 0"),
@@ -185,7 +196,7 @@ def test_open_options_are_filled_and_given_ones_stay():
 def test_only_how_and_where_may_change_when_a_run_resumes():
     free = {name for name in Settings.model_fields if not is_result(name)}
     # The model counts by its digest, not by its name.
-    assert free == {"model", "memory", "workers", "scheduler", "retries", "overwrite"}
+    assert free == {"model", "memory", "workers", "scheduler", "retries", "timeout", "overwrite"}
     assert set(Settings().result_options()) == set(Settings.model_fields) - free
 
 

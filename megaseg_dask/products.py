@@ -1,0 +1,160 @@
+"""What tasks read and write: products at the target, intermediate data and the state of a volume in the run folder.
+
+A task writes only while the client that sent it holds the run: one that was
+given up, and wakes up late, finds another client's plan in its place.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask import lease
+from megaseg_dask.errors import TaskError
+from megaseg_dask.geometry import Box
+from megaseg_dask.ngff.images import SPATIAL, Axis, Image, Level
+from megaseg_dask.ngff.volumes import Volume, create_array
+from megaseg_dask.plan import Plan, runs_folder
+from megaseg_dask.stores import Location
+
+Array = NDArray[Any]
+State = dict[str, Any]
+
+WORK = "work"
+VOLUMES = "volumes"
+
+_DTYPES = {"mask": "uint8", "unfilled": "uint8", "holes": "uint32", "fragments": "uint32", "logits": "float32"}
+
+# The id of the lease under which this process works for a client; none in a process that works by itself.
+_holder: ContextVar[str | None] = ContextVar("holder", default=None)
+
+
+# -- volumes
+
+
+def source(plan: Plan, volume: int, level: int = 0) -> Volume:
+    """Return one volume of the source, at a level counted from the one that is segmented."""
+    planned = plan.volumes[volume]
+    location = Location(plan.source) / plan.source_image.levels[level].path
+    return Volume(location, plan.source_image.axis_names, t=planned.t, c=planned.c)
+
+
+def product(plan: Plan, kind: str, volume: int, level: int = 0) -> Volume:
+    """Return one volume of an output, or of intermediate data if nobody asked for it as an output."""
+    if kind in plan.options.outputs:
+        location, names = product_location(plan, kind) / str(level), plan.target_image.axis_names
+        return Volume(location, names, t=plan.volumes[volume].target_t)
+    return Volume(work_folder(plan, volume) / kind, SPATIAL)
+
+
+def product_location(plan: Plan, kind: str) -> Location:
+    """Return the group at the target that holds the levels of an output."""
+    if kind == "scores":
+        return Location(plan.target)
+    name = plan.options.label_name + ("_mask" if kind == "mask" else "")
+    return Location(plan.target) / f"labels/{name}"
+
+
+def first_mask(plan: Plan) -> str:
+    """Return the kind of what thresholding writes: the mask, or what it is before holes are filled."""
+    return "unfilled" if plan.options.fill_holes else "mask"
+
+
+def intermediates(plan: Plan) -> list[str]:
+    """Return the arrays that live in the run folder while a volume of several blocks is worked on."""
+    options = plan.options
+    if plan.is_one_task or not plan.has_mask:
+        return []
+    wanted = {"mask": True, "unfilled": options.fill_holes, "holes": options.fill_holes,
+              "logits": options.is_automatic, "fragments": "labels" in options.outputs}  # fmt: skip
+    return [kind for kind, used in wanted.items() if used and kind not in options.outputs]
+
+
+def work_folder(plan: Plan, volume: int) -> Location:
+    """Return where the intermediate data of one volume live."""
+    return Location(plan.run) / f"{WORK}/{volume}"
+
+
+def create_work(plan: Plan, volume: int) -> None:
+    """Create the empty arrays of a volume's intermediate data."""
+    shape = plan.volume_shape
+    image = Image(plan.target_image.version, "", tuple(map(Axis, SPATIAL)), (Level("0", shape, (), ()),), "")
+    for kind in intermediates(plan):
+        location = work_folder(plan, volume) / kind
+        create_array(location, replace(image, dtype=_DTYPES[kind]), 0, _DTYPES[kind], plan.layout(0), image.version)
+
+
+def has_work(plan: Plan, volume: int) -> bool:
+    """Tell whether the intermediate data of a volume are there: a missing array would read as background."""
+    return all((work_folder(plan, volume) / kind).exists() for kind in intermediates(plan))
+
+
+# -- small objects
+
+
+def save(plan: Plan, volume: int, name: str, arrays: Array | Mapping[str, Array]) -> None:
+    """Write an array, or several by name, to a volume's intermediate data."""
+    buffer = io.BytesIO()
+    if isinstance(arrays, np.ndarray):
+        np.save(buffer, arrays)
+    else:
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    require_holder(plan)
+    work_folder(plan, volume).put(name, buffer.getvalue())
+
+
+def load(plan: Plan, volume: int, name: str) -> Any:
+    """Read what :func:`save` wrote; raises :class:`TaskError` if it is not there."""
+    folder = work_folder(plan, volume)
+    data = folder.get(name)
+    if data is None:
+        raise TaskError(f"{folder}/{name} is missing; an earlier stage has to run first")
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def read_state(plan: Plan, volume: int) -> State:
+    """Return what is known of a whole volume: normalisation, threshold, the numbers of its missing blocks."""
+    data = Location(plan.run).get(f"{VOLUMES}/{volume}.json")
+    if data is None:
+        raise TaskError(f"{plan.run}/{VOLUMES}/{volume}.json is missing; an earlier stage has to run first")
+    state: State = json.loads(data)
+    return state
+
+
+def write_state(plan: Plan, volume: int, state: State) -> None:
+    """Write what is known of a whole volume; only the client of the run does."""
+    Location(plan.run).put(f"{VOLUMES}/{volume}.json", json.dumps(state).encode())
+
+
+# -- writing
+
+
+def write(plan: Plan, kind: str, volume: int, box: Box, values: Array, level: int = 0) -> None:
+    """Write a box of a product; a task owns the write units it covers."""
+    require_holder(plan)
+    product(plan, kind, volume, level).write(box, values)
+
+
+@contextmanager
+def holding(lease_id: str | None) -> Iterator[None]:
+    """Work for the client that holds this lease, and write nothing once it is another's."""
+    token = _holder.set(lease_id)
+    try:
+        yield
+    finally:
+        _holder.reset(token)
+
+
+def require_holder(plan: Plan) -> None:
+    """Raise :class:`TaskError` if the client that sent this task does not hold the run any more."""
+    expected = _holder.get()
+    if expected is not None:
+        found = lease.read(runs_folder(Location(plan.target)))
+        if found is None or found.id != expected:
+            raise TaskError(f"{plan.run} is no longer the run of the client that sent this task; nothing was written")

@@ -1,0 +1,188 @@
+"""Stages about scores: measure, segment, and the threshold of each volume where it is found from all of it."""
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask import products, thresholds
+from megaseg_dask.blending import sigmoid
+from megaseg_dask.errors import DataError
+from megaseg_dask.geometry import BlockGrid, Box
+from megaseg_dask.inference import open_engine, predict_block
+from megaseg_dask.intensity import (
+    PARTITION_SHAPE,
+    Counts,
+    Moments,
+    Normalisation,
+    Statistics,
+    measure,
+    merge_statistics,
+    require_finite,
+)
+from megaseg_dask.plan import Plan
+
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
+Summary = dict[str, Any]
+
+# Small objects that are asked for at a time: a store answers each after milliseconds.
+READERS = 16
+
+
+# -- statistics
+
+
+def measure_block(plan: Plan, volume: int, number: int) -> Summary:
+    """Sum intensities; floats keep one entry per part of the partition, integers add up to one."""
+    box = plan.measure_grid[number]
+    return {"parts": measure_parts(plan, products.source(plan, volume, plan.measure_level or 0).read(box), box)}
+
+
+def measure_parts(plan: Plan, values: Array, box: Box) -> list[tuple[int, dict[str, Any]]]:
+    """Return place and statistics of the parts of the volume's fixed partition inside ``box``, as JSON values."""
+    partition = BlockGrid(plan.measure_grid.volume_shape, PARTITION_SHAPE)
+    places = list(partition.iter_overlapping(box))
+    ignore = plan.options.nan_to_background
+    parts = [
+        measure(values[core.within(box).slices], core, nan_to_background=ignore) for core in map(partition.core, places)
+    ]
+    if isinstance(parts[0], Counts):
+        parts = [merge_statistics(parts)]
+    order = map(partition.index, places)
+    return [(place, asdict(part)) for place, part in zip(order, parts, strict=False)]
+
+
+def merge_parts(plan: Plan, parts: Iterable[tuple[int, Mapping[str, Any]]]) -> Statistics:
+    """Add up statistics of a volume in the partition's grid order."""
+    kind = Moments if plan.source_image.dtype.startswith("float") else Counts
+    return merge_statistics(kind(**fields) for _, fields in sorted(parts, key=lambda part: part[0]))
+
+
+def describe_statistics(plan: Plan, parts: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, float | None]:
+    """Return mean, std, minimum and maximum of a volume; the last two are unknown where the settings give the rest."""
+    if isinstance(given := plan.options.normalization, tuple):
+        return {"mean": given[0], "std": given[1], "minimum": None, "maximum": None}
+    found = merge_parts(plan, parts)
+    # JSON has no infinity, which is the minimum of a volume without one finite voxel.
+    low, high = (found.minimum, found.maximum) if found.n else (0.0, 0.0)
+    return {**asdict(Normalisation.of(found)), "minimum": low, "maximum": high}
+
+
+# -- scores
+
+
+def segment_block(plan: Plan, volume: int, number: int) -> Summary:
+    """Predict one block and write its core's scores, and its mask or, for an automatic threshold, its logits."""
+    core = plan.block_grid()[number]
+    values = products.source(plan, volume).read(plan.patch_grid.read_box(core))
+    found = products.read_state(plan, volume)
+    logits = predict(plan, values, core, Normalisation(found["mean"], found["std"]))
+    for kind, array in scores_of(plan, logits).items():
+        products.write(plan, kind, volume, core, array)
+    return extremes_of(logits) if "logits" in products.intermediates(plan) else {}
+
+
+def predict(plan: Plan, values: Array, core: Box, normalisation: Normalisation) -> Float32:
+    """Return the logits of a core; ``values`` are the voxels of its read box. NaN is background by request."""
+    read_box, is_float = plan.patch_grid.read_box(core), values.dtype.kind == "f"
+    if is_float and plan.measure_level != 0 and not plan.options.nan_to_background:
+        # Nobody has looked at every voxel yet, and the network would take a NaN for the mean.
+        require_finite(values, read_box)
+    logits = predict_block(
+        values,
+        core,
+        plan.patch_grid,
+        normalisation,
+        open_engine(plan.model, plan.engine),
+        batch=plan.engine.batch,
+        window_mode=plan.model.window,
+    )
+    if is_float and plan.options.nan_to_background:
+        logits[~np.isfinite(values[core.within(read_box).slices])] = np.nan
+    return logits
+
+
+def scores_of(plan: Plan, logits: Float32) -> dict[str, Array]:
+    """Return what segmenting a block writes, by kind: scores, and a first mask or the logits to find one from."""
+    outputs, found = plan.options.outputs, {}
+    scores = sigmoid(logits)
+    if plan.options.nan_to_background:
+        np.nan_to_num(scores, copy=False)
+    if "scores" in outputs:
+        found["scores"] = as_stored(scores, plan.options.scores_dtype)
+    if plan.has_mask:
+        if plan.options.is_automatic:
+            found["logits"] = logits
+        else:
+            found[products.first_mask(plan)] = (scores > np.float32(plan.options.threshold)).view(np.uint8)
+    return found
+
+
+def as_stored(scores: Float32, dtype: str) -> Array:
+    """Return scores as they are written: 255 times the score, rounded, or as they are."""
+    return np.rint(scores * np.float32(255)).astype(np.uint8) if dtype == "uint8" else scores
+
+
+# -- a threshold for each volume
+
+
+def extremes_of(logits: Float32) -> Summary:
+    """Return lowest and highest logit of a block; nothing if it has no number."""
+    known = logits[~np.isnan(logits)] if np.isnan(logits.min(initial=0)) else logits
+    return {"low": float(known.min()), "high": float(known.max())} if known.size else {}
+
+
+def merge_extremes(summaries: Iterable[Mapping[str, Any]]) -> Summary:
+    """Return lowest and highest logit of a volume from those of its blocks."""
+    known = [s for s in summaries if "low" in s]
+    return {"low": min(s["low"] for s in known), "high": max(s["high"] for s in known)} if known else {}
+
+
+def tabulate_block(plan: Plan, volume: int, number: int) -> Summary:
+    """Write the table of one block's logits over the range of the whole volume."""
+    logits = products.product(plan, "logits", volume).read(plan.block_grid()[number])
+    table = tabulate(plan, logits, products.read_state(plan, volume))
+    products.save(plan, volume, f"histograms/{number}.npz", table)
+    return {}
+
+
+def tabulate(plan: Plan, logits: Float32, extremes: Mapping[str, Any]) -> thresholds.Table:
+    """Return the table of logits that the threshold is found from."""
+    if "low" not in extremes:
+        raise DataError("no voxel of the volume is a number, so it has no threshold; give one with --threshold")
+    known = logits[~np.isnan(logits)] if plan.options.nan_to_background else logits.ravel()
+    return thresholds.tabulate(known, extremes["low"], extremes["high"], str(plan.options.threshold))
+
+
+def find_cutoff(plan: Plan, volume: int, _: int) -> Summary:
+    """Find the threshold of a volume from the tables of its blocks."""
+    state = products.read_state(plan, volume)
+    missing = set(state["missing"])
+    blocks = [n for n in range(len(plan.block_grid())) if n not in missing]
+    with ThreadPoolExecutor(READERS) as pool:
+        tables = pool.map(lambda n: dict(products.load(plan, volume, f"histograms/{n}.npz")), blocks)
+        table = thresholds.merge_tables(tables)
+    return {"threshold": cutoff_of(plan, table, state)}
+
+
+def cutoff_of(plan: Plan, table: thresholds.Table, extremes: Mapping[str, Any]) -> float:
+    """Return the threshold of a volume: a logit."""
+    return thresholds.find_threshold(table, extremes["low"], extremes["high"], str(plan.options.threshold))
+
+
+def threshold_block(plan: Plan, volume: int, number: int) -> Summary:
+    """Write the mask of one block from its logits and the volume's threshold."""
+    core = plan.block_grid()[number]
+    logits = products.product(plan, "logits", volume).read(core)
+    mask = above(logits, products.read_state(plan, volume)["threshold"])
+    products.write(plan, products.first_mask(plan), volume, core, mask)
+    return {}
+
+
+def above(logits: Float32, cutoff: float) -> NDArray[np.uint8]:
+    """Return 1 where a logit is above the threshold, strictly; a NaN never is."""
+    return (logits > np.float32(cutoff)).view(np.uint8)

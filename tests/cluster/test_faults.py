@@ -1,0 +1,145 @@
+"""Promises 5 and 6: a worker that dies or hangs, a block that kills, a block that fails; nothing is lost or hidden."""
+
+import time
+
+import numpy as np
+import pytest
+import zarr
+from numpy.testing import assert_array_equal
+from skimage.measure import label
+
+from megaseg_dask.run import segment, status
+from megaseg_dask.settings import parse_settings
+from tests.cluster.faults import haunted  # noqa: F401
+from tests.images import blobs, write_image
+
+SHAPE = (40, 80, 100)
+N_BLOCKS = 8
+
+
+@pytest.fixture
+def request_of(tmp_path, tiny_bundle):
+    source = write_image(tmp_path / "image.zarr", blobs(SHAPE), chunks=(20, 40, 50))
+
+    def make(target="out.zarr", **options):
+        options = {"model": str(tiny_bundle), "threads": 1, "block": "20,40,50", "overlap": 0,
+                   "outputs": "labels,scores,mask", **options}  # fmt: skip
+        return str(source), str(tmp_path / target), parse_settings(options)
+
+    return make
+
+
+def arrays(target) -> dict[str, np.ndarray]:
+    group = zarr.open_group(target, mode="r")
+    return {path: a[...] for path, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
+
+
+def provenance(target) -> dict:
+    return dict(zarr.open_group(target, mode="r").attrs)["megaseg"]
+
+
+def assert_same(one, other) -> None:
+    assert one.keys() == other.keys()
+    for path, values in one.items():
+        assert_array_equal(values, other[path], err_msg=path)
+
+
+@pytest.fixture
+def undisturbed(request_of, client):
+    source, target, settings = request_of("undisturbed.zarr")
+    assert segment(source, target, settings, client=client).status == "done"
+    return arrays(target)
+
+
+def test_a_block_that_kills_workers_is_named_and_the_rest_is_finished(request_of, haunted, undisturbed):
+    source, target, settings = request_of(workers=2, retries=2)
+    haunted.poison("segment", 5, "exit")
+    result = segment(source, target, settings)
+    assert (result.status, result.exit_code) == ("failed", 1)
+    assert [(f["stage"], f["index"]) for f in result.failures] == [("segment", 5)], result.failures
+    assert "died or hung (attempt 3)" in result.failures[0]["error"]
+    assert haunted.calls["segment", 5] == 3
+    # Its neighbours are finished, in their first attempts or, where they were blamed, in later ones.
+    (run,) = status(target)
+    assert run.stages["segment"] == (N_BLOCKS - 1, N_BLOCKS)
+    assert run.exit_code == 1
+
+    # Labels are those of a mask without the block, and the output says what is missing.
+    found = arrays(target)
+    box = (slice(20, 40), slice(0, 40), slice(50, 100))
+    expected = undisturbed["labels/megaseg_mask/0"].copy()
+    expected[box] = 0
+    assert_array_equal(found["labels/megaseg_mask/0"], expected)
+    assert_array_equal(found["labels/megaseg/0"], label(expected, connectivity=1))
+    assert provenance(target)["missing_boxes"] == [
+        {"t": 0, "c": 0, "level": 0, "start": [20, 0, 50], "stop": [40, 40, 100]}
+    ]
+
+    # Once the fault is lifted, the next run predicts that block alone.
+    haunted.lift()
+    haunted.forget()
+    assert segment(source, target, settings).status == "done"
+    assert [task for task in haunted.calls if task[0] == "segment"] == [("segment", 5)]
+    assert_same(arrays(target), undisturbed)
+    assert provenance(target)["missing_boxes"] == []
+
+
+def test_a_block_that_still_fails_redoes_no_more_than_it_must(request_of, haunted):
+    source, target, settings = request_of(workers=1, retries=0)
+    haunted.poison("segment", 3, "bug")
+    first = segment(source, target, settings)
+    assert first.failures[0]["error"] == "ZeroDivisionError: a bug"
+    assert "Traceback" in first.failures[0]["details"]
+    haunted.forget()
+    again = segment(source, target, settings)
+    assert [f["index"] for f in again.failures] == [3]
+    assert [task for task in haunted.calls if task[0] == "segment"] == [("segment", 3)]
+    assert haunted.n_forward == 0
+
+
+@pytest.mark.parametrize("stage", ["seams", "join", "relabel", "downsample-1"])
+def test_a_stage_that_fails_is_named_and_mended(stage, request_of, haunted, tmp_path, tiny_bundle, client):
+    source = write_image(tmp_path / "wide.zarr", blobs((16, 64, 300)), chunks=(16, 64, 100))
+    options = {"model": str(tiny_bundle), "threads": 1, "block": "16,64,100", "overlap": 0, "retries": 0}
+    undisturbed, target = str(tmp_path / "undisturbed.zarr"), str(tmp_path / "out.zarr")
+    assert segment(str(source), undisturbed, parse_settings(options), client=client).status == "done"
+    haunted.poison(stage, 0, "bug")
+    settings = parse_settings({**options, "workers": 1})
+    result = segment(str(source), target, settings)
+    assert [f["stage"] for f in result.failures] == [stage]
+    assert provenance(target)["missing_boxes"]
+    labels = arrays(target).get("labels/megaseg/0")
+    if stage in ("seams", "join"):
+        assert not labels.any(), "labels without their seams are no labels"
+    haunted.lift()
+    haunted.forget()
+    assert segment(str(source), target, settings).status == "done"
+    assert not any(task[0] == "segment" for task in haunted.calls)
+    assert_same(arrays(target), arrays(undisturbed))
+
+
+def test_timepoints_that_failed_do_not_hold_back_the_others(tmp_path, tiny_bundle, haunted):
+    image = np.stack([blobs((20, 40, 60), seed=s) for s in range(3)])
+    source = write_image(tmp_path / "image.zarr", image, axes="tzyx")
+    settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "overlap": 0, "workers": 1, "retries": 0})
+    haunted.poison("volume", 1, "bug")
+    result = segment(str(source), str(tmp_path / "out.zarr"), settings)
+    assert [f["volume"] for f in result.failures] == ["t=1 c=0"]
+    found = arrays(tmp_path / "out.zarr")["labels/megaseg/0"]
+    assert [bool(volume.any()) for volume in found] == [True, False, True]
+    missing = provenance(tmp_path / "out.zarr")["missing_boxes"]
+    assert missing == [{"t": 1, "c": 0, "level": 0, "start": [0, 0, 0], "stop": [20, 40, 60]}]
+    haunted.lift()
+    assert segment(str(source), str(tmp_path / "out.zarr"), settings).status == "done"
+
+
+@pytest.mark.parametrize("fault", ["stop", "sleep"])
+def test_a_worker_that_hangs_is_given_up(fault, request_of, haunted, undisturbed):
+    source, target, settings = request_of(workers=2, retries=2, timeout=6)
+    haunted.poison("segment", 2, fault)
+    started = time.monotonic()
+    result = segment(source, target, settings)
+    assert result.status == "done", result.failures
+    assert haunted.calls["segment", 2] == 2
+    assert time.monotonic() - started < 100
+    assert_same(arrays(target), undisturbed)
