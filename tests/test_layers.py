@@ -11,9 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "megaseg_dask"
 # From the bottom up. A module may import those before it; a new module gets its place here.
 LAYERS = """
 errors events
-geometry blending intensity labelling digits measurements layout memory simulation evaluate
+geometry blending intensity thresholds labelling digits measurements layout memory simulation evaluate
 stores
-models.bundle models.files models.cytodl models models.zoo
+models.network models.bundle models.guards models.files models.statements models.heads models.preprocessing
+models.cytodl models models.zoo
 engines engines.pytorch inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
 settings plan planning journal lease products tasks.scores tasks.labels tasks.levels tasks.whole tasks targets
@@ -38,6 +39,7 @@ DOORS = {
     "pydantic": {"settings", "plan", "ngff"},
     "rich": {"console"},
     "matplotlib": {"demo"},
+    "skimage": {"thresholds"},
     "scipy": {"labelling", "simulation", "evaluate"},
     "tifffile": {"demo"},
     "torch": {"models", "engines"},
@@ -94,7 +96,12 @@ def test_each_library_has_its_door(module):
 def test_every_declared_dependency_is_used():
     import tomllib
 
-    names = {"connected-components-3d": "cc3d", "pyyaml": "yaml", "ome-zarr-models": "ome_zarr_models"}
+    names = {
+        "connected-components-3d": "cc3d",
+        "pyyaml": "yaml",
+        "ome-zarr-models": "ome_zarr_models",
+        "scikit-image": "skimage",
+    }
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     declared = {line.split(">")[0].split("=")[0].strip() for line in project["dependencies"]}
     used = {name.split(".")[0] for path in MODULES.values() for name in imports(path)}
