@@ -1,0 +1,215 @@
+"""Size: many tasks and large volumes, with an engine that does nothing, so that all else can be seen.
+
+Tasks per second through scheduler and journal; peak memory of client,
+scheduler and worker; the time to find out that all is done. Workers and
+scheduler are processes of their own, so that each can be weighed.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import zarr
+
+from benchmarks.machine import describe
+from megaseg_dask.cluster import CONFIG, WORKER_ENVIRONMENT
+from megaseg_dask.journal import Journal
+from megaseg_dask.run import plan_run, segment
+from megaseg_dask.settings import parse_settings
+from megaseg_dask.simulation import simulate
+
+# What a worker runs in place of the network, and in place of everything.
+EMPTY_ENGINE = """
+from megaseg_dask.engines.pytorch import TorchEngine
+TorchEngine.__call__ = lambda self, patches: patches
+"""
+EMPTY_TASKS = """
+import megaseg_dask.tasks as tasks
+counts = {"n": 8, "total": 8, "total_squares": 16, "minimum": 0, "maximum": 2}
+known = {"measure": {"parts": [[0, counts]]}, "join": {"n_objects": 0}}
+tasks.run_task = lambda plan, stage, index: known.get(stage, {})
+"""
+
+CHUNK_SHAPE = (64, 256, 256)
+
+
+def write_volume(path: Path, grid_shape: tuple[int, ...]) -> Path:
+    """Write an image of one chunk, repeated by links: large, and yet small on the disk."""
+    tile = simulate(0, CHUNK_SHAPE).image.astype(np.uint16)
+    shape = tuple(c * n for c, n in zip(CHUNK_SHAPE, grid_shape, strict=True))
+    group = zarr.open_group(path, mode="w")
+    array = group.create_array("0", shape=shape, chunks=CHUNK_SHAPE, dtype="uint16", dimension_names=list("zyx"))
+    array[tuple(map(slice, CHUNK_SHAPE))] = tile
+    first = path / "0/c/0/0/0"
+    for place in np.ndindex(*grid_shape):
+        chunk = path / "0/c" / "/".join(map(str, place))
+        if chunk != first:
+            chunk.parent.mkdir(parents=True, exist_ok=True)
+            os.link(first, chunk)
+    axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"]
+    scale = [{"type": "scale", "scale": [1.0, 1.0, 1.0]}]
+    datasets = [{"path": "0", "coordinateTransformations": scale}]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"name": "large", "axes": axes, "datasets": datasets}]}
+    return path
+
+
+@contextmanager
+def cluster(folder: Path, n_workers: int, preload: str) -> Iterator[dict[str, Any]]:
+    """Start a scheduler and workers, and yield the scheduler's address and what their largest sizes were so far."""
+    (folder / "preload.py").write_text(preload)
+    keys = {f"DASK_{k.replace('.', '__').replace('-', '_').upper()}": str(v) for k, v in CONFIG.items()
+            if "preload" not in k and "pre-spawn" not in k}  # fmt: skip
+    environment = {**os.environ, **WORKER_ENVIRONMENT, **keys, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
+               "--scheduler-file", str(folder / "scheduler.json"), "--no-dashboard"]  # fmt: skip
+    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    processes = [subprocess.Popen(command, **quiet)]  # type: ignore[call-overload]
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(folder / "scheduler.json"),
+               "--nthreads", "1", "--memory-limit", "0", "--no-dashboard", "--nworkers", str(n_workers),
+               "--preload", str(folder / "preload.py"), "--local-directory", str(folder)]  # fmt: skip
+    processes.append(subprocess.Popen(command, **quiet))  # type: ignore[call-overload]
+    sizes: dict[str, Any] = {"scheduler": 0, "client": 0, "over_time": []}
+    stopped = threading.Event()
+
+    def watch() -> None:
+        started = time.monotonic()
+        while not stopped.wait(1.0):
+            for name, pid in (("scheduler", processes[0].pid), ("client", os.getpid())):
+                sizes[name] = max(sizes[name], psutil.Process(pid).memory_info().rss)
+            now = [psutil.Process(pid).memory_info().rss for pid in (processes[0].pid, os.getpid())]
+            sizes["over_time"].append((round(time.monotonic() - started), *now))
+
+    from distributed import Client
+
+    try:
+        with Client(scheduler_file=str(folder / "scheduler.json"), timeout=60) as client:
+            client.wait_for_workers(n_workers, timeout=60)
+            threading.Thread(target=watch, daemon=True).start()
+            yield {"client": client, "sizes": sizes}
+            stopped.set()
+    finally:
+        stopped.set()
+        for process in reversed(processes):
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _mb(n: float) -> int:
+    return round(n / 1e6)
+
+
+def measure_tasks(n_per_axis: int, outputs: str) -> dict[str, Any]:
+    """Run so many empty tasks (its cube, per stage) through scheduler and journal, then ask whether all is done."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        grid = tuple(-(-n_per_axis * 16 // c) for c in CHUNK_SHAPE)
+        source = write_volume(folder / "volume.zarr", grid)
+        # Exactly so many blocks: the array is cut to size, its chunks stay as they are.
+        array = zarr.open_array(source / "0", mode="r+")
+        array.resize((n_per_axis * 16,) * 3)
+        options = {"model": "starter", "threads": 1, "block": "16,16,16", "outputs": outputs, "overlap": 0}
+        settings = parse_settings(options)
+        target = str(folder / "out.zarr")
+        started = time.perf_counter()
+        plan, _ = plan_run(str(source), target, settings)
+        plan_s = time.perf_counter() - started
+        with cluster(folder, 2, EMPTY_TASKS) as running:
+            base = psutil.Process().memory_info().rss
+            started = time.perf_counter()
+            result = segment(str(source), target, settings, client=running["client"])
+            wall_s = time.perf_counter() - started
+            sizes = running["sizes"]
+        assert result.status == "done", result
+        started = time.perf_counter()
+        assert segment(str(source), target, settings).already_done
+        again_s = time.perf_counter() - started
+        segments = list((folder / "out.zarr.run/megaseg/journal").iterdir())
+    n_tasks = sum(stage.n_tasks for stage in plan.stages)
+    third = len(sizes["over_time"]) // 3
+    return {
+        "stages": {stage.name: stage.n_tasks for stage in plan.stages},
+        "tasks": n_tasks,
+        "wall_s": round(wall_s, 1),
+        "tasks_per_s": round(n_tasks / wall_s),
+        "plan_s": round(plan_s, 2),
+        "already_done_s": round(again_s, 2),
+        "client_mb": {"before": _mb(base), "peak": _mb(sizes["client"])},
+        "scheduler_peak_mb": _mb(sizes["scheduler"]),
+        "after_a_third_mb": [_mb(n) for n in sizes["over_time"][third][1:]],
+        "at_the_end_mb": [_mb(n) for n in sizes["over_time"][-1][1:]],
+        "journal_segments": len(segments),
+        "journal_mb": _mb(sum(s.stat().st_size for s in segments)) if segments[0].exists() else None,
+    }
+
+
+def measure_volume(grid_shape: tuple[int, ...], memory: str, n_workers: int = 1, **options: Any) -> dict[str, Any]:
+    """Segment a large volume with an empty engine within a memory budget; compare peaks with the projection."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_volume(folder / "volume.zarr", grid_shape)
+        settings = parse_settings({"model": "starter", "threads": 1, "memory": memory, "overlap": 0, **options})
+        target = str(folder / "out.zarr")
+        plan, _ = plan_run(str(source), target, settings)
+        with cluster(folder, n_workers, EMPTY_ENGINE) as running:
+            started = time.perf_counter()
+            result = segment(str(source), target, settings, client=running["client"])
+            wall_s = time.perf_counter() - started
+            sizes = running["sizes"]
+        assert result.status == "done", result
+        timings = Journal.read(plan).timings
+        written = sum(p.stat().st_size for p in (folder / "out.zarr").rglob("*") if p.is_file())
+    projected = {s.name: plan.projected_bytes[s.name.split("-")[0]] for s in plan.stages}
+    voxels = float(np.prod(plan.volume_shape))
+    return {
+        "shape": plan.volume_shape,
+        "source_gb": round(voxels * 2 / 1e9, 1),
+        "memory_gb": plan.memory_bytes / 1e9,
+        "workers": n_workers,
+        "block_shape": plan.block_shape,
+        "blocks": len(plan.block_grid()),
+        "redundancy": plan.summary()["redundancy"],
+        "objects": result.n_objects,
+        "wall_s": round(wall_s, 1),
+        "mvoxels_per_s": round(voxels / wall_s / 1e6, 1),
+        "written_gb": round(written / 1e9, 2),
+        "stage_s": {stage: round(timing.seconds, 1) for stage, timing in timings.items()},
+        "peak_gb": {stage: round(peak / 1e9, 3) for stage, peak in result.peak_bytes.items()},
+        "projected_gb": {stage: round(peak / 1e9, 3) for stage, peak in projected.items()},
+        "within": all(peak <= projected[stage] <= plan.memory_bytes for stage, peak in result.peak_bytes.items()),
+        "client_peak_mb": _mb(sizes["client"]),
+        "scheduler_peak_mb": _mb(sizes["scheduler"]),
+    }
+
+
+def measure() -> dict[str, Any]:
+    """The large cases: 10^5 tasks a stage, 10^6 in one, 8 GB through a worker of 2 GB."""
+    machine = describe()
+    return {
+        "machine": machine,
+        "all_stages": measure_tasks(47, "labels,scores"),
+        "one_stage": measure_tasks(100, "scores"),
+        "volume_8gb": measure_volume((16, 8, 8), "2GB"),
+    }
+
+
+if __name__ == "__main__":
+    import json
+
+    which, *arguments = sys.argv[1:]
+    if which == "tasks":
+        print(json.dumps(measure_tasks(int(arguments[0]), arguments[1]), indent=1))
+    else:
+        grid, memory, n_workers = arguments
+        print(json.dumps(measure_volume(tuple(map(int, grid.split(","))), memory, int(n_workers)), indent=1))
