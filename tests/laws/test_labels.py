@@ -1,11 +1,19 @@
 """Labels of blocks, joined, equal scikit-image's labels of the whole mask, id for id."""
 
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from skimage.measure import label
+from skimage.morphology import remove_small_holes
 
 from megaseg_dask import labelling
 from megaseg_dask.geometry import BlockGrid, Box
@@ -36,31 +44,69 @@ def masks(draw) -> np.ndarray:
     return rng.random(shape) < {"sparse": 0.05, "medium": 0.3, "dense": 0.7, "empty": 0.0, "full": 1.1}[kind]
 
 
-def label_by_blocks(mask, block_shape, connectivity, min_size=0) -> np.ndarray:
-    """The staged path without its files: label, seams, join, relabel."""
+@dataclass
+class Labelled:
+    """What the stages ``label`` and ``seams`` leave: provisional ids per block that is there, and the tables of all."""
+
+    cores: dict[int, Box]
+    blocks: dict[int, np.ndarray]
+    offsets: np.ndarray
+    fragments: labelling.Fragments
+    pairs: list[np.ndarray]
+
+    def write(self, table, dtype) -> np.ndarray:
+        """The stage ``relabel``: blocks that are missing stay 0."""
+        result = np.zeros(max(core.stop for core in self.cores.values()), dtype)
+        for i, core in self.cores.items():
+            if i in self.blocks:
+                part = table[self.offsets[i] : self.offsets[i + 1]]
+                result[core.slices] = labelling.relabel(self.blocks[i], part, np.dtype(dtype))
+        return result
+
+
+def label_blocks(mask, block_shape, connectivity, missing=frozenset()) -> Labelled:
+    """The stages ``label`` and ``seams`` without their files; a missing block has no fragments and no seams."""
     grid = BlockGrid(mask.shape, block_shape)
-    blocks = [labelling.label_block(mask[core.slices], connectivity) for core in grid]
-    fragments = [labelling.list_fragments(b, core, mask.shape) for b, core in zip(blocks, grid, strict=True)]
-    planes = [labelling.boundary_planes(b) for b in blocks]
-    offsets = labelling.offsets_of([len(f) for f in fragments])
-    pairs = [np.empty((0, 2), np.int64)]
-    for i in range(len(grid)):
+    there = {i: core for i, core in enumerate(grid) if i not in missing}
+    blocks = {i: labelling.label_block(mask[core.slices], connectivity) for i, core in there.items()}
+    tables = {i: labelling.list_fragments(blocks[i], core, mask.shape) for i, core in there.items()}
+    planes = {i: labelling.boundary_planes(block) for i, block in blocks.items()}
+    offsets = labelling.offsets_of([len(tables.get(i, ())) for i in range(len(grid))])
+    pairs = []
+    for i, core in there.items():
         for j, direction in grid.iter_forward_neighbours(i, connectivity):
+            if j in missing:
+                continue
             near, far = labelling.seam_keys(direction)
             found = labelling.pair_across_seam(
-                planes[i][near], labelling.plane_box(grid[i], near),
+                planes[i][near], labelling.plane_box(core, near),
                 planes[j][far], labelling.plane_box(grid[j], far), connectivity,
             )  # fmt: skip
             pairs.append(found.astype(np.int64) + np.array([offsets[i], offsets[j]]) - 1)
-    table = labelling.Fragments(
-        np.concatenate([f.first for f in fragments]), np.concatenate([f.size for f in fragments])
+    none = np.empty(0, np.uint64)
+    fragments = labelling.Fragments(
+        np.concatenate([none, *(table.first for table in tables.values())]),
+        np.concatenate([none, *(table.size for table in tables.values())]),
     )
-    final = labelling.join_fragments(table, np.concatenate(pairs), min_size=min_size)
-    result = np.zeros(mask.shape, np.uint32)
-    for i, core in enumerate(grid):
-        part = final[offsets[i] : offsets[i + 1]]
-        result[core.slices] = labelling.relabel(blocks[i], part, np.dtype(np.uint32))
-    return result
+    return Labelled(dict(enumerate(grid)), blocks, offsets, fragments, pairs)
+
+
+def label_by_blocks(mask, block_shape, connectivity, min_size=0, missing=frozenset()) -> np.ndarray:
+    """The staged path without its files: label, seams, join, relabel."""
+    found = label_blocks(mask, block_shape, connectivity, missing)
+    return found.write(labelling.join_fragments(found.fragments, found.pairs, min_size=min_size), np.uint32)
+
+
+@st.composite
+def cuts(draw, mask_shape) -> tuple[tuple[int, ...], frozenset[int], np.ndarray]:
+    """A block shape, the numbers of some blocks that went missing, and their voxels."""
+    block_shape = draw(shapes)
+    grid = BlockGrid(mask_shape, block_shape)
+    numbers = draw(st.sets(st.integers(0, len(grid) - 1), max_size=max(len(grid) // 2, 1)))
+    gone = np.zeros(mask_shape, bool)
+    for number in numbers:
+        gone[grid[number].slices] = True
+    return block_shape, frozenset(numbers), gone
 
 
 def survivors(labels, min_size) -> np.ndarray:
@@ -76,6 +122,77 @@ def test_any_blocks_give_skimages_labels(mask, block_shape, connectivity, min_si
     expected = label(mask, connectivity=connectivity)
     found = label_by_blocks(mask, block_shape, connectivity, min_size)
     assert_array_equal(found, survivors(expected, min_size) if min_size else expected)
+
+
+@settings(max_examples=200)
+@given(masks(), connectivities, st.sampled_from([0, 3]), st.data())
+def test_missing_blocks_count_as_background(mask, connectivity, min_size, data):
+    block_shape, missing, gone = data.draw(cuts(mask.shape))
+    expected = label(mask & ~gone, connectivity=connectivity)
+    found = label_by_blocks(mask, block_shape, connectivity, min_size, missing)
+    assert_array_equal(found, survivors(expected, min_size) if min_size else expected)
+
+
+@settings(max_examples=200)
+@given(masks(), connectivities, st.integers(0, 60), st.data())
+def test_holes_are_those_of_the_whole_mask(mask, connectivity, max_size, data):
+    """Also with blocks missing: there is nothing to fill in them, and no background that goes through them."""
+    block_shape, missing, gone = data.draw(cuts(mask.shape))
+    found = label_blocks(~mask, block_shape, connectivity, missing)
+    table = labelling.fill_table(found.fragments, found.pairs, max_size)
+    expected = remove_small_holes(mask | gone, connectivity=connectivity, max_size=max_size)
+    assert_array_equal(found.write(table, np.uint8) > 0, expected & ~mask & ~gone)
+
+
+def test_a_hole_is_filled_up_to_its_size_and_at_the_border_too():
+    mask = np.ones((4, 6, 6), bool)
+    mask[1, 2, 1:5] = False  # 4 voxels, across a seam
+    mask[0, 0, :3] = False  # 3 voxels at the border
+    for max_size, n_left in ((2, 7), (3, 4), (4, 0)):
+        found = label_blocks(~mask, (2, 3, 3), 1)
+        table = labelling.fill_table(found.fragments, found.pairs, max_size)
+        assert np.count_nonzero(~mask & (found.write(table, np.uint8) == 0)) == n_left
+
+
+@given(masks(), shapes, connectivities, st.integers(1, 20), st.randoms())
+def test_a_join_does_not_depend_on_its_batches_or_the_order_of_pairs(mask, block_shape, connectivity, batch, random):
+    found = label_blocks(mask, block_shape, connectivity)
+    expected = labelling.join_fragments(found.fragments, found.pairs, min_size=2)
+    shuffled = random.sample(found.pairs, len(found.pairs))
+    with mock.patch.object(labelling, "JOIN_BATCH", batch):
+        assert_array_equal(labelling.join_fragments(found.fragments, iter(shuffled), min_size=2), expected)
+        table = np.concatenate([np.empty((0, 2), np.int64), *shuffled])
+        assert_array_equal(labelling.join_fragments(found.fragments, table, min_size=2), expected)
+
+
+def test_a_chain_of_joins_each_below_the_last():
+    """Every batch gives the root of the batch before a new root: the longest paths there are."""
+    n = 500
+    fragments = labelling.Fragments(np.arange(n, dtype=np.uint64)[::-1].copy(), np.ones(n, np.uint64))
+    pairs = np.stack([np.arange(n - 1), np.arange(1, n)], axis=1)
+    with mock.patch.object(labelling, "JOIN_BATCH", 1):
+        assert_array_equal(labelling.join_fragments(fragments, pairs, min_size=n), np.ones(n))
+        assert not labelling.join_fragments(fragments, pairs, min_size=n + 1).any()
+
+
+def test_rows_are_counted_in_as_many_bits_as_they_need():
+    assert labelling.join_bytes(2**32 - 1, 0) < 31 * 2**32 < labelling.join_bytes(2**32, 0)
+    found = label_blocks(np.ones((4, 4, 4), bool), (2, 2, 2), 1)
+    expected = labelling.join_fragments(found.fragments, found.pairs)
+    assert expected.dtype == np.uint32
+    with mock.patch.object(labelling, "_rows_dtype", return_value=np.dtype(np.uint64)):
+        wide = labelling.join_fragments(found.fragments, found.pairs)
+    assert wide.dtype == np.uint64
+    assert_array_equal(wide, expected)
+
+
+@pytest.mark.parametrize("n_fragments", [10**6, pytest.param(10**7, marks=pytest.mark.slow)])
+def test_a_join_stays_within_its_projection(n_fragments):
+    command = [sys.executable, "-m", "benchmarks.join", "table", "corners", str(n_fragments)]
+    root = Path(__file__).parents[2]
+    found = json.loads(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
+    assert found["n_fragments"] >= n_fragments
+    assert found["peak_bytes"] <= labelling.join_bytes(found["n_fragments"], found["n_pairs"])
 
 
 @pytest.mark.parametrize("connectivity", [1, 2, 3])
