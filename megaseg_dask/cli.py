@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 import contextlib
 import inspect
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -315,11 +316,20 @@ def _echo_error(message: str, code: int) -> None:
     typer.echo(json.dumps({"event": "result", "status": status, "error": message, "exit_code": code}))
 
 
+def _interrupt(*_: object) -> NoReturn:
+    """Leave in order when interrupted once, and at once when interrupted again."""
+    for either in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(either, lambda *_: os._exit(INTERRUPTED))
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # A batch system ends a job by SIGTERM: leave as after Ctrl-C, with the journal written and no worker left.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     try:
         code = app(arguments, prog_name="megaseg", standalone_mode=False) or 0
     except _UsageError as error:

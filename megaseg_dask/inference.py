@@ -30,6 +30,9 @@ _MEASURE_S = 3.0
 class Engine(Protocol):
     """Turns normalised patches into logits."""
 
+    # Set once the device ran out of memory: larger batches go in parts of this size.
+    largest_batch: int | None
+
     def __call__(self, patches: Float32) -> Float32:
         """Map ``(batch, 1, z, y, x)`` to logits of the same shape, float32."""
         ...

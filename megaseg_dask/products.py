@@ -98,24 +98,37 @@ def has_work(plan: Plan, volume: int) -> bool:
 # -- small objects
 
 
-def save(plan: Plan, volume: int, name: str, arrays: Array | Mapping[str, Array]) -> None:
-    """Write an array, or several by name, to a volume's intermediate data."""
+def save(plan: Plan, volume: int, name: str, arrays: Mapping[str, Array]) -> None:
+    """Write arrays by name to a volume's intermediate data."""
     buffer = io.BytesIO()
-    if isinstance(arrays, np.ndarray):
-        np.save(buffer, arrays)
-    else:
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     require_holder(plan)
     work_folder(plan, volume).put(name, buffer.getvalue())
 
 
-def load(plan: Plan, volume: int, name: str) -> Any:
+def load(plan: Plan, volume: int, name: str) -> Mapping[str, Array]:
     """Read what :func:`save` wrote; raises :class:`TaskError` if it is not there."""
+    arrays: Mapping[str, Array] = np.load(io.BytesIO(_get(plan, volume, name)), allow_pickle=False)
+    return arrays
+
+
+def save_rows(plan: Plan, volume: int, name: str, rows: NDArray[np.uint64]) -> None:
+    """Write rows of numbers as bytes alone, so that the size of the object tells how many there are."""
+    require_holder(plan)
+    work_folder(plan, volume).put(name, np.ascontiguousarray(rows, "<u8").tobytes())
+
+
+def load_rows(plan: Plan, volume: int, name: str, n_rows: int) -> NDArray[np.uint64]:
+    """Read what :func:`save_rows` wrote, ``(n_rows, n)``; raises :class:`TaskError` if it is not there."""
+    return np.frombuffer(_get(plan, volume, name), "<u8").reshape(n_rows, -1).astype(np.uint64, copy=False)
+
+
+def _get(plan: Plan, volume: int, name: str) -> bytes:
     folder = work_folder(plan, volume)
     data = folder.get(name)
     if data is None:
         raise TaskError(f"{folder}/{name} is missing; an earlier stage has to run first")
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    return data
 
 
 def read_state(plan: Plan, volume: int) -> State:

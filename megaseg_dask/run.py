@@ -163,7 +163,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
         n_objects=None if failures else _n_objects(plan, journal),
         wall_s=round(time.monotonic() - started, 3),
         failures=[failure.as_dict() for failure in failures],
-        warnings=[] if failures else _doubts(plan, found),
+        warnings=_doubts(plan, found, journal),
         peak_bytes={name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks},
         run=plan.run,
     )
@@ -178,10 +178,17 @@ def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
     return [{} if v in missing else products.read_state(plan, v) for v in range(len(plan.volumes))]
 
 
-def _doubts(plan: Plan, found: list[dict[str, Any]]) -> list[str]:
-    """Name volumes whose result means nothing, although it is what the network says."""
+def _doubts(plan: Plan, found: list[dict[str, Any]], journal: Journal) -> list[str]:
+    """Name volumes whose result means nothing, although it is what the network says; and batches that shrank."""
     pairs = zip(plan.volumes, found, strict=True)
-    return [f"t={v.t} c={v.c} is constant: what is found in it means nothing" for v, s in pairs if not s["std"]]
+    doubts = [f"t={v.t} c={v.c} is constant: what is found in it means nothing" for v, s in pairs if s.get("std") == 0]
+    shrunk = [s["batch"] for s in journal.summaries("volume" if plan.is_one_task else "segment") if "batch" in s]
+    if shrunk:
+        doubts.append(
+            f"a device ran out of memory: {len(shrunk)} tasks went in batches down to {min(shrunk)}, not "
+            f"{plan.engine.batch}, which may change the last bits; choose a smaller --batch"
+        )
+    return doubts
 
 
 def _n_objects(plan: Plan, journal: Journal) -> int | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.cluster.faults import Haunted
 from tests.unit.bundles import write_checkpoint
 
 # Shared machines stall: a clock says nothing about a law.
@@ -48,3 +49,14 @@ def shared_data() -> Path:
     if not SHARED.exists():
         pytest.skip(f"real images are not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture
+def haunted(tmp_path, monkeypatch) -> Haunted:
+    """Let the workers that a run starts do what :class:`Haunted` says."""
+    from megaseg_dask import cluster
+
+    (tmp_path / "haunted").mkdir()
+    haunted = Haunted(tmp_path / "haunted")
+    monkeypatch.setitem(cluster.CONFIG, "distributed.worker.preload", [cluster.WORKER_PRELOAD, haunted.preload])
+    return haunted

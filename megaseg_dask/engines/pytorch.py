@@ -26,11 +26,28 @@ class TorchEngine:
         self._threads = threads
         self._network = build_network(bundle).to(device)
         self._device = device
+        self.largest_batch: int | None = None
 
     def __call__(self, patches: Float32) -> Float32:
-        """Predict one batch of normalised patches."""
+        """Predict one batch of normalised patches; what does not fit the memory of the device goes in smaller parts.
+
+        Raises :class:`EngineError` if a single patch does not fit.
+        """
         # The thread count is part of the last bits, and PyTorch keeps it per calling thread.
         torch.set_num_threads(self._threads)
+        n = min(self.largest_batch or len(patches), len(patches))
+        try:
+            return np.concatenate([self._forward(patches[i : i + n]) for i in range(0, len(patches), n)])
+        except torch.OutOfMemoryError as error:
+            if n == 1:
+                raise EngineError(f"one patch of {patches.shape[2:]} voxels does not fit the memory of {self._device}; "
+                                  "choose a smaller --patch, or another device") from error  # fmt: skip
+        # Outside the handler, which holds what the failed pass had allocated. The grid of patches stays as it is.
+        torch.cuda.empty_cache()
+        self.largest_batch = n // 2
+        return self(patches)
+
+    def _forward(self, patches: Float32) -> Float32:
         with torch.inference_mode():
             logits = self._network(torch.from_numpy(patches).to(self._device))
         result: Float32 = logits.float().cpu().numpy()

@@ -5,6 +5,7 @@ a volume joins them. Blocks that are missing take no part: nothing is known of
 their voxels, and no label is given there.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -15,11 +16,17 @@ from numpy.typing import NDArray
 
 from megaseg_dask import labelling, products
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.memory import IDLE_BYTES
 from megaseg_dask.plan import Plan
 from megaseg_dask.tasks.scores import READERS
 
 Array = NDArray[Any]
 Summary = dict[str, Any]
+
+# First voxel and size of a fragment, 64 bits each.
+_FRAGMENT_BYTES = 16
+# Blocks whose pairs are in memory at a time.
+_READ_AHEAD = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +54,15 @@ def label_block(plan: Plan, volume: int, number: int, *, of: Components = OBJECT
     fragments = labelling.list_fragments(labels, core, plan.volume_shape)
     products.write(plan, of.provisional, volume, core, labels)
     products.save(plan, volume, f"{of.folder}/planes/{number}.npz", labelling.boundary_planes(labels))
-    products.save(plan, volume, f"{of.folder}/fragments/{number}.npy", np.stack([fragments.first, fragments.size]))
+    products.save_rows(plan, volume, f"{of.folder}/fragments/{number}", np.stack([fragments.first, fragments.size]))
     return {}
 
 
 def pair_seams(plan: Plan, volume: int, number: int, *, of: Components = OBJECTS) -> Summary:
-    """Write which fragments of a block touch which of its later neighbours: rows of neighbour, id here, id there."""
+    """Write which fragments of a block touch which of its later neighbours: neighbour, id here, id there."""
     grid, connectivity = plan.block_grid(), plan.options.connectivity
     missing = set(products.read_state(plan, volume)["missing"])
-    here, rows = products.load(plan, volume, f"{of.folder}/planes/{number}.npz"), [np.empty((0, 3), np.uint64)]
+    here, rows = products.load(plan, volume, f"{of.folder}/planes/{number}.npz"), [np.empty((3, 0), np.uint64)]
     for neighbour, direction in grid.iter_forward_neighbours(number, connectivity):
         if neighbour in missing:
             continue
@@ -65,8 +72,8 @@ def pair_seams(plan: Plan, volume: int, number: int, *, of: Components = OBJECTS
             here[near], labelling.plane_box(grid[number], near), there[far], labelling.plane_box(grid[neighbour], far),
             connectivity,
         )  # fmt: skip
-        rows.append(np.insert(pairs, 0, neighbour, axis=1).astype(np.uint64))
-    products.save(plan, volume, f"{of.folder}/seams/{number}.npy", np.concatenate(rows))
+        rows.append(np.insert(pairs, 0, neighbour, axis=1).astype(np.uint64).T)
+    products.save_rows(plan, volume, f"{of.folder}/seams/{number}", np.concatenate(rows, axis=1))
     return {}
 
 
@@ -93,45 +100,52 @@ def _present(plan: Plan, volume: int) -> list[int]:
 
 def _read_fragments(
     plan: Plan, volume: int, of: Components
-) -> tuple[labelling.Fragments, NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[labelling.Fragments, Iterator[NDArray[np.int64]], NDArray[np.int64]]:
     """Return the fragments of a volume, pairs of their rows that touch, and where each block's rows start."""
-    present = _present(plan, volume)
+    present, folder = _present(plan, volume), products.work_folder(plan, volume)
     counts = np.zeros(len(plan.block_grid()), np.int64)
     with ThreadPoolExecutor(READERS) as pool:
-
-        def read(kind: str) -> list[Array]:
-            return list(pool.map(lambda n: products.load(plan, volume, f"{of.folder}/{kind}/{n}.npy"), present))
-
-        tables = read("fragments")
-        counts[present] = [table.shape[1] for table in tables]
+        # From the sizes of the objects: what is read then goes where it belongs, and is in memory once.
+        sizes = pool.map(lambda n: folder.size(f"{of.folder}/fragments/{n}") or 0, present)
+        counts[present] = [size // _FRAGMENT_BYTES for size in sizes]
         offsets = labelling.offsets_of(counts.tolist())
-        rows = read("seams")
-    n_fragments, n_pairs = int(offsets[-1]), sum(map(len, rows))
-    needed = labelling.join_bytes(n_fragments, n_pairs)
-    if needed > plan.memory_bytes:
-        raise SettingsError(
-            f"joining {n_fragments:,} fragments of volume {volume} needs {needed / 1e9:.1f} GB, and a worker may use "
-            f"{plan.memory_bytes / 1e9:.1f} GB: run the same command again with more --memory"
-        )
-    pairs = np.empty((n_pairs, 2), np.int64)
-    done = 0
-    for number, touching in zip(present, rows, strict=True):
-        part = pairs[done : done + len(touching)]
-        # Local ids start at 1, rows of the table at 0.
-        part[:, 0] = touching[:, 1].astype(np.int64) + (offsets[number] - 1)
-        part[:, 1] = touching[:, 2].astype(np.int64) + (offsets[touching[:, 0].astype(np.int64)] - 1)
-        done += len(touching)
-    del rows
-    first, size = np.empty(n_fragments, np.uint64), np.empty(n_fragments, np.uint64)
-    for number, table in zip(present, tables, strict=True):
-        first[offsets[number] : offsets[number + 1]], size[offsets[number] : offsets[number + 1]] = table
-    return labelling.Fragments(first, size), pairs, offsets
+        needed = labelling.join_bytes(int(offsets[-1]), 2 * labelling.JOIN_BATCH)
+        if needed + IDLE_BYTES > plan.memory_bytes:
+            raise SettingsError(
+                f"joining {offsets[-1]:,} fragments of volume {volume} needs {(needed + IDLE_BYTES) / 1e9:.1f} GB, and "
+                f"a worker may use {plan.memory_bytes / 1e9:.1f} GB: run the same command again with more --memory"
+            )
+        first, size = np.empty(offsets[-1], np.uint64), np.empty(offsets[-1], np.uint64)
+
+        def read(number: int) -> None:
+            table = products.load_rows(plan, volume, f"{of.folder}/fragments/{number}", 2)
+            rows = slice(offsets[number], offsets[number + 1])
+            first[rows], size[rows] = table
+
+        list(pool.map(read, present))
+    return labelling.Fragments(first, size), _iter_pairs(plan, volume, of, present, offsets), offsets
+
+
+def _iter_pairs(
+    plan: Plan, volume: int, of: Components, present: list[int], offsets: NDArray[np.int64]
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the pairs of each block's seams, as rows of the volume's table; some blocks are read ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for first in range(0, len(present), _READ_AHEAD):
+            numbers = present[first : first + _READ_AHEAD]
+            loaded = pool.map(lambda n: products.load_rows(plan, volume, f"{of.folder}/seams/{n}", 3), numbers)
+            for number, (neighbour, here, there) in zip(numbers, loaded, strict=True):
+                # Local ids start at 1, rows of the table at 0.
+                rows = np.stack([here.astype(np.int64), there.astype(np.int64)], axis=1) - 1
+                rows[:, 0] += offsets[number]
+                rows[:, 1] += offsets[neighbour.astype(np.int64)]
+                yield rows
 
 
 def _write_tables(plan: Plan, volume: int, of: Components, table: Array, offsets: NDArray[np.int64]) -> None:
     def write(number: int) -> None:
         rows = table[offsets[number] : offsets[number + 1]]
-        products.save(plan, volume, f"{of.folder}/tables/{number}.npy", rows)
+        products.save_rows(plan, volume, f"{of.folder}/tables/{number}", rows.astype(np.uint64)[None])
 
     # Threads of a pool know nothing of the run's holder, unless they are told.
     context = copy_context()
@@ -144,7 +158,7 @@ def fill_block(plan: Plan, volume: int, number: int) -> Summary:
     core = plan.block_grid()[number]
     mask = products.product(plan, "unfilled", volume).read(core)
     holes = products.product(plan, "holes", volume).read(core)
-    small = products.load(plan, volume, f"holes/tables/{number}.npy")
+    (small,) = products.load_rows(plan, volume, f"holes/tables/{number}", 1)
     filled = labelling.relabel(holes, small, np.dtype(np.uint8))
     products.write(plan, "mask", volume, core, mask | filled)
     return {}
@@ -154,7 +168,7 @@ def relabel_block(plan: Plan, volume: int, number: int) -> Summary:
     """Write the final ids of one block to the target."""
     core = plan.block_grid()[number]
     provisional = products.product(plan, "fragments", volume).read(core)
-    table = products.load(plan, volume, f"objects/tables/{number}.npy")
+    (table,) = products.load_rows(plan, volume, f"objects/tables/{number}", 1)
     labels = labelling.relabel(provisional, table, labelling.label_dtype(plan.volume_shape))
     products.write(plan, "labels", volume, core, labels)
     return {}

@@ -83,7 +83,13 @@ def segment_block(plan: Plan, volume: int, number: int) -> Summary:
     logits = predict(plan, values, core, Normalisation(found["mean"], found["std"]))
     for kind, array in scores_of(plan, logits).items():
         products.write(plan, kind, volume, core, array)
-    return extremes_of(logits) if "logits" in products.intermediates(plan) else {}
+    return {**shrunk_batch(plan), **(extremes_of(logits) if "logits" in products.intermediates(plan) else {})}
+
+
+def shrunk_batch(plan: Plan) -> Summary:
+    """Return the batch that this worker's engine came down to when its device ran out of memory, if it did."""
+    largest = open_engine(plan.model, plan.engine).largest_batch
+    return {"batch": largest} if largest else {}
 
 
 def predict(plan: Plan, values: Array, core: Box, normalisation: Normalisation) -> Float32:

@@ -19,8 +19,8 @@ def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
     whole = Box.of(plan.volume_shape)
     values = products.source(plan, volume).read(whole)
     statistics = _measure(plan, volume, values)
-    summary: dict[str, Any] = {"statistics": statistics}
     logits = scores.predict(plan, values, whole, Normalisation(statistics["mean"], statistics["std"]))
+    summary: dict[str, Any] = {"statistics": statistics, **scores.shrunk_batch(plan)}
     found = scores.scores_of(plan, logits)
     del values
     if plan.has_mask and plan.options.is_automatic:

@@ -8,10 +8,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
-from megaseg_dask import cluster
-
 _PRELOAD = """
 import json, os, signal, time
 from pathlib import Path
@@ -82,12 +78,3 @@ class Haunted:
     def n_forward(self) -> int:
         """How many forward passes were made."""
         return sum(len(path.read_text()) for path in self._folder.glob("forward-*"))
-
-
-@pytest.fixture
-def haunted(tmp_path, monkeypatch) -> Haunted:
-    """Let the workers that a run starts do what :class:`Haunted` says."""
-    (tmp_path / "haunted").mkdir()
-    haunted = Haunted(tmp_path / "haunted")
-    monkeypatch.setitem(cluster.CONFIG, "distributed.worker.preload", [cluster.WORKER_PRELOAD, haunted.preload])
-    return haunted

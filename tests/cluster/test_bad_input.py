@@ -242,6 +242,27 @@ def test_an_interrupted_run_goes_on(how, source, megaseg, tiny_bundle, tmp_path)
     assert contents(target) == undisturbed
 
 
+@pytest.mark.slow
+def test_a_second_interrupt_ends_it_at_once(source, tiny_bundle, tmp_path):
+    options = ["--model", tiny_bundle, *OPTIONS, "--overlap", "0.75"]
+    command = [sys.executable, "-m", "megaseg_dask", "segment", source, tmp_path / "out.zarr", *options]
+    with subprocess.Popen(
+        [*map(str, command), "--json"], stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=hear_interrupts,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        events = (json.loads(line) for line in process.stdout)
+        next(event for event in events if event.get("stage") == "segment")
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.wait(10) == 130
+    assert time.monotonic() - started < 2
+    while (left := alive(process.pid)) and time.monotonic() - started < 60:
+        time.sleep(0.2)
+    assert left == []
+
+
 # -- a target that is there
 
 

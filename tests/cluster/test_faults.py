@@ -10,7 +10,6 @@ from skimage.measure import label
 
 from megaseg_dask.run import segment, status
 from megaseg_dask.settings import parse_settings
-from tests.cluster.faults import haunted  # noqa: F401
 from tests.images import blobs, write_image
 
 SHAPE = (40, 80, 100)
@@ -97,7 +96,12 @@ def test_a_block_that_still_fails_redoes_no_more_than_it_must(request_of, haunte
     assert haunted.n_forward == 0
 
 
-@pytest.mark.parametrize("stage", ["seams", "join", "relabel", "downsample-1"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "stage", ["seams", pytest.param("join", marks=SLOW), pytest.param("relabel", marks=SLOW), "downsample-1"]
+)
 def test_a_stage_that_fails_is_named_and_mended(stage, request_of, haunted, tmp_path, tiny_bundle, client):
     source = write_image(tmp_path / "wide.zarr", blobs((16, 64, 300)), chunks=(16, 64, 100))
     options = {"model": str(tiny_bundle), "threads": 1, "block": "16,64,100", "overlap": 0, "retries": 0}
@@ -133,7 +137,7 @@ def test_timepoints_that_failed_do_not_hold_back_the_others(tmp_path, tiny_bundl
     assert segment(str(source), str(tmp_path / "out.zarr"), settings).status == "done"
 
 
-@pytest.mark.parametrize("fault", ["stop", "sleep"])
+@pytest.mark.parametrize("fault", ["stop", pytest.param("sleep", marks=SLOW)])
 def test_a_worker_that_hangs_is_given_up(fault, request_of, haunted, undisturbed):
     source, target, settings = request_of(workers=2, retries=2, timeout=6)
     haunted.poison("segment", 2, fault)

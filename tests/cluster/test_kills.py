@@ -1,4 +1,4 @@
-"""Promise 5: SIGKILL any process at any instant; the same command resumes, and all arrays equal an undisturbed run's."""
+"""Promise 5: SIGKILL any process at any instant; the same command resumes, to the arrays of an undisturbed run."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def kill_client_in(command: Command, stage: str, rng: random.Random, *, workers_
 
 
 def test_one_worker_and_one_client_killed(tmp_path, tiny_bundle, undisturbed):
-    expected, n_forward = undisturbed
+    expected, _n_forward = undisturbed
     command = Command(tmp_path, tiny_bundle, "--threshold", "otsu", "--fill-holes", "20", "--workers", "2")
     rng = random.Random(1)
     kill_client_in(command, "segment", rng, workers_too=False)
@@ -169,7 +169,7 @@ def test_workers_killed_at_random_instants(seed, tmp_path, tiny_bundle, undistur
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("workers_too", [False, True])
 def test_clients_killed_in_every_stage(workers_too, tmp_path, tiny_bundle, undisturbed):
-    expected, n_forward = undisturbed
+    expected, _n_forward = undisturbed
     command = Command(tmp_path, tiny_bundle, "--threshold", "otsu", "--fill-holes", "20", "--workers", "2")
     rng = random.Random(7)
     for stage in STAGES:

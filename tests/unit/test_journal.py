@@ -148,7 +148,10 @@ def test_a_segment_that_could_not_be_written_is_kept_for_the_next_try(run, monke
 def test_segments_are_lines_that_people_can_read(run):
     write(run, 2)
     lines = (run.get(f"{FOLDER}/00000000.jsonl") or b"").decode().splitlines()
-    assert list(map(json.loads, lines)) == [{"plan": PLAN}, {"stage": "segment", "index": 2, "s": 0.0, "peak": 0, "summary": {"n": 2}}]
+    assert list(map(json.loads, lines)) == [
+        {"plan": PLAN},
+        {"stage": "segment", "index": 2, "s": 0.0, "peak": 0, "summary": {"n": 2}},
+    ]
 
 
 def test_what_was_undone_is_not_done_and_its_failures_are_forgotten(run):
