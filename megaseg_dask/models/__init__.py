@@ -1,6 +1,27 @@
 """Models: what a bundle is, and the forms in which cyto-dl leaves one on disk."""
 
-from megaseg_dask.models.bundle import Bundle, NetworkSpec, build_network, require_patch
-from megaseg_dask.models.cytodl import load_bundle, save_bundle
+from megaseg_dask.models.bundle import (
+    Bundle,
+    Preprocessing,
+    Step,
+    build_network,
+    require_reference,
+    require_single,
+)
+from megaseg_dask.models.cytodl import load_bundle, read_bundle, save_bundle
+from megaseg_dask.models.network import Head, NetworkSpec, require_patch
 
-__all__ = ["Bundle", "NetworkSpec", "build_network", "load_bundle", "require_patch", "save_bundle"]
+__all__ = [
+    "Bundle",
+    "Head",
+    "NetworkSpec",
+    "Preprocessing",
+    "Step",
+    "build_network",
+    "load_bundle",
+    "read_bundle",
+    "require_patch",
+    "require_reference",
+    "require_single",
+    "save_bundle",
+]

@@ -1,34 +1,39 @@
 """Bundles as cyto-dl leaves them: a folder, a zip of it, or a bare Lightning checkpoint.
 
-Names such as ``_target_`` are compared, never imported. The weights say which
-network they belong to; what a file states about it must agree with them. A
-statement that would change the result and is not carried out here is refused
-by name.
+The weights say which network they belong to; what a file states about it must
+agree with them. A statement that would change the result and cannot be carried
+out here is refused by name. What no file states falls to the reference's value.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.models.bundle import (
-    Bundle,
+from megaseg_dask.models.bundle import Bundle, content_digest, require_reference, require_single
+from megaseg_dask.models.files import CONFIG, Files, read_files
+from megaseg_dask.models.heads import read_heads
+from megaseg_dask.models.network import (
+    HEADS,
     NetworkSpec,
     Triple,
-    content_digest,
     first_few,
     fit_weights,
+    require_stored,
     with_aliases,
 )
-from megaseg_dask.models.files import read_files, short
+from megaseg_dask.models.preprocessing import read_preprocessing
+from megaseg_dask.models.statements import Fixed, Source, Statement, require_known, same
 
 if TYPE_CHECKING:
     import torch
 
-Fixed: TypeAlias = Mapping[str, tuple[object, ...]]
+REFERENCE = "reference value"
+SHAPES = "shapes of the weights"
 
 TARGETS = ("monai.networks.nets.DynUNet", "monai.networks.nets.dynunet.DynUNet")
 NETWORK_ARGUMENTS = tuple(field.name for field in fields(NetworkSpec))
@@ -43,24 +48,34 @@ BACKBONE: Fixed = {
     "act_name": ("leakyrelu", ("leakyrelu", {"inplace": True, "negative_slope": 0.01})),
 }
 BACKBONE_FREE = {*NETWORK_ARGUMENTS, "dropout", "deep_supervision", "deep_supr_num"}
-INFERENCE: Fixed = {"padding_mode": ("constant",), "cval": (0,), "sigma_scale": (0.125,)}
-INFERENCE_FREE = {"roi_size", "overlap", "mode", "sw_batch_size", "sw_device", "device", "progress"}
-NORMALIZE: Fixed = {
-    "channel_wise": (True,),
-    "nonzero": (False,),
-    "dtype": ("float32", "numpy.float32", "torch.float32"),
-}
-NORMALIZE_FREE = {"_target_", "keys", "allow_missing_keys"}
-# Transforms that load an image or change its container, not its values.
-ORDINARY_TRANSFORMS = {
-    "RemoveNaNKeysd", "LoadImaged", "BioIOImageLoaderd", "AICSImageLoaderd", "EnsureChannelFirstd",
-    "ToTensord", "EnsureTyped", "CastToTyped", "SelectItemsd", "DeleteItemsd",
+INFERENCE: Fixed = {"padding_mode": ("constant",), "cval": (0,), "sigma_scale": (0.125,), "with_coord": (False,)}
+INFERENCE_FREE = {
+    "roi_size", "overlap", "mode", "sw_batch_size", "sw_device", "device", "progress", "buffer_steps", "buffer_dim",
 }  # fmt: skip
 SETTINGS = {"patch_shape": "roi_size", "overlap": "overlap", "window": "mode"}  # of a Bundle → of MONAI
+# cyto-dl hands inference_args on to MONAI's sliding_window_inference, so these hold where they lack the key.
+MONAI_DEFAULTS = {"overlap": 0.25, "mode": "constant"}
+PRECISIONS: Mapping[str | int, str] = {
+    16: "fp16", "16": "fp16", "16-mixed": "fp16", "16-true": "fp16",
+    "bf16": "bf16", "bf16-mixed": "bf16", "bf16-true": "bf16",
+    32: "fp32", "32": "fp32", "32-true": "fp32",
+}  # fmt: skip
 
 
-def load_bundle(path: str | Path, *, checkpoint: str | None = None) -> Bundle:
-    """The bundle in a folder, a zip or a ``.ckpt``; one channel in and one out.
+def load_bundle(path: str | Path, checkpoint: str | None = None) -> Bundle:
+    """The bundle in a folder, a zip or a ``.ckpt``, if a run can take it: see `require_single`, `require_reference`.
+
+    Raises BundleError like `read_bundle`, and for the bundles that only that reads.
+    """
+    bundle = read_bundle(path, checkpoint)
+    with _naming(path):
+        require_single(bundle)
+        require_reference(bundle)
+    return bundle
+
+
+def read_bundle(path: str | Path, checkpoint: str | None = None) -> Bundle:
+    """The bundle in a folder, a zip or a ``.ckpt``, with any number of channels and heads.
 
     ``<x>/checkpoints/*.ckpt`` and ``<x>/train_config.yaml`` may lie one level
     deeper. Of several checkpoints ``checkpoint`` names one; else the highest epoch
@@ -69,9 +84,14 @@ def load_bundle(path: str | Path, *, checkpoint: str | None = None) -> Bundle:
     bundle, with the reason.
     """
     path = Path(path)
+    with _naming(path):
+        return _bundle(path.stem if path.is_file() else path.resolve().name, read_files(path, checkpoint))
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
     try:
-        config, content = read_files(path, checkpoint)
-        return _bundle(path.stem if path.is_file() else path.resolve().name, config, content)
+        yield
     except BundleError as error:
         raise BundleError(f"{path}: {error}") from error
     except OSError as error:
@@ -131,144 +151,125 @@ def _train_config(backbone: dict[str, Any], inference: dict[str, Any]) -> dict[s
 # --- what they say
 
 
-def _bundle(name: str, config: Mapping[str, Any], content: Mapping[str, Any]) -> Bundle:
-    hyper = _given(content.get("hyper_parameters"))
-    state = _backbone_state(content["state_dict"])
-    network = NetworkSpec.of_weights({key: tuple(tensor.shape) for key, tensor in state.items()})
-    origins = _network_origins(network, hyper, config) | {"normalization": _normalization_origin(config)}
-    if (network.in_channels, network.out_channels) != (1, 1):
-        raise BundleError(
-            f"in_channels {network.in_channels}, out_channels {network.out_channels}: "
-            "only networks with one channel in and one out are run"
-        )
-    _require_one_head(hyper.get("task_heads"), _at(config, "model", "task_heads"))
-    settings, found = _settings(hyper, config)
-    bundle = Bundle(name, "", network, fit_weights(network, state), **settings, origins=origins | found)
+def _bundle(name: str, files: Files) -> Bundle:
+    hyper, config = Source(files.checkpoint, files.content), Source(CONFIG, files.config)
+    state = _tensors(files.content["state_dict"])
+    backbone = {key: value for key, value in state.items() if not key.startswith(HEADS)}
+    network = NetworkSpec.of_weights({key: tuple(value.shape) for key, value in backbone.items()})
+    from_network = _network_origins(network, hyper, config)
+    heads, from_heads = read_heads(network, hyper, config, state)
+    settings, from_settings = _settings(hyper, config)
+    preprocessing, from_preprocessing = read_preprocessing(config, network.in_channels)
+    precision, from_precision = _precision(config)
+    origins = {
+        "weights": f"{files.checkpoint}: state_dict ({files.reason})",
+        **from_network,
+        **from_heads,
+        **from_settings,
+        "preprocessing": from_preprocessing,
+        "precision": from_precision,
+    }
+    # A head that does not predict may have layers.
+    used = backbone | {k: v for k, v in state.items() if k.startswith(tuple(f"{HEADS}{head.name}." for head in heads))}
+    bundle = Bundle(
+        name, "", network, fit_weights(network, used, heads), **settings, origins=origins,
+        preprocessing=preprocessing, heads=heads, precision=precision,
+    )  # fmt: skip
     return replace(bundle, digest=content_digest(bundle))
 
 
-def _at(config: object, *keys: str) -> Any:
-    for key in keys:
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return config
-
-
-def _given(section: object) -> dict[str, Any]:
-    """What a section states; a value saved as an unresolved ``${...}`` states nothing."""
-    items = section.items() if isinstance(section, Mapping) else ()
-    return {str(key): value for key, value in items if value is not None and not _unresolved(value)}
-
-
-def _unresolved(value: object) -> bool:
-    return isinstance(value, str) and ("${" in value or value == "???")
-
-
-def _backbone_state(state: Mapping[str, Any]) -> "dict[str, torch.Tensor]":
+def _tensors(state: Mapping[Any, Any]) -> "dict[str, torch.Tensor]":
+    """The weights that predict, under the names of `fit_weights`; each holds the values that its shape claims."""
     import torch
 
     # A loss keeps class weights in its head; they say nothing about prediction.
     kept = {key: value for key, value in state.items() if not re.match(r"task_heads\..*\bloss\.", str(key))}
-    if foreign := [key for key in kept if not str(key).startswith("backbone.")]:
+    if foreign := [key for key in kept if not str(key).startswith(("backbone.", HEADS))]:
         raise BundleError(f"weights outside the backbone ({first_few(foreign)}): only a DynUNet is run")
     if broken := [key for key, value in kept.items() if not isinstance(value, torch.Tensor)]:
-        raise BundleError(f"the state_dict holds more than tensors ({first_few(broken)})")
-    named = {key.removeprefix("backbone.").removeprefix("_orig_mod."): value for key, value in kept.items()}
+        raise BundleError(f"the state_dict holds more than tensors ({first_few(broken)}); fetch the bundle again")
     # The heads of deep supervision are for training; the last output is the same without them.
-    heads = re.compile(r"deep_supervision_heads\.|.*\.super_head\.")
-    return {key: value for key, value in named.items() if not heads.match(key)}
+    unused = re.compile(r"deep_supervision_heads\.|.*\.super_head\.")
+    named = {_name(key): value for key, value in kept.items()}
+    if len(named) < len(kept):
+        raise BundleError("the state_dict has the same weights under two prefixes; fetch the bundle again")
+    weights = {key: value for key, value in named.items() if not unused.match(key)}
+    for key, value in weights.items():
+        require_stored(key, value)
+    return weights
 
 
-def _network_origins(network: NetworkSpec, hyper: Mapping[str, Any], config: object) -> dict[str, str]:
+def _name(key: str) -> str:
+    """A key without what cyto-dl and ``torch.compile`` put before it; ResBlocksHead has all below ``model.model``."""
+    key = key.removeprefix("backbone.").removeprefix("_orig_mod.")
+    return re.sub(r"^(task_heads\.[^.]+\.)(?:_orig_mod\.)?(?:model\.model\.)?", r"\1", key)
+
+
+def _network_origins(network: NetworkSpec, hyper: Source, config: Source) -> dict[str, str]:
     """Who states each argument of the network; all must agree with the weights."""
-    source, stated = "hyper_parameters", _given(hyper.get("backbone"))
+    stated = hyper.section("hyper_parameters.backbone")
     if not stated:
-        auxiliary = _given(_at(config, "model", "_aux"))
+        auxiliary = config.section("model._aux")
         in_config = {key: auxiliary[key] for key in NETWORK_ARGUMENTS if key in auxiliary}
-        source, stated = "train_config.yaml", in_config | _given(_at(config, "model", "backbone"))
-    _require_known(f"backbone in {source}", stated, BACKBONE, BACKBONE_FREE)
+        stated = in_config | config.section("model.backbone")
+    require_known(stated, BACKBONE, BACKBONE_FREE)
     for argument in NETWORK_ARGUMENTS:
-        _require_agreement(source, argument, stated.get(argument), getattr(network, argument))
-    return {argument: source if argument in stated else "state dict" for argument in NETWORK_ARGUMENTS}
+        if argument in stated:
+            _require_agreement(argument, stated[argument], getattr(network, argument))
+    return {argument: stated[argument].origin if argument in stated else SHAPES for argument in NETWORK_ARGUMENTS}
 
 
-def _require_agreement(source: str, argument: str, stated: Any, found: Any) -> None:
-    if argument == "filters" and isinstance(stated, list | tuple):
-        stated = stated[: len(found)]  # as DynUNet does
-    if stated is not None and not _same(stated, found):
-        raise BundleError(f"{argument}: {source} says {short(stated)}, the weights are of {found}; one is wrong")
+def _require_agreement(argument: str, stated: Statement, found: Any) -> None:
+    value = stated.value
+    if argument == "filters" and isinstance(value, list | tuple):
+        value = value[: len(found)]  # as DynUNet does
+    if not same(value, found):
+        raise BundleError(f"{stated}, the weights are of {found}; one is wrong, fetch the bundle again")
 
 
-def _same(value: object, expected: object) -> bool:
-    """Equality that cannot fail on a foreign value; one size stands for every axis."""
-    if isinstance(expected, Mapping):
-        known = isinstance(value, Mapping) and value.keys() == expected.keys()
-        return known and all(_same(_at(value, key), expected[key]) for key in expected)
-    if not isinstance(expected, tuple):
-        return isinstance(value, bool | int | float | str) and value == expected
-    if isinstance(value, int):
-        return all(_same(value, each) for each in expected)
-    if not isinstance(value, list | tuple) or len(value) != len(expected):
-        return False
-    return all(map(_same, value, expected))
-
-
-def _require_known(section: str, stated: Mapping[str, Any], fixed: Fixed, free: set[str]) -> None:
-    for argument, value in stated.items():
-        if argument in free or any(_same(value, accepted) for accepted in fixed.get(argument, ())):
-            continue
-        reason = f"only {fixed[argument][0]} is run" if argument in fixed else "not an argument known here"
-        raise BundleError(f"{section}: {argument:.80} is {short(value)}; {reason}")
-
-
-def _require_one_head(*stated: object) -> None:
-    for heads in stated:
-        if isinstance(heads, Mapping) and len(heads) > 1:
-            raise BundleError(f"{len(heads)} task heads ({first_few(heads)}): only bundles with one are run")
-
-
-def _normalization_origin(config: object) -> str:
-    """Who states the preprocessing; it must be the reference's, `NormalizeIntensityd` per channel."""
-    transforms = _at(config, "data", "transforms", "predict", "transforms")
-    if not isinstance(transforms, list) or any(map(_unresolved, transforms)):
-        return "reference"
-    names = [_class_name(_at(transform, "_target_")) for transform in transforms]
-    for name, transform in zip(names, transforms, strict=True):
-        if name == "NormalizeIntensityd":
-            _require_known(name, {"channel_wise": False, **_given(transform)}, NORMALIZE, NORMALIZE_FREE)
-        elif name not in ORDINARY_TRANSFORMS:
-            raise BundleError(f"predict transform {name} is not carried out here, only NormalizeIntensityd is")
-    if "NormalizeIntensityd" not in names:
-        raise BundleError("the predict transforms lack NormalizeIntensityd; only networks with it are run")
-    return "train_config.yaml"
-
-
-def _class_name(target: object) -> str:
-    return target.rpartition(".")[2][:80] if isinstance(target, str) else short(target)
-
-
-def _settings(hyper: Mapping[str, Any], config: object) -> tuple[dict[str, Any], dict[str, str]]:
+def _settings(hyper: Source, config: Source) -> tuple[dict[str, Any], dict[str, str]]:
     """Patch, overlap and window as far as stated, and who states each; else the Bundle's defaults hold."""
-    auxiliary = {
-        "roi_size": _at(config, "data", "_aux", "patch_shape"),
-        "overlap": _at(config, "model", "_aux", "overlap"),
+    sections = ((config, "model.inference_args"), (hyper, "hyper_parameters.inference_args"))
+    stated = {
+        argument: statement
+        for argument, path in (("roi_size", "data._aux.patch_shape"), ("overlap", "model._aux.overlap"))
+        if (statement := config.statement(path))
     }
-    in_config = _given(auxiliary) | _given(_at(config, "model", "inference_args"))
-    sources = {"hyper_parameters": _given(hyper.get("inference_args")), "train_config.yaml": in_config}
-    for source, stated in sources.items():
-        _require_known(f"inference_args in {source}", stated, INFERENCE, INFERENCE_FREE)
-    settings, origins = {}, {}
-    for setting, argument in SETTINGS.items():
-        origins[setting] = next((name for name in sources if argument in sources[name]), "reference")
-        if origins[setting] in sources:
-            settings[setting] = _parsed(setting, sources[origins[setting]][argument])
-    return settings, origins
+    for source, path in sections:
+        section = source.section(path)
+        require_known(section, INFERENCE, INFERENCE_FREE)
+        stated |= section
+    given = [(source, path) for source, path in sections if source.section(path)]
+    for argument, default in MONAI_DEFAULTS.items() if given else ():
+        if argument not in stated and not any(source.mentions(path, argument) for source, path in given):
+            source, path = given[-1]
+            stated[argument] = Statement(default, f"MONAI's default, as {source.name}: {path} has no {argument}")
+    settings = {name: _parsed(name, stated[argument]) for name, argument in SETTINGS.items() if argument in stated}
+    return settings, {
+        name: stated[argument].origin if argument in stated else REFERENCE for name, argument in SETTINGS.items()
+    }
 
 
-def _parsed(setting: str, value: Any) -> str | tuple[Any, ...]:
+def _parsed(setting: str, statement: Statement) -> str | tuple[Any, ...]:
+    value = statement.value
     if setting == "window":
-        return value if isinstance(value, str) else short(value)
+        if not isinstance(value, str) or value not in ("gaussian", "constant"):
+            raise BundleError(f"{statement}; blending mode expected 'gaussian' or 'constant'")
+        return value
     values = list(value) if isinstance(value, list | tuple) else [value] * 3
     kind = int if setting == "patch_shape" else int | float
     if len(values) != 3 or not all(isinstance(each, kind) and not isinstance(each, bool) for each in values):
-        raise BundleError(f"{setting} is {short(value)}; expected three numbers, or one for all axes")
+        raise BundleError(f"{statement}; {setting} expected as three numbers, or one for all axes")
+    if not all(0 < each < 2**20 if kind is int else 0 <= each < 1 for each in values):
+        limits = "positive sizes below 2^20" if kind is int else "values from 0 to below 1"
+        raise BundleError(f"{statement}; {setting} expected as {limits}")
     return tuple(values) if kind is int else tuple(map(float, values))
+
+
+def _precision(config: Source) -> tuple[str, str]:
+    """The precision of training and prediction in cyto-dl; one that is not offered here is only told."""
+    stated = config.statement("trainer.precision")
+    if stated is None:
+        return "fp32", REFERENCE
+    precision = PRECISIONS.get(stated.value) if isinstance(stated.value, int | str) else None
+    return (precision, stated.origin) if precision else ("fp32", f"{REFERENCE} ({stated})")

@@ -1,54 +1,55 @@
 """Files of a bundle, read as data: a folder, a zip of it, or a bare checkpoint.
 
-Nothing in them is trusted. Checkpoints load with ``weights_only=True``; a zip is
-checked entry by entry and never unpacked to disk; sizes have limits. What the
-files say is for :mod:`megaseg_dask.models.cytodl` to judge.
+Nothing in them is trusted, see :mod:`megaseg_dask.models.guards`. A zip is read
+in place and never unpacked to disk, checkpoints load with ``weights_only=True``.
+What the files say is for :mod:`megaseg_dask.models.cytodl` to judge.
 """
 
 import io
 import re
-import stat
+import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from reprlib import Repr
 from typing import Any, TypeAlias
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.models.bundle import first_few
+from megaseg_dask.models import guards
+from megaseg_dask.models.guards import Unsafe, open_zip, short
+from megaseg_dask.models.network import first_few, one_line
 
 Place: TypeAlias = Path | zipfile.Path
 
-MAX_BYTES = 8 * 2**30  # forty times the largest published checkpoint
-MAX_RATIO = 100  # trained weights hardly compress
-RATIO_FROM_BYTES = 100 * 2**20  # below this a high ratio does no harm
+CONFIG = "train_config.yaml"
 
 
-class _Short(Repr):
-    """Prints a foreign value in part: a short file can describe one without end."""
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What the files of a bundle say, parsed and not yet judged.
 
-    def repr_instance(self, value: object, level: int) -> str:
-        plain = isinstance(value, bool | float | None)
-        return repr(value) if plain else f"<{type(value).__name__}>"
+    ``config`` is train_config.yaml, empty without one; ``content`` is the checkpoint
+    of file name ``checkpoint``, and ``reason`` says why that one was taken.
+    """
+
+    config: dict[str, Any]
+    content: dict[str, Any]
+    checkpoint: str
+    reason: str
 
 
-_SHORT = _Short()
-_SHORT.maxstring, _SHORT.maxlevel = 100, 2
-short = _SHORT.repr
-
-
-def read_files(path: Path, checkpoint: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parsed train_config.yaml (empty without one) and the checkpoint's content."""
+def read_files(path: Path, checkpoint: str | None) -> Files:
+    """Read a bundle of any form; of several checkpoints the one of that name, else the newest."""
     if path.is_dir():
         return _read_layout(path, checkpoint)
     if not path.is_file():
         raise BundleError("no such file or folder; give a bundle's folder, its zip or a .ckpt")
     if zipfile.is_zipfile(path):
-        with _open_zip(path) as archive:
+        with open_zip(path) as archive:
             if not _is_torch_archive(archive):
                 return _read_layout(zipfile.Path(archive), checkpoint)
     if checkpoint not in (None, path.name, path.stem):
         raise BundleError(f"this is one checkpoint, not a folder with one named {checkpoint}")
-    return {}, _read_checkpoint(path)
+    return Files({}, _read_checkpoint(path), one_line(path.name), "the file itself")
 
 
 def _is_torch_archive(archive: zipfile.ZipFile) -> bool:
@@ -56,36 +57,11 @@ def _is_torch_archive(archive: zipfile.ZipFile) -> bool:
     return any(PurePosixPath(name).match("*/data.pkl") for name in archive.namelist())
 
 
-def _open_zip(file: Path | io.BytesIO) -> zipfile.ZipFile:
-    try:
-        archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise BundleError(f"the zip is damaged ({short(str(error))}); fetch it again") from error
-    for entry in archive.infolist():
-        if danger := _danger(entry):
-            raise BundleError(f"zip entry {short(entry.filename)} {danger}; this zip is not safe and was not read")
-    total = sum(entry.file_size for entry in archive.infolist())
-    if total > MAX_BYTES:
-        raise BundleError(f"the zip unpacks to {total} bytes; at most {MAX_BYTES} are read")
-    return archive
-
-
-def _danger(entry: zipfile.ZipInfo) -> str:
-    parts = entry.filename.removesuffix("/").split("/")
-    if not {"", ".", ".."}.isdisjoint(parts) or "\\" in entry.filename or ":" in entry.filename:
-        return "points outside its folder"
-    if stat.S_ISLNK(entry.external_attr >> 16):
-        return "is a link"
-    if entry.file_size > max(RATIO_FROM_BYTES, MAX_RATIO * entry.compress_size):
-        return f"grows from {entry.compress_size} to {entry.file_size} bytes"
-    return ""
-
-
-def _read_layout(top: Place, checkpoint: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_layout(top: Place, checkpoint: str | None) -> Files:
     root = _find_root(top)
-    file = _choose([file for file in (root / "checkpoints").iterdir() if _is_checkpoint(file)], checkpoint)
-    config = root / "train_config.yaml"
-    return (_read_yaml(config) if config.is_file() else {}), _read_checkpoint(file)
+    file, reason = _choose([file for file in (root / "checkpoints").iterdir() if _is_checkpoint(file)], checkpoint)
+    config = root / CONFIG
+    return Files(_read_yaml(config) if config.is_file() else {}, _read_checkpoint(file), one_line(file.name), reason)
 
 
 def _is_checkpoint(file: Place) -> bool:
@@ -104,70 +80,102 @@ def _find_root(top: Place) -> Place:
     return roots[0]
 
 
-def _choose(files: list[Place], wanted: str | None) -> Place:
+def _choose(files: list[Place], wanted: str | None) -> tuple[Place, str]:
+    """The checkpoint to load, and why that one.
+
+    The napari plugin takes the file that was modified last of those without "last" in
+    their names: Lightning keeps only the best beside last.ckpt, so the newest is the
+    best. Copying and unpacking change that time, so here the epoch in the name decides.
+    """
     if wanted is not None:
-        candidates = [file for file in files if file.name in (wanted, f"{wanted}.ckpt")]
-    elif len(files) == 1:
-        candidates = files
-    else:
-        candidates = sorted((f for f in files if _epoch(f.name)), key=lambda f: _epoch(f.name))
-    if not candidates:
-        asked = f"no checkpoint {wanted}" if wanted else "no checkpoint that names its epoch"
-        raise BundleError(f"{asked}; there are: {first_few((file.name for file in files), 10) or 'none'}")
-    return candidates[-1]
+        named = [file for file in files if file.name in (wanted, f"{wanted}.ckpt")]
+        return _only(named, f"no checkpoint {one_line(wanted)}", files), "as asked for"
+    best = [file for file in files if "last" not in file.name.lower()] or files
+    if len(best) == 1:
+        reason = "the only one" if len(files) == 1 else "the only one beside last.ckpt"
+        return best[0], reason
+    newest = max(map(_epoch, best), default=())
+    first = [file for file in best if newest and _epoch(file) == newest]
+    problem = "no checkpoint that names its epoch" if not newest else "several of the newest epoch"
+    return _only(first, problem, files), f"the highest epoch of {len(best)}"
 
 
-def _epoch(name: str) -> tuple[int, int] | tuple[()]:
-    """Epoch, and version of the file; nothing for last.ckpt. Lightning writes both ``_`` and ``=``."""
-    match = re.search(r"epoch[_=]?(\d+)(?:.*-v(\d+))?", name)
+def _only(found: list[Place], problem: str, files: list[Place]) -> Place:
+    if len(found) != 1:
+        names = first_few((file.name for file in files), 10) or "none"
+        raise BundleError(f"{problem}; there are: {names}; name one of them")
+    return found[0]
+
+
+def _epoch(file: Place) -> tuple[int, int] | tuple[()]:
+    """Epoch, and version of the file; nothing without one. Lightning writes both ``_`` and ``=``."""
+    match = re.search(r"epoch[_=]?(\d{1,9})(?:.*-v(\d{1,9}))?", file.name)
     return (int(match[1]), int(match[2] or 0)) if match else ()
 
 
-def _read_bytes(file: Place) -> bytes:
-    if isinstance(file, Path) and file.stat().st_size > MAX_BYTES:
-        raise BundleError(f"{file.name} has {file.stat().st_size} bytes, at most {MAX_BYTES} are read")
+def _read_bytes(file: Place, limit: int) -> bytes:
+    n_bytes = file.stat().st_size if isinstance(file, Path) else file.root.getinfo(file.at).file_size
+    if n_bytes > limit:
+        raise BundleError(f"{one_line(file.name)} has {n_bytes} bytes, at most {limit} are read")
     try:
         return file.read_bytes()
     except OSError:
         raise
-    # Each decompressor has errors of its own, and an encrypted entry is a RuntimeError.
+    # Each decompressor has errors of its own.
     except Exception as error:
-        raise BundleError(f"{file.name} cannot be read ({short(str(error))}); fetch the zip again") from error
+        raise BundleError(f"{one_line(file.name)} cannot be read ({short(str(error))}); fetch the zip again") from error
 
 
 def _read_yaml(file: Place) -> dict[str, Any]:
-    import yaml
-
-    data = _read_bytes(file)
+    data = _read_bytes(file, guards.MAX_YAML_BYTES)
+    advice = "fetch it again or remove it"
     try:
-        config = yaml.safe_load(data)
+        config = guards.parse_yaml(data)
+    except Unsafe as error:
+        raise BundleError(f"{file.name} {error}; it is not safe and was not read, {advice}") from None
     # Beside YAMLError, a scalar that claims a type it is not of raises what that type raises.
     except Exception as error:
-        raise BundleError(f"{file.name} is not YAML ({short(str(error))}); fetch it again or remove it") from error
+        raise BundleError(f"{file.name} is not YAML ({short(str(error))}); {advice}") from error
     if not isinstance(config, dict):
-        raise BundleError(f"{file.name} is not a configuration but {short(config)}; fetch it again or remove it")
+        raise BundleError(f"{file.name} is not a configuration but {short(config)}; {advice}")
     return config
 
 
 def _read_checkpoint(file: Place) -> dict[str, Any]:
     import torch
 
-    stream = io.BytesIO(_read_bytes(file))
-    if zipfile.is_zipfile(stream):
-        _open_zip(stream).close()
-    stream.seek(0)
+    name, stream = one_line(file.name), io.BytesIO(_read_bytes(file, guards.MAX_BYTES))
     try:
-        content = torch.load(stream, map_location="cpu", weights_only=True)
+        _require_safe(stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(stream, map_location="cpu", weights_only=True)
+    except BundleError as error:
+        raise BundleError(f"{name}: {error}") from error
+    except Unsafe as error:
+        raise BundleError(f"{name} {error}; it is not safe and was not loaded, get it from its maker") from None
     # Bytes that are no checkpoint fail in the unpickler as anything from KeyError to RuntimeError.
     except Exception as error:
-        raise BundleError(f"{file.name} {_why_not_loaded(error)}") from error
+        raise BundleError(f"{name} is not a checkpoint, or not a whole one; fetch it again") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         found = first_few(content) if isinstance(content, dict) else type(content).__name__
-        raise BundleError(f"{file.name} is not a Lightning checkpoint: expected a state_dict, found {found}")
+        raise BundleError(f"{name} is not a Lightning checkpoint: expected a state_dict, found {found or 'nothing'}")
     return content
 
 
-def _why_not_loaded(error: Exception) -> str:
-    if match := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"pickles {match[1]:.80}, neither a tensor nor a plain value; it is not safe and was not loaded"
-    return "is not a checkpoint, or not a whole one; fetch it again"
+def _require_safe(stream: io.BytesIO) -> None:
+    """Look through a checkpoint in either of torch's formats; leaves the stream at its begin."""
+    declared: dict[str, int] = {}
+    # By its first bytes, as torch decides.
+    if stream.getvalue().startswith(b"PK\3\4"):
+        with open_zip(stream) as archive:
+            n_bytes = sum(entry.file_size for entry in archive.infolist())
+            (pickle,) = (name for name in archive.namelist() if PurePosixPath(name).match("*/data.pkl"))
+            guards.inspect_pickle(io.BytesIO(archive.read(pickle)), declared)
+    else:
+        n_bytes = len(stream.getvalue())
+        for _ in range(5):  # magic number, version, byte order, content, keys of the storages
+            guards.inspect_pickle(stream, declared)
+    if sum(declared.values()) > n_bytes:
+        raise Unsafe(f"claims tensors of {sum(declared.values())} values in {n_bytes} bytes")
+    stream.seek(0)

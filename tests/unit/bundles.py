@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from monai.networks.blocks.dynunet_block import UnetOutBlock, UnetResBlock
 from monai.networks.nets.dynunet import DynUNet
 
 from megaseg_dask.models import NetworkSpec
@@ -29,6 +30,15 @@ def seeded_network(network: NetworkSpec = TINY, seed: int = 0) -> DynUNet:
         for parameter in built.parameters():
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    return built.eval().requires_grad_(False)
+
+
+def seeded_head(width: int, n_blocks: int, channels: int, seed: int = 0) -> torch.nn.Sequential:
+    """The layers of a ResBlocksHead: residual blocks of one width, then a convolution to its channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        blocks = [UnetResBlock(3, width, width, 3, 1, "INSTANCE") for _ in range(n_blocks)]
+        built = torch.nn.Sequential(torch.nn.Identity(), *blocks, UnetOutBlock(3, width, channels))
     return built.eval().requires_grad_(False)
 
 
@@ -65,8 +75,13 @@ def checkpoint_content(
     aliases: bool = True,
     patch_shape=PATCH_SHAPE,
     overlap=OVERLAP,
+    heads: dict[str, tuple[int, int] | None] | None = None,
 ) -> dict[str, Any]:
-    """What a Lightning checkpoint of cyto-dl holds; ``hyper_parameters=False`` leaves them out."""
+    """What a Lightning checkpoint of cyto-dl holds; ``hyper_parameters=False`` leaves them out.
+
+    ``heads`` are by name: None hands on what the backbone puts out, two numbers are
+    the residual blocks and the channels of a ResBlocksHead, see `seeded_head`.
+    """
     state = seeded_network(network, seed).state_dict()
     if not aliases:
         state = {key: value for key, value in state.items() if not key.startswith("skip_layers.")}
@@ -76,10 +91,16 @@ def checkpoint_content(
         "pytorch-lightning_version": "2.6.6",
         "state_dict": {prefix + key: value for key, value in state.items()},
     }
+    described = {}
+    for name, layers in (heads or {"seg": None}).items():
+        described[name] = {"_target_": f"cyto_dl.nn.head.{'ResBlocksHead' if layers else 'BaseHead'}"}
+        if layers:
+            own = seeded_head(network.out_channels, *layers, seed).state_dict()
+            content["state_dict"] |= {f"task_heads.{name}.model.model.{key}": value for key, value in own.items()}
     if hyper_parameters is True:
         hyper_parameters = {
             "backbone": backbone(network),
-            "task_heads": {"seg": {"_target_": "cyto_dl.nn.head.BaseHead"}},
+            "task_heads": described,
             "inference_args": inference_args(patch_shape, overlap),
         }
     if hyper_parameters:

@@ -11,8 +11,21 @@ from hypothesis import strategies as st
 from monai.networks.nets.dynunet import DynUNet
 
 from megaseg_dask.errors import BundleError, SettingsError
-from megaseg_dask.models import Bundle, NetworkSpec, build_network, require_patch
-from megaseg_dask.models.bundle import content_digest, fit_weights, with_aliases
+from megaseg_dask.models import (
+    Bundle,
+    Head,
+    NetworkSpec,
+    Preprocessing,
+    Step,
+    build_network,
+    load_bundle,
+    require_patch,
+    require_reference,
+    require_single,
+)
+from megaseg_dask.models.bundle import content_digest
+from megaseg_dask.models.network import fit_weights, with_aliases
+from megaseg_dask.models.zoo import locate
 from tests.unit.bundles import TINY, one_thread, seeded_network
 
 ANISOTROPIC = NetworkSpec(
@@ -90,6 +103,10 @@ def test_shapes_of_something_else_are_refused():
         ({"upsample_kernel_size": ((1, 2, 2),) * 4}, "another shape than the input"),
         ({"kernel_size": ((2, 3, 3),) * 5}, "only odd ones"),
         ({"filters": (4, 0, 8, 8, 8)}, "must be positive"),
+        (
+            {"filters": (4,) * 11, "strides": ((1, 1, 1),) * 11, "kernel_size": ((3, 3, 3),) * 11},
+            "10 at most; found 11",
+        ),
     ],
 )
 def test_impossible_networks_are_refused(change, message):
@@ -113,6 +130,10 @@ def test_a_network_that_monai_cannot_build_is_refused():
         ({"overlap": (0.5, 1.0, 0.5)}, "from 0 to below 1"),
         ({"overlap": (0.5, float("nan"), 0.5)}, "from 0 to below 1"),
         ({"window": "triangle"}, "'gaussian' or 'constant'"),
+        ({"heads": (Head(channels=2),)}, "its channels are not among the 1 there are"),
+        ({"heads": (Head(first=1),)}, "not among the 1"),
+        ({"heads": (Head(channels=0),)}, "not among the 1"),
+        ({"heads": (Head("a"), Head("a"))}, "two heads are called a"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
@@ -174,6 +195,10 @@ def test_digest_covers_everything_that_decides_a_result():
         replace(bundle, overlap=(0.25, 0.25, 0.5)),
         replace(bundle, window="constant"),
         replace(bundle, network=replace(TINY, res_block=False)),
+        replace(bundle, preprocessing=Preprocessing(())),
+        replace(bundle, heads=(Head(activation="softmax"),)),
+        replace(bundle, heads=(Head("a"), Head("b"))),
+        replace(bundle, heads=(Head("b"), Head("a"))),
         replace(bundle, weights={**weights, name: torch.nextafter(weights[name], torch.tensor(9.0))}),
         replace(bundle, weights={f"{key}_": value for key, value in weights.items()}),
     ]
@@ -186,6 +211,60 @@ def test_digest_leaves_out_name_origins_and_order():
     backwards = dict(reversed(bundle.weights.items()))
     other = replace(bundle, name="other", origins={"overlap": "here"}, weights=backwards)
     assert content_digest(other) == bundle.digest
+    told = replace(bundle, heads=(Head("nuclei", threshold="otsu"),), precision="bf16")
+    assert content_digest(told) == bundle.digest
+
+
+def test_digest_of_the_starter_stays():
+    """Finished runs have it in their plans; a change would end their resumption."""
+    starter = load_bundle(locate("starter"))
+    assert starter.digest == "58271e4a59f7c918c5598aa66f991712b38f0daa22a81fe422074b9147f2dc92"
+
+
+# --- what a run can take
+
+
+def test_one_head_for_all_channels_unless_said():
+    assert Bundle("test", "", replace(TINY, out_channels=3), {}).heads == (Head("seg", 3),)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "a" * 65, "a\nb", " a", "\x1b[2J", 7])
+def test_names_of_heads_that_are_no_part_of_a_path(name):
+    with pytest.raises(BundleError, match="a task head is called"):
+        Head(name)
+
+
+@pytest.mark.parametrize("name", ["seg", "nuclei_2", "Lamin B1", "核", "0"])
+def test_names_of_heads(name):
+    assert Head(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("step", "numbers"), [("zscore", (1.0,)), ("clip", (0.0,)), ("clip", (0.0, float("inf"))), ("otsu", ())]
+)
+def test_impossible_steps_are_refused(step, numbers):
+    with pytest.raises(BundleError, match="expected one of zscore"):
+        Step(step, numbers)
+
+
+def test_preprocessing_prints_its_steps():
+    steps = Step("subtract_divide", (100.0, 2.0)), Step("clip", (-1.0, 1.0))
+    assert str(Preprocessing(steps)) == "subtract_divide(100.0, 2.0), clip(-1.0, 1.0)"
+    assert str(Preprocessing(())) == "none"
+
+
+def test_what_a_run_takes():
+    bundle = bundle_of()
+    require_single(bundle)
+    require_reference(bundle)
+    with pytest.raises(BundleError, match=r"in_channels 1, out_channels 2: only networks with one channel"):
+        require_single(replace(bundle, network=replace(TINY, out_channels=2), heads=()))
+    with pytest.raises(BundleError, match=r"2 task heads \(a, b\)"):
+        require_single(replace(bundle, heads=(Head("a"), Head("b"))))
+    with pytest.raises(BundleError, match="the bundle prepares images by: none; only one NormalizeIntensity"):
+        require_reference(replace(bundle, preprocessing=Preprocessing(())))
+    with pytest.raises(BundleError, match="head seg: activation softmax; only a sigmoid is run"):
+        require_reference(replace(bundle, heads=(Head(activation="softmax"),)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""The transforms of a prediction, as steps with numbers; what cannot be one is refused by name."""
+
+import re
+from collections.abc import Callable, Mapping
+
+from megaseg_dask.errors import BundleError
+from megaseg_dask.models.bundle import Preprocessing, Step
+from megaseg_dask.models.guards import short
+from megaseg_dask.models.statements import Fixed, Source, Stated, Statement, class_name, number, require_known, same
+
+TRANSFORMS = "data.transforms.predict.transforms"
+PACKAGES = ("monai.transforms", "cyto_dl", "aics_im2im")
+MAX_TRANSFORMS = 100
+
+# Transforms that load an image or change its container, not its values.
+ORDINARY = {
+    "RemoveNaNKeys", "LoadImage", "BioIOImageLoader", "AICSImageLoader", "EnsureChannelFirst",
+    "ToTensor", "EnsureType", "CastToType", "SelectItems", "DeleteItems",
+}  # fmt: skip
+NEEDS = {
+    "ScaleIntensityRangePercentiles": "percentiles of the volume",
+    "ClipIntensityPercentiles": "percentiles of the volume",
+    "ScaleIntensity": "minimum and maximum of the volume",
+    "HistogramNormalize": "the volume's histogram",
+}
+WIDE = ("float32", "numpy.float32", "torch.float32", "float64", "numpy.float64", "torch.float64", "float")
+HALF = ("float16", "numpy.float16", "torch.float16", "bfloat16", "torch.bfloat16")
+NORMALIZE: Fixed = {"nonzero": (False,), "dtype": WIDE}
+RESCALE: Fixed = {"dtype": WIDE, "clip": (False, True)}
+ANYWHERE = {"_target_", "keys", "allow_missing_keys"}
+
+
+def read_preprocessing(config: Source, n_channels: int) -> tuple[Preprocessing, str]:
+    """The steps that the predict transforms of a train_config.yaml ask for, and who says so.
+
+    Raises BundleError for a transform that is no step, or whose arguments are not known.
+    """
+    transforms = config.at(TRANSFORMS)
+    if not isinstance(transforms, list):
+        return Preprocessing(), "reference value"
+    origin = f"{config.name}: {TRANSFORMS}"
+    if len(transforms) > MAX_TRANSFORMS:
+        raise BundleError(f"{origin} has {len(transforms)} transforms; at most {MAX_TRANSFORMS} are read")
+    steps: list[Step] = []
+    for i in range(len(transforms)):
+        steps += _steps(config, f"{TRANSFORMS}.{i}", n_channels, normalised=bool(steps))
+    return Preprocessing(tuple(steps)), origin
+
+
+def _steps(config: Source, path: str, n_channels: int, *, normalised: bool) -> list[Step]:
+    stated = config.section(path)
+    target = config.at(f"{path}._target_")
+    name = class_name(target, PACKAGES)
+    if name is None:
+        known = " or ".join(PACKAGES)
+        raise BundleError(f"{config.name}: predict transform {short(target)} at {path} is none of {known}; not run")
+    # MONAI's dictionary transforms are known by three names each, as NormalizeIntensityd, …D and …Dict.
+    base = re.sub(r"(d|D|Dict)$", "", name)
+    where = f"{config.name}: {path} {name}"
+    if base in MAKERS:
+        if unknown := sorted(config.unknown(path) - ANYWHERE):
+            raise BundleError(
+                f"{where}: {', '.join(unknown)} cannot be known without computing it; write it as a value"
+            )
+        return MAKERS[base](stated, where, n_channels)
+    if base not in ORDINARY:
+        reason = f"needs {NEEDS[base]}, which no run takes" if base in NEEDS else "is not carried out here"
+        raise BundleError(f"{where}: predict transform {name} {reason}, so this model is not run")
+    if "dtype" in stated:
+        # Half precision after the normalisation says how the network is run; before it, counts would be rounded.
+        require_known({"dtype": stated["dtype"]}, {"dtype": WIDE + HALF if normalised else WIDE}, ())
+    return []
+
+
+def _normalize(stated: Stated, where: str, n_channels: int) -> list[Step]:
+    """MONAI's ``NormalizeIntensity``: the volume's own mean and deviation, or two numbers."""
+    require_known(stated, NORMALIZE, ANYWHERE | {"channel_wise", "subtrahend", "divisor"})
+    numbers = [stated[key] for key in ("subtrahend", "divisor") if key in stated]
+    if len(numbers) == 1:
+        raise BundleError(f"{numbers[0]}; only with both subtrahend and divisor, or neither, is a model run")
+    if numbers:
+        subtrahend, divisor = (_for_all_channels(statement, n_channels) for statement in numbers)
+        return [Step("subtract_divide", (subtrahend, divisor or 1.0))]
+    if n_channels > 1 and not ("channel_wise" in stated and same(stated["channel_wise"].value, True)):
+        raise BundleError(f"{where}: channel_wise is not True; {n_channels} channels are only normalised one by one")
+    return [Step("zscore")]
+
+
+def _for_all_channels(statement: Statement, n_channels: int) -> float:
+    values = statement.value if isinstance(statement.value, list) else [statement.value]
+    numbers = {number(Statement(value, statement.origin)) for value in values}
+    if len(values) not in (1, n_channels) or len(numbers) != 1:
+        raise BundleError(f"{statement}; only one number for all channels is run")
+    return numbers.pop()
+
+
+def _rescale(stated: Stated, where: str, n_channels: int) -> list[Step]:
+    """MONAI's ``ScaleIntensityRange``: from a to b, and clipped to b if asked."""
+    del n_channels
+    require_known(stated, RESCALE, ANYWHERE | {"a_min", "a_max", "b_min", "b_max"})
+    given = {key: number(stated[key]) for key in ("a_min", "a_max", "b_min", "b_max") if key in stated}
+    if not {"a_min", "a_max"} <= given.keys() or given["a_min"] == given["a_max"]:
+        raise BundleError(f"{where}: expected two different numbers a_min and a_max")
+    clip = "clip" in stated and same(stated["clip"].value, True)
+    if clip and not {"b_min", "b_max"} <= given.keys():
+        raise BundleError(f"{where}: clip needs b_min and b_max")
+    whole = {"b_min", "b_max"} <= given.keys()
+    low, high = (given["b_min"], given["b_max"]) if whole else (0.0, 1.0)
+    return [Step("rescale", (given["a_min"], given["a_max"], low, high)), *[Step("clip", (low, high))] * clip]
+
+
+MAKERS: Mapping[str, Callable[[Stated, str, int], list[Step]]] = {
+    "NormalizeIntensity": _normalize,
+    "ScaleIntensityRange": _rescale,
+}
