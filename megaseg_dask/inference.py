@@ -23,7 +23,6 @@ from megaseg_dask.intensity import Normalisation
 Float32 = NDArray[np.float32]
 T = TypeVar("T")
 
-# Long enough for a few passes of a light network; a heavy one gets two.
 _MEASURE_S = 3.0
 
 
@@ -90,7 +89,7 @@ def open_engine(model: ModelRef, spec: EngineSpec) -> Engine:
 
 
 def measure_patch_s(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> float:
-    """Return the seconds of one patch on this machine: the quickest of a few forward passes, the first not counted.
+    """Return the seconds of one patch on this machine: the quickest of a few forward passes, or of one that takes long.
 
     Raises :class:`EngineError` if this machine cannot run the engine.
     """
@@ -98,11 +97,12 @@ def measure_patch_s(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> fl
     patches = np.zeros((spec.batch, 1, *patch_shape), np.float32)
     passes: list[float] = []
     started = time.perf_counter()
-    while len(passes) < 4 and (len(passes) < 2 or time.perf_counter() - started < _MEASURE_S):
+    # A heavy network shows its pace in one pass, a light one when it is warm.
+    while not passes or (len(passes) < 4 and time.perf_counter() - started < _MEASURE_S):
         began = time.perf_counter()
         engine(patches)
         passes.append(time.perf_counter() - began)
-    return min(passes[1:]) / spec.batch
+    return min(passes[1:] or passes) / spec.batch
 
 
 cached_window = functools.lru_cache(maxsize=2)(window)

@@ -39,8 +39,9 @@ _MODE_BYTES = 16
 # zarr decodes this many whole chunks of the source at a time, however little of them is read.
 _CHUNKS_AT_ONCE = 10
 
-# Tables of logits that are merged, read ahead by several threads: 65536 bins of four columns each.
-_TABLE_BYTES = 20 * 2**21
+# Making the table of a block's logits, and a table: those of Li's method, measured, are the largest.
+_TABULATING_BYTES, _TABLE_BYTES = 160 * 10**6, 60 * 10**6
+TABLES_READ_AHEAD = 3
 
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
@@ -90,8 +91,8 @@ def project(sizes: Sizes) -> dict[str, int]:
     # Blending holds sum and weights; turning logits into scores holds three more float32 arrays.
     segment = read * sizes.source_bytes * 2 + core * 16 + decoded
     label = core * (1 + 2 * 4 + _LABELLING_BYTES)
-    # Known logits, their bins, and the bins of a slab.
-    table = core * 4 * 2 + _TABLE_BYTES
+    # The logits, and those of them that are known.
+    table = core * 4 * 2 + _TABULATING_BYTES
     if sizes.is_automatic:
         segment += core * 4
     relabel = core * (4 + 3 * sizes.label_bytes)
@@ -99,7 +100,7 @@ def project(sizes: Sizes) -> dict[str, int]:
         "measure": measured * sizes.source_bytes * 2 + 2**20 * 64 + decoded,
         "segment": max(segment + forward_bytes(sizes), segment + core * (4 + sizes.scores_bytes)),
         "histogram": table,
-        "cutoff": _TABLE_BYTES,
+        "cutoff": _TABLE_BYTES * (TABLES_READ_AHEAD + 2),
         "threshold": core * 6,
         "holes": label + core,
         "fill": core * 7,

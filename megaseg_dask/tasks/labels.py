@@ -6,7 +6,6 @@ their voxels, and no label is given there.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +17,14 @@ from megaseg_dask import labelling, products
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.memory import IDLE_BYTES
 from megaseg_dask.plan import Plan
-from megaseg_dask.tasks.scores import READERS
 
 Array = NDArray[Any]
 Summary = dict[str, Any]
 
 # First voxel and size of a fragment, 64 bits each.
 _FRAGMENT_BYTES = 16
-# Blocks whose pairs are in memory at a time.
-_READ_AHEAD = 256
+# Blocks whose small objects are on their way at a time.
+_READ_AHEAD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,42 +102,38 @@ def _read_fragments(
     """Return the fragments of a volume, pairs of their rows that touch, and where each block's rows start."""
     present, folder = _present(plan, volume), products.work_folder(plan, volume)
     counts = np.zeros(len(plan.block_grid()), np.int64)
-    with ThreadPoolExecutor(READERS) as pool:
-        # From the sizes of the objects: what is read then goes where it belongs, and is in memory once.
-        sizes = pool.map(lambda n: folder.size(f"{of.folder}/fragments/{n}") or 0, present)
-        counts[present] = [size // _FRAGMENT_BYTES for size in sizes]
-        offsets = labelling.offsets_of(counts.tolist())
-        needed = labelling.join_bytes(int(offsets[-1]), 2 * labelling.JOIN_BATCH)
-        if needed + IDLE_BYTES > plan.memory_bytes:
-            raise SettingsError(
-                f"joining {offsets[-1]:,} fragments of volume {volume} needs {(needed + IDLE_BYTES) / 1e9:.1f} GB, and "
-                f"a worker may use {plan.memory_bytes / 1e9:.1f} GB: run the same command again with more --memory"
-            )
-        first, size = np.empty(offsets[-1], np.uint64), np.empty(offsets[-1], np.uint64)
-
-        def read(number: int) -> None:
-            table = products.load_rows(plan, volume, f"{of.folder}/fragments/{number}", 2)
-            rows = slice(offsets[number], offsets[number + 1])
-            first[rows], size[rows] = table
-
-        list(pool.map(read, present))
-    return labelling.Fragments(first, size), _iter_pairs(plan, volume, of, present, offsets), offsets
+    # From the sizes of the objects: what is read then goes where it belongs, and is in memory once.
+    for number, size in products.read_ahead(
+        lambda n: folder.size(f"{of.folder}/fragments/{n}") or 0, present, _READ_AHEAD
+    ):
+        counts[number] = size // _FRAGMENT_BYTES
+    offsets = labelling.offsets_of(counts.tolist())
+    needed = IDLE_BYTES + labelling.join_bytes(int(offsets[-1]), 2 * labelling.JOIN_BATCH)
+    if needed > plan.memory_bytes:
+        raise SettingsError(
+            f"joining {offsets[-1]:,} fragments of volume {volume} needs {needed / 1e9:.1f} GB, and a worker may use "
+            f"{plan.memory_bytes / 1e9:.1f} GB: run the same command again with more --memory"
+        )
+    table = np.empty((2, offsets[-1]), np.uint64)
+    for number, rows in products.read_ahead(
+        lambda n: products.load_rows(plan, volume, f"{of.folder}/fragments/{n}", 2), present, _READ_AHEAD
+    ):
+        table[:, offsets[number] : offsets[number + 1]] = rows
+    return labelling.Fragments(*table), _iter_pairs(plan, volume, of, present, offsets), offsets
 
 
 def _iter_pairs(
     plan: Plan, volume: int, of: Components, present: list[int], offsets: NDArray[np.int64]
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield the pairs of each block's seams, as rows of the volume's table; some blocks are read ahead."""
-    with ThreadPoolExecutor(READERS) as pool:
-        for first in range(0, len(present), _READ_AHEAD):
-            numbers = present[first : first + _READ_AHEAD]
-            loaded = pool.map(lambda n: products.load_rows(plan, volume, f"{of.folder}/seams/{n}", 3), numbers)
-            for number, (neighbour, here, there) in zip(numbers, loaded, strict=True):
-                # Local ids start at 1, rows of the table at 0.
-                rows = np.stack([here.astype(np.int64), there.astype(np.int64)], axis=1) - 1
-                rows[:, 0] += offsets[number]
-                rows[:, 1] += offsets[neighbour.astype(np.int64)]
-                yield rows
+    """Yield the pairs of each block's seams, as rows of the volume's table."""
+    for number, (neighbour, here, there) in products.read_ahead(
+        lambda n: products.load_rows(plan, volume, f"{of.folder}/seams/{n}", 3), present, _READ_AHEAD
+    ):
+        # Local ids start at 1, rows of the table at 0.
+        rows = np.stack([here.astype(np.int64), there.astype(np.int64)], axis=1) - 1
+        rows[:, 0] += offsets[number]
+        rows[:, 1] += offsets[neighbour.astype(np.int64)]
+        yield rows
 
 
 def _write_tables(plan: Plan, volume: int, of: Components, table: Array, offsets: NDArray[np.int64]) -> None:
@@ -149,8 +143,8 @@ def _write_tables(plan: Plan, volume: int, of: Components, table: Array, offsets
 
     # Threads of a pool know nothing of the run's holder, unless they are told.
     context = copy_context()
-    with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(lambda number: context.copy().run(write, number), _present(plan, volume)))
+    for _ in products.read_ahead(lambda n: context.copy().run(write, n), _present(plan, volume), _READ_AHEAD):
+        pass
 
 
 def fill_block(plan: Plan, volume: int, number: int) -> Summary:

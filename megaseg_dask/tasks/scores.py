@@ -1,7 +1,6 @@
 """Stages about scores: measure, segment, and the threshold of each volume where it is found from all of it."""
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -23,14 +22,12 @@ from megaseg_dask.intensity import (
     merge_statistics,
     require_finite,
 )
+from megaseg_dask.memory import TABLES_READ_AHEAD
 from megaseg_dask.plan import Plan
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
 Summary = dict[str, Any]
-
-# Small objects that are asked for at a time: a store answers each after milliseconds.
-READERS = 16
 
 
 # -- statistics
@@ -169,10 +166,10 @@ def find_cutoff(plan: Plan, volume: int, _: int) -> Summary:
     state = products.read_state(plan, volume)
     missing = set(state["missing"])
     blocks = [n for n in range(len(plan.block_grid())) if n not in missing]
-    with ThreadPoolExecutor(READERS) as pool:
-        tables = pool.map(lambda n: dict(products.load(plan, volume, f"histograms/{n}.npz")), blocks)
-        table = thresholds.merge_tables(tables)
-    return {"threshold": cutoff_of(plan, table, state)}
+    tables = products.read_ahead(
+        lambda n: dict(products.load(plan, volume, f"histograms/{n}.npz")), blocks, TABLES_READ_AHEAD
+    )
+    return {"threshold": cutoff_of(plan, thresholds.merge_tables(table for _, table in tables), state)}
 
 
 def cutoff_of(plan: Plan, table: thresholds.Table, extremes: Mapping[str, Any]) -> float:
