@@ -7,7 +7,6 @@ What the files say is for :mod:`megaseg_dask.models.cytodl` to judge.
 
 import io
 import re
-import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -44,9 +43,12 @@ def read_files(path: Path, checkpoint: str | None) -> Files:
     if not path.is_file():
         raise BundleError("no such file or folder; give a bundle's folder, its zip or a .ckpt")
     if zipfile.is_zipfile(path):
-        with open_zip(path) as archive:
-            if not _is_torch_archive(archive):
-                return _read_layout(zipfile.Path(archive), checkpoint)
+        try:
+            with open_zip(path) as archive:
+                if not _is_torch_archive(archive):
+                    return _read_layout(zipfile.Path(archive), checkpoint)
+        except zipfile.BadZipFile as error:
+            raise BundleError(f"the zip is damaged ({short(str(error))}); fetch it again") from error
     if checkpoint not in (None, path.name, path.stem):
         raise BundleError(f"this is one checkpoint, not a folder with one named {checkpoint}")
     return Files({}, _read_checkpoint(path), one_line(path.name), "the file itself")
@@ -147,9 +149,7 @@ def _read_checkpoint(file: Place) -> dict[str, Any]:
     name, stream = one_line(file.name), io.BytesIO(_read_bytes(file, guards.MAX_BYTES))
     try:
         _require_safe(stream)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(stream, map_location="cpu", weights_only=True)
+        content = torch.load(stream, map_location="cpu", weights_only=True)
     except BundleError as error:
         raise BundleError(f"{name}: {error}") from error
     except Unsafe as error:

@@ -71,11 +71,14 @@ short = _SHORT.repr
 
 @contextmanager
 def open_zip(file: Path | io.BytesIO) -> Iterator[zipfile.ZipFile]:
-    """A zip whose every entry was checked; none is unpacked to disk. Raises BundleError with the entry and reason."""
+    """A zip whose every entry was checked; none is unpacked to disk.
+
+    Raises BundleError with the entry and the reason, and BadZipFile for what is no whole zip.
+    """
     try:
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise BundleError(f"the zip is damaged ({short(str(error))}); fetch it again") from error
+    except (NotImplementedError, ValueError) as error:
+        raise zipfile.BadZipFile(str(error)) from error
     with archive:
         try:
             _require_safe(archive)

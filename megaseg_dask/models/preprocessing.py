@@ -8,7 +8,16 @@ from megaseg_dask.models.bundle import Preprocessing, Step
 from megaseg_dask.models.guards import short
 from megaseg_dask.models.statements import Fixed, Source, Stated, Statement, class_name, number, require_known, same
 
-TRANSFORMS = "data.transforms.predict.transforms"
+# Where cyto-dl's data modules keep the transforms of a prediction; and those of training, of which only
+# what normalises an image says something about prediction.
+PREDICT = (
+    "data.transforms.predict.transforms", "data.transforms.transforms", "data.transforms",
+    "data.predict_dataloaders.transforms", "data.predict_dataloaders.dataset.transform",
+)  # fmt: skip
+TRAIN = (
+    "data.transforms.test.transforms", "data.transforms.valid.transforms", "data.transforms.train.transforms",
+    "data.train_dataloaders.transforms", "data.train_dataloaders.dataset.transform",
+)  # fmt: skip
 PACKAGES = ("monai.transforms", "cyto_dl", "aics_im2im")
 MAX_TRANSFORMS = 100
 
@@ -20,6 +29,7 @@ ORDINARY = {
 NEEDS = {
     "ScaleIntensityRangePercentiles": "percentiles of the volume",
     "ClipIntensityPercentiles": "percentiles of the volume",
+    "Clip": "percentiles of the volume",
     "ScaleIntensity": "minimum and maximum of the volume",
     "HistogramNormalize": "the volume's histogram",
 }
@@ -33,18 +43,37 @@ ANYWHERE = {"_target_", "keys", "allow_missing_keys"}
 def read_preprocessing(config: Source, n_channels: int) -> tuple[Preprocessing, str]:
     """The steps that the predict transforms of a train_config.yaml ask for, and who says so.
 
-    Raises BundleError for a transform that is no step, or whose arguments are not known.
+    Without predict transforms, the normalisation in training is taken. Raises
+    BundleError for a transform that is no step, or whose arguments are not known.
     """
-    transforms = config.at(TRANSFORMS)
-    if not isinstance(transforms, list):
+    path = next((path for path in PREDICT + TRAIN if isinstance(config.at(path), list)), None)
+    if path is None:
         return Preprocessing(), "reference value"
-    origin = f"{config.name}: {TRANSFORMS}"
-    if len(transforms) > MAX_TRANSFORMS:
-        raise BundleError(f"{origin} has {len(transforms)} transforms; at most {MAX_TRANSFORMS} are read")
+    origin, n_transforms = f"{config.name}: {path}", len(config.at(path))
+    if n_transforms > MAX_TRANSFORMS:
+        raise BundleError(f"{origin} has {n_transforms} transforms; at most {MAX_TRANSFORMS} are read")
     steps: list[Step] = []
-    for i in range(len(transforms)):
-        steps += _steps(config, f"{TRANSFORMS}.{i}", n_channels, normalised=bool(steps))
+    for each in (f"{path}.{i}" for i in range(n_transforms)):
+        if _is_for_the_image(config, each) and (path in PREDICT or _normalises(config, each)):
+            steps += _steps(config, each, n_channels, normalised=bool(steps))
     return Preprocessing(tuple(steps)), origin
+
+
+def _is_for_the_image(config: Source, path: str) -> bool:
+    """Whether a transform is applied to the network's input, as far as is known."""
+    keys, image = config.at(f"{path}.keys"), config.at("model.x_key")
+    applied = [config.follow(key) for key in keys] if isinstance(keys, list) else [keys]
+    return not isinstance(image, str) or image in applied or not all(isinstance(key, str) for key in applied)
+
+
+def _normalises(config: Source, path: str) -> bool:
+    name = class_name(config.at(f"{path}._target_"), PACKAGES)
+    return name is not None and _base(name) in {*MAKERS, *NEEDS}
+
+
+def _base(name: str) -> str:
+    # MONAI's dictionary transforms are known by three names each, as NormalizeIntensityd, …D and …Dict.
+    return re.sub(r"(d|D|Dict)$", "", name)
 
 
 def _steps(config: Source, path: str, n_channels: int, *, normalised: bool) -> list[Step]:
@@ -54,9 +83,7 @@ def _steps(config: Source, path: str, n_channels: int, *, normalised: bool) -> l
     if name is None:
         known = " or ".join(PACKAGES)
         raise BundleError(f"{config.name}: predict transform {short(target)} at {path} is none of {known}; not run")
-    # MONAI's dictionary transforms are known by three names each, as NormalizeIntensityd, …D and …Dict.
-    base = re.sub(r"(d|D|Dict)$", "", name)
-    where = f"{config.name}: {path} {name}"
+    base, where = _base(name), f"{config.name}: {path} {name}"
     if base in MAKERS:
         if unknown := sorted(config.unknown(path) - ANYWHERE):
             raise BundleError(

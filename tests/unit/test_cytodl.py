@@ -619,6 +619,30 @@ def test_unresolved_preprocessing_falls_to_the_reference(predict, tmp_path):
     assert bundle.origins["preprocessing"] == "reference value"
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"transforms": [NORMALIZE]}, ""),
+        ({"transforms": {"transforms": [NORMALIZE]}}, ""),
+        ({"transforms": [{"_target_": "cyto_dl.image.transforms.clip.Clipd"}]}, "Clipd needs percentiles"),
+        ({"predict_dataloaders": {"dataset": {"transform": [RANGE]}}}, "dataset.transform prepares"),
+        # Of training only what normalises counts, and only what is for the image.
+        ({"transforms": {"train": {"transforms": [NORMALIZE, {"_target_": "monai.transforms.RandFlipd"}]}}}, ""),
+        ({"transforms": {"train": {"transforms": [NORMALIZE, RANGE | {"keys": ["label", "${mask}"]}]}}}, ""),
+        ({"transforms": {"train": {"transforms": [NORMALIZE, RANGE | {"keys": ["label", "raw"]}]}}}, "zscore, rescale"),
+        ({"transforms": {"test": {"transforms": [RANGE]}, "train": {"transforms": [NORMALIZE]}}}, "images by: rescale"),
+        ({"train_dataloaders": {"transforms": [{"_target_": "monai.transforms.ScaleIntensityd"}]}}, "needs minimum"),
+    ],
+)  # fmt: skip
+def test_where_else_a_normalisation_is_stated(data, message, tmp_path):
+    config = {"data": data, "model": {"x_key": "${source_col}"}, "source_col": "raw", "mask": "exclude"}
+    path = write_folder(tmp_path / "x", config=config)
+    if message:
+        assert message in refusal(path)
+    else:
+        assert load_bundle(path).origins["preprocessing"].startswith("train_config.yaml: data.transforms")
+
+
 def test_a_reference_to_other_transforms_is_followed(tmp_path):
     config = {"data": {"transforms": {"predict": "${data.transforms.test}", "test": {"transforms": [RANGE]}}}}
     assert read_bundle(write_folder(tmp_path / "x", config=config)).preprocessing.steps[0].name == "rescale"
