@@ -182,7 +182,10 @@ def _doubts(plan: Plan, found: list[dict[str, Any]], journal: Journal) -> list[s
     """Name volumes whose result means nothing, although it is what the network says; and batches that shrank."""
     pairs = zip(plan.volumes, found, strict=True)
     doubts = [f"t={v.t} c={v.c} is constant: what is found in it means nothing" for v, s in pairs if s.get("std") == 0]
-    shrunk = [s["batch"] for s in journal.summaries("volume" if plan.is_one_task else "segment") if "batch" in s]
+    first, last = ("volume", "volume") if plan.is_one_task else (plan.stages[0].name, "segment")
+    if n_absent := sum(s.get("absent", 0) for s in journal.summaries(first)):
+        doubts.append(f"{n_absent} chunks of the source are not there, and were read as its fill value")
+    shrunk = [s["batch"] for s in journal.summaries(last) if "batch" in s]
     if shrunk:
         doubts.append(
             f"a device ran out of memory: {len(shrunk)} tasks went in batches down to {min(shrunk)}, not "

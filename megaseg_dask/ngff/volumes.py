@@ -50,6 +50,24 @@ class Volume:
             self._require_no_empty_shard(array, box, values)
         return self._to_zyx(values).astype(values.dtype.newbyteorder("="), copy=False)
 
+    def count_absent(self, box: Box, values: Array) -> int:
+        """Return how many stored objects that begin in ``box`` are not there; ``values`` is what was read.
+
+        Zarr reads them as the fill value: legal, and worth telling.
+        """
+        array, full = cached_array(self.location), self._full_box(box)
+        values = values.transpose([SPATIAL.index(name) for name in self.axis_names if name in SPATIAL])
+        values = values.reshape(full.shape)
+        grid = BlockGrid(array.shape, array.shards or array.chunks)
+        n_absent = 0
+        for position in grid.iter_overlapping(full):
+            core = grid.core(position)
+            begins_here = all(a >= b for a, b in zip(core.start, full.start, strict=True))
+            # Objects are only asked for where all voxels are the fill value: elsewhere something was read.
+            if begins_here and (values[(core & full).within(full).slices] == array.fill_value).all():
+                n_absent += self.location.size(array.metadata.encode_chunk_key(position)) is None
+        return n_absent
+
     def write(self, box: Box, values: Array) -> None:
         """Write a box of ``(z, y, x)`` values of the array's dtype; one task must own its write units."""
         array = cached_array(self.location, writable=True)

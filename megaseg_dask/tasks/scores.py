@@ -23,6 +23,7 @@ from megaseg_dask.intensity import (
     require_finite,
 )
 from megaseg_dask.memory import TABLES_READ_AHEAD
+from megaseg_dask.ngff.volumes import Volume
 from megaseg_dask.plan import Plan
 
 Array = NDArray[Any]
@@ -35,8 +36,15 @@ Summary = dict[str, Any]
 
 def measure_block(plan: Plan, volume: int, number: int) -> Summary:
     """Sum intensities; floats keep one entry per part of the partition, integers add up to one."""
-    box = plan.measure_grid[number]
-    return {"parts": measure_parts(plan, products.source(plan, volume, plan.measure_level or 0).read(box), box)}
+    box, source = plan.measure_grid[number], products.source(plan, volume, plan.measure_level or 0)
+    values = source.read(box)
+    return {"parts": measure_parts(plan, values, box), **count_absent(source, box, values)}
+
+
+def count_absent(source: Volume, box: Box, values: Array) -> Summary:
+    """Return how many stored objects of the source are absent in a box, if any are."""
+    n_absent = source.count_absent(box, values)
+    return {"absent": n_absent} if n_absent else {}
 
 
 def measure_parts(plan: Plan, values: Array, box: Box) -> list[tuple[int, dict[str, Any]]]:

@@ -17,10 +17,12 @@ Array = NDArray[Any]
 def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
     """Do all stages of one volume."""
     whole = Box.of(plan.volume_shape)
-    values = products.source(plan, volume).read(whole)
+    source = products.source(plan, volume)
+    values = source.read(whole)
     statistics = _measure(plan, volume, values)
+    absent = scores.count_absent(source, whole, values)
     logits = scores.predict(plan, values, whole, Normalisation(statistics["mean"], statistics["std"]))
-    summary: dict[str, Any] = {"statistics": statistics, **scores.shrunk_batch(plan)}
+    summary: dict[str, Any] = {"statistics": statistics, **absent, **scores.shrunk_batch(plan)}
     found = scores.scores_of(plan, logits)
     del values
     if plan.has_mask and plan.options.is_automatic:

@@ -150,6 +150,43 @@ def test_nan_is_named_or_background(value, block, megaseg, tmp_path):
     assert (scores[~bad] > 0).all()
 
 
+@pytest.mark.parametrize("block", ["20,40,50", "40,70,90"])
+def test_an_absent_chunk_is_the_fill_value_and_told(block, megaseg, tmp_path):
+    image = blobs(SHAPE)
+    source = write_image(tmp_path / "cells.zarr", image, chunks=(20, 35, 45))
+    (source / "0/c/1/0/1").unlink()
+    code, out, err = megaseg(source, tmp_path / "out.zarr", "--block", block, "--json")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["warnings"] == ["1 chunks of the source are not there, and were read as its fill value"]
+    image[20:, :35, 45:] = 0
+    written = write_image(tmp_path / "filled.zarr", image)
+    assert megaseg(written, tmp_path / "expected.zarr", "--block", block)[0] == 0
+    found, expected = contents(tmp_path / "out.zarr"), contents(tmp_path / "expected.zarr")
+    assert all(found[name] == expected[name] for name in expected if name.endswith("voxels"))
+
+
+def test_a_corrupt_chunk_leaves_the_other_blocks_where_the_normalisation_is_given(megaseg, tmp_path):
+    checked = zarr.codecs.ZstdCodec(checksum=True)
+    source = write_image(tmp_path / "cells.zarr", blobs((20, 120, 160)), chunks=(20, 40, 40), compressors=checked)
+    options = ["--normalization", "1000,400", "--block", "20,40,40"]
+    assert megaseg(source, tmp_path / "expected.zarr", *options)[0] == 0
+    chunk = source / "0/c/0/2/3"
+    good = chunk.read_bytes()
+    # A flipped bit, which the checksum of the codec tells from data.
+    chunk.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+    target = tmp_path / "out.zarr"
+    code, _, err = megaseg(source, target, *options)
+    assert code == 1
+    assert "0/c/0/2/3 is corrupt" in err
+    missing = zarr.open_group(target, mode="r").attrs["megaseg"]["missing_boxes"]
+    assert 0 < len(missing) < 12
+    assert zarr.open_group(target, mode="r")["0"][:, :40, :40].any()
+    chunk.write_bytes(good)
+    assert megaseg(source, target, *options)[0] == 0
+    assert contents(target) == contents(tmp_path / "expected.zarr")
+
+
 # -- a full disk
 
 
