@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
+from megaseg_dask.labelling import JOIN_BATCH, join_bytes
 
 # Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, before it has done anything.
 IDLE_BYTES = 720 * 10**6
@@ -31,7 +32,6 @@ _FORWARD_BYTES = 100 * 10**6
 
 # The join holds fragments, not voxels. How many there are only the data know: an estimate, from a small nucleus.
 _VOXELS_PER_FRAGMENT = 10_000
-_FRAGMENT_BYTES = 64
 
 # Working memory of the mode per finer voxel, where all windows are mixed.
 _MODE_BYTES = 16
@@ -106,7 +106,7 @@ def project(sizes: Sizes) -> dict[str, int]:
         "fill": core * 7,
         "label": label,
         "seams": core,
-        "join": Box.of(sizes.volume_shape).size // _VOXELS_PER_FRAGMENT * _FRAGMENT_BYTES,
+        "join": join_bytes(Box.of(sizes.volume_shape).size // _VOXELS_PER_FRAGMENT, 2 * JOIN_BATCH),
         "relabel": relabel,
         # Parts of 16.8 million finer voxels, and the unit that they make up.
         "downsample": min(core, 2**24) * 2 * (sizes.label_bytes + _MODE_BYTES) + core * sizes.label_bytes,

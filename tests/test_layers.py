@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "megaseg_dask"
 LAYERS = """
 errors events
 geometry blending intensity thresholds labelling digits measurements layout memory simulation evaluate
-stores
+stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
+stores.disks stores.objects stores.foreign stores.location stores
 models.network models.bundle models.guards models.files models.statements models.heads models.preprocessing
 models.cytodl models models.zoo
 engines engines.pytorch inference
@@ -30,6 +31,7 @@ DOORS = {
     "dask": {"cluster", "xarrays"},
     "dask_cuda": {"cluster"},
     "distributed": {"cluster", "dispatch"},
+    "fsspec": {"stores"},
     "monai": {"models", "engines"},
     "numpy": None,
     "obstore": {"stores"},

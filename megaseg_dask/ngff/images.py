@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from megaseg_dask.errors import SourceError, StoreError
 from megaseg_dask.geometry import BlockGrid, Shape
 from megaseg_dask.ngff.pyramids import default_level_shapes
-from megaseg_dask.stores import ZARR_FORMAT, Location, cause_of
+from megaseg_dask.stores import METADATA, ZARR_FORMAT, Location, cause_of, is_store_failure, store_error
 
 T = TypeVar("T")
 
@@ -196,24 +197,27 @@ def sample_of(location: Location) -> str:
 
 
 def _open_image_group(location: Location) -> tuple[zarr.Group, dict[str, Any]]:
-    if not location.exists():
-        raise SourceError(f"{location} does not exist; check the path")
+    # A first, impatient look: a wrong address or key is told at once, and in the store's own words.
+    location.require_readable()
     try:
         return location.open_group(), location.ome_attributes()[1]
     except Exception as error:
-        raise SourceError(f"{location} is {_describe_path(location, error)}, not an OME-Zarr image") from error
+        if not location.is_local and is_store_failure(error):
+            raise store_error(location, "read", error) from error
+        raise SourceError(f"{location} is {_describe_place(location, error)}, not an OME-Zarr image") from error
 
 
-def _describe_path(location: Location, error: Exception) -> str:
+def _describe_place(location: Location, error: Exception) -> str:
     """Say what stands where no Zarr group could be opened."""
-    if location.path.is_file():
-        with location.path.open("rb") as file:
-            kind = _FIRST_BYTES.get(file.read(2), location.path.suffix.removeprefix("."))
+    if not location.is_folder():
+        first = location.parent.head(location.basename, 2) or b""
+        kind = _FIRST_BYTES.get(first, PurePosixPath(location.basename).suffix.removeprefix("."))
         return f"a {kind} file".replace("  ", " ") + " (convert it, with bioformats2raw for instance)"
-    names = sorted(p.name for p in location.path.iterdir())
     with suppress(Exception):
         location.open_array()
-        return f"a single Zarr array (name the folder of its image, perhaps {location.path.parent})"
+        return f"a single Zarr array (name the folder of its image, perhaps {location.parent})"
+    # What is on a web server is not listed.
+    names = location.children() if location.is_listable else [n for n in METADATA if location.size(n) is not None]
     if {"zarr.json", ".zgroup"} & set(names):
         return f"a Zarr group whose metadata cannot be read ({cause_of(error)})"
     shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
@@ -232,7 +236,7 @@ def _describe_group(location: Location, ome: Mapping[str, Any]) -> str:
         case {"well": _}:
             return "a well of a plate (name one image in it)"
         case {"labels": _}:
-            return f"a labels group (name the image that it belongs to, {location.path.parent})"
+            return f"a labels group (name the image that it belongs to, {location.parent})"
         case {"bioformats2raw.layout": _}:
             return f"a bioformats2raw collection (name one image in it, such as {location}/0)"
     return "a Zarr group without multiscales metadata"

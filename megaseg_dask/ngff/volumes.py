@@ -16,7 +16,7 @@ from megaseg_dask.errors import DataError, MegasegError, StoreError
 from megaseg_dask.geometry import BlockGrid, Box, Shape
 from megaseg_dask.layout import Layout
 from megaseg_dask.ngff.images import SPATIAL, Image
-from megaseg_dask.stores import ZARR_FORMAT, Location, cached_array, cause_of
+from megaseg_dask.stores import ZARR_FORMAT, Location, cached_array, cause_of, is_store_failure, store_error
 
 Array = NDArray[Any]
 
@@ -41,13 +41,14 @@ class Volume:
 
         Raises :class:`DataError` naming a corrupt chunk, or :class:`StoreError` naming one that cannot be read.
         """
-        array = cached_array(self.location)
+        array = self._open()
         try:
             values = np.asarray(array[self._index(box)])
         except Exception as error:
             raise self._blame(array, box, error) from error
         if array.shards is not None:
             self._require_no_empty_shard(array, box, values)
+        self._require_still_there(array, values)
         return self._to_zyx(values).astype(values.dtype.newbyteorder("="), copy=False)
 
     def count_absent(self, box: Box, values: Array) -> int:
@@ -70,16 +71,39 @@ class Volume:
 
     def write(self, box: Box, values: Array) -> None:
         """Write a box of ``(z, y, x)`` values of the array's dtype; one task must own its write units."""
-        array = cached_array(self.location, writable=True)
+        array = self._open(writable=True)
         # zarr casts silently, and a wrapped number would look like data.
         if values.dtype != array.dtype:
             raise TypeError(f"{self.location}: values are {values.dtype}, the array is {array.dtype}")
         spatial = [name for name in self.axis_names if name in SPATIAL]
         try:
             array[self._index(box)] = values.transpose([SPATIAL.index(name) for name in spatial])
-        except OSError as error:
+        except Exception as error:
+            if not (isinstance(error, OSError) or is_store_failure(error)):
+                raise
+            if not self.location.is_local:
+                raise store_error(self.location, "write", error) from error
             raise StoreError(f"cannot write {self.location}: {cause_of(error)}; mend that (make room, mount the "
                              "disk) and run the same command again") from error  # fmt: skip
+
+    def _open(self, *, writable: bool = False) -> zarr.Array[Any]:
+        try:
+            return cached_array(self.location, writable=writable)
+        except FileNotFoundError as error:
+            if self.location.is_local:
+                raise
+            raise self._lost() from error
+
+    def _lost(self) -> StoreError:
+        return StoreError(f"cannot open {self.location}: the array is not there any more, or its bucket is not; "
+                          "restore it and run the same command again")  # fmt: skip
+
+    def _require_still_there(self, array: zarr.Array[Any], values: Array) -> None:
+        """Raise :class:`StoreError` if what reads as background may be nothing: a lost bucket has no chunk either."""
+        if self.location.is_local or not _holds_fill_value(values, array.fill_value):
+            return
+        if self.location.size("zarr.json" if array.metadata.zarr_format == 3 else ".zarray") is None:
+            raise self._lost()
 
     def _index(self, box: Box) -> tuple[int | slice, ...]:
         where: dict[str, int | slice] = {
@@ -115,6 +139,9 @@ class Volume:
 
     def _blame(self, array: zarr.Array[Any], box: Box, error: Exception) -> MegasegError:
         """Find the stored object that cannot be read: codecs say what is wrong, but not where."""
+        if not self.location.is_local and is_store_failure(error):
+            # It was asked again and again for minutes already.
+            return store_error(self.location, "read", error)
         full, grid = self._full_box(box), BlockGrid(array.shape, array.shards or array.chunks)
         for position in grid.iter_overlapping(full):
             try:
@@ -126,14 +153,21 @@ class Volume:
     def _judge(self, key: str, cause: Exception) -> MegasegError:
         """Tell a store that failed, and may recover, from a chunk that will never decode."""
         place = f"{self.location}/{key}"
-        # Some codecs raise OSError too, but only the system numbers its errors.
-        if isinstance(cause, OSError) and cause.errno is not None:
-            return StoreError(f"cannot read {place}: {cause_of(cause)}")
+        if is_store_failure(cause):
+            return store_error(self.location / key, "read", cause)
         try:
             self.location.get(key)
         except StoreError as error:
             return error
         return _corrupt(place, f"{type(cause).__name__}: {cause}")
+
+
+def _holds_fill_value(values: Array, fill_value: Any) -> bool:
+    # Arrays of Zarr v2 may have none, and are then read as zeros.
+    fill_value = 0 if fill_value is None else fill_value
+    is_nan = fill_value != fill_value
+    # Plane by plane: a mask of the whole block would be memory that nobody planned.
+    return any((np.isnan(plane) if is_nan else plane == fill_value).any() for plane in values)
 
 
 def _corrupt(place: str, cause: str) -> DataError:

@@ -1,13 +1,22 @@
 """Locations: addresses, small objects, and errors that name the object and the cause."""
 
+import ctypes
+import io
+import os
 import pickle
+import socket
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import zarr
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from megaseg_dask.errors import SettingsError, StoreError, TargetError
-from megaseg_dask.stores import Location, cached_array
+from megaseg_dask.stores import Location, StoreOptions, cached_array, cause_of, configure, environment
 
 ODD_NAMES = ["plain.zarr", "with space.zarr", "a#b%20ü.zarr", "x?y&z=1", "[q]", "semi;colon", "日本.ome.zarr"]
 
@@ -71,10 +80,75 @@ def test_name_is_without_the_ending(address, name):
     assert Location.of(address).name == name
 
 
-@pytest.mark.parametrize("address", ["", "s3://bucket/image.zarr", "ftp://x/y"])
-def test_addresses_that_cannot_be_opened_are_refused(address):
-    with pytest.raises(SettingsError):
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("", "an empty path"),
+        ("s3://", "no bucket"),
+        ("s3://bucket/../other", "'..' has no meaning"),
+        ("s3://bucket/a\tb", "control characters"),
+        ("s3://bucket\\image.zarr", "backslashes"),
+        ("s3://key:hush@bucket/image.zarr", "credentials do not belong in a URL"),
+        ("az://images/a?sv=2022&sig=hush", "credentials do not belong in a URL"),
+        ("simplecache::s3://bucket/image.zarr", "chains of URLs"),
+        ("zip://a.zip::s3://bucket/image.zarr", "chains of URLs"),
+        ("nowhere://x/y", "no kind of store that is known"),
+    ],
+)
+def test_addresses_that_cannot_be_opened_are_refused(address, words):
+    with pytest.raises(SettingsError, match=words) as caught:
         Location.of(address)
+    assert "hush" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "one"),
+    [
+        ("s3://bucket/a/b.zarr/", "s3://bucket/a/b.zarr"),
+        ("S3a://bucket//a/./b.zarr", "s3://bucket/a/b.zarr"),
+        ("s3://bucket/", "s3://bucket"),
+        ("s3://bucket/50%20 x#1?.zarr", "s3://bucket/50%20 x#1?.zarr"),
+        ("abfs://images/a", "az://images/a"),
+        ("abfss://images@account.dfs.core.windows.net/a", "az://images@account.dfs.core.windows.net/a"),
+    ],
+)
+def test_one_place_in_a_store_has_one_address(typed, one):
+    location = Location.of(typed)
+    assert location.url == one
+    assert Location.of(location.url) == location
+    assert not location.is_local
+    with pytest.raises(ValueError, match="no folder of this machine"):
+        _ = location.path
+
+
+def test_addresses_in_stores_are_compared_by_their_parts():
+    image = Location.of("s3://bucket/plate/cells.ome.zarr")
+    assert (image.name, image.basename, image.parent.url) == ("cells", "cells.ome.zarr", "s3://bucket/plate")
+    assert image.parent.parent.parent.url == "s3://bucket"
+    assert image.sibling(".run").url == "s3://bucket/plate/cells.ome.zarr.run"
+    assert (image / "labels/megaseg").is_inside(image)
+    assert image.is_inside(Location.of("s3://bucket"))
+    assert not image.sibling(".run").is_inside(image)
+    assert not image.is_inside(image)
+    assert image.is_same(Location.of("s3://bucket/plate//cells.ome.zarr/"))
+    assert not image.is_same(Location.of("gs-like/cells.ome.zarr"))
+    assert not image.is_inside(Location.of("/"))
+    web = Location.of("https://host/with space/a.zarr")
+    assert (web.parent.basename, (web / "half size").url) == (
+        "with space",
+        "https://host/with%20space/a.zarr/half%20size",
+    )
+
+
+@given(st.text(st.characters(exclude_categories=["C"], exclude_characters="/\\@?#"), min_size=1))
+def test_any_name_survives_in_an_address(name):
+    assume(name.isprintable() and name not in (".", ".."))
+    for root in ("s3://bucket", "https://host", "az://images"):
+        location = Location.of(root) / name
+        assert location.basename == name
+        assert Location.of(location.url) == location
+        assert location.parent.url == root
 
 
 def test_location_travels_and_sibling_stands_beside(tmp_path):
@@ -163,6 +237,191 @@ def test_arrays_are_opened_once_per_process(tmp_path):
     location = Location.of(tmp_path / "a")
     assert cached_array(location) is cached_array(Location.of(f"{tmp_path}/a/"))
     assert cached_array(location) is not cached_array(location, writable=True)
+
+
+# -- what only a disk needs
+
+
+def test_what_is_right_below_is_listed(tmp_path):
+    location = Location.of(tmp_path / "a")
+    assert location.children() == []
+    location.put("zarr.json", b"{}")
+    location.put("0/zarr.json", b"{}")
+    assert location.children() == ["0", "zarr.json"]
+    assert (location.is_folder(), (location / "zarr.json").is_folder()) == (True, False)
+    with pytest.raises(StoreError, match="Not a directory"):
+        (location / "zarr.json").children()
+
+
+@pytest.mark.parametrize("options", [{}, {"zarr_format": 2}, {"shards": (4, 4)}], ids=["v3", "v2", "sharded"])
+def test_interrupted_writes_are_swept(tmp_path, monkeypatch, options):
+    """What zarr leaves is made by zarr: its writer is killed as it would rename."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(self, target):
+        raise Killed
+
+    array = zarr.create_array(tmp_path / "a.zarr/0", shape=(4, 4), chunks=(2, 2), dtype="u1", **options)
+    array[...] = 1
+    (tmp_path / "a.zarr/notes.partial").write_text("mine")
+    whole = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        for act in (lambda: array.__setitem__(..., 2), lambda: array.attrs.update(a=1)):
+            with pytest.raises(Killed):
+                act()
+    left = {p for p in tmp_path.rglob("*") if p.is_file()} - set(whole)
+    assert left
+    location = Location.of(tmp_path / "a.zarr")
+    assert location.sweep_partial() == len(left)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == whole
+    assert location.sweep_partial() == 0
+    assert Location.of(tmp_path / "absent").sweep_partial() == Location.of("s3://bucket/a").sweep_partial() == 0
+
+
+def test_what_was_written_is_flushed(tmp_path, monkeypatch):
+    location = Location.of(tmp_path / "a")
+    location.put("x", b"1")
+    location.sync()
+    Location.of(tmp_path / "absent/deeper").sync()
+    Location.of("s3://bucket/a").sync()
+    synced = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(os, "sync", lambda: synced.append(1))
+    location.sync()
+    assert synced == [1]
+
+
+# -- options
+
+
+def test_options_of_the_command_line():
+    options = StoreOptions.parse("https://minio.example.org/", True, ["region=x", "az.endpoint=y=z"], "s3://b/in.zarr/")
+    assert options.endpoint == "https://minio.example.org"
+    assert options.of_scheme("s3://b/c") == {"region": "x"}
+    assert options.of_scheme("az://b/c") == {"region": "x", "endpoint": "y=z"}
+    assert all(map(options.is_anonymous, ("s3://b/in.zarr", "s3://b/in.zarr/0")))
+    assert not any(map(options.is_anonymous, ("s3://b/in.zarr.run", "s3://b", "/b/in.zarr")))
+    assert StoreOptions.parse(anon=True).is_anonymous("s3://anything")
+    assert not StoreOptions.parse().is_anonymous("s3://anything")
+    assert pickle.loads(pickle.dumps(options)) == options
+
+
+def test_secrets_are_in_no_representation():
+    options = StoreOptions.parse(storage_options=["secret_access_key=hush-hush"])
+    assert "hush" not in repr(options)
+    for wrong in ("hush-hush", "=hush-hush"):
+        with pytest.raises(SettingsError, match="expected KEY=VALUE") as caught:
+            StoreOptions.parse(storage_options=[wrong])
+        assert "hush" not in str(caught.value)
+    with pytest.raises(SettingsError, match="--endpoint localhost:9000: expected a URL"):
+        StoreOptions.parse("localhost:9000")
+
+
+def test_what_a_store_says_is_shown_without_secrets(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    assert cause_of(ValueError("the key hush-hush is wrong\nmore")) == "the key *** is wrong"
+
+
+def test_the_same_options_forget_nothing(tmp_path):
+    zarr.create_array(tmp_path / "a", shape=(4,), dtype="u1")
+    array = cached_array(Location.of(tmp_path / "a"))
+    configure(StoreOptions())
+    assert cached_array(Location.of(tmp_path / "a")) is array
+    try:
+        configure(StoreOptions(anonymous=True))
+        assert cached_array(Location.of(tmp_path / "a")) is not array
+    finally:
+        configure(StoreOptions())
+
+
+# -- the environment
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """An environment that says nothing of stores, and a home without files."""
+    for name in [n for n in os.environ if n.startswith(("AWS_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    (tmp_path / ".aws").mkdir()
+    return tmp_path / ".aws"
+
+
+KEYS = "aws_access_key_id = id\naws_secret_access_key = hush\n"
+
+
+def test_keys_region_and_endpoint_come_from_the_profile(bare, monkeypatch):
+    (bare / "credentials").write_text(f"[default]\n{KEYS}[lab]\n{KEYS.replace('= id', '= lab')}aws_session_token=t\n")
+    (bare / "config").write_text("[default]\nregion = eu-west-1\n[profile lab]\nendpoint_url = http://lab:9000\n")
+    default = environment.s3_config("b", {}, "https://elsewhere", False)
+    assert (default["access_key_id"], default["region"], default["endpoint"]) == (
+        "id",
+        "eu-west-1",
+        "https://elsewhere",
+    )
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    lab = environment.s3_config("b", {}, None, False)
+    assert (lab["access_key_id"], lab["session_token"], lab["endpoint"]) == ("lab", "t", "http://lab:9000")
+    assert lab["region"] == "us-east-1"
+    # Variables win, option by option.
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
+    monkeypatch.setenv("AWS_REGION", "eu-north-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://mine:9000")
+    mine = environment.s3_config("b", {}, None, False)
+    assert "access_key_id" not in mine
+    assert (mine["region"], mine["endpoint"]) == ("eu-north-1", "http://mine:9000")
+    assert environment.s3_config("b", {"region": "given"}, None, False)["region"] == "given"
+
+
+def test_profiles_that_log_in_elsewhere_say_how(bare):
+    (bare / "config").write_text("[default]\nsso_session = lab\n")
+    with pytest.raises(SettingsError, match="aws configure export-credentials"):
+        environment.s3_config("b", {}, "http://x", False)
+    assert environment.s3_config("b", {}, "http://x", True)["skip_signature"] is True
+
+
+@pytest.mark.parametrize("text", ["[default\n", "\0", "region = x"])
+def test_broken_profiles_are_passed_over(bare, text):
+    (bare / "credentials").write_text(text)
+    with pytest.raises(SettingsError, match="no credentials were found"):
+        environment.s3_config("b", {}, "http://x", False)
+
+
+def test_a_virtual_machine_gives_its_own_credentials(bare, monkeypatch):
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
+    with socket.socket() as service:
+        service.bind(("127.0.0.1", 0))
+        service.listen()
+        monkeypatch.setattr(environment, "_METADATA_SERVICE", service.getsockname())
+        assert "access_key_id" not in environment.s3_config("b", {}, "http://x", False)
+    with pytest.raises(SettingsError, match=r"set AWS_ACCESS_KEY_ID .* or pass --anon"):
+        environment.s3_config("b", {}, "http://x", False)
+
+
+@pytest.mark.parametrize("status", [200, 301, 403])
+def test_aws_is_asked_for_the_region_of_a_bucket(bare, monkeypatch, status):
+    asked = []
+
+    class Answer(io.BytesIO):
+        headers: ClassVar = {"x-amz-bucket-region": "eu-west-3"}
+
+    def urlopen(request, timeout):
+        asked.append((request.get_method(), request.full_url))
+        if status != 200:
+            raise urllib.error.HTTPError(request.full_url, status, "", Answer.headers, None)
+        return Answer()
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    environment._region_of.cache_clear()
+    for _ in range(2):
+        assert environment.s3_config("images", {}, None, True)["region"] == "eu-west-3"
+    assert asked == [("HEAD", "https://s3.amazonaws.com/images")]
+    assert environment.s3_config("images", {}, "http://minio", True)["region"] == "us-east-1"
+    environment._region_of.cache_clear()
 
 
 # -- writable or not

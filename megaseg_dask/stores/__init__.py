@@ -1,0 +1,20 @@
+"""Stores: where data live and how they are opened, on disks, in object stores and on web servers."""
+
+from megaseg_dask.stores.failures import cause_of, is_store_failure
+from megaseg_dask.stores.folders import METADATA
+from megaseg_dask.stores.location import ZARR_FORMAT, Location, cached_array, configure, forget, naming, store_error
+from megaseg_dask.stores.options import StoreOptions
+
+__all__ = [
+    "METADATA",
+    "ZARR_FORMAT",
+    "Location",
+    "StoreOptions",
+    "cached_array",
+    "cause_of",
+    "configure",
+    "forget",
+    "is_store_failure",
+    "naming",
+    "store_error",
+]

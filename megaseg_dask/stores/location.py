@@ -1,0 +1,301 @@
+"""Where data live: one address for arrays and for small objects, on a disk or in an object store.
+
+A :class:`Location` is an address and nothing else, so it travels to workers;
+how its store is opened is set once per process. Errors name the address, the
+cause and the next step.
+"""
+
+import functools
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import zarr
+import zarr.storage
+
+from megaseg_dask.errors import MegasegError, SourceError, StoreError, TargetError
+from megaseg_dask.stores import addresses, disks, options
+from megaseg_dask.stores.clients import client_of
+from megaseg_dask.stores.failures import explain, is_store_failure
+from megaseg_dask.stores.folders import Folder
+from megaseg_dask.stores.foreign import open_foreign
+from megaseg_dask.stores.objects import open_objects
+from megaseg_dask.stores.options import StoreOptions
+
+ZARR_FORMAT = {"0.4": 2, "0.5": 3}
+# The others, Google among them, are open only to those who installed a package for them.
+_KNOWN = (addresses.LOCAL, addresses.S3, addresses.AZURE, *addresses.WEB)
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A folder on some store."""
+
+    url: str
+
+    @classmethod
+    def of(cls, address: str | Path) -> "Location":
+        """Return the location of a path or URL, in the one spelling that is compared.
+
+        Raises :class:`SettingsError` for an address that cannot be opened.
+        """
+        location = cls(addresses.normalise(address))
+        if addresses.scheme_of(location.url) not in _KNOWN:
+            # Whether fsspec knows the scheme, and its package is installed.
+            location._folder()
+        return location
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(addresses.join(self.url, name))
+
+    def __str__(self) -> str:
+        return self.url
+
+    # -- the address
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether this is a folder of a file system of this machine."""
+        return addresses.scheme_of(self.url) == addresses.LOCAL
+
+    @property
+    def is_listable(self) -> bool:
+        """Tell whether the store lists what it has; a web server does not."""
+        return addresses.scheme_of(self.url) not in addresses.WEB
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local location; raises :class:`ValueError` for any other."""
+        if not self.is_local:
+            raise ValueError(f"{self.url} is no folder of this machine")
+        return Path(self.url)
+
+    @property
+    def basename(self) -> str:
+        """Last part of the address."""
+        return addresses.last_part(self.url)
+
+    @property
+    def name(self) -> str:
+        """Last part of the address, without ``.ome.zarr`` or ``.zarr``."""
+        return re.sub(r"(?<=.)(\.ome)?\.zarr$", "", self.basename)
+
+    @property
+    def parent(self) -> "Location":
+        """The folder that this one is in."""
+        return Location(addresses.parent_of(self.url))
+
+    def sibling(self, suffix: str) -> "Location":
+        """Return the location beside this one whose name has ``suffix`` appended."""
+        return Location(self.url.rstrip("/") + suffix)
+
+    def is_inside(self, other: "Location") -> bool:
+        """Tell whether this is a folder below ``other``, links of a file system followed."""
+        if self.is_local and other.is_local:
+            return other.path.resolve() in self.path.resolve().parents
+        return self.is_local == other.is_local and self.url.startswith(f"{other.url}/")
+
+    def is_same(self, other: "Location") -> bool:
+        """Tell whether both are one folder, links of a file system followed."""
+        if self.is_local and other.is_local:
+            return other.path.resolve() == self.path.resolve()
+        return self.url == other.url
+
+    # -- what is there
+
+    def _folder(self, *, patient: bool = True) -> Folder:
+        if self.is_local:
+            return disks.open_disk(self.path)
+        if addresses.scheme_of(self.url) in _KNOWN:
+            return open_objects(self.url, options.current(), patient=patient)
+        return open_foreign(self.url, options.current())
+
+    def exists(self) -> bool:
+        """Tell whether anything is there: a folder, or what is below a prefix."""
+        with naming(self, "read"):
+            return self._folder().exists()
+
+    def is_folder(self) -> bool:
+        """Tell whether there is anything below this address."""
+        with naming(self, "read"):
+            return self._folder().is_folder()
+
+    def children(self) -> list[str]:
+        """Return the names of the folders and objects right below, sorted; none if there is no such folder.
+
+        Raises :class:`StoreError` on a web server, which lists nothing.
+        """
+        with naming(self, "list"):
+            return self._folder().children()
+
+    def probe(self, kind: type[MegasegError] = SourceError) -> bool:
+        """Ask once whether anything is there, without the patience of later requests.
+
+        Raises ``kind`` if the request is wrong (no such bucket, access denied), and
+        :class:`StoreError` if the store does not answer.
+        """
+        with naming(self, "read", kind):
+            return self._folder(patient=False).exists()
+
+    def require_readable(self) -> None:
+        """Raise :class:`SourceError` if nothing is there or it may not be read, :class:`StoreError` for no answer."""
+        if not self.probe():
+            raise SourceError(f"{self} does not exist; check the {'path' if self.is_local else 'address'}")
+
+    def require_writable(self) -> None:
+        """Raise :class:`TargetError` if nothing could be created here and beside it; writes nothing that stays."""
+        if self.is_local:
+            disks.require_writable(self.path)
+            return
+        if self.parent == self:
+            raise TargetError(f"{self} is a whole bucket; name a folder in it, such as {self}/cells.zarr")
+        # The run folder stands beside the target.
+        name, folder = f"{self.basename}.megaseg-probe-{uuid.uuid4().hex[:8]}", self.parent._folder(patient=False)
+        with naming(self, "write", TargetError):
+            created = [folder.create(name, b"") for _ in range(2)]
+            folder.delete(name)
+        if created != [True, False]:
+            raise TargetError(f"{self} is on a store that replaces what it is asked to create only if it is not there "
+                              "(If-None-Match), so two runs could not be kept apart; choose another")  # fmt: skip
+
+    # -- small objects
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write one object, whole or not at all."""
+        with naming(self / key, "write"):
+            self._folder().put(key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write one object unless there is one; tell whether it was written. Of several writers one succeeds."""
+        with naming(self / key, "write"):
+            return self._folder().create(key, data)
+
+    def delete(self, key: str) -> None:
+        """Remove one object; none there is no error."""
+        with naming(self / key, "remove"):
+            self._folder().delete(key)
+
+    def get(self, key: str) -> bytes | None:
+        """Read one object; ``None`` if there is none."""
+        with naming(self / key, "read"):
+            return self._folder().get(key)
+
+    def size(self, key: str) -> int | None:
+        """Return the bytes of one object; ``None`` if there is none."""
+        with naming(self / key, "read"):
+            return self._folder().size(key)
+
+    def head(self, key: str, n_bytes: int) -> bytes | None:
+        """Read the beginning of one object; ``None`` if there is none."""
+        with naming(self / key, "read"):
+            return self._folder().head(key, n_bytes)
+
+    def keys(self, prefix: str) -> list[str]:
+        """Return the keys below a folder, sorted."""
+        with naming(self / prefix, "list"):
+            return self._folder().keys(prefix)
+
+    def remove(self) -> None:
+        """Remove the folder and all below it; nothing there is no error."""
+        with naming(self, "remove"):
+            self._folder().remove()
+
+    def sync(self) -> None:
+        """Flush what was written here to stable storage; an object store has done so when it answers."""
+        if self.is_local:
+            with naming(self, "write"):
+                disks.sync(self.path)
+
+    def sweep_partial(self) -> int:
+        """Remove what interrupted writes of arrays left below a local folder; return how many there were."""
+        with naming(self, "remove"):
+            return disks.sweep_partial(self.path) if self.is_local else 0
+
+    # -- arrays
+
+    @property
+    def arrays(self) -> zarr.storage.StoreLike:
+        """The zarr store rooted here."""
+        return self._folder().arrays(read_only=False)
+
+    def open_group(self) -> zarr.Group:
+        """Open the group here for reading; raises what zarr raises."""
+        # Consolidated metadata may be older than the attributes they repeat.
+        return zarr.open_group(self._folder().arrays(read_only=True), mode="r", use_consolidated=False)
+
+    def ome_attributes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return all attributes of the group here, and the OME metadata among them (0.5 has them under ``ome``)."""
+        attributes = cast(dict[str, Any], self.open_group().attrs.asdict())
+        ome = attributes.get("ome", attributes)
+        return attributes, ome if isinstance(ome, dict) else {}
+
+    def open_array(self, *, writable: bool = False) -> zarr.Array[Any]:
+        """Open the array here; raises :class:`FileNotFoundError` if there is none."""
+        with naming(self, "open"):
+            return zarr.open_array(self._folder().arrays(read_only=not writable), mode="r+" if writable else "r")
+
+    def require_version(self, version: str) -> None:
+        """Raise :class:`TargetError` if a group of another Zarr format is here: each reader would see half of it."""
+        format_ = ZARR_FORMAT[version]
+        if self.size(".zgroup" if format_ == 3 else "zarr.json") is not None:
+            raise TargetError(f"{self} is a Zarr v{5 - format_} group, and OME-Zarr {version} is stored as "
+                              f"v{format_}; choose the other version with --ome-zarr")  # fmt: skip
+
+    def write_group(self, version: str, attributes: Mapping[str, object], *, replace: bool = False) -> None:
+        """Create the group if it is not there, and set these of its attributes, or these alone.
+
+        See :meth:`require_version`.
+        """
+        self.require_version(version)
+        format_ = cast("zarr.core.common.ZarrFormat", ZARR_FORMAT[version])
+        with naming(self, "write"):
+            group = zarr.open_group(self.arrays, mode="a", zarr_format=format_)
+            if replace:
+                group.attrs.put(dict(attributes))  # type: ignore[arg-type]
+            elif attributes:
+                group.update_attributes(dict(attributes))
+
+
+@contextmanager
+def naming(location: Location, verb: str, kind: type[MegasegError] | None = None) -> Iterator[None]:
+    """Turn errors of a store into :class:`StoreError` that names URL, cause and next step.
+
+    An error of the request itself, which no repetition mends, becomes ``kind`` if that is given.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MegasegError) or not (isinstance(error, OSError) or is_store_failure(error)):
+            raise
+        # Whoever opens something knows best what it means that nothing is there.
+        if isinstance(error, FileNotFoundError) and verb == "open":
+            raise
+        cause, line = explain(location.url, verb, error)
+        raise (kind if kind and cause.is_of_request else StoreError)(line) from error
+
+
+def store_error(location: Location, verb: str, error: BaseException) -> StoreError:
+    """Return the error that names URL, cause and next step."""
+    return StoreError(explain(location.url, verb, error)[1])
+
+
+@functools.lru_cache(maxsize=64)
+def cached_array(location: Location, *, writable: bool = False) -> zarr.Array[Any]:
+    """Open an array once per process: opening costs more than reading a small chunk."""
+    return location.open_array(writable=writable)
+
+
+def configure(given: StoreOptions) -> None:
+    """Set how this process opens stores; what was opened otherwise is forgotten."""
+    if options.set_current(given):
+        forget()
+
+
+def forget() -> None:
+    """Forget opened stores and arrays, such as after credentials in the environment changed."""
+    client_of.cache_clear()
+    cached_array.cache_clear()
