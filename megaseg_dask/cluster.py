@@ -11,6 +11,7 @@ import dask
 
 from megaseg_dask.errors import EngineError, SettingsError
 from megaseg_dask.plan import Plan
+from megaseg_dask.stores import StoreOptions, configure
 
 START_S = 60
 
@@ -98,6 +99,19 @@ def _require_worker(client: Any) -> None:
         client.wait_for_workers(1, timeout=START_S)
     except TimeoutError as error:
         raise SettingsError(f"no worker joined within {START_S} s; see {client.dashboard_link}") from error
+
+
+def open_stores(client: Any, options: StoreOptions) -> None:
+    """Let all workers, also those that come later, open stores with the options of this run."""
+    from distributed import WorkerPlugin
+
+    class OpenStores(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
+        name = "megaseg-stores"
+
+        def setup(self, worker: Any) -> None:
+            configure(options)
+
+    client.register_plugin(OpenStores())
 
 
 def add_workers(client: Any, n: int) -> bool:

@@ -74,7 +74,7 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
         model=ModelRef(str(path), bundle.name, bundle.digest, bundle.window),
         engine=engine,
         # By index: a name may be given to another channel later.
-        options=settings.model_copy(update={"channel": str(channel), "time": (first, stop)}),
+        options=settings.recorded().model_copy(update={"channel": str(channel), "time": (first, stop)}),
         memory_bytes=settings.memory or default_memory_bytes(settings.workers or 1),
         n_parameters=sum(t.numel() for t in bundle.weights.values()),
         first_filters=bundle.network.filters[0],

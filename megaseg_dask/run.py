@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megaseg_dask import products, targets, tasks
-from megaseg_dask.cluster import connect
+from megaseg_dask.cluster import connect, open_stores
 from megaseg_dask.dispatch import Dispatcher, GroupSize
 from megaseg_dask.errors import MegasegError, TargetError
 from megaseg_dask.events import Event, Failure, Progress, Result, RunStatus, Started
@@ -26,7 +26,7 @@ from megaseg_dask.lease import Held, held
 from megaseg_dask.plan import Plan, run_folder, runs_folder
 from megaseg_dask.planning import make_plan
 from megaseg_dask.settings import Settings
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, StoreOptions, configure
 from megaseg_dask.tasks import Outcome
 
 Emit = Callable[[Event], None]
@@ -42,6 +42,9 @@ def plan_run(source: str, target: str, settings: Settings) -> tuple[Plan, Journa
 
     Raises :class:`TargetError` if the target holds another run, or is not ours.
     """
+    configure(store_options(source, settings))
+    # Before all else: a store that is not there is asked only once.
+    Location.of(target).probe(TargetError)
     run = run_folder(Location.of(target), settings.label_name)
     recorded = None if settings.overwrite else targets.read_recorded(run)
     plan = make_plan(source, target, settings, recorded=recorded)
@@ -52,6 +55,11 @@ def plan_run(source: str, target: str, settings: Settings) -> tuple[Plan, Journa
     # Nothing is done in arrays that are not there, whatever a record beside them says.
     targets.require_free(plan)
     return plan, Journal.of(plan)
+
+
+def store_options(source: str, settings: Settings) -> StoreOptions:
+    """Return how the stores of a run are opened; raises :class:`SettingsError`."""
+    return StoreOptions.parse(settings.endpoint, settings.anon, settings.storage_option or (), source)
 
 
 def estimate_time(plan: Plan) -> dict[str, Any]:
@@ -77,6 +85,7 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
             connect(plan) if client is None else nullcontext(client) as workers,
             held(runs_folder(Location(plan.target))) as lease,
         ):
+            open_stores(workers, store_options(source, settings))
             # Again: another client may have worked on it until now.
             plan, journal = plan_run(source, target, settings)
             result = _carry_out(plan, journal, workers, lease, emit)
@@ -104,8 +113,9 @@ def status(target: str) -> list[RunStatus]:
 
     Raises :class:`TargetError` if no run is recorded there.
     """
+    Location.of(target).probe(TargetError)
     folder = runs_folder(Location.of(target))
-    names = sorted(p.name for p in folder.path.iterdir() if p.is_dir()) if folder.exists() else []
+    names = [name for name in folder.children() if (folder / name).is_folder()]
     plans = {name: targets.read_recorded(folder / name) for name in names}
     found = [_status_of(name, plan) for name, plan in plans.items() if plan is not None]
     if not found:
@@ -146,6 +156,11 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
     emit(Started(plan.target, n_tasks, journal.n_done, client.dashboard_link))
+    if journal.n_done:
+        # Somebody was interrupted: what he was writing lies about.
+        for place in (*(products.product_location(plan, kind) for kind in plan.options.outputs), Location(plan.run)):
+            place.sweep_partial()
+    journal.sync = Location(plan.target).sync
     runner = _Runner(plan, journal, client, lease, emit)
     with journal.flushed():
         runner.run()

@@ -253,6 +253,17 @@ class Settings(BaseModel):
     )
     workers: int | None = _option(RUN, None, "Worker processes. (default: one, or one per GPU)", "N", gt=0)
     scheduler: Text | None = _option(RUN, None, "Use the running Dask scheduler at this address.", "ADDRESS")
+    endpoint: Text | None = _option(
+        RUN, None, "Address of an S3-compatible server, or of another cloud's. (default: AWS_ENDPOINT_URL)", "URL"
+    )
+    anon: bool = _option(RUN, False, "Read SOURCE without credentials.")
+    storage_option: Names | None = _option(
+        RUN,
+        None,
+        "Options of the object store, such as region=us-west-2, separated by commas. Secrets belong in the "
+        "environment.",
+        "K=V",
+    )
     retries: int = _option(RUN, 3, "Further attempts for a task whose worker or store failed.", "N", ge=0)
     timeout: float | None = _option(
         RUN,
@@ -294,6 +305,10 @@ class Settings(BaseModel):
         if not outputs:
             raise ValueError(f"nothing to write; choose from {', '.join(OUTPUTS)}")
         return tuple(name for name in OUTPUTS if name in outputs)
+
+    def recorded(self) -> "Settings":
+        """Return these settings as a run may write them down: without what may be secret."""
+        return self.model_copy(update={"storage_option": None})
 
     @property
     def is_automatic(self) -> bool:

@@ -101,9 +101,9 @@ def require_free(plan: Plan) -> None:
     # Somebody who agreed to --overwrite once, and was interrupted, need not agree again.
     recorded = Location(plan.run).get(PLAN) is not None
     for where in products if _is_in_place(plan) else [Location(plan.target)]:
-        if not where.exists() or (where.path.is_dir() and not any(where.path.iterdir())):
+        if not where.exists() or (where.is_folder() and not where.children()):
             continue
-        if not where.path.is_dir():
+        if not where.is_folder():
             raise TargetError(f"{where} is a file; choose another target")
         if _is_foreign(where):
             raise TargetError(
@@ -119,7 +119,7 @@ def require_free(plan: Plan) -> None:
 
 def _is_foreign(location: Location) -> bool:
     """Tell whether a folder has what a run would replace, without the mark or provenance that a run leaves."""
-    names = {child.name for child in location.path.iterdir()}
+    names = set(location.children())
     arrays = any(map(str.isdigit, names))
     if not arrays and not names & {"zarr.json", ".zgroup", ".zarray"}:
         return False
@@ -137,8 +137,7 @@ def _require_one_version(plan: Plan) -> None:
     """Raise :class:`TargetError` if what stays at the target is stored in another Zarr format: one holds all."""
     target, version = Location(plan.target), plan.target_image.version
     labels = target / "labels"
-    names = {p.name for p in labels.path.iterdir() if p.is_dir()} if labels.exists() else set()
-    others = names - {product_location(plan, kind).path.name for kind in plan.options.outputs}
+    others = _folders(labels) - {product_location(plan, kind).basename for kind in plan.options.outputs}
     staying = ([labels] if others else []) + ([target] if "scores" not in plan.options.outputs else [])
     for group in staying:
         group.require_version(version)
@@ -153,19 +152,23 @@ def clear(plan: Plan) -> None:
         elif group.exists():
             group.remove()
             labels = Location(plan.target) / "labels"
-            if any(p.is_dir() for p in labels.path.iterdir()):
-                _list_labels(plan, remove=group.path.name)
+            if _folders(labels):
+                _list_labels(plan, remove=group.basename)
             else:
                 labels.remove()
 
 
 def _remove_levels(group: Location) -> None:
     """Remove the numbered arrays of an image and its metadata; labels and files beside them stay."""
-    for child in group.path.iterdir() if group.exists() else ():
-        if child.name.isdigit():
-            (group / child.name).remove()
-        elif child.name in ("zarr.json", ".zattrs", ".zgroup"):
-            child.unlink()
+    for name in group.children():
+        if name.isdigit():
+            (group / name).remove()
+        elif name in ("zarr.json", ".zattrs", ".zgroup"):
+            group.delete(name)
+
+
+def _folders(group: Location) -> set[str]:
+    return {name for name in group.children() if (group / name).is_folder()}
 
 
 def create(plan: Plan) -> None:
@@ -192,7 +195,7 @@ def withdraw(plan: Plan) -> None:
     """Take back what :func:`publish` wrote of a run with missing boxes, before these are written."""
     for kind in plan.options.outputs:
         if kind != "scores" and _provenance_at(product_location(plan, kind)) != _mark(plan):
-            _list_labels(plan, remove=product_location(plan, kind).path.name)
+            _list_labels(plan, remove=product_location(plan, kind).basename)
     for group in _groups(plan):
         if _provenance_at(group) != _mark(plan):
             group.write_group(plan.target_image.version, {PROVENANCE: _mark(plan)}, replace=True)
@@ -211,7 +214,7 @@ def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[st
         attributes = image_attributes(plan.target_image, label=kind != "scores")
         group.write_group(plan.target_image.version, {**attributes, **provenance})
         if kind != "scores":
-            _list_labels(plan, add=group.path.name)
+            _list_labels(plan, add=group.basename)
     if "scores" not in plan.options.outputs and Location(plan.target) in _groups(plan):
         Location(plan.target).write_group(plan.target_image.version, provenance)
 

@@ -230,7 +230,7 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "target is source": (lambda d, out: [image(d), d / "source.zarr"], "pass --outputs labels"),
     "below a file": (lambda d, out: [image(d), text_file(d, "file") / "out.zarr"], "cannot be written"),
     "no place": (lambda d, out: [image(d), "/proc/out.zarr"], "/proc/out.zarr cannot be written"),
-    "an url": (lambda d, out: ["ftp://host/cells.zarr", out], "ftp://host/cells.zarr"),
+    "an url": (lambda d, out: ["gopher://host/cells.zarr", out], "gopher://host/cells.zarr"),
     "no model": (lambda d, out: [image(d), out, "--model", "nope"], "neither a known model"),
     "published model": (lambda d, out: [image(d), out, "--model", "MegaSeg_light"], "megaSeg.zip"),
     "no checkpoint": (

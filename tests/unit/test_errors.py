@@ -16,6 +16,7 @@ EXIT_CODES = {
     "SourceError": 2,
     "TargetError": 2,
     "BundleError": 2,
+    "ClusterError": 1,
     "EngineError": 1,
     "DataError": 1,
     "StoreError": 1,

@@ -49,6 +49,9 @@ VALUES = [
     ("scheduler", "tcp://10.0.0.1:8786", "tcp://10.0.0.1:8786", "tcp://10.0.0.1:8786"),
     ("retries", "0", 0, 0),
     ("timeout", "90", 90, 90.0),
+    ("endpoint", "https://minio.example.org", "https://minio.example.org", "https://minio.example.org"),
+    ("anon", True, True, True),
+    ("storage_option", "region=a, b=c", ["region=a", "b=c"], ("region=a", "b=c")),
     ("threshold", "otsu", "otsu", "otsu"),
     ("fill_holes", "30", 30, 30),
     ("normalization", "10.5,2", (10.5, 2), (10.5, 2.0)),
@@ -120,6 +123,9 @@ NONSENSE = [
     ("normalization", "nan,1", "finite mean"),
     ("normalization", "level:-1", "MEAN,STD, or level:N"),
     ("timeout", "0", "greater than 0"),
+    ("endpoint", "", "expected something"),
+    ("anon", "perhaps", "valid boolean"),
+    ("storage_option", 3, "valid tuple"),
     ("connectivity", "4", "1, 2 or 3"),
     ("connectivity", "0", "1, 2 or 3"),
     ("min_size", "-3", "greater than or equal to 0"),
@@ -196,7 +202,8 @@ def test_open_options_are_filled_and_given_ones_stay():
 def test_only_how_and_where_may_change_when_a_run_resumes():
     free = {name for name in Settings.model_fields if not is_result(name)}
     # The model counts by its digest, not by its name.
-    assert free == {"model", "memory", "workers", "scheduler", "retries", "timeout", "overwrite"}
+    assert free == {"model", "memory", "workers", "scheduler", "retries", "timeout", "overwrite",
+                    "endpoint", "anon", "storage_option"}  # fmt: skip
     assert set(Settings().result_options()) == set(Settings.model_fields) - free
 
 
