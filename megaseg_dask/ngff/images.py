@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from megaseg_dask.errors import SourceError, StoreError
 from megaseg_dask.geometry import BlockGrid, Shape
 from megaseg_dask.ngff.pyramids import default_level_shapes
-from megaseg_dask.stores import METADATA, ZARR_FORMAT, Location, cause_of, is_store_failure, store_error
+from megaseg_dask.stores import METADATA, ZARR_FORMAT, Location, cause_of, is_store_failure, ome_of, store_error
 
 T = TypeVar("T")
 
@@ -199,7 +199,8 @@ def open_ome_group(location: Location, wanted: str) -> tuple[zarr.Group, dict[st
     # A first, impatient look: a wrong address or key is told at once, and in the store's own words.
     location.require_readable()
     try:
-        return location.open_group(), location.ome_attributes()[1]
+        group = location.open_group()
+        return group, ome_of(group.attrs.asdict())
     except Exception as error:
         if not location.is_local and is_store_failure(error):
             raise store_error(location, "read", error) from error
