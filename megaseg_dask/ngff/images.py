@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from megaseg_dask.errors import SourceError, StoreError
 from megaseg_dask.geometry import BlockGrid, Shape
 from megaseg_dask.ngff.pyramids import default_level_shapes
-from megaseg_dask.stores import METADATA, ZARR_FORMAT, Location, cause_of, is_store_failure, store_error
+from megaseg_dask.stores import METADATA, ZARR_FORMAT, Location, cause_of, is_store_failure, ome_of, store_error
 
 T = TypeVar("T")
 
@@ -154,14 +154,12 @@ def read_image(location: Location) -> Image:
 
     Raises :class:`SourceError` that says what was found instead of an image.
     """
-    group, ome = _open_image_group(location)
+    group, ome = open_ome_group(location, "OME-Zarr image")
     entries = ome.get("multiscales")
     if not entries or not isinstance(entries, list) or not isinstance(entries[0], dict):
-        raise SourceError(f"{location} is {_describe_group(location, ome)}, not an OME-Zarr image")
+        raise SourceError(f"{location} is {describe_group(location, ome)}, not an OME-Zarr image")
     entry = entries[0]
-    version = str(ome.get("version") or entry.get("version") or {2: "0.4", 3: "0.5"}[group.metadata.zarr_format])
-    if version not in ZARR_FORMAT:
-        raise SourceError(f"{location} is OME-Zarr {version}; 0.4 and 0.5 can be read: convert it first")
+    version = require_known_version(location, group, ome, entry)
     axes, transforms = _parse_multiscale(location, version, entry)
     arrays = [_open_level(location, path) for path, _, _ in transforms]
     for (path, _, _), array in zip(transforms, arrays, strict=True):
@@ -196,15 +194,27 @@ def sample_of(location: Location) -> str:
     return digest.hexdigest()
 
 
-def _open_image_group(location: Location) -> tuple[zarr.Group, dict[str, Any]]:
+def open_ome_group(location: Location, wanted: str) -> tuple[zarr.Group, dict[str, Any]]:
+    """Open the group at ``location``, with its OME metadata; the error says what is there that is no ``wanted``."""
     # A first, impatient look: a wrong address or key is told at once, and in the store's own words.
     location.require_readable()
     try:
-        return location.open_group(), location.ome_attributes()[1]
+        group = location.open_group()
+        return group, ome_of(group.attrs.asdict())
     except Exception as error:
         if not location.is_local and is_store_failure(error):
             raise store_error(location, "read", error) from error
-        raise SourceError(f"{location} is {_describe_place(location, error)}, not an OME-Zarr image") from error
+        raise SourceError(f"{location} is {_describe_place(location, error)}, not an {wanted}") from error
+
+
+def require_known_version(
+    location: Location, group: zarr.Group, ome: Mapping[str, Any], part: Mapping[str, Any]
+) -> str:
+    """Return the version of the group's OME metadata, which stands with all of them or with their main part."""
+    version = str(ome.get("version") or part.get("version") or {2: "0.4", 3: "0.5"}[group.metadata.zarr_format])
+    if version not in ZARR_FORMAT:
+        raise SourceError(f"{location} is OME-Zarr {version}; 0.4 and 0.5 can be read: convert it first")
+    return version
 
 
 def _describe_place(location: Location, error: Exception) -> str:
@@ -224,9 +234,11 @@ def _describe_place(location: Location, error: Exception) -> str:
     return f"a folder with {shown}" if names else "an empty folder"
 
 
-def _describe_group(location: Location, ome: Mapping[str, Any]) -> str:
-    """Say what a group without multiscales is, and where an image of it would be."""
+def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
+    """Say what a group is, and where an image of it would be."""
     match ome:
+        case {"multiscales": [_, *_]}:
+            return "an OME-Zarr image"
         case {"plate": {"wells": [{"path": str(well)}, *_]}}:
             return f"an HCS plate (name one image in it, such as {location / well}/0)"
         case {"plate": _}:
@@ -256,7 +268,10 @@ def _parse_multiscale(
         where = ".".join(map(str, ("multiscales", *problem["loc"])))
         message = str(problem["msg"]).removeprefix("Value error, ")
         raise SourceError(f"{location}: its OME-Zarr {version} metadata are invalid: {where}: {message}") from error
-    names = [str(axis.name) for axis in multiscale.axes]
+    # iohub writes them as capitals.
+    names = [str(axis.name).lower() for axis in multiscale.axes]
+    if len(set(names)) < len(names):
+        raise SourceError(f"{location} has axes {[str(axis.name) for axis in multiscale.axes]}: one of them twice")
     if unknown := set(names) - set(_AXIS_TYPES):
         raise SourceError(f"{location} has axes {names}; {sorted(unknown)} cannot be told apart from t, c, z, y, x")
     if missing := [name for name in SPATIAL if name not in names]:

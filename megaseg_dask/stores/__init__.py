@@ -2,7 +2,16 @@
 
 from megaseg_dask.stores.failures import cause_of, is_store_failure
 from megaseg_dask.stores.folders import METADATA
-from megaseg_dask.stores.location import ZARR_FORMAT, Location, cached_array, configure, forget, naming, store_error
+from megaseg_dask.stores.location import (
+    ZARR_FORMAT,
+    Location,
+    cached_array,
+    configure,
+    forget,
+    naming,
+    ome_of,
+    store_error,
+)
 from megaseg_dask.stores.options import StoreOptions
 
 __all__ = [
@@ -16,5 +25,6 @@ __all__ = [
     "forget",
     "is_store_failure",
     "naming",
+    "ome_of",
     "store_error",
 ]

@@ -14,6 +14,7 @@ from megaseg_dask.errors import SettingsError
 LOCAL = "file"
 S3, AZURE, GOOGLE = "s3", "az", "gs"
 WEB = ("http", "https")
+_HOSTED = (S3, AZURE, GOOGLE, *WEB)
 
 _ALIASES = {"s3a": S3, "gcs": GOOGLE, "azure": AZURE, "abfs": AZURE, "abfss": AZURE}
 _AZURE_HOST = re.compile(r"([^@/]+)@([a-z0-9]+)\.(?:dfs|blob)\.core\.windows\.net")
@@ -45,7 +46,9 @@ def normalise(address: str | Path) -> str:
 def _require_no_secrets(scheme: str, rest: str) -> None:
     """Refuse credentials in a URL: it goes into the plan, the output's metadata and every message."""
     host, _, path = rest.partition("/")
-    if ("@" in host and not _AZURE_HOST.fullmatch(host)) or re.search(r"[?&](sig|x-amz-[a-z-]+)=", rest, re.IGNORECASE):
+    # Elsewhere, as in sftp://me@host, a name without a password is half of the address.
+    named = "@" in host and not _AZURE_HOST.fullmatch(host) and (scheme in _HOSTED or ":" in host.rpartition("@")[0])
+    if named or re.search(r"[?&](sig|x-amz-[a-z-]+)=", rest, re.IGNORECASE):
         raise SettingsError(
             f"{scheme}://…: credentials do not belong in a URL, which is recorded; set them in the environment"
         )

@@ -230,8 +230,7 @@ class Location:
     def ome_attributes(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return all attributes of the group here, and the OME metadata among them (0.5 has them under ``ome``)."""
         attributes = cast(dict[str, Any], self.open_group().attrs.asdict())
-        ome = attributes.get("ome", attributes)
-        return attributes, ome if isinstance(ome, dict) else {}
+        return attributes, ome_of(attributes)
 
     def open_array(self, *, writable: bool = False) -> zarr.Array[Any]:
         """Open the array here; raises :class:`FileNotFoundError` if there is none."""
@@ -258,6 +257,12 @@ class Location:
                 group.attrs.put(dict(attributes))  # type: ignore[arg-type]
             elif attributes:
                 group.update_attributes(dict(attributes))
+
+
+def ome_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the OME metadata among the attributes of a group: all of them, or in 0.5 those under ``ome``."""
+    ome = attributes.get("ome", attributes)
+    return dict(ome) if isinstance(ome, Mapping) else {}
 
 
 @contextmanager

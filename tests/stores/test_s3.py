@@ -93,6 +93,19 @@ def test_thousands_of_objects_are_listed_and_removed(s3, folder):
     assert location.keys("") == []
 
 
+def test_an_object_of_many_parts_is_whole(s3, folder):
+    location, data = Location.of(folder), np.random.default_rng(0).bytes(17_000_000)
+    location.put("big", data)
+    assert location.get("big") == data
+    assert location.head("big", 9) == data[:9]
+    assert location.create("other", data)
+    assert not location.create("other", b"")
+    assert location.size("other") == len(data)
+    one_chunk = {"shape": (len(data),), "chunks": (len(data),), "compressors": None}
+    zarr.create_array((location / "0").arrays, dtype="u1", **one_chunk)[...] = np.frombuffer(data, "u1")
+    assert cached_array(location / "0")[...].tobytes() == data
+
+
 def test_of_eight_that_create_one_succeeds(s3, folder):
     location, keys, start = Location.of(folder), [f"lease-{i}" for i in range(6)], threading.Barrier(48)
 

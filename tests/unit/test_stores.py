@@ -16,7 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megaseg_dask.errors import SettingsError, StoreError, TargetError
-from megaseg_dask.stores import Location, StoreOptions, cached_array, cause_of, configure, environment
+from megaseg_dask.stores import Location, StoreOptions, addresses, cached_array, cause_of, configure, environment
 
 ODD_NAMES = ["plain.zarr", "with space.zarr", "a#b%20ü.zarr", "x?y&z=1", "[q]", "semi;colon", "日本.ome.zarr"]
 
@@ -90,6 +90,8 @@ def test_name_is_without_the_ending(address, name):
         ("s3://bucket\\image.zarr", "backslashes"),
         ("s3://key:hush@bucket/image.zarr", "credentials do not belong in a URL"),
         ("az://images/a?sv=2022&sig=hush", "credentials do not belong in a URL"),
+        ("sftp://me:hush@host/a", "credentials do not belong in a URL"),
+        ("https://hush@host/a", "credentials do not belong in a URL"),
         ("simplecache::s3://bucket/image.zarr", "chains of URLs"),
         ("zip://a.zip::s3://bucket/image.zarr", "chains of URLs"),
         ("nowhere://x/y", "no kind of store that is known"),
@@ -100,6 +102,7 @@ def test_addresses_that_cannot_be_opened_are_refused(address, words):
         Location.of(address)
     assert "hush" not in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert addresses.normalise("sftp://me@host/a/") == "sftp://me@host/a"
 
 
 @pytest.mark.parametrize(
@@ -269,9 +272,12 @@ def test_interrupted_writes_are_swept(tmp_path, monkeypatch, options):
     whole = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", die)
-        for act in (lambda: array.__setitem__(..., 2), lambda: array.attrs.update(a=1)):
+        # One object at a time: of several, the others may still be written when the first has failed.
+        with pytest.raises(Killed):
+            array[:2, :2] = 2
+        if array.metadata.zarr_format == 3:
             with pytest.raises(Killed):
-                act()
+                array.attrs["a"] = 1
     left = {p for p in tmp_path.rglob("*") if p.is_file()} - set(whole)
     assert left
     location = Location.of(tmp_path / "a.zarr")
