@@ -5,6 +5,7 @@ scheduler and worker; the time to find out that all is done. Workers and
 scheduler are processes of their own, so that each can be weighed.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import psutil
 import zarr
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, keep
 from megaseg_dask.cluster import CONFIG, WORKER_ENVIRONMENT
 from megaseg_dask.journal import Journal
 from megaseg_dask.run import plan_run, segment
@@ -193,6 +194,13 @@ def measure_volume(grid_shape: tuple[int, ...], memory: str, n_workers: int = 1,
     }
 
 
+def measure_overhead() -> dict[str, Any]:
+    """Compare the staged path with the one-task path on one volume, with an engine that does nothing."""
+    one = measure_volume((1, 4, 4), "8GB", block="64,1024,1024")
+    staged = measure_volume((1, 4, 4), "8GB", block="64,512,512")
+    return {"one_task": one, "staged": staged, "ratio": round(staged["wall_s"] / one["wall_s"], 2)}
+
+
 def measure() -> dict[str, Any]:
     """The large cases: 10^5 tasks a stage, 10^6 in one, 8 GB through a worker of 2 GB."""
     machine = describe()
@@ -200,16 +208,23 @@ def measure() -> dict[str, Any]:
         "machine": machine,
         "all_stages": measure_tasks(47, "labels,scores"),
         "one_stage": measure_tasks(100, "scores"),
+        "overhead": measure_overhead(),
         "volume_8gb": measure_volume((16, 8, 8), "2GB"),
     }
 
 
-if __name__ == "__main__":
-    import json
+def main() -> None:
+    """Run one case: ``tasks N OUTPUTS``, ``volume GRID MEMORY WORKERS``, ``overhead``, or all."""
+    match sys.argv[1:]:
+        case ["tasks", n, outputs]:
+            print(json.dumps(measure_tasks(int(n), outputs), indent=1))
+        case ["volume", grid, memory, n_workers]:
+            print(json.dumps(measure_volume(tuple(map(int, grid.split(","))), memory, int(n_workers)), indent=1))
+        case ["overhead"]:
+            print(json.dumps(measure_overhead(), indent=1))
+        case _:
+            keep("scale", measure())
 
-    which, *arguments = sys.argv[1:]
-    if which == "tasks":
-        print(json.dumps(measure_tasks(int(arguments[0]), arguments[1]), indent=1))
-    else:
-        grid, memory, n_workers = arguments
-        print(json.dumps(measure_volume(tuple(map(int, grid.split(","))), memory, int(n_workers)), indent=1))
+
+if __name__ == "__main__":
+    main()
