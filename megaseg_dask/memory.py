@@ -55,6 +55,7 @@ class Sizes:
     block_shape: Shape
     measure_shape: Shape
     patch_grid: PatchGrid
+    offset: Shape
     first_filters: int
     n_parameters: int
     batch: int
@@ -72,7 +73,7 @@ def _largest_read_box(sizes: Sizes) -> int:
     # Read boxes grow from the rim inwards: a block in the middle has halos on all sides.
     middle = tuple(n // 2 for n in grid.grid_shape)
     corners = [grid.core(middle), grid[0]]
-    return max(sizes.patch_grid.read_box(core).size for core in corners)
+    return max(sizes.patch_grid.read_box(core.shifted(sizes.offset)).size for core in corners)
 
 
 def forward_bytes(sizes: Sizes) -> int:

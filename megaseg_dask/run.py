@@ -158,13 +158,16 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
     emit(Started(plan.target, n_tasks, journal.n_done, client.dashboard_link))
     if journal.n_done:
         # Somebody was interrupted: what he was writing lies about.
-        for place in (*(products.product_location(plan, kind) for kind in plan.options.outputs), Location(plan.run)):
+        for place in (*(group.location(plan) for group in products.groups(plan)), Location(plan.run)):
             place.sweep_partial()
     journal.sync = Location(plan.target).sync
     runner = _Runner(plan, journal, client, lease, emit)
     with journal.flushed():
         runner.run()
         failures = [Failure(**failure) for failure in journal.failed.values()]
+        if plan.plate is not None:
+            # Wells that are listed and cannot be read have no task that could fail.
+            failures += [Failure("plan", i, path, "", reason) for i, (path, reason) in enumerate(plan.plate.missing)]
         found = _found(plan, journal)
         if any(found) and not runner.store_is_lost:
             missing = [tasks.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
@@ -196,7 +199,9 @@ def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
 def _doubts(plan: Plan, found: list[dict[str, Any]], journal: Journal) -> list[str]:
     """Name volumes whose result means nothing, although it is what the network says; and batches that shrank."""
     pairs = zip(plan.volumes, found, strict=True)
-    doubts = [f"t={v.t} c={v.c} is constant: what is found in it means nothing" for v, s in pairs if s.get("std") == 0]
+    doubts = [
+        f"{tasks.volume_name(v)} is constant: what is found in it means nothing" for v, s in pairs if s.get("std") == 0
+    ]
     first, last = ("volume", "volume") if plan.is_one_task else (plan.stages[0].name, "segment")
     if n_absent := sum(s.get("absent", 0) for s in journal.summaries(first)):
         doubts.append(f"{n_absent} chunks of the source are not there, and were read as its fill value")

@@ -19,7 +19,7 @@ import zarr
 from pydantic import ValidationError
 
 from megaseg_dask.errors import SourceError, StoreError
-from megaseg_dask.geometry import BlockGrid, Shape
+from megaseg_dask.geometry import BlockGrid, Box, Shape
 from megaseg_dask.ngff.pyramids import default_level_shapes
 from megaseg_dask.stores import METADATA, ZARR_FORMAT, Location, cause_of, is_store_failure, ome_of, store_error
 
@@ -100,6 +100,27 @@ class Image:
             for v in self.levels
         )
         return replace(self, axes=tuple(self.axes[i] for i in keep), levels=levels, channel_names=())
+
+    def with_channels(self, indices: Sequence[int]) -> "Image":
+        """Return the image of some of its channels; without a channel axis if it is one."""
+        if len(indices) == 1:
+            return self.without_channels()
+        c = self.axis_names.index("c")
+        levels = tuple(replace(v, shape=_changed(v.shape, c, len(indices))) for v in self.levels)
+        names = tuple(self.channel_names[i] if i < len(self.channel_names) else str(i) for i in indices)
+        return replace(self, levels=levels, channel_names=names)
+
+    def cropped(self, box: Box) -> "Image":
+        """Return the image of a box of its finest level, in its place in space, without coarser levels."""
+        level = self.levels[0]
+        extents, starts = dict(zip(SPATIAL, box.shape, strict=True)), dict(zip(SPATIAL, box.start, strict=True))
+        axes = list(zip(self.axis_names, level.shape, level.translation, level.scale, strict=True))
+        cropped = replace(
+            level,
+            shape=tuple(extents.get(name, n) for name, n, _, _ in axes),
+            translation=tuple(offset + starts.get(name, 0) * step for name, _, offset, step in axes),
+        )
+        return replace(self, levels=(cropped,))
 
     def with_times(self, start: int, stop: int) -> "Image":
         """Return the image of timepoints ``start:stop``, in its place in time."""

@@ -16,12 +16,12 @@ Array = NDArray[Any]
 
 def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
     """Do all stages of one volume."""
-    whole = Box.of(plan.volume_shape)
-    source = products.source(plan, volume)
-    values = source.read(whole)
+    whole, source = Box.of(plan.volume_shape), products.source(plan, volume)
+    read_box = plan.patch_grid.read_box(plan.region)
+    values = source.read(read_box)
     statistics = _measure(plan, volume, values)
-    absent = scores.count_absent(source, whole, values)
-    logits = scores.predict(plan, values, whole, Normalisation(statistics["mean"], statistics["std"]))
+    absent = scores.count_absent(source, read_box, values)
+    logits = scores.predict(plan, values, plan.region, Normalisation(statistics["mean"], statistics["std"]))
     summary: dict[str, Any] = {"statistics": statistics, **absent, **scores.shrunk_batch(plan)}
     found = scores.scores_of(plan, logits)
     del values
