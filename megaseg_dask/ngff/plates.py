@@ -158,8 +158,9 @@ def _parse_listing(version: str, name: str, listing: dict[str, Any]) -> tuple[Pl
         found = _model(version).model_validate(part, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
-        message = f"{'.'.join(map(str, problem['loc'])) or 'plate'}: {problem['msg'].removeprefix('Value error, ')}"
-        raise SourceError(shorten(message, _REASON_LENGTH)) from error
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Error validating plate metadata:")
+        where = "".join(f"{part}." for part in problem["loc"])[:-1]
+        raise SourceError(shorten(f"{where}: {message}" if where else message, _REASON_LENGTH)) from error
     wells = [well.path for well in found.wells]
     _require_once("well", wells)
     if not wells:
