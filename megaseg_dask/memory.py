@@ -43,6 +43,9 @@ _CHUNKS_AT_ONCE = 10
 _TABULATING_BYTES, _TABLE_BYTES = 160 * 10**6, 60 * 10**6
 TABLES_READ_AHEAD = 3
 
+# Measuring objects: temporaries of a slab, and some 100,000 objects of 450 bytes.
+_MEASURING_BYTES = 150 * 10**6
+
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
 
@@ -109,13 +112,15 @@ def project(sizes: Sizes) -> dict[str, int]:
         "seams": core,
         "join": join_bytes(Box.of(sizes.volume_shape).size // _VOXELS_PER_FRAGMENT, 2 * JOIN_BATCH),
         "relabel": relabel,
+        "measurements": core * (sizes.label_bytes + sizes.source_bytes) * 2 + decoded + _MEASURING_BYTES,
+        "table": _MEASURING_BYTES,
         # Parts of 16.8 million finer voxels, and the unit that they make up.
         "downsample": min(core, 2**24) * 2 * (sizes.label_bytes + _MODE_BYTES) + core * sizes.label_bytes,
     }
     if core == Box.of(sizes.volume_shape).size:
         volume = core * (sizes.source_bytes + sizes.scores_bytes + 1)
         mask = (table if sizes.is_automatic else 0) + (stages["holes"] if sizes.fills_holes else 0)
-        stages = {"volume": volume + max(stages["segment"] + mask, label + relabel)}
+        stages = {"volume": volume + max(stages["segment"] + mask, label + relabel) + _MEASURING_BYTES}
     else:
         unused = set() if sizes.fills_holes else {"holes", "fill"}
         unused |= set() if sizes.is_automatic else {"histogram", "cutoff", "threshold"}

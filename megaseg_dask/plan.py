@@ -27,7 +27,7 @@ from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
 
 # Stages with one task a volume, whatever its blocks.
-_WHOLE_VOLUME = ("volume", "cutoff", "holes-join", "join")
+_WHOLE_VOLUME = ("volume", "cutoff", "holes-join", "join", "table")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +172,15 @@ class Plan(BaseModel):
                 yield from (("holes", n, True), ("holes-seams", n, False), ("holes-join", 1, False), ("fill", n, False))
         if "labels" in options.outputs:
             yield from (("label", n, True), ("seams", n, False), ("join", 1, False), ("relabel", n, False))
+            if "measurements" in options.outputs:
+                yield from (("measurements", n, True), ("table", 1, False))
         for level in range(1, len(self.target_image.levels)):
             yield f"downsample-{level}", len(self.block_grid(level)), False
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The outputs that are images; measurements are a table."""
+        return tuple(kind for kind in self.options.outputs if kind != "measurements")
 
     @property
     def has_mask(self) -> bool:
@@ -273,7 +280,7 @@ class Plan(BaseModel):
             "redundancy": round(n_predicted / n_patches, 3),
             "bytes_read": read * item * len(self.volumes),
             "read_amplification": round(read / voxels, 2),
-            "bytes_written": written * sum(sizes[name] for name in self.options.outputs),
+            "bytes_written": written * sum(sizes[name] for name in self.arrays),
             "label_dtype": str(label_dtype(self.volume_shape)),
             "memory_bytes": self.memory_bytes,
             "projected_bytes": self.projected_bytes,

@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 WORK = "work"
 VOLUMES = "volumes"
+SUMS = "sums"
 
 _MOST_READERS = 16
 
@@ -52,7 +53,7 @@ def source(plan: Plan, volume: int, level: int = 0) -> Volume:
 
 def product(plan: Plan, kind: str, volume: int, level: int = 0) -> Volume:
     """Return one volume of an output, or of intermediate data if nobody asked for it as an output."""
-    if kind not in plan.options.outputs:
+    if kind not in plan.arrays:
         return Volume(work_folder(plan, volume) / kind, SPATIAL)
     planned = plan.volumes[volume]
     group = Group(kind, planned.image, plan.suffixes[planned.target_c] if kind != "scores" else "")
@@ -89,7 +90,7 @@ def images(plan: Plan) -> list[str]:
 def groups(plan: Plan) -> Iterator[Group]:
     """Yield all that a run writes at its target, image by image, labels before the scores they belong to."""
     for image in images(plan):
-        for kind in sorted(plan.options.outputs, key=("mask", "labels", "scores").index):
+        for kind in sorted(plan.arrays, key=("mask", "labels", "scores").index):
             for suffix in plan.suffixes if kind != "scores" else ("",):
                 yield Group(kind, image, suffix)
 
@@ -106,12 +107,17 @@ def intermediates(plan: Plan) -> list[str]:
         return []
     wanted = {"mask": True, "unfilled": options.fill_holes, "holes": options.fill_holes,
               "logits": options.is_automatic, "fragments": "labels" in options.outputs}  # fmt: skip
-    return [kind for kind, used in wanted.items() if used and kind not in options.outputs]
+    return [kind for kind, used in wanted.items() if used and kind not in plan.arrays]
 
 
 def work_folder(plan: Plan, volume: int) -> Location:
     """Return where the intermediate data of one volume live."""
     return Location(plan.run) / f"{WORK}/{volume}"
+
+
+def sums_folder(plan: Plan) -> Location:
+    """Return where the sums of each volume's objects wait for the tables that they become."""
+    return Location(plan.run) / SUMS
 
 
 def create_work(plan: Plan, volume: int) -> None:

@@ -27,6 +27,7 @@ from megaseg_dask.plan import Plan, run_folder, runs_folder
 from megaseg_dask.planning import make_plan
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location, StoreOptions, configure
+from megaseg_dask.tables import require_own_tables, write_tables
 from megaseg_dask.tasks import Outcome
 
 Emit = Callable[[Event], None]
@@ -54,6 +55,7 @@ def plan_run(source: str, target: str, settings: Settings) -> tuple[Plan, Journa
             return plan, Journal.read(plan)
     # Nothing is done in arrays that are not there, whatever a record beside them says.
     targets.require_free(plan)
+    require_own_tables(plan)
     return plan, Journal.of(plan)
 
 
@@ -141,7 +143,7 @@ def begin(plan: Plan, journal: Journal) -> None:
     """
     run = Location(plan.run)
     if journal.n_done == 0:
-        for stale in (journal_folder, products.WORK, products.VOLUMES):
+        for stale in (journal_folder, products.WORK, products.VOLUMES, products.SUMS):
             (run / stale).remove()
     run.put(targets.PLAN, plan.model_dump_json(indent=1).encode())
     if journal.n_done == 0:
@@ -172,6 +174,8 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
         if any(found) and not runner.store_is_lost:
             missing = [tasks.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
             targets.publish(plan, found, missing)
+            if "measurements" in plan.options.outputs:
+                write_tables(plan)
         if not failures:
             journal.finish({"n_objects": _n_objects(plan, journal)})
             targets.remove_work(plan)

@@ -38,7 +38,7 @@ from megaseg_dask.parsing import (
     require_range,
 )
 
-OUTPUTS = ("labels", "scores", "mask")
+OUTPUTS = ("labels", "scores", "mask", "measurements")
 
 # Headings of the command line's help.
 SOURCE = "What to segment"
@@ -144,7 +144,7 @@ class Settings(BaseModel):
         gt=0,
     )
     outputs: Names = _option(
-        OUTPUT, ("labels", "scores"), "What to write, of labels, scores and mask.", "LIST", result=True
+        OUTPUT, ("labels", "scores"), "What to write, of labels, scores, mask and measurements.", "LIST", result=True
     )
     threshold: Threshold = _option(
         OUTPUT,
@@ -239,6 +239,8 @@ class Settings(BaseModel):
             raise ValueError(f"unknown {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(OUTPUTS)}")
         if not outputs:
             raise ValueError(f"nothing to write; choose from {', '.join(OUTPUTS)}")
+        if "measurements" in outputs and "labels" not in outputs:
+            raise ValueError("measurements are of labels, which have to be written too")
         return tuple(name for name in OUTPUTS if name in outputs)
 
     def recorded(self) -> "Settings":

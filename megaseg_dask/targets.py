@@ -15,7 +15,7 @@ from megaseg_dask.ngff.images import image_attributes, versioned
 from megaseg_dask.ngff.plates import write_plate
 from megaseg_dask.ngff.volumes import create_array
 from megaseg_dask.plan import Plan, PlannedVolume
-from megaseg_dask.products import WORK, groups, images
+from megaseg_dask.products import SUMS, WORK, groups, images
 from megaseg_dask.stores import METADATA, Location, cached_array, naming
 
 PROVENANCE = "megaseg"
@@ -142,7 +142,7 @@ def _require_one_version(plan: Plan, image: str) -> None:
     parent, version = Location(plan.target) / image, plan.target_image.version
     labels = parent / "labels"
     others = _folders(labels) - {g.name(plan) for g in groups(plan) if g.image == image and g.kind != "scores"}
-    staying = ([labels] if others else []) + ([parent] if "scores" not in plan.options.outputs else [])
+    staying = ([labels] if others else []) + ([parent] if "scores" not in plan.arrays else [])
     for place in staying:
         place.require_version(version)
 
@@ -214,7 +214,7 @@ def _metadata_of(plan: Plan, image: str) -> dict[str, bytes]:
     parent, found = Location(plan.target) / image, {}
     groups_ = [g.location(plan) for g in groups(plan) if g.image == image]
     places = [*groups_, *(place / str(level) for place in groups_ for level in range(len(plan.target_image.levels)))]
-    if any(kind != "scores" for kind in plan.options.outputs):
+    if any(kind != "scores" for kind in plan.arrays):
         places.append(parent / "labels")
     for place in places:
         for name in METADATA:
@@ -257,7 +257,7 @@ def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[st
         if plan.plate is not None:
             write_plate(Location(plan.target), plan.plate, version)
             provenance = {PROVENANCE: {**_provenance(plan, []), "missing_boxes": missing_boxes}}
-        if plan.plate is not None or "scores" not in plan.options.outputs:
+        if plan.plate is not None or "scores" not in plan.arrays:
             Location(plan.target).write_group(version, provenance)
 
 
@@ -300,4 +300,5 @@ def _provenance(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]]) -
 
 def remove_work(plan: Plan) -> None:
     """Remove intermediate data; the plan, the journal and what was found in the volumes stay."""
-    (Location(plan.run) / WORK).remove()
+    for name in (WORK, SUMS):
+        (Location(plan.run) / name).remove()

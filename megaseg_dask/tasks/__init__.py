@@ -20,7 +20,7 @@ from megaseg_dask.memory import peak_bytes, release, reset_peak
 from megaseg_dask.plan import Plan, PlannedVolume
 from megaseg_dask.products import holding
 from megaseg_dask.stores import Location, cached_array
-from megaseg_dask.tasks import labels, levels, scores, whole
+from megaseg_dask.tasks import labels, levels, objects, scores, whole
 
 _STAGES: dict[str, Callable[[Plan, int, int], dict[str, Any]]] = {
     "volume": whole.segment_volume,
@@ -37,6 +37,8 @@ _STAGES: dict[str, Callable[[Plan, int, int], dict[str, Any]]] = {
     "seams": labels.pair_seams,
     "join": labels.join_objects,
     "relabel": labels.relabel_block,
+    "measurements": objects.measure_objects,
+    "table": objects.collect_objects,
 }
 
 
