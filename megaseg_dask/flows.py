@@ -84,11 +84,7 @@ class Flow:
         if done[first : first + stage.per_volume].all() or self._is_left_out(stage):
             return
         grid = self._plan.grid(stage.name)
-        missing = (
-            set(self.missing(before=stage))
-            if stage.name in (*_PER_BLOCK, "seams", "holes-seams", "measurements")
-            else set()
-        )
+        missing = set(self.missing(before=stage)) if stage.name in _WITHOUT_MISSING else set()
         for number in grid.morton_order().tolist() if grid else [0]:
             if not done[first + number] and number not in missing:
                 yield first + number

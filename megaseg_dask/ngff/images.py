@@ -306,6 +306,8 @@ def _parse_multiscale(
     overall = multiscale.coordinateTransformations
     levels = []
     for dataset in multiscale.datasets:
+        if dataset.path.startswith("/") or {"", ".", ".."} & set(dataset.path.split("/")):
+            raise SourceError(f"{location}: level {dataset.path!r} does not lie in the image")
         try:
             levels.append((dataset.path, *_compose(len(axes), dataset.coordinateTransformations, overall)))
         except ValueError as error:
