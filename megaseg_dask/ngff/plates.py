@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.ngff.images import describe_group, open_ome_group, require_known_version
 from megaseg_dask.stores import ZARR_FORMAT, Location, cause_of, ome_of
+from megaseg_dask.stores.failures import understand
 
 # Each well is one request, and most of the time goes by in waiting.
 _THREADS = 32
@@ -126,7 +127,8 @@ def is_plate(location: Location) -> bool:
 def read_plate(location: Location) -> Plate:
     """Read and check the metadata of the plate at ``location`` and of its wells; no image is opened.
 
-    Raises :class:`SourceError` that says what is there instead, or which name is none of a plate.
+    Raises :class:`SourceError` that says what is there instead, or which name is none of a plate, and
+    :class:`StoreError` if the store does not answer.
     """
     group, ome = open_ome_group(location, "HCS plate")
     if "plate" not in ome:
@@ -189,7 +191,12 @@ def _read_well(location: Location, key: str, well: str) -> list[Field] | str:
     """Return the fields of a well, or why there are none."""
     try:
         attributes = _read_attributes(location, f"{well}/{key}")
-    except (StoreError, ValueError, RecursionError) as error:
+    except StoreError as error:
+        # A store that is lost would lose every well to come: who asks again may find it back.
+        if not (location.is_local or understand(error.__cause__ or error).is_of_request):
+            raise
+        return str(error)
+    except (ValueError, RecursionError) as error:
         return f"{well}/{key}: {cause_of(error)}"
     if attributes is None:
         return f"the plate lists this well, but there is no {well}/{key}"

@@ -13,13 +13,14 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.ngff.plates import Acquisition, Field, Plate, is_plate, read_plate, select_fields, write_plate
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, StoreOptions, configure
 from tests.images import blobs, write_image
 from tests.stores.conftest import _environment, s3, s3_server  # noqa: F401
 from tests.stores.conftest import folder as bucket  # noqa: F401
 from tests.stores.servers import web_server
+from tests.unit.test_images import places
 from tests.unit.test_stores import unreadable
 
 VERSIONS = ["0.4", "0.5"]
@@ -316,6 +317,41 @@ def test_a_field_that_leads_elsewhere_refuses_the_plate(tmp_path, version, name)
     assert "\n" not in str(caught.value)
 
 
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "..", "/", "A/1", "../..", "0", "A"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["path", "name", "id", "ome"]), inner),
+    max_leaves=4,
+)
+
+
+@BOTH
+@given(st.data())
+def test_damaged_metadata_give_a_plate_or_a_reason(version, data):
+    listing = listing_of("A/1", "B/2", acquisitions=[{"id": 1, "name": "x"}], name="p")
+    both = {"listing": listing, "well": {"images": [{"path": "0", "acquisition": 1}, {"path": "1"}]}}
+    *way, last = data.draw(st.sampled_from([place for place in places(both) if place]))
+    part = both
+    for key in way:
+        part = part[key]
+    part[last] = data.draw(ODD)
+    plate, reason = None, "plate"
+    with tempfile.TemporaryDirectory() as folder:
+        location = make_plate(Path(folder) / "p", version, both["listing"], {"A/1": both["well"], "B/2": images("0")})
+        try:
+            plate = read_plate(location)
+        except SourceError as error:
+            reason = str(error)
+    assert plate or str(location) in reason
+    assert "\n" not in reason
+    for field in plate.fields if plate else ():
+        assert re.fullmatch(r"[AB]/[123]/[A-Za-z0-9][A-Za-z0-9._-]*", field.path)
+    assert {well for well, _ in plate.missing} <= {"A/1", "B/2"} if plate else True
+
+
 def _image(path):
     write_image(path, blobs((4, 8, 8)))
 
@@ -465,6 +501,25 @@ def test_each_well_is_one_request_to_a_web_server_and_nothing_is_listed(tmp_path
     of_wells = sorted(path.removeprefix("/my%20plate.zarr/") for path in asked if "/2/" in path or "/1/" in path)
     assert of_wells == [f"A/1/{key_of(version)}", f"B/2/{key_of(version)}"]
     assert not [path for path in asked if path.endswith("/")]
+
+
+@pytest.mark.parametrize(("status", "lost"), [(403, False), (404, False), (503, True), (500, True)])
+def test_a_store_that_is_lost_on_the_way_is_not_a_plate_of_missing_wells(tmp_path, status, lost):
+    class Failing(tornado.web.StaticFileHandler):
+        def prepare(self) -> None:
+            if "/B/2/" in self.request.path:
+                raise tornado.web.HTTPError(status)
+
+    write_plate(Location.of(tmp_path / "p.zarr"), some_plate("A/1", "B/2"), "0.5")
+    configure(StoreOptions.parse(storage_options=["max_retries=1", "retry_timeout=5"]))
+    with web_server([(r"/(.*)", Failing, {"path": str(tmp_path)})]) as url:
+        location = Location.of(f"{url}/p.zarr")
+        if lost:
+            with pytest.raises(StoreError, match=r"cannot read .*/B/2/zarr\.json: "):
+                read_plate(location)
+        else:
+            ((well, reason),) = read_plate(location).missing
+            assert (well, "B/2/zarr.json" in reason) == ("B/2", True)
 
 
 def key_of(version: str) -> str:
