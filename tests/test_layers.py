@@ -46,6 +46,7 @@ DOORS = {
     "tifffile": {"demo"},
     "torch": {"models", "engines"},
     "typer": {"cli", "console"},
+    "xarray": {"xarrays"},
     "yaml": {"models"},
     "zarr": {"ngff", "stores"},
 }
