@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -52,10 +53,22 @@ _ENGINE = threading.Lock()
 # -- images
 
 
-def open_image(url: str, *, labels: bool, anon: bool, endpoint: str | None) -> xarray.DataTree:
-    """Open the OME-Zarr image at ``url``, as :func:`megaseg_dask.open_image` says."""
+def open_image(url: str | Path, *, labels: bool = True, anon: bool = False, endpoint: str = "") -> xarray.DataTree:
+    """Open the OME-Zarr image at ``url``, a path or address: no voxel is read before it is needed.
+
+    Levels are the children ``0`` (the finest), ``1``, …, each with a Dask-backed
+    array ``image`` in the stored order of axes; those of a label image are below
+    ``labels/<name>``. Coordinates z, y, x are in µm (or as stored where the unit is
+    unknown), t in its unit, c has the names of the channels. ``anon`` and
+    ``endpoint`` hold for this process, as do credentials in the environment.
+
+    Raises :class:`SourceError` for what is no such image. Computing raises
+    :class:`DataError` for a corrupt chunk, :class:`StoreError` for a lost one.
+    """
     if anon or endpoint:
-        configure(StoreOptions.parse(endpoint, anon, (), url))
+        configure(StoreOptions.parse(endpoint or None, anon, (), str(url)))
+    # What was opened here before may have been replaced by now.
+    cached_array.cache_clear()
     location = Location.of(url)
     image = read_image(location)
     found = {str(i): _level(location, image, i) for i in range(len(image.levels))}
@@ -64,16 +77,15 @@ def open_image(url: str, *, labels: bool, anon: bool, endpoint: str | None) -> x
             label = location / "labels" / name
             levels = read_image(label)
             found |= {f"labels/{name}/{i}": _level(label, levels, i) for i in range(len(levels.levels))}
-    attributes = {"name": image.name, "version": image.version, "axes": list(image.axis_names)}
-    return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attributes), **found})
+    root = xarray.Dataset(attrs={"name": image.name, "version": image.version, "axes": list(image.axis_names)})
+    return xarray.DataTree.from_dict({"/": root, **found})
 
 
 def _label_names(location: Location) -> list[str]:
     labels = location / "labels"
     if labels.size("zarr.json") is None and labels.size(".zgroup") is None:
         return []
-    names = labels.ome_attributes()[1].get("labels")
-    return [str(name) for name in names] if isinstance(names, list) else []
+    return list(map(str, labels.ome_attributes()[1].get("labels") or ()))
 
 
 def _level(location: Location, image: Image, number: int) -> xarray.Dataset:
@@ -120,32 +132,43 @@ def _read_chunk(location: Location, axis_names: tuple[str, ...], block_info: Any
 # -- scores
 
 
-def predict(image: xarray.DataArray, model: str, **settings: Any) -> xarray.DataArray:
-    """Return the scores of ``image``, lazily; settings and errors are those of :func:`megaseg_dask.predict`."""
-    options = parse_settings({"model": model, **settings})
+def predict(
+    image: xarray.DataArray, model: str | Path = "starter", *,
+    patch: Shape | None = None, overlap: float | tuple[float, ...] | None = None, block: Shape | None = None,
+    device: str = "auto", batch: int | None = None, threads: int | None = None,
+) -> xarray.DataArray:  # fmt: skip
+    """Return the scores of ``image``, lazily: float32 from 0 to 1, with its dimensions and coordinates.
+
+    The dimensions are z, y, x and perhaps t and c, in any order; each volume
+    (z, y, x) is normalised and predicted by itself. Scores are those of
+    :func:`megaseg_dask.segment` with the same settings, bit for bit on a CPU, at any
+    ``block`` (z, y, x), which is the chunk of the result. Computing a part of
+    them predicts only the blocks there, with the statistics of the whole volume.
+
+    Raises :class:`SourceError`, :class:`SettingsError` or :class:`BundleError` for
+    what cannot be carried out. Computing raises :class:`DataError` that names a
+    voxel that is not finite.
+    """
+    options = parse_settings(
+        {"model": str(model), "patch": patch, "overlap": overlap, "block": block,
+         "device": device, "batch": batch, "threads": threads}
+    )  # fmt: skip
     order = _axis_order(image)
     path = locate(options.model)
     bundle = load_bundle(path)
     engine = resolve_engine(device=options.device, batch=options.batch, threads=options.threads)
-    options = options.filled({"patch": bundle.patch_shape, "overlap": bundle.overlap})
-    assert options.patch is not None
-    assert options.overlap is not None
-    require_patch(bundle.network, options.patch)
-    ordered = image.transpose(*order)
-    grid = PatchGrid(tuple(ordered.shape[-3:]), options.patch, options.overlap)
+    patch_shape = options.patch or bundle.patch_shape
+    require_patch(bundle.network, patch_shape)
+    array = _as_dask(image.transpose(*order))
+    grid = PatchGrid(array.shape[-3:], patch_shape, options.overlap or bundle.overlap)
     blocks = BlockGrid(grid.volume_shape, options.block or _choose_block(grid))
     ref = ModelRef(str(path), bundle.name, bundle.digest, bundle.window)
-    array = _as_dask(ordered)
     # What is read for the statistics would otherwise stay in memory until the last block is predicted.
     measured = clone(array) if image.chunks is not None and len(blocks) > 1 else array
-    scores = xarray.DataArray(
-        _predict_each(array, measured, partial(_predict_volume, blocks=blocks, grid=grid, model=ref, engine=engine)),
-        dims=order,
-        coords=image.coords,
-        name="scores",
-        attrs={"model": bundle.name, "model_digest": bundle.digest, "engine": str(asdict(engine))},
-    )
-    return scores.transpose(*image.dims)
+    predict_volume = partial(_predict_volume, blocks=blocks, grid=grid, model=ref, engine=engine)
+    scores = _predict_each(array, measured, predict_volume)
+    attributes = {"model": bundle.name, "model_digest": bundle.digest, "engine": str(asdict(engine))}
+    return xarray.DataArray(scores, image.coords, order, "scores", attributes).transpose(*image.dims)
 
 
 def _axis_order(image: xarray.DataArray) -> list[Hashable]:

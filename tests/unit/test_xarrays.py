@@ -2,6 +2,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import dask
 import numpy as np
 import pytest
 import xarray
@@ -10,11 +11,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 import megaseg_dask
 from megaseg_dask import inference, xarrays
 from megaseg_dask.engines.pytorch import TorchEngine
-from megaseg_dask.errors import DataError, SettingsError, SourceError
+from megaseg_dask.errors import BundleError, DataError, SettingsError, SourceError
 from megaseg_dask.ngff.volumes import Volume
 from tests.images import blobs, write_image
 
 SHAPE = (24, 40, 70)
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process():
+    """A client that another test left would be Dask's default."""
+    with dask.config.set(scheduler="threads"):
+        yield
 
 
 @pytest.fixture
@@ -130,8 +138,8 @@ def test_what_is_no_image_is_told(tmp_path):
         megaseg_dask.open_image(tmp_path / "nothing.zarr")
 
 
-@pytest.mark.parametrize(("name", "axes"), [("4d_dataset_v5.ome.zarr", None), ("3d_xyz_dataset_v4.ome.zarr", None)])
-def test_images_of_others(name, axes, shared_data):
+@pytest.mark.parametrize("name", ["4d_dataset_v5.ome.zarr", "3d_xyz_dataset_v4.ome.zarr"])
+def test_images_of_others(name, shared_data):
     import zarr
 
     folder = shared_data / "omezarr/pixels" / name
@@ -214,7 +222,7 @@ def test_text_is_no_image(tiny_bundle):
 @pytest.mark.parametrize("options", [{"block": (0, 1, 1)}, {"patch": (3, 5, 7)}, {"overlap": 1.5}, {"batch": 0}])
 def test_settings_are_those_of_the_command(options, tiny_bundle):
     image = xarray.DataArray(np.zeros((16, 16, 16)), dims=["z", "y", "x"])
-    with pytest.raises((SettingsError, megaseg_dask.errors.BundleError)):
+    with pytest.raises((SettingsError, BundleError)):
         megaseg_dask.predict(image, str(tiny_bundle), **options)
 
 
