@@ -48,6 +48,7 @@ DOORS = {
     "tifffile": {"demo"},
     "torch": {"models", "engines"},
     "typer": {"cli", "console"},
+    "xarray": {"xarrays"},
     "yaml": {"models"},
     "zarr": {"ngff", "stores"},
 }

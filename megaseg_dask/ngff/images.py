@@ -42,6 +42,16 @@ class Axis:
     type: str | None = None
     unit: str | None = None
 
+    @property
+    def is_in_um(self) -> bool:
+        """Tell whether the unit is a length that is known in µm."""
+        return self.unit in _MICROMETRES
+
+    @property
+    def in_um(self) -> float:
+        """Micrometres of one unit; 1 if the unit is missing or unknown."""
+        return _MICROMETRES.get(self.unit or "", 1.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Level:
@@ -85,8 +95,7 @@ class Image:
     @property
     def spacing_um(self) -> tuple[float, ...]:
         """Voxel size ``(z, y, x)`` of the finest level; µm unless the unit is missing or unknown."""
-        factors = [_MICROMETRES.get(axis.unit or "", 1.0) for axis in self.axes]
-        return self.spatial([s * f for s, f in zip(self.levels[0].scale, factors, strict=True)])
+        return self.spatial([s * axis.in_um for s, axis in zip(self.levels[0].scale, self.axes, strict=True)])
 
     def from_level(self, level: int) -> "Image":
         """Return the image that starts at a coarser level."""
