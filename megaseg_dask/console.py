@@ -141,7 +141,9 @@ def print_status(run: Any) -> None:
     _print_rows({f"  {stage}": f"{n} of {total} tasks" for stage, (n, total) in run.stages.items()}, 16)
     for failure in run.failures[:_MOST_FAILURES]:
         typer.echo(_failure_line(failure))
-    if not run.done:
+    if not run.done and all(n == total for n, total in run.stages.values()):
+        typer.echo("All tasks are done; the same segment command publishes what they wrote.")
+    elif not run.done:
         typer.echo("Run the same segment command again to go on.")
 
 

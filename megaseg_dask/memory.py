@@ -23,12 +23,12 @@ IDLE_BYTES = 720 * 10**6
 BUDGET_SHARE = 0.8
 
 # Float32 feature maps of a patch at full resolution that a DynUNet's forward pass holds at its peak on CPU: skip
-# connection, concatenation, residual, convolution buffers and what the heap loses between them. Measured 9 to 14.
-_FEATURE_MAPS = 14
+# connection, concatenation, residual, convolution buffers and what the heap loses between them. Measured 9 to 11.
+_FEATURE_MAPS = 12
 # oneDNN stores channels in blocks of 16, also where there are fewer.
 _CHANNEL_BLOCK = 16
 # Compiled kernels and scratch space of a forward pass, whatever its size.
-_FORWARD_BYTES = 100 * 10**6
+_FORWARD_BYTES = 250 * 10**6
 
 # The join holds fragments, not voxels. How many there are only the data know: an estimate, from a small nucleus.
 _VOXELS_PER_FRAGMENT = 10_000

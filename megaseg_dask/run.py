@@ -100,7 +100,9 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
 def _already_done(plan: Plan, journal: Journal) -> Result:
     # A run that was killed in its last moment left them.
     targets.remove_work(plan)
-    return Result("done", plan.target, _n_objects(plan, journal), 0.0, already_done=True, run=plan.run)
+    warnings = list((journal.result or {}).get("warnings", []))
+    n_objects = _n_objects(plan, journal)
+    return Result("done", plan.target, n_objects, 0.0, already_done=True, warnings=warnings, run=plan.run)
 
 
 def _carry_out(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
@@ -129,7 +131,8 @@ def _status_of(name: str, plan: Plan) -> RunStatus:
     journal = Journal.read(plan)
     return RunStatus(
         label_name=name,
-        done=journal.result is not None,
+        # A record beside nothing is a record of nothing.
+        done=journal.result is not None and targets.is_present(plan),
         stages={s.name: (int(journal.done(s.name).sum()), s.n_tasks) for s in plan.stages},
         failures=list(map(dict, journal.failed.values())),
     )
@@ -176,8 +179,9 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
             targets.publish(plan, found, missing)
             if "measurements" in plan.options.outputs:
                 write_tables(plan)
+        warnings = _doubts(plan, found, journal)
         if not failures:
-            journal.finish({"n_objects": _n_objects(plan, journal)})
+            journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})
             targets.remove_work(plan)
     return Result(
         status="failed" if failures else "done",
@@ -185,7 +189,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
         n_objects=None if failures else _n_objects(plan, journal),
         wall_s=round(time.monotonic() - started, 3),
         failures=[failure.as_dict() for failure in failures],
-        warnings=_doubts(plan, found, journal),
+        warnings=warnings,
         peak_bytes={name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks},
         run=plan.run,
     )
@@ -206,7 +210,8 @@ def _doubts(plan: Plan, found: list[dict[str, Any]], journal: Journal) -> list[s
     doubts = [
         f"{tasks.volume_name(v)} is constant: what is found in it means nothing" for v, s in pairs if s.get("std") == 0
     ]
-    first, last = ("volume", "volume") if plan.is_one_task else (plan.stages[0].name, "segment")
+    first, last = ("volume", "volume") if plan.is_one_task else ("measure", "segment")
+    first = last if plan.measure_level != 0 else first
     if n_absent := sum(s.get("absent", 0) for s in journal.summaries(first)):
         doubts.append(f"{n_absent} chunks of the source are not there, and were read as its fill value")
     shrunk = [s["batch"] for s in journal.summaries(last) if "batch" in s]

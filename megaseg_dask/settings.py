@@ -149,7 +149,8 @@ class Settings(BaseModel):
     threshold: Threshold = _option(
         OUTPUT,
         0.5,
-        "A voxel is foreground if its score is above this; or a method that finds the threshold of each volume.",
+        "A voxel is foreground if its score is above this; or a method that finds the threshold of each volume, on "
+        "the scale of its logits, which are the scores before the sigmoid.",
         f"F|{'|'.join(THRESHOLDS)}",
         result=True,
     )

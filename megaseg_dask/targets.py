@@ -33,7 +33,9 @@ def read_recorded(run: Location) -> Plan | None:
     try:
         return Plan.model_validate_json(data)
     except ValueError as error:
-        raise TargetError(f"{run}/{PLAN} is not a plan of this version; start anew with --overwrite") from error
+        raise TargetError(
+            f"{run}/{PLAN} is damaged, or of another version of megaseg; start anew with --overwrite"
+        ) from error
 
 
 def require_same(plan: Plan, recorded: Plan) -> None:

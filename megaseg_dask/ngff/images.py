@@ -124,12 +124,9 @@ class Image:
         level = self.levels[0]
         extents, starts = dict(zip(SPATIAL, box.shape, strict=True)), dict(zip(SPATIAL, box.start, strict=True))
         axes = list(zip(self.axis_names, level.shape, level.translation, level.scale, strict=True))
-        cropped = replace(
-            level,
-            shape=tuple(extents.get(name, n) for name, n, _, _ in axes),
-            translation=tuple(offset + starts.get(name, 0) * step for name, _, offset, step in axes),
-        )
-        return replace(self, levels=(cropped,))
+        shape = tuple(extents.get(name, n) for name, n, _, _ in axes)
+        origin = tuple(offset + starts.get(name, 0) * step for name, _, offset, step in axes)
+        return replace(self, levels=(replace(level, shape=shape, translation=origin),))
 
     def with_times(self, start: int, stop: int) -> "Image":
         """Return the image of timepoints ``start:stop``, in its place in time."""
@@ -201,8 +198,7 @@ def read_image(location: Location) -> Image:
     )
     name = str(entry.get("name") or location.name)
     # Volumes are read in native byte order, so that is the dtype they have.
-    dtype = str(arrays[0].dtype.newbyteorder("="))
-    return Image(version, name, axes, levels, dtype, _channel_names(ome))
+    return Image(version, name, axes, levels, str(arrays[0].dtype.newbyteorder("=")), _channel_names(ome))
 
 
 def digest_of(location: Location, image: Image) -> str:

@@ -84,12 +84,15 @@ def segment_block(plan: Plan, volume: int, number: int) -> Summary:
     """Predict one block and write its core's scores, and its mask or, for an automatic threshold, its logits."""
     core = plan.block_grid()[number]
     place = core.shifted(plan.region.start)
-    values = products.source(plan, volume).read(plan.patch_grid.read_box(place))
+    source, read_box = products.source(plan, volume), plan.patch_grid.read_box(place)
+    values = source.read(read_box)
+    # Who measures the volume counts them; here nobody does.
+    absent = {} if plan.measure_level == 0 else count_absent(source, place, values[place.within(read_box).slices])
     found = products.read_state(plan, volume)
     logits = predict(plan, values, place, Normalisation(found["mean"], found["std"]))
     for kind, array in scores_of(plan, logits).items():
         products.write(plan, kind, volume, core, array)
-    return {**shrunk_batch(plan), **(extremes_of(logits) if "logits" in products.intermediates(plan) else {})}
+    return {**absent, **shrunk_batch(plan), **(extremes_of(logits) if "logits" in products.intermediates(plan) else {})}
 
 
 def shrunk_batch(plan: Plan) -> Summary:
