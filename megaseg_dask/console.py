@@ -167,7 +167,7 @@ def print_plan(summary: dict[str, Any]) -> None:
                  f"{_size(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}",
         "memory": f"{_size(summary['memory_bytes'])} per worker; projected GB: {peaks}",
         "time": f"about {_duration(summary['projected_s'])} of one worker like this machine, "
-                f"{summary['patch_s']:.2g} s a patch" if summary["projected_s"] else "cannot be told here: "
+                f"{summary['patch_s']:.2g} s a patch" if summary["projected_s"] is not None else "cannot be told here: "
                 f"{summary['time_unknown']}",
         "tasks": tasks + (f"  ({summary['tasks_done']} done)" if summary["tasks_done"] else ""),
         "fingerprint": summary["fingerprint"][:16],
