@@ -84,8 +84,10 @@ def test_a_server_that_is_killed_in_mid_run(own_s3, folder, image, expected, opt
             own_s3.kill()
             raise KeyboardInterrupt
 
+    # What is to be written at the end waits for the store, too.
+    impatient = parse_settings({**options, "retries": 0, "storage_option": "retry_timeout=5"})
     with pytest.raises((KeyboardInterrupt, MegasegError)):
-        segment(source, target, parse_settings({**options, "retries": 0}), emit=kill)
+        segment(source, target, impatient, emit=kill)
     own_s3.start()
     result = segment(source, target, parse_settings(options))
     assert result.status == "done", result.failures
