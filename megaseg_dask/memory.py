@@ -17,7 +17,7 @@ from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
 from megaseg_dask.labelling import JOIN_BATCH, join_bytes
 
 # Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, before it has done anything.
-IDLE_BYTES = 720 * 10**6
+IDLE_BYTES = 760 * 10**6
 
 # Share of a machine's memory that workers may plan with; the rest is the client's and the system's.
 BUDGET_SHARE = 0.8
