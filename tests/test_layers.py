@@ -14,8 +14,8 @@ errors events
 geometry blending intensity thresholds labelling digits measurements layout memory simulation evaluate
 stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
 stores.disks stores.objects stores.foreign stores.location stores
-models.network models.bundle models.guards models.files models.statements models.heads models.preprocessing
-models.cytodl models models.zoo
+models.network models.recipes models.bundle models.guards models.files models.statements models.heads
+models.preprocessing models.cytodl models models.zoo
 engines engines.pytorch inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
 parsing settings plan planning journal lease products
