@@ -13,15 +13,15 @@ LAYERS = """
 errors events
 geometry blending intensity thresholds labelling digits measurements layout memory simulation evaluate
 stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
-stores.disks stores.objects stores.foreign stores.location stores
+stores.disks stores.objects stores.foreign stores.location stores.downloads stores
 models.network models.bundle models.guards models.files models.statements models.heads models.preprocessing
-models.cytodl models models.zoo
+models.cytodl models models.cards models.cache models.download models.zoo
 engines engines.pytorch inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
 settings plan planning journal lease products tasks.scores tasks.labels tasks.levels tasks.whole tasks targets
 cluster dispatch flows run single
 xarrays training scoring report view demo doctor
-console cli
+console exits models_cli cli
 __init__ __main__
 """.split()
 
@@ -45,7 +45,7 @@ DOORS = {
     "scipy": {"labelling", "simulation", "evaluate"},
     "tifffile": {"demo"},
     "torch": {"models", "engines"},
-    "typer": {"cli", "console"},
+    "typer": {"cli", "console", "exits", "models_cli"},
     "yaml": {"models"},
     "zarr": {"ngff", "stores"},
 }
