@@ -58,6 +58,7 @@ def card_of(name: str, path: Path, bundle: Bundle) -> dict[str, Any]:
         "window": bundle.window,
         "preprocessing": str(bundle.preprocessing),
         "precision": bundle.precision,
+        "heads": [head.name for head in bundle.heads],
         **{f"heads.{head.name}.{key}": getattr(head, key) for head in bundle.heads for key in asdict(head)},
     }
     published = PUBLISHED_CARDS.get(name)
