@@ -78,7 +78,7 @@ class Depot:
                 return None
 
     def read(self, entry: Entry, start: int, stop: int) -> bytes:
-        """Read a part of this version of an object, or all of it where the server gives no parts.
+        """Read a part of this version of an object, or all from there on if the server gives no parts.
 
         Raises :class:`StoreError` if the object has changed.
         """
@@ -87,15 +87,15 @@ class Depot:
             try:
                 answer = obstore.get(client, entry.key, options={"range": (start, stop)})
             except obstore.exceptions.NotSupportedError:
-                answer = obstore.get(client, entry.key)
+                answer, stop = obstore.get(client, entry.key), entry.n_bytes
             # Asked for with If-Match, some servers answer with an error that is repeated in vain.
             if self._entry(dict(answer.meta)).version != entry.version:
                 raise StoreError(f"{entry.url} changed while it was fetched; the same command starts anew")
             data = bytes(answer.bytes())
-        part = data if len(data) == stop - start else data[start:stop]
-        if len(part) != stop - start:
+        data = data[start:] if answer.range == (0, entry.n_bytes) else data
+        if len(data) != stop - start:
             raise StoreError(f"{entry.url}: asked for bytes {start} to {stop}, got {len(data)}; try again")
-        return part
+        return data
 
     @property
     def _prefix(self) -> str:
@@ -125,7 +125,7 @@ class Depot:
                 raise
             cause, line = explain(url, verb, error)
             if cause.kind == "denied" and self.anonymous:
-                line = f"cannot {verb} {url}: {cause.words}; it is not public, so set credentials in the environment"
+                line = f"cannot {verb} {url}: {cause.words}; without credentials; check the bucket's name, or set credentials in the environment"
             if self.endpoint and cause.kind in ("host", "refused", "time", "lost", "bucket"):
                 line = f"cannot {verb} {url}: {cause.words}; check the network and the endpoint {self.endpoint}"
             raise (BundleError if cause.is_of_request else StoreError)(line) from error
