@@ -5,7 +5,9 @@ scheduler and worker; the time to find out that all is done. Workers and
 scheduler are processes of their own, so that each can be weighed.
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,12 +22,15 @@ import numpy as np
 import psutil
 import zarr
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, keep
 from megaseg_dask.cluster import CONFIG, WORKER_ENVIRONMENT
+from megaseg_dask.demo import write_sample
 from megaseg_dask.journal import Journal
+from megaseg_dask.ngff.plates import Acquisition, Field, Plate, write_plate
 from megaseg_dask.run import plan_run, segment
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.simulation import simulate
+from megaseg_dask.stores import Location
 
 # What a worker runs in place of the network, and in place of everything.
 EMPTY_ENGINE = """
@@ -159,7 +164,9 @@ def measure_volume(grid_shape: tuple[int, ...], memory: str, n_workers: int = 1,
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write_volume(folder / "volume.zarr", grid_shape)
-        settings = parse_settings({"model": "starter", "threads": 1, "memory": memory, "overlap": 0, **options})
+        # An engine that does nothing gives the image itself: at a middling score it is noise, of 36 million fragments.
+        fixed = {"model": "starter", "threads": 1, "memory": memory, "overlap": 0, "threshold": 0.95}
+        settings = parse_settings({**fixed, **options})
         target = str(folder / "out.zarr")
         plan, _ = plan_run(str(source), target, settings)
         with cluster(folder, n_workers, EMPTY_ENGINE) as running:
@@ -193,6 +200,63 @@ def measure_volume(grid_shape: tuple[int, ...], memory: str, n_workers: int = 1,
     }
 
 
+def write_screen(folder: Path, n_fields: int, shape: tuple[int, ...] = (16, 64, 64)) -> Path:
+    """Write a plate of so many equal small fields; their chunks are links to one file."""
+    fields = [Field("A", str(1 + i // 10), str(i % 10), 0) for i in range(n_fields)]
+    columns = tuple(str(1 + i) for i in range(-(-n_fields // 10)))
+    write_plate(Location.of(folder), Plate("0.5", "screen", ("A",), columns, tuple(fields), (Acquisition(0),)), "0.5")
+    image = simulate(0, shape).image.astype(np.uint16)
+    write_sample(Location.of(folder / fields[0].path), image, np.zeros(shape, np.uint16))
+    first = folder / fields[0].path
+    shutil.rmtree(first / "labels", ignore_errors=True)
+    files = [p.relative_to(first) for p in first.rglob("*") if p.is_file()]
+    for field in fields[1:]:
+        for name in files:
+            path = folder / field.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(first / name, path)
+    return folder
+
+
+def measure_fields(n_fields: int = 2000) -> dict[str, Any]:
+    """Stream a plate of small fields through two workers with an empty engine."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source, target = write_screen(folder / "screen.zarr", n_fields), str(folder / "out.zarr")
+        settings = parse_settings({"model": "starter", "threads": 1, "overlap": 0, "patch": "16,64,64",
+                                   "outputs": "labels,scores,measurements"})  # fmt: skip
+        started = time.perf_counter()
+        plan, _ = plan_run(str(source), target, settings)
+        plan_s = time.perf_counter() - started
+        times: list[float] = []
+        with cluster(folder, 2, EMPTY_ENGINE) as running:
+            started = time.perf_counter()
+            result = segment(str(source), target, settings, client=running["client"],
+                             emit=lambda event: times.append(time.perf_counter()))  # fmt: skip
+            wall_s, sizes = time.perf_counter() - started, running["sizes"]
+        assert result.status == "done", result
+    third = len(sizes["over_time"]) // 3
+    return {
+        "fields": n_fields,
+        "field_shape": plan.volume_shape,
+        "plan_s": round(plan_s, 1),
+        "wall_s": round(wall_s, 1),
+        "first_to_last_field_s": round(times[-2] - times[1], 1),
+        "fields_per_s": round(n_fields / wall_s, 1),
+        "worker_peak_mb": _mb(result.peak_bytes["volume"]),
+        "projected_mb": _mb(plan.projected_bytes["volume"]),
+        "scheduler_and_client_after_a_third_mb": [_mb(n) for n in sizes["over_time"][third][1:]],
+        "scheduler_and_client_at_the_end_mb": [_mb(n) for n in sizes["over_time"][-1][1:]],
+    }
+
+
+def measure_overhead() -> dict[str, Any]:
+    """Compare the staged path with the one-task path on one volume, with an engine that does nothing."""
+    one = measure_volume((1, 4, 4), "8GB", block="64,1024,1024")
+    staged = measure_volume((1, 4, 4), "8GB", block="64,512,512")
+    return {"one_task": one, "staged": staged, "ratio": round(staged["wall_s"] / one["wall_s"], 2)}
+
+
 def measure() -> dict[str, Any]:
     """The large cases: 10^5 tasks a stage, 10^6 in one, 8 GB through a worker of 2 GB."""
     machine = describe()
@@ -200,16 +264,26 @@ def measure() -> dict[str, Any]:
         "machine": machine,
         "all_stages": measure_tasks(47, "labels,scores"),
         "one_stage": measure_tasks(100, "scores"),
+        "fields": measure_fields(),
+        "overhead": measure_overhead(),
         "volume_8gb": measure_volume((16, 8, 8), "2GB"),
     }
 
 
-if __name__ == "__main__":
-    import json
+def main() -> None:
+    """Run one case: ``tasks N OUTPUTS``, ``volume GRID MEMORY WORKERS``, ``overhead``, or all."""
+    match sys.argv[1:]:
+        case ["tasks", n, outputs]:
+            print(json.dumps(measure_tasks(int(n), outputs), indent=1))
+        case ["volume", grid, memory, n_workers]:
+            print(json.dumps(measure_volume(tuple(map(int, grid.split(","))), memory, int(n_workers)), indent=1))
+        case ["fields", n]:
+            print(json.dumps(measure_fields(int(n)), indent=1))
+        case ["overhead"]:
+            print(json.dumps(measure_overhead(), indent=1))
+        case _:
+            keep("scale", measure())
 
-    which, *arguments = sys.argv[1:]
-    if which == "tasks":
-        print(json.dumps(measure_tasks(int(arguments[0]), arguments[1]), indent=1))
-    else:
-        grid, memory, n_workers = arguments
-        print(json.dumps(measure_volume(tuple(map(int, grid.split(","))), memory, int(n_workers)), indent=1))
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from megaseg_dask.events import Result
+    from megaseg_dask.xarrays import open_image, predict
 
-__all__ = ["segment"]
+__all__ = ["open_image", "predict", "segment"]
 
 
 def segment(
@@ -24,3 +25,14 @@ def segment(
     from megaseg_dask.settings import parse_settings
 
     return run.segment(str(source), str(target), parse_settings({"model": model, **settings}), client=client)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        # xarray and Dask's arrays take a second to import; nobody who only segments pays for it.
+        if name not in ("open_image", "predict"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from megaseg_dask import xarrays
+
+        return getattr(xarrays, name)

@@ -24,7 +24,7 @@ from megaseg_dask.console import (
     print_tasks,
     reporter,
 )
-from megaseg_dask.exits import INTERRUPTED, PENDING, WRONG_REQUEST, Json
+from megaseg_dask.exits import INTERRUPTED, PENDING, WRONG_REQUEST, Json, echo_error
 from megaseg_dask.exits import exit_codes as _exit_codes
 from megaseg_dask.exits import fail as _fail
 from megaseg_dask.models_cli import models_app
@@ -46,6 +46,7 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help="OME-Zarr image to
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="OME-Zarr image to write; SOURCE again adds labels to it.")
 ]
+Begun = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
 
@@ -171,7 +172,7 @@ def plan(
 
 @app.command()
 def task(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")],
+    target: Begun,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage, as megaseg status lists them.")],
     indices: Annotated[list[str], typer.Argument(metavar="INDEX…", help="Tasks of that stage: 7, or 0-99.")],
     *,
@@ -197,14 +198,16 @@ def task(
         status = "failed" if failures else "done"
         if json_:
             n_done = len(wanted) - len(failures)
-            typer.echo(json.dumps({"event": "result", "status": status, "n_done": n_done, "exit_code": bool(failures)}))
+            typer.echo(
+                json.dumps({"event": "result", "status": status, "n_done": n_done, "exit_code": int(bool(failures))})
+            )
         else:
             print_tasks(stage, len(wanted), failures)
-        raise typer.Exit(bool(failures))
+        raise typer.Exit(int(bool(failures)))
 
 
 @app.command()
-def status(target: Target, *, json_: Json = False) -> None:
+def status(target: Begun, *, json_: Json = False) -> None:
     """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending."""
     with _exit_codes(json_):
         from megaseg_dask.run import status as run_status
@@ -291,8 +294,16 @@ def doctor(*, json_: Json = False) -> None:
 def _interrupt(*_: object) -> NoReturn:
     """Leave in order when interrupted once, and at once when interrupted again."""
     for either in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(either, lambda *_: os._exit(INTERRUPTED))
+        signal.signal(either, _leave)
+    os.write(sys.stderr.fileno(), b"megaseg: stopping; interrupt once more to stop at once\n")
     raise KeyboardInterrupt
+
+
+def _leave(*_: object) -> NoReturn:
+    if "--json" in sys.argv:
+        with contextlib.suppress(Exception):
+            echo_error("interrupted twice; run the same command again to go on", INTERRUPTED)
+    os._exit(INTERRUPTED)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

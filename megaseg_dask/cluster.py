@@ -4,7 +4,7 @@ import logging
 import multiprocessing
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import dask
@@ -83,9 +83,14 @@ def connect(plan: Plan) -> Iterator[Any]:
             raise EngineError(
                 f"workers could not start ({error}); in a script, put its calls under `if __name__ == '__main__':`"
             ) from error
-        with cluster, Client(cluster) as client:
-            _require_worker(client)
-            yield client
+        try:
+            with Client(cluster) as client:
+                _require_worker(client)
+                yield client
+        finally:
+            # On a busy machine workers may take longer to end than Dask waits; what they did is done.
+            with suppress(TimeoutError, OSError):
+                cluster.close()
 
 
 def _require_main_guard() -> None:

@@ -157,7 +157,9 @@ def print_status(run: Any) -> None:
     print_rows({f"  {stage}": f"{n} of {total} tasks" for stage, (n, total) in run.stages.items()}, 16)
     for failure in run.failures[:_MOST_FAILURES]:
         typer.echo(_failure_line(failure))
-    if not run.done:
+    if not run.done and all(n == total for n, total in run.stages.values()):
+        typer.echo("All tasks are done; the same segment command publishes what they wrote.")
+    elif not run.done:
         typer.echo("Run the same segment command again to go on.")
 
 
@@ -181,7 +183,7 @@ def print_plan(summary: dict[str, Any]) -> None:
                  f"{size_text(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}",
         "memory": f"{size_text(summary['memory_bytes'])} per worker; projected GB: {peaks}",
         "time": f"about {_duration(summary['projected_s'])} of one worker like this machine, "
-                f"{summary['patch_s']:.2g} s a patch" if summary["projected_s"] else "cannot be told here: "
+                f"{summary['patch_s']:.2g} s a patch" if summary["projected_s"] is not None else "cannot be told here: "
                 f"{summary['time_unknown']}",
         "tasks": tasks + (f"  ({summary['tasks_done']} done)" if summary["tasks_done"] else ""),
         "fingerprint": summary["fingerprint"][:16],

@@ -30,19 +30,20 @@ def exit_codes(as_json: bool) -> Iterator[None]:
     except Exception as error:
         # A bug: scripts get their last line all the same, people the traceback to report.
         if as_json:
-            _echo_error(f"{type(error).__name__}: {error}", 1)
+            echo_error(f"{type(error).__name__}: {error}", 1)
         raise
 
 
 def fail(message: str, code: int, as_json: bool) -> NoReturn:
     """End with one line on stderr and an exit code, and a last JSON line for scripts."""
     if as_json:
-        _echo_error(message, code)
+        echo_error(message, code)
     # One line, whatever a path or a foreign message holds.
     typer.echo(f"megaseg: {' '.join(message.splitlines())}", err=True)
     raise typer.Exit(code)
 
 
-def _echo_error(message: str, code: int) -> None:
+def echo_error(message: str, code: int) -> None:
+    """Print the last JSON line of a command that failed."""
     status = "interrupted" if code == INTERRUPTED else "error"
     typer.echo(json.dumps({"event": "result", "status": status, "error": message, "exit_code": code}))

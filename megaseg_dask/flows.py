@@ -17,8 +17,11 @@ from megaseg_dask.tasks import scores
 
 # Stages whose tasks are about one block each; where one fails, that block is missing.
 _PER_BLOCK = ("segment", "histogram", "threshold", "holes", "fill", "label", "relabel")
+# Stages that have nothing to do where a block is missing.
+_WITHOUT_MISSING = (*_PER_BLOCK, "seams", "holes-seams", "measurements")
 # Stages without which there is no mask, or no label, of the whole volume.
-_NEEDED_FOR = {"cutoff": "mask", "holes-seams": "mask", "holes-join": "mask", "seams": "labels", "join": "labels"}
+_NEEDED_FOR = {"cutoff": "mask", "holes-seams": "mask", "holes-join": "mask", "seams": "labels", "join": "labels",
+               "measurements": "table", "table": "table"}  # fmt: skip
 
 
 class Flow:
@@ -81,7 +84,7 @@ class Flow:
         if done[first : first + stage.per_volume].all() or self._is_left_out(stage):
             return
         grid = self._plan.grid(stage.name)
-        missing = set(self.missing(before=stage)) if stage.name in (*_PER_BLOCK, "seams", "holes-seams") else set()
+        missing = set(self.missing(before=stage)) if stage.name in _WITHOUT_MISSING else set()
         for number in grid.morton_order().tolist() if grid else [0]:
             if not done[first + number] and number not in missing:
                 yield first + number
@@ -130,7 +133,7 @@ class Flow:
         lost = {_NEEDED_FOR[stage] for stage in self._failed_stages() if stage in _NEEDED_FOR}
         if "mask" in lost:
             lost.add("labels")
-        return [kind for kind in self._plan.options.outputs if kind not in lost]
+        return [kind for kind in self._plan.arrays if kind not in lost]
 
     # -- what has to be done again
 

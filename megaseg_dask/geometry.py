@@ -215,26 +215,29 @@ class PatchGrid:
         )
         return hull & Box.of(self.volume_shape)
 
-    def count_predicted(self, block_shape: Shape) -> int:
-        """Return how many patches all blocks of this shape predict together."""
-        return math.prod(n_patches for n_patches, _ in self._axis_totals(block_shape))
+    def count_predicted(self, block_shape: Shape, region: Box | None = None) -> int:
+        """Return how many patches all blocks of a region, by default the volume, predict together."""
+        return math.prod(n_patches for n_patches, _ in self._axis_totals(block_shape, region))
 
-    def count_read(self, block_shape: Shape) -> int:
-        """Return how many voxels all blocks of this shape read together, halos included."""
-        return math.prod(n_voxels for _, n_voxels in self._axis_totals(block_shape))
+    def count_read(self, block_shape: Shape, region: Box | None = None) -> int:
+        """Return how many voxels all blocks of a region read together, halos included."""
+        return math.prod(n_voxels for _, n_voxels in self._axis_totals(block_shape, region))
 
-    def _axis_totals(self, block_shape: Shape) -> Iterator[tuple[int, int]]:
-        axes = zip(self.volume_shape, self.patch_shape, self.overlap, block_shape, strict=True)
+    def _axis_totals(self, block_shape: Shape, region: Box | None) -> Iterator[tuple[int, int]]:
+        region = region or Box.of(self.volume_shape)
+        axes = zip(
+            self.volume_shape, self.patch_shape, self.overlap, block_shape, region.start, region.stop, strict=True
+        )
         return (_axis_totals(*axis) for axis in axes)
 
 
 @functools.cache
-def _axis_totals(extent: int, patch: int, overlap: float, block: int) -> tuple[int, int]:
-    """Return patches predicted and voxels read along one axis, summed over the blocks there.
+def _axis_totals(extent: int, patch: int, overlap: float, block: int, start: int, stop: int) -> tuple[int, int]:
+    """Return patches predicted and voxels read along one axis, summed over the blocks from ``start`` to ``stop``.
 
     Patches and blocks are products of axes, so a sum over all blocks is the
     product of sums over axes: cheap for a million blocks.
     """
     line = PatchGrid((extent,), (patch,), (overlap,))
-    cores = list(BlockGrid((extent,), (block,)))
+    cores = [core.shifted((start,)) for core in BlockGrid((stop - start,), (block,))]
     return sum(map(line.count_touching, cores)), sum(line.read_box(core).size for core in cores)

@@ -17,18 +17,18 @@ from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
 from megaseg_dask.labelling import JOIN_BATCH, join_bytes
 
 # Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, before it has done anything.
-IDLE_BYTES = 720 * 10**6
+IDLE_BYTES = 760 * 10**6
 
 # Share of a machine's memory that workers may plan with; the rest is the client's and the system's.
 BUDGET_SHARE = 0.8
 
 # Float32 feature maps of a patch at full resolution that a DynUNet's forward pass holds at its peak on CPU: skip
-# connection, concatenation, residual, convolution buffers and what the heap loses between them. Measured 9 to 14.
-_FEATURE_MAPS = 14
+# connection, concatenation, residual, convolution buffers and what the heap loses between them. Measured 9 to 11.
+_FEATURE_MAPS = 12
 # oneDNN stores channels in blocks of 16, also where there are fewer.
 _CHANNEL_BLOCK = 16
 # Compiled kernels and scratch space of a forward pass, whatever its size.
-_FORWARD_BYTES = 100 * 10**6
+_FORWARD_BYTES = 250 * 10**6
 
 # The join holds fragments, not voxels. How many there are only the data know: an estimate, from a small nucleus.
 _VOXELS_PER_FRAGMENT = 10_000
@@ -43,6 +43,9 @@ _CHUNKS_AT_ONCE = 10
 _TABULATING_BYTES, _TABLE_BYTES = 160 * 10**6, 60 * 10**6
 TABLES_READ_AHEAD = 3
 
+# Measuring objects: temporaries of a slab, and some 100,000 objects of 450 bytes.
+_MEASURING_BYTES = 150 * 10**6
+
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
 
@@ -55,6 +58,7 @@ class Sizes:
     block_shape: Shape
     measure_shape: Shape
     patch_grid: PatchGrid
+    offset: Shape
     first_filters: int
     n_parameters: int
     batch: int
@@ -72,7 +76,7 @@ def _largest_read_box(sizes: Sizes) -> int:
     # Read boxes grow from the rim inwards: a block in the middle has halos on all sides.
     middle = tuple(n // 2 for n in grid.grid_shape)
     corners = [grid.core(middle), grid[0]]
-    return max(sizes.patch_grid.read_box(core).size for core in corners)
+    return max(sizes.patch_grid.read_box(core.shifted(sizes.offset)).size for core in corners)
 
 
 def forward_bytes(sizes: Sizes) -> int:
@@ -108,13 +112,15 @@ def project(sizes: Sizes) -> dict[str, int]:
         "seams": core,
         "join": join_bytes(Box.of(sizes.volume_shape).size // _VOXELS_PER_FRAGMENT, 2 * JOIN_BATCH),
         "relabel": relabel,
+        "measurements": core * (sizes.label_bytes + sizes.source_bytes) * 2 + decoded + _MEASURING_BYTES,
+        "table": _MEASURING_BYTES,
         # Parts of 16.8 million finer voxels, and the unit that they make up.
         "downsample": min(core, 2**24) * 2 * (sizes.label_bytes + _MODE_BYTES) + core * sizes.label_bytes,
     }
     if core == Box.of(sizes.volume_shape).size:
         volume = core * (sizes.source_bytes + sizes.scores_bytes + 1)
         mask = (table if sizes.is_automatic else 0) + (stages["holes"] if sizes.fills_holes else 0)
-        stages = {"volume": volume + max(stages["segment"] + mask, label + relabel)}
+        stages = {"volume": volume + max(stages["segment"] + mask, label + relabel) + _MEASURING_BYTES}
     else:
         unused = set() if sizes.fills_holes else {"holes", "fill"}
         unused |= set() if sizes.is_automatic else {"histogram", "cutoff", "threshold"}

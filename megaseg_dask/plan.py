@@ -15,24 +15,34 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.geometry import BlockGrid, PatchGrid, Shape
+from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
 from megaseg_dask.inference import EngineSpec, ModelRef
 from megaseg_dask.intensity import PARTITION_SHAPE
 from megaseg_dask.labelling import label_dtype
 from megaseg_dask.layout import Layout, write_layout
 from megaseg_dask.memory import Sizes, project
 from megaseg_dask.ngff.images import Image
+from megaseg_dask.ngff.plates import Plate
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
+
+# Stages with one task a volume, whatever its blocks.
+_WHOLE_VOLUME = ("volume", "cutoff", "holes-join", "join", "table")
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedVolume:
-    """One image, timepoint and channel: the unit of normalisation and labelling."""
+    """One image, timepoint and channel: the unit of normalisation and labelling.
+
+    ``image`` is the path of a field below its plate; ``target_t`` and
+    ``target_c`` are its places in the output.
+    """
 
     t: int
     c: int
     target_t: int
+    target_c: int = 0
+    image: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,9 @@ class Plan(BaseModel):
     source_chunk_bytes: int
     n_source_chunks: int
     volumes: tuple[PlannedVolume, ...]
+    # What the label image of each channel has after its name; nothing where only one is segmented.
+    suffixes: tuple[str, ...] = ("",)
+    plate: Plate | None = None
     model: ModelRef
     engine: EngineSpec
     options: Settings
@@ -75,8 +88,21 @@ class Plan(BaseModel):
 
     @property
     def volume_shape(self) -> Shape:
-        """Voxels ``(z, y, x)`` of each volume."""
-        return self.source_image.volume_shape()
+        """Voxels ``(z, y, x)`` of each volume, or of its ROI."""
+        return self.target_image.volume_shape()
+
+    @property
+    def region(self) -> Box:
+        """The voxels of the source that are segmented: all of a volume, or the ROI."""
+        if self.options.roi is None:
+            return Box.of(self.source_image.volume_shape())
+        start, stop = zip(*self.options.roi, strict=True)
+        return Box(start, stop)
+
+    @property
+    def label_image(self) -> Image:
+        """Metadata of a label image: those of the scores without channels."""
+        return self.target_image.without_channels()
 
     @property
     def block_shape(self) -> Shape:
@@ -86,10 +112,10 @@ class Plan(BaseModel):
 
     @cached_property
     def patch_grid(self) -> PatchGrid:
-        """The network's patches over a volume."""
+        """The network's patches over a volume, of which a ROI is only a part."""
         assert self.options.patch is not None
         assert self.options.overlap is not None
-        return PatchGrid(self.volume_shape, self.options.patch, self.options.overlap)
+        return PatchGrid(self.source_image.volume_shape(), self.options.patch, self.options.overlap)
 
     def block_grid(self, level: int = 0) -> BlockGrid:
         """Return the blocks of a level; their cores are whole write units."""
@@ -98,7 +124,8 @@ class Plan(BaseModel):
     @property
     def is_one_task(self) -> bool:
         """Tell whether a volume fits one block, and so runs as one task."""
-        return len(self.block_grid()) == 1
+        # The statistics of a ROI are those of its volume, which may be of any size.
+        return len(self.block_grid()) == 1 and (self.options.roi is None or self.measure_level is None)
 
     @property
     def measure_level(self) -> int | None:
@@ -145,8 +172,15 @@ class Plan(BaseModel):
                 yield from (("holes", n, True), ("holes-seams", n, False), ("holes-join", 1, False), ("fill", n, False))
         if "labels" in options.outputs:
             yield from (("label", n, True), ("seams", n, False), ("join", 1, False), ("relabel", n, False))
+            if "measurements" in options.outputs:
+                yield from (("measurements", n, True), ("table", 1, False))
         for level in range(1, len(self.target_image.levels)):
             yield f"downsample-{level}", len(self.block_grid(level)), False
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The outputs that are images; measurements are a table."""
+        return tuple(kind for kind in self.options.outputs if kind != "measurements")
 
     @property
     def has_mask(self) -> bool:
@@ -166,7 +200,7 @@ class Plan(BaseModel):
             return self.measure_grid
         if stage.startswith("downsample-"):
             return self.block_grid(int(stage.removeprefix("downsample-")))
-        return self.block_grid() if self.stage(stage).per_volume > 1 else None
+        return None if stage in _WHOLE_VOLUME else self.block_grid()
 
     def split_index(self, stage: str, index: int) -> tuple[int, int]:
         """Return the number of a task's volume, and the task's number in that volume."""
@@ -194,6 +228,7 @@ class Plan(BaseModel):
                 block_shape=self.block_shape,
                 measure_shape=self.measure_grid.block_shape,
                 patch_grid=self.patch_grid,
+                offset=self.region.start,
                 first_filters=self.first_filters,
                 n_parameters=self.n_parameters,
                 batch=self.engine.batch,
@@ -216,33 +251,36 @@ class Plan(BaseModel):
     def summary(self) -> dict[str, object]:
         """Return what ``megaseg plan`` shows, as JSON values."""
         grid = self.patch_grid
-        voxels = math.prod(self.volume_shape)
-        n_predicted = grid.count_predicted(self.block_shape)
+        voxels, n_patches = math.prod(self.volume_shape), grid.count_touching(self.region)
+        n_predicted = grid.count_predicted(self.block_shape, self.region)
         item = np.dtype(self.source_image.dtype).itemsize
         # Statistics take one more read, except where a volume is read once for all.
-        read = grid.count_read(self.block_shape) + (0 if self.is_one_task else voxels)
+        measured = 0 if self.is_one_task or self.measure_level is None else math.prod(self.measure_grid.volume_shape)
+        read = grid.count_read(self.block_shape, self.region) + measured
         sizes = {"labels": label_dtype(self.volume_shape).itemsize, "mask": 1,
                  "scores": np.dtype(self.options.scores_dtype).itemsize}  # fmt: skip
-        written = sum(math.prod(v.shape) for v in self.target_image.levels)
+        n_images = len({volume.image for volume in self.volumes})
+        written = n_images * sum(math.prod(v.shape) for v in self.target_image.levels)
         return {
             "source": self.source,
             "target": self.target,
             "fingerprint": self.fingerprint,
             "volumes": len(self.volumes),
             "volume_shape": self.volume_shape,
+            "fields": len({volume.image for volume in self.volumes}) if self.plate else None,
             "dtype": self.source_image.dtype,
             "model": {"name": self.model.name, "digest": self.model.digest, "parameters": self.n_parameters},
             "engine": asdict(self.engine),
             "patch_shape": self.options.patch,
             "overlap": self.options.overlap,
-            "patches": len(grid),
-            "patch_voxels_per_voxel": round(len(grid) * math.prod(grid.patch_shape) / voxels, 2),
+            "patches": n_patches,
+            "patch_voxels_per_voxel": round(n_patches * math.prod(grid.patch_shape) / voxels, 2),
             "block_shape": self.block_shape,
             "blocks": len(self.block_grid()),
-            "redundancy": round(n_predicted / len(grid), 3),
+            "redundancy": round(n_predicted / n_patches, 3),
             "bytes_read": read * item * len(self.volumes),
             "read_amplification": round(read / voxels, 2),
-            "bytes_written": written * sum(sizes[name] for name in self.options.outputs),
+            "bytes_written": written * sum(sizes[name] for name in self.arrays),
             "label_dtype": str(label_dtype(self.volume_shape)),
             "memory_bytes": self.memory_bytes,
             "projected_bytes": self.projected_bytes,

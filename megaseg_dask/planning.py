@@ -4,13 +4,18 @@ Whatever can change a bit is resolved here, once, and recorded with the plan:
 a run that resumes never plans anew.
 """
 
+import hashlib
+import json
 import math
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
 import psutil
 
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.geometry import Box
 from megaseg_dask.inference import ModelRef, resolve_engine
 from megaseg_dask.layout import iter_block_shapes
 from megaseg_dask.memory import BUDGET_SHARE
@@ -18,10 +23,12 @@ from megaseg_dask.models import require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.models.zoo import load
 from megaseg_dask.ngff.images import Image, digest_of, read_image, sample_of
+from megaseg_dask.ngff.plates import Plate, is_plate, read_plate, select_fields
 from megaseg_dask.plan import Plan, PlannedVolume, run_folder
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
 
+_READERS = 32
 DEFAULT_MEMORY_BYTES = 8 * 10**9
 
 
@@ -34,7 +41,7 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
     :class:`BundleError`.
     """
     where, to = Location.of(source), Location.of(target)
-    whole = read_image(where)
+    plate, whole = _read_source(where, settings)
     if settings.level >= len(whole.levels):
         raise SettingsError(f"--level {settings.level}: the source has levels 0 to {len(whole.levels) - 1}")
     require_measurable(settings, len(whole.levels))
@@ -44,11 +51,13 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
     if where.is_same(to):
         # One container holds one version.
         settings = settings.model_copy(update={"ome_zarr": whole.version})
-    channel = _choose_channel(image, settings.channel, where)
+    channels = _choose_channels(image, settings.channel, where)
     first, stop = _choose_times(image, settings)
     if recorded is not None:
         settings = settings.filled(recorded.options.result_options())
-    array = (where / image.levels[0].path).open_array()
+    paths = [field.path for field in plate.fields] if plate else [""]
+    level = where / paths[0] / image.levels[0].path
+    array = level.open_array()
     path, bundle = load(settings.model)
     settings = settings.filled({"patch": bundle.patch_shape, "overlap": bundle.overlap})
     assert settings.patch is not None
@@ -61,19 +70,29 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
         run=run_folder(to, settings.label_name).url,
         source_image=image,
         target_image=replace(
-            image.without_channels().with_times(first, stop).with_pyramid(complete=not where.is_same(to)),
+            _cropped(image, settings, where)
+            .with_channels(channels)
+            .with_times(first, stop)
+            .with_pyramid(complete=not where.is_same(to)),
             version=settings.ome_zarr,
             dtype=settings.scores_dtype,
         ),
-        source_digest=digest_of(where, whole),
-        source_sample=sample_of(where / image.levels[0].path),
+        source_digest=_digest_of(where, whole, plate),
+        source_sample=sample_of(level),
         source_chunk_bytes=math.prod(array.chunks) * array.dtype.itemsize,
         n_source_chunks=math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)),
-        volumes=tuple(PlannedVolume(t, channel, t - first) for t in range(first, stop)),
+        volumes=tuple(
+            PlannedVolume(t, c, t - first, place, field)
+            for field in paths
+            for t in range(first, stop)
+            for place, c in enumerate(channels)
+        ),
+        suffixes=tuple(f"_{_safe(image, c)}" for c in channels) if len(channels) > 1 else ("",),
+        plate=plate,
         model=ModelRef(str(path), bundle.name, bundle.digest, bundle.window),
         engine=engine,
         # By index: a name may be given to another channel later.
-        options=settings.recorded().model_copy(update={"channel": str(channel), "time": (first, stop)}),
+        options=settings.recorded().model_copy(update={"channel": ",".join(map(str, channels)), "time": (first, stop)}),
         memory_bytes=settings.memory or default_memory_bytes(settings.workers or 1),
         n_parameters=sum(t.numel() for t in bundle.weights.values()),
         first_filters=bundle.network.filters[0],
@@ -82,6 +101,73 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
         plan = choose_block(plan)
     require_memory(plan)
     return plan
+
+
+def _read_source(where: Location, settings: Settings) -> tuple[Plate | None, Image]:
+    """Return the chosen fields of a plate, if the source is one, and the image, or what all fields have in common."""
+    if not is_plate(where):
+        if settings.wells or settings.fields or settings.acquisition is not None:
+            raise SettingsError(f"{where} is no plate: --wells, --fields and --acquisition choose among its images")
+        return None, read_image(where)
+    plate = select_fields(
+        read_plate(where), wells=settings.wells, fields=settings.fields, acquisition=settings.acquisition
+    )
+    if not plate.fields:
+        listed = "; ".join(f"{path}: {reason}" for path, reason in plate.missing[:3])
+        raise SourceError(f"{where} has no field that can be read ({listed})")
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(lambda field: _try_image(where / field.path), plate.fields))
+    broken = tuple((f.path, str(i)) for f, i in zip(plate.fields, found, strict=True) if isinstance(i, SourceError))
+    fields = [(f, i) for f, i in zip(plate.fields, found, strict=True) if isinstance(i, Image)]
+    if not fields:
+        raise SourceError(broken[0][1])
+    first = _form(fields[0][1])
+    if other := next((f.path for f, i in fields if _form(i) != first), None):
+        raise SettingsError(
+            f"{where}: field {other} has another shape, voxel size or dtype than {fields[0][0].path}, and one run "
+            "takes fields of one form; choose them with --wells and --fields"
+        )
+    chosen = replace(plate, fields=tuple(f for f, _ in fields), missing=(*plate.missing, *broken))
+    return chosen, replace(fields[0][1], name=plate.name)
+
+
+def _try_image(where: Location) -> Image | SourceError:
+    try:
+        return read_image(where)
+    except SourceError as error:
+        return error
+
+
+def _form(image: Image) -> Image:
+    """Return what the fields of one run have in common: all but their names and places."""
+    levels = tuple(replace(v, translation=()) for v in image.levels)
+    return replace(image, name="", levels=levels, channel_names=())
+
+
+def _digest_of(where: Location, image: Image, plate: Plate | None) -> str:
+    if plate is None:
+        return digest_of(where, image)
+    # Fields of one form differ by name alone.
+    identity = [digest_of(where / plate.fields[0].path, image), [field.path for field in plate.fields]]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _cropped(image: Image, settings: Settings, where: Location) -> Image:
+    if settings.roi is None:
+        return image
+    start, stop = zip(*settings.roi, strict=True)
+    box, whole = Box(start, stop), Box.of(image.volume_shape())
+    if box not in whole:
+        raise SettingsError(f"--roi {box}: reaches beyond the volumes of {where}, which are {whole}")
+    return image.cropped(box)
+
+
+def _safe(image: Image, channel: int) -> str:
+    """Return a channel's name where it can be part of a folder's name, else its number."""
+    name = image.channel_names[channel] if channel < len(image.channel_names) else ""
+    names = [re.sub(r"[^A-Za-z0-9-]+", "-", n).strip("-").lower() for n in image.channel_names]
+    mine = re.sub(r"[^A-Za-z0-9-]+", "-", name).strip("-").lower()
+    return mine if mine and names.count(mine) == 1 and mine != "mask" else str(channel)
 
 
 def default_memory_bytes(n_workers: int) -> int:
@@ -120,24 +206,34 @@ def require_target(settings: Settings, source: Location, target: Location) -> No
     if source.is_same(target):
         if "scores" in settings.outputs:
             raise SettingsError("the target is the source, whose image stays as it is: pass --outputs labels")
-        if settings.level or settings.time:
-            raise SettingsError("--level and --time need a target of their own: labels in the source match all of it")
+        if settings.level or settings.time or settings.roi:
+            raise SettingsError(
+                "--level, --time and --roi need a target of their own: labels in the source match all of it"
+            )
     target.require_writable()
 
 
-def _choose_channel(image: Image, channel: str | None, where: Location) -> int:
+def _choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
+    """Return the indices of the channels to segment, in the order in which they were asked for."""
     n = image.extent("c")
     names = [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]
     listed = ", ".join(f"{i} ({name})" if name != str(i) else name for i, name in enumerate(names))
-    if channel is None and n > 1:
+    if wanted is None and n > 1:
         raise SettingsError(f"{where} has {n} channels; choose one with --channel: {listed}")
-    if channel is None:
-        return 0
-    if channel in names:
-        return names.index(channel)
-    if channel.isdecimal() and int(channel) < n:
-        return int(channel)
-    raise SettingsError(f"--channel {channel}: no such channel in {where}; it has {listed}")
+    if wanted is None:
+        return [0]
+    found = []
+    # A name may hold a comma.
+    for channel in [wanted] if wanted in names else wanted.split(","):
+        if channel in names:
+            found.append(names.index(channel))
+        elif channel.strip().isdecimal() and int(channel) < n:
+            found.append(int(channel))
+        else:
+            raise SettingsError(f"--channel {channel}: no such channel in {where}; it has {listed}")
+    if len(set(found)) < len(found):
+        raise SettingsError(f"--channel {wanted}: names a channel twice")
+    return found
 
 
 def _choose_times(image: Image, settings: Settings) -> tuple[int, int]:

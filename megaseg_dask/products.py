@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 WORK = "work"
 VOLUMES = "volumes"
+SUMS = "sums"
 
 _MOST_READERS = 16
 
@@ -46,24 +47,52 @@ _holder: ContextVar[str | None] = ContextVar("holder", default=None)
 def source(plan: Plan, volume: int, level: int = 0) -> Volume:
     """Return one volume of the source, at a level counted from the one that is segmented."""
     planned = plan.volumes[volume]
-    location = Location(plan.source) / plan.source_image.levels[level].path
+    location = Location(plan.source) / planned.image / plan.source_image.levels[level].path
     return Volume(location, plan.source_image.axis_names, t=planned.t, c=planned.c)
 
 
 def product(plan: Plan, kind: str, volume: int, level: int = 0) -> Volume:
     """Return one volume of an output, or of intermediate data if nobody asked for it as an output."""
-    if kind in plan.options.outputs:
-        location, names = product_location(plan, kind) / str(level), plan.target_image.axis_names
-        return Volume(location, names, t=plan.volumes[volume].target_t)
-    return Volume(work_folder(plan, volume) / kind, SPATIAL)
+    if kind not in plan.arrays:
+        return Volume(work_folder(plan, volume) / kind, SPATIAL)
+    planned = plan.volumes[volume]
+    group = Group(kind, planned.image, plan.suffixes[planned.target_c] if kind != "scores" else "")
+    image = plan.target_image if kind == "scores" else plan.label_image
+    return Volume(group.location(plan) / str(level), image.axis_names, t=planned.target_t, c=planned.target_c)
 
 
-def product_location(plan: Plan, kind: str) -> Location:
-    """Return the group at the target that holds the levels of an output."""
-    if kind == "scores":
-        return Location(plan.target)
-    name = plan.options.label_name + ("_mask" if kind == "mask" else "")
-    return Location(plan.target) / f"labels/{name}"
+@dataclass(frozen=True, slots=True)
+class Group:
+    """An image or label image at the target: an output of one field, and of one channel if it is labels."""
+
+    kind: str
+    image: str = ""
+    suffix: str = ""
+
+    def name(self, plan: Plan) -> str:
+        """Return the name of a label image."""
+        return plan.options.label_name + self.suffix + ("_mask" if self.kind == "mask" else "")
+
+    def parent(self, plan: Plan) -> Location:
+        """Return the image that it is, or belongs to."""
+        return Location(plan.target) / self.image
+
+    def location(self, plan: Plan) -> Location:
+        """Return where its levels are."""
+        return self.parent(plan) if self.kind == "scores" else self.parent(plan) / f"labels/{self.name(plan)}"
+
+
+def images(plan: Plan) -> list[str]:
+    """Return the paths of all images of a plan: the fields of a plate, or the one that is the target itself."""
+    return list(dict.fromkeys(volume.image for volume in plan.volumes))
+
+
+def groups(plan: Plan) -> Iterator[Group]:
+    """Yield all that a run writes at its target, image by image, labels before the scores they belong to."""
+    for image in images(plan):
+        for kind in sorted(plan.arrays, key=("mask", "labels", "scores").index):
+            for suffix in plan.suffixes if kind != "scores" else ("",):
+                yield Group(kind, image, suffix)
 
 
 def first_mask(plan: Plan) -> str:
@@ -78,12 +107,17 @@ def intermediates(plan: Plan) -> list[str]:
         return []
     wanted = {"mask": True, "unfilled": options.fill_holes, "holes": options.fill_holes,
               "logits": options.is_automatic, "fragments": "labels" in options.outputs}  # fmt: skip
-    return [kind for kind, used in wanted.items() if used and kind not in options.outputs]
+    return [kind for kind, used in wanted.items() if used and kind not in plan.arrays]
 
 
 def work_folder(plan: Plan, volume: int) -> Location:
     """Return where the intermediate data of one volume live."""
     return Location(plan.run) / f"{WORK}/{volume}"
+
+
+def sums_folder(plan: Plan) -> Location:
+    """Return where the sums of each volume's objects wait for the tables that they become."""
+    return Location(plan.run) / SUMS
 
 
 def create_work(plan: Plan, volume: int) -> None:

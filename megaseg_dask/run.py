@@ -28,6 +28,7 @@ from megaseg_dask.plan import Plan, run_folder, runs_folder
 from megaseg_dask.planning import make_plan
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location, StoreOptions, configure
+from megaseg_dask.tables import require_own_tables, write_tables
 from megaseg_dask.tasks import Outcome
 
 Emit = Callable[[Event], None]
@@ -55,6 +56,7 @@ def plan_run(source: str, target: str, settings: Settings) -> tuple[Plan, Journa
             return plan, Journal.read(plan)
     # Nothing is done in arrays that are not there, whatever a record beside them says.
     targets.require_free(plan)
+    require_own_tables(plan)
     return plan, Journal.of(plan)
 
 
@@ -100,7 +102,9 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
 def _already_done(plan: Plan, journal: Journal) -> Result:
     # A run that was killed in its last moment left them.
     targets.remove_work(plan)
-    return Result("done", plan.target, _n_objects(plan, journal), 0.0, already_done=True, run=plan.run)
+    warnings = list((journal.result or {}).get("warnings", []))
+    n_objects = _n_objects(plan, journal)
+    return Result("done", plan.target, n_objects, 0.0, already_done=True, warnings=warnings, run=plan.run)
 
 
 def _carry_out(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
@@ -129,7 +133,8 @@ def _status_of(name: str, plan: Plan) -> RunStatus:
     journal = Journal.read(plan)
     return RunStatus(
         label_name=name,
-        done=journal.result is not None,
+        # A record beside nothing is a record of nothing.
+        done=journal.result is not None and targets.is_present(plan),
         stages={s.name: (int(journal.done(s.name).sum()), s.n_tasks) for s in plan.stages},
         failures=list(map(dict, journal.failed.values())),
     )
@@ -143,7 +148,7 @@ def begin(plan: Plan, journal: Journal) -> None:
     """
     run = Location(plan.run)
     if journal.n_done == 0:
-        for stale in (journal_folder, products.WORK, products.VOLUMES):
+        for stale in (journal_folder, products.WORK, products.VOLUMES, products.SUMS):
             (run / stale).remove()
     run.put(targets.PLAN, plan.model_dump_json(indent=1).encode())
     if journal.n_done == 0:
@@ -160,19 +165,25 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
     emit(Started(plan.target, n_tasks, journal.n_done, client.dashboard_link))
     if journal.n_done:
         # Somebody was interrupted: what he was writing lies about.
-        for place in (*(products.product_location(plan, kind) for kind in plan.options.outputs), Location(plan.run)):
+        for place in (*(group.location(plan) for group in products.groups(plan)), Location(plan.run)):
             place.sweep_partial()
     journal.sync = Location(plan.target).sync
     runner = _Runner(plan, journal, client, lease, emit)
     with journal.flushed():
         runner.run()
         failures = [Failure(**failure) for failure in journal.failed.values()]
+        if plan.plate is not None:
+            # Wells that are listed and cannot be read have no task that could fail.
+            failures += [Failure("plan", i, path, "", reason) for i, (path, reason) in enumerate(plan.plate.missing)]
         found = _found(plan, journal)
         if any(found) and not runner.store_is_lost:
             missing = [tasks.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
             targets.publish(plan, found, missing)
+            if "measurements" in plan.options.outputs:
+                write_tables(plan)
+        warnings = _doubts(plan, found, journal)
         if not failures:
-            journal.finish({"n_objects": _n_objects(plan, journal)})
+            journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})
             targets.remove_work(plan)
     return Result(
         status="failed" if failures else "done",
@@ -180,7 +191,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
         n_objects=None if failures else _n_objects(plan, journal),
         wall_s=round(time.monotonic() - started, 3),
         failures=[failure.as_dict() for failure in failures],
-        warnings=_doubts(plan, found, journal),
+        warnings=warnings,
         peak_bytes={name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks},
         run=plan.run,
     )
@@ -198,8 +209,11 @@ def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
 def _doubts(plan: Plan, found: list[dict[str, Any]], journal: Journal) -> list[str]:
     """Name volumes whose result means nothing, although it is what the network says; and batches that shrank."""
     pairs = zip(plan.volumes, found, strict=True)
-    doubts = [f"t={v.t} c={v.c} is constant: what is found in it means nothing" for v, s in pairs if s.get("std") == 0]
-    first, last = ("volume", "volume") if plan.is_one_task else (plan.stages[0].name, "segment")
+    doubts = [
+        f"{tasks.volume_name(v)} is constant: what is found in it means nothing" for v, s in pairs if s.get("std") == 0
+    ]
+    first, last = ("volume", "volume") if plan.is_one_task else ("measure", "segment")
+    first = last if plan.measure_level != 0 else first
     if n_absent := sum(s.get("absent", 0) for s in journal.summaries(first)):
         doubts.append(f"{n_absent} chunks of the source are not there, and were read as its fill value")
     shrunk = [s["batch"] for s in journal.summaries(last) if "batch" in s]

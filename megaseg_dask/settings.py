@@ -6,12 +6,9 @@ output, and so belongs to the fingerprint of a plan; the others only say how
 and where the work is done, and may differ when a run resumes.
 """
 
-import math
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
-from numbers import Integral
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -26,10 +23,22 @@ from pydantic import (
 )
 
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.parsing import (
+    THRESHOLDS,
+    parse_bytes,
+    parse_names,
+    parse_normalization,
+    parse_roi,
+    parse_text,
+    parse_three,
+    parse_threshold,
+    parse_time,
+    parse_whole,
+    require_box,
+    require_range,
+)
 
-OUTPUTS = ("labels", "scores", "mask")
-# Named here too, so that --help need not load what computes them.
-THRESHOLDS = ("otsu", "yen", "isodata", "minimum", "triangle", "li")
+OUTPUTS = ("labels", "scores", "mask", "measurements")
 
 # Headings of the command line's help.
 SOURCE = "What to segment"
@@ -37,108 +46,18 @@ NETWORK = "The network"
 OUTPUT = "What to write"
 RUN = "Where and how it runs"
 
-_BYTES = {
-    "": 1,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "TB": 1e12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-
-def _parse_three(value: Any) -> Any:
-    if isinstance(value, str):
-        value = value.replace("x", ",").split(",")
-    parts = tuple(value) if isinstance(value, Iterable) else (value,)
-    if len(parts) not in (1, 3):
-        raise ValueError(f"expected three numbers z,y,x, or one for all axes; found {len(parts)}")
-    return parts * 3 if len(parts) == 1 else parts
-
-
-def _parse_bytes(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*([KMGT]I?B|)", value.strip().upper())
-    if not found:
-        raise ValueError("expected a size such as 8GB or 500MiB")
-    return int(float(found[1]) * _BYTES[found[2]])
-
-
-def _parse_names(value: Any) -> Any:
-    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
-
-
-def _parse_time(value: Any) -> Any:
-    if isinstance(value, Integral):
-        return (int(value), int(value) + 1)
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"(\d*)(:?)(\d*)", value.strip(), re.ASCII)
-    if not found or value.strip() == "":
-        raise ValueError("expected timepoints such as 0:10, 5: or 7")
-    first, colon, stop = found.groups()
-    return (int(first or 0), int(stop) if stop else None) if colon else (int(first), int(first) + 1)
-
-
-def _parse_threshold(value: Any) -> Any:
-    if isinstance(value, str) and value in THRESHOLDS:
-        return value
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"expected a number from 0 to 1, or one of {', '.join(THRESHOLDS)}") from None
-    if not 0 <= number <= 1:
-        raise ValueError("expected a score from 0 to 1")
-    return number
-
-
-def _parse_normalization(value: Any) -> Any:
-    if isinstance(value, str) and re.fullmatch(r"level:\d+", value.strip(), re.ASCII):
-        return value.strip()
-    parts = value.split(",") if isinstance(value, str) else value
-    try:
-        mean, std = map(float, parts)
-    except (TypeError, ValueError):
-        raise ValueError("expected two numbers MEAN,STD, or level:N") from None
-    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-        raise ValueError("expected a finite mean and a standard deviation above 0")
-    return (mean, std)
-
-
-def _require_range(value: tuple[int, int | None]) -> tuple[int, int | None]:
-    first, stop = value
-    if first < 0 or (stop is not None and stop <= first):
-        raise ValueError("expected a range of one timepoint or more, counted from 0")
-    return value
-
-
-def _parse_text(value: Any) -> Any:
-    # From Python a channel may be an index, a model a Path and a version a number.
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if value == "":
-        raise ValueError("expected something")
-    return str(value) if isinstance(value, Integral | float) else value
-
-
-def _parse_whole(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and re.fullmatch(r"\d+", value, re.ASCII) else value
-
-
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Triple = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_parse_three)]
-Fractions = Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_parse_three)]
-Bytes = Annotated[Positive, BeforeValidator(_parse_bytes)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_parse_names)]
-TimeRange = Annotated[tuple[int, int | None], BeforeValidator(_parse_time), AfterValidator(_require_range)]
-Text = Annotated[str, BeforeValidator(_parse_text)]
-Threshold = Annotated[float | str, BeforeValidator(_parse_threshold)]
-MeanStd = Annotated[tuple[float, float] | str, BeforeValidator(_parse_normalization)]
+Triple = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(parse_three)]
+Fractions = Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(parse_three)]
+Bytes = Annotated[Positive, BeforeValidator(parse_bytes)]
+Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
+TimeRange = Annotated[tuple[int, int | None], BeforeValidator(parse_time), AfterValidator(require_range)]
+Text = Annotated[str, BeforeValidator(parse_text)]
+Range = tuple[int, int]
+Roi = Annotated[tuple[Range, Range, Range], BeforeValidator(parse_roi), AfterValidator(require_box)]
+Threshold = Annotated[float | str, BeforeValidator(parse_threshold)]
+MeanStd = Annotated[tuple[float, float] | str, BeforeValidator(parse_normalization)]
 
 
 def _option(
@@ -156,7 +75,7 @@ class Settings(BaseModel):
     channel: Text | None = _option(
         SOURCE,
         None,
-        "Channel to segment, by name or index; needed if the source has several.",
+        "Channel to segment, by name or index, or several separated by commas; needed if the source has several.",
         "NAME|INDEX",
         result=True,
     )
@@ -164,6 +83,22 @@ class Settings(BaseModel):
         SOURCE, None, "Timepoints to segment, half-open: 0:10, 5: or 7. (default: all)", "A:B", result=True
     )
     level: int = _option(SOURCE, 0, "Resolution level to segment; 0 is the finest.", "N", result=True, ge=0)
+    roi: Roi | None = _option(
+        SOURCE,
+        None,
+        "Segment only this region; its voxels are those that the whole volume would have got.",
+        "z0:z1,y0:y1,x0:x1",
+        result=True,
+    )
+    wells: Text | None = _option(
+        SOURCE, None, "Wells of a plate: A/1,B/* for instance. (default: all)", "LIST", result=True
+    )
+    fields: Text | None = _option(
+        SOURCE, None, "Fields of each well, by name or index. (default: all)", "LIST", result=True
+    )
+    acquisition: int | None = _option(
+        SOURCE, None, "Acquisition of a plate, by its id. (default: all)", "ID", result=True, ge=0
+    )
     nan_to_background: bool = _option(
         SOURCE, False, "Treat NaN and infinite voxels as background, not as an error.", result=True
     )
@@ -209,16 +144,17 @@ class Settings(BaseModel):
         gt=0,
     )
     outputs: Names = _option(
-        OUTPUT, ("labels", "scores"), "What to write, of labels, scores and mask.", "LIST", result=True
+        OUTPUT, ("labels", "scores"), "What to write, of labels, scores, mask and measurements.", "LIST", result=True
     )
     threshold: Threshold = _option(
         OUTPUT,
         0.5,
-        "A voxel is foreground if its score is above this; or a method that finds the threshold of each volume.",
+        "A voxel is foreground if its score is above this; or a method that finds the threshold of each volume, on "
+        "the scale of its logits, which are the scores before the sigmoid.",
         f"F|{'|'.join(THRESHOLDS)}",
         result=True,
     )
-    connectivity: Annotated[Literal[1, 2, 3], BeforeValidator(_parse_whole)] = _option(
+    connectivity: Annotated[Literal[1, 2, 3], BeforeValidator(parse_whole)] = _option(
         OUTPUT, 1, "Voxels of one object touch by faces (1), edges (2) or corners (3).", "1|2|3", result=True
     )
     min_size: int = _option(OUTPUT, 0, "Drop objects of fewer voxels.", "N", result=True, ge=0)
@@ -234,7 +170,7 @@ class Settings(BaseModel):
         OUTPUT, "uint8", "uint8 stores 255 times the score, rounded.", "uint8|float32", result=True
     )
     label_name: Text = _option(OUTPUT, "megaseg", "Name of the label image.", "NAME", result=True)
-    ome_zarr: Annotated[Literal["0.4", "0.5"], BeforeValidator(_parse_text)] = _option(
+    ome_zarr: Annotated[Literal["0.4", "0.5"], BeforeValidator(parse_text)] = _option(
         OUTPUT, "0.5", "OME-Zarr version to write.", "0.4|0.5", result=True
     )
     overwrite: bool = _option(OUTPUT, False, "Start anew where another run's output stands.")
@@ -304,6 +240,8 @@ class Settings(BaseModel):
             raise ValueError(f"unknown {', '.join(map(repr, sorted(unknown)))}; choose from {', '.join(OUTPUTS)}")
         if not outputs:
             raise ValueError(f"nothing to write; choose from {', '.join(OUTPUTS)}")
+        if "measurements" in outputs and "labels" not in outputs:
+            raise ValueError("measurements are of labels, which have to be written too")
         return tuple(name for name in OUTPUTS if name in outputs)
 
     def recorded(self) -> "Settings":

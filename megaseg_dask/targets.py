@@ -12,13 +12,17 @@ from typing import Any
 from megaseg_dask import labelling
 from megaseg_dask.errors import TargetError
 from megaseg_dask.ngff.images import image_attributes, versioned
+from megaseg_dask.ngff.plates import write_plate
 from megaseg_dask.ngff.volumes import create_array
-from megaseg_dask.plan import Plan
-from megaseg_dask.products import WORK, product_location
-from megaseg_dask.stores import Location, cached_array, naming
+from megaseg_dask.plan import Plan, PlannedVolume
+from megaseg_dask.products import SUMS, WORK, groups, images
+from megaseg_dask.stores import METADATA, Location, cached_array, naming
 
 PROVENANCE = "megaseg"
 PLAN = "plan.json"
+
+# Of a plate's thousands of fields, whose marks are asked for before a run goes on.
+_MOST_LOOKED_AT = 16
 
 
 def read_recorded(run: Location) -> Plan | None:
@@ -29,7 +33,9 @@ def read_recorded(run: Location) -> Plan | None:
     try:
         return Plan.model_validate_json(data)
     except ValueError as error:
-        raise TargetError(f"{run}/{PLAN} is not a plan of this version; start anew with --overwrite") from error
+        raise TargetError(
+            f"{run}/{PLAN} is damaged, or of another version of megaseg; start anew with --overwrite"
+        ) from error
 
 
 def require_same(plan: Plan, recorded: Plan) -> None:
@@ -56,14 +62,14 @@ def _short(value: object) -> str:
 
 def is_present(plan: Plan) -> bool:
     """Tell whether the arrays of a recorded run are still there: a missing one would read as background."""
-    arrays = all((product_location(plan, kind) / "0").exists() for kind in plan.options.outputs)
-    return arrays and all(_is_ours(plan, group) for group in _groups(plan))
+    arrays = all((group.location(plan) / "0").exists() for group in groups(plan))
+    return arrays and all(_is_ours(plan, place) for place in _marked(plan)[:_MOST_LOOKED_AT])
 
 
-def _groups(plan: Plan) -> list[Location]:
+def _marked(plan: Plan) -> list[Location]:
     """Return the groups that carry the provenance of a run."""
     root = [] if _is_in_place(plan) else [Location(plan.target)]
-    return [*root, *(product_location(plan, kind) for kind in plan.options.outputs if kind != "scores")]
+    return list(dict.fromkeys([*root, *(group.location(plan) for group in groups(plan))]))
 
 
 def _is_in_place(plan: Plan) -> bool:
@@ -97,10 +103,9 @@ def _identity(provenance: dict[str, Any]) -> str:
 
 def require_free(plan: Plan) -> None:
     """Raise :class:`TargetError` if something that is not this run's stands where it would write."""
-    products = [product_location(plan, kind) for kind in plan.options.outputs]
     # Somebody who agreed to --overwrite once, and was interrupted, need not agree again.
     recorded = Location(plan.run).get(PLAN) is not None
-    for where in products if _is_in_place(plan) else [Location(plan.target)]:
+    for where in [g.location(plan) for g in groups(plan)] if _is_in_place(plan) else [Location(plan.target)]:
         if not where.exists() or (where.is_folder() and not where.children()):
             continue
         if not where.is_folder():
@@ -114,7 +119,8 @@ def require_free(plan: Plan) -> None:
             raise TargetError(
                 f"{where} exists, without the record of a run; choose another target, or pass --overwrite"
             )
-    _require_one_version(plan)
+    for image in images(plan):
+        _require_one_version(plan, image)
 
 
 def _is_foreign(location: Location) -> bool:
@@ -133,27 +139,28 @@ def _is_foreign(location: Location) -> bool:
     return arrays or bool(attributes)
 
 
-def _require_one_version(plan: Plan) -> None:
-    """Raise :class:`TargetError` if what stays at the target is stored in another Zarr format: one holds all."""
-    target, version = Location(plan.target), plan.target_image.version
-    labels = target / "labels"
-    others = _folders(labels) - {product_location(plan, kind).basename for kind in plan.options.outputs}
-    staying = ([labels] if others else []) + ([target] if "scores" not in plan.options.outputs else [])
-    for group in staying:
-        group.require_version(version)
+def _require_one_version(plan: Plan, image: str) -> None:
+    """Raise :class:`TargetError` if what stays at an image is stored in another Zarr format: one holds all."""
+    parent, version = Location(plan.target) / image, plan.target_image.version
+    labels = parent / "labels"
+    others = _folders(labels) - {g.name(plan) for g in groups(plan) if g.image == image and g.kind != "scores"}
+    staying = ([labels] if others else []) + ([parent] if "scores" not in plan.arrays else [])
+    for place in staying:
+        place.require_version(version)
 
 
 def clear(plan: Plan) -> None:
     """Remove what the plan would write at the target; nothing else."""
-    for kind in plan.options.outputs:
-        group = product_location(plan, kind)
-        if group.url == plan.target:
-            _remove_levels(group)
-        elif group.exists():
-            group.remove()
-            labels = Location(plan.target) / "labels"
+    if not Location(plan.target).exists():
+        return
+    for group in groups(plan):
+        place, labels = group.location(plan), group.parent(plan) / "labels"
+        if group.kind == "scores":
+            _remove_levels(place)
+        elif place.exists():
+            place.remove()
             if _folders(labels):
-                _list_labels(plan, remove=group.basename)
+                _list_labels(plan, labels, remove=group.name(plan))
             else:
                 labels.remove()
 
@@ -174,31 +181,58 @@ def _folders(group: Location) -> set[str]:
 def create(plan: Plan) -> None:
     """Create groups and empty arrays of all outputs; until :func:`publish` the groups carry the run's mark alone."""
     cached_array.cache_clear()
-    image, options = plan.target_image, plan.options
-    Location(plan.target).write_group(image.version, {} if _is_in_place(plan) else {PROVENANCE: _mark(plan)})
+    mark, version = {PROVENANCE: _mark(plan)}, plan.target_image.version
+    Location(plan.target).write_group(version, {} if _is_in_place(plan) else mark)
+    # The fields of a plate are alike: the first is made with care, and its metadata are copied.
+    first, *others = images(plan)
+    _create_image(plan, first)
+    template = _metadata_of(plan, first) if others else {}
+    for image in others:
+        for key, data in template.items():
+            (Location(plan.target) / image).put(key, data)
+
+
+def _create_image(plan: Plan, image: str) -> None:
+    mark, version = {PROVENANCE: _mark(plan)}, plan.target_image.version
     dtypes = {
-        "scores": options.scores_dtype,
+        "scores": plan.options.scores_dtype,
         "mask": "uint8",
         "labels": str(labelling.label_dtype(plan.volume_shape)),
     }
-    for kind in options.outputs:
-        group = product_location(plan, kind)
-        if kind != "scores":
-            (Location(plan.target) / "labels").write_group(image.version, {})
-            group.write_group(image.version, {PROVENANCE: _mark(plan)})
-        for level in range(len(image.levels)):
-            with naming(group / str(level), "create"):
-                create_array(group / str(level), image, level, dtypes[kind], plan.layout(level), image.version)
+    for group in (g for g in groups(plan) if g.image == image):
+        place = group.location(plan)
+        if group.kind != "scores":
+            (group.parent(plan) / "labels").write_group(version, {})
+        if not (_is_in_place(plan) and group.kind == "scores"):
+            place.write_group(version, mark)
+        written = plan.target_image if group.kind == "scores" else plan.label_image
+        for level in range(len(written.levels)):
+            with naming(place / str(level), "create"):
+                create_array(place / str(level), written, level, dtypes[group.kind], plan.layout(level), version)
+
+
+def _metadata_of(plan: Plan, image: str) -> dict[str, bytes]:
+    """Return the metadata objects of what the run made of one image, by key below it."""
+    parent, found = Location(plan.target) / image, {}
+    groups_ = [g.location(plan) for g in groups(plan) if g.image == image]
+    places = [*groups_, *(place / str(level) for place in groups_ for level in range(len(plan.target_image.levels)))]
+    if any(kind != "scores" for kind in plan.arrays):
+        places.append(parent / "labels")
+    for place in places:
+        for name in METADATA:
+            if (data := place.get(name)) is not None:
+                found[f"{place.url}/{name}".removeprefix(f"{parent.url}/")] = data
+    return found
 
 
 def withdraw(plan: Plan) -> None:
     """Take back what :func:`publish` wrote of a run with missing boxes, before these are written."""
-    for kind in plan.options.outputs:
-        if kind != "scores" and _provenance_at(product_location(plan, kind)) != _mark(plan):
-            _list_labels(plan, remove=product_location(plan, kind).basename)
-    for group in _groups(plan):
-        if _provenance_at(group) != _mark(plan):
-            group.write_group(plan.target_image.version, {PROVENANCE: _mark(plan)}, replace=True)
+    for group in groups(plan):
+        if group.kind != "scores" and _provenance_at(group.location(plan)) != _mark(plan):
+            _list_labels(plan, group.parent(plan) / "labels", remove=group.name(plan))
+    for place in _marked(plan):
+        if _provenance_at(place) != _mark(plan):
+            place.write_group(plan.target_image.version, {PROVENANCE: _mark(plan)}, replace=True)
 
 
 def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[str, Any]]) -> None:
@@ -207,28 +241,37 @@ def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[st
     ``found`` holds mean, std, minimum, maximum, and the threshold where it was
     searched, of each volume; ``missing_boxes`` what no task could write.
     """
-    provenance = {PROVENANCE: {**_provenance(plan, found), "missing_boxes": missing_boxes}}
-    # Labels first: whoever sees the image then sees all of it.
-    for kind in sorted(plan.options.outputs, key=("mask", "labels", "scores").index):
-        group = product_location(plan, kind)
-        attributes = image_attributes(plan.target_image, label=kind != "scores")
-        group.write_group(plan.target_image.version, {**attributes, **provenance})
-        if kind != "scores":
-            _list_labels(plan, add=group.basename)
-    if "scores" not in plan.options.outputs and Location(plan.target) in _groups(plan):
-        Location(plan.target).write_group(plan.target_image.version, provenance)
+    version = plan.target_image.version
+    known = list(zip(plan.volumes, found, strict=True))
+    for image in images(plan):
+        missing = [{k: v for k, v in box.items() if k != "image"} for box in missing_boxes
+                   if box.get("image", "") == image]  # fmt: skip
+        here = [(v, f) for v, f in known if v.image == image]
+        provenance = {PROVENANCE: {**_provenance(plan, here), "missing_boxes": missing}}
+        # Labels first: whoever sees the image then sees all of it.
+        for group in (g for g in groups(plan) if g.image == image):
+            is_label = group.kind != "scores"
+            attributes = image_attributes(plan.label_image if is_label else plan.target_image, label=is_label)
+            group.location(plan).write_group(version, {**attributes, **provenance})
+            if is_label:
+                _list_labels(plan, group.parent(plan) / "labels", add=group.name(plan))
+    if Location(plan.target) in _marked(plan):
+        if plan.plate is not None:
+            write_plate(Location(plan.target), plan.plate, version)
+            provenance = {PROVENANCE: {**_provenance(plan, []), "missing_boxes": missing_boxes}}
+        if plan.plate is not None or "scores" not in plan.arrays:
+            Location(plan.target).write_group(version, provenance)
 
 
-def _list_labels(plan: Plan, *, add: str = "", remove: str = "") -> None:
-    """Keep the list of label images in the ``labels`` group, which viewers go by."""
-    group = Location(plan.target) / "labels"
-    version, (_, ome) = plan.target_image.version, group.ome_attributes()
+def _list_labels(plan: Plan, labels: Location, *, add: str = "", remove: str = "") -> None:
+    """Keep the list of label images in a ``labels`` group, which viewers go by."""
+    version, (_, ome) = plan.target_image.version, labels.ome_attributes()
     names = [n for n in ome.get("labels") or [] if n not in (add, remove)] + ([add] if add else [])
     listed = versioned({"labels": names}, version)
-    group.write_group(version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
+    labels.write_group(version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
 
 
-def _provenance(plan: Plan, found: list[dict[str, Any]]) -> dict[str, Any]:
+def _provenance(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]]) -> dict[str, Any]:
     """Return all that determines the result and nothing else: no times, hosts or workers.
 
     Without what was found in the volumes, which a run knows at its end, for comparison.
@@ -238,8 +281,7 @@ def _provenance(plan: Plan, found: list[dict[str, Any]]) -> dict[str, Any]:
     settings = {k: v for k, v in plan.options.result_options().items() if k not in engine and k != "block"}
 
     def per_volume(*names: str) -> list[dict[str, Any]]:
-        pairs = zip(plan.volumes, found, strict=bool(found))
-        return [{"t": v.t, "c": v.c, **{name: known.get(name) for name in names}} for v, known in pairs]
+        return [{"t": v.t, "c": v.c, **{name: known.get(name) for name in names}} for v, known in found]
 
     return {
         "model": {"name": plan.model.name, "digest": plan.model.digest},
@@ -260,4 +302,5 @@ def _provenance(plan: Plan, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def remove_work(plan: Plan) -> None:
     """Remove intermediate data; the plan, the journal and what was found in the volumes stay."""
-    (Location(plan.run) / WORK).remove()
+    for name in (WORK, SUMS):
+        (Location(plan.run) / name).remove()

@@ -18,7 +18,9 @@ models.network models.bundle models.guards models.files models.statements models
 models.cytodl models models.cards models.cache models.download models.zoo
 engines engines.pytorch inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
-settings plan planning journal lease products tasks.scores tasks.labels tasks.levels tasks.whole tasks targets
+parsing settings plan planning journal lease products
+tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
+targets tables
 cluster dispatch flows run single
 xarrays training scoring report view demo doctor
 console exits models_cli cli
@@ -46,6 +48,7 @@ DOORS = {
     "tifffile": {"demo"},
     "torch": {"models", "engines"},
     "typer": {"cli", "console", "exits", "models_cli"},
+    "xarray": {"xarrays"},
     "yaml": {"models"},
     "zarr": {"ngff", "stores"},
 }

@@ -19,7 +19,7 @@ import zarr
 from pydantic import ValidationError
 
 from megaseg_dask.errors import SourceError, StoreError
-from megaseg_dask.geometry import BlockGrid, Shape
+from megaseg_dask.geometry import BlockGrid, Box, Shape
 from megaseg_dask.ngff.pyramids import default_level_shapes
 from megaseg_dask.stores import METADATA, ZARR_FORMAT, Location, cause_of, is_store_failure, ome_of, store_error
 
@@ -41,6 +41,16 @@ class Axis:
     name: str
     type: str | None = None
     unit: str | None = None
+
+    @property
+    def is_in_um(self) -> bool:
+        """Tell whether the unit is a length that is known in µm."""
+        return self.unit in _MICROMETRES
+
+    @property
+    def in_um(self) -> float:
+        """Micrometres of one unit; 1 if the unit is missing or unknown."""
+        return _MICROMETRES.get(self.unit or "", 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +95,7 @@ class Image:
     @property
     def spacing_um(self) -> tuple[float, ...]:
         """Voxel size ``(z, y, x)`` of the finest level; µm unless the unit is missing or unknown."""
-        factors = [_MICROMETRES.get(axis.unit or "", 1.0) for axis in self.axes]
-        return self.spatial([s * f for s, f in zip(self.levels[0].scale, factors, strict=True)])
+        return self.spatial([s * axis.in_um for s, axis in zip(self.levels[0].scale, self.axes, strict=True)])
 
     def from_level(self, level: int) -> "Image":
         """Return the image that starts at a coarser level."""
@@ -100,6 +109,24 @@ class Image:
             for v in self.levels
         )
         return replace(self, axes=tuple(self.axes[i] for i in keep), levels=levels, channel_names=())
+
+    def with_channels(self, indices: Sequence[int]) -> "Image":
+        """Return the image of some of its channels; without a channel axis if it is one."""
+        if len(indices) == 1:
+            return self.without_channels()
+        c = self.axis_names.index("c")
+        levels = tuple(replace(v, shape=_changed(v.shape, c, len(indices))) for v in self.levels)
+        names = tuple(self.channel_names[i] if i < len(self.channel_names) else str(i) for i in indices)
+        return replace(self, levels=levels, channel_names=names)
+
+    def cropped(self, box: Box) -> "Image":
+        """Return the image of a box of its finest level, in its place in space, without coarser levels."""
+        level = self.levels[0]
+        extents, starts = dict(zip(SPATIAL, box.shape, strict=True)), dict(zip(SPATIAL, box.start, strict=True))
+        axes = list(zip(self.axis_names, level.shape, level.translation, level.scale, strict=True))
+        shape = tuple(extents.get(name, n) for name, n, _, _ in axes)
+        origin = tuple(offset + starts.get(name, 0) * step for name, _, offset, step in axes)
+        return replace(self, levels=(replace(level, shape=shape, translation=origin),))
 
     def with_times(self, start: int, stop: int) -> "Image":
         """Return the image of timepoints ``start:stop``, in its place in time."""
@@ -171,8 +198,7 @@ def read_image(location: Location) -> Image:
     )
     name = str(entry.get("name") or location.name)
     # Volumes are read in native byte order, so that is the dtype they have.
-    dtype = str(arrays[0].dtype.newbyteorder("="))
-    return Image(version, name, axes, levels, dtype, _channel_names(ome))
+    return Image(version, name, axes, levels, str(arrays[0].dtype.newbyteorder("=")), _channel_names(ome))
 
 
 def digest_of(location: Location, image: Image) -> str:
@@ -285,6 +311,8 @@ def _parse_multiscale(
     overall = multiscale.coordinateTransformations
     levels = []
     for dataset in multiscale.datasets:
+        if dataset.path.startswith("/") or {"", ".", ".."} & set(dataset.path.split("/")):
+            raise SourceError(f"{location}: level {dataset.path!r} does not lie in the image")
         try:
             levels.append((dataset.path, *_compose(len(axes), dataset.coordinateTransformations, overall)))
         except ValueError as error:

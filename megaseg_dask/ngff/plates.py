@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.ngff.images import describe_group, open_ome_group, require_known_version
-from megaseg_dask.stores import ZARR_FORMAT, Location, cause_of
+from megaseg_dask.stores import ZARR_FORMAT, Location, cause_of, ome_of
+from megaseg_dask.stores.failures import understand
 
 # Each well is one request, and most of the time goes by in waiting.
 _THREADS = 32
@@ -126,7 +127,8 @@ def is_plate(location: Location) -> bool:
 def read_plate(location: Location) -> Plate:
     """Read and check the metadata of the plate at ``location`` and of its wells; no image is opened.
 
-    Raises :class:`SourceError` that says what is there instead, or which name is none of a plate.
+    Raises :class:`SourceError` that says what is there instead, or which name is none of a plate, and
+    :class:`StoreError` if the store does not answer.
     """
     group, ome = open_ome_group(location, "HCS plate")
     if "plate" not in ome:
@@ -158,8 +160,9 @@ def _parse_listing(version: str, name: str, listing: dict[str, Any]) -> tuple[Pl
         found = _model(version).model_validate(part, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
-        message = f"{'.'.join(map(str, problem['loc'])) or 'plate'}: {problem['msg'].removeprefix('Value error, ')}"
-        raise SourceError(shorten(message, _REASON_LENGTH)) from error
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Error validating plate metadata:")
+        where = "".join(f"{part}." for part in problem["loc"])[:-1]
+        raise SourceError(shorten(f"{where}: {message}" if where else message, _REASON_LENGTH)) from error
     wells = [well.path for well in found.wells]
     _require_once("well", wells)
     if not wells:
@@ -187,17 +190,23 @@ def _model(version: str) -> Any:
 def _read_well(location: Location, key: str, well: str) -> list[Field] | str:
     """Return the fields of a well, or why there are none."""
     try:
-        ome = _read_ome(location, f"{well}/{key}")
-    except (StoreError, ValueError, RecursionError) as error:
+        attributes = _read_attributes(location, f"{well}/{key}")
+    except StoreError as error:
+        # A store that is lost would lose every well to come: who asks again may find it back.
+        if not (location.is_local or understand(error.__cause__ or error).is_of_request):
+            raise
+        return str(error)
+    except (ValueError, RecursionError) as error:
         return f"{well}/{key}: {cause_of(error)}"
-    if ome is None:
+    if attributes is None:
         return f"the plate lists this well, but there is no {well}/{key}"
-    images = _only(ome.get("well"), "images") or {}
-    if not isinstance(images, dict) or not isinstance(images.get("images"), list) or not images["images"]:
+    listing = ome_of(attributes).get("well")
+    images = listing.get("images") if isinstance(listing, dict) else None
+    if not isinstance(images, list) or not images:
         return f"{well}/{key} lists no fields"
     row, column = well.split("/")
     fields: dict[str, Field] = {}
-    for image in images["images"]:
+    for image in images:
         match image:
             case {"path": str(name)} if name not in fields and _is_id(image.get("acquisition")):
                 fields[name] = Field(row, column, name, image.get("acquisition"))
@@ -210,15 +219,14 @@ def _is_id(value: object) -> bool:
     return value is None or (type(value) is int and value >= 0)
 
 
-def _read_ome(location: Location, key: str) -> dict[str, Any] | None:
-    """Return the OME metadata in a group's one metadata object; ``None`` if there is none."""
+def _read_attributes(location: Location, key: str) -> dict[str, Any] | None:
+    """Return a group's attributes from its one metadata object; ``None`` if there is none."""
     data = location.get(key)
     if data is None:
         return None
-    found: Any = json.loads(data)
-    for name in ("attributes", "ome"):
-        found = found.get(name, found) if isinstance(found, dict) else {}
-    return found if isinstance(found, dict) else {}
+    found = json.loads(data)
+    attributes = found.get("attributes") if key.endswith("zarr.json") and isinstance(found, dict) else found
+    return attributes if isinstance(attributes, dict) else {}
 
 
 # -- choosing
@@ -323,5 +331,6 @@ def _write_part(location: Location, version: str, name: str, part: dict[str, Any
     if version == "0.4":
         location.write_group(version, {name: {**part, "version": version}})
     else:
-        there = _read_ome(location, _METADATA_KEY[ZARR_FORMAT[version]]) or {}
-        location.write_group(version, {"ome": {**there, "version": version, name: part}})
+        there = (_read_attributes(location, _METADATA_KEY[ZARR_FORMAT[version]]) or {}).get("ome")
+        kept = there if isinstance(there, dict) else {}
+        location.write_group(version, {"ome": {**kept, "version": version, name: part}})

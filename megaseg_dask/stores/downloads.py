@@ -125,7 +125,8 @@ class Depot:
                 raise
             cause, line = explain(url, verb, error)
             if cause.kind == "denied" and self.anonymous:
-                line = f"cannot {verb} {url}: {cause.words}; without credentials; check the bucket's name, or set credentials in the environment"
+                line = f"cannot {verb} {url}: {cause.words}; it was asked without credentials; check the bucket's " \
+                       "name, or set credentials in the environment"  # fmt: skip
             if self.endpoint and cause.kind in ("host", "refused", "time", "lost", "bucket"):
                 line = f"cannot {verb} {url}: {cause.words}; check the network and the endpoint {self.endpoint}"
             raise (BundleError if cause.is_of_request else StoreError)(line) from error

@@ -17,10 +17,10 @@ from megaseg_dask.errors import MegasegError, StoreError, TaskError
 from megaseg_dask.events import Failure
 from megaseg_dask.geometry import Box
 from megaseg_dask.memory import peak_bytes, release, reset_peak
-from megaseg_dask.plan import Plan
+from megaseg_dask.plan import Plan, PlannedVolume
 from megaseg_dask.products import holding
 from megaseg_dask.stores import Location, cached_array
-from megaseg_dask.tasks import labels, levels, scores, whole
+from megaseg_dask.tasks import labels, levels, objects, scores, whole
 
 _STAGES: dict[str, Callable[[Plan, int, int], dict[str, Any]]] = {
     "volume": whole.segment_volume,
@@ -37,6 +37,8 @@ _STAGES: dict[str, Callable[[Plan, int, int], dict[str, Any]]] = {
     "seams": labels.pair_seams,
     "join": labels.join_objects,
     "relabel": labels.relabel_block,
+    "measurements": objects.measure_objects,
+    "table": objects.collect_objects,
 }
 
 
@@ -104,7 +106,12 @@ def failure_of(plan: Plan, stage: str, outcome: Outcome) -> Failure:
     """Return the event that names a failed task: its volume, its box, its error."""
     planned = plan.volumes[plan.split_index(stage, outcome.index)[0]]
     box = str(task_box(plan, stage, outcome.index))
-    return Failure(stage, outcome.index, f"t={planned.t} c={planned.c}", box, outcome.error, outcome.details)
+    return Failure(stage, outcome.index, volume_name(planned), box, outcome.error, outcome.details)
+
+
+def volume_name(planned: PlannedVolume) -> str:
+    """Return field, timepoint and channel of a volume, for messages."""
+    return f"{planned.image} t={planned.t} c={planned.c}".strip()
 
 
 def describe(error: BaseException) -> str:
@@ -133,4 +140,5 @@ def missing_box(plan: Plan, stage: str, index: int) -> dict[str, Any]:
     level = int(stage.removeprefix("downsample-")) if stage.startswith("downsample-") else 0
     # Without statistics nothing of a volume can be predicted.
     box = Box.of(plan.volume_shape) if stage == "measure" else task_box(plan, stage, index)
-    return {"t": planned.t, "c": planned.c, "level": level, "start": list(box.start), "stop": list(box.stop)}
+    where = {"image": planned.image} if planned.image else {}
+    return {**where, "t": planned.t, "c": planned.c, "level": level, "start": list(box.start), "stop": list(box.stop)}

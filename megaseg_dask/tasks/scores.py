@@ -83,12 +83,16 @@ def describe_statistics(plan: Plan, parts: Iterable[tuple[int, Mapping[str, Any]
 def segment_block(plan: Plan, volume: int, number: int) -> Summary:
     """Predict one block and write its core's scores, and its mask or, for an automatic threshold, its logits."""
     core = plan.block_grid()[number]
-    values = products.source(plan, volume).read(plan.patch_grid.read_box(core))
+    place = core.shifted(plan.region.start)
+    source, read_box = products.source(plan, volume), plan.patch_grid.read_box(place)
+    values = source.read(read_box)
+    # Who measures the volume counts them; here nobody does.
+    absent = {} if plan.measure_level == 0 else count_absent(source, place, values[place.within(read_box).slices])
     found = products.read_state(plan, volume)
-    logits = predict(plan, values, core, Normalisation(found["mean"], found["std"]))
+    logits = predict(plan, values, place, Normalisation(found["mean"], found["std"]))
     for kind, array in scores_of(plan, logits).items():
         products.write(plan, kind, volume, core, array)
-    return {**shrunk_batch(plan), **(extremes_of(logits) if "logits" in products.intermediates(plan) else {})}
+    return {**absent, **shrunk_batch(plan), **(extremes_of(logits) if "logits" in products.intermediates(plan) else {})}
 
 
 def shrunk_batch(plan: Plan) -> Summary:
@@ -98,7 +102,10 @@ def shrunk_batch(plan: Plan) -> Summary:
 
 
 def predict(plan: Plan, values: Array, core: Box, normalisation: Normalisation) -> Float32:
-    """Return the logits of a core; ``values`` are the voxels of its read box. NaN is background by request."""
+    """Return the logits of a core, in the source's voxels; ``values`` are those of its read box.
+
+    NaN is background by request.
+    """
     read_box, is_float = plan.patch_grid.read_box(core), values.dtype.kind == "f"
     if is_float and plan.measure_level != 0 and not plan.options.nan_to_background:
         # Nobody has looked at every voxel yet, and the network would take a NaN for the mean.

@@ -8,23 +8,23 @@ from numpy.typing import NDArray
 from megaseg_dask import labelling, products
 from megaseg_dask.geometry import Box
 from megaseg_dask.intensity import Normalisation
+from megaseg_dask.measurements import measure_block
 from megaseg_dask.plan import Plan
-from megaseg_dask.tasks import levels, scores
+from megaseg_dask.tasks import levels, objects, scores
 
 Array = NDArray[Any]
 
 
 def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
     """Do all stages of one volume."""
-    whole = Box.of(plan.volume_shape)
-    source = products.source(plan, volume)
-    values = source.read(whole)
+    whole, source = Box.of(plan.volume_shape), products.source(plan, volume)
+    read_box = plan.patch_grid.read_box(plan.region)
+    values = source.read(read_box)
     statistics = _measure(plan, volume, values)
-    absent = scores.count_absent(source, whole, values)
-    logits = scores.predict(plan, values, whole, Normalisation(statistics["mean"], statistics["std"]))
+    absent = scores.count_absent(source, read_box, values)
+    logits = scores.predict(plan, values, plan.region, Normalisation(statistics["mean"], statistics["std"]))
     summary: dict[str, Any] = {"statistics": statistics, **absent, **scores.shrunk_batch(plan)}
     found = scores.scores_of(plan, logits)
-    del values
     if plan.has_mask and plan.options.is_automatic:
         extremes = scores.extremes_of(found.pop("logits"))
         table = scores.tabulate(plan, logits, extremes)
@@ -37,7 +37,10 @@ def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
         found["mask"] = _fill(plan, found["mask"], whole)
     if "labels" in plan.options.outputs:
         found["labels"], summary["n_objects"] = _label(plan, found["mask"], whole)
-    for kind in plan.options.outputs:
+    if "measurements" in plan.options.outputs:
+        inside = values[plan.region.within(read_box).slices]
+        objects.write_sums(plan, volume, measure_block(found["labels"], inside, whole))
+    for kind in plan.arrays:
         products.write(plan, kind, volume, whole, found[kind])
         levels.write_coarser_levels(plan, volume, kind, found[kind])
     return summary

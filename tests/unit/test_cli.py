@@ -90,7 +90,7 @@ def test_nothing_asked_shows_the_help(run):
     ("arguments", "message"),
     [
         (["frob"], "No such command 'frob'; see megaseg --help"),
-        (["segment", "a", "b", "--frob"], "No such option: --frob; see megaseg segment --help"),
+        (["segment", "a", "b", "--zzyzx"], "No such option: --zzyzx; see megaseg segment --help"),
         (["segment", "a"], "Missing argument 'TARGET'; see megaseg segment --help"),
         (["plan", "a", "b", "c"], "unexpected extra argument"),
         (["plan", "a", "b", "--patch"], "requires an argument"),
@@ -107,9 +107,9 @@ def test_unknown_words_are_refused_in_one_line(run, arguments, message):
 
 
 def test_a_real_process_says_the_same():
-    ended = megaseg("segment", "a", "b", "--frob")
+    ended = megaseg("segment", "a", "b", "--zzyzx")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert "No such option: --frob" in one_line(ended.stderr)
+    assert "No such option: --zzyzx" in one_line(ended.stderr)
 
 
 # -- wrong requests

@@ -83,7 +83,7 @@ def test_names_that_are_no_names_of_folders_are_refused(name, tmp_path, home):
 def test_a_name_that_is_taken(tmp_path):
     one, two = write_checkpoint(tmp_path / "1.ckpt"), write_checkpoint(tmp_path / "2.ckpt", seed=1)
     first = import_bundle(one, "mine")
-    with pytest.raises(BundleError, match="mine is in the cache already; .* pass --overwrite"):
+    with pytest.raises(BundleError, match=r"mine is in the cache already; .* pass --overwrite"):
         import_bundle(two, "mine")
     assert zoo.load("mine")[1].digest == first.digest
     second = import_bundle(two, "mine", overwrite=True)

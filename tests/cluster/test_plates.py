@@ -1,0 +1,144 @@
+"""Plates, channels and regions: each field, channel and region gets what the run of it alone would give."""
+
+import json
+
+import numpy as np
+import pytest
+import zarr
+from numpy.testing import assert_array_equal
+
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.ngff.plates import Acquisition, Field, Plate, read_plate, write_plate
+from megaseg_dask.run import segment
+from megaseg_dask.settings import parse_settings
+from megaseg_dask.stores import Location
+from tests.images import blobs, write_image
+
+SHAPE = (16, 40, 44)
+CHANNELS = ["dna", "actin"]
+
+
+@pytest.fixture
+def run(tmp_path, tiny_bundle, client):
+    def call(source, target, **options):
+        options = {"model": str(tiny_bundle), "threads": 1, "overlap": 0, "scores_dtype": "float32", **options}
+        return segment(str(source), str(tmp_path / target), parse_settings(options), client=client)
+
+    return call
+
+
+def field_image(number: int) -> np.ndarray:
+    return np.stack([[blobs(SHAPE, seed=100 * number + 10 * t + c) for c in range(2)] for t in range(2)])
+
+
+@pytest.fixture(params=["0.5", "0.4"])
+def plate(request, tmp_path):
+    fields = [Field(row, column, name, 0) for row in "AB" for column in ("1", "2") for name in ("0", "1")]
+    made = Plate(request.param, "screen", ("A", "B"), ("1", "2"), tuple(fields), (Acquisition(0, "day"),))
+    folder = tmp_path / "plate.zarr"
+    write_plate(Location.of(folder), made, request.param)
+    for number, field in enumerate(fields):
+        write_image(folder / field.path, field_image(number), axes="tczyx", version=request.param, channels=CHANNELS)
+    return folder
+
+
+def arrays(folder) -> dict[str, np.ndarray]:
+    group = zarr.open_group(folder, mode="r")
+    return {path: a[...] for path, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
+
+
+def test_a_plate_is_its_fields(run, plate, tmp_path):
+    result = run(
+        plate, "out.zarr", channel="dna,actin", outputs="labels,scores", ome_zarr=read_plate(Location.of(plate)).version
+    )
+    assert result.status == "done", result.failures
+    found = read_plate(Location.of(tmp_path / "out.zarr"))
+    assert [f.path for f in found.fields] == [f"{r}/{c}/{n}" for r in "AB" for c in "12" for n in "01"]
+    assert not found.missing
+    n_objects = 0
+    for number, field in enumerate(found.fields):
+        here = arrays(tmp_path / "out.zarr" / field.path)
+        assert here["0"].shape == (2, 2, *SHAPE)
+        for c, channel in enumerate(CHANNELS):
+            alone = f"alone-{number}-{c}.zarr"
+            n_objects += run(plate / field.path, alone, channel=channel).n_objects
+            expected = arrays(tmp_path / alone)
+            assert_array_equal(here["0"][:, c], expected["0"])
+            assert_array_equal(here[f"labels/megaseg_{channel}/0"], expected["labels/megaseg/0"])
+        attributes = zarr.open_group(tmp_path / "out.zarr" / field.path, mode="r").attrs["megaseg"]
+        assert len(attributes["normalization"]) == 4
+        assert attributes["missing_boxes"] == []
+    assert result.n_objects == n_objects
+    assert run(plate, "out.zarr", channel="dna,actin", outputs="labels,scores", ome_zarr=found.version).already_done
+
+
+def test_some_wells_and_fields(run, plate, tmp_path):
+    assert run(plate, "out.zarr", channel="dna", wells="A/*", fields="1", time="1").status == "done"
+    found = read_plate(Location.of(tmp_path / "out.zarr"))
+    assert [f.path for f in found.fields] == ["A/1/1", "A/2/1"]
+    with pytest.raises(SettingsError, match="C/1"):
+        run(plate, "other.zarr", channel="dna", wells="C/1")
+
+
+def test_labels_in_the_fields_of_the_source(run, plate, tmp_path):
+    before = {p: p.read_bytes() for p in plate.rglob("*") if p.is_file()}
+    assert run(plate, "plate.zarr", channel="dna", outputs="labels").status == "done"
+    assert {p: p.read_bytes() for p in before} == before
+    assert run(plate, "apart.zarr", channel="dna").status == "done"
+    for field in read_plate(Location.of(plate)).fields:
+        inside = zarr.open_group(plate / field.path, mode="r")["labels/megaseg/0"][...]
+        assert_array_equal(inside, arrays(tmp_path / "apart.zarr" / field.path)["labels/megaseg/0"])
+
+
+def test_a_field_that_is_not_there_is_named_and_the_others_are_done(run, plate, tmp_path):
+    import shutil
+
+    shutil.rmtree(plate / "B/2/1")
+    result = run(plate, "out.zarr", channel="dna")
+    assert result.exit_code == 1
+    assert [f["volume"] for f in result.failures] == ["B/2/1"]
+    assert len(read_plate(Location.of(tmp_path / "out.zarr")).fields) == 7
+
+
+def test_fields_of_several_forms_are_told(run, plate):
+    import shutil
+
+    version = read_plate(Location.of(plate)).version
+    shutil.rmtree(plate / "B/2/1")
+    write_image(plate / "B/2/1", blobs((20, 40, 44)), version=version)
+    with pytest.raises(SettingsError, match="B/2/1 has another shape"):
+        run(plate, "out.zarr", channel="dna")
+
+
+ROIS = ["0:24,0:50,0:70", "3:20,10:41,20:63", "8:9,0:50,69:70"]
+
+
+@pytest.mark.parametrize("roi", ROIS)
+@pytest.mark.parametrize("options", [{}, {"normalization": "1000,400"}, {"block": "7,13,17", "threshold": "otsu"}])
+def test_a_region_is_the_crop_of_the_whole(roi, options, run, tmp_path):
+    from skimage.measure import label
+
+    source = write_image(tmp_path / "image.zarr", blobs((24, 50, 70)), scale={"z": 0.5, "y": 0.2, "x": 0.2})
+    fixed = {k: v for k, v in options.items() if k == "normalization"}
+    assert run(source, "whole.zarr", **fixed, overlap=0.25).status == "done"
+    result = run(source, "roi.zarr", roi=roi, overlap=0.25, outputs="labels,scores,mask", **options)
+    assert result.status == "done", result.failures
+    place = tuple(slice(*map(int, part.split(":"))) for part in roi.split(","))
+    found = arrays(tmp_path / "roi.zarr")
+    assert_array_equal(found["0"], arrays(tmp_path / "whole.zarr")["0"][place])
+    assert_array_equal(found["labels/megaseg/0"] > 0, found["labels/megaseg_mask/0"])
+    if min(found["0"].shape) > 1:
+        assert_array_equal(found["labels/megaseg/0"], label(found["labels/megaseg_mask/0"], connectivity=1))
+    ome = dict(zarr.open_group(tmp_path / "roi.zarr", mode="r").attrs)["ome"]
+    transforms = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
+    origin = [p.start * s for p, s in zip(place, (0.5, 0.2, 0.2), strict=True)]
+    assert next((t["translation"] for t in transforms if t["type"] == "translation"), [0, 0, 0]) == pytest.approx(
+        origin
+    )
+
+
+def test_a_region_beyond_the_volume_is_told(run, tmp_path):
+    source = write_image(tmp_path / "image.zarr", blobs(SHAPE))
+    with pytest.raises(SettingsError, match="reaches beyond"):
+        run(source, "out.zarr", roi="0:16,0:41,0:44")
+    assert json.dumps(sorted(p.name for p in tmp_path.iterdir())) == '["image.zarr"]'

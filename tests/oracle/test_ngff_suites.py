@@ -1,0 +1,506 @@
+"""Every example of the NGFF suites, judged by our readers, against a table that says what has to come out.
+
+An example is written as a group of its own, with arrays of a few voxels where it
+lists levels, and opened as an image, a plate or a well. Images of the
+specification's suites are 2D, which we refuse, and rows and columns of its plates
+for 0.4 are exchanged; so each is judged a second time with a z axis (``+z``), or
+exchanged back (``+swap``). ``python -m tests.oracle.test_ngff_suites`` writes the
+summary, docs/conformance.md.
+"""
+
+import copy
+import json
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zarr
+
+from megaseg_dask.errors import SourceError
+from megaseg_dask.ngff.images import read_image
+from megaseg_dask.ngff.plates import read_plate
+from megaseg_dask.stores import Location
+from tests.conftest import SHARED
+
+ROOT = SHARED / "omezarr/metadata"
+PAGE = Path(__file__).parents[2] / "docs/conformance.md"
+
+# -- the examples
+
+
+@dataclass(frozen=True)
+class Example:
+    """Attributes of a group, or a text that is none; what it is said to be, and where it stands."""
+
+    name: str
+    data: Any
+    kind: str
+    valid: bool
+    zarr_format: int
+    folder: Path
+
+    @property
+    def suite(self) -> str:
+        top, second = self.name.split("/")[:2]
+        if top.startswith("ngff_spec"):
+            what = {"+z": ", with a z axis", "ap": ", rows and columns exchanged back"}.get(self.name[-2:], "")
+            return f"specification {top.removeprefix('ngff_spec_').replace('main', '0.6rc0')}{what}"
+        return f"{top.replace('_', '-')} {second}"
+
+
+def load(path: Path) -> Any:
+    """Read JSON with comments, as the specification's examples have them."""
+    text = path.read_text()
+    bare = re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', lambda m: m[1] or "", text, flags=re.DOTALL)
+    try:
+        return json.loads(re.sub(r",(\s*[\]}])", r"\1", bare))
+    except ValueError:
+        return text
+
+
+def iter_examples() -> Iterator[Example]:
+    for path in sorted(ROOT.rglob("*")):
+        name = path.relative_to(ROOT).as_posix()
+        if path.name != ".zattrs" and (path.suffix != ".json" or path.name == ".config.json" or "/schemas/" in name):
+            continue
+        if name.startswith("yaozarrs/broken/") and path.parent.name != "broken_v05.ome.zarr":
+            continue  # One broken store, judged as a whole.
+        data = load(path)
+        if isinstance(data, dict) and data.get("node_type") == "array":
+            continue
+        if "_suite.json" not in name:
+            yield from variants(example_of(name.removesuffix("/zarr.json").removesuffix("/.zattrs"), data, path))
+            continue
+        names = Counter()
+        for case in data["tests"]:
+            names[case["formerly"]] += 1
+            number = f"#{names[case['formerly']]}" if names[case["formerly"]] > 1 else ""
+            title = f"{name.removesuffix('_suite.json')}: {Path(case['formerly']).stem}{number}"
+            yield from variants(example_of(title, case["data"], path, case["valid"]))
+
+
+def example_of(name: str, data: Any, path: Path, valid: bool | None = None) -> Example:
+    if isinstance(data, dict):
+        data = data.get("attributes", data)
+    ome = data.get("ome", data) if isinstance(data, dict) else {}
+    if "rows" in ome or "channels" in ome:  # The bare value of a key.
+        ome = data = {"plate" if "rows" in ome else "omero": data}
+    kinds = ("plate", "well", "multiscales", "image-label", "omero")
+    kind = next((key for key in kinds if key in ome), "image" if "image" in path.name else "other")
+    v2 = "ome" not in data and not re.search("v0[56]|ngff_spec_(0.5|main)|v0.5", name)
+    said = name.endswith("/labels") or not re.search("invalid|broken", name, re.I) if valid is None else valid
+    return Example(name, data, kind, said, 2 if v2 else 3, path.parent)
+
+
+def variants(example: Example) -> Iterator[Example]:
+    """Yield an example, and what it would be without what hides its point from us."""
+    yield example
+    data = copy.deepcopy(example.data)
+    if example.kind == "multiscales" and re.match(r"ngff_spec_0\.[45]/", example.name):
+        entries = [entry for entry in data.get("ome", data)["multiscales"] if y_of(entry) is not None]
+        for entry in entries:
+            add_z(entry, y_of(entry))
+        if entries:
+            yield replace(example, name=f"{example.name}+z", data=data)
+    if example.kind == "plate" and example.name.startswith("ngff_spec_0.4/tests/"):
+        names = {"rows": "columns", "columns": "rows"}
+        data = {"plate": {names.get(key, key): value for key, value in data["plate"].items()}}
+        yield replace(example, name=f"{example.name}+swap", data=data)
+
+
+def y_of(entry: dict) -> int | None:
+    names = [axis.get("name") for axis in entry.get("axes", [])]
+    return names.index("y") if "y" in names and "z" not in names else None
+
+
+def add_z(entry: dict, at: int) -> None:
+    for part in (entry, *entry.get("datasets", [])):
+        for transform in part.get("coordinateTransformations", []):
+            for key in ("scale", "translation"):
+                if len(transform.get(key, [])) == len(entry["axes"]):
+                    transform[key].insert(at, 1)
+    entry["axes"].insert(at, {"name": "z", "type": "space"})
+
+
+# -- the judge
+
+
+def judge(example: Example, folder: Path) -> str | None:
+    """Return why we refuse an example; ``None`` if it is read."""
+    data = example.data
+    try:
+        if example.name.startswith("yaozarrs/broken"):
+            assert_reads_in_part(Location.of(example.folder))
+        elif example.kind == "plate":
+            write_group(folder, example, data)
+            read_plate(Location.of(folder))
+        elif example.kind == "well":
+            write_group(folder, example, plate_around(example))
+            write_group(folder / "A/1", example, data)
+            plate = read_plate(Location.of(folder))
+            assert plate.fields or plate.missing
+            return plate.missing[0][1] if plate.missing else None
+        else:
+            if example.kind in ("image-label", "omero"):
+                data = with_multiscales(data)
+            write_group(folder, example, data)
+            write_levels(folder, example, data)
+            read_image(Location.of(folder))
+    except SourceError as error:
+        return str(error)
+    return None
+
+
+def write_group(folder: Path, example: Example, data: Any) -> None:
+    if isinstance(data, str):
+        (folder / "zarr.json").write_text(data)
+    else:
+        zarr.open_group(folder, mode="a", zarr_format=example.zarr_format).attrs.put(data)
+
+
+def write_levels(folder: Path, example: Example, data: Any) -> None:
+    """Write an array for each level: the example's own where it has any."""
+    ome = data.get("ome", data) if isinstance(data, dict) else {}
+    for entry in ome.get("multiscales", []) if example.kind != "other" else []:
+        for dataset in entry.get("datasets", []):
+            path = str(dataset.get("path", "0"))
+            assert ".." not in path
+            own = example.folder / path / (".zarray" if example.zarr_format == 2 else "zarr.json")
+            if own.exists():
+                (folder / path).mkdir(parents=True)
+                shutil.copy(own, folder / path)
+            else:
+                shape = (4,) * len(entry.get("axes", "zyx"))
+                zarr.create_array(folder / path, shape=shape, dtype="u1", zarr_format=example.zarr_format)
+
+
+def plate_around(example: Example) -> dict:
+    ome = example.data.get("ome", example.data)
+    wells = [{"path": "A/1", "rowIndex": 0, "columnIndex": 0}]
+    plate = {"plate": {"rows": [{"name": "A"}], "columns": [{"name": "1"}], "wells": wells}}
+    if example.zarr_format == 2:
+        return plate
+    return {"ome": {**plate, "version": ome.get("version", version_of(example))}}
+
+
+def version_of(example: Example) -> str:
+    return {2: "0.4", 3: "0.6rc0" if "main" in example.name else "0.5"}[example.zarr_format]
+
+
+def with_multiscales(data: dict) -> dict:
+    ome = data.get("ome", data)
+    axes = [{"name": name, "type": "space"} for name in "zyx"]
+    transforms = [{"type": "scale", "scale": [1, 1, 1]}]
+    entry = {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": transforms}]}
+    ome = {"multiscales": [entry], **ome}
+    return {"ome": ome} if "ome" in data else ome
+
+
+def assert_reads_in_part(location: Location) -> None:
+    plate = read_plate(location)
+    assert len(plate.missing) == 1
+    for field in plate.fields:
+        with pytest.raises(SourceError):
+            read_image(location / field.path)
+
+
+# -- what has to come out, and what the message has to say
+
+MESSAGES = {
+    "refused: 2D images have no z": "and no z: the model segments 3D volumes",
+    "refused: axes other than t, c, z, y and x": "cannot be told apart from t, c, z, y, x",
+    "refused: invalid": r"(metadata are|plate is) invalid: |lists no fields|not as a field is listed|and no x: "
+    r"|without multiscales|is OME-Zarr (foo|0\.3|abc123); 0\.4 and 0\.5 can be read|2 dimensions for axes",
+    "refused: its rows and columns are exchanged": "in well path .* is not in list of",
+    "refused: its scale has fewer numbers than it has axes": "length of axes does not match",
+    "refused: a list or a collection, no image": "is (a labels group|a bioformats2raw collection|a Zarr group without)",
+    "refused: OME-Zarr 0.6": r"is OME-Zarr 0\.6\S+; 0\.4 and 0\.5 can be read|not an OME-Zarr image|are invalid: ",
+}
+TABLE: dict[str, dict[str, str]] = {
+    "accepted": {
+        "ngff_spec_0.*/examples/": """
+            bf2raw/plate.json label_strict/colors_properties.json multiscales_strict/multiscales_example.json
+            multiscales_strict/multiscales_transformations.json+z plate_strict/plate_2wells.json
+            plate_strict/plate_6wells.json well_strict/well_2fields.json well_strict/well_4fields.json
+        """,
+        "ngff_spec_0.*/tests/image: ": "invalid_axis_units+z missing_name+z",
+        "ngff_spec_0.*/tests/label: ": "minimal minimal_properties",
+        "ngff_spec_0.*/tests/strict_image: ": """
+            multiscales_example multiscales_transformations+z image_metadata+z image+z image_omero
+        """,
+        "ngff_spec_0.*/tests/strict_well: ": "strict_no_acquisitions strict_acquisitions",
+        "ngff_spec_0.*/tests/well: ": "minimal_no_acquisition minimal_acquisitions",
+        "ngff_spec_0.4/tests/image: ": "missing_version+z",
+        "ngff_spec_0.4/tests/plate: ": """
+            minimal_no_acquisitions+swap minimal_acquisitions+swap non_alphanumeric_row+swap
+        """,
+        "ngff_spec_0.4/tests/strict_plate: ": "strict_no_acquisitions+swap strict_acquisitions+swap",
+        "ngff_spec_0.5/tests/image: ": "mismatch_axes_units+z",
+        "ngff_spec_0.5/tests/plate: ": "minimal_no_acquisitions minimal_acquisitions non_alphanumeric_row",
+        "ngff_spec_0.5/tests/strict_plate: ": "strict_no_acquisitions strict_acquisitions",
+        "ome_zarr_examples/valid/": """
+            image-03.zarr image-04.zarr plate-01.zarr plate-01.zarr/A/1 plate-01.zarr/A/2 plate-01.zarr/B/1
+            plate-01.zarr/B/2
+        """,
+        "ome_zarr_models/v04/": """
+            bioformats2raw_example.json hcs_example.ome.zarr hcs_example.ome.zarr/B/03 hcs_example.ome.zarr/B/03/0
+            image_label_example.json multiscales_example.json omero_example.json plate_example_1.json
+            plate_example_2.json well_example_1.json well_example_2.json
+        """,
+        "ome_zarr_models/v05/": """
+            bioformats2raw_example.json hcs_example.json image_example.json image_label_example.json
+            image_no_version_example.json labels_image_example.json plate_example_1.json plate_example_2.json
+            well_example.json
+        """,
+        "yaozarrs/v04/": """
+            2551.zarr 2551.zarr/A/2 2551.zarr/A/2/2 2551.zarr/B/1/3 2551.zarr/B/1/4 2551.zarr/B/2/1 4007801.zarr
+            9798462.zarr
+        """,
+        "yaozarrs/v05/": """
+            190129.zarr 1micron_reconstructions_VOI1.zarr 4ffaeed2-fa70-4907-820f-8a96ef683095.zarr
+            6001240_labels.zarr/labels/0 6001240_labels.zarr 76-45.ome.zarr/A/1/0 76-45.ome.zarr/A/1
+            76-45.ome.zarr/A/2/0 76-45.ome.zarr/A/2 76-45.ome.zarr/B/1/0 76-45.ome.zarr/B/1 76-45.ome.zarr/B/2/0
+            76-45.ome.zarr/B/2 76-45.ome.zarr 79ad519b-0aa6-4d64-85a9-6cea2318b980.zarr 9822152.zarr Target-TS.ome.zarr
+            c0e5d621-62cc-43a6-9dad-2ddab8959d17.zarr fb416517-e36d-4bdb-98f9-47b644138d47.zarr
+        """,
+    },
+    "refused: 2D images have no z": {
+        "ngff_spec_0.*/examples/": "multiscales_strict/multiscales_transformations.json",
+        "ngff_spec_0.*/tests/image: ": """
+            invalid_axis_units missing_name invalid_channels_color invalid_channels_window
+        """,
+        "ngff_spec_0.*/tests/strict_image: ": "multiscales_transformations image_metadata image",
+        "ngff_spec_0.4/tests/image: ": "missing_version",
+        "ngff_spec_0.5/tests/image: ": "mismatch_axes_units",
+        "ome_ngff_validator/invalid/": """
+            missing_min.zarr missing_min.zarr/labels/coins no_version_v0.4.zarr no_version_v0.5.zarr
+        """,
+        "ome_zarr_examples/invalid/": "image-03.zarr",
+        "ome_zarr_examples/valid/": """
+            image-01.zarr image-02.zarr plate-01.zarr/A/1/0 plate-01.zarr/A/2/0 plate-01.zarr/B/1/0 plate-01.zarr/B/2/0
+        """,
+        "ome_zarr_examples/warning/": "image-01.zarr",
+        "yaozarrs/v05/": "ExpD_chicken_embryo_MIP.ome.zarr",
+    },
+    "refused: axes other than t, c, z, y and x": {
+        "ngff_spec_0.*/tests/image: ": "untyped_axes untyped_axes+z custom_type_axes custom_type_axes+z",
+    },
+    "refused: invalid": {
+        "ngff_spec_0.*/tests/image: ": """
+            duplicate_axes missing_space_axes invalid_transformation_type invalid_transformation_type+z missing_scale
+            missing_scale+z too_many_axes missing_axes_name invalid_axes_count invalid_axes_count+z one_space_axes
+            invalid_path invalid_path+z invalid_multiscales_transformations invalid_multiscales_transformations+z
+            missing_transformations missing_transformations+z no_datasets no_datasets+z missing_datasets
+            missing_datasets+z missing_axes invalid_axis_type invalid_axis_type+z duplicate_scale duplicate_scale+z
+            no_axes too_many_space_axes no_multiscales empty_transformations empty_transformations+z missing_path
+            missing_path+z
+        """,
+        "ngff_spec_0.*/tests/plate: ": """
+            missing_rows duplicate_rows missing_columns duplicate_columns missing_wells empty_wells missing_column_name
+            missing_row_name missing_well_path missing_well_rowIndex missing_well_columnIndex well_1group well_3groups
+            non_alphanumeric_column missing_acquisition_id non_integer_acquisition_id negative_acquisition_id
+        """,
+        "ngff_spec_0.*/tests/well: ": "empty_images duplicate_images non_integer_acquisition_id",
+        "ngff_spec_0.4/tests/image: ": "invalid_version invalid_version+z",
+        "ngff_spec_0.4/tests/plate: ": """
+            missing_rows+swap empty_rows+swap duplicate_rows+swap missing_columns+swap empty_columns+swap
+            duplicate_columns+swap missing_wells+swap empty_wells+swap duplicate_rows#2 duplicate_rows#2+swap
+            missing_column_name+swap missing_row_name+swap missing_well_path+swap missing_well_rowIndex+swap
+            missing_well_columnIndex+swap well_1group+swap well_3groups+swap invalid_version invalid_version+swap
+            non_alphanumeric_column+swap missing_acquisition_id+swap non_integer_acquisition_id+swap
+            negative_acquisition_id+swap
+        """,
+        "ngff_spec_0.5/tests/plate: ": "empty_rows empty_columns duplicate_wells well_path_has_column_before_row",
+        "ome_ngff_validator/invalid/": "invalid_version.zarr",
+        "ome_zarr_examples/invalid/": "image-01.zarr image-02.zarr image-04.zarr",
+    },
+    "refused: its rows and columns are exchanged": {
+        "ngff_spec_0.4/tests/plate: ": """
+            minimal_no_acquisitions minimal_acquisitions empty_rows empty_columns non_alphanumeric_row
+            non_integer_acquisition_maximumfieldcount acquisition_zero_maximumfieldcount
+            acquisition_noninteger_starttime acquisition_negative_starttime acquisition_noninteger_endtime
+            negative_endtime zero_field_count
+        """,
+        "ngff_spec_0.4/tests/strict_plate: ": """
+            strict_no_acquisitions missing_name missing_version strict_acquisitions missing_acquisition_name
+            missing_acquisition_maximumfieldcount
+        """,
+    },
+    "refused: its scale has fewer numbers than it has axes": {
+        "ngff_spec_0.4/tests/image: ": "mismatch_axes_units mismatch_axes_units+z",
+    },
+    "refused: a list or a collection, no image": {
+        "ngff_spec_0.*/examples/": "bf2raw/image.json ome/series-2.json",
+        "ome_ngff_validator/invalid/": "missing_min.zarr/labels",
+        "ome_zarr_examples/invalid/": "image-02.zarr/labels image-03.zarr/labels image-04.zarr/labels",
+        "ome_zarr_examples/valid/": """
+            image-01.zarr/labels image-02.zarr/labels image-03.zarr/labels image-04.zarr/labels
+            plate-01.zarr/A/1/0/labels plate-01.zarr/A/2/0/labels plate-01.zarr/B/1/0/labels plate-01.zarr/B/2/0/labels
+        """,
+        "ome_zarr_examples/warning/": "image-01.zarr/labels",
+        "ome_zarr_models/v05/": "labels_example.json",
+        "yaozarrs/v04/": "2551.zarr/A/2/3/labels 2551.zarr/A/3/1/labels",
+        "yaozarrs/v05/": """
+            6001240_labels.zarr/labels EM04534_04_dU_SBF_8bits_aligned_z4-136_7-7-50nm_v3.zarr
+            L3_nsybG4xcherryCAAXmerged.ims.zarr Larve_2_20x095_Z1_4096_BAPP_with_cslip.lif.zarr emimmsyn1.zarr
+        """,
+    },
+    "tolerated: a well's own version is not read": {
+        "ngff_spec_0.4/tests/strict_well: ": "missing_version",
+        "ngff_spec_0.4/tests/well: ": "invalid_version",
+    },
+    "tolerated: counts and times are not read": {
+        "ngff_spec_0.4/tests/plate: ": """
+            non_integer_acquisition_maximumfieldcount+swap acquisition_zero_maximumfieldcount+swap
+            acquisition_noninteger_starttime+swap acquisition_negative_starttime+swap
+            acquisition_noninteger_endtime+swap negative_endtime+swap zero_field_count+swap
+        """,
+        "ngff_spec_0.5/tests/plate: ": """
+            non_integer_acquisition_maximumfieldcount acquisition_zero_maximumfieldcount
+            acquisition_noninteger_starttime acquisition_negative_starttime acquisition_noninteger_endtime
+            negative_endtime zero_field_count
+        """,
+    },
+    "tolerated: how labels are shown is not read": {
+        "ngff_spec_0.*/tests/label: ": """
+            empty_colors empty_properties colors_no_label_value properties_no_label_value colors_rgba_length
+            colors_rgba_type colors_duplicate
+        """,
+        "ngff_spec_0.*/tests/strict_label: ": "no_colors",
+        "ngff_spec_0.4/tests/strict_label: ": "no_version",
+    },
+    "tolerated: of channels only the names are read": {
+        "ngff_spec_0.*/tests/image: ": "invalid_channels_color+z invalid_channels_window+z",
+    },
+    "tolerated: one well is missing by name, the images are refused": {
+        "yaozarrs/broken/": "broken_v05.ome.zarr",
+    },
+    "tolerated: only recommended": {
+        "ngff_spec_0.4/tests/strict_plate: ": """
+            missing_name+swap missing_version+swap missing_acquisition_name+swap
+            missing_acquisition_maximumfieldcount+swap
+        """,
+        "ngff_spec_0.5/tests/strict_plate: ": """
+            missing_name missing_acquisition_name missing_acquisition_maximumfieldcount
+        """,
+    },
+}
+
+
+def expand() -> dict[str, str]:
+    """Return the verdict of each example; ``0.*`` in a prefix is 0.4 and 0.5."""
+    expected: dict[str, str] = {}
+    for verdict, groups in TABLE.items():
+        for prefix, names in groups.items():
+            for version in ("0.4", "0.5") if "*" in prefix else ("",):
+                for name in names.split():
+                    key = prefix.replace("0.*", version) + name
+                    assert key not in expected, f"{key} is in the table twice"
+                    expected[key] = verdict
+    return expected
+
+
+EXPECTED = expand()
+
+
+def verdict_of(example: Example) -> str | None:
+    if example.name.startswith(("ngff_spec_main/", "ome_zarr_models/v06/")):
+        return "refused: OME-Zarr 0.6"
+    return EXPECTED.get(example.name)
+
+
+EXAMPLES = list(iter_examples()) if ROOT.exists() else []
+absent = pytest.mark.skipif(not EXAMPLES, reason=f"the suites are not at {ROOT}")
+
+
+@absent
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_an_example_comes_out_as_the_table_says(example, tmp_path):
+    verdict = verdict_of(example)
+    assert verdict, f"{example.name} is not in the table"
+    reason = judge(example, tmp_path)
+    kind = verdict.partition(":")[0]
+    assert (kind == "tolerated") <= (not example.valid)
+    assert (kind == "accepted") <= example.valid
+    if kind == "refused":
+        assert reason is not None, "it is read"
+        assert re.search(MESSAGES[verdict], reason), reason
+        assert "\n" not in reason
+        # A well names only itself: the plate is named by whoever reports what is missing of it.
+        assert str(tmp_path) in reason or example.kind == "well"
+    else:
+        assert reason is None
+
+
+@absent
+def test_the_table_names_nothing_else():
+    assert not set(EXPECTED) - {example.name for example in EXAMPLES}
+    assert len({example.name for example in EXAMPLES}) == len(EXAMPLES)
+
+
+# -- the page
+
+
+def page() -> str:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
+    for example in EXAMPLES:
+        kind, _, reason = (verdict_of(example) or "").partition(": ")
+        said = "valid" if example.valid else "invalid"
+        counts[example.suite][f"{said} {kind}"] += 1
+        reasons[f"{said} {kind}"][reason] += 1
+    columns = ("valid accepted", "valid refused", "invalid refused", "invalid tolerated")
+    lines = [
+        f"| {' | '.join([suite, *(str(of_suite[c] or '–') for c in columns)])} |" for suite, of_suite in counts.items()
+    ]
+    total = [str(sum(of_suite[c] for of_suite in counts.values())) for c in columns]
+    return INTRODUCTION.format(
+        table="\n".join([*lines, f"| **all** | {' | '.join(total)} |"]),
+        refused=listed(reasons["valid refused"]),
+        tolerated=listed(reasons["invalid tolerated"]),
+    )
+
+
+def listed(reasons: Counter[str]) -> str:
+    return "\n".join(f"* {reason}: {n}" for reason, n in sorted(reasons.items()))
+
+
+INTRODUCTION = """# Conformance
+
+What the examples of the NGFF specification and of four other projects become here: as an image, plate or well that is
+read, or as an error that says why not. `tests/oracle/test_ngff_suites.py` holds the verdict of every example, and wrote
+this page (`python -m tests.oracle.test_ngff_suites`). Most images of the specification's own suites are 2D, and the
+rows and columns of its plates for 0.4 are exchanged; both are refused for that. So that this hides nothing, each such
+example is judged a second time with a z axis, or with rows and columns where they belong.
+
+| suite | valid: read | valid: refused | invalid: refused | invalid: read |
+|---|---|---|---|---|
+{table}
+
+Valid, and refused:
+
+{refused}
+
+Invalid, and read all the same, because nothing that is read is wrong:
+
+{tolerated}
+
+Where a plate's `rowIndex` and `columnIndex` contradict a well's path, the path counts. Names of fields may hold `_`,
+`-` and `.`, as OME-Zarr 0.6 allows and Fractal writes. Axes may have names in capitals, as iohub writes them. A missing
+`version` follows from the Zarr format. A well that cannot be read fails by name; the others are segmented. A path that
+would lead out of a plate refuses the plate.
+"""
+
+
+@absent
+def test_the_page_is_current():
+    assert PAGE.read_text() == page(), "run: python -m tests.oracle.test_ngff_suites"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
