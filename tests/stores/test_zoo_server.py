@@ -116,6 +116,15 @@ def test_list_fetch_show_and_import(relay, megaseg_zip, tmp_path):
     assert "MegaSeg_light        not in the cache; megaseg models fetch MegaSeg_light" in text
 
 
+def test_bucket_and_endpoint_are_options_too(relay, monkeypatch):
+    monkeypatch.delenv("MEGASEG_BUCKET")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    where = ["--bucket", "public", "--endpoint", relay.url]
+    models = result_of(megaseg("models", "list", *where, "--json"))["models"]
+    assert {row["name"] for row in models if "offered" in row} == {"MegaSeg_v1", "MegaSeg_light"}
+    assert result_of(megaseg("models", "fetch", "MegaSeg_v1", *where, "--json"))["source"] == "s3://public/megaSeg.zip"
+
+
 def test_a_model_in_the_cache_asks_no_network(relay):
     first = zoo.fetch("MegaSeg_v1")
     asked = len(relay.requests)
