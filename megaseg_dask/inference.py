@@ -7,10 +7,10 @@ engine is opened once per worker process and never replaced by another kind.
 import functools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from megaseg_dask.blending import blend, window
 from megaseg_dask.errors import BundleError
 from megaseg_dask.geometry import Box, PatchGrid, Shape
 from megaseg_dask.intensity import Normalisation
+from megaseg_dask.models.bundle import Bundle, Step
 
 Float32 = NDArray[np.float32]
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class Engine(Protocol):
     largest_batch: int | None
 
     def __call__(self, patches: Float32) -> Float32:
-        """Map ``(batch, 1, z, y, x)`` to logits of the same shape, float32."""
+        """Map ``(batch, channels in, z, y, x)`` to logits ``(batch, channels out, z, y, x)``, float32."""
         ...
 
 
@@ -50,12 +51,50 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """A bundle by address and digest: workers load it themselves and check that it is the plan's."""
+    """A bundle by address and digest: workers load it themselves and check that it is the plan's.
+
+    ``outputs`` are the names of the channels of its logits, ``steps`` what turns an image into its input.
+    """
 
     path: str
     name: str
     digest: str
     window: str
+    in_channels: int
+    outputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def of(cls, path: str, bundle: Bundle) -> "ModelRef":
+        """Return the reference to a bundle at an address."""
+        return cls(path, bundle.name, bundle.digest, bundle.window, bundle.network.in_channels, bundle.outputs,
+                   bundle.preprocessing.steps)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How the channels of one volume become the network's input: a z-score first, if at all; one for each channel."""
+
+    steps: tuple[Step, ...]
+    zscores: tuple[Normalisation, ...]
+
+    def __call__(self, values: NDArray[Any]) -> Float32:
+        """Map voxels ``(c, z, y, x)`` to float32 of the same shape, as MONAI's transforms do; NaN is the mean, or 0."""
+        if Step("zscore") not in self.steps:
+            prepared = np.nan_to_num(values.astype(np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        else:
+            prepared = np.stack([zscore(channel) for zscore, channel in zip(self.zscores, values, strict=True)])
+        for step in self.steps:
+            if step.name != "zscore":
+                prepared = _VOXELWISE[step.name](prepared, *step.numbers)
+        return prepared
+
+
+_VOXELWISE: dict[str, Callable[..., Float32]] = {
+    "subtract_divide": lambda values, subtrahend, divisor: (values - subtrahend) / divisor,
+    "rescale": lambda values, a_min, a_max, b_min, b_max: (values - a_min) / (a_max - a_min) * (b_max - b_min) + b_min,
+    "clip": np.clip,
+}
 
 
 def resolve_engine(*, device: str, batch: int | None, threads: int | None) -> EngineSpec:
@@ -94,7 +133,7 @@ def measure_patch_s(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> fl
     Raises :class:`EngineError` if this machine cannot run the engine.
     """
     engine = open_engine(model, spec)
-    patches = np.zeros((spec.batch, 1, *patch_shape), np.float32)
+    patches = np.zeros((spec.batch, model.in_channels, *patch_shape), np.float32)
     passes: list[float] = []
     started = time.perf_counter()
     # A heavy network shows its pace in one pass, a light one when it is warm.
@@ -108,37 +147,36 @@ def measure_patch_s(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> fl
 cached_window = functools.lru_cache(maxsize=2)(window)
 
 
-def cut_patch(values: NDArray[np.generic], read_box: Box, patch: Box, normalisation: Normalisation) -> Float32:
-    """Return one normalised patch; beyond the volume it is zero, which is the volume's mean.
+def cut_patch(values: NDArray[Any], read_box: Box, patch: Box, prepare: Callable[[NDArray[Any]], Float32]) -> Float32:
+    """Return one prepared patch, ``(c, z, y, x)``; beyond the volume it is zero, after a z-score the volume's mean.
 
     ``values`` are the voxels of ``read_box``. Padding comes after normalising, as in MONAI.
     """
     inside = patch & read_box
-    result = np.zeros(patch.shape, np.float32)
-    result[inside.within(patch).slices] = normalisation(values[inside.within(read_box).slices])
+    result = np.zeros((len(values), *patch.shape), np.float32)
+    result[:, *inside.within(patch).slices] = prepare(values[:, *inside.within(read_box).slices])
     return result
 
 
 def predict_block(
-    values: NDArray[np.generic], core: Box, grid: PatchGrid, normalisation: Normalisation, engine: Engine,
+    values: NDArray[Any], core: Box, grid: PatchGrid, prepare: Callable[[NDArray[Any]], Float32], engine: Engine,
     *, batch: int = 1, window_mode: str = "gaussian",
 ) -> Float32:  # fmt: skip
-    """Return the blended logits of a core, float32 ``(z, y, x)``.
+    """Return the blended logits of a core, float32 ``(channels out, z, y, x)``.
 
-    ``values`` are the voxels of ``grid.read_box(core)``: the core and its halo.
+    ``values`` are the voxels ``(channels in, z, y, x)`` of ``grid.read_box(core)``: the core and its halo.
     """
     read_box = grid.read_box(core)
-    patches = ((p, cut_patch(values, read_box, p, normalisation)) for p in grid.iter_touching(core))
-    logits: Float32 = blend(_predict(patches, engine, batch), core, cached_window(grid.patch_shape, window_mode))[0]
-    return logits
+    patches = ((p, cut_patch(values, read_box, p, prepare)) for p in grid.iter_touching(core))
+    return blend(_predict(patches, engine, batch), core, cached_window(grid.patch_shape, window_mode))
 
 
 def _predict(patches: Iterable[tuple[Box, Float32]], engine: Engine, batch: int) -> Iterator[tuple[Box, Float32]]:
     for group in _batched(patches, batch):
         # The last batch is filled up: another batch shape may take another kernel, and change a bit.
-        filled = np.zeros((batch, 1, *group[0][1].shape), np.float32)
+        filled = np.zeros((batch, *group[0][1].shape), np.float32)
         for slot, (_, patch) in zip(filled, group, strict=False):
-            slot[0] = patch
+            slot[...] = patch
         yield from zip((box for box, _ in group), engine(filled), strict=False)
 
 

@@ -69,6 +69,8 @@ class Sizes:
     label_bytes: int
     fills_holes: bool = False
     is_automatic: bool = False
+    n_inputs: int = 1
+    n_outputs: int = 1
 
 
 def _largest_read_box(sizes: Sizes) -> int:
@@ -82,7 +84,8 @@ def _largest_read_box(sizes: Sizes) -> int:
 def forward_bytes(sizes: Sizes) -> int:
     """Return the memory of one forward pass, weights included."""
     patch = Box.of(sizes.patch_grid.patch_shape).size
-    maps = _FEATURE_MAPS * max(sizes.first_filters, _CHANNEL_BLOCK)
+    # Heads with layers of their own have as many maps as the backbone has outputs.
+    maps = _FEATURE_MAPS * max(sizes.first_filters, sizes.n_outputs, _CHANNEL_BLOCK) + sizes.n_inputs + sizes.n_outputs
     return 4 * (patch * sizes.batch * maps + sizes.n_parameters) + _FORWARD_BYTES
 
 
@@ -92,8 +95,9 @@ def project(sizes: Sizes) -> dict[str, int]:
     read = _largest_read_box(sizes)
     measured = Box.of(tuple(map(min, sizes.measure_shape, sizes.volume_shape))).size
     decoded = sizes.chunk_bytes * min(sizes.n_chunks, _CHUNKS_AT_ONCE)
-    # Blending holds sum and weights; turning logits into scores holds three more float32 arrays.
-    segment = read * sizes.source_bytes * 2 + core * 16 + decoded
+    # Blending holds sums and weights; turning logits into scores holds three more float32 arrays.
+    logits = core * 4 * sizes.n_outputs
+    segment = read * sizes.source_bytes * 2 * sizes.n_inputs + logits + core * 12 + decoded
     label = core * (1 + 2 * 4 + _LABELLING_BYTES)
     # The logits, and those of them that are known.
     table = core * 4 * 2 + _TABULATING_BYTES
@@ -118,9 +122,11 @@ def project(sizes: Sizes) -> dict[str, int]:
         "downsample": min(core, 2**24) * 2 * (sizes.label_bytes + _MODE_BYTES) + core * sizes.label_bytes,
     }
     if core == Box.of(sizes.volume_shape).size:
-        volume = core * (sizes.source_bytes + sizes.scores_bytes + 1)
+        volume = core * (sizes.source_bytes * sizes.n_inputs + sizes.scores_bytes + 1)
         mask = (table if sizes.is_automatic else 0) + (stages["holes"] if sizes.fills_holes else 0)
-        stages = {"volume": volume + max(stages["segment"] + mask, label + relabel) + _MEASURING_BYTES}
+        # One output after the other is labelled, beside the logits of all.
+        others = logits if sizes.n_outputs > 1 else 0
+        stages = {"volume": volume + max(stages["segment"] + mask, label + relabel + others) + _MEASURING_BYTES}
     else:
         unused = set() if sizes.fills_holes else {"holes", "fill"}
         unused |= set() if sizes.is_automatic else {"histogram", "cutoff", "threshold"}

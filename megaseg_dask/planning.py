@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
@@ -62,6 +63,10 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
     settings = settings.filled({"patch": bundle.patch_shape, "overlap": bundle.overlap})
     assert settings.patch is not None
     require_patch(bundle.network, settings.patch)
+    if settings.normalization and not bundle.preprocessing.has_zscore:
+        raise SettingsError(f"--normalization: {path} prepares images without a z-score, by: {bundle.preprocessing}")
+    inputs = _choose_inputs(channels, bundle.network.in_channels, settings.channel, where)
+    names = _target_names(image, inputs, bundle.outputs)
     engine = resolve_engine(device=settings.device, batch=settings.batch, threads=settings.threads)
     settings = settings.filled(asdict(engine))
     plan = Plan(
@@ -71,7 +76,7 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
         source_image=image,
         target_image=replace(
             _cropped(image, settings, where)
-            .with_channels(channels)
+            .with_channels([" ".join(parts) for parts in names])
             .with_times(first, stop)
             .with_pyramid(complete=not where.is_same(to)),
             version=settings.ome_zarr,
@@ -82,14 +87,14 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
         source_chunk_bytes=math.prod(array.chunks) * array.dtype.itemsize,
         n_source_chunks=math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)),
         volumes=tuple(
-            PlannedVolume(t, c, t - first, place, field)
+            PlannedVolume(t, together, t - first, place * len(bundle.outputs), field)
             for field in paths
             for t in range(first, stop)
-            for place, c in enumerate(channels)
+            for place, together in enumerate(inputs)
         ),
-        suffixes=tuple(f"_{_safe(image, c)}" for c in channels) if len(channels) > 1 else ("",),
+        suffixes=tuple("".join(f"_{part}" for part in parts) for parts in names),
         plate=plate,
-        model=ModelRef(str(path), bundle.name, bundle.digest, bundle.window),
+        model=ModelRef.of(str(path), bundle),
         engine=engine,
         # By index: a name may be given to another channel later.
         options=settings.recorded().model_copy(update={"channel": ",".join(map(str, channels)), "time": (first, stop)}),
@@ -162,12 +167,27 @@ def _cropped(image: Image, settings: Settings, where: Location) -> Image:
     return image.cropped(box)
 
 
-def _safe(image: Image, channel: int) -> str:
-    """Return a channel's name where it can be part of a folder's name, else its number."""
-    name = image.channel_names[channel] if channel < len(image.channel_names) else ""
-    names = [re.sub(r"[^A-Za-z0-9-]+", "-", n).strip("-").lower() for n in image.channel_names]
-    mine = re.sub(r"[^A-Za-z0-9-]+", "-", name).strip("-").lower()
-    return mine if mine and names.count(mine) == 1 and mine != "mask" else str(channel)
+def _target_names(image: Image, inputs: list[tuple[int, ...]], outputs: tuple[str, ...]) -> list[list[str]]:
+    """Return the parts of each target channel's name: of several source channels its own, of several outputs its own.
+
+    They become parts of folders' names.
+    """
+    channels = [[part] for part in _safe(_channel_names(image))] if len(inputs) > 1 else [[]] * image.extent("c")
+    of_outputs = [[part] for part in _safe(outputs)] if len(outputs) > 1 else [[]]
+    return [channels[together[0]] + output for together in inputs for output in of_outputs]
+
+
+def _safe(names: Sequence[str]) -> list[str]:
+    """Return each name where it can be part of a folder's name, else its number."""
+    safe = [re.sub(r"[^A-Za-z0-9-]+", "-", name).strip("-").lower() for name in names]
+    taken = {"", "mask", *map(str, range(len(names)))}
+    return [name if safe.count(name) == 1 and name not in taken else str(i) for i, name in enumerate(safe)]
+
+
+def _channel_names(image: Image) -> list[str]:
+    """Return the name of each channel, or its number where it has none."""
+    n = image.extent("c")
+    return [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]
 
 
 def default_memory_bytes(n_workers: int) -> int:
@@ -215,8 +235,7 @@ def require_target(settings: Settings, source: Location, target: Location) -> No
 
 def _choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
     """Return the indices of the channels to segment, in the order in which they were asked for."""
-    n = image.extent("c")
-    names = [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]
+    n, names = image.extent("c"), _channel_names(image)
     listed = ", ".join(f"{i} ({name})" if name != str(i) else name for i, name in enumerate(names))
     if wanted is None and n > 1:
         raise SettingsError(f"{where} has {n} channels; choose one with --channel: {listed}")
@@ -234,6 +253,18 @@ def _choose_channels(image: Image, wanted: str | None, where: Location) -> list[
     if len(set(found)) < len(found):
         raise SettingsError(f"--channel {wanted}: names a channel twice")
     return found
+
+
+def _choose_inputs(channels: list[int], n_inputs: int, wanted: str | None, where: Location) -> list[tuple[int, ...]]:
+    """Return the channels that are predicted together: each by itself, or all as the inputs of a network of several."""
+    if n_inputs == 1:
+        return [(c,) for c in channels]
+    if len(channels) != n_inputs:
+        raise SettingsError(
+            f"--channel {wanted or channels[0]}: the model takes {n_inputs} channels of {where} together; "
+            "name them in its order, separated by commas"
+        )
+    return [tuple(channels)]
 
 
 def _choose_times(image: Image, settings: Settings) -> tuple[int, int]:

@@ -2,14 +2,15 @@
 
 import io
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
 
 from megaseg_dask.measurements import Columns, Sums, to_columns
 from megaseg_dask.ngff.tables import Place, require_own_table, write_ngio_table, write_parquet
-from megaseg_dask.plan import Plan
-from megaseg_dask.products import Group, groups, sums_folder
+from megaseg_dask.plan import Output, Plan
+from megaseg_dask.products import Group, groups, read_sums
 from megaseg_dask.stores import Location
 
 SUFFIX = ".measurements.parquet"
@@ -30,12 +31,13 @@ def require_own_tables(plan: Plan) -> None:
 def write_tables(plan: Plan) -> None:
     """Write the measurements of all volumes that have some."""
     place = table_location(plan)
-    write_parquet(place.parent, place.basename, _rows(plan, range(len(plan.volumes))))
+    write_parquet(place.parent, place.basename, _rows(plan, _outputs(plan)))
     for group in _label_groups(plan):
         here = [
-            number
-            for number, volume in enumerate(plan.volumes)
-            if (volume.image, plan.suffixes[volume.target_c]) == (group.image, group.suffix)
+            output
+            for output in _outputs(plan)
+            if plan.volumes[output.volume].image == group.image
+            and plan.suffixes[plan.target_channel(output)] == group.suffix
         ]
         name = group.name(plan)
         made_by = {"megaseg-dask": version("megaseg-dask"), "model": plan.model.name, "digest": plan.model.digest}
@@ -53,14 +55,20 @@ def _label_groups(plan: Plan) -> list[Group]:
     return [group for group in groups(plan) if group.kind == "labels"]
 
 
-def _rows(plan: Plan, volumes: Iterable[int]) -> Iterator[tuple[Place, Columns]]:
-    for number in volumes:
-        volume, data = plan.volumes[number], sums_folder(plan).get(f"{number}.npz")
+def _outputs(plan: Plan) -> Iterator[Output]:
+    for volume in range(len(plan.volumes)):
+        yield from plan.outputs_of(volume)
+
+
+def _rows(plan: Plan, outputs: Iterable[Output]) -> Iterator[tuple[Place, Columns]]:
+    several = len(plan.model.outputs) > 1
+    for output in outputs:
+        volume, data = plan.volumes[output.volume], read_sums(plan, output)
         if data is None:
             continue  # it failed, and is named as missing
-        place = Place(volume.target_t, volume.c)
+        place = Place(volume.target_t, volume.c, output=plan.model.outputs[output.number] if several else None)
         if plan.plate is not None:
             row, column, field = volume.image.split("/")
-            place = Place(volume.target_t, volume.c, plan.plate.name, f"{row}/{column}", field)
+            place = replace(place, plate=plan.plate.name, well=f"{row}/{column}", field=field)
         sums = Sums(**np.load(io.BytesIO(data), allow_pickle=False))
         yield place, to_columns(sums, plan.volume_shape, plan.target_image.spacing_um)

@@ -25,9 +25,9 @@ from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
 from megaseg_dask.blending import sigmoid
-from megaseg_dask.errors import SourceError
+from megaseg_dask.errors import BundleError, SourceError
 from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
-from megaseg_dask.inference import EngineSpec, ModelRef, open_engine, predict_block, resolve_engine
+from megaseg_dask.inference import EngineSpec, ModelRef, Preparation, open_engine, predict_block, resolve_engine
 from megaseg_dask.intensity import PARTITION_SHAPE, Normalisation, Statistics, measure, merge_statistics
 from megaseg_dask.layout import iter_block_shapes
 from megaseg_dask.models import require_patch
@@ -158,10 +158,13 @@ def predict(
     engine = resolve_engine(device=options.device, batch=options.batch, threads=options.threads)
     patch_shape = options.patch or bundle.patch_shape
     require_patch(bundle.network, patch_shape)
+    ref = ModelRef.of(str(path), bundle)
+    if (ref.in_channels, len(ref.outputs)) != (1, 1):
+        raise BundleError(f"{path} takes {ref.in_channels} channels and has {len(ref.outputs)} outputs; predict() is "
+                          "for one of each, segment() for any")  # fmt: skip
     array = _as_dask(image.transpose(*order))
     grid = PatchGrid(array.shape[-3:], patch_shape, options.overlap or bundle.overlap)
     blocks = BlockGrid(grid.volume_shape, options.block or _choose_block(grid))
-    ref = ModelRef(str(path), bundle.name, bundle.digest, bundle.window)
     # What is read for the statistics would otherwise stay in memory until the last block is predicted.
     measured = clone(array) if image.chunks is not None and len(blocks) > 1 else array
     predict_volume = partial(_predict_volume, blocks=blocks, grid=grid, model=ref, engine=engine)
@@ -244,5 +247,8 @@ def _predict_core(
 ) -> Float32:
     with _ENGINE:
         network = open_engine(model, engine)
-        logits = predict_block(values, core, grid, normalisation, network, batch=engine.batch, window_mode=model.window)
+        prepare = Preparation(model.steps, (normalisation,))
+        (logits,) = predict_block(
+            values[None], core, grid, prepare, network, batch=engine.batch, window_mode=model.window
+        )
     return sigmoid(logits)
