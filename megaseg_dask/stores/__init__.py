@@ -13,12 +13,14 @@ from megaseg_dask.stores.location import (
     store_error,
 )
 from megaseg_dask.stores.options import StoreOptions
+from megaseg_dask.stores.threads import at_once
 
 __all__ = [
     "METADATA",
     "ZARR_FORMAT",
     "Location",
     "StoreOptions",
+    "at_once",
     "cached_array",
     "cause_of",
     "configure",
