@@ -27,6 +27,7 @@ from megaseg_dask.stores import Location
 
 Array = NDArray[Any]
 State = dict[str, Any]
+K = TypeVar("K")
 T = TypeVar("T")
 
 WORK = "work"
@@ -92,9 +93,13 @@ def images(plan: Plan) -> list[str]:
 def groups(plan: Plan) -> Iterator[Group]:
     """Yield all that a run writes at its target, image by image, labels before the scores they belong to."""
     for image in images(plan):
-        for kind in sorted(plan.arrays, key=("mask", "labels", "scores").index):
-            for suffix in plan.suffixes if kind != "scores" else ("",):
-                yield Group(kind, image, suffix)
+        yield from groups_of(plan, image)
+
+
+def groups_of(plan: Plan, image: str) -> list[Group]:
+    """Return what a run writes of one image."""
+    kinds = sorted(plan.arrays, key=("mask", "labels", "scores").index)
+    return [Group(kind, image, suffix) for kind in kinds for suffix in (plan.suffixes if kind != "scores" else ("",))]
 
 
 def first_mask(plan: Plan) -> str:
@@ -192,20 +197,20 @@ def _get(plan: Plan, output: Output, name: str) -> bytes:
     return data
 
 
-def read_ahead(read: Callable[[int], T], numbers: Sequence[int], ahead: int) -> Iterator[tuple[int, T]]:
-    """Yield each number with what ``read`` gives for it, in order, with ``ahead`` of them in memory or on their way.
+def read_ahead(read: Callable[[K], T], keys: Sequence[K], ahead: int) -> Iterator[tuple[K, T]]:
+    """Yield each key with what ``read`` gives for it, in order, with ``ahead`` of them in memory or on their way.
 
     A store answers a request after milliseconds; one at a time, a million objects would take an hour.
     """
     with ThreadPoolExecutor(min(ahead, _MOST_READERS)) as pool:
-        coming: deque[tuple[int, Future[T]]] = deque()
-        for number in numbers:
-            coming.append((number, pool.submit(read, number)))
+        coming: deque[tuple[K, Future[T]]] = deque()
+        for key in keys:
+            coming.append((key, pool.submit(read, key)))
             if len(coming) == ahead:
                 first, found = coming.popleft()
                 yield first, found.result()
-        for number, found in coming:
-            yield number, found.result()
+        for key, found in coming:
+            yield key, found.result()
 
 
 def read_state(plan: Plan, volume: int) -> State:

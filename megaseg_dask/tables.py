@@ -1,7 +1,8 @@
 """The tables of a run: one Parquet file beside the target, and one table in each image for Fractal's tools."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -10,10 +11,15 @@ import numpy as np
 from megaseg_dask.measurements import Columns, Sums, to_columns
 from megaseg_dask.ngff.tables import Place, require_own_table, write_ngio_table, write_parquet
 from megaseg_dask.plan import Output, Plan
-from megaseg_dask.products import Group, groups, read_sums
-from megaseg_dask.stores import Location
+from megaseg_dask.products import Group, groups, read_ahead, read_sums
+from megaseg_dask.stores import Location, at_once
 
 SUFFIX = ".measurements.parquet"
+
+# Outputs whose sums are in memory or on their way at a time.
+_READ_AHEAD = 16
+# Each thread that writes Parquet keeps some 10 MB of buffers.
+_WRITERS = 8
 
 
 def table_location(plan: Plan) -> Location:
@@ -24,46 +30,35 @@ def table_location(plan: Plan) -> Location:
 def require_own_tables(plan: Plan) -> None:
     """Raise :class:`TargetError` if an image has a table of our name that somebody else made."""
     if "measurements" in plan.options.outputs:
-        for group in _label_groups(plan):
-            require_own_table(group.parent(plan), group.name(plan))
+        at_once(lambda group: require_own_table(group.parent(plan), group.name(plan)), _label_groups(plan))
 
 
 def write_tables(plan: Plan) -> None:
     """Write the measurements of all volumes that have some."""
     place = table_location(plan)
-    write_parquet(place.parent, place.basename, _rows(plan, _outputs(plan)))
-    for group in _label_groups(plan):
-        here = [
-            output
-            for output in _outputs(plan)
-            if plan.volumes[output.volume].image == group.image
-            and plan.suffixes[plan.target_channel(output)] == group.suffix
-        ]
-        name = group.name(plan)
-        made_by = {"megaseg-dask": version("megaseg-dask"), "model": plan.model.name, "digest": plan.model.digest}
-        write_ngio_table(
-            group.parent(plan),
-            plan.target_image.version,
-            name,
-            _rows(plan, here),
-            label_name=name,
-            provenance=made_by,
-        )
+    outputs = [output for volume in range(len(plan.volumes)) for output in plan.outputs_of(volume)]
+    write_parquet(place.parent, place.basename, _rows(plan, outputs))
+    made_by = {"megaseg-dask": version("megaseg-dask"), "model": plan.model.name, "digest": plan.model.digest}
+    of_group = defaultdict(list)
+    for output in outputs:
+        of_group[plan.volumes[output.volume].image, plan.suffixes[plan.target_channel(output)]].append(output)
+
+    def write_table(group: Group) -> None:
+        rows, name = _rows(plan, of_group[group.image, group.suffix]), group.name(plan)
+        version_ = plan.target_image.version
+        write_ngio_table(group.parent(plan), version_, name, rows, label_name=name, provenance=made_by)
+
+    at_once(write_table, _label_groups(plan), _WRITERS)
 
 
 def _label_groups(plan: Plan) -> list[Group]:
     return [group for group in groups(plan) if group.kind == "labels"]
 
 
-def _outputs(plan: Plan) -> Iterator[Output]:
-    for volume in range(len(plan.volumes)):
-        yield from plan.outputs_of(volume)
-
-
-def _rows(plan: Plan, outputs: Iterable[Output]) -> Iterator[tuple[Place, Columns]]:
+def _rows(plan: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Place, Columns]]:
     several = len(plan.model.outputs) > 1
-    for output in outputs:
-        volume, data = plan.volumes[output.volume], read_sums(plan, output)
+    for output, data in read_ahead(lambda output: read_sums(plan, output), outputs, _READ_AHEAD):
+        volume = plan.volumes[output.volume]
         if data is None:
             continue  # it failed, and is named as missing
         place = Place(volume.target_t, volume.c, output=plan.model.outputs[output.number] if several else None)
