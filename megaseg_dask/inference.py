@@ -7,9 +7,10 @@ engine is opened once per worker process and never replaced by another kind.
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from itertools import combinations, islice
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -30,8 +31,10 @@ _MEASURE_S = 3.0
 class Engine(Protocol):
     """Turns normalised patches into logits."""
 
-    # Set once the device ran out of memory: larger batches go in parts of this size.
-    largest_batch: int | None
+    @property
+    def largest_batch(self) -> int | None:
+        """Set once the device ran out of memory: larger batches go in parts of this size."""
+        ...
 
     def __call__(self, patches: Float32) -> Float32:
         """Map ``(batch, channels in, z, y, x)`` to logits ``(batch, channels out, z, y, x)``, float32."""
@@ -47,28 +50,54 @@ class EngineSpec:
     precision: str
     batch: int
     threads: int
+    tta: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRef:
-    """A bundle by address and digest: workers load it themselves and check that it is the plan's.
-
-    ``outputs`` are the names of the channels of its logits, ``steps`` what turns an image into its input.
-    """
+class BundleRef:
+    """A bundle by address and digest: workers load it themselves and check that it is the plan's."""
 
     path: str
     name: str
     digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """One bundle, or several whose logits are averaged, and what they have in common.
+
+    ``outputs`` are the names of the channels of the logits, ``steps`` what turns an image into the input.
+    """
+
+    bundles: tuple[BundleRef, ...]
     window: str
     in_channels: int
     outputs: tuple[str, ...]
     steps: tuple[Step, ...]
 
     @classmethod
-    def of(cls, path: str, bundle: Bundle) -> "ModelRef":
-        """Return the reference to a bundle at an address."""
-        return cls(path, bundle.name, bundle.digest, bundle.window, bundle.network.in_channels, bundle.outputs,
-                   bundle.preprocessing.steps)  # fmt: skip
+    def of(cls, bundles: Mapping[str, Bundle]) -> "ModelRef":
+        """Return the reference to bundles by their addresses; raises :class:`BundleError` if they are not alike."""
+        refs = tuple(BundleRef(path, bundle.name, bundle.digest) for path, bundle in bundles.items())
+        found = [cls(refs, b.window, b.network.in_channels, b.outputs, b.preprocessing.steps) for b in bundles.values()]
+        for ref, other in zip(refs, found, strict=True):
+            for field in fields(cls):
+                mine, theirs = getattr(found[0], field.name), getattr(other, field.name)
+                if mine != theirs:
+                    raise BundleError(f"{ref.path} has {field.name} {theirs}, {refs[0].path} has {mine}; models are "
+                                      "averaged only where they agree in it")  # fmt: skip
+        return found[0]
+
+    @property
+    def name(self) -> str:
+        """The names of all bundles."""
+        return " + ".join(bundle.name for bundle in self.bundles)
+
+    @property
+    def digest(self) -> str:
+        """The bundle's digest, or that of all digests."""
+        digests = [bundle.digest for bundle in self.bundles]
+        return digests[0] if len(digests) == 1 else sha256(" ".join(digests).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +126,13 @@ _VOXELWISE: dict[str, Callable[..., Float32]] = {
 }
 
 
-def resolve_engine(*, device: str, batch: int | None, threads: int | None) -> EngineSpec:
+def resolve_engine(*, device: str, batch: int | None, threads: int | None, tta: bool = False) -> EngineSpec:
     """Decide what ``auto`` means on this machine: a GPU if PyTorch sees one."""
     if device == "auto":
         from megaseg_dask.engines.pytorch import cuda_devices
 
         device = "cuda" if cuda_devices() else "cpu"
-    return EngineSpec("torch", device, "fp32", batch or 1, threads or n_cores())
+    return EngineSpec("torch", device, "fp32", batch or 1, threads or n_cores(), tta)
 
 
 def n_cores() -> int:
@@ -113,18 +142,53 @@ def n_cores() -> int:
 
 @functools.lru_cache(maxsize=1)
 def open_engine(model: ModelRef, spec: EngineSpec) -> Engine:
-    """Load the bundle and put its network on the device, once per process.
+    """Load the bundles and put their networks on the device, once per process.
 
-    Raises :class:`BundleError` if the bundle at that address is no longer the plan's.
+    Raises :class:`BundleError` if a bundle at its address is no longer the plan's.
     """
+    engines = [_open_one(bundle, spec) for bundle in model.bundles]
+    return Averaged(engines, MIRRORS if spec.tta else MIRRORS[:1]) if spec.tta or len(engines) > 1 else engines[0]
+
+
+def _open_one(ref: BundleRef, spec: EngineSpec) -> Engine:
     from megaseg_dask.engines.pytorch import TorchEngine
     from megaseg_dask.models import load_bundle
 
-    bundle = load_bundle(model.path)
-    if bundle.digest != model.digest:
-        raise BundleError(f"{model.path} has digest {bundle.digest[:12]}, the plan was made with {model.digest[:12]}; "
+    bundle = load_bundle(ref.path)
+    if bundle.digest != ref.digest:
+        raise BundleError(f"{ref.path} has digest {bundle.digest[:12]}, the plan was made with {ref.digest[:12]}; "
                           "put the bundle back, or start anew with --overwrite")  # fmt: skip
     return TorchEngine(bundle, device=spec.device, threads=spec.threads)
+
+
+# Axes to mirror a batch along, from none to all three of space.
+MIRRORS = tuple(axes for n in range(4) for axes in combinations((2, 3, 4), n))
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """An engine: the mean of the logits of several engines, each for the patches and their mirror images.
+
+    Patches stay where they are, so what is averaged does not depend on blocks either.
+    """
+
+    engines: Sequence[Engine]
+    mirrors: Sequence[tuple[int, ...]]
+
+    @property
+    def largest_batch(self) -> int | None:
+        """The smallest of the engines'."""
+        return min((engine.largest_batch for engine in self.engines if engine.largest_batch), default=None)
+
+    def __call__(self, patches: Float32) -> Float32:
+        """Map ``(batch, channels in, z, y, x)`` to the mean logits, float32."""
+        found = (
+            np.flip(engine(np.ascontiguousarray(np.flip(patches, axes))), axes)
+            for engine in self.engines
+            for axes in self.mirrors
+        )
+        total: Float32 = functools.reduce(np.add, found)
+        return total / np.float32(len(self.engines) * len(self.mirrors))
 
 
 def measure_patch_s(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> float:

@@ -71,6 +71,7 @@ class Sizes:
     is_automatic: bool = False
     n_inputs: int = 1
     n_outputs: int = 1
+    is_averaged: bool = False
 
 
 def _largest_read_box(sizes: Sizes) -> int:
@@ -86,6 +87,8 @@ def forward_bytes(sizes: Sizes) -> int:
     patch = Box.of(sizes.patch_grid.patch_shape).size
     # Heads with layers of their own have as many maps as the backbone has outputs.
     maps = _FEATURE_MAPS * max(sizes.first_filters, sizes.n_outputs, _CHANNEL_BLOCK) + sizes.n_inputs + sizes.n_outputs
+    # Mirrored patches, and beside the logits of one pass their sum, the next sum and a mirror image.
+    maps += sizes.n_inputs + 3 * sizes.n_outputs if sizes.is_averaged else 0
     return 4 * (patch * sizes.batch * maps + sizes.n_parameters) + _FORWARD_BYTES
 
 

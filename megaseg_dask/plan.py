@@ -263,6 +263,7 @@ class Plan(BaseModel):
                 is_automatic=options.is_automatic and self.has_mask,
                 n_inputs=self.model.in_channels,
                 n_outputs=len(self.model.outputs),
+                is_averaged=self.engine.tta or len(self.model.bundles) > 1,
             )
         )
 

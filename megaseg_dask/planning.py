@@ -14,12 +14,12 @@ from dataclasses import asdict, replace
 import numpy as np
 import psutil
 
-from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
 from megaseg_dask.geometry import Box
 from megaseg_dask.inference import ModelRef, resolve_engine
 from megaseg_dask.layout import iter_block_shapes
 from megaseg_dask.memory import BUDGET_SHARE
-from megaseg_dask.models import require_patch
+from megaseg_dask.models import Bundle, require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.models.zoo import load
 from megaseg_dask.ngff.images import Image, digest_of, read_image, sample_of
@@ -57,15 +57,10 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
     paths = [field.path for field in plate.fields] if plate else [""]
     level = where / paths[0] / image.levels[0].path
     array = level.open_array()
-    path, bundle = load(settings.model)
-    settings = settings.filled({"patch": bundle.patch_shape, "overlap": bundle.overlap})
-    assert settings.patch is not None
-    require_patch(bundle.network, settings.patch)
-    if settings.normalization and not bundle.preprocessing.has_zscore:
-        raise SettingsError(f"--normalization: {path} prepares images without a z-score, by: {bundle.preprocessing}")
-    inputs = _choose_inputs(channels, bundle.network.in_channels, settings.channel, where)
-    names = _target_names(image, inputs, bundle.outputs)
-    engine = resolve_engine(device=settings.device, batch=settings.batch, threads=settings.threads)
+    settings, model, bundles = open_models(settings)
+    inputs = _choose_inputs(channels, model.in_channels, settings.channel, where)
+    names = _target_names(image, inputs, model.outputs)
+    engine = resolve_engine(device=settings.device, batch=settings.batch, threads=settings.threads, tta=settings.tta)
     settings = settings.filled(asdict(engine))
     plan = Plan(
         source=where.url,
@@ -85,25 +80,51 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
         source_chunk_bytes=math.prod(array.chunks) * array.dtype.itemsize,
         n_source_chunks=math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)),
         volumes=tuple(
-            PlannedVolume(t, together, t - first, place * len(bundle.outputs), field)
+            PlannedVolume(t, together, t - first, place * len(model.outputs), field)
             for field in paths
             for t in range(first, stop)
             for place, together in enumerate(inputs)
         ),
         suffixes=tuple("".join(f"_{part}" for part in parts) for parts in names),
         plate=plate,
-        model=ModelRef.of(str(path), bundle),
+        model=model,
         engine=engine,
         # By index: a name may be given to another channel later.
         options=settings.recorded().model_copy(update={"channel": ",".join(map(str, channels)), "time": (first, stop)}),
         memory_bytes=settings.memory or default_memory_bytes(settings.workers or 1),
-        n_parameters=sum(t.numel() for t in bundle.weights.values()),
-        first_filters=bundle.network.filters[0],
+        n_parameters=sum(tensor.numel() for bundle in bundles for tensor in bundle.weights.values()),
+        first_filters=max(bundle.network.filters[0] for bundle in bundles),
     )
     if plan.options.block is None:
         plan = choose_block(plan)
     require_memory(plan)
     return plan
+
+
+def open_models(settings: Settings) -> tuple[Settings, ModelRef, list[Bundle]]:
+    """Load the models that settings name; patch and overlap, where they are left open, are those of the bundles.
+
+    Raises :class:`BundleError` for models that cannot be averaged, and :class:`SettingsError` for other settings
+    than they take.
+    """
+    found = [load(name) for name in settings.model]
+    bundles = {str(path): bundle for path, bundle in found}
+    if len({bundle.digest for bundle in bundles.values()}) < len(found):
+        raise SettingsError(f"--model {', '.join(settings.model)}: the same model twice; its mean is itself")
+    model, first = ModelRef.of(bundles), found[0][1]
+    for path, bundle in found:
+        for name in ("patch_shape", "overlap"):
+            mine, theirs = getattr(first, name), getattr(bundle, name)
+            if getattr(settings, name.removesuffix("_shape")) is None and mine != theirs:
+                raise BundleError(f"{path} has {name} {theirs}, {found[0][0]} has {mine}; choose one for both with "
+                                  f"--{name.removesuffix('_shape')}")  # fmt: skip
+    settings = settings.filled({"patch": first.patch_shape, "overlap": first.overlap})
+    assert settings.patch is not None
+    for bundle in bundles.values():
+        require_patch(bundle.network, settings.patch)
+    if settings.normalization and not first.preprocessing.has_zscore:
+        raise SettingsError(f"--normalization: {model.name} takes images without a z-score, by: {first.preprocessing}")
+    return settings, model, list(bundles.values())
 
 
 def _read_source(where: Location, settings: Settings) -> tuple[Plate | None, Image]:

@@ -297,6 +297,7 @@ def _provenance(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]]) -
     Without what was found in the volumes, which a run knows at its end, for comparison.
     """
     source, engine, threshold = plan.source_image, asdict(plan.engine), plan.options.threshold
+    averaged = [{"name": b.name, "digest": b.digest} for b in plan.model.bundles if len(plan.model.bundles) > 1]
     # Any block gives the same voxels, and the engine has an entry of its own.
     settings = {k: v for k, v in plan.options.result_options().items() if k not in engine and k != "block"}
 
@@ -318,7 +319,7 @@ def _provenance(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]]) -
         ]
 
     return {
-        "model": {"name": plan.model.name, "digest": plan.model.digest},
+        "model": {"name": plan.model.name, "digest": plan.model.digest, **({"averaged": averaged} if averaged else {})},
         "settings": settings,
         "engine": engine,
         "normalization": per_channel("mean", "std"),

@@ -30,11 +30,10 @@ from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
 from megaseg_dask.inference import EngineSpec, ModelRef, Preparation, open_engine, predict_block, resolve_engine
 from megaseg_dask.intensity import PARTITION_SHAPE, Normalisation, Statistics, measure, merge_statistics
 from megaseg_dask.layout import iter_block_shapes
-from megaseg_dask.models import require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
-from megaseg_dask.models.zoo import load
 from megaseg_dask.ngff.images import SPATIAL, Image, read_image
 from megaseg_dask.ngff.volumes import Volume
+from megaseg_dask.planning import open_models
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.stores import Location, StoreOptions, cached_array, configure
 
@@ -133,9 +132,9 @@ def _read_chunk(location: Location, axis_names: tuple[str, ...], block_info: Any
 
 
 def predict(
-    image: xarray.DataArray, model: str | Path = "starter", *,
+    image: xarray.DataArray, model: str | Path | Sequence[str | Path] = "starter", *,
     patch: Shape | None = None, overlap: float | tuple[float, ...] | None = None, block: Shape | None = None,
-    device: str = "auto", batch: int | None = None, threads: int | None = None,
+    device: str = "auto", batch: int | None = None, threads: int | None = None, tta: bool = False,
 ) -> xarray.DataArray:  # fmt: skip
     """Return the scores of ``image``, lazily: float32 from 0 to 1, with its dimensions and coordinates.
 
@@ -149,27 +148,27 @@ def predict(
     what cannot be carried out. Computing raises :class:`DataError` that names a
     voxel that is not finite.
     """
+    models = model if isinstance(model, str | Path) else list(model)
     options = parse_settings(
-        {"model": str(model), "patch": patch, "overlap": overlap, "block": block,
-         "device": device, "batch": batch, "threads": threads}
+        {"model": models, "patch": patch, "overlap": overlap, "block": block,
+         "device": device, "batch": batch, "threads": threads, "tta": tta}
     )  # fmt: skip
     order = _axis_order(image)
-    path, bundle = load(options.model)
-    engine = resolve_engine(device=options.device, batch=options.batch, threads=options.threads)
-    patch_shape = options.patch or bundle.patch_shape
-    require_patch(bundle.network, patch_shape)
-    ref = ModelRef.of(str(path), bundle)
+    options, ref, _ = open_models(options)
     if (ref.in_channels, len(ref.outputs)) != (1, 1):
-        raise BundleError(f"{path} takes {ref.in_channels} channels and has {len(ref.outputs)} outputs; predict() is "
-                          "for one of each, segment() for any")  # fmt: skip
+        raise BundleError(f"{ref.name} takes {ref.in_channels} channels and has {len(ref.outputs)} outputs; predict() "
+                          "is for one of each, segment() for any")  # fmt: skip
+    engine = resolve_engine(device=options.device, batch=options.batch, threads=options.threads, tta=tta)
+    assert options.patch is not None
+    assert options.overlap is not None
     array = _as_dask(image.transpose(*order))
-    grid = PatchGrid(array.shape[-3:], patch_shape, options.overlap or bundle.overlap)
+    grid = PatchGrid(array.shape[-3:], options.patch, options.overlap)
     blocks = BlockGrid(grid.volume_shape, options.block or _choose_block(grid))
     # What is read for the statistics would otherwise stay in memory until the last block is predicted.
     measured = clone(array) if image.chunks is not None and len(blocks) > 1 else array
     predict_volume = partial(_predict_volume, blocks=blocks, grid=grid, model=ref, engine=engine)
     scores = _predict_each(array, measured, predict_volume)
-    attributes = {"model": bundle.name, "model_digest": bundle.digest, "engine": str(asdict(engine))}
+    attributes = {"model": ref.name, "model_digest": ref.digest, "engine": str(asdict(engine))}
     return xarray.DataArray(scores, image.coords, order, "scores", attributes).transpose(*image.dims)
 
 
