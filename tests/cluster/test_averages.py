@@ -90,7 +90,7 @@ def other_bundles(folder):
     two = {"seg": None, "other": None}
     return {
         "two outputs": (write_checkpoint(folder / "outputs.ckpt", heads=two), "has outputs ('seg', 'other')"),
-        "another normalisation": (write_folder(folder / "steps", config=config), "has steps (Step(name='subtract_divide'"),
+        "another normalisation": (write_folder(folder / "steps", config=config), "has steps (Step(name='subtract"),
         "another window": (write_checkpoint(folder / "window.ckpt", hyper_parameters={"inference_args": {
             "roi_size": list(PATCH_SHAPE), "overlap": OVERLAP, "mode": "constant"}}), "has window constant"),
         "another patch": (write_checkpoint(folder / "patch.ckpt", seed=3, patch_shape=(32, 32, 32)),
