@@ -112,11 +112,16 @@ class Preparation:
         if Step("zscore") not in self.steps:
             prepared = np.nan_to_num(values.astype(np.float32), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         else:
-            prepared = np.stack([zscore(channel) for zscore, channel in zip(self.zscores, values, strict=True)])
+            prepared = stack([zscore(channel) for zscore, channel in zip(self.zscores, values, strict=True)])
         for step in self.steps:
             if step.name != "zscore":
                 prepared = _VOXELWISE[step.name](prepared, *step.numbers)
         return prepared
+
+
+def stack(channels: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return arrays as one, along a first axis; of a single one it is a view."""
+    return channels[0][None] if len(channels) == 1 else np.stack(channels)
 
 
 _VOXELWISE: dict[str, Callable[..., Float32]] = {

@@ -214,12 +214,18 @@ def read_ahead(read: Callable[[K], T], keys: Sequence[K], ahead: int) -> Iterato
 
 
 def read_state(plan: Plan, volume: int) -> State:
-    """Return what is known of a whole volume: normalisation, threshold, the numbers of its missing blocks."""
+    """Return what is known of a whole volume: statistics of its channels, outputs, the numbers of its missing blocks."""
     data = Location(plan.run).get(f"{VOLUMES}/{volume}.json")
     if data is None:
         raise TaskError(f"{plan.run}/{VOLUMES}/{volume}.json is missing; an earlier stage has to run first")
     state: State = json.loads(data)
     return state
+
+
+def read_known(plan: Plan, output: Output) -> State:
+    """Return what is known of one output of a whole volume: extremes of its logits, and its threshold."""
+    known: State = read_state(plan, output.volume)[BY_OUTPUT][output.number]
+    return known
 
 
 def write_state(plan: Plan, volume: int, state: State) -> None:

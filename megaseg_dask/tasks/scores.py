@@ -11,7 +11,7 @@ from megaseg_dask import products, thresholds
 from megaseg_dask.blending import sigmoid
 from megaseg_dask.errors import DataError
 from megaseg_dask.geometry import BlockGrid, Box
-from megaseg_dask.inference import Preparation, open_engine, predict_block
+from megaseg_dask.inference import Preparation, open_engine, predict_block, stack
 from megaseg_dask.intensity import (
     PARTITION_SHAPE,
     Counts,
@@ -46,7 +46,7 @@ def measure_block(plan: Plan, volume: int, number: int) -> Summary:
 
 def read_channels(channels: Sequence[Volume], box: Box) -> Array:
     """Return a box of all channels of a volume, ``(c, z, y, x)``."""
-    return np.stack([channel.read(box) for channel in channels])
+    return stack([channel.read(box) for channel in channels])
 
 
 def count_absent(channels: Sequence[Volume], box: Box, values: Array) -> Summary:
@@ -112,10 +112,10 @@ def segment_block(plan: Plan, volume: int, number: int) -> Summary:
     for output, logits in zip(plan.outputs_of(volume), predicted, strict=True):
         for kind, array in scores_of(plan, logits).items():
             products.write(plan, kind, output, core, array)
-    extremes = (
-        {products.BY_OUTPUT: list(map(extremes_of, predicted))} if "logits" in products.intermediates(plan) else {}
-    )
-    return {**absent, **shrunk_batch(plan), **extremes}
+    summary = {**absent, **shrunk_batch(plan)}
+    if "logits" in products.intermediates(plan):
+        summary[products.BY_OUTPUT] = list(map(extremes_of, predicted))
+    return summary
 
 
 def shrunk_batch(plan: Plan) -> Summary:
@@ -187,7 +187,7 @@ def merge_extremes(of_blocks: Iterable[Mapping[str, Any]]) -> Summary:
 def tabulate_block(plan: Plan, output: Output, number: int) -> Summary:
     """Write the table of one block's logits over the range of the whole volume."""
     logits = products.product(plan, "logits", output).read(plan.block_grid()[number])
-    table = tabulate(plan, logits, products.read_state(plan, output.volume)[products.BY_OUTPUT][output.number])
+    table = tabulate(plan, logits, products.read_known(plan, output))
     products.save(plan, output, f"histograms/{number}.npz", table)
     return {}
 
@@ -202,14 +202,13 @@ def tabulate(plan: Plan, logits: Float32, extremes: Mapping[str, Any]) -> thresh
 
 def find_cutoff(plan: Plan, output: Output, _: int) -> Summary:
     """Find the threshold of a volume from the tables of its blocks."""
-    state = products.read_state(plan, output.volume)
-    missing = set(state["missing"])
+    missing = set(products.read_state(plan, output.volume)["missing"])
     blocks = [n for n in range(len(plan.block_grid())) if n not in missing]
     tables = products.read_ahead(
         lambda n: dict(products.load(plan, output, f"histograms/{n}.npz")), blocks, TABLES_READ_AHEAD
     )
     merged = thresholds.merge_tables(table for _, table in tables)
-    return {"threshold": cutoff_of(plan, merged, state[products.BY_OUTPUT][output.number])}
+    return {"threshold": cutoff_of(plan, merged, products.read_known(plan, output))}
 
 
 def cutoff_of(plan: Plan, table: thresholds.Table, extremes: Mapping[str, Any]) -> float:
@@ -221,7 +220,7 @@ def threshold_block(plan: Plan, output: Output, number: int) -> Summary:
     """Write the mask of one block from its logits and the volume's threshold."""
     core = plan.block_grid()[number]
     logits = products.product(plan, "logits", output).read(core)
-    mask = above(logits, products.read_state(plan, output.volume)[products.BY_OUTPUT][output.number]["threshold"])
+    mask = above(logits, products.read_known(plan, output)["threshold"])
     products.write(plan, products.first_mask(plan), output, core, mask)
     return {}
 
