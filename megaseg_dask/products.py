@@ -214,7 +214,7 @@ def read_ahead(read: Callable[[K], T], keys: Sequence[K], ahead: int) -> Iterato
 
 
 def read_state(plan: Plan, volume: int) -> State:
-    """Return what is known of a whole volume: statistics of its channels, outputs, the numbers of its missing blocks."""
+    """Return what is known of a whole volume: of its channels, its outputs, its missing blocks."""
     data = Location(plan.run).get(f"{VOLUMES}/{volume}.json")
     if data is None:
         raise TaskError(f"{plan.run}/{VOLUMES}/{volume}.json is missing; an earlier stage has to run first")
