@@ -50,6 +50,13 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-logits))
 
 
+def filled(mask: np.ndarray, most: int) -> np.ndarray:
+    holes = label(~mask, connectivity=1)
+    small = np.bincount(holes.ravel()) <= most
+    small[0] = False
+    return mask | small[holes]
+
+
 @pytest.fixture(scope="module")
 def two_in(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("bundle") / "two-in.ckpt", TWO_IN, seed=9)
@@ -89,8 +96,8 @@ def test_several_channels_are_predicted_together(threshold, image, two_in, tmp_p
             assert_array_equal(labels, label(mask, connectivity=1))
             assert 0.01 < mask.mean() < 0.99
             cutoff = threshold_otsu(logits[k]) if threshold == "otsu" else 0.0
-            # But for the holes that were filled, and logits at the threshold.
-            assert (mask != (logits[k] > cutoff)).mean() < 0.02
+            # But for logits at the threshold.
+            assert (mask != filled(logits[k] > cutoff, 3)).mean() < 1e-3
             if threshold == "otsu":
                 entry = provenance["threshold"][k]
                 assert entry["output"] == f"seg-{k}"
