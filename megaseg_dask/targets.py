@@ -7,16 +7,17 @@ a part for the whole. Nothing is ever removed but what this run would write.
 import functools
 import json
 from collections import defaultdict
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
 from megaseg_dask import labelling
 from megaseg_dask.errors import TargetError
 from megaseg_dask.ngff.images import image_attributes, versioned
-from megaseg_dask.ngff.plates import write_plate
+from megaseg_dask.ngff.plates import is_plate, join_plates, read_plate, write_plate
 from megaseg_dask.ngff.volumes import create_array
-from megaseg_dask.plan import Plan, PlannedVolume
+from megaseg_dask.plan import Plan, PlannedVolume, run_names, runs_folder
 from megaseg_dask.products import SUMS, WORK, groups, groups_of, images
 from megaseg_dask.stores import METADATA, Location, at_once, cached_array, naming
 
@@ -40,6 +41,39 @@ def read_recorded(run: Location) -> Plan | None:
         ) from error
 
 
+def read_parts(target: Location, label_name: str) -> list[Plan]:
+    """Return the plans of all runs that made, or are to make, one label name at a target; of a plate there are several.
+
+    Raises :class:`TargetError` if one cannot be read.
+    """
+    runs = runs_folder(target)
+    names = sorted(filter(run_names(label_name).fullmatch, runs.children()), key=len)
+    return [plan for plan in at_once(lambda name: read_recorded(runs / name), names) if plan is not None]
+
+
+def forget_replaced(plans: Sequence[Plan]) -> None:
+    """Remove the records of runs whose fields are made anew by others: these plans replace them."""
+    replaced = {image for plan in plans for image in images(plan)}
+    for earlier in read_parts(Location(plans[0].target), plans[0].options.label_name):
+        if earlier.run not in {plan.run for plan in plans} and not replaced.isdisjoint(images(earlier)):
+            Location(earlier.run).remove()
+
+
+def require_alike(plan: Plan, other: Plan) -> None:
+    """Raise :class:`TargetError` if a part of a plate would be made in another way than one that is there already."""
+    if plan.source != other.source:
+        raise TargetError(
+            f"{plan.target} has fields of {other.source}; choose another target for those of {plan.source}"
+        )
+    own = {"source", "block", "time", "channel"}
+    old, new = ({k: v for k, v in p.determinants.items() if k not in own} for p in (other, plan))
+    if old != new:
+        raise TargetError(
+            f"{plan.target} has other fields, made in another way ({_changes(old, new)}); "
+            "repeat its options to add fields, choose another target, or start anew with --overwrite"
+        )
+
+
 def require_same(plan: Plan, recorded: Plan) -> None:
     """Raise :class:`TargetError` that lists what differs, if the recorded run would give another output."""
     if plan.fingerprint == recorded.fingerprint:
@@ -49,12 +83,14 @@ def require_same(plan: Plan, recorded: Plan) -> None:
                 "choose another target, or start anew with --overwrite"
             )
         return
-    old, new = recorded.determinants, plan.determinants
-    changes = [f"{k}: was {_short(old.get(k))}, now {_short(new.get(k))}" for k in new if old.get(k) != new.get(k)]
     raise TargetError(
-        f"{plan.target} belongs to another run ({'; '.join(changes)}); "
+        f"{plan.target} belongs to another run ({_changes(recorded.determinants, plan.determinants)}); "
         "repeat its options to resume it, choose another target, or start anew with --overwrite"
     )
+
+
+def _changes(old: dict[str, object], new: dict[str, object]) -> str:
+    return "; ".join(f"{k}: was {_short(old.get(k))}, now {_short(new[k])}" for k in new if old.get(k) != new[k])
 
 
 def _short(value: object) -> str:
@@ -65,18 +101,25 @@ def _short(value: object) -> str:
 def is_present(plan: Plan) -> bool:
     """Tell whether the arrays of a recorded run are still there: a missing one would read as background."""
     arrays = at_once(lambda group: (group.location(plan) / "0").exists(), groups(plan))
+    if _is_whole_plate(plan) and _provenance_at(Location(plan.target)) is None:
+        return False
     return all(arrays) and all(_is_ours(plan, place) for place in _marked(plan)[:_MOST_LOOKED_AT])
 
 
 def _marked(plan: Plan) -> list[Location]:
-    """Return the groups that carry the provenance of a run."""
-    root = [] if _is_in_place(plan) else [Location(plan.target)]
+    """Return the groups that carry the provenance of a run; that of a plate belongs to all of its runs."""
+    root = [] if _is_in_place(plan) or plan.plate is not None else [Location(plan.target)]
     return list(dict.fromkeys([*root, *(group.location(plan) for group in groups(plan))]))
 
 
 def _is_in_place(plan: Plan) -> bool:
     """Tell whether labels go into the source, whose own group and image are not ours."""
     return Location(plan.target).is_same(Location(plan.source))
+
+
+def _is_whole_plate(plan: Plan) -> bool:
+    """Tell whether a run writes the groups of a plate, and not only into its fields."""
+    return plan.plate is not None and not _is_in_place(plan)
 
 
 def _is_ours(plan: Plan, group: Location) -> bool:
@@ -103,25 +146,33 @@ def _identity(provenance: dict[str, Any]) -> str:
     return json.dumps([source, *(provenance.get(key) for key in ("model", "settings", "engine"))])
 
 
-def require_free(plan: Plan) -> None:
-    """Raise :class:`TargetError` if something that is not this run's stands where it would write."""
+def require_free(plan: Plan, *, is_joining: bool = False) -> None:
+    """Raise :class:`TargetError` if something that is not this run's stands where it would write.
+
+    A run that is joining others adds fields to their plate.
+    """
     # Somebody who agreed to --overwrite once, and was interrupted, need not agree again.
     recorded = Location(plan.run).get(PLAN) is not None
-    for where in [g.location(plan) for g in groups(plan)] if _is_in_place(plan) else [Location(plan.target)]:
-        if not where.exists() or (where.is_folder() and not where.children()):
-            continue
-        if not where.is_folder():
-            raise TargetError(f"{where} is a file; choose another target")
-        if _is_foreign(where):
-            raise TargetError(
-                f"{where} holds Zarr data that megaseg did not write, and is never replaced; choose another target"
-            )
-        ours = recorded and (_provenance_at(where) is None or _is_ours(plan, where))
-        if not (ours or plan.options.overwrite):
-            raise TargetError(
-                f"{where} exists, without the record of a run; choose another target, or pass --overwrite"
-            )
+    is_within = _is_in_place(plan) or is_joining
+    places = [g.location(plan) for g in groups(plan)] if is_within else [Location(plan.target)]
+    at_once(lambda where: _require_free_place(plan, where, recorded), places)
     at_once(lambda image: _require_one_version(plan, image), images(plan))
+
+
+def _require_free_place(plan: Plan, where: Location, recorded: bool) -> None:
+    if not where.exists() or (where.is_folder() and not where.children()):
+        return
+    if not where.is_folder():
+        raise TargetError(f"{where} is a file; choose another target")
+    if _is_foreign(where):
+        raise TargetError(
+            f"{where} holds Zarr data that megaseg did not write, and is never replaced; choose another target"
+        )
+    ours = recorded and (_provenance_at(where) is None or _is_ours(plan, where))
+    # Of a plate, the root is of all its runs.
+    ours = ours or (recorded and _is_whole_plate(plan) and where == Location(plan.target))
+    if not (ours or plan.options.overwrite):
+        raise TargetError(f"{where} exists, without the record of a run; choose another target, or pass --overwrite")
 
 
 def _is_foreign(location: Location) -> bool:
@@ -186,7 +237,10 @@ def create(plan: Plan) -> None:
     """Create groups and empty arrays of all outputs; until :func:`publish` the groups carry the run's mark alone."""
     cached_array.cache_clear()
     mark, version = {PROVENANCE: _mark(plan)}, plan.target_image.version
-    Location(plan.target).write_group(version, {} if _is_in_place(plan) else mark)
+    if _is_whole_plate(plan):
+        _list_fields(plan, own=False)
+    else:
+        Location(plan.target).write_group(version, {} if _is_in_place(plan) else mark)
     # The fields of a plate are alike: the first is made with care, and its metadata are copied.
     first, *others = images(plan)
     _create_image(plan, first)
@@ -246,6 +300,8 @@ def withdraw(plan: Plan) -> None:
 
     at_once(withdraw_image, images(plan))
     at_once(withdraw_group, _marked(plan))
+    if _is_whole_plate(plan):
+        _list_fields(plan, own=False)
 
 
 def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[str, Any]]) -> None:
@@ -275,12 +331,25 @@ def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[st
                 _list_labels(plan, group.parent(plan) / "labels", add=group.name(plan))
 
     at_once(publish_image, images(plan))
-    if plan.plate is not None and not _is_in_place(plan):
-        write_plate(Location(plan.target), plan.plate, version)
-        whole = {**_provenance(plan, []), "missing_boxes": missing_boxes}
-        Location(plan.target).write_group(version, {PROVENANCE: whole})
-    elif "scores" not in plan.arrays and not _is_in_place(plan):
+    if _is_whole_plate(plan):
+        _list_fields(plan, own=True, missing_boxes=missing_boxes)
+    elif "scores" not in plan.arrays and plan.plate is None and not _is_in_place(plan):
         Location(plan.target).write_group(version, provenance_of(""))
+
+
+def _list_fields(plan: Plan, *, own: bool, missing_boxes: Sequence[dict[str, Any]] = ()) -> None:
+    """Keep the listing of a plate: with the fields of this run or without, and with those that others finished."""
+    assert plan.plate is not None
+    root, version, mine = Location(plan.target), plan.target_image.version, set(images(plan))
+    there = read_plate(root) if is_plate(root) else replace(plan.plate, fields=())
+    others = replace(there, fields=tuple(field for field in there.fields if field.path not in mine))
+    if not (own or others.fields):
+        root.write_group(version, {PROVENANCE: _mark(plan)}, replace=True)
+        return
+    earlier = (_provenance_at(root) or {}).get("missing_boxes", [])
+    boxes = [box for box in earlier if box.get("image") not in mine] + list(missing_boxes)
+    write_plate(root, join_plates(plan.plate if own else replace(plan.plate, fields=()), others), version)
+    root.write_group(version, {PROVENANCE: {**_provenance(plan, []), "missing_boxes": boxes}})
 
 
 def _list_labels(plan: Plan, labels: Location, *, add: str = "", remove: str = "") -> None:
