@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megaseg_dask import products, targets, tasks
+from megaseg_dask import products, publishing, targets, tasks
 from megaseg_dask.cluster import connect, open_stores
 from megaseg_dask.dispatch import Dispatcher, GroupSize
 from megaseg_dask.errors import MegasegError, TargetError
@@ -179,7 +179,7 @@ def begin(plan: Plan, journal: Journal) -> None:
         targets.clear(plan)
         targets.create(plan)
     else:
-        targets.withdraw(plan)
+        publishing.withdraw(plan)
 
 
 def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
@@ -199,7 +199,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
         found = _found(plan, journal)
         if any(found) and not runner.store_is_lost:
             missing = [tasks.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
-            targets.publish(plan, found, missing)
+            publishing.publish(plan, found, missing)
             if "measurements" in plan.options.outputs:
                 write_tables(plan)
         warnings = _doubts(plan, found, journal)

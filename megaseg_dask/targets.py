@@ -1,27 +1,30 @@
-"""What a run finds and leaves at its target: create the arrays, publish the metadata at the end.
+"""What a run finds at its target: what it may write there, what others did; and the empty arrays that it makes.
 
-Until a run is complete its groups carry no OME metadata, so no reader can take
-a part for the whole. Nothing is ever removed but what this run would write.
+Nothing is ever removed but what this run would write.
 """
 
-import functools
 import json
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
 from typing import Any
 
 from megaseg_dask import labelling
 from megaseg_dask.errors import TargetError
-from megaseg_dask.ngff.images import image_attributes, versioned
-from megaseg_dask.ngff.plates import is_plate, join_plates, read_plate, write_plate
 from megaseg_dask.ngff.volumes import create_array
-from megaseg_dask.plan import Plan, PlannedVolume, run_names, runs_folder
+from megaseg_dask.plan import Plan, run_names, runs_folder
 from megaseg_dask.products import SUMS, WORK, groups, groups_of, images
+from megaseg_dask.publishing import (
+    PROVENANCE,
+    is_in_place,
+    is_whole_plate,
+    list_fields,
+    list_labels,
+    mark_of,
+    marked,
+    provenance_at,
+    provenance_by,
+)
 from megaseg_dask.stores import METADATA, Location, at_once, cached_array, naming
 
-PROVENANCE = "megaseg"
 PLAN = "plan.json"
 
 # Of a plate's thousands of fields, whose marks are asked for before a run goes on.
@@ -101,44 +104,15 @@ def _short(value: object) -> str:
 def is_present(plan: Plan) -> bool:
     """Tell whether the arrays of a recorded run are still there: a missing one would read as background."""
     arrays = at_once(lambda group: (group.location(plan) / "0").exists(), groups(plan))
-    if _is_whole_plate(plan) and _provenance_at(Location(plan.target)) is None:
+    if is_whole_plate(plan) and provenance_at(Location(plan.target)) is None:
         return False
-    return all(arrays) and all(_is_ours(plan, place) for place in _marked(plan)[:_MOST_LOOKED_AT])
-
-
-def _marked(plan: Plan) -> list[Location]:
-    """Return the groups that carry the provenance of a run; that of a plate belongs to all of its runs."""
-    root = [] if _is_in_place(plan) or plan.plate is not None else [Location(plan.target)]
-    return list(dict.fromkeys([*root, *(group.location(plan) for group in groups(plan))]))
-
-
-def _is_in_place(plan: Plan) -> bool:
-    """Tell whether labels go into the source, whose own group and image are not ours."""
-    return Location(plan.target).is_same(Location(plan.source))
-
-
-def _is_whole_plate(plan: Plan) -> bool:
-    """Tell whether a run writes the groups of a plate, and not only into its fields."""
-    return plan.plate is not None and not _is_in_place(plan)
+    return all(arrays) and all(_is_ours(plan, place) for place in marked(plan)[:_MOST_LOOKED_AT])
 
 
 def _is_ours(plan: Plan, group: Location) -> bool:
     """Tell whether a group was made by a run of this plan, finished or not, and not put there by somebody else."""
-    found = _provenance_at(group)
-    return found is not None and (found == _mark(plan) or _identity(found) == _identity(_provenance(plan, [])))
-
-
-def _provenance_at(group: Location) -> dict[str, Any] | None:
-    """Return what a run left at a group, its mark or its provenance, if it did."""
-    try:
-        found: dict[str, Any] | None = group.ome_attributes()[0].get(PROVENANCE)
-    except Exception:
-        return None
-    return found
-
-
-def _mark(plan: Plan) -> dict[str, str]:
-    return {"unfinished": plan.fingerprint}
+    found = provenance_at(group)
+    return found is not None and (found == mark_of(plan) or _identity(found) == _identity(provenance_by(plan, [])))
 
 
 def _identity(provenance: dict[str, Any]) -> str:
@@ -153,7 +127,7 @@ def require_free(plan: Plan, *, is_joining: bool = False) -> None:
     """
     # Somebody who agreed to --overwrite once, and was interrupted, need not agree again.
     recorded = Location(plan.run).get(PLAN) is not None
-    is_within = _is_in_place(plan) or is_joining
+    is_within = is_in_place(plan) or is_joining
     places = [g.location(plan) for g in groups(plan)] if is_within else [Location(plan.target)]
     at_once(lambda where: _require_free_place(plan, where, recorded), places)
     at_once(lambda image: _require_one_version(plan, image), images(plan))
@@ -168,9 +142,9 @@ def _require_free_place(plan: Plan, where: Location, recorded: bool) -> None:
         raise TargetError(
             f"{where} holds Zarr data that megaseg did not write, and is never replaced; choose another target"
         )
-    ours = recorded and (_provenance_at(where) is None or _is_ours(plan, where))
+    ours = recorded and (provenance_at(where) is None or _is_ours(plan, where))
     # Of a plate, the root is of all its runs.
-    ours = ours or (recorded and _is_whole_plate(plan) and where == Location(plan.target))
+    ours = ours or (recorded and is_whole_plate(plan) and where == Location(plan.target))
     if not (ours or plan.options.overwrite):
         raise TargetError(f"{where} exists, without the record of a run; choose another target, or pass --overwrite")
 
@@ -181,7 +155,7 @@ def _is_foreign(location: Location) -> bool:
     arrays = any(map(str.isdigit, names))
     if not arrays and not names & {"zarr.json", ".zgroup", ".zarray"}:
         return False
-    if _provenance_at(location) is not None:
+    if provenance_at(location) is not None:
         return False
     try:
         attributes, _ = location.ome_attributes()
@@ -215,7 +189,7 @@ def _clear_image(plan: Plan, image: str) -> None:
         elif place.exists():
             place.remove()
             if _folders(labels):
-                _list_labels(plan, labels, remove=group.name(plan))
+                list_labels(plan, labels, remove=group.name(plan))
             else:
                 labels.remove()
 
@@ -234,13 +208,13 @@ def _folders(group: Location) -> set[str]:
 
 
 def create(plan: Plan) -> None:
-    """Create groups and empty arrays of all outputs; until :func:`publish` the groups carry the run's mark alone."""
+    """Create groups and empty arrays of all outputs; until they are published the groups carry the run's mark alone."""
     cached_array.cache_clear()
-    mark, version = {PROVENANCE: _mark(plan)}, plan.target_image.version
-    if _is_whole_plate(plan):
-        _list_fields(plan, own=False)
+    mark, version = {PROVENANCE: mark_of(plan)}, plan.target_image.version
+    if is_whole_plate(plan):
+        list_fields(plan, own=False)
     else:
-        Location(plan.target).write_group(version, {} if _is_in_place(plan) else mark)
+        Location(plan.target).write_group(version, {} if is_in_place(plan) else mark)
     # The fields of a plate are alike: the first is made with care, and its metadata are copied.
     first, *others = images(plan)
     _create_image(plan, first)
@@ -254,7 +228,7 @@ def create(plan: Plan) -> None:
 
 
 def _create_image(plan: Plan, image: str) -> None:
-    mark, version = {PROVENANCE: _mark(plan)}, plan.target_image.version
+    mark, version = {PROVENANCE: mark_of(plan)}, plan.target_image.version
     dtypes = {
         "scores": plan.options.scores_dtype,
         "mask": "uint8",
@@ -264,7 +238,7 @@ def _create_image(plan: Plan, image: str) -> None:
         place = group.location(plan)
         if group.kind != "scores":
             (group.parent(plan) / "labels").write_group(version, {})
-        if not (_is_in_place(plan) and group.kind == "scores"):
+        if not (is_in_place(plan) and group.kind == "scores"):
             place.write_group(version, mark)
         written = plan.target_image if group.kind == "scores" else plan.label_image
         for level in range(len(written.levels)):
@@ -284,114 +258,6 @@ def _metadata_of(plan: Plan, image: str) -> dict[str, bytes]:
             if (data := place.get(name)) is not None:
                 found[f"{place.url}/{name}".removeprefix(f"{parent.url}/")] = data
     return found
-
-
-def withdraw(plan: Plan) -> None:
-    """Take back what :func:`publish` wrote of a run with missing boxes, before these are written."""
-
-    def withdraw_group(place: Location) -> None:
-        if _provenance_at(place) != _mark(plan):
-            place.write_group(plan.target_image.version, {PROVENANCE: _mark(plan)}, replace=True)
-
-    def withdraw_image(image: str) -> None:
-        for group in groups_of(plan, image):
-            if group.kind != "scores" and _provenance_at(group.location(plan)) != _mark(plan):
-                _list_labels(plan, group.parent(plan) / "labels", remove=group.name(plan))
-
-    at_once(withdraw_image, images(plan))
-    at_once(withdraw_group, _marked(plan))
-    if _is_whole_plate(plan):
-        _list_fields(plan, own=False)
-
-
-def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[str, Any]]) -> None:
-    """Write the metadata that make the finished arrays an image, its labels and their provenance.
-
-    ``found`` holds mean, std, minimum, maximum, and the threshold where it was
-    searched, of each volume; ``missing_boxes`` what no task could write.
-    """
-    version = plan.target_image.version
-    known, missing = defaultdict(list), defaultdict(list)
-    for volume, of_volume in zip(plan.volumes, found, strict=True):
-        known[volume.image].append((volume, of_volume))
-    for box in missing_boxes:
-        missing[box.get("image", "")].append({k: v for k, v in box.items() if k != "image"})
-    scores, labels = image_attributes(plan.target_image), image_attributes(plan.label_image, label=True)
-
-    def provenance_of(image: str) -> dict[str, Any]:
-        return {PROVENANCE: {**_provenance(plan, known[image]), "missing_boxes": missing[image]}}
-
-    def publish_image(image: str) -> None:
-        provenance = provenance_of(image)
-        # Labels first: whoever sees the image then sees all of it.
-        for group in groups_of(plan, image):
-            attributes = scores if group.kind == "scores" else labels
-            group.location(plan).write_group(version, {**attributes, **provenance})
-            if group.kind != "scores":
-                _list_labels(plan, group.parent(plan) / "labels", add=group.name(plan))
-
-    at_once(publish_image, images(plan))
-    if _is_whole_plate(plan):
-        _list_fields(plan, own=True, missing_boxes=missing_boxes)
-    elif "scores" not in plan.arrays and plan.plate is None and not _is_in_place(plan):
-        Location(plan.target).write_group(version, provenance_of(""))
-
-
-def _list_fields(plan: Plan, *, own: bool, missing_boxes: Sequence[dict[str, Any]] = ()) -> None:
-    """Keep the listing of a plate: with the fields of this run or without, and with those that others finished."""
-    assert plan.plate is not None
-    root, version, mine = Location(plan.target), plan.target_image.version, set(images(plan))
-    there = read_plate(root) if is_plate(root) else replace(plan.plate, fields=())
-    others = replace(there, fields=tuple(field for field in there.fields if field.path not in mine))
-    if not (own or others.fields):
-        root.write_group(version, {PROVENANCE: _mark(plan)}, replace=True)
-        return
-    earlier = (_provenance_at(root) or {}).get("missing_boxes", [])
-    boxes = [box for box in earlier if box.get("image") not in mine] + list(missing_boxes)
-    write_plate(root, join_plates(plan.plate if own else replace(plan.plate, fields=()), others), version)
-    root.write_group(version, {PROVENANCE: {**_provenance(plan, []), "missing_boxes": boxes}})
-
-
-def _list_labels(plan: Plan, labels: Location, *, add: str = "", remove: str = "") -> None:
-    """Keep the list of label images in a ``labels`` group, which viewers go by."""
-    version, (_, ome) = plan.target_image.version, labels.ome_attributes()
-    names = [n for n in ome.get("labels") or [] if n not in (add, remove)] + ([add] if add else [])
-    listed = versioned({"labels": names}, version)
-    labels.write_group(version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
-
-
-def _provenance(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]]) -> dict[str, Any]:
-    """Return all that determines the result and nothing else: no times, hosts or workers.
-
-    Without what was found in the volumes, which a run knows at its end, for comparison.
-    """
-    source, engine, threshold = plan.source_image, asdict(plan.engine), plan.options.threshold
-    # Any block gives the same voxels, and the engine has an entry of its own.
-    settings = {k: v for k, v in plan.options.result_options().items() if k not in engine and k != "block"}
-
-    def per_volume(*names: str) -> list[dict[str, Any]]:
-        return [{"t": v.t, "c": v.c, **{name: known.get(name) for name in names}} for v, known in found]
-
-    return {
-        "model": {"name": plan.model.name, "digest": plan.model.digest},
-        "settings": settings,
-        "engine": engine,
-        "normalization": per_volume("mean", "std"),
-        "threshold": per_volume("threshold") if plan.options.is_automatic and plan.has_mask else threshold,
-        "source": {
-            "digest": plan.source_digest,
-            "shape": source.levels[0].shape,
-            "dtype": source.dtype,
-            "statistics": per_volume("minimum", "maximum"),
-        },
-        "versions": _versions(),
-        "missing_boxes": [],
-    }
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("megaseg-dask", "torch", "monai", "numpy")}
 
 
 def remove_work(plan: Plan) -> None:

@@ -20,7 +20,7 @@ engines engines.pytorch inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
 parsing settings plan parts planning journal lease products
 tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
-targets tables
+publishing targets tables
 cluster dispatch flows run single
 xarrays training scoring report view demo doctor
 console exits models_cli cli
