@@ -5,14 +5,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain
 
 import numpy as np
 
-from megaseg_dask.measurements import Columns, Sums, to_columns
-from megaseg_dask.ngff.tables import Place, require_own_table, write_ngio_table, write_parquet
+from megaseg_dask.measurements import Sums, to_columns
+from megaseg_dask.ngff.tables import Columns, Place, read_ngio_table, require_own_table, write_ngio_table, write_parquet
 from megaseg_dask.plan import Output, Plan
 from megaseg_dask.products import Group, groups, read_ahead, read_sums
 from megaseg_dask.stores import Location, at_once
+from megaseg_dask.targets import read_parts
 
 SUFFIX = ".measurements.parquet"
 
@@ -37,7 +39,7 @@ def write_tables(plan: Plan) -> None:
     """Write the measurements of all volumes that have some."""
     place = table_location(plan)
     outputs = [output for volume in range(len(plan.volumes)) for output in plan.outputs_of(volume)]
-    write_parquet(place.parent, place.basename, _rows(plan, outputs))
+    write_parquet(place.parent, place.basename, chain(_rows_of_others(plan), _rows(plan, outputs)))
     made_by = {"megaseg-dask": version("megaseg-dask"), "model": plan.model.name, "digest": plan.model.digest}
     of_group = defaultdict(list)
     for output in outputs:
@@ -55,15 +57,37 @@ def _label_groups(plan: Plan) -> list[Group]:
     return [group for group in groups(plan) if group.kind == "labels"]
 
 
+def _rows_of_others(plan: Plan) -> Iterator[tuple[Place, Columns]]:
+    """Yield what other runs measured in other fields of the same plate, from the tables beside their labels."""
+    parts = read_parts(Location(plan.target), plan.options.label_name) if plan.plate else []
+    others = [other for other in parts if other.run != plan.run and "measurements" in other.options.outputs]
+    found = [(other, group) for other in others for group in _label_groups(other)]
+
+    def read(number: int) -> list[tuple[int, int, Columns]]:
+        other, group = found[number]
+        return read_ngio_table(group.parent(other), group.name(other))
+
+    for number, volumes in read_ahead(read, range(len(found)), _READ_AHEAD):
+        other, group = found[number]
+        output = other.suffixes.index(group.suffix) % len(other.model.outputs)
+        for timepoint, channel, columns in volumes:
+            yield _place(other, group.image, timepoint, channel, output), columns
+
+
+def _place(plan: Plan, image: str, timepoint: int, channel: int, output: int) -> Place:
+    names = plan.model.outputs
+    place = Place(timepoint, channel, output=names[output] if len(names) > 1 else None)
+    if plan.plate is None:
+        return place
+    row, column, field = image.split("/")
+    return replace(place, plate=plan.plate.name, well=f"{row}/{column}", field=field)
+
+
 def _rows(plan: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Place, Columns]]:
-    several = len(plan.model.outputs) > 1
     for output, data in read_ahead(lambda output: read_sums(plan, output), outputs, _READ_AHEAD):
         volume = plan.volumes[output.volume]
         if data is None:
             continue  # it failed, and is named as missing
-        place = Place(volume.target_t, volume.c, output=plan.model.outputs[output.number] if several else None)
-        if plan.plate is not None:
-            row, column, field = volume.image.split("/")
-            place = replace(place, plate=plan.plate.name, well=f"{row}/{column}", field=field)
         sums = Sums(**np.load(io.BytesIO(data), allow_pickle=False))
+        place = _place(plan, volume.image, volume.target_t, volume.c, output.number)
         yield place, to_columns(sums, plan.volume_shape, plan.target_image.spacing_um)

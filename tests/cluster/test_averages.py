@@ -15,7 +15,7 @@ from numpy.testing import assert_array_equal
 import megaseg_dask
 from megaseg_dask.errors import MegasegError, TargetError
 from megaseg_dask.models import build_network, load_bundle
-from megaseg_dask.run import plan_run, segment
+from megaseg_dask.run import plan_runs, segment
 from megaseg_dask.settings import parse_settings
 from tests.images import blobs, write_image
 from tests.unit.bundles import OVERLAP, PATCH_SHAPE, TINY, one_thread, train_config, write_checkpoint, write_folder
@@ -81,7 +81,7 @@ def test_another_average_is_another_run(bundles, tmp_path, client):
     assert segment(str(source), target, first, client=client).already_done
     for change in ({"model": str(bundles[0])}, {"model": list(map(str, bundles)), "tta": True}):
         with pytest.raises(TargetError, match="belongs to another run"):
-            plan_run(str(source), target, parse_settings({**options, **change}))
+            plan_runs(str(source), target, parse_settings({**options, **change}))
 
 
 def other_bundles(folder):
@@ -109,13 +109,13 @@ def test_models_that_do_not_agree_are_refused_by_name(name, bundles, tmp_path):
     source = write_image(tmp_path / "image.zarr", blobs((32, 37, 50)))
     options = {"model": [str(bundles[0]), str(other)], "threads": 1}
     with pytest.raises(MegasegError) as raised:
-        plan_run(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
+        plan_runs(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
     assert message in str(raised.value)
     assert str(other) in str(raised.value)
     assert raised.value.exit_code == 2
     if name in ("another patch", "another overlap"):
         given = parse_settings({**options, "patch": PATCH_SHAPE, "overlap": 0})
-        plan, _ = plan_run(str(source), str(tmp_path / "out.zarr"), given)
+        [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), given)
         assert len(plan.model.bundles) == 2
 
 
@@ -138,7 +138,7 @@ def test_measured_peaks_stay_below_the_projection(block, bundles, tmp_path):
     source = write_image(tmp_path / "image.zarr", blobs((48, 256, 256)))
     options = {"model": list(map(str, bundles)), "tta": True, "threads": 1, "patch": "48,128,128", "overlap": 0}
     settings = parse_settings({**options, "block": block})
-    plan, _ = plan_run(str(source), str(tmp_path / "out.zarr"), settings)
+    [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)
     result = segment(str(source), str(tmp_path / "out.zarr"), settings)
     assert result.status == "done"
     for stage, peak in result.peak_bytes.items():

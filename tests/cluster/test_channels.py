@@ -16,7 +16,7 @@ from skimage.measure import label
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.models import build_network, load_bundle
 from megaseg_dask.ngff.images import read_image
-from megaseg_dask.run import plan_run, segment
+from megaseg_dask.run import plan_runs, segment
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.stores import Location
 from tests.images import blobs, write_image
@@ -200,7 +200,7 @@ def test_what_does_not_fit_the_model_is_refused(image, two_in, tmp_path):
 
     def refusal(**options) -> str:
         with pytest.raises(SettingsError) as raised:
-            plan_run(str(source), str(tmp_path / "out.zarr"), parse_settings({"model": str(two_in), **options}))
+            plan_runs(str(source), str(tmp_path / "out.zarr"), parse_settings({"model": str(two_in), **options}))
         return str(raised.value)
 
     assert "--channel dna: the model takes 2 channels" in refusal(channel="dna")
@@ -225,7 +225,7 @@ def test_measured_peaks_stay_below_the_projection(block, two_in, tmp_path):
         "block": block,
         "channel": "0,1",
     }
-    plan, _ = plan_run(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
+    [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
     result = segment(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
     assert result.status == "done"
     for stage, peak in result.peak_bytes.items():

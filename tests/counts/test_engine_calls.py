@@ -10,7 +10,7 @@ from megaseg_dask.engines.pytorch import TorchEngine
 from megaseg_dask.ngff.volumes import Volume
 from megaseg_dask.run import segment
 from megaseg_dask.settings import parse_settings
-from megaseg_dask.single import record_plan, run_tasks
+from megaseg_dask.single import record_plans, run_tasks
 from tests.images import blobs, write_image
 from tests.unit.bundles import write_checkpoint
 
@@ -40,7 +40,7 @@ def test_forward_passes_and_reads_are_those_of_the_plan(block, tmp_path, tiny_bu
     image = blobs((24, 64, 96))
     source = write_image(tmp_path / "image.zarr", image)
     settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": block})
-    plan = record_plan(str(source), str(tmp_path / "out.zarr"), settings)
+    [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     for stage in plan.stages:
         assert not run_tasks(plan, stage.name, range(stage.n_tasks), lambda _: None)
     summary = plan.summary()
@@ -53,7 +53,7 @@ def test_averages_pass_each_patch_as_often_as_they_average(n_models, tta, n_pass
     models = [str(write_checkpoint(tmp_path / f"{seed}.ckpt", seed=seed)) for seed in range(n_models)]
     source = write_image(tmp_path / "image.zarr", blobs((16, 48, 48)))
     settings = parse_settings({"model": models, "tta": tta, "threads": 1, "outputs": "scores"})
-    plan = record_plan(str(source), str(tmp_path / "out.zarr"), settings)
+    [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     assert not run_tasks(plan, "volume", [0], lambda _: None)
     assert counted["forward"] == n_passes * plan.summary()["patches"]
     assert counted["read_voxels"] == 16 * 48 * 48
