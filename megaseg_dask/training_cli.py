@@ -1,7 +1,7 @@
 """``megaseg train``: a recipe, images and labels in, a bundle out."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -111,9 +111,8 @@ def _positive(rate: float | None) -> float | None:
 def _patch(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
-    values: Any = parse_three(text)
     try:
-        z, y, x = (int(value) for value in values)
+        z, y, x = (int(value) for value in parse_three(text))
     except (TypeError, ValueError) as error:
         raise SettingsError(f"--patch {text}: expected three whole numbers, such as 64,128,128") from error
     return z, y, x

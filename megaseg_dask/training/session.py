@@ -200,6 +200,8 @@ def _changes(
             "trainer.max_time": request.max_time,
             "trainer.enable_progress_bar": False,
             "callbacks.model_checkpoint.dirpath": str(work / STATES),
+            # By default within an epoch, which would then be learnt again.
+            "callbacks.model_checkpoint.save_on_train_epoch_end": True,
             "callbacks.early_stopping.patience": recipe.patience,
             "checkpoint.ckpt_path": str(start) if start else None,
             "checkpoint.weights_only": bool(start) and start != last,

@@ -115,11 +115,13 @@ def test_logits_of_any_blocks_are_cytodls(name, predicted, trained):
 def test_scores_and_masks_are_cytodls(name, version, block, predicted, trained, tmp_path, client):
     case = CASES[name]
     source = write_image(tmp_path / "image.zarr", case.image, axes=case.axes, version=version)
-    options = {"patch": case.patch, "overlap": case.overlap, "channel": str(case.channel), "outputs": "labels,scores,mask",
-               "scores_dtype": "float32", "model": str(trained), "threads": 1, "block": block}  # fmt: skip
+    options = {"patch": case.patch, "overlap": case.overlap, "channel": str(case.channel), "block": block,
+               "outputs": "labels,scores,mask", "scores_dtype": "float32", "model": str(trained),
+               "threads": 1}  # fmt: skip
     for threshold in (0.5, "otsu"):
         target = tmp_path / f"{threshold}.zarr"
-        settings = parse_settings({key: value for key, value in options.items() if value} | {"threshold": threshold})
+        given = {key: value for key, value in options.items() if value is not None}
+        settings = parse_settings(given | {"threshold": threshold})
         assert segment(str(source), str(target), settings, client=client).status == "done"
         require_cytodls(predicted, name, target, threshold)
 
