@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -26,9 +25,8 @@ from megaseg_dask.ngff.images import Image, digest_of, read_image, sample_of
 from megaseg_dask.ngff.plates import Plate, is_plate, read_plate, select_fields
 from megaseg_dask.plan import Plan, PlannedVolume, run_folder
 from megaseg_dask.settings import Settings
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, at_once
 
-_READERS = 32
 DEFAULT_MEMORY_BYTES = 8 * 10**9
 
 
@@ -115,8 +113,7 @@ def _read_source(where: Location, settings: Settings) -> tuple[Plate | None, Ima
     if not plate.fields:
         listed = "; ".join(f"{path}: {reason}" for path, reason in plate.missing[:3])
         raise SourceError(f"{where} has no field that can be read ({listed})")
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(lambda field: _try_image(where / field.path), plate.fields))
+    found = at_once(lambda field: _try_image(where / field.path), plate.fields)
     broken = tuple((f.path, str(i)) for f, i in zip(plate.fields, found, strict=True) if isinstance(i, SourceError))
     fields = [(f, i) for f, i in zip(plate.fields, found, strict=True) if isinstance(i, Image)]
     if not fields:

@@ -27,7 +27,7 @@ from megaseg_dask.models.zoo import reporting
 from megaseg_dask.plan import Plan, run_folder, runs_folder
 from megaseg_dask.planning import make_plan
 from megaseg_dask.settings import Settings
-from megaseg_dask.stores import Location, StoreOptions, configure
+from megaseg_dask.stores import Location, StoreOptions, at_once, configure
 from megaseg_dask.tables import require_own_tables, write_tables
 from megaseg_dask.tasks import Outcome
 
@@ -203,7 +203,7 @@ def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
         summaries = journal.by_index("volume")
         return [{**s["statistics"], "threshold": s.get("threshold")} if s else {} for s in summaries]
     missing = {plan.split_index(stage, index)[0] for stage, index in journal.failed if stage == "measure"}
-    return [{} if v in missing else products.read_state(plan, v) for v in range(len(plan.volumes))]
+    return at_once(lambda v: {} if v in missing else products.read_state(plan, v), range(len(plan.volumes)))
 
 
 def _doubts(plan: Plan, found: list[dict[str, Any]], journal: Journal) -> list[str]:

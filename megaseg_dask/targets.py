@@ -4,7 +4,9 @@ Until a run is complete its groups carry no OME metadata, so no reader can take
 a part for the whole. Nothing is ever removed but what this run would write.
 """
 
+import functools
 import json
+from collections import defaultdict
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -15,8 +17,8 @@ from megaseg_dask.ngff.images import image_attributes, versioned
 from megaseg_dask.ngff.plates import write_plate
 from megaseg_dask.ngff.volumes import create_array
 from megaseg_dask.plan import Plan, PlannedVolume
-from megaseg_dask.products import SUMS, WORK, groups, images
-from megaseg_dask.stores import METADATA, Location, cached_array, naming
+from megaseg_dask.products import SUMS, WORK, groups, groups_of, images
+from megaseg_dask.stores import METADATA, Location, at_once, cached_array, naming
 
 PROVENANCE = "megaseg"
 PLAN = "plan.json"
@@ -62,8 +64,8 @@ def _short(value: object) -> str:
 
 def is_present(plan: Plan) -> bool:
     """Tell whether the arrays of a recorded run are still there: a missing one would read as background."""
-    arrays = all((group.location(plan) / "0").exists() for group in groups(plan))
-    return arrays and all(_is_ours(plan, place) for place in _marked(plan)[:_MOST_LOOKED_AT])
+    arrays = at_once(lambda group: (group.location(plan) / "0").exists(), groups(plan))
+    return all(arrays) and all(_is_ours(plan, place) for place in _marked(plan)[:_MOST_LOOKED_AT])
 
 
 def _marked(plan: Plan) -> list[Location]:
@@ -119,8 +121,7 @@ def require_free(plan: Plan) -> None:
             raise TargetError(
                 f"{where} exists, without the record of a run; choose another target, or pass --overwrite"
             )
-    for image in images(plan):
-        _require_one_version(plan, image)
+    at_once(lambda image: _require_one_version(plan, image), images(plan))
 
 
 def _is_foreign(location: Location) -> bool:
@@ -143,7 +144,7 @@ def _require_one_version(plan: Plan, image: str) -> None:
     """Raise :class:`TargetError` if what stays at an image is stored in another Zarr format: one holds all."""
     parent, version = Location(plan.target) / image, plan.target_image.version
     labels = parent / "labels"
-    others = _folders(labels) - {g.name(plan) for g in groups(plan) if g.image == image and g.kind != "scores"}
+    others = _folders(labels) - {g.name(plan) for g in groups_of(plan, image) if g.kind != "scores"}
     staying = ([labels] if others else []) + ([parent] if "scores" not in plan.arrays else [])
     for place in staying:
         place.require_version(version)
@@ -151,9 +152,12 @@ def _require_one_version(plan: Plan, image: str) -> None:
 
 def clear(plan: Plan) -> None:
     """Remove what the plan would write at the target; nothing else."""
-    if not Location(plan.target).exists():
-        return
-    for group in groups(plan):
+    if Location(plan.target).exists():
+        at_once(lambda image: _clear_image(plan, image), images(plan))
+
+
+def _clear_image(plan: Plan, image: str) -> None:
+    for group in groups_of(plan, image):
         place, labels = group.location(plan), group.parent(plan) / "labels"
         if group.kind == "scores":
             _remove_levels(place)
@@ -187,9 +191,12 @@ def create(plan: Plan) -> None:
     first, *others = images(plan)
     _create_image(plan, first)
     template = _metadata_of(plan, first) if others else {}
-    for image in others:
+
+    def copy(image: str) -> None:
         for key, data in template.items():
             (Location(plan.target) / image).put(key, data)
+
+    at_once(copy, others)
 
 
 def _create_image(plan: Plan, image: str) -> None:
@@ -199,7 +206,7 @@ def _create_image(plan: Plan, image: str) -> None:
         "mask": "uint8",
         "labels": str(labelling.label_dtype(plan.volume_shape)),
     }
-    for group in (g for g in groups(plan) if g.image == image):
+    for group in groups_of(plan, image):
         place = group.location(plan)
         if group.kind != "scores":
             (group.parent(plan) / "labels").write_group(version, {})
@@ -214,7 +221,7 @@ def _create_image(plan: Plan, image: str) -> None:
 def _metadata_of(plan: Plan, image: str) -> dict[str, bytes]:
     """Return the metadata objects of what the run made of one image, by key below it."""
     parent, found = Location(plan.target) / image, {}
-    groups_ = [g.location(plan) for g in groups(plan) if g.image == image]
+    groups_ = [g.location(plan) for g in groups_of(plan, image)]
     places = [*groups_, *(place / str(level) for place in groups_ for level in range(len(plan.target_image.levels)))]
     if any(kind != "scores" for kind in plan.arrays):
         places.append(parent / "labels")
@@ -227,12 +234,18 @@ def _metadata_of(plan: Plan, image: str) -> dict[str, bytes]:
 
 def withdraw(plan: Plan) -> None:
     """Take back what :func:`publish` wrote of a run with missing boxes, before these are written."""
-    for group in groups(plan):
-        if group.kind != "scores" and _provenance_at(group.location(plan)) != _mark(plan):
-            _list_labels(plan, group.parent(plan) / "labels", remove=group.name(plan))
-    for place in _marked(plan):
+
+    def withdraw_group(place: Location) -> None:
         if _provenance_at(place) != _mark(plan):
             place.write_group(plan.target_image.version, {PROVENANCE: _mark(plan)}, replace=True)
+
+    def withdraw_image(image: str) -> None:
+        for group in groups_of(plan, image):
+            if group.kind != "scores" and _provenance_at(group.location(plan)) != _mark(plan):
+                _list_labels(plan, group.parent(plan) / "labels", remove=group.name(plan))
+
+    at_once(withdraw_image, images(plan))
+    at_once(withdraw_group, _marked(plan))
 
 
 def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[str, Any]]) -> None:
@@ -242,25 +255,32 @@ def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[st
     searched, of each volume; ``missing_boxes`` what no task could write.
     """
     version = plan.target_image.version
-    known = list(zip(plan.volumes, found, strict=True))
-    for image in images(plan):
-        missing = [{k: v for k, v in box.items() if k != "image"} for box in missing_boxes
-                   if box.get("image", "") == image]  # fmt: skip
-        here = [(v, f) for v, f in known if v.image == image]
-        provenance = {PROVENANCE: {**_provenance(plan, here), "missing_boxes": missing}}
+    known, missing = defaultdict(list), defaultdict(list)
+    for volume, of_volume in zip(plan.volumes, found, strict=True):
+        known[volume.image].append((volume, of_volume))
+    for box in missing_boxes:
+        missing[box.get("image", "")].append({k: v for k, v in box.items() if k != "image"})
+    scores, labels = image_attributes(plan.target_image), image_attributes(plan.label_image, label=True)
+
+    def provenance_of(image: str) -> dict[str, Any]:
+        return {PROVENANCE: {**_provenance(plan, known[image]), "missing_boxes": missing[image]}}
+
+    def publish_image(image: str) -> None:
+        provenance = provenance_of(image)
         # Labels first: whoever sees the image then sees all of it.
-        for group in (g for g in groups(plan) if g.image == image):
-            is_label = group.kind != "scores"
-            attributes = image_attributes(plan.label_image if is_label else plan.target_image, label=is_label)
+        for group in groups_of(plan, image):
+            attributes = scores if group.kind == "scores" else labels
             group.location(plan).write_group(version, {**attributes, **provenance})
-            if is_label:
+            if group.kind != "scores":
                 _list_labels(plan, group.parent(plan) / "labels", add=group.name(plan))
-    if Location(plan.target) in _marked(plan):
-        if plan.plate is not None:
-            write_plate(Location(plan.target), plan.plate, version)
-            provenance = {PROVENANCE: {**_provenance(plan, []), "missing_boxes": missing_boxes}}
-        if plan.plate is not None or "scores" not in plan.arrays:
-            Location(plan.target).write_group(version, provenance)
+
+    at_once(publish_image, images(plan))
+    if plan.plate is not None and not _is_in_place(plan):
+        write_plate(Location(plan.target), plan.plate, version)
+        whole = {**_provenance(plan, []), "missing_boxes": missing_boxes}
+        Location(plan.target).write_group(version, {PROVENANCE: whole})
+    elif "scores" not in plan.arrays and not _is_in_place(plan):
+        Location(plan.target).write_group(version, provenance_of(""))
 
 
 def _list_labels(plan: Plan, labels: Location, *, add: str = "", remove: str = "") -> None:
@@ -295,9 +315,14 @@ def _provenance(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]]) -
             "dtype": source.dtype,
             "statistics": per_volume("minimum", "maximum"),
         },
-        "versions": {name: version(name) for name in ("megaseg-dask", "torch", "monai", "numpy")},
+        "versions": _versions(),
         "missing_boxes": [],
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("megaseg-dask", "torch", "monai", "numpy")}
 
 
 def remove_work(plan: Plan) -> None:

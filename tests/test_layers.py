@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "megaseg_dask"
 LAYERS = """
 errors events
 geometry blending intensity thresholds labelling digits measurements layout memory simulation evaluate
-stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
+stores.threads stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
 stores.disks stores.objects stores.foreign stores.location stores.downloads stores
 models.network models.recipes models.bundle models.guards models.files models.statements models.heads
 models.preprocessing models.cytodl models models.cards models.cache models.download models.zoo

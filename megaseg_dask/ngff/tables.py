@@ -10,7 +10,6 @@ import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
@@ -73,15 +72,21 @@ def write_parquet(
     more, are held at a time. Raises :class:`StoreError` naming what could not be
     written.
     """
-    with tempfile.TemporaryDirectory(prefix="megaseg-") as temporary:
-        path = Path(temporary) / "table.parquet"
-        with naming(Location.of(path), "write"), pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    n_rows = 0
+    # A file without a name: it is gone however this ends, and thousands of them are made quickly.
+    with tempfile.TemporaryFile() as file:
+        with (
+            naming(Location.of(tempfile.gettempdir()), "write"),
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        ):
             for rows in _iter_groups(volumes, schema):
                 writer.write_table(rows, row_group_size=_GROUP_ROWS)
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                n_rows += rows.num_rows
+        file.flush()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             # A store takes any buffer, and a mapped file costs no memory.
             folder.put(key, cast(bytes, data))
-        return int(pq.read_metadata(path).num_rows)
+    return n_rows
 
 
 def write_ngio_table(
