@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megaseg_dask.cluster import WORKER_ENVIRONMENT
 from megaseg_dask.errors import BundleError, SettingsError, TargetError, TaskError
 from megaseg_dask.events import Epoch, Event, Progress, Trained
 from megaseg_dask.lease import held
@@ -253,13 +254,13 @@ def _run(python: Path, changes: dict[str, Any], work: Path, recipe: Recipe, emit
 @contextmanager
 def _process(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
     """Run a program that ends when its stdin does, and so with us, whatever ends us."""
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "OMP_WAIT_POLICY": "PASSIVE"}
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**quiet, **os.environ},
+        env={**WORKER_ENVIRONMENT, **quiet, **os.environ},
         start_new_session=True,  # Ctrl-C is for us, who then close its stdin
     )
     try:
