@@ -50,8 +50,10 @@ class Telling(Callback):  # type: ignore[misc]
             writer.writerows(kept)
         self.before_s = float(kept[-1]["elapsed_s"]) if kept else 0.0
         self.begun = time.monotonic()
-        device = str(pl_module.device)
-        tell("started", epoch=trainer.current_epoch, n_batches=int(trainer.num_training_batches), device=device)
+        losses = {row["epoch"]: float(row["validation_loss"]) for row in kept if row["validation_loss"]}
+        best = min(losses, key=lambda epoch: losses[epoch], default=None)
+        tell("started", epoch=trainer.current_epoch, n_batches=int(trainer.num_training_batches),
+             device=str(pl_module.device), best=None if best is None else [int(best), losses[best]])  # fmt: skip
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Tell how far the training is."""
@@ -131,6 +133,7 @@ def draw(table: Path, picture: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = read_table(table)
     epochs = [int(row["epoch"]) for row in rows]
@@ -138,6 +141,7 @@ def draw(table: Path, picture: Path) -> None:
     axes = figure.subplots()
     for column in ("training_loss", "validation_loss"):
         axes.plot(epochs, [float(row[column] or "nan") for row in rows], label=column.replace("_", " "))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
     axes.legend()

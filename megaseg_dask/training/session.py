@@ -291,6 +291,8 @@ class _Teller:
         match told["event"]:
             case "started":
                 self.n_batches, self.first = told["n_batches"], told["epoch"] * told["n_batches"]
+                if told["best"]:
+                    self.best_epoch, self.best = told["best"]
             case "batch":
                 n_done, total, elapsed = told["n_done"], self.max_epochs * self.n_batches, told["elapsed_s"]
                 rate = max(n_done - self.first, 1) / max(elapsed, 1e-3)

@@ -60,7 +60,8 @@ def test_another_training_does_not_touch_it(trained, manifest, start):
 def test_interrupted_it_goes_on_and_ends_by_itself(manifest, start, tmp_path):
     out = tmp_path / "out"
     command = training(manifest, start, out, "--max-epochs", "60", "--patience", "3")
-    process = megaseg(*command)
+    # A shell lets what it puts into the background ignore Ctrl-C.
+    process = megaseg(*command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     for line in process.stdout:
         if json.loads(line).get("epoch") == 1:
             break
@@ -71,14 +72,17 @@ def test_interrupted_it_goes_on_and_ends_by_itself(manifest, start, tmp_path):
     assert not (out / "checkpoints").exists()
     begun = int(epochs_of(out / "training")[-1]["epoch"])
     told = events_of(megaseg(*command))
-    first = next(event["epoch"] for event in told if event["event"] == "epoch")
+    epochs = [event for event in told if event["event"] == "epoch"]
+    first = epochs[0]["epoch"]
     assert first in (begun, begun + 1)  # the row is written just before the checkpoint
     assert (told[-1]["stopped"], told[-1]["status"]) == ("patience", "done")
     rows = epochs_of(out)
     assert [int(row["epoch"]) for row in rows] == list(range(len(rows)))
     assert len(rows) < 60
     best = min(range(len(rows)), key=lambda i: float(rows[i]["validation_loss"]))
-    assert best == len(rows) - 1 - 3 == told[-1]["best_epoch"]
+    assert best == len(rows) - 1 - 3 == told[-1]["best_epoch"] == epochs[-1]["best_epoch"]
+    before = [float(row["validation_loss"]) for row in rows[: first + 1]]
+    assert epochs[0]["best_epoch"] == before.index(min(before))
 
 
 def test_nothing_goes_on_when_the_command_is_killed(manifest, start, tmp_path):
