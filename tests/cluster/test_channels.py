@@ -209,7 +209,7 @@ def test_what_does_not_fit_the_model_is_refused(image, two_in, tmp_path):
     config = train_config()
     del config["data"]["transforms"]["predict"]["transforms"][1]
     options = {"model": str(write_folder(tmp_path / "bundle", config=config)), "channel": 0, "normalization": "5,2"}
-    assert "prepares images without a z-score, by: none" in refusal(**options)
+    assert "takes images without a z-score, by: none" in refusal(**options)
 
 
 @pytest.mark.parametrize("block", ["48,256,256", "48,128,128"])
