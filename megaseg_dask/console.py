@@ -60,8 +60,10 @@ def _bars() -> Iterator[Callable[[Event], None]]:
                     if stage not in bars:
                         bars[stage] = progress.add_task(stage, total=fields["n_tasks"], rate="")
                     progress.update(bars[stage], completed=fields["n_done"], rate=_rate(fields))
+                case "notice":
+                    progress.console.print(fields["text"], markup=False, highlight=False)
                 case "failure":
-                    progress.console.print(_failure_line(fields))
+                    progress.console.print(_failure_line(fields), markup=False, highlight=False)
 
         yield show
 
@@ -75,6 +77,8 @@ def _lines(every_s: float = 5.0) -> Callable[[Event], None]:
         match event.kind:
             case "started":
                 typer.echo(_started_line(fields), err=True)
+            case "notice":
+                typer.echo(fields["text"], err=True)
             case "failure":
                 typer.echo(_failure_line(fields), err=True)
             case "progress":
@@ -107,13 +111,13 @@ def _failure_line(fields: dict[str, Any]) -> str:
 def print_result(result: Any, quiet: bool) -> None:
     """Say how a run ended: what was written, or what failed and what to do."""
     if n := len(result.failures):
-        typer.echo(
-            f"megaseg: {n} {'task' if n == 1 else 'tasks'} failed; what is finished is kept in {result.run}:",
-            err=True,
-        )
-        for failure in result.failures[:_MOST_FAILURES]:
+        typer.echo(f"megaseg: {n} {'task' if n == 1 else 'tasks'} failed; what is finished is kept in {result.run}",
+                   err=True)  # fmt: skip
+        # Otherwise they were shown when they happened.
+        for failure in result.failures[: _MOST_FAILURES if quiet else 0]:
             typer.echo(_failure_line(failure), err=True)
-        typer.echo("Run the same command again once the cause is mended.", err=True)
+        typer.echo(f"Run the same command again once the cause is mended; megaseg status {result.target} lists what "
+                   "failed.", err=True)  # fmt: skip
         return
     for warning in result.warnings:
         typer.echo(f"megaseg: warning: {warning}", err=True)

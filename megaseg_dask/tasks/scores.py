@@ -38,7 +38,10 @@ def measure_block(plan: Plan, volume: int, number: int) -> Summary:
     """Sum intensities; floats keep one entry per part of the partition, integers add up to one."""
     box, source = plan.measure_grid[number], products.source(plan, volume, plan.measure_level or 0)
     values = source.read(box)
-    return {"parts": measure_parts(plan, values, box), **count_absent(source, box, values)}
+    parts = measure_parts(plan, values, box)
+    # What cannot be normalised is said of this block, rather than of the run.
+    describe_statistics(plan, parts)
+    return {"parts": parts, **count_absent(source, box, values)}
 
 
 def count_absent(source: Volume, box: Box, values: Array) -> Summary:
