@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -24,7 +24,10 @@ from megaseg_dask.console import (
     print_tasks,
     reporter,
 )
-from megaseg_dask.errors import MegasegError
+from megaseg_dask.exits import INTERRUPTED, PENDING, WRONG_REQUEST, Json, echo_error
+from megaseg_dask.exits import exit_codes as _exit_codes
+from megaseg_dask.exits import fail as _fail
+from megaseg_dask.models_cli import models_app
 from megaseg_dask.settings import Settings, declared, parse_settings
 
 app = typer.Typer(
@@ -34,9 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-WRONG_REQUEST = 2
-PENDING = 3
-INTERRUPTED = 130
+app.add_typer(models_app)
 
 # What typer raises for an unknown option or command; it has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -47,7 +48,6 @@ Target = Annotated[
 ]
 Begun = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout; all else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
 
 
@@ -153,12 +153,15 @@ def plan(
     """
     with _exit_codes(json_):
         settings = _settings_of(options)
+        from megaseg_dask.models.zoo import reporting
         from megaseg_dask.run import estimate_time, plan_run
         from megaseg_dask.single import record_plan
 
-        if record:
-            record_plan(source, target, settings)
-        planned, journal = plan_run(source, target, settings)
+        # Stdout has the plan alone.
+        with reporter(as_json=False, quiet=False) as emit, reporting(emit):
+            if record:
+                record_plan(source, target, settings)
+            planned, journal = plan_run(source, target, settings)
         times = estimate_time(planned)
         summary = {**planned.summary(), **times, "tasks_done": journal.n_done, "done": journal.result is not None}
         if json_:
@@ -288,37 +291,6 @@ def doctor(*, json_: Json = False) -> None:
 # -- how a command ends
 
 
-@contextlib.contextmanager
-def _exit_codes(as_json: bool) -> Iterator[None]:
-    """Turn our errors into one line and their exit code, and Ctrl-C into 130."""
-    try:
-        yield
-    except MegasegError as error:
-        _fail(str(error), error.exit_code, as_json)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", INTERRUPTED, as_json)
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except Exception as error:
-        # A bug: scripts get their last line all the same, people the traceback to report.
-        if as_json:
-            _echo_error(f"{type(error).__name__}: {error}", 1)
-        raise
-
-
-def _fail(message: str, code: int, as_json: bool) -> NoReturn:
-    if as_json:
-        _echo_error(message, code)
-    # One line, whatever a path or a foreign message holds.
-    typer.echo(f"megaseg: {' '.join(message.splitlines())}", err=True)
-    raise typer.Exit(code)
-
-
-def _echo_error(message: str, code: int) -> None:
-    status = "interrupted" if code == INTERRUPTED else "error"
-    typer.echo(json.dumps({"event": "result", "status": status, "error": message, "exit_code": code}))
-
-
 def _interrupt(*_: object) -> NoReturn:
     """Leave in order when interrupted once, and at once when interrupted again."""
     for either in (signal.SIGINT, signal.SIGTERM):
@@ -330,7 +302,7 @@ def _interrupt(*_: object) -> NoReturn:
 def _leave(*_: object) -> NoReturn:
     if "--json" in sys.argv:
         with contextlib.suppress(Exception):
-            _echo_error("interrupted twice; run the same command again to go on", INTERRUPTED)
+            echo_error("interrupted twice; run the same command again to go on", INTERRUPTED)
     os._exit(INTERRUPTED)
 
 

@@ -62,6 +62,11 @@ def _bars() -> Iterator[Callable[[Event], None]]:
                     progress.update(bars[stage], completed=fields["n_done"], rate=_rate(fields))
                 case "notice":
                     progress.console.print(fields["text"], markup=False, highlight=False)
+                case "fetching":
+                    model = str(fields["model"])
+                    if model not in bars:
+                        bars[model] = progress.add_task(model, total=round(fields["total_bytes"] / 1e6, 1), rate="")
+                    progress.update(bars[model], completed=round(fields["n_bytes"] / 1e6, 1), rate=_speed(fields))
                 case "failure":
                     progress.console.print(_failure_line(fields), markup=False, highlight=False)
 
@@ -81,6 +86,13 @@ def _lines(every_s: float = 5.0) -> Callable[[Event], None]:
                 typer.echo(fields["text"], err=True)
             case "failure":
                 typer.echo(_failure_line(fields), err=True)
+            case "fetching":
+                model, now = str(fields["model"]), time.monotonic()
+                complete = fields["n_bytes"] == fields["total_bytes"]
+                if model not in last or complete or now - last[model] > every_s:
+                    last[model] = now
+                    received = f"{size_text(fields['n_bytes'])} of {size_text(fields['total_bytes'])}"
+                    typer.echo(f"fetching {model} from {fields['source']}: {received}", err=True)
             case "progress":
                 stage, now = str(fields["stage"]), time.monotonic()
                 complete = fields["n_done"] == fields["n_tasks"]
@@ -96,6 +108,10 @@ def _lines(every_s: float = 5.0) -> Callable[[Event], None]:
 def _rate(fields: dict[str, Any]) -> str:
     rate = float(fields["voxels_per_s"])
     return f"{rate / 1e6:.3g} Mvoxel/s" if rate else ""
+
+
+def _speed(fields: dict[str, Any]) -> str:
+    return f"MB, {float(fields['bytes_per_s']) / 1e6:.3g} MB/s"
 
 
 def _started_line(fields: dict[str, Any]) -> str:
@@ -142,7 +158,7 @@ def print_tasks(stage: str, n: int, failures: list[Any]) -> None:
 def print_status(run: Any) -> None:
     """Print how a run stands, one row a stage, then its failures."""
     typer.echo(f"{run.label_name}: {'done' if run.done else 'failed' if run.failures else 'not finished'}")
-    _print_rows({f"  {stage}": f"{n} of {total} tasks" for stage, (n, total) in run.stages.items()}, 16)
+    print_rows({f"  {stage}": f"{n} of {total} tasks" for stage, (n, total) in run.stages.items()}, 16)
     for failure in run.failures[:_MOST_FAILURES]:
         typer.echo(_failure_line(failure))
     if not run.done and all(n == total for n, total in run.stages.values()):
@@ -167,16 +183,16 @@ def print_plan(summary: dict[str, Any]) -> None:
                    f"{_shape(summary['overlap'])}: {summary['patch_voxels_per_voxel']} voxels predicted per voxel",
         "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, redundancy "
                   f"{summary['redundancy']}",
-        "bytes": f"{_size(summary['bytes_read'])} read ({summary['read_amplification']} times the volume), "
-                 f"{_size(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}",
-        "memory": f"{_size(summary['memory_bytes'])} per worker; projected GB: {peaks}",
+        "bytes": f"{size_text(summary['bytes_read'])} read ({summary['read_amplification']} times the volume), "
+                 f"{size_text(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}",
+        "memory": f"{size_text(summary['memory_bytes'])} per worker; projected GB: {peaks}",
         "time": f"about {_duration(summary['projected_s'])} of one worker like this machine, "
                 f"{summary['patch_s']:.2g} s a patch" if summary["projected_s"] is not None else "cannot be told here: "
                 f"{summary['time_unknown']}",
         "tasks": tasks + (f"  ({summary['tasks_done']} done)" if summary["tasks_done"] else ""),
         "fingerprint": summary["fingerprint"][:16],
     }  # fmt: skip
-    _print_rows(rows)
+    print_rows(rows)
 
 
 def print_demo(demo: Any) -> None:
@@ -193,7 +209,7 @@ def print_demo(demo: Any) -> None:
         "look at": demo.picture,
         "next": f"megaseg evaluate {demo.target} {demo.source}",
     }  # fmt: skip
-    _print_rows(rows)
+    print_rows(rows)
 
 
 def print_evaluation(evaluation: Any, *, csv: bool) -> None:
@@ -206,7 +222,7 @@ def print_evaluation(evaluation: Any, *, csv: bool) -> None:
             typer.echo(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in
                                 [*matching.values(), *fields.values()]))  # fmt: skip
         return
-    _print_rows({name.replace("_", " "): f"{v:.4f}" if isinstance(v, float) else v for name, v in fields.items()}, 24)
+    print_rows({name.replace("_", " "): f"{v:.4f}" if isinstance(v, float) else v for name, v in fields.items()}, 24)
     typer.echo(f"\n{'IoU':>6} {'TP':>7} {'FP':>7} {'FN':>7} {'AP':>8}")
     for m in matchings:
         counts = f"{m['true_positives']:>7} {m['false_positives']:>7} {m['false_negatives']:>7}"
@@ -220,12 +236,13 @@ def print_findings(findings: list[Any], *, as_json: bool) -> None:
         typer.echo(json.dumps({"event": "result", "status": "done", "findings": listed}))
         return
     for finding in findings:
-        _print_rows({finding.name: finding.found}, 20)
+        print_rows({finding.name: finding.found}, 20)
         if finding.advice:
-            _print_rows({"": f"→ {finding.advice}"}, 20)
+            print_rows({"": f"→ {finding.advice}"}, 20)
 
 
-def _print_rows(rows: dict[str, Any], width: int = 12) -> None:
+def print_rows(rows: dict[str, Any], width: int = 12) -> None:
+    """Print one line a row: a name, and what is found under it."""
     for name, text in rows.items():
         typer.echo(f"{name:<{width}} {text}")
 
@@ -239,7 +256,8 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
-def _size(n: float) -> str:
+def size_text(n: float) -> str:
+    """Return a number of bytes as people read it."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.3g} {unit}"

@@ -14,7 +14,7 @@ import psutil
 
 from megaseg_dask.errors import BundleError
 from megaseg_dask.inference import n_cores, resolve_engine
-from megaseg_dask.models.zoo import locate
+from megaseg_dask.models.zoo import PUBLISHED, find
 from megaseg_dask.planning import default_memory_bytes
 
 _PACKAGES = ("megaseg-dask", "torch", "monai", "dask", "distributed", "zarr", "ome-zarr-models", "numpy", "dask-cuda")
@@ -90,9 +90,12 @@ def _choice() -> Finding:
 
 def _models() -> list[Finding]:
     findings = []
-    for name in ("MegaSeg_v1", "MegaSeg_light", "starter"):
+    for name in (*PUBLISHED, "starter"):
         try:
-            findings.append(Finding(f"model {name}", str(locate(name))))
-        except BundleError:
-            findings.append(Finding(f"model {name}", "not here; pass the path of its bundle with --model"))
+            path = find(name)
+        except BundleError as error:
+            findings.append(Finding(f"model {name}", "damaged", str(error)))
+            continue
+        advice = "" if path else f"megaseg models fetch {name}, or see megaseg models import"
+        findings.append(Finding(f"model {name}", str(path or "not in the cache"), advice))
     return findings

@@ -44,6 +44,19 @@ class Progress(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Fetching(Event):
+    """A part of a model was received; ``n_bytes`` counts those that an earlier attempt left."""
+
+    kind: ClassVar[str] = "fetching"
+    model: str
+    source: str
+    n_bytes: int
+    total_bytes: int
+    elapsed_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Failure(Event):
     """A task failed for good in this run; ``details`` is the traceback of what looks like a bug."""
 

@@ -19,8 +19,9 @@ from megaseg_dask.geometry import Box
 from megaseg_dask.inference import ModelRef, resolve_engine
 from megaseg_dask.layout import iter_block_shapes
 from megaseg_dask.memory import BUDGET_SHARE
-from megaseg_dask.models import load_bundle, require_patch
-from megaseg_dask.models.zoo import locate
+from megaseg_dask.models import require_patch
+from megaseg_dask.models.cards import MINIMUM_SHAPE
+from megaseg_dask.models.zoo import load
 from megaseg_dask.ngff.images import Image, digest_of, read_image, sample_of
 from megaseg_dask.ngff.plates import Plate, is_plate, read_plate, select_fields
 from megaseg_dask.plan import Plan, PlannedVolume, run_folder
@@ -28,7 +29,6 @@ from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
 
 _READERS = 32
-MINIMUM_SHAPE = (16, 16, 16)
 DEFAULT_MEMORY_BYTES = 8 * 10**9
 
 
@@ -58,8 +58,7 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
     paths = [field.path for field in plate.fields] if plate else [""]
     level = where / paths[0] / image.levels[0].path
     array = level.open_array()
-    path = locate(settings.model)
-    bundle = load_bundle(path)
+    path, bundle = load(settings.model)
     settings = settings.filled({"patch": bundle.patch_shape, "overlap": bundle.overlap})
     assert settings.patch is not None
     require_patch(bundle.network, settings.patch)

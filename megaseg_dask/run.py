@@ -23,6 +23,7 @@ from megaseg_dask.inference import measure_patch_s
 from megaseg_dask.journal import FOLDER as journal_folder
 from megaseg_dask.journal import Journal
 from megaseg_dask.lease import Held, held
+from megaseg_dask.models.zoo import reporting
 from megaseg_dask.plan import Plan, run_folder, runs_folder
 from megaseg_dask.planning import make_plan
 from megaseg_dask.settings import Settings
@@ -80,7 +81,8 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
     ``client`` is a Dask client to use instead of starting workers. Raises
     :class:`MegasegError`; a run in which tasks failed returns a result that names them.
     """
-    plan, journal = plan_run(source, target, settings)
+    with reporting(emit):
+        plan, journal = plan_run(source, target, settings)
     if journal.result is None:
         # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
         with (

@@ -30,11 +30,11 @@ from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
 from megaseg_dask.inference import EngineSpec, ModelRef, open_engine, predict_block, resolve_engine
 from megaseg_dask.intensity import PARTITION_SHAPE, Normalisation, Statistics, measure, merge_statistics
 from megaseg_dask.layout import iter_block_shapes
-from megaseg_dask.models import load_bundle, require_patch
-from megaseg_dask.models.zoo import locate
+from megaseg_dask.models import require_patch
+from megaseg_dask.models.cards import MINIMUM_SHAPE
+from megaseg_dask.models.zoo import load
 from megaseg_dask.ngff.images import SPATIAL, Image, read_image
 from megaseg_dask.ngff.volumes import Volume
-from megaseg_dask.planning import MINIMUM_SHAPE
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.stores import Location, StoreOptions, cached_array, configure
 
@@ -154,8 +154,7 @@ def predict(
          "device": device, "batch": batch, "threads": threads}
     )  # fmt: skip
     order = _axis_order(image)
-    path = locate(options.model)
-    bundle = load_bundle(path)
+    path, bundle = load(options.model)
     engine = resolve_engine(device=options.device, batch=options.batch, threads=options.threads)
     patch_shape = options.patch or bundle.patch_shape
     require_patch(bundle.network, patch_shape)

@@ -19,6 +19,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 SHARED = Path(__file__).parents[2] / "shared/data"
 
 
+@pytest.fixture(autouse=True)
+def _no_models(monkeypatch, tmp_path_factory):
+    """An empty cache of models, and no network to fetch any from."""
+    monkeypatch.setenv("MEGASEG_HOME", str(tmp_path_factory.getbasetemp() / "no-models"))
+    monkeypatch.setenv("MEGASEG_OFFLINE", "1")
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory) -> Path:
     """A checkpoint of a 5-level network small enough for a test, patch 16,32,32, overlap 0.5."""

@@ -13,9 +13,9 @@ LAYERS = """
 errors events
 geometry blending intensity thresholds labelling digits measurements layout memory simulation evaluate
 stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
-stores.disks stores.objects stores.foreign stores.location stores
-models.network models.bundle models.guards models.files models.statements models.heads models.preprocessing
-models.cytodl models models.zoo
+stores.disks stores.objects stores.foreign stores.location stores.downloads stores
+models.network models.recipes models.bundle models.guards models.files models.statements models.heads
+models.preprocessing models.cytodl models models.cards models.cache models.download models.zoo
 engines engines.pytorch inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
 parsing settings plan planning journal lease products
@@ -23,7 +23,7 @@ tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
 targets tables
 cluster dispatch flows run single
 xarrays training scoring report view demo doctor
-console cli
+console exits models_cli cli
 __init__ __main__
 """.split()
 
@@ -47,7 +47,7 @@ DOORS = {
     "scipy": {"labelling", "simulation", "evaluate"},
     "tifffile": {"demo"},
     "torch": {"models", "engines"},
-    "typer": {"cli", "console"},
+    "typer": {"cli", "console", "exits", "models_cli"},
     "xarray": {"xarrays"},
     "yaml": {"models"},
     "zarr": {"ngff", "stores"},

@@ -8,6 +8,8 @@ What the files say is for :mod:`megaseg_dask.models.cytodl` to judge.
 import io
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -60,10 +62,24 @@ def _is_torch_archive(archive: zipfile.ZipFile) -> bool:
 
 
 def _read_layout(top: Place, checkpoint: str | None) -> Files:
+    config, file, reason = _find_parts(top, checkpoint)
+    return Files(_read_yaml(config) if config.is_file() else {}, _read_checkpoint(file), one_line(file.name), reason)
+
+
+def _find_parts(top: Place, checkpoint: str | None) -> tuple[Place, Place, str]:
+    """The configuration, which may be missing, the checkpoint to load, and why that one."""
     root = _find_root(top)
     file, reason = _choose([file for file in (root / "checkpoints").iterdir() if _is_checkpoint(file)], checkpoint)
-    config = root / CONFIG
-    return Files(_read_yaml(config) if config.is_file() else {}, _read_checkpoint(file), one_line(file.name), reason)
+    return root / CONFIG, file, reason
+
+
+def parts_of(path: Path, checkpoint: str | None) -> Iterator[tuple[str, bytes]]:
+    """Path in its layout and content of what is needed to run the bundle in a folder or its zip, not yet judged."""
+    with open_zip(path) if path.is_file() else nullcontext() as archive:
+        config, file, _ = _find_parts(zipfile.Path(archive) if archive else path, checkpoint)
+        if config.is_file():
+            yield CONFIG, _read_bytes(config, guards.MAX_YAML_BYTES)
+        yield f"checkpoints/{file.name}", _read_bytes(file, guards.MAX_BYTES)
 
 
 def _is_checkpoint(file: Place) -> bool:

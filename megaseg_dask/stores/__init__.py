@@ -1,5 +1,6 @@
 """Stores: where data live and how they are opened, on disks, in object stores and on web servers."""
 
+from megaseg_dask.stores.downloads import Depot, Entry
 from megaseg_dask.stores.failures import cause_of, is_store_failure
 from megaseg_dask.stores.folders import METADATA
 from megaseg_dask.stores.location import (
@@ -17,6 +18,8 @@ from megaseg_dask.stores.options import StoreOptions
 __all__ = [
     "METADATA",
     "ZARR_FORMAT",
+    "Depot",
+    "Entry",
     "Location",
     "StoreOptions",
     "cached_array",

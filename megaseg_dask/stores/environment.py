@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.stores.addresses import AZURE, S3
 
 _METADATA_SERVICE = ("169.254.169.254", 80)
 _METADATA_S = 1.0
@@ -80,6 +81,13 @@ def azure_config(
               or any(map(_AZURE_CREDENTIALS.fullmatch, environ))):  # fmt: skip
         _require_machine_credentials(f"az://{container}", "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN")
     return config
+
+
+def has_credentials(scheme: str) -> bool:
+    """Tell whether the environment or the files of the AWS command line hold credentials; asks no network."""
+    if scheme == S3:
+        return any(map(environ.get, _S3_CREDENTIALS)) or "aws_access_key_id" in _profile()
+    return scheme == AZURE and (any(map(_AZURE_CREDENTIALS.fullmatch, environ)) or bool(_connection_string()))
 
 
 def _first(*values: str | None) -> str | None:

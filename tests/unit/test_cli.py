@@ -232,7 +232,7 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "no place": (lambda d, out: [image(d), "/proc/out.zarr"], "/proc/out.zarr cannot be written"),
     "an url": (lambda d, out: ["gopher://host/cells.zarr", out], "gopher://host/cells.zarr"),
     "no model": (lambda d, out: [image(d), out, "--model", "nope"], "neither a known model"),
-    "published model": (lambda d, out: [image(d), out, "--model", "MegaSeg_light"], "megaSeg.zip"),
+    "published model": (lambda d, out: [image(d), out, "--model", "MegaSeg_light"], "megaseg models import"),
     "no checkpoint": (
         lambda d, out: [image(d), out, "--model", text_file(d, "a.ckpt")],
         "a.ckpt is not a checkpoint",

@@ -1,0 +1,236 @@
+"""Models kept on this machine: one folder each, with the bundle's file and a record of what it must be.
+
+A model gets its name by one rename, after its bundle was loaded and its digest
+recorded. A bundle that does not have that digest any more is refused.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from hashlib import file_digest
+from pathlib import Path
+
+from megaseg_dask.errors import BundleError, SettingsError, StoreError
+from megaseg_dask.models.bundle import Bundle
+from megaseg_dask.models.cytodl import load_bundle
+from megaseg_dask.models.files import parts_of
+from megaseg_dask.models.guards import open_zip, short
+
+HOME = "MEGASEG_HOME"
+RECORD = "record.json"
+FORMS = (".zip", ".ckpt")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def home() -> Path:
+    """The folder of the cache: ``MEGASEG_HOME``, else ``megaseg`` in the user's cache folder of this system."""
+    try:
+        if given := os.environ.get(HOME):
+            return Path(given).expanduser().absolute()
+        if sys.platform == "darwin":
+            return Path.home() / "Library/Caches/megaseg"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaseg"
+    except RuntimeError as error:
+        raise SettingsError(f"no home directory is known here; set {HOME} to a folder for models") from error
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a model may be called so: its name is a folder's, and no path or file."""
+    return bool(_NAME.fullmatch(text)) and not text.endswith((".", *FORMS)) and text.casefold() != "starter"
+
+
+def require_name(text: str) -> None:
+    """Raise BundleError unless a model may be called so."""
+    if not is_name(text):
+        raise BundleError(f"a model cannot be called {short(text)}: expected up to 64 letters, digits, '.', '-' and "
+                          "'_', not the name of a .zip or .ckpt, and not starter")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where a model came from and what it must be: SHA-256 of its file, and the digest of the bundle in it."""
+
+    name: str
+    file: str
+    source: str
+    sha256: str
+    n_bytes: int
+    digest: str
+    date: str
+    version: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The bundle's file."""
+        return folder_of(self.name) / self.file
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model; the name is one that `is_name`."""
+    require_name(name)
+    return home() / "models" / name
+
+
+def read_record(name: str) -> Record | None:
+    """What is recorded of a model; None if it is not in the cache. Raises BundleError for a broken record."""
+    path = folder_of(name) / RECORD
+    try:
+        content = json.loads(path.read_bytes())
+        record = Record(**{field.name: content[field.name] for field in fields(Record)})
+        # The file is opened by this name.
+        if record.name != name or record.file not in [name + form for form in FORMS]:
+            raise ValueError
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}; set {HOME} to a folder of yours") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} is damaged; {_again(name)}") from error
+    return record
+
+
+def cached_names() -> list[str]:
+    """Names of the models in the cache, sorted."""
+    with suppress(OSError):
+        return sorted(path.name for path in (home() / "models").iterdir() if is_name(path.name) and path.is_dir())
+    return []
+
+
+def load_cached(record: Record) -> Bundle:
+    """Load a model of the cache; raises BundleError if it is not the one that was recorded."""
+    if not record.path.is_file():
+        raise BundleError(f"{record.path} is not there, but its record is; {_again(record.name)}")
+    bundle = load_bundle(record.path)
+    if bundle.digest != record.digest:
+        raise BundleError(f"{record.path} has digest {bundle.digest[:12]}, its record says {record.digest[:12]}; "
+                          f"{_again(record.name)}")  # fmt: skip
+    return bundle
+
+
+def _again(name: str) -> str:
+    return f"get it again with `megaseg models fetch {name} --overwrite`, or import with --overwrite"
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Name the cache and the next step where its folder cannot be written."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        cause = error.strerror or str(error)
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError):
+            raise SettingsError(f"{what} cannot be written to {home()}: {cause}; set {HOME} to a folder that can be "
+                                "written") from error  # fmt: skip
+        raise StoreError(f"{what} cannot be written to {home()}: {cause}; make room there, or set {HOME} to another "
+                         "folder, and run the same command again") from error  # fmt: skip
+
+
+def install(name: str, form: str, fill: Callable[[Path], None], *, source: str, version: str = "") -> Record:
+    """Give a bundle its name in the cache, in place of one that has it; returns its record.
+
+    ``fill`` puts its file where it is told. Raises BundleError, and leaves what
+    was there, if it is not a whole bundle that can be run.
+    """
+    target = folder_of(name)
+    staging = target.with_name(f".{name}-{uuid.uuid4().hex[:8]}")
+    with writing(name):
+        staging.mkdir(parents=True)
+        try:
+            path = staging / f"{name}{form}"
+            fill(path)
+            bundle = _load_whole(path)
+            record = Record(name, path.name, source, sha256_of(path), path.stat().st_size, bundle.digest,
+                            datetime.now(UTC).isoformat(timespec="seconds"), version)  # fmt: skip
+            (staging / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+            for file in (path, staging / RECORD):
+                _sync(file)
+            _replace(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return record
+
+
+def _load_whole(path: Path) -> Bundle:
+    """Load a bundle, and read every other byte of its zip too."""
+    try:
+        if zipfile.is_zipfile(path):
+            with open_zip(path) as archive:
+                if damaged := archive.testzip():
+                    raise BundleError(f"{short(damaged)} in it is damaged")
+        return load_bundle(path)
+    except BundleError as error:
+        # Not where it lies for the moment.
+        raise BundleError(str(error).removeprefix(f"{path}: ")) from error
+    except OSError:
+        raise
+    # Each decompressor has errors of its own.
+    except Exception as error:
+        raise BundleError(f"the zip is damaged ({short(str(error))})") from error
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Rename a folder to one that may exist, which is moved away and removed."""
+    old = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.old")
+    for _ in range(100):
+        try:
+            staging.rename(target)
+            break
+        except OSError:
+            # Of two at once one comes second; it finds the other's folder.
+            if not target.exists():
+                raise
+            with suppress(FileNotFoundError):
+                target.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        raise OSError(f"{target} is replaced by others all the time")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def sha256_of(path: Path, algorithm: str = "sha256") -> str:
+    """SHA-256 of a file (hex), or another digest by its name in hashlib."""
+    with path.open("rb") as file:
+        return file_digest(file, algorithm).hexdigest()
+
+
+def import_bundle(path: Path, name: str, *, checkpoint: str | None = None, overwrite: bool = False) -> Record:
+    """Copy a bundle into the cache under a name: a zip or .ckpt as it is, of a folder what is needed to run it.
+
+    Raises BundleError if the name is taken and not to be overwritten, or it is no bundle.
+    """
+    require_name(name)
+    if not overwrite and folder_of(name).exists():
+        raise BundleError(f"{name} is in the cache already; choose another name, or pass --overwrite to replace it")
+    if not path.exists():
+        raise BundleError(f"{path} does not exist; give a bundle's folder, its zip or a .ckpt")
+    # What is wrong with it is said of the path that was given.
+    digest = load_bundle(path, checkpoint).digest
+    packed = path.is_dir() or (checkpoint is not None and path.suffix == ".zip")
+    form = ".zip" if packed or path.suffix == ".zip" else ".ckpt"
+
+    def fill(target: Path) -> None:
+        if not packed:
+            shutil.copyfile(path, target)
+            return
+        with zipfile.ZipFile(target, "w") as archive:
+            for inside, data in parts_of(path, checkpoint):
+                archive.writestr(inside, data)
+
+    record = install(name, form, fill, source=str(path.absolute()))
+    assert record.digest == digest
+    return record
