@@ -16,7 +16,7 @@ import psutil
 
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.geometry import Box
-from megaseg_dask.inference import ModelRef, resolve_engine
+from megaseg_dask.inference import EngineSpec, ModelRef, resolve_engine
 from megaseg_dask.layout import iter_block_shapes
 from megaseg_dask.memory import BUDGET_SHARE
 from megaseg_dask.models import require_patch
@@ -62,7 +62,7 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
     settings = settings.filled({"patch": bundle.patch_shape, "overlap": bundle.overlap})
     assert settings.patch is not None
     require_patch(bundle.network, settings.patch)
-    engine = resolve_engine(device=settings.device, batch=settings.batch, threads=settings.threads)
+    engine = resolve_engine(**{name: getattr(settings, name) for name in EngineSpec.__dataclass_fields__})
     settings = settings.filled(asdict(engine))
     plan = Plan(
         source=where.url,

@@ -127,12 +127,22 @@ class Settings(BaseModel):
         "F",
         result=True,
     )
-    engine: Literal["auto", "torch"] = _option(NETWORK, "auto", "What runs the network.", "auto|torch", result=True)
+    engine: Literal["auto", "torch", "openvino"] = _option(
+        NETWORK,
+        "auto",
+        "What runs the network; auto is torch on a GPU, and on a CPU openvino if it is installed.",
+        "auto|torch|openvino",
+        result=True,
+    )
     device: Literal["auto", "cpu", "cuda"] = _option(
         NETWORK, "auto", "Where the network runs; auto is a GPU if there is one.", "auto|cpu|cuda", result=True
     )
-    precision: Literal["auto", "fp32"] = _option(
-        NETWORK, "auto", "Arithmetic inside the network; fp32 has TF32 off.", "auto|fp32", result=True
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _option(
+        NETWORK,
+        "auto",
+        "Arithmetic inside the network; auto is fp32 on a CPU and fp16 on a GPU. fp32 has TF32 off.",
+        "auto|fp32|bf16|fp16",
+        result=True,
     )
     batch: int | None = _option(NETWORK, None, "Patches per forward pass. (default: 1)", "N", result=True, gt=0)
     threads: int | None = _option(

@@ -155,7 +155,7 @@ def predict(
     )  # fmt: skip
     order = _axis_order(image)
     path, bundle = load(options.model)
-    engine = resolve_engine(device=options.device, batch=options.batch, threads=options.threads)
+    engine = resolve_engine(**{name: getattr(options, name) for name in EngineSpec.__dataclass_fields__})
     patch_shape = options.patch or bundle.patch_shape
     require_patch(bundle.network, patch_shape)
     array = _as_dask(image.transpose(*order))
