@@ -21,7 +21,7 @@ def request_of(tmp_path, tiny_bundle):
     source = write_image(tmp_path / "image.zarr", blobs(SHAPE), chunks=(20, 40, 50))
 
     def make(target="out.zarr", **options):
-        options = {"model": str(tiny_bundle), "threads": 1, "block": "20,40,50", "overlap": 0,
+        options = {"model": str(tiny_bundle), "engine": "torch", "threads": 1, "block": "20,40,50", "overlap": 0,
                    "outputs": "labels,scores,mask", **options}  # fmt: skip
         return str(source), str(tmp_path / target), parse_settings(options)
 
