@@ -232,6 +232,7 @@ class Plan(BaseModel):
                 first_filters=self.first_filters,
                 n_parameters=self.n_parameters,
                 batch=self.engine.batch,
+                engine=self.engine.engine,
                 chunk_bytes=self.source_chunk_bytes,
                 n_chunks=self.n_source_chunks,
                 source_bytes=np.dtype(self.source_image.dtype).itemsize,
