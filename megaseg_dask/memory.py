@@ -100,6 +100,10 @@ def project(sizes: Sizes) -> dict[str, int]:
     read = _largest_read_box(sizes)
     measured = Box.of(tuple(map(min, sizes.measure_shape, sizes.volume_shape))).size
     decoded = sizes.chunk_bytes * min(sizes.n_chunks, _CHUNKS_AT_ONCE)
+    # The engine stays open from one task to the next: with its weights, or with all that it ever needs.
+    kept, running = 4 * sizes.n_parameters, forward_bytes(sizes)
+    if sizes.engine == "openvino":
+        kept, running = running, 0
     # Blending holds sum and weights; turning logits into scores holds three more float32 arrays.
     segment = read * sizes.source_bytes * 2 + core * 16 + decoded
     label = core * (1 + 2 * 4 + _LABELLING_BYTES)
@@ -136,9 +140,7 @@ def project(sizes: Sizes) -> dict[str, int]:
         unused = set() if sizes.fills_holes else {"holes", "fill"}
         unused |= set() if sizes.is_automatic else {"histogram", "cutoff", "threshold"}
         stages = {stage: n for stage, n in stages.items() if stage not in unused}
-    # The engine stays open from one task to the next.
-    kept = IDLE_BYTES + (forward_bytes(sizes) if sizes.engine == "openvino" else 4 * sizes.n_parameters)
-    return {stage: kept + n for stage, n in stages.items()}
+    return {stage: IDLE_BYTES + kept + n for stage, n in stages.items()}
 
 
 # -- measuring it
