@@ -90,9 +90,13 @@ def images(plan: Plan) -> list[str]:
 def groups(plan: Plan) -> Iterator[Group]:
     """Yield all that a run writes at its target, image by image, labels before the scores they belong to."""
     for image in images(plan):
-        for kind in sorted(plan.arrays, key=("mask", "labels", "scores").index):
-            for suffix in plan.suffixes if kind != "scores" else ("",):
-                yield Group(kind, image, suffix)
+        yield from groups_of(plan, image)
+
+
+def groups_of(plan: Plan, image: str) -> list[Group]:
+    """Return what a run writes of one image."""
+    kinds = sorted(plan.arrays, key=("mask", "labels", "scores").index)
+    return [Group(kind, image, suffix) for kind in kinds for suffix in (plan.suffixes if kind != "scores" else ("",))]
 
 
 def first_mask(plan: Plan) -> str:

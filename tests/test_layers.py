@@ -12,15 +12,15 @@ PACKAGE = Path(__file__).parents[1] / "megaseg_dask"
 LAYERS = """
 errors events
 geometry blending intensity thresholds labelling digits measurements layout memory simulation evaluate
-stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
+stores.threads stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
 stores.disks stores.objects stores.foreign stores.location stores.downloads stores
 models.network models.recipes models.bundle models.guards models.files models.statements models.heads
 models.preprocessing models.cytodl models models.cards models.cache models.download models.zoo
 engines engines.pytorch engines.openvino inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
-parsing settings plan planning journal lease products
+parsing settings plan parts planning journal lease products
 tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
-targets tables
+publishing targets tables
 cluster dispatch flows run single
 xarrays training scoring report view demo doctor
 console exits models_cli cli

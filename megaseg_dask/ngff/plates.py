@@ -9,7 +9,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from textwrap import shorten
@@ -19,11 +18,9 @@ from pydantic import ValidationError
 
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.ngff.images import describe_group, open_ome_group, require_known_version
-from megaseg_dask.stores import ZARR_FORMAT, Location, cause_of, ome_of
+from megaseg_dask.stores import ZARR_FORMAT, Location, at_once, cause_of, ome_of
 from megaseg_dask.stores.failures import understand
 
-# Each well is one request, and most of the time goes by in waiting.
-_THREADS = 32
 _METADATA_KEY = {2: ".zattrs", 3: "zarr.json"}
 _REASON_LENGTH, _MOST_SHOWN = 300, 12
 # Of fields, as OME-Zarr 0.6 has it; 0.4 and 0.5 allow only letters and digits, which Fractal's "0_registered" is not.
@@ -138,8 +135,7 @@ def read_plate(location: Location) -> Plate:
     read = partial(_read_well, location, _METADATA_KEY[group.metadata.zarr_format])
     try:
         plate, wells = _parse_listing(version, str(listing.get("name") or location.name), listing)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            found = list(zip(wells, pool.map(read, wells), strict=True))
+        found = list(zip(wells, at_once(read, wells), strict=True))
         fields = tuple(field for _, of_well in found if not isinstance(of_well, str) for field in of_well)
         missing = tuple((well, reason) for well, reason in found if isinstance(reason, str))
         # Not every writer lists the acquisitions that its wells name.
@@ -287,6 +283,18 @@ def _chosen(
 # -- writing
 
 
+def join_plates(plate: Plate, other: Plate) -> Plate:
+    """Return the plate with the fields of another beside its own, well by well; ``missing`` is of neither."""
+    rows, columns = (tuple(dict.fromkeys(a + b)) for a, b in ((plate.rows, other.rows), (plate.columns, other.columns)))
+    acquisitions = {a.id: a for a in (*other.acquisitions, *plate.acquisitions)}
+    fields = plate.fields + other.fields
+    if plate.fields and other.fields:
+        # By length first: 10 comes after 9.
+        fields = tuple(sorted(fields, key=lambda f: (rows.index(f.row), columns.index(f.column), len(f.name), f.name)))
+    return replace(plate, rows=rows, columns=columns, fields=fields, missing=(),
+                   acquisitions=tuple(acquisitions[i] for i in sorted(acquisitions)))  # fmt: skip
+
+
 def write_plate(location: Location, plate: Plate, version: str) -> None:
     """Write the groups of plate, rows and wells, without the images; what else is in their attributes stays.
 
@@ -312,9 +320,8 @@ def write_plate(location: Location, plate: Plate, version: str) -> None:
     }
     checked = _model(version).model_validate(listing).model_dump(exclude_none=True)
     rows = dict.fromkeys(field.row for field in plate.fields)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda row: (location / row).write_group(version, {}), rows))
-        list(pool.map(lambda well: _write_part(location / well, version, "well", _images(wells[well])), wells))
+    at_once(lambda row: (location / row).write_group(version, {}), rows)
+    at_once(lambda well: _write_part(location / well, version, "well", _images(wells[well])), wells)
     _write_part(location, version, "plate", checked)
 
 

@@ -10,10 +10,10 @@ import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -73,15 +73,21 @@ def write_parquet(
     more, are held at a time. Raises :class:`StoreError` naming what could not be
     written.
     """
-    with tempfile.TemporaryDirectory(prefix="megaseg-") as temporary:
-        path = Path(temporary) / "table.parquet"
-        with naming(Location.of(path), "write"), pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    n_rows = 0
+    # A file without a name: it is gone however this ends, and thousands of them are made quickly.
+    with tempfile.TemporaryFile() as file:
+        with (
+            naming(Location.of(tempfile.gettempdir()), "write"),
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        ):
             for rows in _iter_groups(volumes, schema):
                 writer.write_table(rows, row_group_size=_GROUP_ROWS)
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                n_rows += rows.num_rows
+        file.flush()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             # A store takes any buffer, and a mapped file costs no memory.
             folder.put(key, cast(bytes, data))
-        return int(pq.read_metadata(path).num_rows)
+    return n_rows
 
 
 def write_ngio_table(
@@ -122,6 +128,20 @@ def write_ngio_table(
     tables.write_group(version, {})
     listed = cast("list[str]", tables.open_group().attrs.get("tables", []))
     tables.write_group(version, {"tables": [*listed, *({name} - set(listed))]})
+
+
+def read_ngio_table(image: Location, name: str) -> list[tuple[int, int, Columns]]:
+    """Return timepoint, channel and rows of each volume that :func:`write_ngio_table` wrote; none if there is none."""
+    data = (image / "tables" / name).get("table.parquet")
+    if data is None:
+        return []
+    table = pq.read_table(pa.BufferReader(data))
+    places = dict.fromkeys(zip(table["timepoint"].to_pylist(), table["channel"].to_pylist(), strict=True))
+    found: list[tuple[int, int, Columns]] = []
+    for t, c in places:
+        rows = table.filter((pc.field("timepoint") == t) & (pc.field("channel") == c))
+        found.append((t, c, {measured: rows[measured].to_numpy() for measured in _MEASURED}))
+    return found
 
 
 def require_own_table(image: Location, name: str) -> None:

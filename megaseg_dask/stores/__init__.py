@@ -14,6 +14,7 @@ from megaseg_dask.stores.location import (
     store_error,
 )
 from megaseg_dask.stores.options import StoreOptions
+from megaseg_dask.stores.threads import at_once
 
 __all__ = [
     "METADATA",
@@ -22,6 +23,7 @@ __all__ = [
     "Entry",
     "Location",
     "StoreOptions",
+    "at_once",
     "cached_array",
     "cause_of",
     "configure",

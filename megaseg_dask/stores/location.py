@@ -6,6 +6,7 @@ cause and the next step.
 """
 
 import functools
+import json
 import re
 import uuid
 from collections.abc import Iterator, Mapping
@@ -250,13 +251,34 @@ class Location:
         See :meth:`require_version`.
         """
         self.require_version(version)
-        format_ = cast("zarr.core.common.ZarrFormat", ZARR_FORMAT[version])
-        with naming(self, "write"):
-            group = zarr.open_group(self.arrays, mode="a", zarr_format=format_)
-            if replace:
-                group.attrs.put(dict(attributes))  # type: ignore[arg-type]
-            elif attributes:
-                group.update_attributes(dict(attributes))
+        # As JSON: of thousands of groups, each then costs one request to read and one to write.
+        if ZARR_FORMAT[version] == 2:
+            if self.size(".zgroup") is None:
+                self.put(".zgroup", _json({"zarr_format": 2}))
+            kept = self._read_json(".zattrs")
+            written: dict[str, Any] = {**({} if replace else kept), **attributes}
+            if written != kept:
+                self.put(".zattrs", _json(written))
+            return
+        there = self._read_json("zarr.json")
+        if there.get("node_type") == "array":
+            raise TargetError(f"{self} is an array, and cannot become a group; choose another target")
+        kept = {} if replace else there.get("attributes") or {}
+        node = {"zarr_format": 3, "node_type": "group", **there, "attributes": {**kept, **attributes}}
+        if node != there:
+            self.put("zarr.json", _json(node))
+
+    def _read_json(self, key: str) -> dict[str, Any]:
+        """Return the object of a metadata file, empty if there is none; :class:`TargetError` if it is damaged."""
+        try:
+            found = json.loads(self.get(key) or b"{}")
+        except ValueError as error:
+            raise TargetError(f"{self}/{key} is damaged ({error}); mend it, or choose another target") from error
+        return found if isinstance(found, dict) else {}
+
+
+def _json(value: Mapping[str, object]) -> bytes:
+    return json.dumps(value, indent=1).encode()
 
 
 def ome_of(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megaseg_dask.errors import SettingsError, StoreError, TargetError
-from megaseg_dask.stores import Location, StoreOptions, addresses, cached_array, cause_of, configure, environment
+from megaseg_dask.stores import (
+    Location,
+    StoreOptions,
+    addresses,
+    at_once,
+    cached_array,
+    cause_of,
+    configure,
+    environment,
+)
 
 ODD_NAMES = ["plain.zarr", "with space.zarr", "a#b%20ü.zarr", "x?y&z=1", "[q]", "semi;colon", "日本.ome.zarr"]
 
@@ -464,3 +473,28 @@ def test_target_and_the_folder_beside_it_are_both_probed(tmp_path, monkeypatch, 
     monkeypatch.setattr(Path, "touch", guarded)
     with pytest.raises(TargetError, match=f"Permission denied in {refused};"):
         Location.of(target).require_writable()
+
+
+def test_many_at_once_keep_their_order_and_end_at_the_first_error():
+    assert at_once(lambda n: n * n, range(100)) == [n * n for n in range(100)]
+    begun = []
+
+    def fail(n: int) -> None:
+        begun.append(n)
+        raise ValueError(n)
+
+    with pytest.raises(ValueError, match="0"):
+        at_once(fail, range(10_000), 2)
+    assert len(begun) < 10_000
+
+
+def test_a_group_is_not_made_of_an_array_or_of_damaged_metadata(tmp_path):
+    zarr.create_array(tmp_path / "array", shape=(4,), dtype="u1")
+    before = (tmp_path / "array/zarr.json").read_bytes()
+    with pytest.raises(TargetError, match="is an array"):
+        Location.of(tmp_path / "array").write_group("0.5", {"a": 1})
+    assert (tmp_path / "array/zarr.json").read_bytes() == before
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/zarr.json").write_text("{")
+    with pytest.raises(TargetError, match="is damaged"):
+        Location.of(tmp_path / "torn").write_group("0.5", {})
