@@ -173,6 +173,9 @@ def print_plan(summary: dict[str, Any]) -> None:
     engine, model = summary["engine"], summary["model"]
     peaks = ", ".join(f"{stage} {n / 1e9:.2f}" for stage, n in summary["projected_bytes"].items())
     tasks = " → ".join(f"{stage} {n}" for stage, n in summary["stages"].items())
+    cheapest = summary["auto_patch_voxels_per_voxel"]
+    saving = f" ({cheapest} with --patch auto, {_shape(summary['auto_patch_shape'])})"
+    saving = saving if cheapest < summary["patch_voxels_per_voxel"] else ""
     rows = {
         "source": f"{summary['source']}  ({summary['volumes']} × {_shape(summary['volume_shape'])}"
                   f" {summary['dtype']})",
@@ -181,7 +184,8 @@ def print_plan(summary: dict[str, Any]) -> None:
         "engine": f"{engine['engine']} {engine['precision']} on {engine['device']}, {engine['threads']} threads, "
                   f"batch {engine['batch']}",
         "patches": f"{summary['patches']} of {_shape(summary['patch_shape'])} per volume, overlap "
-                   f"{_shape(summary['overlap'])}: {summary['patch_voxels_per_voxel']} voxels predicted per voxel",
+                   f"{_shape(summary['overlap'])}: {summary['patch_voxels_per_voxel']} voxels predicted per voxel"
+                   + saving,
         "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, redundancy "
                   f"{summary['redundancy']}",
         "bytes": f"{size_text(summary['bytes_read'])} read ({summary['read_amplification']} times the volume), "

@@ -28,6 +28,7 @@ from megaseg_dask.parsing import (
     parse_bytes,
     parse_names,
     parse_normalization,
+    parse_patch,
     parse_roi,
     parse_text,
     parse_three,
@@ -48,6 +49,7 @@ RUN = "Where and how it runs"
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Patch = Annotated[tuple[Positive, Positive, Positive] | Literal["auto"], BeforeValidator(parse_patch)]
 Triple = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(parse_three)]
 Fractions = Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(parse_three)]
 Bytes = Annotated[Positive, BeforeValidator(parse_bytes)]
@@ -107,11 +109,12 @@ class Settings(BaseModel):
     model: Text = _option(
         NETWORK, "MegaSeg_v1", "Name of a model, or path of a bundle folder, zip or .ckpt.", "NAME|PATH"
     )
-    patch: Triple | None = _option(
+    patch: Patch | None = _option(
         NETWORK,
         None,
-        "Voxels that the network sees at once. (default: the bundle's, else 64,128,128)",
-        "Z,Y,X",
+        "Voxels that the network sees at once; auto is the cheapest near the bundle's. (default: the bundle's, else "
+        "64,128,128)",
+        "Z,Y,X|auto",
         result=True,
     )
     overlap: Fractions | None = _option(
