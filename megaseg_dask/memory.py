@@ -30,6 +30,10 @@ _CHANNEL_BLOCK = 16
 # Compiled kernels and scratch space of a forward pass, whatever its size.
 _FORWARD_BYTES = 250 * 10**6
 
+# OpenVINO plans its buffers: 4 maps per filter at full resolution, the weights as they were and repacked, and kernels.
+# It keeps all of it from one pass to the next. Measured with filters from 4 to 32.
+_OPENVINO_MAPS, _OPENVINO_WEIGHTS, _OPENVINO_BYTES = 5, 3, 100 * 10**6
+
 # The join holds fragments, not voxels. How many there are only the data know: an estimate, from a small nucleus.
 _VOXELS_PER_FRAGMENT = 10_000
 
@@ -67,10 +71,12 @@ class Sizes:
     n_chunks: int
     scores_bytes: int
     label_bytes: int
+    engine: str = "torch"
     fills_holes: bool = False
     is_automatic: bool = False
     n_inputs: int = 1
     n_outputs: int = 1
+    n_models: int = 1
     is_averaged: bool = False
 
 
@@ -86,9 +92,15 @@ def forward_bytes(sizes: Sizes) -> int:
     """Return the memory of one forward pass, weights included."""
     patch = Box.of(sizes.patch_grid.patch_shape).size
     # Heads with layers of their own have as many maps as the backbone has outputs.
-    maps = _FEATURE_MAPS * max(sizes.first_filters, sizes.n_outputs, _CHANNEL_BLOCK) + sizes.n_inputs + sizes.n_outputs
+    filters, ends = max(sizes.first_filters, sizes.n_outputs), sizes.n_inputs + sizes.n_outputs
     # Mirrored patches, and beside the logits of one pass their sum, the next sum and a mirror image.
-    maps += sizes.n_inputs + 3 * sizes.n_outputs if sizes.is_averaged else 0
+    averaged = sizes.n_inputs + 3 * sizes.n_outputs if sizes.is_averaged else 0
+    if sizes.engine == "openvino":
+        # Each network keeps its own.
+        maps = sizes.n_models * (_OPENVINO_MAPS * filters + ends) + averaged
+        weights = 4 * sizes.n_parameters * _OPENVINO_WEIGHTS
+        return 4 * patch * sizes.batch * maps + weights + sizes.n_models * _OPENVINO_BYTES
+    maps = _FEATURE_MAPS * max(filters, _CHANNEL_BLOCK) + ends + averaged
     return 4 * (patch * sizes.batch * maps + sizes.n_parameters) + _FORWARD_BYTES
 
 
@@ -98,6 +110,10 @@ def project(sizes: Sizes) -> dict[str, int]:
     read = _largest_read_box(sizes)
     measured = Box.of(tuple(map(min, sizes.measure_shape, sizes.volume_shape))).size
     decoded = sizes.chunk_bytes * min(sizes.n_chunks, _CHUNKS_AT_ONCE)
+    # The engine stays open from one task to the next: with its weights, or with all that it ever needs.
+    kept, running = 4 * sizes.n_parameters, forward_bytes(sizes)
+    if sizes.engine == "openvino":
+        kept, running = running, 0
     # Blending holds sums and weights; turning logits into scores holds three more float32 arrays.
     logits = core * 4 * sizes.n_outputs
     segment = read * sizes.source_bytes * 2 * sizes.n_inputs + logits + core * 12 + decoded
@@ -109,7 +125,10 @@ def project(sizes: Sizes) -> dict[str, int]:
     relabel = core * (4 + 3 * sizes.label_bytes)
     stages = {
         "measure": measured * sizes.source_bytes * 2 + 2**20 * 64 + decoded,
-        "segment": max(segment + forward_bytes(sizes), segment + core * (4 + sizes.scores_bytes)),
+        "segment": max(
+            segment + (0 if sizes.engine == "openvino" else forward_bytes(sizes)),
+            segment + core * (4 + sizes.scores_bytes),
+        ),
         "histogram": table,
         "cutoff": _TABLE_BYTES * (TABLES_READ_AHEAD + 2),
         "threshold": core * 6,
@@ -134,9 +153,7 @@ def project(sizes: Sizes) -> dict[str, int]:
         unused = set() if sizes.fills_holes else {"holes", "fill"}
         unused |= set() if sizes.is_automatic else {"histogram", "cutoff", "threshold"}
         stages = {stage: n for stage, n in stages.items() if stage not in unused}
-    # The engine stays open from one task to the next.
-    kept = IDLE_BYTES + 4 * sizes.n_parameters
-    return {stage: kept + n for stage, n in stages.items()}
+    return {stage: IDLE_BYTES + kept + n for stage, n in stages.items()}
 
 
 # -- measuring it

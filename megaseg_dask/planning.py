@@ -10,13 +10,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Literal
 
 import numpy as np
 import psutil
 
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
-from megaseg_dask.geometry import Box
-from megaseg_dask.inference import ModelRef, resolve_engine
+from megaseg_dask.geometry import Box, Shape, cheapest_patch
+from megaseg_dask.inference import EngineSpec, ModelRef, resolve_engine
 from megaseg_dask.layout import iter_block_shapes
 from megaseg_dask.memory import BUDGET_SHARE
 from megaseg_dask.models import Bundle, require_patch
@@ -64,10 +65,11 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
         settings = settings.filled({name: earlier[name] for name in _ALIKE})
     level = where / paths[0] / image.levels[0].path
     array = level.open_array()
-    settings, model, bundles = open_models(settings)
+    settings, model, bundles = open_models(settings, image.volume_shape())
+    assert settings.overlap is not None
     inputs = _choose_inputs(channels, model.in_channels, settings.channel, where)
     names = _target_names(image, inputs, model.outputs)
-    engine = resolve_engine(device=settings.device, batch=settings.batch, threads=settings.threads, tta=settings.tta)
+    engine = resolve_engine(**{name: getattr(settings, name) for name in EngineSpec.__dataclass_fields__})
     settings = settings.filled(asdict(engine))
     plan = Plan(
         source=where.url,
@@ -101,6 +103,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
         memory_bytes=settings.memory or default_memory_bytes(settings.workers or 1),
         n_parameters=sum(tensor.numel() for bundle in bundles for tensor in bundle.weights.values()),
         first_filters=max(bundle.network.filters[0] for bundle in bundles),
+        auto_patch=choose_patch("auto", settings.overlap, bundles[0], image.volume_shape()),
     )
     if plan.options.block is None:
         plan = choose_block(plan)
@@ -108,7 +111,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     return plan
 
 
-def open_models(settings: Settings) -> tuple[Settings, ModelRef, list[Bundle]]:
+def open_models(settings: Settings, volume_shape: Shape) -> tuple[Settings, ModelRef, list[Bundle]]:
     """Load the models that settings name; patch and overlap, where they are left open, are those of the bundles.
 
     Raises :class:`BundleError` for models that cannot be averaged, and :class:`SettingsError` for other settings
@@ -125,13 +128,13 @@ def open_models(settings: Settings) -> tuple[Settings, ModelRef, list[Bundle]]:
             if getattr(settings, name.removesuffix("_shape")) is None and mine != theirs:
                 raise BundleError(f"{path} has {name} {theirs}, {found[0][0]} has {mine}; choose one for both with "
                                   f"--{name.removesuffix('_shape')}")  # fmt: skip
-    settings = settings.filled({"patch": first.patch_shape, "overlap": first.overlap})
-    assert settings.patch is not None
+    overlap = settings.overlap or first.overlap
+    patch = choose_patch(settings.patch, overlap, first, volume_shape)
     for bundle in bundles.values():
-        require_patch(bundle.network, settings.patch)
+        require_patch(bundle.network, patch)
     if settings.normalization and not first.preprocessing.has_zscore:
         raise SettingsError(f"--normalization: {model.name} takes images without a z-score, by: {first.preprocessing}")
-    return settings, model, list(bundles.values())
+    return settings.filled({"patch": patch, "overlap": overlap}), model, list(bundles.values())
 
 
 def _digest_of(where: Location, image: Image, plate: Plate | None) -> str:
@@ -173,6 +176,17 @@ def _channel_names(image: Image) -> list[str]:
     """Return the name of each channel, or its number where it has none."""
     n = image.extent("c")
     return [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]
+
+
+def choose_patch(
+    wanted: Shape | Literal["auto"] | None, overlap: tuple[float, ...], bundle: Bundle, volume_shape: Shape
+) -> Shape:
+    """Return the patch: as wanted, the bundle's, or the cheapest near that; raises :class:`SettingsError`."""
+    if wanted == "auto":
+        return cheapest_patch(volume_shape, bundle.patch_shape, overlap, bundle.network.patch_multiple)
+    patch: Shape = wanted or bundle.patch_shape
+    require_patch(bundle.network, patch)
+    return patch
 
 
 def default_memory_bytes(n_workers: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
@@ -133,8 +133,9 @@ def _read_chunk(location: Location, axis_names: tuple[str, ...], block_info: Any
 
 def predict(
     image: xarray.DataArray, model: str | Path | Sequence[str | Path] = "starter", *,
-    patch: Shape | None = None, overlap: float | tuple[float, ...] | None = None, block: Shape | None = None,
-    device: str = "auto", batch: int | None = None, threads: int | None = None, tta: bool = False,
+    patch: Shape | Literal["auto"] | None = None, overlap: float | tuple[float, ...] | None = None,
+    block: Shape | None = None, engine: str = "auto", device: str = "auto", precision: str = "auto",
+    batch: int | None = None, threads: int | None = None, tta: bool = False,
 ) -> xarray.DataArray:  # fmt: skip
     """Return the scores of ``image``, lazily: float32 from 0 to 1, with its dimensions and coordinates.
 
@@ -150,25 +151,25 @@ def predict(
     """
     models = model if isinstance(model, str | Path) else list(model)
     options = parse_settings(
-        {"model": models, "patch": patch, "overlap": overlap, "block": block,
-         "device": device, "batch": batch, "threads": threads, "tta": tta}
+        {"model": models, "patch": patch, "overlap": overlap, "block": block, "engine": engine,
+         "device": device, "precision": precision, "batch": batch, "threads": threads, "tta": tta}
     )  # fmt: skip
     order = _axis_order(image)
-    options, ref, _ = open_models(options)
+    array = _as_dask(image.transpose(*order))
+    options, ref, _ = open_models(options, array.shape[-3:])
     if (ref.in_channels, len(ref.outputs)) != (1, 1):
         raise BundleError(f"{ref.name} takes {ref.in_channels} channels and has {len(ref.outputs)} outputs; predict() "
                           "is for one of each, segment() for any")  # fmt: skip
-    engine = resolve_engine(device=options.device, batch=options.batch, threads=options.threads, tta=tta)
-    assert options.patch is not None
+    spec = resolve_engine(**{name: getattr(options, name) for name in EngineSpec.__dataclass_fields__})
+    assert isinstance(options.patch, tuple)
     assert options.overlap is not None
-    array = _as_dask(image.transpose(*order))
     grid = PatchGrid(array.shape[-3:], options.patch, options.overlap)
     blocks = BlockGrid(grid.volume_shape, options.block or _choose_block(grid))
     # What is read for the statistics would otherwise stay in memory until the last block is predicted.
     measured = clone(array) if image.chunks is not None and len(blocks) > 1 else array
-    predict_volume = partial(_predict_volume, blocks=blocks, grid=grid, model=ref, engine=engine)
+    predict_volume = partial(_predict_volume, blocks=blocks, grid=grid, model=ref, engine=spec)
     scores = _predict_each(array, measured, predict_volume)
-    attributes = {"model": ref.name, "model_digest": ref.digest, "engine": str(asdict(engine))}
+    attributes = {"model": ref.name, "model_digest": ref.digest, "engine": str(asdict(spec))}
     return xarray.DataArray(scores, image.coords, order, "scores", attributes).transpose(*image.dims)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask import products, thresholds
-from megaseg_dask.blending import sigmoid
+from megaseg_dask.blending import in_slabs, sigmoid
 from megaseg_dask.errors import DataError
 from megaseg_dask.geometry import BlockGrid, Box
 from megaseg_dask.inference import Preparation, open_engine, predict_block, stack
@@ -41,6 +41,8 @@ def measure_block(plan: Plan, volume: int, number: int) -> Summary:
         values = channel.read(box)
         n_absent += channel.count_absent(box, values)
         parts.append(measure_parts(plan, values, box))
+        # What cannot be normalised is said of this block, rather than of the run.
+        describe_statistics(plan, parts[-1])
     return {"parts": parts, **_told(absent=n_absent)}
 
 
@@ -166,7 +168,9 @@ def scores_of(plan: Plan, logits: Float32) -> dict[str, Array]:
 
 def as_stored(scores: Float32, dtype: str) -> Array:
     """Return scores as they are written: 255 times the score, rounded, or as they are."""
-    return np.rint(scores * np.float32(255)).astype(np.uint8) if dtype == "uint8" else scores
+    if dtype != "uint8":
+        return scores
+    return in_slabs(lambda part: np.rint(part * np.float32(255)), scores, np.dtype(np.uint8))
 
 
 # -- a threshold for each volume
