@@ -1,0 +1,34 @@
+"""The command that repeats a run: every resolved option that can change a voxel, as people type it."""
+
+import shlex
+
+from megaseg_dask.plan import Plan
+from megaseg_dask.settings import Settings, is_result
+
+# What only says where and how the work is done, and is part of repeating it all the same.
+_ALSO = ("model", "memory", "endpoint", "anon")
+
+
+def command_of(plan: Plan) -> str:
+    """Return the shell command that gives the same output; parsed, it has the plan's own fingerprint."""
+    words = ["megaseg", "segment", plan.source, plan.target]
+    for name, field in Settings.model_fields.items():
+        value = getattr(plan.options, name)
+        if value in (None, field.default) or not (is_result(name) or name in _ALSO) or _is_implied(plan, name):
+            continue
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [_text(name, value)])
+    return shlex.join(words)
+
+
+def _is_implied(plan: Plan, name: str) -> bool:
+    """Tell whether an option was only written down because the source leaves no choice."""
+    extents = {"time": plan.source_image.extent("t"), "channel": plan.source_image.extent("c")}
+    return extents.get(name) == 1
+
+
+def _text(name: str, value: object) -> str:
+    if name == "roi" and isinstance(value, tuple):
+        return ",".join(f"{a}:{b}" for a, b in value)
+    if name == "time" and isinstance(value, tuple):
+        return ":".join("" if n is None else str(n) for n in value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
