@@ -18,7 +18,7 @@ from benchmarks.machine import describe
 from megaseg_dask.demo import write_sample
 from megaseg_dask.models import build_network, load_bundle
 from megaseg_dask.models.zoo import locate
-from megaseg_dask.run import plan_run, segment
+from megaseg_dask.run import plan_runs, segment
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.simulation import simulate
 from megaseg_dask.stores import Location
@@ -34,7 +34,7 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
         source, target = Path(folder) / "field.zarr", Path(folder) / "out.zarr"
         write_sample(Location.of(source), made.image, made.mask.astype(np.uint16))
         settings = parse_settings({"model": model, "scores_dtype": "float32"})
-        plan, _ = plan_run(str(source), str(target), settings)
+        [(plan, _)] = plan_runs(str(source), str(target), settings)
         started = time.perf_counter()
         result = segment(str(source), str(target), settings)
         ours_s = time.perf_counter() - started

@@ -27,7 +27,7 @@ from megaseg_dask.cluster import CONFIG, WORKER_ENVIRONMENT
 from megaseg_dask.demo import write_sample
 from megaseg_dask.journal import Journal
 from megaseg_dask.ngff.plates import Acquisition, Field, Plate, write_plate
-from megaseg_dask.run import plan_run, segment
+from megaseg_dask.run import plan_runs, segment
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.simulation import simulate
 from megaseg_dask.stores import Location
@@ -128,7 +128,7 @@ def measure_tasks(n_per_axis: int, outputs: str) -> dict[str, Any]:
         settings = parse_settings(options)
         target = str(folder / "out.zarr")
         started = time.perf_counter()
-        plan, _ = plan_run(str(source), target, settings)
+        [(plan, _)] = plan_runs(str(source), target, settings)
         plan_s = time.perf_counter() - started
         with cluster(folder, 2, EMPTY_TASKS) as running:
             base = psutil.Process().memory_info().rss
@@ -168,7 +168,7 @@ def measure_volume(grid_shape: tuple[int, ...], memory: str, n_workers: int = 1,
         fixed = {"model": "starter", "threads": 1, "memory": memory, "overlap": 0, "threshold": 0.95}
         settings = parse_settings({**fixed, **options})
         target = str(folder / "out.zarr")
-        plan, _ = plan_run(str(source), target, settings)
+        [(plan, _)] = plan_runs(str(source), target, settings)
         with cluster(folder, n_workers, EMPTY_ENGINE) as running:
             started = time.perf_counter()
             result = segment(str(source), target, settings, client=running["client"])
@@ -226,7 +226,7 @@ def measure_fields(n_fields: int = 2000) -> dict[str, Any]:
         settings = parse_settings({"model": "starter", "threads": 1, "overlap": 0, "patch": "16,64,64",
                                    "outputs": "labels,scores,measurements"})  # fmt: skip
         started = time.perf_counter()
-        plan, _ = plan_run(str(source), target, settings)
+        [(plan, _)] = plan_runs(str(source), target, settings)
         plan_s = time.perf_counter() - started
         times: list[float] = []
         with cluster(folder, 2, EMPTY_ENGINE) as running:

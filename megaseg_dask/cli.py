@@ -169,20 +169,24 @@ def plan(
     with _exit_codes(json_):
         settings = _settings_of(options)
         from megaseg_dask.models.zoo import reporting
-        from megaseg_dask.run import estimate_time, plan_run
-        from megaseg_dask.single import record_plan
+        from megaseg_dask.run import estimate_time, plan_runs
+        from megaseg_dask.single import record_plans
 
         # Stdout has the plan alone.
         with reporter(as_json=False, quiet=False) as emit, reporting(emit):
             if record:
-                record_plan(source, target, settings)
-            planned, journal = plan_run(source, target, settings)
-        times = estimate_time(planned)
-        summary = {**planned.summary(), **times, "tasks_done": journal.n_done, "done": journal.result is not None}
+                record_plans(source, target, settings)
+            runs = plan_runs(source, target, settings)
+        summaries = [
+            {**plan.summary(), **estimate_time(plan), "tasks_done": journal.n_done, "done": journal.result is not None}
+            for plan, journal in runs
+        ]
         if json_:
-            typer.echo(json.dumps({"event": "plan", **summary}))
+            # A plate whose fields are of several forms takes further runs.
+            typer.echo(json.dumps({"event": "plan", **summaries[0], "further_runs": summaries[1:]}))
         else:
-            print_plan(summary)
+            for summary in summaries:
+                print_plan(summary)
 
 
 @app.command()

@@ -59,7 +59,8 @@ def _bars() -> Iterator[Callable[[Event], None]]:
                     stage = str(fields["stage"])
                     if stage not in bars:
                         bars[stage] = progress.add_task(stage, total=fields["n_tasks"], rate="")
-                    progress.update(bars[stage], completed=fields["n_done"], rate=_rate(fields))
+                    done = {"completed": fields["n_done"], "total": fields["n_tasks"]}
+                    progress.update(bars[stage], **done, rate=_rate(fields))
                 case "fetching":
                     model = str(fields["model"])
                     if model not in bars:

@@ -1,5 +1,6 @@
 """What a run tells while it works: small records, for a terminal, a log or a script alike."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
@@ -92,6 +93,28 @@ class Result(Event):
     def as_dict(self) -> dict[str, object]:
         """Return JSON values, the exit code among them."""
         return {**Event.as_dict(self), "exit_code": self.exit_code}
+
+
+def joined(results: Sequence[Result]) -> Result:
+    """Return the one result of a request that took several runs; ``run`` is the first of those that failed."""
+    if len(results) == 1:
+        return results[0]
+    failures = [failure for result in results for failure in result.failures]
+    counts = [result.n_objects for result in results if result.n_objects is not None]
+    peaks: dict[str, int] = {}
+    for stage, peak in (item for result in results for item in result.peak_bytes.items()):
+        peaks[stage] = max(peak, peaks.get(stage, 0))
+    return Result(
+        status="failed" if failures else "done",
+        target=results[0].target,
+        n_objects=sum(counts) if len(counts) == len(results) else None,
+        wall_s=round(sum(result.wall_s for result in results), 3),
+        already_done=all(result.already_done for result in results),
+        failures=failures,
+        warnings=[warning for result in results for warning in result.warnings],
+        peak_bytes=peaks,
+        run=next((result.run for result in results if result.failures), results[0].run),
+    )
 
 
 @dataclass(frozen=True, slots=True)

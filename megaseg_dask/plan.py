@@ -7,9 +7,11 @@ give the same output. Tasks are numbered per stage, volume by volume.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import count
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -292,6 +294,19 @@ class Plan(BaseModel):
 def run_folder(target: Location, label_name: str) -> Location:
     """Return where the plan, the journal and intermediate data of a run live."""
     return runs_folder(target) / label_name
+
+
+def iter_run_folders(target: Location, label_name: str) -> Iterator[Location]:
+    """Yield where the runs of one label name live, without end: a plate is done in one run or several."""
+    yield run_folder(target, label_name)
+    for number in count(2):
+        # No label name holds a plus.
+        yield run_folder(target, f"{label_name}+{number}")
+
+
+def run_names(label_name: str) -> re.Pattern[str]:
+    """Return what the names of these folders look like."""
+    return re.compile(rf"{re.escape(label_name)}(\+\d+)?")
 
 
 def runs_folder(target: Location) -> Location:

@@ -21,30 +21,35 @@ from megaseg_dask.memory import BUDGET_SHARE
 from megaseg_dask.models import require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.models.zoo import load
-from megaseg_dask.ngff.images import Image, digest_of, read_image, sample_of
-from megaseg_dask.ngff.plates import Plate, is_plate, read_plate, select_fields
+from megaseg_dask.ngff.images import Image, digest_of, sample_of
+from megaseg_dask.ngff.plates import Plate
+from megaseg_dask.parts import Part
 from megaseg_dask.plan import Plan, PlannedVolume, run_folder
 from megaseg_dask.settings import Settings
-from megaseg_dask.stores import Location, at_once
+from megaseg_dask.stores import Location
 
 DEFAULT_MEMORY_BYTES = 8 * 10**9
+# How all parts of a plate are predicted; the block follows from each one's shape.
+_ALIKE = ("patch", "overlap", "engine", "device", "precision", "batch", "threads")
 
 
-def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | None = None) -> Plan:
+def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     """Resolve settings into a plan; reads metadata and the bundle, writes nothing.
 
-    What the settings leave open is taken from ``recorded``, the plan of an
-    earlier run on the same target: a run that resumes never re-plans. Raises
+    What the settings leave open is taken from the plan of an earlier run of the
+    same part: a run that resumes never re-plans. What may change a bit on
+    another machine is also taken from that of another part of the plate. Raises
     :class:`SourceError`, :class:`SettingsError`, :class:`TargetError` or
     :class:`BundleError`.
     """
     where, to = Location.of(source), Location.of(target)
-    plate, whole = _read_source(where, settings)
+    plate, whole, recorded = part.plate, part.image, part.recorded
     if settings.level >= len(whole.levels):
         raise SettingsError(f"--level {settings.level}: the source has levels 0 to {len(whole.levels) - 1}")
     require_measurable(settings, len(whole.levels))
     image = whole.from_level(settings.level)
-    require_segmentable(image, where)
+    paths = [field.path for field in plate.fields] if plate else [""]
+    require_segmentable(image, where / paths[0])
     require_target(settings, where, to)
     if where.is_same(to):
         # One container holds one version.
@@ -53,7 +58,9 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
     first, stop = _choose_times(image, settings)
     if recorded is not None:
         settings = settings.filled(recorded.options.result_options())
-    paths = [field.path for field in plate.fields] if plate else [""]
+    elif part.others:
+        earlier = part.others[0].options.result_options()
+        settings = settings.filled({name: earlier[name] for name in _ALIKE})
     level = where / paths[0] / image.levels[0].path
     array = level.open_array()
     path, bundle = load(settings.model)
@@ -65,7 +72,7 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
     plan = Plan(
         source=where.url,
         target=to.url,
-        run=run_folder(to, settings.label_name).url,
+        run=part.run.url,
         source_image=image,
         target_image=replace(
             _cropped(image, settings, where)
@@ -99,46 +106,6 @@ def make_plan(source: str, target: str, settings: Settings, *, recorded: Plan | 
         plan = choose_block(plan)
     require_memory(plan)
     return plan
-
-
-def _read_source(where: Location, settings: Settings) -> tuple[Plate | None, Image]:
-    """Return the chosen fields of a plate, if the source is one, and the image, or what all fields have in common."""
-    if not is_plate(where):
-        if settings.wells or settings.fields or settings.acquisition is not None:
-            raise SettingsError(f"{where} is no plate: --wells, --fields and --acquisition choose among its images")
-        return None, read_image(where)
-    plate = select_fields(
-        read_plate(where), wells=settings.wells, fields=settings.fields, acquisition=settings.acquisition
-    )
-    if not plate.fields:
-        listed = "; ".join(f"{path}: {reason}" for path, reason in plate.missing[:3])
-        raise SourceError(f"{where} has no field that can be read ({listed})")
-    found = at_once(lambda field: _try_image(where / field.path), plate.fields)
-    broken = tuple((f.path, str(i)) for f, i in zip(plate.fields, found, strict=True) if isinstance(i, SourceError))
-    fields = [(f, i) for f, i in zip(plate.fields, found, strict=True) if isinstance(i, Image)]
-    if not fields:
-        raise SourceError(broken[0][1])
-    first = _form(fields[0][1])
-    if other := next((f.path for f, i in fields if _form(i) != first), None):
-        raise SettingsError(
-            f"{where}: field {other} has another shape, voxel size or dtype than {fields[0][0].path}, and one run "
-            "takes fields of one form; choose them with --wells and --fields"
-        )
-    chosen = replace(plate, fields=tuple(f for f, _ in fields), missing=(*plate.missing, *broken))
-    return chosen, replace(fields[0][1], name=plate.name)
-
-
-def _try_image(where: Location) -> Image | SourceError:
-    try:
-        return read_image(where)
-    except SourceError as error:
-        return error
-
-
-def _form(image: Image) -> Image:
-    """Return what the fields of one run have in common: all but their names and places."""
-    levels = tuple(replace(v, translation=()) for v in image.levels)
-    return replace(image, name="", levels=levels, channel_names=())
 
 
 def _digest_of(where: Location, image: Image, plate: Plate | None) -> str:

@@ -13,18 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from megaseg_dask import products, targets, tasks
+from megaseg_dask import products, publishing, targets, tasks
 from megaseg_dask.cluster import connect, open_stores
 from megaseg_dask.dispatch import Dispatcher, GroupSize
 from megaseg_dask.errors import MegasegError, TargetError
-from megaseg_dask.events import Event, Failure, Progress, Result, RunStatus, Started
+from megaseg_dask.events import Event, Failure, Progress, Result, RunStatus, Started, joined
 from megaseg_dask.flows import Flow, iter_flows
 from megaseg_dask.inference import measure_patch_s
 from megaseg_dask.journal import FOLDER as journal_folder
 from megaseg_dask.journal import Journal
 from megaseg_dask.lease import Held, held
 from megaseg_dask.models.zoo import reporting
-from megaseg_dask.plan import Plan, run_folder, runs_folder
+from megaseg_dask.parts import Part, read_parts
+from megaseg_dask.plan import Plan, runs_folder
 from megaseg_dask.planning import make_plan
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location, StoreOptions, at_once, configure
@@ -39,23 +40,30 @@ _STORE_IS_LOST = 5
 _PROGRESS_S = 0.2
 
 
-def plan_run(source: str, target: str, settings: Settings) -> tuple[Plan, Journal]:
-    """Return the plan to carry out and what an earlier run of it finished; writes nothing.
+def plan_runs(source: str, target: str, settings: Settings) -> list[tuple[Plan, Journal]]:
+    """Return the plans to carry out and what earlier runs of them finished; writes nothing.
 
-    Raises :class:`TargetError` if the target holds another run, or is not ours.
+    It is one plan, but for a plate whose fields are of several forms or were planned at several times. Raises
+    :class:`TargetError` if the target holds another run, or is not ours.
     """
     configure(store_options(source, settings))
     # Before all else: a store that is not there is asked only once.
-    Location.of(target).probe(TargetError)
-    run = run_folder(Location.of(target), settings.label_name)
-    recorded = None if settings.overwrite else targets.read_recorded(run)
-    plan = make_plan(source, target, settings, recorded=recorded)
-    if recorded is not None:
-        targets.require_same(plan, recorded)
+    to = Location.of(target)
+    to.probe(TargetError)
+    parts = read_parts(Location.of(source), to, settings, targets.read_parts(to, settings.label_name))
+    return [_plan_run(source, target, settings, part) for part in parts]
+
+
+def _plan_run(source: str, target: str, settings: Settings, part: Part) -> tuple[Plan, Journal]:
+    plan = make_plan(source, target, settings, part)
+    if part.recorded is not None:
+        targets.require_same(plan, part.recorded)
         if targets.is_present(plan):
             return plan, Journal.read(plan)
+    for other in part.others:
+        targets.require_alike(plan, other)
     # Nothing is done in arrays that are not there, whatever a record beside them says.
-    targets.require_free(plan)
+    targets.require_free(plan, is_joining=bool(part.others))
     require_own_tables(plan)
     return plan, Journal.of(plan)
 
@@ -82,19 +90,19 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
     :class:`MegasegError`; a run in which tasks failed returns a result that names them.
     """
     with reporting(emit):
-        plan, journal = plan_run(source, target, settings)
-    if journal.result is None:
+        runs = plan_runs(source, target, settings)
+    if any(journal.result is None for _, journal in runs):
         # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
         with (
-            connect(plan) if client is None else nullcontext(client) as workers,
-            held(runs_folder(Location(plan.target))) as lease,
+            connect(runs[0][0]) if client is None else nullcontext(client) as workers,
+            held(runs_folder(Location(runs[0][0].target))) as lease,
         ):
             open_stores(workers, store_options(source, settings))
             # Again: another client may have worked on it until now.
-            plan, journal = plan_run(source, target, settings)
-            result = _carry_out(plan, journal, workers, lease, emit)
+            runs = plan_runs(source, target, settings)
+            result = _carry_out(runs, workers, lease, emit)
     else:
-        result = _already_done(plan, journal)
+        result = joined([_already_done(plan, journal) for plan, journal in runs])
     emit(result)
     return result
 
@@ -103,15 +111,31 @@ def _already_done(plan: Plan, journal: Journal) -> Result:
     # A run that was killed in its last moment left them.
     targets.remove_work(plan)
     warnings = list((journal.result or {}).get("warnings", []))
-    n_objects = _n_objects(plan, journal)
-    return Result("done", plan.target, n_objects, 0.0, already_done=True, warnings=warnings, run=plan.run)
+    failures = [failure.as_dict() for failure in _unread(plan)]
+    n_objects = None if failures else _n_objects(plan, journal)
+    status = "failed" if failures else "done"
+    return Result(status, plan.target, n_objects, 0.0, already_done=True, failures=failures, warnings=warnings,
+                  run=plan.run)  # fmt: skip
 
 
-def _carry_out(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
-    if journal.result is not None:
-        return _already_done(plan, journal)
-    begin(plan, journal)
-    return run_plan(plan, journal, client, lease, emit)
+def _carry_out(runs: list[tuple[Plan, Journal]], client: Any, lease: Held, emit: Emit) -> Result:
+    """Record what is to be done, all of it before any of it is, and do it."""
+    to_do = [(plan, journal) for plan, journal in runs if journal.result is None]
+    if runs[0][0].options.overwrite:
+        targets.forget_replaced([plan for plan, _ in runs])
+    for plan, journal in to_do:
+        begin(plan, journal)
+    results = []
+    for plan, journal in runs:
+        is_done = journal.result is not None
+        results.append(_already_done(plan, journal) if is_done else run_plan(plan, journal, client, lease, emit))
+    return joined(results)
+
+
+def _unread(plan: Plan) -> list[Failure]:
+    """Return what is listed in a plate and cannot be read, and so has no task that could fail."""
+    missing = plan.plate.missing if plan.plate is not None else ()
+    return [Failure("plan", i, path, "", reason) for i, (path, reason) in enumerate(missing)]
 
 
 def status(target: str) -> list[RunStatus]:
@@ -155,7 +179,7 @@ def begin(plan: Plan, journal: Journal) -> None:
         targets.clear(plan)
         targets.create(plan)
     else:
-        targets.withdraw(plan)
+        publishing.withdraw(plan)
 
 
 def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
@@ -171,14 +195,11 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
     runner = _Runner(plan, journal, client, lease, emit)
     with journal.flushed(), journal.session():
         runner.run()
-        failures = [Failure(**failure) for failure in journal.failed.values()]
-        if plan.plate is not None:
-            # Wells that are listed and cannot be read have no task that could fail.
-            failures += [Failure("plan", i, path, "", reason) for i, (path, reason) in enumerate(plan.plate.missing)]
+        failures = [Failure(**failure) for failure in journal.failed.values()] + _unread(plan)
         found = _found(plan, journal)
         if any(found) and not runner.store_is_lost:
             missing = [tasks.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
-            targets.publish(plan, found, missing)
+            publishing.publish(plan, found, missing)
             if "measurements" in plan.options.outputs:
                 write_tables(plan)
         warnings = _doubts(plan, found, journal)

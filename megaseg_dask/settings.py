@@ -90,15 +90,9 @@ class Settings(BaseModel):
         "z0:z1,y0:y1,x0:x1",
         result=True,
     )
-    wells: Text | None = _option(
-        SOURCE, None, "Wells of a plate: A/1,B/* for instance. (default: all)", "LIST", result=True
-    )
-    fields: Text | None = _option(
-        SOURCE, None, "Fields of each well, by name or index. (default: all)", "LIST", result=True
-    )
-    acquisition: int | None = _option(
-        SOURCE, None, "Acquisition of a plate, by its id. (default: all)", "ID", result=True, ge=0
-    )
+    wells: Text | None = _option(SOURCE, None, "Wells of a plate: A/1,B/* for instance. (default: all)", "LIST")
+    fields: Text | None = _option(SOURCE, None, "Fields of each well, by name or index. (default: all)", "LIST")
+    acquisition: int | None = _option(SOURCE, None, "Acquisition of a plate, by its id. (default: all)", "ID", ge=0)
     nan_to_background: bool = _option(
         SOURCE, False, "Treat NaN and infinite voxels as background, not as an error.", result=True
     )

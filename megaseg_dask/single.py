@@ -15,24 +15,25 @@ from megaseg_dask.flows import Flow
 from megaseg_dask.journal import Journal
 from megaseg_dask.lease import held
 from megaseg_dask.plan import Plan, run_folder, runs_folder
-from megaseg_dask.run import begin, plan_run
+from megaseg_dask.run import begin, plan_runs
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
 
 
-def record_plan(source: str, target: str, settings: Settings) -> Plan:
-    """Write the plan of a run and its empty arrays, so that tasks can be run one by one.
+def record_plans(source: str, target: str, settings: Settings) -> list[Plan]:
+    """Write the plans of a request and their empty arrays, so that tasks can be run one by one.
 
     Raises what :func:`megaseg_dask.segment` would raise for the same request.
     """
     with held(runs_folder(Location.of(target))):
-        plan, journal = plan_run(source, target, settings)
-        if journal.result is None:
-            begin(plan, journal)
-            for volume in () if plan.is_one_task else range(len(plan.volumes)):
-                if not products.has_work(plan, volume):
-                    products.create_work(plan, volume)
-    return plan
+        runs = plan_runs(source, target, settings)
+        for plan, journal in runs:
+            if journal.result is None:
+                begin(plan, journal)
+                for volume in () if plan.is_one_task else range(len(plan.volumes)):
+                    if not products.has_work(plan, volume):
+                        products.create_work(plan, volume)
+    return [plan for plan, _ in runs]
 
 
 def read_plan(target: str, label_name: str) -> Plan:

@@ -4,14 +4,16 @@ import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from itertools import chain
 
 import numpy as np
 
-from megaseg_dask.measurements import Columns, Sums, to_columns
-from megaseg_dask.ngff.tables import Place, require_own_table, write_ngio_table, write_parquet
+from megaseg_dask.measurements import Sums, to_columns
+from megaseg_dask.ngff.tables import Columns, Place, read_ngio_table, require_own_table, write_ngio_table, write_parquet
 from megaseg_dask.plan import Plan
 from megaseg_dask.products import Group, groups, read_ahead, sums_folder
 from megaseg_dask.stores import Location, at_once
+from megaseg_dask.targets import read_parts
 
 SUFFIX = ".measurements.parquet"
 
@@ -35,7 +37,8 @@ def require_own_tables(plan: Plan) -> None:
 def write_tables(plan: Plan) -> None:
     """Write the measurements of all volumes that have some."""
     place = table_location(plan)
-    write_parquet(place.parent, place.basename, _rows(plan, range(len(plan.volumes))))
+    rows = chain(_rows_of_others(plan), _rows(plan, range(len(plan.volumes))))
+    write_parquet(place.parent, place.basename, rows)
     made_by = {"megaseg-dask": version("megaseg-dask"), "model": plan.model.name, "digest": plan.model.digest}
     volumes = defaultdict(list)
     for number, volume in enumerate(plan.volumes):
@@ -53,14 +56,34 @@ def _label_groups(plan: Plan) -> list[Group]:
     return [group for group in groups(plan) if group.kind == "labels"]
 
 
+def _rows_of_others(plan: Plan) -> Iterator[tuple[Place, Columns]]:
+    """Yield what other runs measured in other fields of the same plate, from the tables beside their labels."""
+    parts = read_parts(Location(plan.target), plan.options.label_name) if plan.plate else []
+    others = [other for other in parts if other.run != plan.run and "measurements" in other.options.outputs]
+    found = [(other, group) for other in others for group in _label_groups(other)]
+
+    def read(number: int) -> list[tuple[int, int, Columns]]:
+        other, group = found[number]
+        return read_ngio_table(group.parent(other), group.name(other))
+
+    for number, volumes in read_ahead(read, range(len(found)), _READ_AHEAD):
+        other, group = found[number]
+        for timepoint, channel, columns in volumes:
+            yield _place(other, group.image, timepoint, channel), columns
+
+
+def _place(plan: Plan, image: str, timepoint: int, channel: int) -> Place:
+    if plan.plate is None:
+        return Place(timepoint, channel)
+    row, column, field = image.split("/")
+    return Place(timepoint, channel, plan.plate.name, f"{row}/{column}", field)
+
+
 def _rows(plan: Plan, volumes: Sequence[int]) -> Iterator[tuple[Place, Columns]]:
     for number, data in read_ahead(lambda number: sums_folder(plan).get(f"{number}.npz"), volumes, _READ_AHEAD):
         volume = plan.volumes[number]
         if data is None:
             continue  # it failed, and is named as missing
-        place = Place(volume.target_t, volume.c)
-        if plan.plate is not None:
-            row, column, field = volume.image.split("/")
-            place = Place(volume.target_t, volume.c, plan.plate.name, f"{row}/{column}", field)
         sums = Sums(**np.load(io.BytesIO(data), allow_pickle=False))
+        place = _place(plan, volume.image, volume.target_t, volume.c)
         yield place, to_columns(sums, plan.volume_shape, plan.target_image.spacing_um)

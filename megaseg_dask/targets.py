@@ -1,26 +1,30 @@
-"""What a run finds and leaves at its target: create the arrays, publish the metadata at the end.
+"""What a run finds at its target: what it may write there, what others did; and the empty arrays that it makes.
 
-Until a run is complete its groups carry no OME metadata, so no reader can take
-a part for the whole. Nothing is ever removed but what this run would write.
+Nothing is ever removed but what this run would write.
 """
 
-import functools
 import json
-from collections import defaultdict
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Sequence
 from typing import Any
 
 from megaseg_dask import labelling
 from megaseg_dask.errors import TargetError
-from megaseg_dask.ngff.images import image_attributes, versioned
-from megaseg_dask.ngff.plates import write_plate
 from megaseg_dask.ngff.volumes import create_array
-from megaseg_dask.plan import Plan, PlannedVolume
+from megaseg_dask.plan import Plan, run_names, runs_folder
 from megaseg_dask.products import SUMS, WORK, groups, groups_of, images
+from megaseg_dask.publishing import (
+    PROVENANCE,
+    is_in_place,
+    is_whole_plate,
+    list_fields,
+    list_labels,
+    mark_of,
+    marked,
+    provenance_at,
+    provenance_by,
+)
 from megaseg_dask.stores import METADATA, Location, at_once, cached_array, naming
 
-PROVENANCE = "megaseg"
 PLAN = "plan.json"
 
 # Of a plate's thousands of fields, whose marks are asked for before a run goes on.
@@ -40,6 +44,39 @@ def read_recorded(run: Location) -> Plan | None:
         ) from error
 
 
+def read_parts(target: Location, label_name: str) -> list[Plan]:
+    """Return the plans of all runs that made, or are to make, one label name at a target; of a plate there are several.
+
+    Raises :class:`TargetError` if one cannot be read.
+    """
+    runs = runs_folder(target)
+    names = sorted(filter(run_names(label_name).fullmatch, runs.children()), key=len)
+    return [plan for plan in at_once(lambda name: read_recorded(runs / name), names) if plan is not None]
+
+
+def forget_replaced(plans: Sequence[Plan]) -> None:
+    """Remove the records of runs whose fields are made anew by others: these plans replace them."""
+    replaced = {image for plan in plans for image in images(plan)}
+    for earlier in read_parts(Location(plans[0].target), plans[0].options.label_name):
+        if earlier.run not in {plan.run for plan in plans} and not replaced.isdisjoint(images(earlier)):
+            Location(earlier.run).remove()
+
+
+def require_alike(plan: Plan, other: Plan) -> None:
+    """Raise :class:`TargetError` if a part of a plate would be made in another way than one that is there already."""
+    if plan.source != other.source:
+        raise TargetError(
+            f"{plan.target} has fields of {other.source}; choose another target for those of {plan.source}"
+        )
+    own = {"source", "block", "time", "channel"}
+    old, new = ({k: v for k, v in p.determinants.items() if k not in own} for p in (other, plan))
+    if old != new:
+        raise TargetError(
+            f"{plan.target} has other fields, made in another way ({_changes(old, new)}); "
+            "repeat its options to add fields, choose another target, or start anew with --overwrite"
+        )
+
+
 def require_same(plan: Plan, recorded: Plan) -> None:
     """Raise :class:`TargetError` that lists what differs, if the recorded run would give another output."""
     if plan.fingerprint == recorded.fingerprint:
@@ -49,12 +86,14 @@ def require_same(plan: Plan, recorded: Plan) -> None:
                 "choose another target, or start anew with --overwrite"
             )
         return
-    old, new = recorded.determinants, plan.determinants
-    changes = [f"{k}: was {_short(old.get(k))}, now {_short(new.get(k))}" for k in new if old.get(k) != new.get(k)]
     raise TargetError(
-        f"{plan.target} belongs to another run ({'; '.join(changes)}); "
+        f"{plan.target} belongs to another run ({_changes(recorded.determinants, plan.determinants)}); "
         "repeat its options to resume it, choose another target, or start anew with --overwrite"
     )
+
+
+def _changes(old: dict[str, object], new: dict[str, object]) -> str:
+    return "; ".join(f"{k}: was {_short(old.get(k))}, now {_short(new[k])}" for k in new if old.get(k) != new[k])
 
 
 def _short(value: object) -> str:
@@ -65,37 +104,15 @@ def _short(value: object) -> str:
 def is_present(plan: Plan) -> bool:
     """Tell whether the arrays of a recorded run are still there: a missing one would read as background."""
     arrays = at_once(lambda group: (group.location(plan) / "0").exists(), groups(plan))
-    return all(arrays) and all(_is_ours(plan, place) for place in _marked(plan)[:_MOST_LOOKED_AT])
-
-
-def _marked(plan: Plan) -> list[Location]:
-    """Return the groups that carry the provenance of a run."""
-    root = [] if _is_in_place(plan) else [Location(plan.target)]
-    return list(dict.fromkeys([*root, *(group.location(plan) for group in groups(plan))]))
-
-
-def _is_in_place(plan: Plan) -> bool:
-    """Tell whether labels go into the source, whose own group and image are not ours."""
-    return Location(plan.target).is_same(Location(plan.source))
+    if is_whole_plate(plan) and provenance_at(Location(plan.target)) is None:
+        return False
+    return all(arrays) and all(_is_ours(plan, place) for place in marked(plan)[:_MOST_LOOKED_AT])
 
 
 def _is_ours(plan: Plan, group: Location) -> bool:
     """Tell whether a group was made by a run of this plan, finished or not, and not put there by somebody else."""
-    found = _provenance_at(group)
-    return found is not None and (found == _mark(plan) or _identity(found) == _identity(_provenance(plan, [])))
-
-
-def _provenance_at(group: Location) -> dict[str, Any] | None:
-    """Return what a run left at a group, its mark or its provenance, if it did."""
-    try:
-        found: dict[str, Any] | None = group.ome_attributes()[0].get(PROVENANCE)
-    except Exception:
-        return None
-    return found
-
-
-def _mark(plan: Plan) -> dict[str, str]:
-    return {"unfinished": plan.fingerprint}
+    found = provenance_at(group)
+    return found is not None and (found == mark_of(plan) or _identity(found) == _identity(provenance_by(plan, [])))
 
 
 def _identity(provenance: dict[str, Any]) -> str:
@@ -103,25 +120,33 @@ def _identity(provenance: dict[str, Any]) -> str:
     return json.dumps([source, *(provenance.get(key) for key in ("model", "settings", "engine"))])
 
 
-def require_free(plan: Plan) -> None:
-    """Raise :class:`TargetError` if something that is not this run's stands where it would write."""
+def require_free(plan: Plan, *, is_joining: bool = False) -> None:
+    """Raise :class:`TargetError` if something that is not this run's stands where it would write.
+
+    A run that is joining others adds fields to their plate.
+    """
     # Somebody who agreed to --overwrite once, and was interrupted, need not agree again.
     recorded = Location(plan.run).get(PLAN) is not None
-    for where in [g.location(plan) for g in groups(plan)] if _is_in_place(plan) else [Location(plan.target)]:
-        if not where.exists() or (where.is_folder() and not where.children()):
-            continue
-        if not where.is_folder():
-            raise TargetError(f"{where} is a file; choose another target")
-        if _is_foreign(where):
-            raise TargetError(
-                f"{where} holds Zarr data that megaseg did not write, and is never replaced; choose another target"
-            )
-        ours = recorded and (_provenance_at(where) is None or _is_ours(plan, where))
-        if not (ours or plan.options.overwrite):
-            raise TargetError(
-                f"{where} exists, without the record of a run; choose another target, or pass --overwrite"
-            )
+    is_within = is_in_place(plan) or is_joining
+    places = [g.location(plan) for g in groups(plan)] if is_within else [Location(plan.target)]
+    at_once(lambda where: _require_free_place(plan, where, recorded), places)
     at_once(lambda image: _require_one_version(plan, image), images(plan))
+
+
+def _require_free_place(plan: Plan, where: Location, recorded: bool) -> None:
+    if not where.exists() or (where.is_folder() and not where.children()):
+        return
+    if not where.is_folder():
+        raise TargetError(f"{where} is a file; choose another target")
+    if _is_foreign(where):
+        raise TargetError(
+            f"{where} holds Zarr data that megaseg did not write, and is never replaced; choose another target"
+        )
+    ours = recorded and (provenance_at(where) is None or _is_ours(plan, where))
+    # Of a plate, the root is of all its runs.
+    ours = ours or (recorded and is_whole_plate(plan) and where == Location(plan.target))
+    if not (ours or plan.options.overwrite):
+        raise TargetError(f"{where} exists, without the record of a run; choose another target, or pass --overwrite")
 
 
 def _is_foreign(location: Location) -> bool:
@@ -130,7 +155,7 @@ def _is_foreign(location: Location) -> bool:
     arrays = any(map(str.isdigit, names))
     if not arrays and not names & {"zarr.json", ".zgroup", ".zarray"}:
         return False
-    if _provenance_at(location) is not None:
+    if provenance_at(location) is not None:
         return False
     try:
         attributes, _ = location.ome_attributes()
@@ -164,7 +189,7 @@ def _clear_image(plan: Plan, image: str) -> None:
         elif place.exists():
             place.remove()
             if _folders(labels):
-                _list_labels(plan, labels, remove=group.name(plan))
+                list_labels(plan, labels, remove=group.name(plan))
             else:
                 labels.remove()
 
@@ -183,10 +208,13 @@ def _folders(group: Location) -> set[str]:
 
 
 def create(plan: Plan) -> None:
-    """Create groups and empty arrays of all outputs; until :func:`publish` the groups carry the run's mark alone."""
+    """Create groups and empty arrays of all outputs; until they are published the groups carry the run's mark alone."""
     cached_array.cache_clear()
-    mark, version = {PROVENANCE: _mark(plan)}, plan.target_image.version
-    Location(plan.target).write_group(version, {} if _is_in_place(plan) else mark)
+    mark, version = {PROVENANCE: mark_of(plan)}, plan.target_image.version
+    if is_whole_plate(plan):
+        list_fields(plan, own=False)
+    else:
+        Location(plan.target).write_group(version, {} if is_in_place(plan) else mark)
     # The fields of a plate are alike: the first is made with care, and its metadata are copied.
     first, *others = images(plan)
     _create_image(plan, first)
@@ -200,7 +228,7 @@ def create(plan: Plan) -> None:
 
 
 def _create_image(plan: Plan, image: str) -> None:
-    mark, version = {PROVENANCE: _mark(plan)}, plan.target_image.version
+    mark, version = {PROVENANCE: mark_of(plan)}, plan.target_image.version
     dtypes = {
         "scores": plan.options.scores_dtype,
         "mask": "uint8",
@@ -210,7 +238,7 @@ def _create_image(plan: Plan, image: str) -> None:
         place = group.location(plan)
         if group.kind != "scores":
             (group.parent(plan) / "labels").write_group(version, {})
-        if not (_is_in_place(plan) and group.kind == "scores"):
+        if not (is_in_place(plan) and group.kind == "scores"):
             place.write_group(version, mark)
         written = plan.target_image if group.kind == "scores" else plan.label_image
         for level in range(len(written.levels)):
@@ -230,99 +258,6 @@ def _metadata_of(plan: Plan, image: str) -> dict[str, bytes]:
             if (data := place.get(name)) is not None:
                 found[f"{place.url}/{name}".removeprefix(f"{parent.url}/")] = data
     return found
-
-
-def withdraw(plan: Plan) -> None:
-    """Take back what :func:`publish` wrote of a run with missing boxes, before these are written."""
-
-    def withdraw_group(place: Location) -> None:
-        if _provenance_at(place) != _mark(plan):
-            place.write_group(plan.target_image.version, {PROVENANCE: _mark(plan)}, replace=True)
-
-    def withdraw_image(image: str) -> None:
-        for group in groups_of(plan, image):
-            if group.kind != "scores" and _provenance_at(group.location(plan)) != _mark(plan):
-                _list_labels(plan, group.parent(plan) / "labels", remove=group.name(plan))
-
-    at_once(withdraw_image, images(plan))
-    at_once(withdraw_group, _marked(plan))
-
-
-def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[str, Any]]) -> None:
-    """Write the metadata that make the finished arrays an image, its labels and their provenance.
-
-    ``found`` holds mean, std, minimum, maximum, and the threshold where it was
-    searched, of each volume; ``missing_boxes`` what no task could write.
-    """
-    version = plan.target_image.version
-    known, missing = defaultdict(list), defaultdict(list)
-    for volume, of_volume in zip(plan.volumes, found, strict=True):
-        known[volume.image].append((volume, of_volume))
-    for box in missing_boxes:
-        missing[box.get("image", "")].append({k: v for k, v in box.items() if k != "image"})
-    scores, labels = image_attributes(plan.target_image), image_attributes(plan.label_image, label=True)
-
-    def provenance_of(image: str) -> dict[str, Any]:
-        return {PROVENANCE: {**_provenance(plan, known[image]), "missing_boxes": missing[image]}}
-
-    def publish_image(image: str) -> None:
-        provenance = provenance_of(image)
-        # Labels first: whoever sees the image then sees all of it.
-        for group in groups_of(plan, image):
-            attributes = scores if group.kind == "scores" else labels
-            group.location(plan).write_group(version, {**attributes, **provenance})
-            if group.kind != "scores":
-                _list_labels(plan, group.parent(plan) / "labels", add=group.name(plan))
-
-    at_once(publish_image, images(plan))
-    if plan.plate is not None and not _is_in_place(plan):
-        write_plate(Location(plan.target), plan.plate, version)
-        whole = {**_provenance(plan, []), "missing_boxes": missing_boxes}
-        Location(plan.target).write_group(version, {PROVENANCE: whole})
-    elif "scores" not in plan.arrays and not _is_in_place(plan):
-        Location(plan.target).write_group(version, provenance_of(""))
-
-
-def _list_labels(plan: Plan, labels: Location, *, add: str = "", remove: str = "") -> None:
-    """Keep the list of label images in a ``labels`` group, which viewers go by."""
-    version, (_, ome) = plan.target_image.version, labels.ome_attributes()
-    names = [n for n in ome.get("labels") or [] if n not in (add, remove)] + ([add] if add else [])
-    listed = versioned({"labels": names}, version)
-    labels.write_group(version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
-
-
-def _provenance(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]]) -> dict[str, Any]:
-    """Return all that determines the result and nothing else: no times, hosts or workers.
-
-    Without what was found in the volumes, which a run knows at its end, for comparison.
-    """
-    source, engine, threshold = plan.source_image, asdict(plan.engine), plan.options.threshold
-    # Any block gives the same voxels, and the engine has an entry of its own.
-    settings = {k: v for k, v in plan.options.result_options().items() if k not in engine and k != "block"}
-
-    def per_volume(*names: str) -> list[dict[str, Any]]:
-        return [{"t": v.t, "c": v.c, **{name: known.get(name) for name in names}} for v, known in found]
-
-    return {
-        "model": {"name": plan.model.name, "digest": plan.model.digest},
-        "settings": settings,
-        "engine": engine,
-        "normalization": per_volume("mean", "std"),
-        "threshold": per_volume("threshold") if plan.options.is_automatic and plan.has_mask else threshold,
-        "source": {
-            "digest": plan.source_digest,
-            "shape": source.levels[0].shape,
-            "dtype": source.dtype,
-            "statistics": per_volume("minimum", "maximum"),
-        },
-        "versions": _versions(),
-        "missing_boxes": [],
-    }
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("megaseg-dask", "torch", "monai", "numpy")}
 
 
 def remove_work(plan: Plan) -> None:

@@ -18,9 +18,9 @@ models.network models.recipes models.bundle models.guards models.files models.st
 models.preprocessing models.cytodl models models.cards models.cache models.download models.zoo
 engines engines.pytorch inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
-parsing settings plan planning journal lease products
+parsing settings plan parts planning journal lease products
 tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
-targets tables
+publishing targets tables
 cluster dispatch flows run single
 xarrays training scoring
 report.views report.survey report.seams report.pictures report.charts report.commands report.page report

@@ -283,6 +283,18 @@ def _chosen(
 # -- writing
 
 
+def join_plates(plate: Plate, other: Plate) -> Plate:
+    """Return the plate with the fields of another beside its own, well by well; ``missing`` is of neither."""
+    rows, columns = (tuple(dict.fromkeys(a + b)) for a, b in ((plate.rows, other.rows), (plate.columns, other.columns)))
+    acquisitions = {a.id: a for a in (*other.acquisitions, *plate.acquisitions)}
+    fields = plate.fields + other.fields
+    if plate.fields and other.fields:
+        # By length first: 10 comes after 9.
+        fields = tuple(sorted(fields, key=lambda f: (rows.index(f.row), columns.index(f.column), len(f.name), f.name)))
+    return replace(plate, rows=rows, columns=columns, fields=fields, missing=(),
+                   acquisitions=tuple(acquisitions[i] for i in sorted(acquisitions)))  # fmt: skip
+
+
 def write_plate(location: Location, plate: Plate, version: str) -> None:
     """Write the groups of plate, rows and wells, without the images; what else is in their attributes stays.
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -129,6 +130,20 @@ def write_ngio_table(
     tables.write_group(version, {})
     listed = cast("list[str]", tables.open_group().attrs.get("tables", []))
     tables.write_group(version, {"tables": [*listed, *({name} - set(listed))]})
+
+
+def read_ngio_table(image: Location, name: str) -> list[tuple[int, int, Columns]]:
+    """Return timepoint, channel and rows of each volume that :func:`write_ngio_table` wrote; none if there is none."""
+    data = (image / "tables" / name).get("table.parquet")
+    if data is None:
+        return []
+    table = pq.read_table(pa.BufferReader(data))
+    places = dict.fromkeys(zip(table["timepoint"].to_pylist(), table["channel"].to_pylist(), strict=True))
+    found: list[tuple[int, int, Columns]] = []
+    for t, c in places:
+        rows = table.filter((pc.field("timepoint") == t) & (pc.field("channel") == c))
+        found.append((t, c, {measured: rows[measured].to_numpy() for measured in _MEASURED}))
+    return found
 
 
 def require_own_table(image: Location, name: str) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megaseg_dask.run import plan_run, segment
+from megaseg_dask.run import plan_runs, segment
 from megaseg_dask.settings import parse_settings
 from tests.images import blobs, write_image
 
@@ -13,7 +13,7 @@ def test_measured_peaks_stay_below_the_projection(block, tmp_path, tiny_bundle):
     settings = parse_settings({
         "model": str(tiny_bundle), "threads": 1, "patch": "48,128,128", "overlap": 0, "block": block,
     })  # fmt: skip
-    plan, _ = plan_run(str(source), str(tmp_path / "out.zarr"), settings)
+    [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)
     # Workers of its own: a worker that other tests used holds what they left.
     result = segment(str(source), str(tmp_path / "out.zarr"), settings)
     assert result.status == "done"
@@ -28,13 +28,13 @@ def test_a_block_that_needs_too_much_is_refused_and_a_smaller_one_is_chosen(tmp_
 
     source = write_image(tmp_path / "image.zarr", blobs((96, 256, 384)), chunks=(96, 128, 128))
     options = {"model": str(tiny_bundle), "threads": 1}
-    roomy, _ = plan_run(str(source), str(tmp_path / "a.zarr"), parse_settings({**options, "memory": "8GB"}))
+    [(roomy, _)] = plan_runs(str(source), str(tmp_path / "a.zarr"), parse_settings({**options, "memory": "8GB"}))
     assert roomy.is_one_task
-    tight, _ = plan_run(str(source), str(tmp_path / "b.zarr"), parse_settings({**options, "memory": "1.15GB"}))
+    [(tight, _)] = plan_runs(str(source), str(tmp_path / "b.zarr"), parse_settings({**options, "memory": "1.15GB"}))
     assert not tight.is_one_task
     assert max(tight.projected_bytes.values()) <= 1.15e9
     with pytest.raises(SettingsError, match="raise --memory"):
-        plan_run(
+        plan_runs(
             str(source),
             str(tmp_path / "c.zarr"),
             parse_settings({**options, "memory": "1.15GB", "block": "96,256,384"}),
@@ -47,6 +47,6 @@ def test_large_chunks_of_the_source_are_part_of_the_projection(tmp_path, tiny_bu
     projected = {}
     for chunks in [(32, 128, 128), (16, 32, 32)]:
         source = write_image(tmp_path / f"{chunks[0]}.zarr", image, chunks=chunks)
-        plan, _ = plan_run(str(source), str(tmp_path / "out.zarr"), options)
+        [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), options)
         projected[chunks[0]] = plan.projected_bytes["segment"]
     assert projected[32] - projected[16] == image.nbytes - 10 * 16 * 32 * 32 * 2

@@ -10,7 +10,7 @@ from megaseg_dask.engines.pytorch import TorchEngine
 from megaseg_dask.ngff.volumes import Volume
 from megaseg_dask.run import segment
 from megaseg_dask.settings import parse_settings
-from megaseg_dask.single import record_plan, run_tasks
+from megaseg_dask.single import record_plans, run_tasks
 from tests.images import blobs, write_image
 
 
@@ -39,7 +39,7 @@ def test_forward_passes_and_reads_are_those_of_the_plan(block, tmp_path, tiny_bu
     image = blobs((24, 64, 96))
     source = write_image(tmp_path / "image.zarr", image)
     settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": block})
-    plan = record_plan(str(source), str(tmp_path / "out.zarr"), settings)
+    [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     for stage in plan.stages:
         assert not run_tasks(plan, stage.name, range(stage.n_tasks), lambda _: None)
     summary = plan.summary()

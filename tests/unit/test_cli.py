@@ -315,7 +315,7 @@ def broken(monkeypatch):
         def fail(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr("megaseg_dask.run.plan_run", fail)
+        monkeypatch.setattr("megaseg_dask.run.plan_runs", fail)
 
     return set_error
 

@@ -212,7 +212,7 @@ def test_only_how_and_where_may_change_when_a_run_resumes():
     free = {name for name in Settings.model_fields if not is_result(name)}
     # The model counts by its digest, not by its name.
     assert free == {"model", "memory", "workers", "scheduler", "retries", "timeout", "overwrite",
-                    "endpoint", "anon", "storage_option"}  # fmt: skip
+                    "endpoint", "anon", "storage_option", "wells", "fields", "acquisition"}  # fmt: skip
     assert set(Settings().result_options()) == set(Settings.model_fields) - free
 
 
