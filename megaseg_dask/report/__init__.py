@@ -7,7 +7,7 @@ journal, the table of measurements, and samples of the outputs.
 
 from megaseg_dask import targets
 from megaseg_dask.errors import SettingsError, TargetError
-from megaseg_dask.plan import Plan, run_folder, runs_folder
+from megaseg_dask.plan import Plan, runs_folder
 from megaseg_dask.report.page import render
 from megaseg_dask.stores import Location
 
@@ -19,22 +19,23 @@ def write_report(target: str, out: str | None = None, label_name: str | None = N
 
     Raises :class:`TargetError` if no run is recorded there, :class:`SettingsError` if several are and none is named.
     """
-    plan = find_plan(target, label_name)
-    place = Location.of(out) if out else Location(plan.target).sibling(SUFFIX)
-    place.parent.put(place.basename, render(plan).encode())
+    plans = find_plans(target, label_name)
+    place = Location.of(out) if out else Location(plans[0].target).sibling(SUFFIX)
+    place.parent.put(place.basename, render(plans).encode())
     return place
 
 
-def find_plan(target: str, label_name: str | None = None) -> Plan:
-    """Return the recorded plan of a target: the only one, or that of a label image.
+def find_plans(target: str, label_name: str | None = None) -> list[Plan]:
+    """Return the recorded plans of a target, at least one; a plate may have taken several.
 
     Raises :class:`TargetError` if there is none, :class:`SettingsError` if there are several and none is named.
     """
     where = Location.of(target)
     where.probe(TargetError)
     folder = runs_folder(where)
-    names = [label_name] if label_name else [n for n in folder.children() if (folder / n).is_folder()]
-    plans = {name: plan for name in names if (plan := targets.read_recorded(run_folder(where, name))) is not None}
+    # No label name holds a plus; further parts of a plate do.
+    names = [label_name] if label_name else [n for n in folder.children() if (folder / n).is_folder() and "+" not in n]
+    plans = {name: found for name in names if (found := targets.read_parts(where, name))}
     if not plans:
         raise TargetError(f"no run is recorded at {folder}; start one with megaseg segment")
     if len(plans) > 1:

@@ -1,20 +1,32 @@
 """The command that repeats a run: every resolved option that can change a voxel, as people type it."""
 
 import shlex
+from collections.abc import Sequence
 
 from megaseg_dask.plan import Plan
 from megaseg_dask.settings import Settings, is_result
 
 # What only says where and how the work is done, and is part of repeating it all the same.
-_ALSO = ("model", "memory", "endpoint", "anon")
+_ALSO = ("model", "wells", "fields", "acquisition", "memory", "endpoint", "anon")
 
 
-def command_of(plan: Plan) -> str:
-    """Return the shell command that gives the same output; parsed, it has the plan's own fingerprint."""
+def commands_of(plans: Sequence[Plan]) -> list[str]:
+    """Return the shell commands that give the same output; parsed, that of one plan has its own fingerprint."""
+    # Of fields of several forms each has a block of its own, and any gives the same voxels.
+    without = ("block",) if len(plans) > 1 else ()
+    return list(dict.fromkeys(_command_of(plan, without) for plan in plans))
+
+
+def _command_of(plan: Plan, without: Sequence[str]) -> str:
     words = ["megaseg", "segment", plan.source, plan.target]
     for name, field in Settings.model_fields.items():
         value = getattr(plan.options, name)
-        if value in (None, field.default) or not (is_result(name) or name in _ALSO) or _is_implied(plan, name):
+        if (
+            name in without
+            or value in (None, field.default)
+            or not (is_result(name) or name in _ALSO)
+            or _is_implied(plan, name)
+        ):
             continue
         words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [_text(name, value)])
     return shlex.join(words)

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -18,10 +18,10 @@ from megaseg_dask.journal import Journal
 from megaseg_dask.plan import Plan
 from megaseg_dask.report import charts
 from megaseg_dask.report.charts import Cell, Line, Mark, number
-from megaseg_dask.report.commands import command_of
+from megaseg_dask.report.commands import commands_of
 from megaseg_dask.report.pictures import Thumbnail, seam_pictures, thumbnails
-from megaseg_dask.report.seams import REACH, Seams, check_seams
-from megaseg_dask.report.survey import SCORE_BINS, SIZE_EDGES, Facts, Survey, survey
+from megaseg_dask.report.seams import REACH, Comparison, Profile, check_seams
+from megaseg_dask.report.survey import SCORE_BINS, SIZE_EDGES, Facts, Run, Survey, survey
 from megaseg_dask.report.views import spread
 from megaseg_dask.run import estimate_time
 from megaseg_dask.stores import at_once
@@ -44,16 +44,14 @@ _SEAM_MEASURES = (
     ("step", "score step", "Mean score step between neighbouring planes", "scores"),
     ("ends", "objects end", "Share of voxels where an object ends", "labels"),
 )
-# Faces may differ by so much from their surroundings where they are few.
-_BY_CHANCE = 1.25
 
 
-def render(plan: Plan) -> str:
-    """Return the page of a run, as HTML."""
+def render(plans: Sequence[Plan]) -> str:
+    """Return the page of a target, as HTML; a plate may have taken several runs."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "duration": duration, "gb": lambda n: f"{n / 1e9:.2f}"}
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text())
-    return template.render(page=Page(plan))
+    return template.render(page=Page(plans))
 
 
 def duration(seconds: float) -> str:
@@ -65,53 +63,64 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StageRow:
     """Work of one stage: seconds are those of all workers together, bytes the most of one."""
 
     name: str
-    n_done: int
-    n_tasks: int
-    seconds: float
-    peak_bytes: int
-    projected_bytes: int | None
+    n_done: int = 0
+    n_tasks: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    projected_bytes: int = 0
 
 
 class Page:
     """What the template shows; each part is made when it is asked for."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.journal = Journal.read(plan)
-        self.survey: Survey = survey(plan, self.journal)
-        self.seams: Seams | None = check_seams(plan, {f.number for f in self.survey.volumes if f.failures})
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        # Runs on one target differ in the form of their fields alone.
+        self.plans, self.plan = plans, plans[0]
+        self.runs = [Run(plan, Journal.read(plan), number) for number, plan in enumerate(plans)]
+        self.survey: Survey = survey(self.runs)
+        whole = [f for f in self.survey.volumes if not f.failures]
+        self.seams = check_seams([(run.plan, [f.number for f in whole if f.run is run]) for run in self.runs])
         self.version = version("megaseg-dask")
-        self.command = command_of(plan)
+        self.commands = commands_of(plans)
 
     # -- at a glance
 
     @property
     def status(self) -> str:
         """Return ``done``, ``failed`` or ``not finished``."""
-        missing = self.plan.plate is not None and self.plan.plate.missing
-        if self.journal.failed or (missing and self.journal.sessions):
+        if self.failed or (self.missing and self.sessions):
             return "failed"
-        return "done" if self.journal.result is not None else "not finished"
+        return "done" if all(run.journal.result is not None for run in self.runs) else "not finished"
 
     @cached_property
-    def summary(self) -> dict[str, Any]:
-        """Return the plan's summary."""
-        return self.plan.summary()
+    def summaries(self) -> list[dict[str, Any]]:
+        """Return the summary of each plan."""
+        return [plan.summary() for plan in self.plans]
+
+    @property
+    def failed(self) -> list[Mapping[str, Any]]:
+        """Return the tasks that failed last and were not mended since."""
+        return [failure for run in self.runs for failure in run.journal.failed.values()]
+
+    @property
+    def sessions(self) -> list[Mapping[str, Any]]:
+        """Return when clients worked on the target, as far as they recorded it."""
+        return [session for run in self.runs for session in run.journal.sessions]
 
     @property
     def missing(self) -> tuple[tuple[str, str], ...]:
         """Return wells and fields of the plate that could not be read, each with the reason."""
-        return self.plan.plate.missing if self.plan.plate else ()
+        return tuple(entry for plan in self.plans if plan.plate for entry in plan.plate.missing)
 
     @property
     def warnings(self) -> list[str]:
         """Return what the run warned of."""
-        return list((self.journal.result or {}).get("warnings", []))
+        return [text for run in self.runs for text in (run.journal.result or {}).get("warnings", [])]
 
     @property
     def n_objects(self) -> int | None:
@@ -122,12 +131,12 @@ class Page:
     @property
     def n_voxels(self) -> int:
         """Voxels of all volumes."""
-        return len(self.plan.volumes) * math.prod(self.plan.volume_shape)
+        return sum(len(plan.volumes) * math.prod(plan.volume_shape) for plan in self.plans)
 
     @property
     def wall_s(self) -> float:
         """Seconds that clients worked on the run, as far as they recorded it."""
-        return float(sum(session["wall_s"] for session in self.journal.sessions))
+        return float(sum(session["wall_s"] for session in self.sessions))
 
     @property
     def n_odd(self) -> int:
@@ -137,23 +146,24 @@ class Page:
     @property
     def absent(self) -> int:
         """Chunks of the source that are not there."""
-        stages = {stage.name for stage in self.plan.stages} & {"volume", "measure", "segment"}
-        return sum(s.get("absent", 0) for stage in stages for s in self.journal.summaries(stage))
+        return sum(
+            summary.get("absent", 0)
+            for run in self.runs
+            for stage in {stage.name for stage in run.plan.stages} & {"volume", "measure", "segment"}
+            for summary in run.journal.summaries(stage)
+        )
 
     # -- seams
 
     @property
-    def seam_rows(self) -> list[dict[str, Any]]:
-        """Return a row per axis and measure: at the faces, inside blocks, and whether the first is like the second."""
+    def seam_rows(self) -> list[tuple[Profile, str, Comparison]]:
+        """Return a row per axis and measure."""
         rows = []
         for profile in self.seams.profiles if self.seams else ():
             for name, text, _, needed in _SEAM_MEASURES:
                 if needed not in self.plan.arrays:
                     continue
-                at, mean, low, high = profile.compare(name)
-                rows.append({"axis": profile.axis, "n_faces": profile.n_faces, "what": text, "at": at, "mean": mean,
-                             "low": low, "high": high, "ratio": at / mean if mean else math.nan,
-                             "within": not at > max(high, _BY_CHANCE * mean)})  # fmt: skip
+                rows.append((profile, text, profile.compare(name)))
         return rows
 
     @cached_property
@@ -170,14 +180,14 @@ class Page:
     def seam_pictures(self) -> list[Thumbnail]:
         """Show one face of each axis, that with most objects across."""
         faces = list(self.seams.best.values()) if self.seams else []
-        return list(chain(*at_once(lambda face: seam_pictures(self.plan, face), faces, _DRAWERS)))
+        return list(chain(*at_once(seam_pictures, faces, _DRAWERS)))
 
     # -- plates, times, distributions
 
     @property
     def channels(self) -> list[tuple[int, str]]:
         """Return number and name of each segmented channel; one without a name if there is one."""
-        numbers = list(dict.fromkeys(volume.c for volume in self.plan.volumes))
+        numbers = list(dict.fromkeys(facts.c for facts in self.survey.volumes))
         names = self.plan.source_image.channel_names
         return [(c, (names[c] if c < len(names) else f"channel {c}") if len(numbers) > 1 else "") for c in numbers]
 
@@ -187,8 +197,9 @@ class Page:
         plate = self.plan.plate
         if plate is None:
             return []
-        rows = [r for r in plate.rows if any(well.split("/")[0] == r for well in plate.wells)]
-        columns = [c for c in plate.columns if any(well.split("/")[1] == c for well in plate.wells)]
+        wells = [well.split("/") for plan in self.plans if plan.plate for well in plan.plate.wells]
+        rows = [name for name in plate.rows if any(row == name for row, _ in wells)]
+        columns = [name for name in plate.columns if any(column == name for _, column in wells)]
         return [
             charts.plate_map(rows, columns, self._wells(c, name, text), title=f"{title} {channel}".strip(), text=text)
             for c, channel in self.channels
@@ -275,7 +286,7 @@ class Page:
         others = [f for f in self.survey.volumes if not (f.oddities or f.failures)]
         chosen = [*odd[:_MOST_OUTLIERS], *(others[i] for i in spread(len(others), _MOST_SAMPLES))]
         return list(
-            zip(chosen, at_once(lambda f: thumbnails(self.plan, f.number, f.name), chosen, _DRAWERS), strict=True)
+            zip(chosen, at_once(lambda f: thumbnails(f.run.plan, f.number, f.name), chosen, _DRAWERS), strict=True)
         )
 
     @property
@@ -292,32 +303,42 @@ class Page:
         return sorted(volumes, key=lambda f: not (f.oddities or f.failures))[:_MOST_ROWS]
 
     @property
-    def featured_numbers(self) -> set[int]:
-        """Numbers of the volumes with pictures."""
-        return {facts.number for facts, _ in self.featured}
+    def featured_anchors(self) -> set[str]:
+        """Names of the places of the volumes with pictures."""
+        return {facts.anchor for facts, _ in self.featured}
 
     # -- timings
 
-    @property
+    @cached_property
     def stages(self) -> list[StageRow]:
-        """Return a row for each stage."""
-        projected = self.plan.projected_bytes
-        return [
-            StageRow(s.name, int(self.journal.done(s.name).sum()), s.n_tasks, t.seconds, t.peak_bytes,
-                     projected.get(s.name, projected.get(s.name.rpartition("-")[0])))
-            for s in self.plan.stages
-            for t in [self.journal.timings[s.name]]
-        ]  # fmt: skip
+        """Return a row for each stage, over all runs."""
+        rows: dict[str, StageRow] = {}
+        for run in self.runs:
+            projected = run.plan.projected_bytes
+            for stage in run.plan.stages:
+                row = rows.setdefault(stage.name, StageRow(stage.name))
+                timing = run.journal.timings[stage.name]
+                row.n_tasks += stage.n_tasks
+                row.n_done += int(run.journal.done(stage.name).sum())
+                row.seconds += timing.seconds
+                row.peak_bytes = max(row.peak_bytes, timing.peak_bytes)
+                # The stages of levels are projected together.
+                most = projected.get(stage.name, projected.get(stage.name.rpartition("-")[0], 0))
+                row.projected_bytes = max(row.projected_bytes, most)
+        return list(rows.values())
 
     @property
     def predicting_s(self) -> float:
-        """Seconds of the stage that predicts, of all workers together."""
-        return self.journal.timings["volume" if self.plan.is_one_task else "segment"].seconds
+        """Seconds of the stages that predict, of all workers together."""
+        return sum(row.seconds for row in self.stages if row.name in ("volume", "segment"))
 
     @cached_property
     def estimate(self) -> dict[str, Any]:
         """Return what predicting would take one worker like this machine."""
-        return estimate_time(self.plan)
+        found = [estimate_time(plan) for plan in self.plans]
+        if any(each["projected_s"] is None for each in found):
+            return next(each for each in found if each["projected_s"] is None)
+        return {**found[0], "projected_s": sum(each["projected_s"] for each in found)}
 
 
 def _mean(values: list[float]) -> float:

@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Picture
 
-from megaseg_dask.errors import MegasegError
 from megaseg_dask.geometry import Box
 from megaseg_dask.plan import Plan
 from megaseg_dask.products import product, source
 from megaseg_dask.report.seams import AXES, Face
-from megaseg_dask.report.views import choose_view, whole_or_middle
+from megaseg_dask.report.views import UNREADABLE, choose_view, whole_or_middle
 
 Array = NDArray[Any]
 
@@ -49,7 +48,7 @@ def thumbnails(plan: Plan, volume: int, name: str) -> list[Thumbnail]:
         view = choose_view(plan, window, _BUDGET, width=_WIDTH, is_source=kind == "image")
         try:
             values = view.read(plan, kind, volume)
-        except MegasegError:
+        except UNREADABLE:
             for row, what in zip(rows, _PLANES, strict=True):
                 row.append(Thumbnail("", "", f"{kind}, {what}"))
             continue
@@ -63,9 +62,9 @@ def thumbnails(plan: Plan, volume: int, name: str) -> list[Thumbnail]:
     return [*rows[0], *rows[1]]
 
 
-def seam_pictures(plan: Plan, face: Face) -> list[Thumbnail]:
+def seam_pictures(face: Face) -> list[Thumbnail]:
     """Return image, scores and labels across a face, which is the line in the middle of each."""
-    axis, other = face.axis, 2 if face.axis != 2 else 1
+    plan, axis, other = face.plan, face.axis, 2 if face.axis != 2 else 1
     middle = [(a + b) // 2 for a, b in zip(face.box.start, face.box.stop, strict=True)]
     start, stop = list(middle), [m + 1 for m in middle]
     start[axis], stop[axis] = face.at - _ACROSS, face.at + _ACROSS
@@ -77,7 +76,7 @@ def seam_pictures(plan: Plan, face: Face) -> list[Thumbnail]:
     for kind, volume in volumes.items():
         try:
             values = volume.read(box.shifted(plan.region.start) if kind == "image" else box)
-        except MegasegError:
+        except UNREADABLE:
             continue
         # The axis of the seam runs from left to right.
         across = 3 - axis - other

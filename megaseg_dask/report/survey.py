@@ -5,7 +5,6 @@ lack is looked at in the outputs, within a budget of voxels for the whole run.
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +14,12 @@ from numpy.typing import NDArray
 
 from megaseg_dask import products
 from megaseg_dask.blending import sigmoid
-from megaseg_dask.errors import MegasegError
 from megaseg_dask.geometry import BlockGrid, Box
 from megaseg_dask.journal import Journal
 from megaseg_dask.ngff.tables import iter_columns
 from megaseg_dask.plan import Plan
 from megaseg_dask.products import VOLUMES
-from megaseg_dask.report.views import choose_view, spread, voxels_per_voxel, whole_or_middle
+from megaseg_dask.report.views import UNREADABLE, choose_view, spread, voxels_per_voxel, whole_or_middle
 from megaseg_dask.stores import Location, at_once
 from megaseg_dask.tables import table_location
 
@@ -43,10 +41,20 @@ SIZE_EDGES = 10 ** (np.arange(0, 12 * 8 + 1) / 8)
 _OUTLIER_Z, _FEWEST = 3.5, 8
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One of the runs that made a target: a plate may take several."""
+
+    plan: Plan
+    journal: Journal
+    number: int = 0
+
+
 @dataclass
 class Facts:
     """What is known of one volume; ``None`` where nobody looked, or nothing can be said."""
 
+    run: Run
     number: int
     name: str
     image: str
@@ -62,14 +70,19 @@ class Facts:
     oddities: list[str] = field(default_factory=list)
 
     @property
+    def place(self) -> tuple[str, int, int]:
+        """Field, timepoint of the output, and channel of the source."""
+        return self.image, self.run.plan.volumes[self.number].target_t, self.c
+
+    @property
     def anchor(self) -> str:
         """Name of its place in the page."""
-        return f"v{self.number}"
+        return f"v{self.run.number}-{self.number}"
 
 
 @dataclass
 class Survey:
-    """All volumes of a run, and what they have together."""
+    """All volumes of a target, and what they have together."""
 
     volumes: list[Facts]
     sizes: Array | None = None
@@ -77,24 +90,31 @@ class Survey:
     notes: list[str] = field(default_factory=list)
 
 
-def survey(plan: Plan, journal: Journal) -> Survey:
-    """Look at the volumes of a run; what cannot be read is noted, never an error."""
-    volumes = [_begin(plan, number) for number in range(len(plan.volumes))]
-    found = Survey(volumes)
-    _read_journal(plan, journal, found)
-    measured = _read_table(plan, found)
-    _look(plan, found, skip_sizes=measured)
-    _sample_scores(plan, found)
-    _find_oddities(volumes)
+def survey(runs: Sequence[Run]) -> Survey:
+    """Look at the volumes of all runs on a target; what cannot be read is noted, never an error."""
+    found = Survey([])
+    for run in runs:
+        of_run = [_begin(run, number) for number in range(len(run.plan.volumes))]
+        _read_journal(run, of_run)
+        found.volumes += of_run
+    measured = _read_table(runs[0].plan, found)
+    share = len(runs)
+    for run in runs:
+        of_run = [f for f in found.volumes if f.run is run]
+        _look(run.plan, of_run, found, share, skip_sizes=measured)
+        _sample_scores(run.plan, of_run, found, share)
+    found.notes = list(dict.fromkeys(found.notes))
+    _find_oddities(found.volumes)
     return found
 
 
-def _begin(plan: Plan, number: int) -> Facts:
+def _begin(run: Run, number: int) -> Facts:
+    plan = run.plan
     v = plan.volumes[number]
     parts = [v.image]
     parts += [f"t={v.t}"] if plan.source_image.extent("t") > 1 else []
     parts += [_channel_name(plan, v.c)] if len(plan.suffixes) > 1 else []
-    return Facts(number, " ".join(filter(None, parts)) or "the image", v.image, v.t, v.c)
+    return Facts(run, number, " ".join(filter(None, parts)) or "the image", v.image, v.t, v.c)
 
 
 def _channel_name(plan: Plan, c: int) -> str:
@@ -105,24 +125,25 @@ def _channel_name(plan: Plan, c: int) -> str:
 # -- the journal
 
 
-def _read_journal(plan: Plan, journal: Journal, found: Survey) -> None:
+def _read_journal(run: Run, volumes: Sequence[Facts]) -> None:
+    plan, journal = run.plan, run.journal
     stage = "volume" if plan.is_one_task else "join"
     summaries = journal.by_index(stage) if stage in {s.name for s in plan.stages} else []
-    for facts, summary in zip(found.volumes, summaries, strict=False):
+    for facts, summary in zip(volumes, summaries, strict=False):
         facts.objects = summary.get("n_objects")
     for (name, index), failure in sorted(journal.failed.items()):
         volume, _ = plan.split_index(name, index)
-        found.volumes[volume].failures.append(f"{name} {failure['box']}: {failure['error']}")
+        volumes[volume].failures.append(f"{name} {failure['box']}: {failure['error']}")
     if plan.is_one_task:
         states: Iterable[tuple[int, Mapping[str, Any]]] = (
             (i, {**s.get("statistics", {}), "threshold": s.get("threshold")}) for i, s in enumerate(summaries)
         )
     else:
-        chosen = spread(len(found.volumes), _MOST_VOLUMES)
+        chosen = spread(len(volumes), _MOST_VOLUMES)
         states = zip(chosen, at_once(lambda v: _state(plan, v), chosen), strict=True)
     fixed = plan.options.threshold
     for number, state in states:
-        facts = found.volumes[number]
+        facts = volumes[number]
         facts.mean, facts.std = state.get("mean"), state.get("std")
         if not isinstance(fixed, str):
             facts.threshold = fixed
@@ -140,11 +161,10 @@ def _state(plan: Plan, volume: int) -> Mapping[str, Any]:
 
 
 def _read_table(plan: Plan, found: Survey) -> bool:
-    """Add up the rows of the table of measurements, if the run wrote one; tell whether it did."""
+    """Add up the rows of the table of measurements, if there is one; tell whether there is."""
     if "measurements" not in plan.options.outputs:
         return False
-    numbers = {(f.image, plan.volumes[f.number].target_t, f.c): f for f in found.volumes}
-    voxels: dict[int, int] = defaultdict(int)
+    voxels = {f.place: 0 for f in found.volumes}
     sizes = np.zeros(len(SIZE_EDGES) - 1, np.int64)
     columns = ("well", "field", "timepoint", "channel", "volume_voxels")
     try:
@@ -155,13 +175,13 @@ def _read_table(plan: Plan, found: Survey) -> bool:
             first = np.unique(np.concatenate([[0], *changes])) if len(t) else np.empty(0, np.intp)
             for i, total in zip(first, np.add.reduceat(n_voxels, first) if len(t) else (), strict=True):
                 image = f"{well[i]}/{name[i]}" if well[i] else ""
-                voxels[numbers[image, int(t[i]), int(c[i])].number] += int(total)
-    except (MegasegError, KeyError) as error:
+                voxels[image, int(t[i]), int(c[i])] += int(total)
+    except (*UNREADABLE, KeyError) as error:
         found.notes.append(f"The table of measurements could not be read: {error}.")
         return False
     for facts in found.volumes:
         if facts.objects is not None:
-            facts.foreground = voxels[facts.number] / Box.of(plan.volume_shape).size
+            facts.foreground = voxels[facts.place] / Box.of(facts.run.plan.volume_shape).size
     found.sizes = sizes
     return True
 
@@ -169,17 +189,17 @@ def _read_table(plan: Plan, found: Survey) -> bool:
 # -- the voxels
 
 
-def _look(plan: Plan, found: Survey, *, skip_sizes: bool) -> None:
+def _look(plan: Plan, volumes: Sequence[Facts], found: Survey, share: int, *, skip_sizes: bool) -> None:
     """Measure foreground, mean score and sizes of objects in the level that can be read of each volume."""
-    chosen = spread(len(found.volumes), _MOST_VOLUMES)
-    budget = min(max(_ALL_VOXELS // len(chosen), _LEAST_VOXELS), _MOST_VOXELS)
+    chosen = spread(len(volumes), max(_MOST_VOLUMES // share, 1))
+    budget = min(max(_ALL_VOXELS // share // len(chosen), _LEAST_VOXELS), _MOST_VOXELS)
     window = whole_or_middle(plan, budget)
     view = choose_view(plan, window, budget)
     sizes = np.zeros(len(SIZE_EDGES) - 1, np.int64)
     each = voxels_per_voxel(plan, view.level)
 
     def look(number: int) -> Array | None:
-        facts = found.volumes[number]
+        facts = volumes[number]
         if facts.failures:
             # Where blocks are missing, zeros are nothing that was found.
             return None
@@ -195,17 +215,17 @@ def _look(plan: Plan, found: Survey, *, skip_sizes: bool) -> None:
     def try_look(number: int) -> Array | None:
         try:
             return look(number)
-        except MegasegError as error:
-            found.volumes[number].failures.append(f"report: {error}")
+        except UNREADABLE as error:
+            volumes[number].failures.append(f"report: {error}")
             return None
 
     for counts in at_once(try_look, chosen, _READERS):
         if counts is not None:
             sizes += counts
     if "labels" in plan.arrays and not skip_sizes:
-        found.sizes = sizes
-    if len(chosen) < len(found.volumes):
-        found.notes.append(f"Foreground and mean scores are of {len(chosen)} of {len(found.volumes)} volumes.")
+        found.sizes = sizes if found.sizes is None else found.sizes + sizes
+    if len(chosen) < len(volumes):
+        found.notes.append(f"Foreground and mean scores are of {len(chosen)} of {len(volumes)} volumes.")
     if window != Box.of(plan.volume_shape):
         found.notes.append(
             f"Foreground, mean scores and volumes of objects are of {window}, the middle of each volume."
@@ -228,25 +248,27 @@ def _sizes(labels: Array) -> Array:
     return counts[ids > 0]
 
 
-def _sample_scores(plan: Plan, found: Survey) -> None:
+def _sample_scores(plan: Plan, of_run: Sequence[Facts], found: Survey, share: int) -> None:
     """Count scores of full resolution in boxes spread over volumes and over each of them."""
-    good = [f.number for f in found.volumes if not f.failures]
+    good = [f.number for f in of_run if not f.failures]
     if "scores" not in plan.arrays or not good:
         return
     grid = BlockGrid(plan.volume_shape, _SAMPLE_SHAPE)
-    volumes = spread(len(good), _MOST_SAMPLES)
-    boxes = spread(len(grid), max(_MOST_SAMPLES // len(volumes), 1))
+    most = max(_MOST_SAMPLES // share, 1)
+    volumes = spread(len(good), most)
+    boxes = spread(len(grid), max(most // len(volumes), 1))
     samples = [(good[v], grid[b]) for v in volumes for b in boxes]
     edges = np.linspace(0, 1, SCORE_BINS + 1) * _most(plan)
 
     def count(sample: tuple[int, Box]) -> Array:
         try:
             values = products.product(plan, "scores", sample[0]).read(sample[1])
-        except MegasegError:
+        except UNREADABLE:
             return np.zeros(SCORE_BINS, np.int64)  # the volume is named already, or will be by whoever reads it
         return np.histogram(values, edges)[0]
 
-    found.scores = sum(at_once(count, samples, _READERS), np.zeros(SCORE_BINS, np.int64))
+    before = np.zeros(SCORE_BINS, np.int64) if found.scores is None else found.scores
+    found.scores = sum(at_once(count, samples, _READERS), before)
     if len(samples) < len(good) * len(grid):
         found.notes.append(f"The histogram of scores is of {len(samples)} boxes of full resolution.")
 

@@ -11,12 +11,16 @@ from typing import Any
 from numpy.typing import NDArray
 
 from megaseg_dask import products
+from megaseg_dask.errors import MegasegError
 from megaseg_dask.geometry import Box
 from megaseg_dask.ngff.images import Image
 from megaseg_dask.ngff.volumes import Volume
 from megaseg_dask.plan import Plan
 
 Array = NDArray[Any]
+
+# What a place that cannot be read raises; on a disk, an array that is gone is an error of the system.
+UNREADABLE = (MegasegError, OSError)
 
 # What is looked at in full where even the coarsest level is too large.
 _MIDDLE_SHAPE = (64, 512, 512)
