@@ -275,6 +275,7 @@ class _Runner:
             self.lease.id,
             self.plan.options.retries,
             self.plan.options.timeout,
+            self.emit,
         )
         n_in_a_row = 0
         for stage, outcome in dispatcher.outcomes(self._ready):

@@ -16,7 +16,7 @@ stores.threads stores.addresses stores.options stores.failures stores.environmen
 stores.disks stores.objects stores.foreign stores.location stores.downloads stores
 models.network models.recipes models.bundle models.guards models.files models.statements models.heads
 models.preprocessing models.cytodl models models.cards models.cache models.download models.zoo
-engines engines.pytorch inference
+engines engines.pytorch engines.openvino inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
 parsing settings plan parts planning journal lease products
 tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
@@ -48,6 +48,7 @@ DOORS = {
     "obstore": {"stores"},
     "omegaconf": {"training.inside"},
     "ome_zarr_models": {"ngff"},
+    "openvino": {"engines"},
     "psutil": {"memory", "planning", "doctor"},
     "pyarrow": {"ngff"},
     "pydantic": {"settings", "plan", "ngff"},
