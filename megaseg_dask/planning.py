@@ -66,11 +66,11 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     level = where / paths[0] / image.levels[0].path
     array = level.open_array()
     settings, model, bundles = open_models(settings, image.volume_shape())
-    assert settings.overlap is not None
     inputs = _choose_inputs(channels, model.in_channels, settings.channel, where)
     names = _target_names(image, inputs, model.outputs)
     engine = resolve_engine(**{name: getattr(settings, name) for name in EngineSpec.__dataclass_fields__})
     settings = settings.filled(asdict(engine))
+    assert settings.overlap is not None
     plan = Plan(
         source=where.url,
         target=to.url,
