@@ -46,17 +46,23 @@ def average_whole(image: np.ndarray, bundles, mirrors) -> np.ndarray:
     return torch.sigmoid(logits)[0, 0].numpy()
 
 
-CASES = {"mirrored": (1, True), "two models": (2, False), "two models, mirrored": (2, True)}
+# Number of models, mirrored or not, engine and its agreement with MONAI.
+CASES = {
+    "mirrored": (1, True, "torch", 1e-5),
+    "two models": (2, False, "torch", 1e-5),
+    "two models, mirrored": (2, True, "torch", 1e-5),
+    "through OpenVINO": (2, True, "openvino", 1e-3),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_averages_are_monais_at_any_block(name, bundles, tmp_path, client):
-    n_models, tta = CASES[name]
+    n_models, tta, engine, agreement = CASES[name]
     image = blobs(SHAPE)
     source = write_image(tmp_path / "image.zarr", image)
     expected = average_whole(image, bundles[:n_models], MIRRORS if tta else [()])
     assert np.abs(expected - average_whole(image, bundles[:1], [()])).max() > 1e-3
-    options = {"model": list(map(str, bundles[:n_models])), "tta": tta, "threads": 1}
+    options = {"model": list(map(str, bundles[:n_models])), "tta": tta, "engine": engine, "threads": 1}
     written = []
     for i, block in enumerate(BLOCKS):
         settings = parse_settings({**options, "scores_dtype": "float32", "block": block})
@@ -67,9 +73,10 @@ def test_averages_are_monais_at_any_block(name, bundles, tmp_path, client):
         assert provenance["engine"]["tta"] is tta
         names = [model["name"] for model in provenance["model"].get("averaged", [])]
         assert names == (["0", "1"] if n_models == 2 else [])
-    assert np.abs(written[0] - expected).max() <= 1e-5
+    assert np.abs(written[0] - expected).max() <= agreement
     assert_array_equal(written[1], written[0])
-    lazy = megaseg_dask.predict(xarray.DataArray(image, dims=list("zyx")), options["model"], tta=tta, threads=1)
+    models = options.pop("model")
+    lazy = megaseg_dask.predict(xarray.DataArray(image, dims=list("zyx")), models, **options)
     assert_array_equal(lazy.values, written[0])
 
 
@@ -133,11 +140,12 @@ def test_the_command_takes_several_models(bundles, tmp_path, run):
     assert all(plan["projected_bytes"][stage] > n for stage, n in one["projected_bytes"].items())
 
 
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize("block", ["48,256,256", "48,128,128"])
-def test_measured_peaks_stay_below_the_projection(block, bundles, tmp_path):
+def test_measured_peaks_stay_below_the_projection(block, engine, bundles, tmp_path):
     source = write_image(tmp_path / "image.zarr", blobs((48, 256, 256)))
     options = {"model": list(map(str, bundles)), "tta": True, "threads": 1, "patch": "48,128,128", "overlap": 0}
-    settings = parse_settings({**options, "block": block})
+    settings = parse_settings({**options, "engine": engine, "block": block})
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)
     result = segment(str(source), str(tmp_path / "out.zarr"), settings)
     assert result.status == "done"

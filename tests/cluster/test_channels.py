@@ -29,7 +29,7 @@ ZSCORE = NormalizeIntensity(channel_wise=True)
 
 
 def run(source, target, bundle, client, **options):
-    options = {"model": str(bundle), "threads": 1, "scores_dtype": "float32", **options}
+    options = {"model": str(bundle), "engine": "torch", "threads": 1, "scores_dtype": "float32", **options}
     result = segment(str(source), str(target), parse_settings(options), client=client)
     assert result.status == "done", result.failures
     return zarr.open_group(target, mode="r"), result
@@ -212,14 +212,16 @@ def test_what_does_not_fit_the_model_is_refused(image, two_in, tmp_path):
     assert "takes images without a z-score, by: none" in refusal(**options)
 
 
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize("block", ["48,256,256", "48,128,128"])
-def test_measured_peaks_stay_below_the_projection(block, two_in, tmp_path):
+def test_measured_peaks_stay_below_the_projection(block, engine, two_in, tmp_path):
     source = write_image(
         tmp_path / "image.zarr", np.stack([blobs((48, 256, 256), seed=c) for c in range(2)]), axes="czyx"
     )
     options = {
         "model": str(two_in),
         "threads": 1,
+        "engine": engine,
         "patch": "48,128,128",
         "overlap": 0,
         "block": block,

@@ -52,7 +52,7 @@ def test_forward_passes_and_reads_are_those_of_the_plan(block, tmp_path, tiny_bu
 def test_averages_pass_each_patch_as_often_as_they_average(n_models, tta, n_passes, tmp_path, counted):
     models = [str(write_checkpoint(tmp_path / f"{seed}.ckpt", seed=seed)) for seed in range(n_models)]
     source = write_image(tmp_path / "image.zarr", blobs((16, 48, 48)))
-    settings = parse_settings({"model": models, "tta": tta, "threads": 1, "outputs": "scores"})
+    settings = parse_settings({"model": models, "tta": tta, "engine": "torch", "threads": 1, "outputs": "scores"})
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     assert not run_tasks(plan, "volume", [0], lambda _: None)
     assert counted["forward"] == n_passes * plan.summary()["patches"]
