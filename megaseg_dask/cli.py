@@ -49,6 +49,14 @@ Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="OME-Zarr image to write; SOURCE again adds labels to it.")
 ]
 Begun = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
+RunName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Which of the runs on TARGET; needed if there are several.")
+]
+Endpoint = Annotated[str | None, typer.Option(metavar="URL", help="Address of an S3-compatible server.")]
+Anonymous = Annotated[bool, typer.Option("--anon", help="Read without credentials.")]
+StorageOption = Annotated[
+    str | None, typer.Option(metavar="K=V", help="Options of the object store, separated by commas.")
+]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
 
@@ -85,6 +93,13 @@ def _default(value: object) -> str:
     if value is None or value is False:
         return ""
     return f" (default: {','.join(value) if isinstance(value, tuple) else value})"
+
+
+def _configure(endpoint: str | None, anon: bool, storage_option: str | None) -> None:
+    """Open stores as these options say, for commands that only look."""
+    from megaseg_dask.stores import StoreOptions, configure
+
+    configure(StoreOptions.parse(endpoint, anon, storage_option.split(",") if storage_option else ()))
 
 
 def _settings_of(options: dict[str, Any]) -> Settings:
@@ -229,6 +244,38 @@ def status(target: Begun, *, json_: Json = False) -> None:
             states = {0: "done", PENDING: "pending", 1: "failed"}
             typer.echo(json.dumps({"event": "result", "status": states[worst], "exit_code": worst}))
         raise typer.Exit(worst)
+
+
+@app.command()
+def report(
+    target: Begun,
+    *,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where to write. (default: TARGET.report.html)")
+    ] = None,
+    label_name: RunName = None,
+    endpoint: Endpoint = None,
+    anon: Anonymous = False,
+    storage_option: StorageOption = None,
+    json_: Json = False,
+) -> None:
+    """Write one HTML page about a run: quality control, timings, and the proof that nothing is cut at block seams.
+
+    It opens offline, in any browser. Of large outputs it reads samples, and says so.
+
+    \b
+    Example:
+      megaseg report segmented.zarr --out monday.html
+    """
+    with _exit_codes(json_):
+        _configure(endpoint, anon, storage_option)
+        from megaseg_dask.report import write_report
+
+        place = write_report(target, out, label_name)
+        if json_:
+            typer.echo(json.dumps({"event": "result", "status": "done", "report": place.url, "exit_code": 0}))
+        else:
+            typer.echo(f"report in {place}")
 
 
 @app.command()
