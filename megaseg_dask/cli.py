@@ -29,6 +29,7 @@ from megaseg_dask.exits import exit_codes as _exit_codes
 from megaseg_dask.exits import fail as _fail
 from megaseg_dask.models_cli import models_app
 from megaseg_dask.settings import Settings, declared, parse_settings
+from megaseg_dask.training_cli import train
 
 app = typer.Typer(
     name="megaseg",
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 
 app.add_typer(models_app)
+app.command()(train)
 
 # What typer raises for an unknown option or command; it has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

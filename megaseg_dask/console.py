@@ -66,6 +66,8 @@ def _bars() -> Iterator[Callable[[Event], None]]:
                     if model not in bars:
                         bars[model] = progress.add_task(model, total=round(fields["total_bytes"] / 1e6, 1), rate="")
                     progress.update(bars[model], completed=round(fields["n_bytes"] / 1e6, 1), rate=_speed(fields))
+                case "epoch":
+                    progress.console.print(_epoch_line(fields))
                 case "failure":
                     progress.console.print(_failure_line(fields))
 
@@ -81,6 +83,8 @@ def _lines(every_s: float = 5.0) -> Callable[[Event], None]:
         match event.kind:
             case "started":
                 typer.echo(_started_line(fields), err=True)
+            case "epoch":
+                typer.echo(_epoch_line(fields), err=True)
             case "failure":
                 typer.echo(_failure_line(fields), err=True)
             case "fetching":
@@ -117,6 +121,15 @@ def _started_line(fields: dict[str, Any]) -> str:
     return f"{n} {'task' if n == 1 else 'tasks'}{resumed}; dashboard {fields['dashboard']}"
 
 
+def _epoch_line(fields: dict[str, Any]) -> str:
+    training, validation = (
+        "not a number" if fields[key] is None else f"{fields[key]:.4f}" for key in ("training_loss", "validation_loss")
+    )
+    best = "the best so far" if fields["best_epoch"] == fields["epoch"] else f"best was epoch {fields['best_epoch']}"
+    epoch = f"epoch {fields['epoch']} ({fields['epoch'] + 1} of {fields['max_epochs']})"
+    return f"{epoch}: loss {training}, validation {validation}, {best}"
+
+
 def _failure_line(fields: dict[str, Any]) -> str:
     return f"FAILED {fields['stage']} {fields['volume']} box {fields['box']}: {fields['error']}"
 
@@ -142,6 +155,18 @@ def print_result(result: Any, quiet: bool) -> None:
     if not quiet and result.peak_bytes:
         stage, peak = max(result.peak_bytes.items(), key=lambda item: item[1])
         typer.echo(f"most memory of a worker: {peak / 1e9:.2f} GB in stage {stage}", err=True)
+
+
+def print_training(trained: Any) -> None:
+    """Say how a training ended, and how to use what it made."""
+    reasons = {"patience": "the validation loss did not improve any more", "max_time": "the time was over"}
+    why = reasons.get(trained.stopped, "all epochs were done")
+    print_rows({
+        "bundle": trained.bundle + ("  (already done)" if trained.already_done else ""),
+        "best": f"epoch {trained.best_epoch}, validation loss {trained.best_loss:.4f}",
+        "stopped": f"after {trained.n_epochs} epochs and {_duration(trained.wall_s)}: {why}",
+        "next": f"megaseg segment SOURCE TARGET --model {trained.bundle}",
+    })  # fmt: skip
 
 
 def print_tasks(stage: str, n: int, failures: list[Any]) -> None:

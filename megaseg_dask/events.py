@@ -118,6 +118,35 @@ def joined(results: Sequence[Result]) -> Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Epoch(Event):
+    """An epoch of a training ended; ``best_epoch`` has the lowest validation loss so far."""
+
+    kind: ClassVar[str] = "epoch"
+    epoch: int
+    max_epochs: int
+    training_loss: float | None
+    validation_loss: float | None
+    best_epoch: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trained(Event):
+    """How a training ended; ``stopped`` is patience, max_epochs or max_time."""
+
+    kind: ClassVar[str] = "result"
+    bundle: str
+    digest: str
+    n_epochs: int
+    best_epoch: int
+    best_loss: float
+    stopped: str
+    wall_s: float
+    status: str = "done"
+    already_done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RunStatus(Event):
     """How a run stands: finished and planned tasks of each stage, and what failed."""
 

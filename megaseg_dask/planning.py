@@ -54,7 +54,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     if where.is_same(to):
         # One container holds one version.
         settings = settings.model_copy(update={"ome_zarr": whole.version})
-    channels = _choose_channels(image, settings.channel, where)
+    channels = choose_channels(image, settings.channel, where)
     first, stop = _choose_times(image, settings)
     if recorded is not None:
         settings = settings.filled(recorded.options.result_options())
@@ -177,7 +177,7 @@ def require_target(settings: Settings, source: Location, target: Location) -> No
     target.require_writable()
 
 
-def _choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
+def choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
     """Return the indices of the channels to segment, in the order in which they were asked for."""
     n = image.extent("c")
     names = [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]

@@ -22,32 +22,37 @@ parsing settings plan parts planning journal lease products
 tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
 publishing targets tables
 cluster dispatch flows run single
-xarrays training scoring report view demo doctor
-console exits models_cli cli
+xarrays
+training.inside training.environment training.manifest training.card training.session training
+scoring report view demo doctor
+console exits models_cli training_cli cli
 __init__ __main__
 """.split()
 
 # library: the modules (or packages) through which it comes in.
 DOORS = {
     "cc3d": {"labelling"},
+    "cyto_dl": {"training.inside"},
     "dask": {"cluster", "xarrays"},
     "dask_cuda": {"cluster"},
     "distributed": {"cluster", "dispatch"},
     "fsspec": {"stores"},
     "monai": {"models", "engines"},
+    "lightning": {"training.inside"},
     "numpy": None,
     "obstore": {"stores"},
+    "omegaconf": {"training.inside"},
     "ome_zarr_models": {"ngff"},
     "psutil": {"memory", "planning", "doctor"},
     "pyarrow": {"ngff"},
     "pydantic": {"settings", "plan", "ngff"},
     "rich": {"console"},
-    "matplotlib": {"demo"},
+    "matplotlib": {"demo", "training"},
     "skimage": {"thresholds"},
     "scipy": {"labelling", "simulation", "evaluate"},
-    "tifffile": {"demo"},
+    "tifffile": {"demo", "training"},
     "torch": {"models", "engines"},
-    "typer": {"cli", "console", "exits", "models_cli"},
+    "typer": {"cli", "console", "exits", "models_cli", "training_cli"},
     "xarray": {"xarrays"},
     "yaml": {"models"},
     "zarr": {"ngff", "stores"},

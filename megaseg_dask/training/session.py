@@ -1,0 +1,333 @@
+"""One training: what was asked for, cyto-dl in its process, and the bundle at the end.
+
+All that cyto-dl needs and writes is in OUT/training. Its last checkpoint lets
+the same command go on; the best one becomes the bundle, when training is over.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megaseg_dask.cluster import WORKER_ENVIRONMENT
+from megaseg_dask.errors import BundleError, SettingsError, TargetError, TaskError
+from megaseg_dask.events import Epoch, Event, Progress, Trained
+from megaseg_dask.lease import held
+from megaseg_dask.models import Bundle, load_bundle, require_patch, save_bundle
+from megaseg_dask.models.recipes import RECIPES, Recipe
+from megaseg_dask.models.zoo import locate
+from megaseg_dask.stores import Location
+from megaseg_dask.training.card import write_card
+from megaseg_dask.training.environment import find_python
+from megaseg_dask.training.manifest import Example, digest_of, read_examples, split_examples, write_examples
+
+INSIDE = Path(__file__).with_name("inside.py")
+# Not "checkpoints": a training that is not over is no bundle.
+WORK, STATES, RECORD = "training", "states", "request.json"
+BUNDLE_FILES = ("train_config.yaml", "metrics.csv", "curves.png")
+CARD = "MODEL_CARD.md"
+# Image, mask and the mask of what counts, as float32 tensors: what cyto-dl keeps of each voxel on disk.
+_CACHED_BYTES = 12
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to train, on what; ``None`` leaves a value to the recipe."""
+
+    manifest: str
+    recipe: str
+    out: str
+    start: str | None = None
+    channel: str | None = None
+    label: str | None = None
+    validation: float = 0.2
+    patch: tuple[int, int, int] | None = None
+    patches_per_image: int | None = None
+    learning_rate: float | None = None
+    max_epochs: int | None = None
+    patience: int | None = None
+    max_time: str | None = None
+    accelerator: str = "auto"
+    overwrite: bool = False
+
+
+def train(request: Request, emit: Emit) -> Trained:
+    """Train a recipe, or go on where it stopped, and write the bundle with its card.
+
+    Raises :class:`SettingsError`, :class:`~megaseg_dask.errors.SourceError` and :class:`TargetError` before anything
+    is written, and :class:`TaskError` if cyto-dl fails or the training diverges.
+    """
+    recipe, begin = _recipe(request)
+    require_patch(recipe.network, recipe.patch_shape)
+    read = read_examples(request.manifest, request.channel, request.label)
+    examples = split_examples(read, request.validation, recipe.patch_shape)
+    python, out = find_python(), Path(request.out).expanduser().absolute()
+    identity = _identity(request, recipe, begin, examples)
+    _require_ours(out, identity, overwrite=request.overwrite)
+    work = out / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with held(Location.of(work)):
+        if request.overwrite:
+            _clear(out)
+        record = _read_record(work) or identity
+        ends = {"max_epochs": recipe.max_epochs, "max_time": request.max_time}
+        done = record.get("done")
+        # More epochs or more time do not change what a training that ran out of patience has become.
+        if done and (record["ends"] == ends or done["stopped"] == "patience"):
+            return Trained(**done | {"already_done": True})
+        _write_record(work, identity)
+        counts = write_examples(examples, work / "data")
+        changes = _changes(request, recipe, begin, work, counts)
+        finished = _run(python, changes, work, recipe, emit)
+        result = _publish(out, recipe, request, finished, counts)
+        fields = {key: value for key, value in result.fields().items() if key != "already_done"}
+        _write_record(work, identity | {"ends": ends, "done": fields})
+        for name in ("cache", "data"):
+            shutil.rmtree(work / name, ignore_errors=True)
+        return result
+
+
+def _recipe(request: Request) -> tuple[Recipe, Bundle | None]:
+    """Return the recipe with what was asked for in its place, and the bundle to begin from, whose network counts."""
+    if request.recipe not in RECIPES:
+        raise SettingsError(f"--recipe {request.recipe}: there are {', '.join(RECIPES)}")
+    recipe = RECIPES[request.recipe]
+    given: dict[str, Any] = {
+        "patch_shape": request.patch,
+        "patches_per_image": request.patches_per_image,
+        "learning_rate": request.learning_rate,
+        "max_epochs": request.max_epochs,
+        "patience": request.patience,
+    }
+    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    if request.start is None:
+        return recipe, None
+    bundle = load_bundle(locate(request.start))
+    if any(head.n_blocks is not None for head in bundle.heads):
+        raise BundleError(f"--from {request.start}: a head with layers of its own is not trained")
+    return replace(recipe, network=bundle.network), bundle
+
+
+def _identity(request: Request, recipe: Recipe, begin: Bundle | None, examples: list[Example]) -> dict[str, Any]:
+    """What may not change between a training and its continuation; when it ends, and where it runs, may."""
+    fields = {key: value for key, value in asdict(recipe).items() if key != "max_epochs"}
+    start = begin.digest if begin else None
+    return json.loads(json.dumps({"recipe": fields, "from": start, "examples": digest_of(examples)}))  # type: ignore[no-any-return]
+
+
+def _require_ours(out: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+    """Raise :class:`TargetError` unless OUT is new, empty, or of the same training (of any, to be overwritten)."""
+    try:
+        there = out.exists() and any(out.iterdir())
+    except OSError as error:
+        raise TargetError(f"{out} is not a folder to write to: {error.strerror}") from error
+    if not there:
+        return
+    record = _read_record(out / WORK)
+    if record is None:
+        raise TargetError(f"{out} holds something else than a training; choose a new or empty folder")
+    differing = [key for key, value in identity.items() if record.get(key) != value]
+    if differing and not overwrite:
+        changed = "the images" if differing == ["examples"] else "other options, another recipe or other images"
+        raise TargetError(f"{out} holds a training with {changed}; choose another folder, or pass --overwrite")
+
+
+def _read_record(work: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((work / RECORD).read_text()))
+    except (OSError, ValueError):
+        return None
+
+
+def _write_record(work: Path, record: dict[str, Any]) -> None:
+    part = work / f"{RECORD}.part"
+    part.write_text(json.dumps(record, indent=1))
+    part.replace(work / RECORD)
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier training wrote, and nothing else."""
+    for path in (out / "checkpoints", *(out / WORK / name for name in (STATES, "cache", "data"))):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (*map(out.joinpath, (*BUNDLE_FILES, CARD)), *map((out / WORK).joinpath, (RECORD, "metrics.csv"))):
+        path.unlink(missing_ok=True)
+
+
+# -- in cyto-dl's words
+
+
+def _changes(
+    request: Request, recipe: Recipe, begin: Bundle | None, work: Path, counts: dict[str, int]
+) -> dict[str, Any]:
+    """Return the request of ``inside.py``: what is different from cyto-dl's own experiment."""
+    last = work / STATES / "last.ckpt"
+    start = last if last.exists() else _start(recipe, begin, work) if begin else None
+    network = json.loads(json.dumps(asdict(recipe.network)))
+    return {
+        "folder": str(work),
+        "accelerator": request.accelerator,
+        # Pictures of every epoch and bars for a terminal; a mask of what counts, which this loss does not take.
+        "remove": ["callbacks.saving", "callbacks.rich_progress_bar", "callbacks.model_summary",
+                   "model.task_heads.seg.mask_key"],
+        "set": {
+            "test": False,
+            "logger": None,
+            "experiment_name": recipe.name,
+            "run_name": work.parent.name,
+            "data.path": str(work / "data"),
+            "data.columns": ["raw", "seg1", "base_image"],
+            "data.batch_size": 1,
+            "data.num_workers": 0 if request.accelerator == "cpu" else min(4, os.cpu_count() or 1),
+            "data.cache_dir": _cache(work),
+            "data._aux.patch_shape": list(recipe.patch_shape),
+            "data._aux.patch_per_image": recipe.patches_per_image,
+            **{f"model.backbone.{key}": value for key, value in network.items() if key != "filters"},
+            "model._aux.filters": network["filters"],
+            "model._aux.overlap": recipe.overlap,
+            "model.task_heads.seg._target_": "cyto_dl.nn.head.BaseHead",
+            "model.task_heads.seg.loss": {"_target_": recipe.loss, "sigmoid": True},
+            "model.optimizer.generator._target_": recipe.optimizer,
+            "model.optimizer.generator.lr": recipe.learning_rate,
+            "model.optimizer.generator.weight_decay": recipe.weight_decay,
+            "model.lr_scheduler.generator.gamma": recipe.decay,
+            "trainer.max_epochs": recipe.max_epochs,
+            "trainer.max_time": request.max_time,
+            "trainer.enable_progress_bar": False,
+            "callbacks.model_checkpoint.dirpath": str(work / STATES),
+            # By default within an epoch, which would then be learnt again.
+            "callbacks.model_checkpoint.save_on_train_epoch_end": True,
+            "callbacks.early_stopping.patience": recipe.patience,
+            "checkpoint.ckpt_path": str(start) if start else None,
+            "checkpoint.weights_only": bool(start) and start != last,
+        },
+    }  # fmt: skip
+
+
+def _start(recipe: Recipe, begin: Bundle, work: Path) -> Path:
+    return save_bundle(work / "from", recipe.network, begin.weights, patch_shape=recipe.patch_shape,
+                       overlap=recipe.overlap, epoch=0)  # fmt: skip
+
+
+def _cache(work: Path) -> str | None:
+    """Where cyto-dl may keep its tensors, if they take less than half of the room that is there."""
+    from tifffile import TiffFile
+
+    n_voxels = 0
+    for path in (work / "data").glob("*_seg.ome.tif"):
+        with TiffFile(path) as file:
+            n_voxels += int(file.series[0].size)
+    room = shutil.disk_usage(work).free / 2
+    return str(work / "cache") if n_voxels * _CACHED_BYTES < room else None
+
+
+# -- its process
+
+
+def _run(python: Path, changes: dict[str, Any], work: Path, recipe: Recipe, emit: Emit) -> dict[str, Any]:
+    """Let cyto-dl train; returns its last event."""
+    asked = work / "inside.json"
+    asked.write_text(json.dumps(changes, indent=1))
+    teller = _Teller(recipe, changes["set"]["trainer.max_epochs"], emit)
+    last: dict[str, Any] = {}
+    with _process([str(python), "-I", str(INSIDE), str(asked)]) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last = json.loads(line)
+            teller.tell(last)
+    log = work / "log.txt"
+    if last.get("event") != "finished":
+        cause = last.get("error") or f"it ended with code {process.returncode}"
+        raise TaskError(f"cyto-dl failed: {cause}; its log is {log}, and the same command goes on")
+    if last["stopped"] == "diverged" or not last["best"]:
+        raise TaskError(f"the training diverged, its loss is no number any more (see {log}); try a smaller "
+                        "--learning-rate with --overwrite, or --accelerator cpu: that has 32 bits")  # fmt: skip
+    return last
+
+
+@contextmanager
+def _process(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """Run a program that ends when its stdin does, and so with us, whatever ends us."""
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**WORKER_ENVIRONMENT, **quiet, **os.environ},
+        start_new_session=True,  # Ctrl-C is for us, who then close its stdin
+    )
+    try:
+        yield process
+    finally:
+        assert process.stdin is not None
+        with suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+class _Teller:
+    """Turns what cyto-dl's process tells into events."""
+
+    def __init__(self, recipe: Recipe, max_epochs: int, emit: Emit) -> None:
+        self.max_epochs, self.emit = max_epochs, emit
+        self.patch_voxels = recipe.patch_shape[0] * recipe.patch_shape[1] * recipe.patch_shape[2]
+        self.patches = recipe.patches_per_image
+        self.n_batches, self.first, self.best, self.best_epoch = 1, 0, float("inf"), 0
+
+    def tell(self, told: dict[str, Any]) -> None:
+        match told["event"]:
+            case "started":
+                self.n_batches, self.first = told["n_batches"], told["epoch"] * told["n_batches"]
+                if told["best"]:
+                    self.best_epoch, self.best = told["best"]
+            case "batch":
+                n_done, total, elapsed = told["n_done"], self.max_epochs * self.n_batches, told["elapsed_s"]
+                rate = max(n_done - self.first, 1) / max(elapsed, 1e-3)
+                voxels = rate * self.patch_voxels * self.patches
+                self.emit(Progress("training", n_done, total, elapsed, round(voxels), (total - n_done) / rate))
+            case "epoch":
+                loss = told["validation_loss"]
+                if loss is not None and loss < self.best:
+                    self.best, self.best_epoch = loss, told["epoch"]
+                fields = {key: told[key] for key in ("epoch", "training_loss", "validation_loss", "elapsed_s")}
+                self.emit(Epoch(**fields, max_epochs=self.max_epochs, best_epoch=self.best_epoch))
+
+
+# -- the bundle
+
+
+def _publish(out: Path, recipe: Recipe, request: Request, finished: dict[str, Any], counts: dict[str, int]) -> Trained:
+    """Copy the best checkpoint, its configuration and the curves to OUT, and write the card beside them."""
+    work, best, part = out / WORK, Path(finished["best"]), out / WORK / "checkpoints.part"
+    for name in BUNDLE_FILES:
+        shutil.copyfile(work / name, out / name)
+    # The checkpoint comes last and at once: a folder without it is no bundle yet.
+    for folder in (part, out / "checkpoints"):
+        shutil.rmtree(folder, ignore_errors=True)
+    part.mkdir()
+    shutil.copyfile(best, part / best.name)
+    part.replace(out / "checkpoints")
+    bundle = load_bundle(out)
+    losses = write_card(out, bundle, recipe, request.manifest, counts, finished)
+    return Trained(
+        bundle=str(out),
+        digest=bundle.digest,
+        n_epochs=finished["n_epochs"],
+        best_epoch=losses.best_epoch,
+        best_loss=losses.best_loss,
+        stopped=finished["stopped"],
+        wall_s=losses.wall_s,
+    )
