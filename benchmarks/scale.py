@@ -124,7 +124,14 @@ def measure_tasks(n_per_axis: int, outputs: str) -> dict[str, Any]:
         # Exactly so many blocks: the array is cut to size, its chunks stay as they are.
         array = zarr.open_array(source / "0", mode="r+")
         array.resize((n_per_axis * 16,) * 3)
-        options = {"model": "starter", "threads": 1, "block": "16,16,16", "outputs": outputs, "overlap": 0}
+        options = {
+            "model": "starter",
+            "engine": "torch",
+            "threads": 1,
+            "block": "16,16,16",
+            "outputs": outputs,
+            "overlap": 0,
+        }
         settings = parse_settings(options)
         target = str(folder / "out.zarr")
         started = time.perf_counter()
@@ -165,7 +172,7 @@ def measure_volume(grid_shape: tuple[int, ...], memory: str, n_workers: int = 1,
         folder = Path(name)
         source = write_volume(folder / "volume.zarr", grid_shape)
         # An engine that does nothing gives the image itself: at a middling score it is noise, of 36 million fragments.
-        fixed = {"model": "starter", "threads": 1, "memory": memory, "overlap": 0, "threshold": 0.95}
+        fixed = {"model": "starter", "engine": "torch", "threads": 1, "memory": memory, "overlap": 0, "threshold": 0.95}
         settings = parse_settings({**fixed, **options})
         target = str(folder / "out.zarr")
         [(plan, _)] = plan_runs(str(source), target, settings)
@@ -223,8 +230,8 @@ def measure_fields(n_fields: int = 2000) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, target = write_screen(folder / "screen.zarr", n_fields), str(folder / "out.zarr")
-        settings = parse_settings({"model": "starter", "threads": 1, "overlap": 0, "patch": "16,64,64",
-                                   "outputs": "labels,scores,measurements"})  # fmt: skip
+        settings = parse_settings({"model": "starter", "engine": "torch", "threads": 1, "overlap": 0,
+                                   "patch": "16,64,64", "outputs": "labels,scores,measurements"})  # fmt: skip
         started = time.perf_counter()
         [(plan, _)] = plan_runs(str(source), target, settings)
         plan_s = time.perf_counter() - started

@@ -5,7 +5,8 @@ it, so the logits are equal bit for bit at any block shape. All arithmetic is
 float32 on contiguous arrays, as in MONAI's ``sliding_window_inference``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from megaseg_dask.errors import EngineError
 from megaseg_dask.geometry import Box, Shape
 
 Float32 = NDArray[np.float32]
+
+# Voxels that fit the cache of a core.
+_SLAB = 2**17
 
 # MONAI's defaults: sigma is an eighth of the patch, weights never fall below a thousandth.
 _SIGMA_SCALE = 0.125
@@ -64,4 +68,19 @@ def sigmoid(logits: Float32) -> Float32:
     """Return ``1 / (1 + exp(-logits))`` in float32."""
     # exp of a large number is inf, and 1 / inf the right answer.
     with np.errstate(over="ignore"):
-        return np.float32(1) / (np.float32(1) + np.exp(-logits))
+        return in_slabs(lambda part: np.float32(1) / (np.float32(1) + np.exp(-part)), logits, np.dtype(np.float32))
+
+
+def in_slabs(
+    function: Callable[[NDArray[Any]], NDArray[Any]], values: NDArray[Any], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """Return ``function`` of each voxel, as ``dtype``.
+
+    What is in between stays in the cache, rather than in fresh memory of the size of the volume.
+    """
+    result = np.empty(values.shape, dtype)
+    flat, found = values.reshape(-1), result.reshape(-1)
+    for start in range(0, flat.size, _SLAB):
+        slab = slice(start, start + _SLAB)
+        found[slab] = function(flat[slab])
+    return result

@@ -50,6 +50,9 @@ Target = Annotated[
 ]
 Begun = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
 STORE = ("endpoint", "anon", "storage_option")
+RunName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Which of the runs on TARGET; needed if there are several.")
+]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
 
@@ -256,6 +259,37 @@ def status(
             states = {0: "done", PENDING: "pending", 1: "failed"}
             typer.echo(json.dumps({"event": "result", "status": states[worst], "exit_code": worst}))
         raise typer.Exit(worst)
+
+
+@app.command()
+@with_settings(*STORE)
+def report(
+    target: Begun,
+    *,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where to write. (default: TARGET.report.html)")
+    ] = None,
+    label_name: RunName = None,
+    json_: Json = False,
+    **options: Any,
+) -> None:
+    """Write one HTML page about a run: quality control, timings, and the proof that nothing is cut at block seams.
+
+    It opens offline, in any browser. Of large outputs it reads samples, and says so.
+
+    \b
+    Example:
+      megaseg report segmented.zarr --out monday.html
+    """
+    with _exit_codes(json_):
+        _open_stores(options, None)
+        from megaseg_dask.report import write_report
+
+        place = write_report(target, out, label_name)
+        if json_:
+            typer.echo(json.dumps({"event": "result", "status": "done", "report": place.url, "exit_code": 0}))
+        else:
+            typer.echo(f"report in {place}")
 
 
 @app.command()

@@ -61,6 +61,8 @@ def _bars() -> Iterator[Callable[[Event], None]]:
                         bars[stage] = progress.add_task(stage, total=fields["n_tasks"], rate="")
                     done = {"completed": fields["n_done"], "total": fields["n_tasks"]}
                     progress.update(bars[stage], **done, rate=_rate(fields))
+                case "notice":
+                    progress.console.print(fields["text"], markup=False, highlight=False)
                 case "fetching":
                     model = str(fields["model"])
                     if model not in bars:
@@ -69,7 +71,7 @@ def _bars() -> Iterator[Callable[[Event], None]]:
                 case "epoch":
                     progress.console.print(_epoch_line(fields))
                 case "failure":
-                    progress.console.print(_failure_line(fields))
+                    progress.console.print(_failure_line(fields), markup=False, highlight=False)
 
         yield show
 
@@ -83,6 +85,8 @@ def _lines(every_s: float = 5.0) -> Callable[[Event], None]:
         match event.kind:
             case "started":
                 typer.echo(_started_line(fields), err=True)
+            case "notice":
+                typer.echo(fields["text"], err=True)
             case "epoch":
                 typer.echo(_epoch_line(fields), err=True)
             case "failure":
@@ -137,13 +141,13 @@ def _failure_line(fields: dict[str, Any]) -> str:
 def print_result(result: Any, quiet: bool) -> None:
     """Say how a run ended: what was written, or what failed and what to do."""
     if n := len(result.failures):
-        typer.echo(
-            f"megaseg: {n} {'task' if n == 1 else 'tasks'} failed; what is finished is kept in {result.run}:",
-            err=True,
-        )
-        for failure in result.failures[:_MOST_FAILURES]:
+        typer.echo(f"megaseg: {n} {'task' if n == 1 else 'tasks'} failed; what is finished is kept in {result.run}",
+                   err=True)  # fmt: skip
+        # Otherwise they were shown when they happened.
+        for failure in result.failures[: _MOST_FAILURES if quiet else 0]:
             typer.echo(_failure_line(failure), err=True)
-        typer.echo("Run the same command again once the cause is mended.", err=True)
+        typer.echo(f"Run the same command again once the cause is mended; megaseg status {result.target} lists what "
+                   "failed.", err=True)  # fmt: skip
         return
     for warning in result.warnings:
         typer.echo(f"megaseg: warning: {warning}", err=True)
@@ -194,6 +198,9 @@ def print_plan(summary: dict[str, Any]) -> None:
     engine, model = summary["engine"], summary["model"]
     peaks = ", ".join(f"{stage} {n / 1e9:.2f}" for stage, n in summary["projected_bytes"].items())
     tasks = " → ".join(f"{stage} {n}" for stage, n in summary["stages"].items())
+    cheapest = summary["auto_patch_voxels_per_voxel"]
+    saving = f" ({cheapest} with --patch auto, {_shape(summary['auto_patch_shape'])})"
+    saving = saving if cheapest < summary["patch_voxels_per_voxel"] else ""
     rows = {
         "source": f"{summary['source']}  ({summary['volumes']} × {_shape(summary['volume_shape'])}"
                   f" {summary['dtype']})",
@@ -202,7 +209,8 @@ def print_plan(summary: dict[str, Any]) -> None:
         "engine": f"{engine['engine']} {engine['precision']} on {engine['device']}, {engine['threads']} threads, "
                   f"batch {engine['batch']}",
         "patches": f"{summary['patches']} of {_shape(summary['patch_shape'])} per volume, overlap "
-                   f"{_shape(summary['overlap'])}: {summary['patch_voxels_per_voxel']} voxels predicted per voxel",
+                   f"{_shape(summary['overlap'])}: {summary['patch_voxels_per_voxel']} voxels predicted per voxel"
+                   + saving,
         "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, redundancy "
                   f"{summary['redundancy']}",
         "bytes": f"{size_text(summary['bytes_read'])} read ({summary['read_amplification']} times the volume), "

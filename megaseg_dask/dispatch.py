@@ -15,6 +15,7 @@ from typing import Any
 
 from megaseg_dask.cluster import add_workers
 from megaseg_dask.errors import ClusterError
+from megaseg_dask.events import Event, Notice
 from megaseg_dask.tasks import Outcome, is_infrastructure, run_tasks
 
 # Enough groups in flight that no worker waits for the client, few enough that memory stays flat.
@@ -53,6 +54,7 @@ class Dispatcher:
     lease_id: str | None
     retries: int
     timeout_s: float | None = None
+    emit: Callable[[Event], None] = lambda _: None
     _running: dict[Any, _Group] = field(default_factory=dict)
     # Due time, a number that breaks ties, what to run, and on which worker not to.
     _delayed: list[tuple[float, int, _Group, str]] = field(default_factory=list)
@@ -151,7 +153,9 @@ class Dispatcher:
             if not outcome.error:
                 self._learn(group.stage, outcome.seconds)
             elif outcome.is_infrastructure and group.attempt <= self.retries:
-                self._try_again(_Group(group.stage, [outcome.index], group.attempt + 1), address)
+                again = _Group(group.stage, [outcome.index], group.attempt + 1)
+                self._tell(again, f"{outcome.error}; it runs again")
+                self._try_again(again, address)
                 continue
             yield group.stage, outcome
 
@@ -160,17 +164,28 @@ class Dispatcher:
         from distributed import CancelledError, KilledWorker
 
         lost = isinstance(error, KilledWorker | CancelledError) or is_infrastructure(error)
+        what = str(error) if isinstance(error, TimeoutError) else "its worker died or hung"
         if len(group.indices) > 1 and lost:
+            self._tell(group, f"{what}; they run again, one by one")
             for index in group.indices:
                 self._try_again(_Group(group.stage, [index], group.attempt))
-        elif lost and group.attempt == self.retries:
-            self._suspects.append(_Group(group.stage, group.indices, group.attempt + 1))
-        elif lost and group.attempt < self.retries:
-            self._try_again(_Group(group.stage, group.indices, group.attempt + 1))
+        elif lost and group.attempt <= self.retries:
+            again = _Group(group.stage, group.indices, group.attempt + 1)
+            is_last = again.attempt > self.retries
+            self._tell(again, f"{what}; it runs again{', with nothing beside it' if is_last else ''}")
+            if is_last:
+                self._suspects.append(again)
+            else:
+                self._try_again(again)
         else:
-            text = "its worker died or hung" if lost else f"{type(error).__name__}: {error}"
+            text = what if lost else f"{type(error).__name__}: {error}"
             for index in group.indices:
                 yield group.stage, Outcome(index, error=f"{text} (attempt {group.attempt})", is_infrastructure=lost)
+
+    def _tell(self, group: _Group, what: str) -> None:
+        first, last = group.indices[0], group.indices[-1]
+        tasks = f"{group.stage} {first}" if first == last else f"{group.stage} {first} to {last}"
+        self.emit(Notice(f"{tasks}: {what} (attempt {group.attempt} of {self.retries + 1})"))
 
     def _try_again(self, group: _Group, avoided: str = "") -> None:
         pause = min(_FIRST_PAUSE_S * 2 ** (group.attempt - 2), _LONGEST_PAUSE_S)

@@ -82,10 +82,11 @@ def _gpu() -> list[Finding]:
 
 
 def _choice() -> Finding:
-    spec = resolve_engine(device="auto", batch=None, threads=None)
+    spec = resolve_engine()
     why = "PyTorch sees a GPU" if spec.device == "cuda" else "no usable GPU"
+    advice = "OpenVINO is several times faster on a CPU: pip install 'megaseg-dask[openvino]'"
     text = f"engine {spec.engine} {spec.precision} on {spec.device} ({why}), {spec.threads} threads per forward pass"
-    return Finding("auto", text)
+    return Finding("auto", text, advice if (spec.engine, spec.device) == ("torch", "cpu") else "")
 
 
 def _models() -> list[Finding]:

@@ -71,6 +71,14 @@ class Failure(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Notice(Event):
+    """Something went wrong that the run deals with by itself: a worker that was lost, a task that is tried again."""
+
+    kind: ClassVar[str] = "notice"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Result(Event):
     """How a run ended."""
 

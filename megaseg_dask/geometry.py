@@ -231,6 +231,27 @@ class PatchGrid:
         return (_axis_totals(*axis) for axis in axes)
 
 
+# A patch may be changed by so much of itself: the network was trained on one of its size.
+_NEAR = 0.25
+
+
+def cheapest_patch(volume_shape: Shape, patch_shape: Shape, overlap: tuple[float, ...], multiple: Shape) -> Shape:
+    """Return the patch, near ``patch_shape``, whose grid makes the network see the fewest voxels.
+
+    An axis is a multiple of ``multiple``, at least two of it, and differs from
+    ``patch_shape`` by a quarter at most; one that reaches over the whole volume may
+    be shorter. Of equally cheap patches the nearest is taken.
+    """
+
+    def cheapest(extent: int, patch: int, share: float, step: int) -> int:
+        covering = -(-extent // step) * step
+        shortest = min(patch * (1 - _NEAR), max(covering, 2 * step))
+        possible = [n for n in range(2 * step, int(patch * (1 + _NEAR)) + 1, step) if n >= shortest] or [patch]
+        return min(possible, key=lambda n: (len(_axis_starts(max(extent, n), n, share)) * n, abs(n - patch)))
+
+    return tuple(cheapest(*axis) for axis in zip(volume_shape, patch_shape, overlap, multiple, strict=True))
+
+
 @functools.cache
 def _axis_totals(extent: int, patch: int, overlap: float, block: int, start: int, stop: int) -> tuple[int, int]:
     """Return patches predicted and voxels read along one axis, summed over the blocks from ``start`` to ``stop``.

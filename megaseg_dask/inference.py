@@ -5,6 +5,7 @@ engine is opened once per worker process and never replaced by another kind.
 """
 
 import functools
+import importlib.util
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.blending import blend, window
-from megaseg_dask.errors import BundleError
+from megaseg_dask.errors import BundleError, EngineError, SettingsError
 from megaseg_dask.geometry import Box, PatchGrid, Shape
 from megaseg_dask.intensity import Normalisation
 
@@ -58,13 +59,42 @@ class ModelRef:
     window: str
 
 
-def resolve_engine(*, device: str, batch: int | None, threads: int | None) -> EngineSpec:
-    """Decide what ``auto`` means on this machine: a GPU if PyTorch sees one."""
-    if device == "auto":
+def resolve_engine(
+    *, engine: str = "auto", device: str = "auto", precision: str = "auto", batch: int | None = None,
+    threads: int | None = None,
+) -> EngineSpec:  # fmt: skip
+    """Decide what ``auto`` means on this machine: a GPU if PyTorch sees one; on a CPU, OpenVINO if it is installed.
+
+    Raises :class:`SettingsError` for an engine that is not installed, or a precision that it does not have.
+    """
+    if device == "auto" and engine != "openvino":
         from megaseg_dask.engines.pytorch import cuda_devices
 
         device = "cuda" if cuda_devices() else "cpu"
-    return EngineSpec("torch", device, "fp32", batch or 1, threads or n_cores())
+    elif device == "auto":
+        device = "cpu"
+    has_openvino = importlib.util.find_spec("openvino") is not None
+    if engine == "auto":
+        engine = "openvino" if device == "cpu" and has_openvino and precision != "fp16" else "torch"
+    if precision == "auto":
+        # Of the halves, that with more bits of mantissa; normalised activations are far from its largest number.
+        precision = "fp16" if device == "cuda" else "fp32"
+    if engine == "openvino" and not has_openvino:
+        raise SettingsError("--engine openvino: not installed; pip install 'megaseg-dask[openvino]', or use "
+                            "--engine torch")  # fmt: skip
+    if precision not in _PRECISIONS[engine, device]:
+        takes = "; ".join(f"{e} on {d}: {', '.join(p)}" for (e, d), p in _PRECISIONS.items() if p)
+        raise SettingsError(f"--precision {precision}: {engine} on {device} does not have it ({takes})")
+    return EngineSpec(engine, device, precision, batch or 1, threads or n_cores())
+
+
+# What each engine computes in, on each device.
+_PRECISIONS = {
+    ("torch", "cpu"): ("fp32",),
+    ("torch", "cuda"): ("fp32", "bf16", "fp16"),
+    ("openvino", "cpu"): ("fp32", "bf16"),
+    ("openvino", "cuda"): (),
+}
 
 
 def n_cores() -> int:
@@ -78,14 +108,22 @@ def open_engine(model: ModelRef, spec: EngineSpec) -> Engine:
 
     Raises :class:`BundleError` if the bundle at that address is no longer the plan's.
     """
-    from megaseg_dask.engines.pytorch import TorchEngine
     from megaseg_dask.models import load_bundle
 
     bundle = load_bundle(model.path)
     if bundle.digest != model.digest:
         raise BundleError(f"{model.path} has digest {bundle.digest[:12]}, the plan was made with {model.digest[:12]}; "
                           "put the bundle back, or start anew with --overwrite")  # fmt: skip
-    return TorchEngine(bundle, device=spec.device, threads=spec.threads)
+    if spec.engine == "openvino":
+        try:
+            from megaseg_dask.engines.openvino import OpenVinoEngine
+        except ImportError as error:
+            raise EngineError("the plan runs on OpenVINO, which this worker does not have; install it there: "
+                              "pip install 'megaseg-dask[openvino]'") from error  # fmt: skip
+        return OpenVinoEngine(bundle, precision=spec.precision, threads=spec.threads)
+    from megaseg_dask.engines.pytorch import TorchEngine
+
+    return TorchEngine(bundle, device=spec.device, precision=spec.precision, threads=spec.threads)
 
 
 def measure_patch_s(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> float:

@@ -30,6 +30,10 @@ _CHANNEL_BLOCK = 16
 # Compiled kernels and scratch space of a forward pass, whatever its size.
 _FORWARD_BYTES = 250 * 10**6
 
+# OpenVINO plans its buffers: 4 maps per filter at full resolution, the weights as they were and repacked, and kernels.
+# It keeps all of it from one pass to the next. Measured with filters from 4 to 32.
+_OPENVINO_MAPS, _OPENVINO_WEIGHTS, _OPENVINO_BYTES = 5, 3, 100 * 10**6
+
 # The join holds fragments, not voxels. How many there are only the data know: an estimate, from a small nucleus.
 _VOXELS_PER_FRAGMENT = 10_000
 
@@ -67,6 +71,7 @@ class Sizes:
     n_chunks: int
     scores_bytes: int
     label_bytes: int
+    engine: str = "torch"
     fills_holes: bool = False
     is_automatic: bool = False
 
@@ -82,6 +87,9 @@ def _largest_read_box(sizes: Sizes) -> int:
 def forward_bytes(sizes: Sizes) -> int:
     """Return the memory of one forward pass, weights included."""
     patch = Box.of(sizes.patch_grid.patch_shape).size
+    if sizes.engine == "openvino":
+        maps = _OPENVINO_MAPS * sizes.first_filters
+        return 4 * (patch * sizes.batch * maps + sizes.n_parameters * _OPENVINO_WEIGHTS) + _OPENVINO_BYTES
     maps = _FEATURE_MAPS * max(sizes.first_filters, _CHANNEL_BLOCK)
     return 4 * (patch * sizes.batch * maps + sizes.n_parameters) + _FORWARD_BYTES
 
@@ -92,6 +100,10 @@ def project(sizes: Sizes) -> dict[str, int]:
     read = _largest_read_box(sizes)
     measured = Box.of(tuple(map(min, sizes.measure_shape, sizes.volume_shape))).size
     decoded = sizes.chunk_bytes * min(sizes.n_chunks, _CHUNKS_AT_ONCE)
+    # The engine stays open from one task to the next: with its weights, or with all that it ever needs.
+    kept, running = 4 * sizes.n_parameters, forward_bytes(sizes)
+    if sizes.engine == "openvino":
+        kept, running = running, 0
     # Blending holds sum and weights; turning logits into scores holds three more float32 arrays.
     segment = read * sizes.source_bytes * 2 + core * 16 + decoded
     label = core * (1 + 2 * 4 + _LABELLING_BYTES)
@@ -102,7 +114,10 @@ def project(sizes: Sizes) -> dict[str, int]:
     relabel = core * (4 + 3 * sizes.label_bytes)
     stages = {
         "measure": measured * sizes.source_bytes * 2 + 2**20 * 64 + decoded,
-        "segment": max(segment + forward_bytes(sizes), segment + core * (4 + sizes.scores_bytes)),
+        "segment": max(
+            segment + (0 if sizes.engine == "openvino" else forward_bytes(sizes)),
+            segment + core * (4 + sizes.scores_bytes),
+        ),
         "histogram": table,
         "cutoff": _TABLE_BYTES * (TABLES_READ_AHEAD + 2),
         "threshold": core * 6,
@@ -125,9 +140,7 @@ def project(sizes: Sizes) -> dict[str, int]:
         unused = set() if sizes.fills_holes else {"holes", "fill"}
         unused |= set() if sizes.is_automatic else {"histogram", "cutoff", "threshold"}
         stages = {stage: n for stage, n in stages.items() if stage not in unused}
-    # The engine stays open from one task to the next.
-    kept = IDLE_BYTES + 4 * sizes.n_parameters
-    return {stage: kept + n for stage, n in stages.items()}
+    return {stage: IDLE_BYTES + kept + n for stage, n in stages.items()}
 
 
 # -- measuring it

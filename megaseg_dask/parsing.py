@@ -37,6 +37,11 @@ def parse_three(value: Any) -> Any:
     return parts * 3 if len(parts) == 1 else parts
 
 
+def parse_patch(value: Any) -> Any:
+    """Return three numbers from ``z,y,x``, or ``auto`` as it is."""
+    return value if isinstance(value, str) and value == "auto" else parse_three(value)
+
+
 def parse_bytes(value: Any) -> Any:
     """Return the number of bytes that a size such as ``8GB`` means."""
     if not isinstance(value, str):

@@ -85,6 +85,8 @@ class Plan(BaseModel):
     memory_bytes: int
     n_parameters: int
     first_filters: int
+    # What `--patch auto` takes, for who asks what it would save.
+    auto_patch: Shape
 
     # -- geometry
 
@@ -115,7 +117,7 @@ class Plan(BaseModel):
     @cached_property
     def patch_grid(self) -> PatchGrid:
         """The network's patches over a volume, of which a ROI is only a part."""
-        assert self.options.patch is not None
+        assert isinstance(self.options.patch, tuple)
         assert self.options.overlap is not None
         return PatchGrid(self.source_image.volume_shape(), self.options.patch, self.options.overlap)
 
@@ -234,6 +236,7 @@ class Plan(BaseModel):
                 first_filters=self.first_filters,
                 n_parameters=self.n_parameters,
                 batch=self.engine.batch,
+                engine=self.engine.engine,
                 chunk_bytes=self.source_chunk_bytes,
                 n_chunks=self.n_source_chunks,
                 source_bytes=np.dtype(self.source_image.dtype).itemsize,
@@ -255,6 +258,7 @@ class Plan(BaseModel):
         grid = self.patch_grid
         voxels, n_patches = math.prod(self.volume_shape), grid.count_touching(self.region)
         n_predicted = grid.count_predicted(self.block_shape, self.region)
+        auto = PatchGrid(grid.volume_shape, self.auto_patch, grid.overlap)
         item = np.dtype(self.source_image.dtype).itemsize
         # Statistics take one more read, except where a volume is read once for all.
         measured = 0 if self.is_one_task or self.measure_level is None else math.prod(self.measure_grid.volume_shape)
@@ -277,6 +281,8 @@ class Plan(BaseModel):
             "overlap": self.options.overlap,
             "patches": n_patches,
             "patch_voxels_per_voxel": round(n_patches * math.prod(grid.patch_shape) / voxels, 2),
+            "auto_patch_shape": self.auto_patch,
+            "auto_patch_voxels_per_voxel": round(len(auto) * math.prod(auto.patch_shape) / voxels, 2),
             "block_shape": self.block_shape,
             "blocks": len(self.block_grid()),
             "redundancy": round(n_predicted / n_patches, 3),

@@ -9,16 +9,17 @@ import json
 import math
 import re
 from dataclasses import asdict, replace
+from typing import Literal
 
 import numpy as np
 import psutil
 
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
-from megaseg_dask.geometry import Box
-from megaseg_dask.inference import ModelRef, resolve_engine
+from megaseg_dask.geometry import Box, Shape, cheapest_patch
+from megaseg_dask.inference import EngineSpec, ModelRef, resolve_engine
 from megaseg_dask.layout import iter_block_shapes
 from megaseg_dask.memory import BUDGET_SHARE
-from megaseg_dask.models import require_patch
+from megaseg_dask.models import Bundle, require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.models.zoo import load
 from megaseg_dask.ngff.images import Image, digest_of, sample_of
@@ -64,10 +65,10 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     level = where / paths[0] / image.levels[0].path
     array = level.open_array()
     path, bundle = load(settings.model)
-    settings = settings.filled({"patch": bundle.patch_shape, "overlap": bundle.overlap})
-    assert settings.patch is not None
-    require_patch(bundle.network, settings.patch)
-    engine = resolve_engine(device=settings.device, batch=settings.batch, threads=settings.threads)
+    overlap = settings.overlap or bundle.overlap
+    patch = choose_patch(settings.patch, overlap, bundle, image.volume_shape())
+    settings = settings.filled({"patch": patch, "overlap": overlap})
+    engine = resolve_engine(**{name: getattr(settings, name) for name in EngineSpec.__dataclass_fields__})
     settings = settings.filled(asdict(engine))
     plan = Plan(
         source=where.url,
@@ -101,6 +102,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
         memory_bytes=settings.memory or default_memory_bytes(settings.workers or 1),
         n_parameters=sum(t.numel() for t in bundle.weights.values()),
         first_filters=bundle.network.filters[0],
+        auto_patch=choose_patch("auto", overlap, bundle, image.volume_shape()),
     )
     if plan.options.block is None:
         plan = choose_block(plan)
@@ -132,6 +134,17 @@ def _safe(image: Image, channel: int) -> str:
     names = [re.sub(r"[^A-Za-z0-9-]+", "-", n).strip("-").lower() for n in image.channel_names]
     mine = re.sub(r"[^A-Za-z0-9-]+", "-", name).strip("-").lower()
     return mine if mine and names.count(mine) == 1 and mine != "mask" else str(channel)
+
+
+def choose_patch(
+    wanted: Shape | Literal["auto"] | None, overlap: tuple[float, ...], bundle: Bundle, volume_shape: Shape
+) -> Shape:
+    """Return the patch: as wanted, the bundle's, or the cheapest near that; raises :class:`SettingsError`."""
+    if wanted == "auto":
+        return cheapest_patch(volume_shape, bundle.patch_shape, overlap, bundle.network.patch_multiple)
+    patch: Shape = wanted or bundle.patch_shape
+    require_patch(bundle.network, patch)
+    return patch
 
 
 def default_memory_bytes(n_workers: int) -> int:

@@ -195,7 +195,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
             place.sweep_partial()
     journal.sync = Location(plan.target).sync
     runner = _Runner(plan, journal, client, lease, emit)
-    with journal.flushed():
+    with journal.flushed(), journal.session():
         runner.run()
         failures = [Failure(**failure) for failure in journal.failed.values()] + _unread(plan)
         found = _found(plan, journal)
@@ -277,6 +277,7 @@ class _Runner:
             self.lease.id,
             self.plan.options.retries,
             self.plan.options.timeout,
+            self.emit,
         )
         n_in_a_row = 0
         for stage, outcome in dispatcher.outcomes(self._ready):

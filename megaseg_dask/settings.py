@@ -28,6 +28,7 @@ from megaseg_dask.parsing import (
     parse_bytes,
     parse_names,
     parse_normalization,
+    parse_patch,
     parse_roi,
     parse_text,
     parse_three,
@@ -48,6 +49,7 @@ RUN = "Where and how it runs"
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Patch = Annotated[tuple[Positive, Positive, Positive] | Literal["auto"], BeforeValidator(parse_patch)]
 Triple = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(parse_three)]
 Fractions = Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(parse_three)]
 Bytes = Annotated[Positive, BeforeValidator(parse_bytes)]
@@ -107,11 +109,12 @@ class Settings(BaseModel):
     model: Text = _option(
         NETWORK, "MegaSeg_v1", "Name of a model, or path of a bundle folder, zip or .ckpt.", "NAME|PATH"
     )
-    patch: Triple | None = _option(
+    patch: Patch | None = _option(
         NETWORK,
         None,
-        "Voxels that the network sees at once. (default: the bundle's, else 64,128,128)",
-        "Z,Y,X",
+        "Voxels that the network sees at once; auto is the cheapest near the bundle's. (default: the bundle's, else "
+        "64,128,128)",
+        "Z,Y,X|auto",
         result=True,
     )
     overlap: Fractions | None = _option(
@@ -121,12 +124,22 @@ class Settings(BaseModel):
         "F",
         result=True,
     )
-    engine: Literal["auto", "torch"] = _option(NETWORK, "auto", "What runs the network.", "auto|torch", result=True)
+    engine: Literal["auto", "torch", "openvino"] = _option(
+        NETWORK,
+        "auto",
+        "What runs the network; auto is torch on a GPU, and on a CPU openvino if it is installed.",
+        "auto|torch|openvino",
+        result=True,
+    )
     device: Literal["auto", "cpu", "cuda"] = _option(
         NETWORK, "auto", "Where the network runs; auto is a GPU if there is one.", "auto|cpu|cuda", result=True
     )
-    precision: Literal["auto", "fp32"] = _option(
-        NETWORK, "auto", "Arithmetic inside the network; fp32 has TF32 off.", "auto|fp32", result=True
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _option(
+        NETWORK,
+        "auto",
+        "Arithmetic inside the network; auto is fp32 on a CPU and fp16 on a GPU. fp32 has TF32 off.",
+        "auto|fp32|bf16|fp16",
+        result=True,
     )
     batch: int | None = _option(NETWORK, None, "Patches per forward pass. (default: 1)", "N", result=True, gt=0)
     threads: int | None = _option(

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
@@ -30,11 +30,11 @@ from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
 from megaseg_dask.inference import EngineSpec, ModelRef, open_engine, predict_block, resolve_engine
 from megaseg_dask.intensity import PARTITION_SHAPE, Normalisation, Statistics, measure, merge_statistics
 from megaseg_dask.layout import iter_block_shapes
-from megaseg_dask.models import require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.models.zoo import load
 from megaseg_dask.ngff.images import SPATIAL, Image, read_image
 from megaseg_dask.ngff.volumes import Volume
+from megaseg_dask.planning import choose_patch
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.stores import Location, StoreOptions, cached_array, configure
 
@@ -134,8 +134,9 @@ def _read_chunk(location: Location, axis_names: tuple[str, ...], block_info: Any
 
 def predict(
     image: xarray.DataArray, model: str | Path = "starter", *,
-    patch: Shape | None = None, overlap: float | tuple[float, ...] | None = None, block: Shape | None = None,
-    device: str = "auto", batch: int | None = None, threads: int | None = None,
+    patch: Shape | Literal["auto"] | None = None, overlap: float | tuple[float, ...] | None = None,
+    block: Shape | None = None, engine: str = "auto", device: str = "auto", precision: str = "auto",
+    batch: int | None = None, threads: int | None = None,
 ) -> xarray.DataArray:  # fmt: skip
     """Return the scores of ``image``, lazily: float32 from 0 to 1, with its dimensions and coordinates.
 
@@ -150,23 +151,22 @@ def predict(
     voxel that is not finite.
     """
     options = parse_settings(
-        {"model": str(model), "patch": patch, "overlap": overlap, "block": block,
-         "device": device, "batch": batch, "threads": threads}
+        {"model": str(model), "patch": patch, "overlap": overlap, "block": block, "engine": engine,
+         "device": device, "precision": precision, "batch": batch, "threads": threads}
     )  # fmt: skip
     order = _axis_order(image)
     path, bundle = load(options.model)
-    engine = resolve_engine(device=options.device, batch=options.batch, threads=options.threads)
-    patch_shape = options.patch or bundle.patch_shape
-    require_patch(bundle.network, patch_shape)
+    spec = resolve_engine(**{name: getattr(options, name) for name in EngineSpec.__dataclass_fields__})
     array = _as_dask(image.transpose(*order))
-    grid = PatchGrid(array.shape[-3:], patch_shape, options.overlap or bundle.overlap)
+    overlap = options.overlap or bundle.overlap
+    grid = PatchGrid(array.shape[-3:], choose_patch(options.patch, overlap, bundle, array.shape[-3:]), overlap)
     blocks = BlockGrid(grid.volume_shape, options.block or _choose_block(grid))
     ref = ModelRef(str(path), bundle.name, bundle.digest, bundle.window)
     # What is read for the statistics would otherwise stay in memory until the last block is predicted.
     measured = clone(array) if image.chunks is not None and len(blocks) > 1 else array
-    predict_volume = partial(_predict_volume, blocks=blocks, grid=grid, model=ref, engine=engine)
+    predict_volume = partial(_predict_volume, blocks=blocks, grid=grid, model=ref, engine=spec)
     scores = _predict_each(array, measured, predict_volume)
-    attributes = {"model": bundle.name, "model_digest": bundle.digest, "engine": str(asdict(engine))}
+    attributes = {"model": bundle.name, "model_digest": bundle.digest, "engine": str(asdict(spec))}
     return xarray.DataArray(scores, image.coords, order, "scores", attributes).transpose(*image.dims)
 
 

@@ -1,4 +1,4 @@
-"""The reference engine: eager PyTorch on CPU or CUDA, in full float32."""
+"""The reference engine: eager PyTorch on CPU or CUDA, in full float32 or, on CUDA, with half precision inside."""
 
 import numpy as np
 import torch
@@ -9,11 +9,14 @@ from megaseg_dask.models import Bundle, build_network
 
 Float32 = NDArray[np.float32]
 
+# Autocast computes convolutions in it; instance norm takes its statistics in float32.
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class TorchEngine:
     """A network on its device; called with ``(batch, c, z, y, x)``, it returns logits of that shape."""
 
-    def __init__(self, bundle: Bundle, *, device: str, threads: int) -> None:
+    def __init__(self, bundle: Bundle, *, device: str, precision: str, threads: int) -> None:
         """Build the network. Raises :class:`EngineError` if the device is not there: never another instead."""
         if device == "cuda" and not torch.cuda.is_available():
             raise EngineError("the plan runs on cuda, but this worker's PyTorch sees no GPU; "
@@ -24,7 +27,12 @@ class TorchEngine:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
         self._threads = threads
+        # Half precision needs this layout for its tensor cores; for float32 it may change the last bits.
+        self._half = _HALVES.get(precision)
+        self._layout = torch.channels_last_3d if self._half else torch.contiguous_format
         self._network = build_network(bundle).to(device)
+        if self._half:
+            self._network = self._network.to(memory_format=self._layout)  # type: ignore[call-overload]
         self._device = device
         self.largest_batch: int | None = None
 
@@ -48,8 +56,8 @@ class TorchEngine:
         return self(patches)
 
     def _forward(self, patches: Float32) -> Float32:
-        with torch.inference_mode():
-            logits = self._network(torch.from_numpy(patches).to(self._device))
+        with torch.inference_mode(), torch.autocast(self._device, self._half, enabled=bool(self._half)):
+            logits = self._network(torch.from_numpy(patches).to(self._device, memory_format=self._layout))
         result: Float32 = logits.float().cpu().numpy()
         return result
 

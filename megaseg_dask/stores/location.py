@@ -192,8 +192,12 @@ class Location:
 
     def head(self, key: str, n_bytes: int) -> bytes | None:
         """Read the beginning of one object; ``None`` if there is none."""
+        return self.part(key, 0, n_bytes)
+
+    def part(self, key: str, start: int, stop: int) -> bytes | None:
+        """Read bytes ``start:stop`` of one object, fewer if it ends before; ``None`` if there is none."""
         with naming(self / key, "read"):
-            return self._folder().head(key, n_bytes)
+            return self._folder().part(key, start, stop)
 
     def keys(self, prefix: str) -> list[str]:
         """Return the keys below a folder, sorted."""

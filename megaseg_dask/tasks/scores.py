@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask import products, thresholds
-from megaseg_dask.blending import sigmoid
+from megaseg_dask.blending import in_slabs, sigmoid
 from megaseg_dask.errors import DataError
 from megaseg_dask.geometry import BlockGrid, Box
 from megaseg_dask.inference import open_engine, predict_block
@@ -38,7 +38,10 @@ def measure_block(plan: Plan, volume: int, number: int) -> Summary:
     """Sum intensities; floats keep one entry per part of the partition, integers add up to one."""
     box, source = plan.measure_grid[number], products.source(plan, volume, plan.measure_level or 0)
     values = source.read(box)
-    return {"parts": measure_parts(plan, values, box), **count_absent(source, box, values)}
+    parts = measure_parts(plan, values, box)
+    # What cannot be normalised is said of this block, rather than of the run.
+    describe_statistics(plan, parts)
+    return {"parts": parts, **count_absent(source, box, values)}
 
 
 def count_absent(source: Volume, box: Box, values: Array) -> Summary:
@@ -142,7 +145,9 @@ def scores_of(plan: Plan, logits: Float32) -> dict[str, Array]:
 
 def as_stored(scores: Float32, dtype: str) -> Array:
     """Return scores as they are written: 255 times the score, rounded, or as they are."""
-    return np.rint(scores * np.float32(255)).astype(np.uint8) if dtype == "uint8" else scores
+    if dtype != "uint8":
+        return scores
+    return in_slabs(lambda part: np.rint(part * np.float32(255)), scores, np.dtype(np.uint8))
 
 
 # -- a threshold for each volume

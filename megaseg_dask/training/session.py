@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megaseg_dask.cluster import WORKER_ENVIRONMENT
-from megaseg_dask.errors import BundleError, SettingsError, TargetError, TaskError
+from megaseg_dask.errors import BundleError, MegasegError, SettingsError, StoreError, TargetError, TaskError
 from megaseg_dask.events import Epoch, Event, Progress, Trained
 from megaseg_dask.lease import held
 from megaseg_dask.models import Bundle, load_bundle, require_patch, save_bundle
@@ -72,15 +72,17 @@ def train(request: Request, emit: Emit) -> Trained:
     identity = _identity(request, recipe, begin, examples)
     _require_ours(out, identity, overwrite=request.overwrite)
     work = out / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    with held(Location.of(work)):
+    with _writing(out):
+        work.mkdir(parents=True, exist_ok=True)
+    with held(Location.of(work)), _writing(out):
         if request.overwrite:
             _clear(out)
         record = _read_record(work) or identity
         ends = {"max_epochs": recipe.max_epochs, "max_time": request.max_time}
         done = record.get("done")
         # More epochs or more time do not change what a training that ran out of patience has become.
-        if done and (record["ends"] == ends or done["stopped"] == "patience"):
+        is_there = (out / "checkpoints").is_dir()
+        if done and is_there and (record["ends"] == ends or done["stopped"] == "patience"):
             return Trained(**done | {"already_done": True})
         _write_record(work, identity)
         counts = write_examples(examples, work / "data")
@@ -92,6 +94,18 @@ def train(request: Request, emit: Emit) -> Trained:
         for name in ("cache", "data"):
             shutil.rmtree(work / name, ignore_errors=True)
         return result
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Name the folder and the next step where it cannot be written."""
+    try:
+        yield
+    except MegasegError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{out} cannot be written: {error.strerror or error}; make room, or mend that, and run the "
+                         "same command again") from error  # fmt: skip
 
 
 def _recipe(request: Request) -> tuple[Recipe, Bundle | None]:

@@ -42,7 +42,8 @@ class Command:
         script = folder / "command.py"
         script.write_text(_COMMAND.format(preload=self.haunted.preload))
         self._arguments = [sys.executable, str(script), "segment", str(self.source), str(self.target), "--json",
-                           "--model", str(bundle), "--threads", "1", "--overlap", "0", "--block", "20,30,50",
+                           "--model", str(bundle), "--engine", "torch", "--threads", "1", "--overlap", "0",
+                           "--block", "20,30,50",
                            "--outputs", "labels,scores,mask", "--retries", "9", *options]  # fmt: skip
 
     def start(self) -> subprocess.Popen:

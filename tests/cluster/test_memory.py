@@ -7,11 +7,16 @@ from megaseg_dask.settings import parse_settings
 from tests.images import blobs, write_image
 
 
-@pytest.mark.parametrize("block", ["48,256,256", "48,128,128"])
-def test_measured_peaks_stay_below_the_projection(block, tmp_path, tiny_bundle):
+@pytest.mark.parametrize(
+    ("block", "engine"), [("48,256,256", "torch"), ("48,128,128", "torch"), ("48,128,128", "openvino")]
+)
+def test_measured_peaks_stay_below_the_projection(block, engine, tmp_path, tiny_bundle):
+    if engine == "openvino":
+        pytest.importorskip("openvino")
     source = write_image(tmp_path / "image.zarr", blobs((48, 256, 256)))
     settings = parse_settings({
         "model": str(tiny_bundle), "threads": 1, "patch": "48,128,128", "overlap": 0, "block": block,
+        "engine": engine,
     })  # fmt: skip
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)
     # Workers of its own: a worker that other tests used holds what they left.

@@ -38,7 +38,7 @@ def counted(monkeypatch):
 def test_forward_passes_and_reads_are_those_of_the_plan(block, tmp_path, tiny_bundle, counted):
     image = blobs((24, 64, 96))
     source = write_image(tmp_path / "image.zarr", image)
-    settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": block})
+    settings = parse_settings({"model": str(tiny_bundle), "engine": "torch", "threads": 1, "block": block})
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     for stage in plan.stages:
         assert not run_tasks(plan, stage.name, range(stage.n_tasks), lambda _: None)

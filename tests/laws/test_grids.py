@@ -1,12 +1,14 @@
 """Boxes and grids: every voxel once, every patch counted, nothing beyond the volume."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, steps
+from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, cheapest_patch, steps
 
 extents = st.integers(1, 30)
 shapes = st.tuples(extents, extents, extents)
@@ -84,3 +86,26 @@ def test_voxels_read_are_counted(volume_shape, patch_shape, overlap, block_shape
     grid = PatchGrid(volume_shape, patch_shape, overlap)
     expected = sum(grid.read_box(core).size for core in BlockGrid(volume_shape, block_shape))
     assert grid.count_read(block_shape) == expected
+
+
+@given(
+    volume_shape=st.tuples(*3 * [st.integers(16, 900)]),
+    patch_shape=st.tuples(*3 * [st.integers(2, 12).map(lambda n: 16 * n)]),
+    overlap=st.sampled_from([0.0, 0.25, 0.5]),
+)
+def test_the_cheapest_patch_is_near_and_sees_no_more_voxels(volume_shape, patch_shape, overlap):
+    def voxels(patch) -> int:
+        return len(PatchGrid(volume_shape, patch, 3 * (overlap,))) * math.prod(patch)
+
+    found = cheapest_patch(volume_shape, patch_shape, 3 * (overlap,), (16, 16, 16))
+    assert voxels(found) <= voxels(patch_shape)
+    for extent, n, patch in zip(volume_shape, found, patch_shape, strict=True):
+        assert n % 16 == 0
+        assert 32 <= n <= patch * 1.25
+        assert n >= patch * 0.75 or n >= extent
+    assert found == cheapest_patch(volume_shape, patch_shape, 3 * (overlap,), (16, 16, 16))
+
+
+def test_a_plane_too_many_no_longer_costs_a_layer_of_patches():
+    published = (65, 624, 924)
+    assert cheapest_patch(published, (64, 128, 128), 3 * (0.25,), (16, 16, 16)) == (80, 160, 112)

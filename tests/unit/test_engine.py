@@ -26,7 +26,7 @@ class SmallDevice(torch.nn.Module):
 
 @pytest.fixture
 def engine(tiny_bundle) -> TorchEngine:
-    return TorchEngine(load_bundle(tiny_bundle), device="cpu", threads=1)
+    return TorchEngine(load_bundle(tiny_bundle), device="cpu", precision="fp32", threads=1)
 
 
 def test_a_batch_that_does_not_fit_goes_in_parts_and_is_remembered(engine):

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,12 @@ def test_another_training_is_left_alone(tmp_path, somewhere):
     with pytest.raises(TargetError, match="--overwrite"):
         train(request(tmp_path), print)
     assert [path.name for path in work.iterdir()] == ["request.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, somewhere):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="out cannot be written: Not a directory"):
+        train(replace(request(tmp_path), out=str(tmp_path / "file/out")), print)
 
 
 @pytest.mark.parametrize(

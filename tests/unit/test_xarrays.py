@@ -177,7 +177,7 @@ def test_a_volume_of_one_block_is_read_once(tmp_path, tiny_bundle, counted):
 
 def test_a_part_predicts_only_its_blocks(tiny_bundle, counted):
     image = xarray.DataArray(blobs((16, 32, 96)), dims=["z", "y", "x"])
-    scores = megaseg_dask.predict(image, str(tiny_bundle), threads=1, overlap=0, block=(16, 32, 32))
+    scores = megaseg_dask.predict(image, str(tiny_bundle), engine="torch", threads=1, overlap=0, block=(16, 32, 32))
     scores.isel(x=slice(40, 50)).compute()
     assert counted["forward"] == 1
 
