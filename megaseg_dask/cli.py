@@ -49,25 +49,25 @@ Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="OME-Zarr image to write; SOURCE again adds labels to it.")
 ]
 Begun = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
+STORE = ("endpoint", "anon", "storage_option")
 RunName = Annotated[
     str | None, typer.Option(metavar="NAME", help="Which of the runs on TARGET; needed if there are several.")
-]
-Endpoint = Annotated[str | None, typer.Option(metavar="URL", help="Address of an S3-compatible server.")]
-Anonymous = Annotated[bool, typer.Option("--anon", help="Read without credentials.")]
-StorageOption = Annotated[
-    str | None, typer.Option(metavar="K=V", help="Options of the object store, separated by commas.")
 ]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of :class:`Settings`, in place of ``**options``."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [_option(name) for name in Settings.model_fields]
-    command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
-    return command
+def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options for these fields of :class:`Settings`, or for all, in place of ``**options``."""
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [_option(name) for name in names or Settings.model_fields]
+        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
+        return command
+
+    return give
 
 
 def _option(name: str) -> inspect.Parameter:
@@ -90,17 +90,19 @@ def _option(name: str) -> inspect.Parameter:
     )
 
 
+def _open_stores(options: dict[str, Any], source: str | None) -> None:
+    """Let this process open stores as the options of a command say; ``--anon`` is about ``source``, or about all."""
+    settings = _settings_of(options)
+    from megaseg_dask.run import store_options
+    from megaseg_dask.stores import configure
+
+    configure(store_options(source, settings))
+
+
 def _default(value: object) -> str:
     if value is None or value is False:
         return ""
     return f" (default: {','.join(value) if isinstance(value, tuple) else value})"
-
-
-def _configure(endpoint: str | None, anon: bool, storage_option: str | None) -> None:
-    """Open stores as these options say, for commands that only look."""
-    from megaseg_dask.stores import StoreOptions, configure
-
-    configure(StoreOptions.parse(endpoint, anon, storage_option.split(",") if storage_option else ()))
 
 
 def _settings_of(options: dict[str, Any]) -> Settings:
@@ -128,7 +130,7 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
 
 
 @app.command()
-@with_settings
+@with_settings()
 def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet = False, **options: Any) -> None:
     """Segment an image: scores and labels, as multiscale OME-Zarr.
 
@@ -152,7 +154,7 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
 
 
 @app.command()
-@with_settings
+@with_settings()
 def plan(
     source: Source,
     target: Target,
@@ -193,6 +195,7 @@ def plan(
 
 
 @app.command()
+@with_settings(*STORE)
 def task(
     target: Begun,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage, as megaseg status lists them.")],
@@ -200,6 +203,7 @@ def task(
     *,
     label_name: Annotated[str, typer.Option(metavar="NAME", help="Which of the runs on TARGET.")] = "megaseg",
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Run single tasks of a plan in this process, without a cluster: for job arrays, and to look at what fails.
 
@@ -214,6 +218,7 @@ def task(
     with _exit_codes(json_):
         from megaseg_dask.single import parse_indices, read_plan, run_tasks
 
+        _open_stores(options, None)
         with reporter(json_, quiet=False) as emit:
             wanted = parse_indices(indices)
             failures = run_tasks(read_plan(target, label_name), stage, wanted, emit)
@@ -229,12 +234,22 @@ def task(
 
 
 @app.command()
-def status(target: Begun, *, json_: Json = False) -> None:
+@with_settings(*STORE)
+def status(
+    target: Begun,
+    *,
+    label_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only the runs of this name. (default: all)")
+    ] = None,
+    json_: Json = False,
+    **options: Any,
+) -> None:
     """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending."""
     with _exit_codes(json_):
         from megaseg_dask.run import status as run_status
 
-        found = run_status(target)
+        _open_stores(options, target)
+        found = run_status(target, label_name)
         for run in found:
             if json_:
                 typer.echo(json.dumps(run.as_dict()))
@@ -248,6 +263,7 @@ def status(target: Begun, *, json_: Json = False) -> None:
 
 
 @app.command()
+@with_settings(*STORE)
 def report(
     target: Begun,
     *,
@@ -255,10 +271,8 @@ def report(
         str | None, typer.Option(metavar="FILE", help="Where to write. (default: TARGET.report.html)")
     ] = None,
     label_name: RunName = None,
-    endpoint: Endpoint = None,
-    anon: Anonymous = False,
-    storage_option: StorageOption = None,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Write one HTML page about a run: quality control, timings, and the proof that nothing is cut at block seams.
 
@@ -269,7 +283,7 @@ def report(
       megaseg report segmented.zarr --out monday.html
     """
     with _exit_codes(json_):
-        _configure(endpoint, anon, storage_option)
+        _open_stores(options, None)
         from megaseg_dask.report import write_report
 
         place = write_report(target, out, label_name)
@@ -302,6 +316,7 @@ def demo(
 
 
 @app.command()
+@with_settings(*STORE)
 def evaluate(
     predicted: Annotated[str, typer.Argument(metavar="PREDICTED", help="Label image, or an image with labels.")],
     truth: Annotated[str, typer.Argument(metavar="TRUTH", help="Label image of the same shape, or an image with it.")],
@@ -310,6 +325,7 @@ def evaluate(
     truth_label: Annotated[str | None, typer.Option(metavar="NAME", help="Which of TRUTH's.")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated lines, for a spreadsheet.")] = False,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Score predicted labels against true ones: Dice, IoU, average precision, panoptic quality.
 
@@ -320,6 +336,7 @@ def evaluate(
     with _exit_codes(json_):
         from megaseg_dask.scoring import evaluate_images, find_labels, is_label_image
 
+        _open_stores(options, None)
         compared = find_labels(predicted, label), find_labels(truth, truth_label)
         found = evaluate_images(*compared)
         for location in compared:
