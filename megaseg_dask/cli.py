@@ -27,6 +27,7 @@ from megaseg_dask.console import (
 from megaseg_dask.exits import INTERRUPTED, PENDING, WRONG_REQUEST, Json, echo_error
 from megaseg_dask.exits import exit_codes as _exit_codes
 from megaseg_dask.exits import fail as _fail
+from megaseg_dask.looking_cli import report, view
 from megaseg_dask.models_cli import models_app
 from megaseg_dask.settings import Settings, declared, parse_settings
 from megaseg_dask.training_cli import train
@@ -39,7 +40,6 @@ app = typer.Typer(
 )
 
 app.add_typer(models_app)
-app.command()(train)
 
 # What typer raises for an unknown option or command; it has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -49,14 +49,6 @@ Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="OME-Zarr image to write; SOURCE again adds labels to it.")
 ]
 Begun = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
-RunName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Which of the runs on TARGET; needed if there are several.")
-]
-Endpoint = Annotated[str | None, typer.Option(metavar="URL", help="Address of an S3-compatible server.")]
-Anonymous = Annotated[bool, typer.Option("--anon", help="Read without credentials.")]
-StorageOption = Annotated[
-    str | None, typer.Option(metavar="K=V", help="Options of the object store, separated by commas.")
-]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
 
@@ -93,13 +85,6 @@ def _default(value: object) -> str:
     if value is None or value is False:
         return ""
     return f" (default: {','.join(value) if isinstance(value, tuple) else value})"
-
-
-def _configure(endpoint: str | None, anon: bool, storage_option: str | None) -> None:
-    """Open stores as these options say, for commands that only look."""
-    from megaseg_dask.stores import StoreOptions, configure
-
-    configure(StoreOptions.parse(endpoint, anon, storage_option.split(",") if storage_option else ()))
 
 
 def _settings_of(options: dict[str, Any]) -> Settings:
@@ -247,38 +232,6 @@ def status(target: Begun, *, json_: Json = False) -> None:
 
 
 @app.command()
-def report(
-    target: Begun,
-    *,
-    out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Where to write. (default: TARGET.report.html)")
-    ] = None,
-    label_name: RunName = None,
-    endpoint: Endpoint = None,
-    anon: Anonymous = False,
-    storage_option: StorageOption = None,
-    json_: Json = False,
-) -> None:
-    """Write one HTML page about a run: quality control, timings, and the proof that nothing is cut at block seams.
-
-    It opens offline, in any browser. Of large outputs it reads samples, and says so.
-
-    \b
-    Example:
-      megaseg report segmented.zarr --out monday.html
-    """
-    with _exit_codes(json_):
-        _configure(endpoint, anon, storage_option)
-        from megaseg_dask.report import write_report
-
-        place = write_report(target, out, label_name)
-        if json_:
-            typer.echo(json.dumps({"event": "result", "status": "done", "report": place.url, "exit_code": 0}))
-        else:
-            typer.echo(f"report in {place}")
-
-
-@app.command()
 def demo(
     folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Where to write.")] = "megaseg-demo",
     *,
@@ -339,6 +292,10 @@ def doctor(*, json_: Json = False) -> None:
         from megaseg_dask.doctor import examine
 
         print_findings(examine(), as_json=json_)
+
+
+for _command in (report, view, train):
+    app.command()(_command)
 
 
 # -- how a command ends
