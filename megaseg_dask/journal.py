@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megaseg_dask.errors import StoreError
 from megaseg_dask.plan import Plan, Stage
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, lose_patience
 
 FOLDER = "journal"
 _SEGMENT = re.compile(rf"{FOLDER}/(\d+)\.jsonl")
@@ -217,5 +218,13 @@ class Journal:
         """Flush at the end, however it comes: an interrupted run keeps what it finished."""
         try:
             yield self
+        except StoreError:
+            # It was waited for already, and will not be for each of the last things.
+            lose_patience()
+            raise
         finally:
-            self.flush()
+            try:
+                self.flush()
+            except StoreError:
+                lose_patience()
+                raise

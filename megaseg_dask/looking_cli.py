@@ -2,23 +2,20 @@
 
 import contextlib
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from megaseg_dask.exits import Json, exit_codes
+from megaseg_dask.options_cli import STORE, open_stores, with_settings
 
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
 RunName = Annotated[
     str | None, typer.Option(metavar="NAME", help="Which of the runs on TARGET; needed if there are several.")
 ]
-Endpoint = Annotated[str | None, typer.Option(metavar="URL", help="Address of an S3-compatible server.")]
-Anonymous = Annotated[bool, typer.Option("--anon", help="Read without credentials.")]
-StorageOption = Annotated[
-    str | None, typer.Option(metavar="K=V", help="Options of the object store, separated by commas.")
-]
 
 
+@with_settings(*STORE)
 def report(
     target: Target,
     *,
@@ -26,10 +23,8 @@ def report(
         str | None, typer.Option(metavar="FILE", help="Where to write. (default: TARGET.report.html)")
     ] = None,
     label_name: RunName = None,
-    endpoint: Endpoint = None,
-    anon: Anonymous = False,
-    storage_option: StorageOption = None,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Write one HTML page about a run: quality control, timings, and the proof that nothing is cut at block seams.
 
@@ -40,7 +35,7 @@ def report(
       megaseg report segmented.zarr --out monday.html
     """
     with exit_codes(json_):
-        _configure(endpoint, anon, storage_option)
+        open_stores(options, None)
         from megaseg_dask.report import write_report
 
         place = write_report(target, out, label_name)
@@ -50,15 +45,14 @@ def report(
             typer.echo(f"report in {place}")
 
 
+@with_settings(*STORE)
 def view(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="What segment wrote, or any other OME-Zarr.")],
     *,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address, and open no browser.")] = False,
     label_name: RunName = None,
-    endpoint: Endpoint = None,
-    anon: Anonymous = False,
-    storage_option: StorageOption = None,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Look at image, scores and labels in a browser: z and t, contrast, layers, the wells of a plate. Ctrl-C ends it.
 
@@ -70,7 +64,7 @@ def view(
       megaseg view s3://results/plate.zarr --no-browser
     """
     with exit_codes(json_):
-        _configure(endpoint, anon, storage_option)
+        open_stores(options, None)
         from megaseg_dask.view import view as run_view
 
         def announce(url: str) -> None:
@@ -81,10 +75,3 @@ def view(
 
         with contextlib.suppress(KeyboardInterrupt):
             run_view(target, label_name, announce, browser=not no_browser)
-
-
-def _configure(endpoint: str | None, anon: bool, storage_option: str | None) -> None:
-    """Open stores as these options say, for commands that only look."""
-    from megaseg_dask.stores import StoreOptions, configure
-
-    configure(StoreOptions.parse(endpoint, anon, storage_option.split(",") if storage_option else ()))

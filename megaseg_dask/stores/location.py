@@ -112,7 +112,7 @@ class Location:
         if self.is_local:
             return disks.open_disk(self.path)
         if addresses.scheme_of(self.url) in _KNOWN:
-            return open_objects(self.url, options.current(), patient=patient)
+            return open_objects(self.url, options.current(), patient=patient and options.is_patient())
         return open_foreign(self.url, options.current())
 
     def exists(self) -> bool:
