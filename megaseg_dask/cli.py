@@ -4,12 +4,10 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 """
 
 import contextlib
-import inspect
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -27,8 +25,9 @@ from megaseg_dask.console import (
 from megaseg_dask.exits import INTERRUPTED, PENDING, WRONG_REQUEST, Json, echo_error
 from megaseg_dask.exits import exit_codes as _exit_codes
 from megaseg_dask.exits import fail as _fail
+from megaseg_dask.looking_cli import report, view
 from megaseg_dask.models_cli import models_app
-from megaseg_dask.settings import Settings, declared, parse_settings
+from megaseg_dask.options_cli import STORE, open_stores, settings_of, with_settings
 from megaseg_dask.training_cli import train
 
 app = typer.Typer(
@@ -39,7 +38,6 @@ app = typer.Typer(
 )
 
 app.add_typer(models_app)
-app.command()(train)
 
 # What typer raises for an unknown option or command; it has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -49,64 +47,8 @@ Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="OME-Zarr image to write; SOURCE again adds labels to it.")
 ]
 Begun = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
-STORE = ("endpoint", "anon", "storage_option")
-RunName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Which of the runs on TARGET; needed if there are several.")
-]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
-
-
-def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options for these fields of :class:`Settings`, or for all, in place of ``**options``."""
-
-    def give(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        options = [_option(name) for name in names or Settings.model_fields]
-        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
-        return command
-
-    return give
-
-
-def _option(name: str) -> inspect.Parameter:
-    """Return a field as a command line option; its text is parsed by the field's own validator."""
-    field, extra = Settings.model_fields[name], declared(name)
-    info = typer.Option(
-        f"--{name.replace('_', '-')}",
-        help=f"{field.description}{_default(field.default)}",
-        metavar=extra["metavar"],
-        rich_help_panel=extra["panel"],
-        show_default=False,
-    )
-    # Of an option that may be repeated typer makes a list.
-    kind = bool if field.annotation is bool else list[str] | None if name == "model" else str | None
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False if kind is bool else None,
-        annotation=Annotated[kind, info],
-    )
-
-
-def _open_stores(options: dict[str, Any], source: str | None) -> None:
-    """Let this process open stores as the options of a command say; ``--anon`` is about ``source``, or about all."""
-    settings = _settings_of(options)
-    from megaseg_dask.run import store_options
-    from megaseg_dask.stores import configure
-
-    configure(store_options(source, settings))
-
-
-def _default(value: object) -> str:
-    if value is None or value is False:
-        return ""
-    return f" (default: {','.join(value) if isinstance(value, tuple) else value})"
-
-
-def _settings_of(options: dict[str, Any]) -> Settings:
-    return parse_settings({name: value for name, value in options.items() if value not in (None, False, [])})
 
 
 @app.callback(invoke_without_command=True)
@@ -143,7 +85,7 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
       megaseg segment cells.zarr cells.zarr --outputs labels
     """
     with _exit_codes(json_):
-        settings = _settings_of(options)
+        settings = settings_of(options)
         from megaseg_dask.run import segment as run_segment
 
         with reporter(json_, quiet) as emit:
@@ -172,7 +114,7 @@ def plan(
       megaseg plan cells.zarr segmented.zarr --channel 0 --memory 4GB
     """
     with _exit_codes(json_):
-        settings = _settings_of(options)
+        settings = settings_of(options)
         from megaseg_dask.models.zoo import reporting
         from megaseg_dask.run import estimate_time, plan_runs
         from megaseg_dask.single import record_plans
@@ -218,7 +160,7 @@ def task(
     with _exit_codes(json_):
         from megaseg_dask.single import parse_indices, read_plan, run_tasks
 
-        _open_stores(options, None)
+        open_stores(options, None)
         with reporter(json_, quiet=False) as emit:
             wanted = parse_indices(indices)
             failures = run_tasks(read_plan(target, label_name), stage, wanted, emit)
@@ -248,7 +190,7 @@ def status(
     with _exit_codes(json_):
         from megaseg_dask.run import status as run_status
 
-        _open_stores(options, target)
+        open_stores(options, target)
         found = run_status(target, label_name)
         for run in found:
             if json_:
@@ -260,37 +202,6 @@ def status(
             states = {0: "done", PENDING: "pending", 1: "failed"}
             typer.echo(json.dumps({"event": "result", "status": states[worst], "exit_code": worst}))
         raise typer.Exit(worst)
-
-
-@app.command()
-@with_settings(*STORE)
-def report(
-    target: Begun,
-    *,
-    out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Where to write. (default: TARGET.report.html)")
-    ] = None,
-    label_name: RunName = None,
-    json_: Json = False,
-    **options: Any,
-) -> None:
-    """Write one HTML page about a run: quality control, timings, and the proof that nothing is cut at block seams.
-
-    It opens offline, in any browser. Of large outputs it reads samples, and says so.
-
-    \b
-    Example:
-      megaseg report segmented.zarr --out monday.html
-    """
-    with _exit_codes(json_):
-        _open_stores(options, None)
-        from megaseg_dask.report import write_report
-
-        place = write_report(target, out, label_name)
-        if json_:
-            typer.echo(json.dumps({"event": "result", "status": "done", "report": place.url, "exit_code": 0}))
-        else:
-            typer.echo(f"report in {place}")
 
 
 @app.command()
@@ -336,7 +247,7 @@ def evaluate(
     with _exit_codes(json_):
         from megaseg_dask.scoring import evaluate_images, find_labels, is_label_image
 
-        _open_stores(options, None)
+        open_stores(options, None)
         compared = find_labels(predicted, label), find_labels(truth, truth_label)
         found = evaluate_images(*compared)
         for location in compared:
@@ -357,6 +268,10 @@ def doctor(*, json_: Json = False) -> None:
         from megaseg_dask.doctor import examine
 
         print_findings(examine(), as_json=json_)
+
+
+for _command in (report, view, train):
+    app.command()(_command)
 
 
 # -- how a command ends

@@ -87,6 +87,9 @@ def test_block_does_what_it_says(name, language, text, folder, request):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"no make target {target}"
         elif command.startswith(("git clone", "pip install", "source ", "cd megaseg-demo")):
             continue  # each command runs in the demo's folder already, with the environment on its PATH
+        elif command.startswith("megaseg view "):
+            # It shows until it is interrupted.
+            run(["bash", "-c", f"timeout --preserve-status --signal=INT 15 {command} --no-browser"], folder)
         elif command:
             run(["bash", "-c", command], folder, **environment)
 

@@ -26,8 +26,9 @@ xarrays
 training.inside training.environment training.manifest training.card training.session training
 scoring
 report.views report.survey report.seams report.pictures report.charts report.commands report.page report
-view demo doctor
-console exits models_cli training_cli cli
+view.scenes view.states view.server view
+demo doctor
+console exits options_cli looking_cli models_cli training_cli cli
 __init__ __main__
 """.split()
 
@@ -58,7 +59,9 @@ DOORS = {
     "scipy": {"labelling", "simulation", "evaluate"},
     "tifffile": {"demo", "training"},
     "torch": {"models", "engines"},
-    "typer": {"cli", "console", "exits", "models_cli", "training_cli"},
+    "neuroglancer": {"view"},
+    "tornado": {"view"},
+    "typer": {"cli", "console", "exits", "looking_cli", "models_cli", "options_cli", "training_cli"},
     "xarray": {"xarrays"},
     "yaml": {"models"},
     "zarr": {"ngff", "stores"},

@@ -45,6 +45,8 @@ class Page:
             self._socket = self._run(self._connect(folder))
             for domain in ("Page", "Runtime", "Network", "Log"):
                 self.call(f"{domain}.enable")
+            # What its workers and frames ask for is seen too.
+            self.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False, flatten=True)
             self.call(
                 "Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False
             )
@@ -82,10 +84,13 @@ class Page:
             if message.get("id") == number:
                 assert "error" not in message, (method, message["error"])
                 return message["result"]
-            self._note(message)
+            await self._note(message)
 
-    def _note(self, event: dict[str, Any]) -> None:
+    async def _note(self, event: dict[str, Any]) -> None:
         match event:
+            case {"method": "Target.attachedToTarget", "params": {"sessionId": session}}:
+                enable = {"id": next(self._ids), "method": "Network.enable", "sessionId": session}
+                await self._socket.write_message(json.dumps(enable))
             case {"method": "Network.requestWillBeSent", "params": {"request": {"url": url}}}:
                 self.requests.append(url)
             case {"method": "Runtime.exceptionThrown", "params": {"exceptionDetails": details}}:
