@@ -22,9 +22,9 @@ import numpy as np
 import psutil
 import zarr
 
-from benchmarks.machine import describe, keep
+from benchmarks.machine import RESULTS, describe, keep
 from megaseg_dask.cluster import CONFIG, WORKER_ENVIRONMENT
-from megaseg_dask.demo import write_sample
+from megaseg_dask.demo import read_sample, write_sample
 from megaseg_dask.journal import Journal
 from megaseg_dask.ngff.plates import Acquisition, Field, Plate, write_plate
 from megaseg_dask.run import plan_runs, segment
@@ -257,6 +257,59 @@ def measure_fields(n_fields: int = 2000) -> dict[str, Any]:
     }
 
 
+def measure_plate() -> dict[str, Any]:
+    """Time a plate of 2×3 wells × 2 fields × 3 timepoints × 2 channels of real nuclei, and its fields one by one."""
+    nuclei, shape = read_sample()[0], (24, 64, 72)
+    rng, fields = np.random.default_rng(0), [Field(r, c, n, 0) for r in "AB" for c in "123" for n in "01"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plate = Plate("0.5", "screen", ("A", "B"), ("1", "2", "3"), tuple(fields), (Acquisition(0),))
+        write_plate(Location.of(folder / "screen.zarr"), plate, "0.5")
+        for field in fields:
+            starts = [
+                [int(rng.integers(n - m + 1)) for n, m in zip(nuclei.shape, shape, strict=True)] for _ in range(6)
+            ]
+            crops = [nuclei[z : z + 24, y : y + 64, x : x + 72] for z, y, x in starts]
+            write_series(folder / "screen.zarr" / field.path, np.stack(crops).reshape(3, 2, *shape))
+        settings = parse_settings({"model": "starter", "threads": 1, "channel": "0,1", "patch": "32,64,64",
+                                   "outputs": "labels,scores,measurements"})  # fmt: skip
+
+        def timed(source: Path, target: str) -> float:
+            started = time.perf_counter()
+            assert segment(str(source), str(folder / target), settings, client=running["client"]).status == "done"
+            return time.perf_counter() - started
+
+        with cluster(folder, 2, "") as running:
+            timed(folder / "screen.zarr" / fields[0].path, "first.zarr")  # workers open the network
+            plate_s = timed(folder / "screen.zarr", "plate.zarr")
+            alone_s = [timed(folder / "screen.zarr" / f.path, f"{n}.zarr") for n, f in enumerate(fields)]
+    return {
+        "volumes": len(fields) * 6,
+        "volume_shape": shape,
+        "plate_s": round(plate_s, 1),
+        "sum_of_single_runs_s": round(sum(alone_s), 1),
+        "ratio": round(plate_s / sum(alone_s), 2),
+    }
+
+
+def write_series(path: Path, image: Any) -> None:
+    """Write an image of ``(t, c, z, y, x)``."""
+    group, axes = zarr.open_group(path, mode="w"), "tczyx"
+    array = group.create_array("0", shape=image.shape, chunks=(1, 1, *image.shape[2:]), dtype=image.dtype,
+                               dimension_names=list(axes))  # fmt: skip
+    array[...] = image
+    types = {"t": "time", "c": "channel"}
+    listed = [{"name": axis, "type": types.get(axis, "space")} for axis in axes]
+    datasets = [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1.0] * 5}]}]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": listed, "datasets": datasets}]}
+
+
+def keep_case(name: str, result: dict[str, Any]) -> None:
+    """Put one case, measured by itself, among the kept results."""
+    kept = json.loads((RESULTS / "scale.json").read_text())
+    keep("scale", {**kept, name: {"load": [round(n, 1) for n in os.getloadavg()], **result}})
+
+
 def measure_overhead() -> dict[str, Any]:
     """Compare the staged path with the one-task path on one volume, with an engine that does nothing."""
     one = measure_volume((1, 4, 4), "8GB", block="64,1024,1024")
@@ -272,20 +325,23 @@ def measure() -> dict[str, Any]:
         "all_stages": measure_tasks(47, "labels,scores"),
         "one_stage": measure_tasks(100, "scores"),
         "fields": measure_fields(),
+        "plate": measure_plate(),
         "overhead": measure_overhead(),
         "volume_8gb": measure_volume((16, 8, 8), "2GB"),
     }
 
 
 def main() -> None:
-    """Run one case: ``tasks N OUTPUTS``, ``volume GRID MEMORY WORKERS``, ``overhead``, or all."""
+    """Run one case (tasks N OUTPUTS, volume GRID MEMORY WORKERS, fields N, plate or overhead), or all."""
     match sys.argv[1:]:
         case ["tasks", n, outputs]:
             print(json.dumps(measure_tasks(int(n), outputs), indent=1))
         case ["volume", grid, memory, n_workers]:
             print(json.dumps(measure_volume(tuple(map(int, grid.split(","))), memory, int(n_workers)), indent=1))
         case ["fields", n]:
-            print(json.dumps(measure_fields(int(n)), indent=1))
+            keep_case("fields", measure_fields(int(n)))
+        case ["plate"]:
+            keep_case("plate", measure_plate())
         case ["overhead"]:
             print(json.dumps(measure_overhead(), indent=1))
         case _:

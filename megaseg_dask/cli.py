@@ -4,12 +4,10 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 """
 
 import contextlib
-import inspect
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -27,8 +25,9 @@ from megaseg_dask.console import (
 from megaseg_dask.exits import INTERRUPTED, PENDING, WRONG_REQUEST, Json, echo_error
 from megaseg_dask.exits import exit_codes as _exit_codes
 from megaseg_dask.exits import fail as _fail
+from megaseg_dask.looking_cli import report, view
 from megaseg_dask.models_cli import models_app
-from megaseg_dask.settings import Settings, declared, parse_settings
+from megaseg_dask.options_cli import STORE, open_stores, settings_of, with_settings
 from megaseg_dask.training_cli import train
 
 app = typer.Typer(
@@ -39,7 +38,6 @@ app = typer.Typer(
 )
 
 app.add_typer(models_app)
-app.command()(train)
 
 # What typer raises for an unknown option or command; it has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -51,44 +49,6 @@ Target = Annotated[
 Begun = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
-
-
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of :class:`Settings`, in place of ``**options``."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [_option(name) for name in Settings.model_fields]
-    command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
-    return command
-
-
-def _option(name: str) -> inspect.Parameter:
-    """Return a field as a command line option; its text is parsed by the field's own validator."""
-    field, extra = Settings.model_fields[name], declared(name)
-    info = typer.Option(
-        f"--{name.replace('_', '-')}",
-        help=f"{field.description}{_default(field.default)}",
-        metavar=extra["metavar"],
-        rich_help_panel=extra["panel"],
-        show_default=False,
-    )
-    kind = bool if field.annotation is bool else str | None
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False if kind is bool else None,
-        annotation=Annotated[kind, info],
-    )
-
-
-def _default(value: object) -> str:
-    if value is None or value is False:
-        return ""
-    return f" (default: {','.join(value) if isinstance(value, tuple) else value})"
-
-
-def _settings_of(options: dict[str, Any]) -> Settings:
-    return parse_settings({name: value for name, value in options.items() if value not in (None, False)})
 
 
 @app.callback(invoke_without_command=True)
@@ -112,7 +72,7 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
 
 
 @app.command()
-@with_settings
+@with_settings()
 def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet = False, **options: Any) -> None:
     """Segment an image: scores and labels, as multiscale OME-Zarr.
 
@@ -125,7 +85,7 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
       megaseg segment cells.zarr cells.zarr --outputs labels
     """
     with _exit_codes(json_):
-        settings = _settings_of(options)
+        settings = settings_of(options)
         from megaseg_dask.run import segment as run_segment
 
         with reporter(json_, quiet) as emit:
@@ -136,7 +96,7 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
 
 
 @app.command()
-@with_settings
+@with_settings()
 def plan(
     source: Source,
     target: Target,
@@ -154,7 +114,7 @@ def plan(
       megaseg plan cells.zarr segmented.zarr --channel 0 --memory 4GB
     """
     with _exit_codes(json_):
-        settings = _settings_of(options)
+        settings = settings_of(options)
         from megaseg_dask.models.zoo import reporting
         from megaseg_dask.run import estimate_time, plan_runs
         from megaseg_dask.single import record_plans
@@ -177,6 +137,7 @@ def plan(
 
 
 @app.command()
+@with_settings(*STORE)
 def task(
     target: Begun,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage, as megaseg status lists them.")],
@@ -184,6 +145,7 @@ def task(
     *,
     label_name: Annotated[str, typer.Option(metavar="NAME", help="Which of the runs on TARGET.")] = "megaseg",
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Run single tasks of a plan in this process, without a cluster: for job arrays, and to look at what fails.
 
@@ -198,6 +160,7 @@ def task(
     with _exit_codes(json_):
         from megaseg_dask.single import parse_indices, read_plan, run_tasks
 
+        open_stores(options, None)
         with reporter(json_, quiet=False) as emit:
             wanted = parse_indices(indices)
             failures = run_tasks(read_plan(target, label_name), stage, wanted, emit)
@@ -213,12 +176,22 @@ def task(
 
 
 @app.command()
-def status(target: Begun, *, json_: Json = False) -> None:
+@with_settings(*STORE)
+def status(
+    target: Begun,
+    *,
+    label_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only the runs of this name. (default: all)")
+    ] = None,
+    json_: Json = False,
+    **options: Any,
+) -> None:
     """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending."""
     with _exit_codes(json_):
         from megaseg_dask.run import status as run_status
 
-        found = run_status(target)
+        open_stores(options, target)
+        found = run_status(target, label_name)
         for run in found:
             if json_:
                 typer.echo(json.dumps(run.as_dict()))
@@ -254,6 +227,7 @@ def demo(
 
 
 @app.command()
+@with_settings(*STORE)
 def evaluate(
     predicted: Annotated[str, typer.Argument(metavar="PREDICTED", help="Label image, or an image with labels.")],
     truth: Annotated[str, typer.Argument(metavar="TRUTH", help="Label image of the same shape, or an image with it.")],
@@ -262,6 +236,7 @@ def evaluate(
     truth_label: Annotated[str | None, typer.Option(metavar="NAME", help="Which of TRUTH's.")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated lines, for a spreadsheet.")] = False,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Score predicted labels against true ones: Dice, IoU, average precision, panoptic quality.
 
@@ -272,6 +247,7 @@ def evaluate(
     with _exit_codes(json_):
         from megaseg_dask.scoring import evaluate_images, find_labels, is_label_image
 
+        open_stores(options, None)
         compared = find_labels(predicted, label), find_labels(truth, truth_label)
         found = evaluate_images(*compared)
         for location in compared:
@@ -292,6 +268,10 @@ def doctor(*, json_: Json = False) -> None:
         from megaseg_dask.doctor import examine
 
         print_findings(examine(), as_json=json_)
+
+
+for _command in (report, view, train):
+    app.command()(_command)
 
 
 # -- how a command ends

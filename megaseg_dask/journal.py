@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megaseg_dask.errors import StoreError
 from megaseg_dask.plan import Plan, Stage
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, lose_patience
 
 FOLDER = "journal"
 _SEGMENT = re.compile(rf"{FOLDER}/(\d+)\.jsonl")
@@ -50,6 +51,8 @@ class Journal:
     failed: dict[tuple[str, int], Summary] = field(default_factory=dict)
     timings: dict[str, Timing] = field(default_factory=dict)
     result: Summary | None = None
+    # When each client began that worked on the run, and how long it did; one that was killed left none.
+    sessions: list[Summary] = field(default_factory=list)
     # Called before a segment is written: makes the data durable that it speaks of.
     sync: Callable[[], None] = lambda: None
     _done: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
@@ -98,6 +101,8 @@ class Journal:
         match record:
             case {"result": result}:
                 self.result = result
+            case {"session": session}:
+                self.sessions.append(session)
             case {"undo": stage, "volume": volume}:
                 self._undo(stage, volume)
             case {"stage": stage, "index": index, "failure": failure}:
@@ -200,9 +205,26 @@ class Journal:
         self._last_write = time.monotonic()
 
     @contextmanager
+    def session(self) -> Iterator[None]:
+        """Record when this client began to work on the run, in seconds since 1970, and how long it did."""
+        began, started = time.time(), time.monotonic()
+        try:
+            yield
+        finally:
+            self._append({"session": {"began": round(began), "wall_s": round(time.monotonic() - started, 3)}})
+
+    @contextmanager
     def flushed(self) -> Iterator["Journal"]:
         """Flush at the end, however it comes: an interrupted run keeps what it finished."""
         try:
             yield self
+        except StoreError:
+            # It was waited for already, and will not be for each of the last things.
+            lose_patience()
+            raise
         finally:
-            self.flush()
+            try:
+                self.flush()
+            except StoreError:
+                lose_patience()
+                raise

@@ -66,9 +66,12 @@ class Held:
     def release(self) -> None:
         """Give the lease back, if it is still ours."""
         self._stopped.set()
-        self._heart.join()
-        if _is_of(self._lease, read(self._run)):
-            self._run.delete(KEY)
+        # A beat may be waiting for a store that does not answer.
+        self._heart.join(_PATIENCE * BEAT_S)
+        # A lease that cannot be given back stands still, and is taken over as one of a client that is gone.
+        with suppress(StoreError):
+            if _is_of(self._lease, read(self._run)):
+                self._run.delete(KEY)
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_S):

@@ -25,10 +25,10 @@ from megaseg_dask.journal import Journal
 from megaseg_dask.lease import Held, held
 from megaseg_dask.models.zoo import reporting
 from megaseg_dask.parts import Part, read_parts
-from megaseg_dask.plan import Plan, runs_folder
+from megaseg_dask.plan import Plan, run_names, runs_folder
 from megaseg_dask.planning import make_plan
 from megaseg_dask.settings import Settings
-from megaseg_dask.stores import Location, StoreOptions, at_once, configure
+from megaseg_dask.stores import Location, StoreOptions, at_once, configure, lose_patience
 from megaseg_dask.tables import require_own_tables, write_tables
 from megaseg_dask.tasks import Outcome
 
@@ -68,7 +68,7 @@ def _plan_run(source: str, target: str, settings: Settings, part: Part) -> tuple
     return plan, Journal.of(plan)
 
 
-def store_options(source: str, settings: Settings) -> StoreOptions:
+def store_options(source: str | None, settings: Settings) -> StoreOptions:
     """Return how the stores of a run are opened; raises :class:`SettingsError`."""
     return StoreOptions.parse(settings.endpoint, settings.anon, settings.storage_option or (), source)
 
@@ -138,18 +138,20 @@ def _unread(plan: Plan) -> list[Failure]:
     return [Failure("plan", i, path, "", reason) for i, (path, reason) in enumerate(missing)]
 
 
-def status(target: str) -> list[RunStatus]:
-    """Return how the runs on a target stand, one for each label name, from their journals alone.
+def status(target: str, label_name: str | None = None) -> list[RunStatus]:
+    """Return how the runs on a target stand, of one label name or of all, from their journals alone.
 
     Raises :class:`TargetError` if no run is recorded there.
     """
     Location.of(target).probe(TargetError)
     folder = runs_folder(Location.of(target))
-    names = [name for name in folder.children() if (folder / name).is_folder()]
+    wanted = run_names(label_name).fullmatch if label_name else bool
+    names = [name for name in folder.children() if wanted(name) and (folder / name).is_folder()]
     plans = {name: targets.read_recorded(folder / name) for name in names}
     found = [_status_of(name, plan) for name, plan in plans.items() if plan is not None]
     if not found:
-        raise TargetError(f"no run is recorded at {folder}; start one with megaseg segment")
+        named = f" of the name {label_name}" if label_name else ""
+        raise TargetError(f"no run{named} is recorded at {folder}; start one with megaseg segment")
     return found
 
 
@@ -160,7 +162,7 @@ def _status_of(name: str, plan: Plan) -> RunStatus:
         # A record beside nothing is a record of nothing.
         done=journal.result is not None and targets.is_present(plan),
         stages={s.name: (int(journal.done(s.name).sum()), s.n_tasks) for s in plan.stages},
-        failures=list(map(dict, journal.failed.values())),
+        failures=[*map(dict, journal.failed.values()), *(failure.fields() for failure in _unread(plan))],
     )
 
 
@@ -193,7 +195,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
             place.sweep_partial()
     journal.sync = Location(plan.target).sync
     runner = _Runner(plan, journal, client, lease, emit)
-    with journal.flushed():
+    with journal.flushed(), journal.session():
         runner.run()
         failures = [Failure(**failure) for failure in journal.failed.values()] + _unread(plan)
         found = _found(plan, journal)
@@ -288,8 +290,9 @@ class _Runner:
                 n_in_a_row += outcome.is_infrastructure
                 self._fail(stage, outcome)
             self._settle(stage, outcome.index)
-            if n_in_a_row >= _STORE_IS_LOST:
+            if n_in_a_row >= _STORE_IS_LOST or (outcome.is_infrastructure and not self._stores_answer()):
                 self.store_is_lost = True
+                lose_patience()
                 return
 
     def _ready(self, size: GroupSize) -> tuple[str, Any]:
@@ -331,6 +334,13 @@ class _Runner:
         pace.n_done += 1
         if pace.n_done in (pace.n_before + 1, pace.n_tasks) or time.monotonic() - pace.shown > _PROGRESS_S:
             self.emit(pace.progress(stage))
+
+    def _stores_answer(self) -> bool:
+        """Ask source and target once: a task that waited for one in vain need not be followed by others that do."""
+        try:
+            return Location(self.plan.source).probe() and Location(self.plan.target).probe()
+        except MegasegError:
+            return False
 
     def _fail(self, stage: str, outcome: Outcome) -> None:
         failure = tasks.failure_of(self.plan, stage, outcome)

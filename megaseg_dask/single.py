@@ -15,9 +15,9 @@ from megaseg_dask.flows import Flow
 from megaseg_dask.journal import Journal
 from megaseg_dask.lease import held
 from megaseg_dask.plan import Plan, run_folder, runs_folder
-from megaseg_dask.run import begin, plan_runs
+from megaseg_dask.run import begin, plan_runs, store_options
 from megaseg_dask.settings import Settings
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, configure
 
 
 def record_plans(source: str, target: str, settings: Settings) -> list[Plan]:
@@ -25,6 +25,7 @@ def record_plans(source: str, target: str, settings: Settings) -> list[Plan]:
 
     Raises what :func:`megaseg_dask.segment` would raise for the same request.
     """
+    configure(store_options(source, settings))
     with held(runs_folder(Location.of(target))):
         runs = plan_runs(source, target, settings)
         for plan, journal in runs:

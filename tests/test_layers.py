@@ -24,8 +24,11 @@ publishing targets tables
 cluster dispatch flows run single
 xarrays
 training.inside training.environment training.manifest training.card training.session training
-scoring report view demo doctor
-console exits models_cli training_cli cli
+scoring
+report.views report.survey report.seams report.pictures report.charts report.commands report.page report
+view.scenes view.states view.server view
+demo doctor
+console exits options_cli looking_cli models_cli training_cli cli
 __init__ __main__
 """.split()
 
@@ -36,7 +39,10 @@ DOORS = {
     "dask": {"cluster", "xarrays"},
     "dask_cuda": {"cluster"},
     "distributed": {"cluster", "dispatch"},
+    "PIL": {"report"},
     "fsspec": {"stores"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
     "monai": {"models", "engines"},
     "lightning": {"training.inside"},
     "numpy": None,
@@ -53,7 +59,9 @@ DOORS = {
     "scipy": {"labelling", "simulation", "evaluate"},
     "tifffile": {"demo", "training"},
     "torch": {"models", "engines"},
-    "typer": {"cli", "console", "exits", "models_cli", "training_cli"},
+    "neuroglancer": {"view"},
+    "tornado": {"view"},
+    "typer": {"cli", "console", "exits", "looking_cli", "models_cli", "options_cli", "training_cli"},
     "xarray": {"xarrays"},
     "yaml": {"models"},
     "zarr": {"ngff", "stores"},
@@ -109,6 +117,7 @@ def test_every_declared_dependency_is_used():
 
     names = {
         "connected-components-3d": "cc3d",
+        "pillow": "PIL",
         "pyyaml": "yaml",
         "ome-zarr-models": "ome_zarr_models",
         "scikit-image": "skimage",

@@ -6,9 +6,10 @@ table of an image follows ngio's feature table, version 1, whose Parquet backend
 needs no other library (``ngio.tables.v1._feature_table``, ngio 1.1).
 """
 
+import io
 import mmap
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megaseg_dask.errors import TargetError
+from megaseg_dask.errors import StoreError, TargetError
 from megaseg_dask.stores import Location, naming
 
 Columns = Mapping[str, NDArray[Any]]
@@ -27,6 +28,7 @@ PROVENANCE = "megaseg"
 
 # Each row group costs a footer entry per column: one for each of a hundred thousand fields would outweigh the rows.
 _GROUP_ROWS = 2**17
+_BATCH_ROWS, _READ_BYTES = 2**16, 2**20
 
 _PLACE = {"plate": "string", "well": "string", "field": "string", "timepoint": "int32", "channel": "int32"}
 _MEASURED = {
@@ -173,3 +175,46 @@ def _table(place: Place, columns: Columns, schema: pa.Schema) -> pa.Table:
     here = {n: pa.repeat(pa.scalar(v, pa.type_for_alias(_PLACE[n])), n_rows) for n, v in asdict(place).items()}
     measured = {name: pa.array(values) for name, values in columns.items()}
     return pa.table([(here | measured)[name] for name in schema.names], schema=schema)
+
+
+# -- reading
+
+
+def iter_columns(file: Location, names: Sequence[str]) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Yield columns of a Parquet file, some ten thousand rows at a time; memory does not grow with the file.
+
+    Raises :class:`StoreError` if there is no such file, or none that can be read.
+    """
+    folder, key = file.parent, file.basename
+    size = folder.size(key)
+    if size is None:
+        raise StoreError(f"{file} is not there")
+    try:
+        with pq.ParquetFile(io.BufferedReader(_Parts(folder, key, size), _READ_BYTES)) as table:
+            for batch in table.iter_batches(_BATCH_ROWS, columns=list(names)):
+                yield tuple(batch.column(name).to_numpy(zero_copy_only=False) for name in names)
+    except pa.ArrowInvalid as error:
+        raise StoreError(f"{file} is no table that can be read ({error})") from error
+
+
+class _Parts(io.RawIOBase):
+    """One object of a store as a file that is read in parts."""
+
+    def __init__(self, folder: Location, key: str, size: int) -> None:
+        self._folder, self._key, self._size, self._at = folder, key, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._folder.part(self._key, self._at, self._at + len(buffer)) or b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

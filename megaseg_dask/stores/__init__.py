@@ -13,7 +13,7 @@ from megaseg_dask.stores.location import (
     ome_of,
     store_error,
 )
-from megaseg_dask.stores.options import StoreOptions
+from megaseg_dask.stores.options import StoreOptions, lose_patience
 from megaseg_dask.stores.threads import at_once
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "configure",
     "forget",
     "is_store_failure",
+    "lose_patience",
     "naming",
     "ome_of",
     "store_error",

@@ -48,10 +48,11 @@ class _Disk:
         except FileNotFoundError:
             return None
 
-    def head(self, key: str, n_bytes: int) -> bytes | None:
+    def part(self, key: str, start: int, stop: int) -> bytes | None:
         try:
             with (self.path / key).open("rb") as file:
-                return file.read(n_bytes)
+                file.seek(start)
+                return file.read(stop - start)
         except FileNotFoundError:
             return None
 

@@ -20,8 +20,8 @@ class Folder(Protocol):
     def get(self, key: str) -> bytes | None:
         """Read one object; ``None`` if there is none."""
 
-    def head(self, key: str, n_bytes: int) -> bytes | None:
-        """Read the beginning of one object; ``None`` if there is none."""
+    def part(self, key: str, start: int, stop: int) -> bytes | None:
+        """Read bytes ``start:stop`` of one object, fewer if it ends before; ``None`` if there is none."""
 
     def size(self, key: str) -> int | None:
         """Return the bytes of one object; ``None`` if there is none."""

@@ -61,10 +61,12 @@ class _Foreign:
             require_bucket(error)
             return None
 
-    def head(self, key: str, n_bytes: int) -> bytes | None:
+    def part(self, key: str, start: int, stop: int) -> bytes | None:
         fs, path = self._open(key)
         size = self.size(key)
-        return bytes(fs.cat_file(path, start=0, end=min(n_bytes, size))) if size else None if size is None else b""
+        if size is None or start >= size:
+            return None if size is None else b""
+        return bytes(fs.cat_file(path, start=start, end=min(stop, size)))
 
     def size(self, key: str) -> int | None:
         fs, path = self._open(key)

@@ -112,7 +112,7 @@ class Location:
         if self.is_local:
             return disks.open_disk(self.path)
         if addresses.scheme_of(self.url) in _KNOWN:
-            return open_objects(self.url, options.current(), patient=patient)
+            return open_objects(self.url, options.current(), patient=patient and options.is_patient())
         return open_foreign(self.url, options.current())
 
     def exists(self) -> bool:
@@ -192,8 +192,12 @@ class Location:
 
     def head(self, key: str, n_bytes: int) -> bytes | None:
         """Read the beginning of one object; ``None`` if there is none."""
+        return self.part(key, 0, n_bytes)
+
+    def part(self, key: str, start: int, stop: int) -> bytes | None:
+        """Read bytes ``start:stop`` of one object, fewer if it ends before; ``None`` if there is none."""
         with naming(self / key, "read"):
-            return self._folder().head(key, n_bytes)
+            return self._folder().part(key, start, stop)
 
     def keys(self, prefix: str) -> list[str]:
         """Return the keys below a folder, sorted."""

@@ -72,12 +72,12 @@ class _Bucket:
             require_bucket(error)
             return None
 
-    def head(self, key: str, n_bytes: int) -> bytes | None:
-        # A range of an empty object is an error.
+    def part(self, key: str, start: int, stop: int) -> bytes | None:
+        # A range beyond the end of an object is an error.
         size = self.size(key)
-        if not size:
+        if size is None or start >= size:
             return None if size is None else b""
-        return bytes(obstore.get_range(self.client, self._key(key), start=0, end=min(n_bytes, size)))
+        return bytes(obstore.get_range(self.client, self._key(key), start=start, end=min(stop, size)))
 
     def size(self, key: str) -> int | None:
         try:
@@ -162,12 +162,12 @@ class _Web(_Bucket):
     def children(self) -> list[str]:
         raise io.UnsupportedOperation(_NOT_LISTED)
 
-    def head(self, key: str, n_bytes: int) -> bytes | None:
+    def part(self, key: str, start: int, stop: int) -> bytes | None:
         try:
-            return super().head(key, n_bytes)
+            return super().part(key, start, stop)
         except obstore.exceptions.NotSupportedError:
             # A server that gives no parts gives the whole.
-            return (self.get(key) or b"")[:n_bytes]
+            return (self.get(key) or b"")[start:stop]
 
     def exists(self) -> bool:
         if self.is_folder():

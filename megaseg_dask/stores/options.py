@@ -74,6 +74,7 @@ class StoreOptions:
 
 
 _current = StoreOptions()
+_is_patient = True
 
 
 def current() -> StoreOptions:
@@ -82,10 +83,22 @@ def current() -> StoreOptions:
 
 
 def set_current(options: StoreOptions) -> bool:
-    """Set the options of this process; tell whether they are others than before."""
-    global _current
+    """Set the options of this process, which is patient again; tell whether they are others than before."""
+    global _current, _is_patient
     changed, _current = options != _current, options
+    _is_patient = True
     return changed
+
+
+def is_patient() -> bool:
+    """Tell whether this process waits for a store that does not answer."""
+    return _is_patient
+
+
+def lose_patience() -> None:
+    """Wait no more for stores: one was waited for in vain, and what is left to say to it is little."""
+    global _is_patient
+    _is_patient = False
 
 
 def secrets() -> list[str]:

@@ -1,5 +1,6 @@
 """Whole runs whose source, target, plan, journal and intermediate data live in a real S3 server, or behind HTTP."""
 
+import time
 import warnings
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
-from megaseg_dask.errors import MegasegError
+from megaseg_dask.cli import main
+from megaseg_dask.errors import MegasegError, StoreError
 from megaseg_dask.run import segment, status
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.stores import Location
 from tests.images import blobs, write_image
-from tests.stores.servers import range_server
+from tests.stores.servers import KEY, SECRET, range_server
 
 SHAPE = (40, 60, 90)
 
@@ -92,6 +94,51 @@ def test_a_server_that_is_killed_in_mid_run(own_s3, folder, image, expected, opt
     result = segment(source, target, parse_settings(options))
     assert result.status == "done", result.failures
     assert_same(target, expected)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_gone_is_waited_for_once_and_told_once(own_s3, folder, image, options):
+    """A store that is waited for 20 s: the journal, the lease and what else is left do not each take as long again."""
+    source, target = upload(image, f"{folder}/image.zarr"), f"{folder}/out.zarr"
+    killed = []
+
+    def kill(event):
+        if event.kind == "progress" and event.stage == "label" and event.n_done and not killed:
+            own_s3.kill()
+            killed.append(time.monotonic())
+
+    patient = parse_settings({**options, "retries": 0, "storage_option": "retry_timeout=20"})
+    with pytest.raises(StoreError, match="connection refused") as raised:
+        segment(source, target, patient, emit=kill)
+    assert raised.value.exit_code == 1
+    assert time.monotonic() - killed[0] < 45
+    own_s3.start()
+    assert segment(source, target, parse_settings(options)).status == "done"
+
+
+def test_commands_on_a_target_take_the_options_of_its_store(s3_server, folder, image, options, monkeypatch, capsys):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+
+    def megaseg(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        return int(ended.value.code)
+
+    store, target = ("--endpoint", s3_server.url, "--storage-option", "region=us-east-1"), f"{folder}/out.zarr"
+    fixed = ("--model", options["model"], "--threads", "1", "--overlap", "0", "--block", "20,30,50")
+    assert megaseg("plan", image, target, *fixed, *store, "--record") == 0
+    assert megaseg("task", target, "measure", "0-999", *store) == 2
+    assert megaseg("task", target, "measure", "0", *store) == 0
+    assert megaseg("status", target, *store) == 3
+    assert megaseg("segment", image, target, *fixed, *store) == 0
+    assert megaseg("status", target, "--label-name", "megaseg", *store) == 0
+    assert megaseg("evaluate", target, target, *store) == 0
+    assert "1.000" in capsys.readouterr().out
+    assert megaseg("status", target, "--label-name", "other", *store) == 2
+    assert "no run of the name other" in capsys.readouterr().err
+    assert megaseg("status", target, "--anon", *store) == 2
+    assert "it is not public: leave out --anon" in capsys.readouterr().err
 
 
 def test_reading_over_http(image, expected, options, tmp_path):
