@@ -40,7 +40,7 @@ TorchEngine.__call__ = lambda self, patches: patches
 EMPTY_TASKS = """
 import megaseg_dask.tasks as tasks
 counts = {"n": 8, "total": 8, "total_squares": 16, "minimum": 0, "maximum": 2}
-known = {"measure": {"parts": [[0, counts]]}, "join": {"n_objects": 0}}
+known = {"measure": {"parts": [[[0, counts]]]}, "join": {"by_output": [{"n_objects": 0}]}}
 tasks.run_task = lambda plan, stage, index: known.get(stage, {})
 """
 

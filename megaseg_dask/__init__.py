@@ -12,14 +12,19 @@ __all__ = ["open_image", "predict", "segment"]
 
 
 def segment(
-    source: "str | Path", target: "str | Path", *, model: str = "MegaSeg_v1", client: Any = None, **settings: Any
+    source: "str | Path",
+    target: "str | Path",
+    *,
+    model: "str | Path | list[str | Path]" = "MegaSeg_v1",
+    client: Any = None,
+    **settings: Any,
 ) -> "Result":
     """Segment the OME-Zarr image ``source`` into ``target``: what the command ``megaseg segment`` calls.
 
-    ``settings`` are the command's options with underscores; ``client`` is a Dask
-    client to use instead of starting workers. Raises
-    :class:`~megaseg_dask.errors.MegasegError` for a request that cannot be
-    carried out; tasks that failed are named in the result.
+    Of several models the logits are averaged. ``settings`` are the command's
+    options with underscores; ``client`` is a Dask client to use instead of
+    starting workers. Raises :class:`~megaseg_dask.errors.MegasegError` for a
+    request that cannot be carried out; tasks that failed are named in the result.
     """
     from megaseg_dask import run
     from megaseg_dask.settings import parse_settings

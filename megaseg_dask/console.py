@@ -207,7 +207,7 @@ def print_plan(summary: dict[str, Any]) -> None:
         "target": summary["target"],
         "model": f"{model['name']}  ({model['parameters']:,} parameters, digest {model['digest'][:12]})",
         "engine": f"{engine['engine']} {engine['precision']} on {engine['device']}, {engine['threads']} threads, "
-                  f"batch {engine['batch']}",
+                  f"batch {engine['batch']}{', each patch mirrored 8 times' if engine['tta'] else ''}",
         "patches": f"{summary['patches']} of {_shape(summary['patch_shape'])} per volume, overlap "
                    f"{_shape(summary['overlap'])}: {summary['patch_voxels_per_voxel']} voxels predicted per voxel"
                    + saving,

@@ -12,7 +12,7 @@ from typing import Any
 
 from megaseg_dask import products
 from megaseg_dask.journal import Journal
-from megaseg_dask.plan import Plan, Stage
+from megaseg_dask.plan import Output, Plan, Stage
 from megaseg_dask.tasks import scores
 
 # Stages whose tasks are about one block each; where one fails, that block is missing.
@@ -113,16 +113,20 @@ class Flow:
 
     def state(self) -> products.State:
         """Return what the tasks of the current stage have to know of the whole volume."""
-        journal, volume = self._journal, self.volume
         state: dict[str, Any] = {"missing": self.missing(before=self.stage), "outputs": self._outputs()}
         if self.stage.name == "measure":
             return state
-        parts = [part for s in self._summaries("measure") for part in s["parts"]]
-        state |= scores.describe_statistics(self._plan, parts)
-        state |= scores.merge_extremes(journal.summaries("segment", volume))
-        for summary in self._summaries("cutoff"):
-            state |= summary
+        state["statistics"] = scores.describe_volume(self._plan, self._summaries("measure"))
+        state[products.BY_OUTPUT] = [self._known_of(output) for output in self._plan.outputs_of(self.volume)]
         return state
+
+    def _known_of(self, output: Output) -> products.State:
+        """Return extremes and threshold of an output, as far as they are known and needed."""
+        extremes, cutoffs = (
+            [s[products.BY_OUTPUT][output.number] for s in self._summaries(stage) if products.BY_OUTPUT in s]
+            for stage in ("segment", "cutoff")
+        )
+        return {**scores.merge_extremes(extremes), **(cutoffs[0] if cutoffs else {})}
 
     def _summaries(self, stage: str) -> list[Any]:
         has = any(s.name == stage for s in self._plan.stages)

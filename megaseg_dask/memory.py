@@ -74,6 +74,10 @@ class Sizes:
     engine: str = "torch"
     fills_holes: bool = False
     is_automatic: bool = False
+    n_inputs: int = 1
+    n_outputs: int = 1
+    n_models: int = 1
+    is_averaged: bool = False
 
 
 def _largest_read_box(sizes: Sizes) -> int:
@@ -87,10 +91,16 @@ def _largest_read_box(sizes: Sizes) -> int:
 def forward_bytes(sizes: Sizes) -> int:
     """Return the memory of one forward pass, weights included."""
     patch = Box.of(sizes.patch_grid.patch_shape).size
+    # Heads with layers of their own have as many maps as the backbone has outputs.
+    filters, ends = max(sizes.first_filters, sizes.n_outputs), sizes.n_inputs + sizes.n_outputs
+    # Mirrored patches, and beside the logits of one pass their sum, the next sum and a mirror image.
+    averaged = sizes.n_inputs + 3 * sizes.n_outputs if sizes.is_averaged else 0
     if sizes.engine == "openvino":
-        maps = _OPENVINO_MAPS * sizes.first_filters
-        return 4 * (patch * sizes.batch * maps + sizes.n_parameters * _OPENVINO_WEIGHTS) + _OPENVINO_BYTES
-    maps = _FEATURE_MAPS * max(sizes.first_filters, _CHANNEL_BLOCK)
+        # Each network keeps its own.
+        maps = sizes.n_models * (_OPENVINO_MAPS * filters + ends) + averaged
+        weights = 4 * sizes.n_parameters * _OPENVINO_WEIGHTS
+        return 4 * patch * sizes.batch * maps + weights + sizes.n_models * _OPENVINO_BYTES
+    maps = _FEATURE_MAPS * max(filters, _CHANNEL_BLOCK) + ends + averaged
     return 4 * (patch * sizes.batch * maps + sizes.n_parameters) + _FORWARD_BYTES
 
 
@@ -104,8 +114,9 @@ def project(sizes: Sizes) -> dict[str, int]:
     kept, running = 4 * sizes.n_parameters, forward_bytes(sizes)
     if sizes.engine == "openvino":
         kept, running = running, 0
-    # Blending holds sum and weights; turning logits into scores holds three more float32 arrays.
-    segment = read * sizes.source_bytes * 2 + core * 16 + decoded
+    # Blending holds sums and weights; turning logits into scores holds three more float32 arrays.
+    logits = core * 4 * sizes.n_outputs
+    segment = read * sizes.source_bytes * 2 * sizes.n_inputs + logits + core * 12 + decoded
     label = core * (1 + 2 * 4 + _LABELLING_BYTES)
     # The logits, and those of them that are known.
     table = core * 4 * 2 + _TABULATING_BYTES
@@ -133,9 +144,11 @@ def project(sizes: Sizes) -> dict[str, int]:
         "downsample": min(core, 2**24) * 2 * (sizes.label_bytes + _MODE_BYTES) + core * sizes.label_bytes,
     }
     if core == Box.of(sizes.volume_shape).size:
-        volume = core * (sizes.source_bytes + sizes.scores_bytes + 1)
+        volume = core * (sizes.source_bytes * sizes.n_inputs + sizes.scores_bytes + 1)
         mask = (table if sizes.is_automatic else 0) + (stages["holes"] if sizes.fills_holes else 0)
-        stages = {"volume": volume + max(stages["segment"] + mask, label + relabel) + _MEASURING_BYTES}
+        # One output after the other is labelled, beside the logits of all.
+        others = logits if sizes.n_outputs > 1 else 0
+        stages = {"volume": volume + max(stages["segment"] + mask, label + relabel + others) + _MEASURING_BYTES}
     else:
         unused = set() if sizes.fills_holes else {"holes", "fill"}
         unused |= set() if sizes.is_automatic else {"histogram", "cutoff", "threshold"}

@@ -35,7 +35,8 @@ def _option(name: str) -> inspect.Parameter:
         rich_help_panel=extra["panel"],
         show_default=False,
     )
-    kind = bool if field.annotation is bool else str | None
+    # Of an option that may be repeated typer makes a list.
+    kind = bool if field.annotation is bool else list[str] | None if name == "model" else str | None
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -61,4 +62,4 @@ def _default(value: object) -> str:
 
 def settings_of(options: dict[str, Any]) -> Settings:
     """Return what was given on the command line as settings; raises :class:`SettingsError`."""
-    return parse_settings({name: value for name, value in options.items() if value not in (None, False)})
+    return parse_settings({name: value for name, value in options.items() if value not in (None, False, [])})

@@ -132,6 +132,12 @@ def parse_text(value: Any) -> Any:
     return str(value) if isinstance(value, Integral | float) else value
 
 
+def parse_models(value: Any) -> Any:
+    """Return one model, or several, as texts."""
+    # A path may hold a comma: the command line names several by repeating the option.
+    return tuple(map(parse_text, value)) if isinstance(value, list | tuple) else (parse_text(value),)
+
+
 def parse_whole(value: Any) -> Any:
     """Return the whole number that a text means."""
     return int(value) if isinstance(value, str) and re.fullmatch(r"\d+", value, re.ASCII) else value

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -36,15 +37,28 @@ _WHOLE_VOLUME = ("volume", "cutoff", "holes-join", "join", "table")
 class PlannedVolume:
     """One image, timepoint and channel: the unit of normalisation and labelling.
 
-    ``image`` is the path of a field below its plate; ``target_t`` and
-    ``target_c`` are its places in the output.
+    A network of several inputs takes several channels at once. ``image`` is the
+    path of a field below its plate; ``target_t`` and ``target_c`` are the places in
+    the output of its first, or only, output.
     """
 
     t: int
-    c: int
+    channels: tuple[int, ...]
     target_t: int
     target_c: int = 0
     image: str = ""
+
+    @property
+    def c(self) -> int:
+        """The channel, or the first of several."""
+        return self.channels[0]
+
+
+class Output(NamedTuple):
+    """One output of the network, of one volume, by their numbers: it has scores, a mask and labels of its own."""
+
+    volume: int
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +90,7 @@ class Plan(BaseModel):
     source_chunk_bytes: int
     n_source_chunks: int
     volumes: tuple[PlannedVolume, ...]
-    # What the label image of each channel has after its name; nothing where only one is segmented.
+    # What the label image of each channel of the target has after its name; nothing where there is only one.
     suffixes: tuple[str, ...] = ("",)
     plate: Plate | None = None
     model: ModelRef
@@ -206,6 +220,14 @@ class Plan(BaseModel):
             return self.block_grid(int(stage.removeprefix("downsample-")))
         return None if stage in _WHOLE_VOLUME else self.block_grid()
 
+    def outputs_of(self, volume: int) -> list[Output]:
+        """Return the outputs of a volume, in the order of the network's."""
+        return [Output(volume, number) for number in range(len(self.model.outputs))]
+
+    def target_channel(self, output: Output) -> int:
+        """Return the channel of the target that an output is."""
+        return self.volumes[output.volume].target_c + output.number
+
     def split_index(self, stage: str, index: int) -> tuple[int, int]:
         """Return the number of a task's volume, and the task's number in that volume."""
         return divmod(index, self.stage(stage).per_volume)
@@ -244,6 +266,10 @@ class Plan(BaseModel):
                 label_bytes=label_dtype(self.volume_shape).itemsize,
                 fills_holes=bool(options.fill_holes and self.has_mask),
                 is_automatic=options.is_automatic and self.has_mask,
+                n_inputs=self.model.in_channels,
+                n_outputs=len(self.model.outputs),
+                n_models=len(self.model.bundles),
+                is_averaged=self.engine.tta or len(self.model.bundles) > 1,
             )
         )
 
@@ -275,7 +301,12 @@ class Plan(BaseModel):
             "volume_shape": self.volume_shape,
             "fields": len({volume.image for volume in self.volumes}) if self.plate else None,
             "dtype": self.source_image.dtype,
-            "model": {"name": self.model.name, "digest": self.model.digest, "parameters": self.n_parameters},
+            "model": {
+                "name": self.model.name,
+                "digest": self.model.digest,
+                "parameters": self.n_parameters,
+                "outputs": self.model.outputs,
+            },
             "engine": asdict(self.engine),
             "patch_shape": self.options.patch,
             "overlap": self.options.overlap,
@@ -286,7 +317,7 @@ class Plan(BaseModel):
             "block_shape": self.block_shape,
             "blocks": len(self.block_grid()),
             "redundancy": round(n_predicted / n_patches, 3),
-            "bytes_read": read * item * len(self.volumes),
+            "bytes_read": read * item * len(self.volumes) * self.model.in_channels,
             "read_amplification": round(read / voxels, 2),
             "bytes_written": written * sum(sizes[name] for name in self.arrays),
             "label_dtype": str(label_dtype(self.volume_shape)),

@@ -8,13 +8,14 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Literal
 
 import numpy as np
 import psutil
 
-from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
 from megaseg_dask.geometry import Box, Shape, cheapest_patch
 from megaseg_dask.inference import EngineSpec, ModelRef, resolve_engine
 from megaseg_dask.layout import iter_block_shapes
@@ -64,12 +65,12 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
         settings = settings.filled({name: earlier[name] for name in _ALIKE})
     level = where / paths[0] / image.levels[0].path
     array = level.open_array()
-    path, bundle = load(settings.model)
-    overlap = settings.overlap or bundle.overlap
-    patch = choose_patch(settings.patch, overlap, bundle, image.volume_shape())
-    settings = settings.filled({"patch": patch, "overlap": overlap})
+    settings, model, bundles = open_models(settings, image.volume_shape())
+    inputs = _choose_inputs(channels, model.in_channels, settings.channel, where)
+    names = _target_names(image, inputs, model.outputs)
     engine = resolve_engine(**{name: getattr(settings, name) for name in EngineSpec.__dataclass_fields__})
     settings = settings.filled(asdict(engine))
+    assert settings.overlap is not None
     plan = Plan(
         source=where.url,
         target=to.url,
@@ -77,7 +78,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
         source_image=image,
         target_image=replace(
             _cropped(image, settings, where)
-            .with_channels(channels)
+            .with_channels([" ".join(parts) for parts in names])
             .with_times(first, stop)
             .with_pyramid(complete=not where.is_same(to)),
             version=settings.ome_zarr,
@@ -88,26 +89,52 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
         source_chunk_bytes=math.prod(array.chunks) * array.dtype.itemsize,
         n_source_chunks=math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)),
         volumes=tuple(
-            PlannedVolume(t, c, t - first, place, field)
+            PlannedVolume(t, together, t - first, place * len(model.outputs), field)
             for field in paths
             for t in range(first, stop)
-            for place, c in enumerate(channels)
+            for place, together in enumerate(inputs)
         ),
-        suffixes=tuple(f"_{_safe(image, c)}" for c in channels) if len(channels) > 1 else ("",),
+        suffixes=tuple("".join(f"_{part}" for part in parts) for parts in names),
         plate=plate,
-        model=ModelRef(str(path), bundle.name, bundle.digest, bundle.window),
+        model=model,
         engine=engine,
         # By index: a name may be given to another channel later.
         options=settings.recorded().model_copy(update={"channel": ",".join(map(str, channels)), "time": (first, stop)}),
         memory_bytes=settings.memory or default_memory_bytes(settings.workers or 1),
-        n_parameters=sum(t.numel() for t in bundle.weights.values()),
-        first_filters=bundle.network.filters[0],
-        auto_patch=choose_patch("auto", overlap, bundle, image.volume_shape()),
+        n_parameters=sum(tensor.numel() for bundle in bundles for tensor in bundle.weights.values()),
+        first_filters=max(bundle.network.filters[0] for bundle in bundles),
+        auto_patch=choose_patch("auto", settings.overlap, bundles[0], image.volume_shape()),
     )
     if plan.options.block is None:
         plan = choose_block(plan)
     require_memory(plan)
     return plan
+
+
+def open_models(settings: Settings, volume_shape: Shape) -> tuple[Settings, ModelRef, list[Bundle]]:
+    """Load the models that settings name; patch and overlap, where they are left open, are those of the bundles.
+
+    Raises :class:`BundleError` for models that cannot be averaged, and :class:`SettingsError` for other settings
+    than they take.
+    """
+    found = [load(name) for name in settings.model]
+    bundles = {str(path): bundle for path, bundle in found}
+    if len({bundle.digest for bundle in bundles.values()}) < len(found):
+        raise SettingsError(f"--model {', '.join(settings.model)}: the same model twice; its mean is itself")
+    model, first = ModelRef.of(bundles), found[0][1]
+    for path, bundle in found:
+        for name in ("patch_shape", "overlap"):
+            mine, theirs = getattr(first, name), getattr(bundle, name)
+            if getattr(settings, name.removesuffix("_shape")) is None and mine != theirs:
+                raise BundleError(f"{path} has {name} {theirs}, {found[0][0]} has {mine}; choose one for both with "
+                                  f"--{name.removesuffix('_shape')}")  # fmt: skip
+    overlap = settings.overlap or first.overlap
+    patch = choose_patch(settings.patch, overlap, first, volume_shape)
+    for bundle in bundles.values():
+        require_patch(bundle.network, patch)
+    if settings.normalization and not first.preprocessing.has_zscore:
+        raise SettingsError(f"--normalization: {model.name} takes images without a z-score, by: {first.preprocessing}")
+    return settings.filled({"patch": patch, "overlap": overlap}), model, list(bundles.values())
 
 
 def _digest_of(where: Location, image: Image, plate: Plate | None) -> str:
@@ -128,12 +155,27 @@ def _cropped(image: Image, settings: Settings, where: Location) -> Image:
     return image.cropped(box)
 
 
-def _safe(image: Image, channel: int) -> str:
-    """Return a channel's name where it can be part of a folder's name, else its number."""
-    name = image.channel_names[channel] if channel < len(image.channel_names) else ""
-    names = [re.sub(r"[^A-Za-z0-9-]+", "-", n).strip("-").lower() for n in image.channel_names]
-    mine = re.sub(r"[^A-Za-z0-9-]+", "-", name).strip("-").lower()
-    return mine if mine and names.count(mine) == 1 and mine != "mask" else str(channel)
+def _target_names(image: Image, inputs: list[tuple[int, ...]], outputs: tuple[str, ...]) -> list[list[str]]:
+    """Return the parts of each target channel's name: of several source channels its own, of several outputs its own.
+
+    They become parts of folders' names.
+    """
+    channels = [[part] for part in _safe(_channel_names(image))] if len(inputs) > 1 else [[]] * image.extent("c")
+    of_outputs = [[part] for part in _safe(outputs)] if len(outputs) > 1 else [[]]
+    return [channels[together[0]] + output for together in inputs for output in of_outputs]
+
+
+def _safe(names: Sequence[str]) -> list[str]:
+    """Return each name where it can be part of a folder's name, else its number."""
+    safe = [re.sub(r"[^A-Za-z0-9-]+", "-", name).strip("-").lower() for name in names]
+    taken = {"", "mask", *map(str, range(len(names)))}
+    return [name if safe.count(name) == 1 and name not in taken else str(i) for i, name in enumerate(safe)]
+
+
+def _channel_names(image: Image) -> list[str]:
+    """Return the name of each channel, or its number where it has none."""
+    n = image.extent("c")
+    return [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]
 
 
 def choose_patch(
@@ -192,8 +234,7 @@ def require_target(settings: Settings, source: Location, target: Location) -> No
 
 def choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
     """Return the indices of the channels to segment, in the order in which they were asked for."""
-    n = image.extent("c")
-    names = [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]
+    n, names = image.extent("c"), _channel_names(image)
     listed = ", ".join(f"{i} ({name})" if name != str(i) else name for i, name in enumerate(names))
     if wanted is None and n > 1:
         raise SettingsError(f"{where} has {n} channels; choose one with --channel: {listed}")
@@ -211,6 +252,18 @@ def choose_channels(image: Image, wanted: str | None, where: Location) -> list[i
     if len(set(found)) < len(found):
         raise SettingsError(f"--channel {wanted}: names a channel twice")
     return found
+
+
+def _choose_inputs(channels: list[int], n_inputs: int, wanted: str | None, where: Location) -> list[tuple[int, ...]]:
+    """Return the channels that are predicted together: each by itself, or all as the inputs of a network of several."""
+    if n_inputs == 1:
+        return [(c,) for c in channels]
+    if len(channels) != n_inputs:
+        raise SettingsError(
+            f"--channel {wanted or channels[0]}: the model takes {n_inputs} channels of {where} together; "
+            "name them in its order, separated by commas"
+        )
+    return [tuple(channels)]
 
 
 def _choose_times(image: Image, settings: Settings) -> tuple[int, int]:

@@ -22,16 +22,19 @@ from megaseg_dask.errors import TaskError
 from megaseg_dask.geometry import Box
 from megaseg_dask.ngff.images import SPATIAL, Axis, Image, Level
 from megaseg_dask.ngff.volumes import Volume, create_array
-from megaseg_dask.plan import Plan, runs_folder
+from megaseg_dask.plan import Output, Plan, runs_folder
 from megaseg_dask.stores import Location
 
 Array = NDArray[Any]
 State = dict[str, Any]
+K = TypeVar("K")
 T = TypeVar("T")
 
 WORK = "work"
 VOLUMES = "volumes"
 SUMS = "sums"
+# Where summaries of tasks, and the state of a volume, keep what is known of each output.
+BY_OUTPUT = "by_output"
 
 _MOST_READERS = 16
 
@@ -44,26 +47,26 @@ _holder: ContextVar[str | None] = ContextVar("holder", default=None)
 # -- volumes
 
 
-def source(plan: Plan, volume: int, level: int = 0) -> Volume:
-    """Return one volume of the source, at a level counted from the one that is segmented."""
+def sources(plan: Plan, volume: int, level: int = 0) -> list[Volume]:
+    """Return the channels of one volume of the source, at a level counted from the one that is segmented."""
     planned = plan.volumes[volume]
     location = Location(plan.source) / planned.image / plan.source_image.levels[level].path
-    return Volume(location, plan.source_image.axis_names, t=planned.t, c=planned.c)
+    return [Volume(location, plan.source_image.axis_names, t=planned.t, c=c) for c in planned.channels]
 
 
-def product(plan: Plan, kind: str, volume: int, level: int = 0) -> Volume:
-    """Return one volume of an output, or of intermediate data if nobody asked for it as an output."""
+def product(plan: Plan, kind: str, output: Output, level: int = 0) -> Volume:
+    """Return an output's scores, mask or labels, or intermediate data if nobody asked for them."""
     if kind not in plan.arrays:
-        return Volume(work_folder(plan, volume) / kind, SPATIAL)
-    planned = plan.volumes[volume]
-    group = Group(kind, planned.image, plan.suffixes[planned.target_c] if kind != "scores" else "")
+        return Volume(output_folder(plan, output) / kind, SPATIAL)
+    planned, c = plan.volumes[output.volume], plan.target_channel(output)
+    group = Group(kind, planned.image, plan.suffixes[c] if kind != "scores" else "")
     image = plan.target_image if kind == "scores" else plan.label_image
-    return Volume(group.location(plan) / str(level), image.axis_names, t=planned.target_t, c=planned.target_c)
+    return Volume(group.location(plan) / str(level), image.axis_names, t=planned.target_t, c=c)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """An image or label image at the target: an output of one field, and of one channel if it is labels."""
+    """An image or label image at the target: of one field, and of one channel of the target if it is labels."""
 
     kind: str
     image: str = ""
@@ -119,84 +122,110 @@ def work_folder(plan: Plan, volume: int) -> Location:
     return Location(plan.run) / f"{WORK}/{volume}"
 
 
-def sums_folder(plan: Plan) -> Location:
-    """Return where the sums of each volume's objects wait for the tables that they become."""
-    return Location(plan.run) / SUMS
+def output_folder(plan: Plan, output: Output) -> Location:
+    """Return where the intermediate data of one output of a volume live."""
+    return work_folder(plan, output.volume) / str(output.number)
+
+
+def save_sums(plan: Plan, output: Output, data: bytes) -> None:
+    """Write the sums of an output's objects where they wait for the tables that they become."""
+    require_holder(plan)
+    Location(plan.run).put(_sums_key(output), data)
+
+
+def read_sums(plan: Plan, output: Output) -> bytes | None:
+    """Read what :func:`save_sums` wrote, if it did."""
+    return Location(plan.run).get(_sums_key(output))
+
+
+def _sums_key(output: Output) -> str:
+    return f"{SUMS}/{output.volume}-{output.number}.npz"
 
 
 def create_work(plan: Plan, volume: int) -> None:
     """Create the empty arrays of a volume's intermediate data."""
     shape = plan.volume_shape
     image = Image(plan.target_image.version, "", tuple(map(Axis, SPATIAL)), (Level("0", shape, (), ()),), "")
-    for kind in intermediates(plan):
-        location = work_folder(plan, volume) / kind
+    for location, kind in _work_arrays(plan, volume):
         create_array(location, replace(image, dtype=_DTYPES[kind]), 0, _DTYPES[kind], plan.layout(0), image.version)
 
 
 def has_work(plan: Plan, volume: int) -> bool:
     """Tell whether the intermediate data of a volume are there: a missing array would read as background."""
-    return all((work_folder(plan, volume) / kind).exists() for kind in intermediates(plan))
+    return all(location.exists() for location, _ in _work_arrays(plan, volume))
+
+
+def _work_arrays(plan: Plan, volume: int) -> Iterator[tuple[Location, str]]:
+    for output in plan.outputs_of(volume):
+        for kind in intermediates(plan):
+            yield output_folder(plan, output) / kind, kind
 
 
 # -- small objects
 
 
-def save(plan: Plan, volume: int, name: str, arrays: Mapping[str, Array]) -> None:
-    """Write arrays by name to a volume's intermediate data."""
+def save(plan: Plan, output: Output, name: str, arrays: Mapping[str, Array]) -> None:
+    """Write arrays by name to an output's intermediate data."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     require_holder(plan)
-    work_folder(plan, volume).put(name, buffer.getvalue())
+    output_folder(plan, output).put(name, buffer.getvalue())
 
 
-def load(plan: Plan, volume: int, name: str) -> Mapping[str, Array]:
+def load(plan: Plan, output: Output, name: str) -> Mapping[str, Array]:
     """Read what :func:`save` wrote; raises :class:`TaskError` if it is not there."""
-    arrays: Mapping[str, Array] = np.load(io.BytesIO(_get(plan, volume, name)), allow_pickle=False)
+    arrays: Mapping[str, Array] = np.load(io.BytesIO(_get(plan, output, name)), allow_pickle=False)
     return arrays
 
 
-def save_rows(plan: Plan, volume: int, name: str, rows: NDArray[np.uint64]) -> None:
+def save_rows(plan: Plan, output: Output, name: str, rows: NDArray[np.uint64]) -> None:
     """Write rows of numbers as bytes alone, so that the size of the object tells how many there are."""
     require_holder(plan)
-    work_folder(plan, volume).put(name, np.ascontiguousarray(rows, "<u8").tobytes())
+    output_folder(plan, output).put(name, np.ascontiguousarray(rows, "<u8").tobytes())
 
 
-def load_rows(plan: Plan, volume: int, name: str, n_rows: int) -> NDArray[np.uint64]:
+def load_rows(plan: Plan, output: Output, name: str, n_rows: int) -> NDArray[np.uint64]:
     """Read what :func:`save_rows` wrote, ``(n_rows, n)``; raises :class:`TaskError` if it is not there."""
-    return np.frombuffer(_get(plan, volume, name), "<u8").reshape(n_rows, -1).astype(np.uint64, copy=False)
+    return np.frombuffer(_get(plan, output, name), "<u8").reshape(n_rows, -1).astype(np.uint64, copy=False)
 
 
-def _get(plan: Plan, volume: int, name: str) -> bytes:
-    folder = work_folder(plan, volume)
+def _get(plan: Plan, output: Output, name: str) -> bytes:
+    folder = output_folder(plan, output)
     data = folder.get(name)
     if data is None:
         raise TaskError(f"{folder}/{name} is missing; an earlier stage has to run first")
     return data
 
 
-def read_ahead(read: Callable[[int], T], numbers: Sequence[int], ahead: int) -> Iterator[tuple[int, T]]:
-    """Yield each number with what ``read`` gives for it, in order, with ``ahead`` of them in memory or on their way.
+def read_ahead(read: Callable[[K], T], keys: Sequence[K], ahead: int) -> Iterator[tuple[K, T]]:
+    """Yield each key with what ``read`` gives for it, in order, with ``ahead`` of them in memory or on their way.
 
     A store answers a request after milliseconds; one at a time, a million objects would take an hour.
     """
     with ThreadPoolExecutor(min(ahead, _MOST_READERS)) as pool:
-        coming: deque[tuple[int, Future[T]]] = deque()
-        for number in numbers:
-            coming.append((number, pool.submit(read, number)))
+        coming: deque[tuple[K, Future[T]]] = deque()
+        for key in keys:
+            coming.append((key, pool.submit(read, key)))
             if len(coming) == ahead:
                 first, found = coming.popleft()
                 yield first, found.result()
-        for number, found in coming:
-            yield number, found.result()
+        for key, found in coming:
+            yield key, found.result()
 
 
 def read_state(plan: Plan, volume: int) -> State:
-    """Return what is known of a whole volume: normalisation, threshold, the numbers of its missing blocks."""
+    """Return what is known of a whole volume: of its channels, its outputs, its missing blocks."""
     data = Location(plan.run).get(f"{VOLUMES}/{volume}.json")
     if data is None:
         raise TaskError(f"{plan.run}/{VOLUMES}/{volume}.json is missing; an earlier stage has to run first")
     state: State = json.loads(data)
     return state
+
+
+def read_known(plan: Plan, output: Output) -> State:
+    """Return what is known of one output of a whole volume: extremes of its logits, and its threshold."""
+    known: State = read_state(plan, output.volume)[BY_OUTPUT][output.number]
+    return known
 
 
 def write_state(plan: Plan, volume: int, state: State) -> None:
@@ -207,10 +236,10 @@ def write_state(plan: Plan, volume: int, state: State) -> None:
 # -- writing
 
 
-def write(plan: Plan, kind: str, volume: int, box: Box, values: Array, level: int = 0) -> None:
+def write(plan: Plan, kind: str, output: Output, box: Box, values: Array, level: int = 0) -> None:
     """Write a box of a product; a task owns the write units it covers."""
     require_holder(plan)
-    product(plan, kind, volume, level).write(box, values)
+    product(plan, kind, output, level).write(box, values)
 
 
 @contextmanager

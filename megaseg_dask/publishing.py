@@ -14,7 +14,7 @@ from typing import Any
 from megaseg_dask.ngff.images import image_attributes, versioned
 from megaseg_dask.ngff.plates import is_plate, join_plates, read_plate, write_plate
 from megaseg_dask.plan import Plan, PlannedVolume
-from megaseg_dask.products import groups, groups_of, images
+from megaseg_dask.products import BY_OUTPUT, groups, groups_of, images
 from megaseg_dask.stores import Location, at_once
 
 PROVENANCE = "megaseg"
@@ -71,8 +71,8 @@ def withdraw(plan: Plan) -> None:
 def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[str, Any]]) -> None:
     """Write the metadata that make the finished arrays an image, its labels and their provenance.
 
-    ``found`` holds mean, std, minimum, maximum, and the threshold where it was
-    searched, of each volume; ``missing_boxes`` what no task could write.
+    ``found`` holds for each volume the statistics of its channels, and of its
+    outputs the thresholds that were searched; ``missing_boxes`` what no task could write.
     """
     version = plan.target_image.version
     known, missing = defaultdict(list), defaultdict(list)
@@ -133,20 +133,34 @@ def provenance_by(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]])
     # Any block gives the same voxels, and the engine has an entry of its own.
     settings = {k: v for k, v in plan.options.result_options().items() if k not in engine and k != "block"}
 
-    def per_volume(*names: str) -> list[dict[str, Any]]:
-        return [{"t": v.t, "c": v.c, **{name: known.get(name) for name in names}} for v, known in found]
+    averaged = [{"name": b.name, "digest": b.digest} for b in plan.model.bundles if len(plan.model.bundles) > 1]
+    outputs = plan.model.outputs
+
+    def per_channel(*names: str) -> list[dict[str, Any]]:
+        return [
+            {"t": v.t, "c": c, **{name: statistics.get(name) for name in names}}
+            for v, known in found
+            for c, statistics in zip(v.channels, known.get("statistics") or [{}] * len(v.channels), strict=True)
+        ]
+
+    def per_output(name: str) -> list[dict[str, Any]]:
+        return [
+            {"t": v.t, "c": v.c, **({"output": output} if len(outputs) > 1 else {}), name: values.get(name)}
+            for v, known in found
+            for output, values in zip(outputs, known.get(BY_OUTPUT) or [{}] * len(outputs), strict=True)
+        ]
 
     return {
-        "model": {"name": plan.model.name, "digest": plan.model.digest},
+        "model": {"name": plan.model.name, "digest": plan.model.digest, **({"averaged": averaged} if averaged else {})},
         "settings": settings,
         "engine": engine,
-        "normalization": per_volume("mean", "std"),
-        "threshold": per_volume("threshold") if plan.options.is_automatic and plan.has_mask else threshold,
+        "normalization": per_channel("mean", "std"),
+        "threshold": per_output("threshold") if plan.options.is_automatic and plan.has_mask else threshold,
         "source": {
             "digest": plan.source_digest,
             "shape": source.levels[0].shape,
             "dtype": source.dtype,
-            "statistics": per_volume("minimum", "maximum"),
+            "statistics": per_channel("minimum", "maximum"),
         },
         "versions": _versions(),
         "missing_boxes": [],

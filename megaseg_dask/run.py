@@ -223,8 +223,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
 def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
     """Return statistics and threshold of each volume; nothing of one that is missing as a whole."""
     if plan.is_one_task:
-        summaries = journal.by_index("volume")
-        return [{**s["statistics"], "threshold": s.get("threshold")} if s else {} for s in summaries]
+        return list(map(dict, journal.by_index("volume")))
     missing = {plan.split_index(stage, index)[0] for stage, index in journal.failed if stage == "measure"}
     return at_once(lambda v: {} if v in missing else products.read_state(plan, v), range(len(plan.volumes)))
 
@@ -233,7 +232,9 @@ def _doubts(plan: Plan, found: list[dict[str, Any]], journal: Journal) -> list[s
     """Name volumes whose result means nothing, although it is what the network says; and batches that shrank."""
     pairs = zip(plan.volumes, found, strict=True)
     doubts = [
-        f"{tasks.volume_name(v)} is constant: what is found in it means nothing" for v, s in pairs if s.get("std") == 0
+        f"{tasks.volume_name(v)} is constant: what is found in it means nothing"
+        for v, s in pairs
+        if any(channel["std"] == 0 for channel in s.get("statistics", ()))
     ]
     first, last = ("volume", "volume") if plan.is_one_task else ("measure", "segment")
     first = last if plan.measure_level != 0 else first
@@ -251,7 +252,8 @@ def _doubts(plan: Plan, found: list[dict[str, Any]], journal: Journal) -> list[s
 def _n_objects(plan: Plan, journal: Journal) -> int | None:
     if "labels" not in plan.options.outputs:
         return None
-    return sum(int(s["n_objects"]) for s in journal.summaries("volume" if plan.is_one_task else "join"))
+    summaries = journal.summaries("volume" if plan.is_one_task else "join")
+    return sum(int(found["n_objects"]) for summary in summaries for found in summary[products.BY_OUTPUT])
 
 
 @dataclass

@@ -26,6 +26,7 @@ from megaseg_dask.errors import SettingsError
 from megaseg_dask.parsing import (
     THRESHOLDS,
     parse_bytes,
+    parse_models,
     parse_names,
     parse_normalization,
     parse_patch,
@@ -56,6 +57,7 @@ Bytes = Annotated[Positive, BeforeValidator(parse_bytes)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 TimeRange = Annotated[tuple[int, int | None], BeforeValidator(parse_time), AfterValidator(require_range)]
 Text = Annotated[str, BeforeValidator(parse_text)]
+Models = Annotated[tuple[str, ...], BeforeValidator(parse_models)]
 Range = tuple[int, int]
 Roi = Annotated[tuple[Range, Range, Range], BeforeValidator(parse_roi), AfterValidator(require_box)]
 Threshold = Annotated[float | str, BeforeValidator(parse_threshold)]
@@ -106,8 +108,18 @@ class Settings(BaseModel):
         "MEAN,STD|level:N",
         result=True,
     )
-    model: Text = _option(
-        NETWORK, "MegaSeg_v1", "Name of a model, or path of a bundle folder, zip or .ckpt.", "NAME|PATH"
+    model: Models = _option(
+        NETWORK,
+        ("MegaSeg_v1",),
+        "Name of a model, or path of a bundle folder, zip or .ckpt. Repeated: the mean of the logits of all.",
+        "NAME|PATH",
+        min_length=1,
+    )
+    tta: bool = _option(
+        NETWORK,
+        False,
+        "Average the logits of each patch and its mirror images, 8 in all: a little better, 8 times slower.",
+        result=True,
     )
     patch: Patch | None = _option(
         NETWORK,

@@ -3,6 +3,7 @@
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
 
@@ -10,14 +11,14 @@ import numpy as np
 
 from megaseg_dask.measurements import Sums, to_columns
 from megaseg_dask.ngff.tables import Columns, Place, read_ngio_table, require_own_table, write_ngio_table, write_parquet
-from megaseg_dask.plan import Plan
-from megaseg_dask.products import Group, groups, read_ahead, sums_folder
+from megaseg_dask.plan import Output, Plan
+from megaseg_dask.products import Group, groups, read_ahead, read_sums
 from megaseg_dask.stores import Location, at_once
 from megaseg_dask.targets import read_parts
 
 SUFFIX = ".measurements.parquet"
 
-# Volumes whose sums are in memory or on their way at a time.
+# Outputs whose sums are in memory or on their way at a time.
 _READ_AHEAD = 16
 # Each thread that writes Parquet keeps some 10 MB of buffers.
 _WRITERS = 8
@@ -37,15 +38,15 @@ def require_own_tables(plan: Plan) -> None:
 def write_tables(plan: Plan) -> None:
     """Write the measurements of all volumes that have some."""
     place = table_location(plan)
-    rows = chain(_rows_of_others(plan), _rows(plan, range(len(plan.volumes))))
-    write_parquet(place.parent, place.basename, rows)
+    outputs = [output for volume in range(len(plan.volumes)) for output in plan.outputs_of(volume)]
+    write_parquet(place.parent, place.basename, chain(_rows_of_others(plan), _rows(plan, outputs)))
     made_by = {"megaseg-dask": version("megaseg-dask"), "model": plan.model.name, "digest": plan.model.digest}
-    volumes = defaultdict(list)
-    for number, volume in enumerate(plan.volumes):
-        volumes[volume.image, plan.suffixes[volume.target_c]].append(number)
+    of_group = defaultdict(list)
+    for output in outputs:
+        of_group[plan.volumes[output.volume].image, plan.suffixes[plan.target_channel(output)]].append(output)
 
     def write_table(group: Group) -> None:
-        rows, name = _rows(plan, volumes[group.image, group.suffix]), group.name(plan)
+        rows, name = _rows(plan, of_group[group.image, group.suffix]), group.name(plan)
         version_ = plan.target_image.version
         write_ngio_table(group.parent(plan), version_, name, rows, label_name=name, provenance=made_by)
 
@@ -68,22 +69,25 @@ def _rows_of_others(plan: Plan) -> Iterator[tuple[Place, Columns]]:
 
     for number, volumes in read_ahead(read, range(len(found)), _READ_AHEAD):
         other, group = found[number]
+        output = other.suffixes.index(group.suffix) % len(other.model.outputs)
         for timepoint, channel, columns in volumes:
-            yield _place(other, group.image, timepoint, channel), columns
+            yield _place(other, group.image, timepoint, channel, output), columns
 
 
-def _place(plan: Plan, image: str, timepoint: int, channel: int) -> Place:
+def _place(plan: Plan, image: str, timepoint: int, channel: int, output: int) -> Place:
+    names = plan.model.outputs
+    place = Place(timepoint, channel, output=names[output] if len(names) > 1 else None)
     if plan.plate is None:
-        return Place(timepoint, channel)
+        return place
     row, column, field = image.split("/")
-    return Place(timepoint, channel, plan.plate.name, f"{row}/{column}", field)
+    return replace(place, plate=plan.plate.name, well=f"{row}/{column}", field=field)
 
 
-def _rows(plan: Plan, volumes: Sequence[int]) -> Iterator[tuple[Place, Columns]]:
-    for number, data in read_ahead(lambda number: sums_folder(plan).get(f"{number}.npz"), volumes, _READ_AHEAD):
-        volume = plan.volumes[number]
+def _rows(plan: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Place, Columns]]:
+    for output, data in read_ahead(lambda output: read_sums(plan, output), outputs, _READ_AHEAD):
+        volume = plan.volumes[output.volume]
         if data is None:
             continue  # it failed, and is named as missing
         sums = Sums(**np.load(io.BytesIO(data), allow_pickle=False))
-        place = _place(plan, volume.image, volume.target_t, volume.c)
+        place = _place(plan, volume.image, volume.target_t, volume.c, output.number)
         yield place, to_columns(sums, plan.volume_shape, plan.target_image.spacing_um)

@@ -25,16 +25,15 @@ from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
 from megaseg_dask.blending import sigmoid
-from megaseg_dask.errors import SourceError
+from megaseg_dask.errors import BundleError, SourceError
 from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, Shape
-from megaseg_dask.inference import EngineSpec, ModelRef, open_engine, predict_block, resolve_engine
+from megaseg_dask.inference import EngineSpec, ModelRef, Preparation, open_engine, predict_block, resolve_engine
 from megaseg_dask.intensity import PARTITION_SHAPE, Normalisation, Statistics, measure, merge_statistics
 from megaseg_dask.layout import iter_block_shapes
 from megaseg_dask.models.cards import MINIMUM_SHAPE
-from megaseg_dask.models.zoo import load
 from megaseg_dask.ngff.images import SPATIAL, Image, read_image
 from megaseg_dask.ngff.volumes import Volume
-from megaseg_dask.planning import choose_patch
+from megaseg_dask.planning import open_models
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.stores import Location, StoreOptions, cached_array, configure
 
@@ -133,10 +132,10 @@ def _read_chunk(location: Location, axis_names: tuple[str, ...], block_info: Any
 
 
 def predict(
-    image: xarray.DataArray, model: str | Path = "starter", *,
+    image: xarray.DataArray, model: str | Path | Sequence[str | Path] = "starter", *,
     patch: Shape | Literal["auto"] | None = None, overlap: float | tuple[float, ...] | None = None,
     block: Shape | None = None, engine: str = "auto", device: str = "auto", precision: str = "auto",
-    batch: int | None = None, threads: int | None = None,
+    batch: int | None = None, threads: int | None = None, tta: bool = False,
 ) -> xarray.DataArray:  # fmt: skip
     """Return the scores of ``image``, lazily: float32 from 0 to 1, with its dimensions and coordinates.
 
@@ -150,23 +149,27 @@ def predict(
     what cannot be carried out. Computing raises :class:`DataError` that names a
     voxel that is not finite.
     """
+    models = model if isinstance(model, str | Path) else list(model)
     options = parse_settings(
-        {"model": str(model), "patch": patch, "overlap": overlap, "block": block, "engine": engine,
-         "device": device, "precision": precision, "batch": batch, "threads": threads}
+        {"model": models, "patch": patch, "overlap": overlap, "block": block, "engine": engine,
+         "device": device, "precision": precision, "batch": batch, "threads": threads, "tta": tta}
     )  # fmt: skip
     order = _axis_order(image)
-    path, bundle = load(options.model)
-    spec = resolve_engine(**{name: getattr(options, name) for name in EngineSpec.__dataclass_fields__})
     array = _as_dask(image.transpose(*order))
-    overlap = options.overlap or bundle.overlap
-    grid = PatchGrid(array.shape[-3:], choose_patch(options.patch, overlap, bundle, array.shape[-3:]), overlap)
+    options, ref, _ = open_models(options, array.shape[-3:])
+    if (ref.in_channels, len(ref.outputs)) != (1, 1):
+        raise BundleError(f"{ref.name} takes {ref.in_channels} channels and has {len(ref.outputs)} outputs; predict() "
+                          "is for one of each, segment() for any")  # fmt: skip
+    spec = resolve_engine(**{name: getattr(options, name) for name in EngineSpec.__dataclass_fields__})
+    assert isinstance(options.patch, tuple)
+    assert options.overlap is not None
+    grid = PatchGrid(array.shape[-3:], options.patch, options.overlap)
     blocks = BlockGrid(grid.volume_shape, options.block or _choose_block(grid))
-    ref = ModelRef(str(path), bundle.name, bundle.digest, bundle.window)
     # What is read for the statistics would otherwise stay in memory until the last block is predicted.
     measured = clone(array) if image.chunks is not None and len(blocks) > 1 else array
     predict_volume = partial(_predict_volume, blocks=blocks, grid=grid, model=ref, engine=spec)
     scores = _predict_each(array, measured, predict_volume)
-    attributes = {"model": bundle.name, "model_digest": bundle.digest, "engine": str(asdict(spec))}
+    attributes = {"model": ref.name, "model_digest": ref.digest, "engine": str(asdict(spec))}
     return xarray.DataArray(scores, image.coords, order, "scores", attributes).transpose(*image.dims)
 
 
@@ -244,5 +247,8 @@ def _predict_core(
 ) -> Float32:
     with _ENGINE:
         network = open_engine(model, engine)
-        logits = predict_block(values, core, grid, normalisation, network, batch=engine.batch, window_mode=model.window)
+        prepare = Preparation(model.steps, (normalisation,))
+        (logits,) = predict_block(
+            values[None], core, grid, prepare, network, batch=engine.batch, window_mode=model.window
+        )
     return sigmoid(logits)

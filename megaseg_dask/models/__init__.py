@@ -5,8 +5,7 @@ from megaseg_dask.models.bundle import (
     Preprocessing,
     Step,
     build_network,
-    require_reference,
-    require_single,
+    require_runnable,
 )
 from megaseg_dask.models.cytodl import load_bundle, read_bundle, save_bundle
 from megaseg_dask.models.network import Head, NetworkSpec, require_patch
@@ -21,7 +20,6 @@ __all__ = [
     "load_bundle",
     "read_bundle",
     "require_patch",
-    "require_reference",
-    "require_single",
+    "require_runnable",
     "save_bundle",
 ]

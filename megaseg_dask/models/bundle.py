@@ -1,7 +1,7 @@
 """A model bundle: network, weights, and how its images are prepared and its patches cut.
 
 The bundle is data. Nothing in it is imported or called. What it says and a run
-does not do yet is refused here, in two functions, not where it would be done.
+does not do is refused here, by name, not where it would be done.
 """
 
 import json
@@ -12,7 +12,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.models.network import Head, NetworkSpec, Triple, assemble, first_few, is_plain
+from megaseg_dask.models.network import Head, NetworkSpec, Triple, assemble, is_plain
 
 # torch takes a second to import; nobody who only reads a bundle's settings pays for it.
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class Preprocessing:
     """How a volume becomes the network's input, in this order; the default is the reference's z-score."""
 
     steps: tuple[Step, ...] = (Step("zscore"),)
+
+    @property
+    def has_zscore(self) -> bool:
+        """Tell whether mean and standard deviation of the volume are part of it."""
+        return Step("zscore") in self.steps
 
     def __str__(self) -> str:
         return ", ".join(f"{step.name}{step.numbers or ''}" for step in self.steps) or "none"
@@ -93,25 +98,24 @@ class Bundle:
                 raise BundleError(f"two heads are called {head.name}")
             names.add(head.name.casefold())
 
-
-def require_single(bundle: Bundle) -> None:
-    """Raise BundleError unless one channel goes in and one comes out, which is all that a run takes today."""
-    if len(bundle.heads) > 1:
-        names = first_few(head.name for head in bundle.heads)
-        raise BundleError(f"{len(bundle.heads)} task heads ({names}): only bundles with one are run")
-    channels = bundle.network.in_channels, bundle.heads[0].channels
-    if channels != (1, 1):
-        raise BundleError(
-            f"in_channels {channels[0]}, out_channels {channels[1]}: "
-            "only networks with one channel in and one out are run"
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Name of each channel of the logits: that of its head, with a number where the head has several."""
+        return tuple(
+            head.name if head.channels == 1 else f"{head.name}-{number}"
+            for head in self.heads
+            for number in range(head.channels)
         )
 
 
-def require_reference(bundle: Bundle) -> None:
-    """Raise BundleError unless images are z-scored before, and logits go through a sigmoid after, as a run does it."""
-    if bundle.preprocessing != Preprocessing():
+def require_runnable(bundle: Bundle) -> None:
+    """Raise BundleError unless a z-score comes first, if at all, and all logits go through a sigmoid."""
+    if any(step.name == "zscore" for step in bundle.preprocessing.steps[1:]):
+        # Its statistics would be those of the prepared volume, which no run takes.
         origin = bundle.origins.get("preprocessing", "the bundle")
-        raise BundleError(f"{origin} prepares images by: {bundle.preprocessing}; only one NormalizeIntensity is run")
+        raise BundleError(
+            f"{origin} prepares images by: {bundle.preprocessing}; a zscore is only run as the first step"
+        )
     for head in bundle.heads:
         if head.activation != "sigmoid":
             origin = bundle.origins.get(f"heads.{head.name}.activation", f"head {head.name}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.models.bundle import Bundle, content_digest, require_reference, require_single
+from megaseg_dask.models.bundle import Bundle, content_digest, require_runnable
 from megaseg_dask.models.files import CONFIG, Files, read_files
 from megaseg_dask.models.heads import read_heads
 from megaseg_dask.models.network import (
@@ -63,14 +63,13 @@ PRECISIONS: Mapping[str | int, str] = {
 
 
 def load_bundle(path: str | Path, checkpoint: str | None = None) -> Bundle:
-    """The bundle in a folder, a zip or a ``.ckpt``, if a run can take it: see `require_single`, `require_reference`.
+    """The bundle in a folder, a zip or a ``.ckpt``, if a run can take it: see `require_runnable`.
 
     Raises BundleError like `read_bundle`, and for the bundles that only that reads.
     """
     bundle = read_bundle(path, checkpoint)
     with _naming(path):
-        require_single(bundle)
-        require_reference(bundle)
+        require_runnable(bundle)
     return bundle
 
 

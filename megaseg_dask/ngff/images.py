@@ -103,21 +103,21 @@ class Image:
 
     def without_channels(self) -> "Image":
         """Return the image without its channel axis."""
-        keep = [i for i, name in enumerate(self.axis_names) if name != "c"]
-        levels = tuple(
-            Level(v.path, _picked(v.shape, keep), _picked(v.scale, keep), _picked(v.translation, keep))
-            for v in self.levels
-        )
-        return replace(self, axes=tuple(self.axes[i] for i in keep), levels=levels, channel_names=())
+        return self.with_channels(())
 
-    def with_channels(self, indices: Sequence[int]) -> "Image":
-        """Return the image of some of its channels; without a channel axis if it is one."""
-        if len(indices) == 1:
-            return self.without_channels()
-        c = self.axis_names.index("c")
-        levels = tuple(replace(v, shape=_changed(v.shape, c, len(indices))) for v in self.levels)
-        names = tuple(self.channel_names[i] if i < len(self.channel_names) else str(i) for i in indices)
-        return replace(self, levels=levels, channel_names=names)
+    def with_channels(self, names: Sequence[str]) -> "Image":
+        """Return the image with channels of these names in place of its own; without a channel axis if it is one."""
+        has_c, several = "c" in self.axis_names, len(names) > 1
+        c = self.axis_names.index("c") if has_c else min(map(self.axis_names.index, SPATIAL))
+
+        def put(values: tuple[T, ...], value: T) -> tuple[T, ...]:
+            return (*values[:c], *[value] * several, *values[c + has_c :])
+
+        levels = tuple(
+            Level(v.path, put(v.shape, len(names)), put(v.scale, 1.0), put(v.translation, 0.0)) for v in self.levels
+        )
+        axes = put(self.axes, Axis("c", _AXIS_TYPES["c"]))
+        return replace(self, axes=axes, levels=levels, channel_names=tuple(names) if several else ())
 
     def cropped(self, box: Box) -> "Image":
         """Return the image of a box of its finest level, in its place in space, without coarser levels."""
@@ -163,10 +163,6 @@ class Image:
             scale=tuple(s * f for s, f in zip(level.scale, factors, strict=True)),
             translation=tuple(offsets),
         )
-
-
-def _picked(values: tuple[T, ...], indices: Sequence[int]) -> tuple[T, ...]:
-    return tuple(values[i] for i in indices)
 
 
 def _changed(values: tuple[T, ...], index: int, value: T) -> tuple[T, ...]:

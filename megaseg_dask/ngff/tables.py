@@ -30,7 +30,8 @@ PROVENANCE = "megaseg"
 _GROUP_ROWS = 2**17
 _BATCH_ROWS, _READ_BYTES = 2**16, 2**20
 
-_PLACE = {"plate": "string", "well": "string", "field": "string", "timepoint": "int32", "channel": "int32"}
+_PLACE = {"plate": "string", "well": "string", "field": "string", "timepoint": "int32", "channel": "int32",
+          "output": "string"}  # fmt: skip
 _MEASURED = {
     "label": "int64",
     "volume_voxels": "int64",
@@ -50,19 +51,23 @@ def _schema(columns: Mapping[str, str]) -> pa.Schema:
 
 # People script against these columns: they may be joined by others, but never change.
 RUN_SCHEMA = _schema(_PLACE | _MEASURED)
-# An image knows its own place in a plate.
-IMAGE_SCHEMA = _schema({name: t for name, t in (_PLACE | _MEASURED).items() if name not in ("plate", "well", "field")})
+# An image knows its own place in a plate, and each of its label images has a table of its own.
+IMAGE_SCHEMA = _schema({n: t for n, t in (_PLACE | _MEASURED).items() if n not in ("plate", "well", "field", "output")})
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The volume whose objects some rows describe; a plain image has no plate, well and field."""
+    """The volume whose objects some rows describe; a plain image has no plate, well and field.
+
+    ``output`` is which of several outputs of the network they are of.
+    """
 
     timepoint: int
     channel: int
     plate: str | None = None
     well: str | None = None
     field: str | None = None
+    output: str | None = None
 
 
 def write_parquet(

@@ -28,7 +28,9 @@ def _command_of(plan: Plan, without: Sequence[str]) -> str:
             or _is_implied(plan, name)
         ):
             continue
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [_text(name, value)])
+        # Several models are several options: a path may hold a comma.
+        for each in value if name == "model" else [value]:
+            words += [f"--{name.replace('_', '-')}"] + ([] if each is True else [_text(name, each)])
     return shlex.join(words)
 
 

@@ -84,7 +84,7 @@ class Page:
         self.runs = [Run(plan, Journal.read(plan), number) for number, plan in enumerate(plans)]
         self.survey: Survey = survey(self.runs)
         whole = [f for f in self.survey.volumes if not f.failures]
-        self.seams = check_seams([(run.plan, [f.number for f in whole if f.run is run]) for run in self.runs])
+        self.seams = check_seams([(run.plan, [f.output for f in whole if f.run is run]) for run in self.runs])
         self.version = version("megaseg-dask")
         self.commands = commands_of(plans)
 
@@ -185,11 +185,9 @@ class Page:
     # -- plates, times, distributions
 
     @property
-    def channels(self) -> list[tuple[int, str]]:
-        """Return number and name of each segmented channel; one without a name if there is one."""
-        numbers = list(dict.fromkeys(facts.c for facts in self.survey.volumes))
-        names = self.plan.source_image.channel_names
-        return [(c, (names[c] if c < len(names) else f"channel {c}") if len(numbers) > 1 else "") for c in numbers]
+    def channels(self) -> list[str]:
+        """Return the name of each channel and output; one without a name if there is one."""
+        return list(dict.fromkeys(facts.channel for facts in self.survey.volumes))
 
     @cached_property
     def plate_maps(self) -> list[Markup]:
@@ -201,18 +199,20 @@ class Page:
         rows = [name for name in plate.rows if any(row == name for row, _ in wells)]
         columns = [name for name in plate.columns if any(column == name for _, column in wells)]
         return [
-            charts.plate_map(rows, columns, self._wells(c, name, text), title=f"{title} {channel}".strip(), text=text)
-            for c, channel in self.channels
+            charts.plate_map(
+                rows, columns, self._wells(channel, name, text), title=f"{title} {channel}".strip(), text=text
+            )
+            for channel in self.channels
             for name, title, text in _METRICS
             if any(getattr(f, name) is not None for f in self.survey.volumes)
         ]
 
-    def _wells(self, channel: int, name: str, text: Callable[[float], str]) -> dict[str, list[Cell]]:
+    def _wells(self, channel: str, name: str, text: Callable[[float], str]) -> dict[str, list[Cell]]:
         """Return the cells of each well: one a field, or one for all where there are very many."""
         fields: dict[str, list[Facts]] = defaultdict(list)
         coarse = len({f.image for f in self.survey.volumes}) > _MOST_CELLS
         for facts in self.survey.volumes:
-            if facts.c == channel:
+            if facts.channel == channel:
                 fields[facts.image.rpartition("/")[0] if coarse else facts.image].append(facts)
         cells: dict[str, list[Cell]] = defaultdict(list)
         for place, of_place in fields.items():
@@ -234,15 +234,15 @@ class Page:
             return []
         made = []
         for name, title, _ in _METRICS:
-            found = [self._over_time(times, c, channel or title, name) for c, channel in self.channels]
+            found = [self._over_time(times, channel, channel or title, name) for channel in self.channels]
             if lines := list(filter(None, found)):
                 made.append(charts.curves(times, lines, title=f"{title} over time", x="timepoint"))
         return made
 
-    def _over_time(self, times: list[int], channel: int, title: str, name: str) -> Line | None:
+    def _over_time(self, times: list[int], channel: str, title: str, name: str) -> Line | None:
         by_time: dict[int, list[float]] = defaultdict(list)
         for facts in self.survey.volumes:
-            if facts.c == channel and (value := getattr(facts, name)) is not None:
+            if facts.channel == channel and (value := getattr(facts, name)) is not None:
                 by_time[facts.t].append(float(value))
         if not by_time:
             return None
@@ -286,7 +286,7 @@ class Page:
         others = [f for f in self.survey.volumes if not (f.oddities or f.failures)]
         chosen = [*odd[:_MOST_OUTLIERS], *(others[i] for i in spread(len(others), _MOST_SAMPLES))]
         return list(
-            zip(chosen, at_once(lambda f: thumbnails(f.run.plan, f.number, f.name), chosen, _DRAWERS), strict=True)
+            zip(chosen, at_once(lambda f: thumbnails(f.run.plan, f.output, f.name), chosen, _DRAWERS), strict=True)
         )
 
     @property

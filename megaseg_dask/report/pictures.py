@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 
 from megaseg_dask.geometry import Box
-from megaseg_dask.plan import Plan
-from megaseg_dask.products import product, source
+from megaseg_dask.plan import Output, Plan
+from megaseg_dask.products import product, sources
 from megaseg_dask.report.seams import AXES, Face
 from megaseg_dask.report.views import UNREADABLE, choose_view, whole_or_middle
 
@@ -38,8 +38,8 @@ class Thumbnail:
     caption: str
 
 
-def thumbnails(plan: Plan, volume: int, name: str) -> list[Thumbnail]:
-    """Return the pictures of one volume, middle slices first; one that cannot be read has no URL."""
+def thumbnails(plan: Plan, output: Output, name: str) -> list[Thumbnail]:
+    """Return the pictures of one output of a volume, middle slices first; one that cannot be read has no URL."""
     window = whole_or_middle(plan, _BUDGET)
     rows: tuple[list[Thumbnail], list[Thumbnail]] = ([], [])
     for kind in ("image", "scores", "labels"):
@@ -47,7 +47,7 @@ def thumbnails(plan: Plan, volume: int, name: str) -> list[Thumbnail]:
             continue
         view = choose_view(plan, window, _BUDGET, width=_WIDTH, is_source=kind == "image")
         try:
-            values = view.read(plan, kind, volume)
+            values = view.read(plan, kind, output)
         except UNREADABLE:
             for row, what in zip(rows, _PLANES, strict=True):
                 row.append(Thumbnail("", "", f"{kind}, {what}"))
@@ -70,8 +70,8 @@ def seam_pictures(face: Face) -> list[Thumbnail]:
     start[axis], stop[axis] = face.at - _ACROSS, face.at + _ACROSS
     start[other], stop[other] = middle[other] - _ALONG // 2, middle[other] + _ALONG // 2
     box = Box(tuple(max(a, 0) for a in start), tuple(stop)) & Box.of(plan.volume_shape)
-    volumes = {"image": source(plan, face.volume)}
-    volumes |= {kind: product(plan, kind, face.volume) for kind in ("scores", "labels") if kind in plan.arrays}
+    volumes = {"image": sources(plan, face.output.volume)[0]}
+    volumes |= {kind: product(plan, kind, face.output) for kind in ("scores", "labels") if kind in plan.arrays}
     found = []
     for kind, volume in volumes.items():
         try:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.geometry import BlockGrid, Box
-from megaseg_dask.plan import Plan
+from megaseg_dask.plan import Output, Plan
 from megaseg_dask.products import product
 from megaseg_dask.report.views import UNREADABLE
 from megaseg_dask.stores import at_once
@@ -52,7 +52,7 @@ class Face:
     """
 
     plan: Plan
-    volume: int
+    output: Output
     axis: int
     at: int
     box: Box
@@ -150,10 +150,10 @@ class Seams:
         return int(sum(profile.sums["contacts"][REACH] for profile in self.profiles))
 
 
-def check_seams(volumes: Sequence[tuple[Plan, Sequence[int]]]) -> Seams | None:
+def check_seams(volumes: Sequence[tuple[Plan, Sequence[Output]]]) -> Seams | None:
     """Compare a sample of faces with the inside of blocks; ``None`` if no volume is split.
 
-    ``volumes`` are those to look at of each plan, by number: where blocks are missing there is nothing to compare.
+    ``volumes`` are the outputs to look at of each plan: where blocks are missing there is nothing to compare.
     """
     split = [(plan, numbers) for plan, numbers in volumes if len(plan.block_grid()) > 1 and numbers]
     if not split:
@@ -205,7 +205,7 @@ def _borders(plan: Plan, axis: int) -> set[int]:
     return {start + end - offset for start in starts for end in (0, patch)}
 
 
-def _sample(plan: Plan, volumes: Sequence[int], most: int) -> Iterator[Face]:
+def _sample(plan: Plan, volumes: Sequence[Output], most: int) -> Iterator[Face]:
     """Yield faces of all axes in turn, drawn with a fixed seed, all of them if they are few; and borders of patches."""
     grid, rng = plan.block_grid(), np.random.default_rng(0)
     per_axis = []
@@ -248,7 +248,7 @@ def _count(face: Face) -> Counts:
     keep = (places == 0) | ~special
     index = places[keep] + REACH
     for kind in {"scores", "labels"} & set(face.plan.arrays):
-        planes = np.moveaxis(product(face.plan, kind, face.volume).read(face.box), face.axis, 0)
+        planes = np.moveaxis(product(face.plan, kind, face.output).read(face.box), face.axis, 0)
         one, other = planes[:-1][keep], planes[1:][keep]
         counted["n"][index] = one[0].size
 

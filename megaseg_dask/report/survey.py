@@ -5,7 +5,7 @@ lack is looked at in the outputs, within a budget of voxels for the whole run.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from megaseg_dask.blending import sigmoid
 from megaseg_dask.geometry import BlockGrid, Box
 from megaseg_dask.journal import Journal
 from megaseg_dask.ngff.tables import iter_columns
-from megaseg_dask.plan import Plan
+from megaseg_dask.plan import Output, Plan
 from megaseg_dask.products import VOLUMES
 from megaseg_dask.report.views import UNREADABLE, choose_view, spread, voxels_per_voxel, whole_or_middle
 from megaseg_dask.stores import Location, at_once
@@ -52,14 +52,17 @@ class Run:
 
 @dataclass
 class Facts:
-    """What is known of one volume; ``None`` where nobody looked, or nothing can be said."""
+    """What is known of one output of a volume; ``None`` where nobody looked, or nothing can be said.
+
+    ``channel`` names it where there are several channels or outputs.
+    """
 
     run: Run
-    number: int
+    output: Output
     name: str
     image: str
     t: int
-    c: int
+    channel: str
     objects: int | None = None
     foreground: float | None = None
     mean_score: float | None = None
@@ -70,14 +73,15 @@ class Facts:
     oddities: list[str] = field(default_factory=list)
 
     @property
-    def place(self) -> tuple[str, int, int]:
-        """Field, timepoint of the output, and channel of the source."""
-        return self.image, self.run.plan.volumes[self.number].target_t, self.c
+    def place(self) -> tuple[str, int, int, str]:
+        """Field, timepoint of the output, channel of the source, and which of several outputs of the network."""
+        volume, outputs = self.run.plan.volumes[self.output.volume], self.run.plan.model.outputs
+        return self.image, volume.target_t, volume.c, outputs[self.output.number] if len(outputs) > 1 else ""
 
     @property
     def anchor(self) -> str:
         """Name of its place in the page."""
-        return f"v{self.run.number}-{self.number}"
+        return f"v{self.run.number}-{self.output.volume}-{self.output.number}"
 
 
 @dataclass
@@ -94,7 +98,7 @@ def survey(runs: Sequence[Run]) -> Survey:
     """Look at the volumes of all runs on a target; what cannot be read is noted, never an error."""
     found = Survey([])
     for run in runs:
-        of_run = [_begin(run, number) for number in range(len(run.plan.volumes))]
+        of_run = [_begin(run, o) for volume in range(len(run.plan.volumes)) for o in run.plan.outputs_of(volume)]
         _read_journal(run, of_run)
         found.volumes += of_run
     measured = _read_table(runs[0].plan, found)
@@ -108,13 +112,13 @@ def survey(runs: Sequence[Run]) -> Survey:
     return found
 
 
-def _begin(run: Run, number: int) -> Facts:
-    plan = run.plan
-    v = plan.volumes[number]
-    parts = [v.image]
-    parts += [f"t={v.t}"] if plan.source_image.extent("t") > 1 else []
-    parts += [_channel_name(plan, v.c)] if len(plan.suffixes) > 1 else []
-    return Facts(run, number, " ".join(filter(None, parts)) or "the image", v.image, v.t, v.c)
+def _begin(run: Run, output: Output) -> Facts:
+    plan, outputs = run.plan, run.plan.model.outputs
+    v = plan.volumes[output.volume]
+    channel = [_channel_name(plan, v.c)] if len(plan.suffixes) > len(outputs) else []
+    channel += [outputs[output.number]] if len(outputs) > 1 else []
+    parts = [v.image, f"t={v.t}" if plan.source_image.extent("t") > 1 else "", *channel]
+    return Facts(run, output, " ".join(filter(None, parts)) or "the image", v.image, v.t, " ".join(channel))
 
 
 def _channel_name(plan: Plan, c: int) -> str:
@@ -129,27 +133,36 @@ def _read_journal(run: Run, volumes: Sequence[Facts]) -> None:
     plan, journal = run.plan, run.journal
     stage = "volume" if plan.is_one_task else "join"
     summaries = journal.by_index(stage) if stage in {s.name for s in plan.stages} else []
-    for facts, summary in zip(volumes, summaries, strict=False):
-        facts.objects = summary.get("n_objects")
+    for facts in volumes if summaries else ():
+        facts.objects = _of(facts.output, summaries[facts.output.volume]).get("n_objects")
     for (name, index), failure in sorted(journal.failed.items()):
         volume, _ = plan.split_index(name, index)
-        volumes[volume].failures.append(f"{name} {failure['box']}: {failure['error']}")
+        for facts in volumes[volume * len(plan.model.outputs) :][: len(plan.model.outputs)]:
+            facts.failures.append(f"{name} {failure['box']}: {failure['error']}")
     if plan.is_one_task:
-        states: Iterable[tuple[int, Mapping[str, Any]]] = (
-            (i, {**s.get("statistics", {}), "threshold": s.get("threshold")}) for i, s in enumerate(summaries)
-        )
+        states: Mapping[int, Mapping[str, Any]] = dict(enumerate(summaries))
     else:
-        chosen = spread(len(volumes), _MOST_VOLUMES)
-        states = zip(chosen, at_once(lambda v: _state(plan, v), chosen), strict=True)
+        chosen = spread(len(plan.volumes), _MOST_VOLUMES)
+        states = dict(zip(chosen, at_once(lambda v: _state(plan, v), chosen), strict=True))
     fixed = plan.options.threshold
-    for number, state in states:
-        facts = volumes[number]
-        facts.mean, facts.std = state.get("mean"), state.get("std")
+    for facts in volumes:
+        if (state := states.get(facts.output.volume)) is None:
+            continue
+        # Of several channels the first.
+        statistics = (state.get("statistics") or [{}])[0]
+        facts.mean, facts.std = statistics.get("mean"), statistics.get("std")
+        found = _of(facts.output, state).get("threshold")
         if not isinstance(fixed, str):
             facts.threshold = fixed
-        elif state.get("threshold") is not None:
+        elif found is not None:
             # Found on the scale of the logits.
-            facts.threshold = float(sigmoid(np.float32(state["threshold"]).reshape(1))[0])
+            facts.threshold = float(sigmoid(np.float32(found).reshape(1))[0])
+
+
+def _of(output: Output, known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a summary or a state has of one output."""
+    by_output: Sequence[Mapping[str, Any]] = known.get(products.BY_OUTPUT, ())
+    return by_output[output.number] if by_output else {}
 
 
 def _state(plan: Plan, volume: int) -> Mapping[str, Any]:
@@ -166,16 +179,16 @@ def _read_table(plan: Plan, found: Survey) -> bool:
         return False
     voxels = {f.place: 0 for f in found.volumes}
     sizes = np.zeros(len(SIZE_EDGES) - 1, np.int64)
-    columns = ("well", "field", "timepoint", "channel", "volume_voxels")
+    columns = ("well", "field", "timepoint", "channel", "output", "volume_voxels")
     try:
-        for well, name, t, c, n_voxels in iter_columns(table_location(plan), columns):
+        for well, name, t, c, output, n_voxels in iter_columns(table_location(plan), columns):
             sizes += np.histogram(n_voxels, SIZE_EDGES)[0]
             # Rows of one volume follow each other.
-            changes = [np.flatnonzero(column[1:] != column[:-1]) + 1 for column in (well, name, t, c)]
+            changes = [np.flatnonzero(column[1:] != column[:-1]) + 1 for column in (well, name, t, c, output)]
             first = np.unique(np.concatenate([[0], *changes])) if len(t) else np.empty(0, np.intp)
             for i, total in zip(first, np.add.reduceat(n_voxels, first) if len(t) else (), strict=True):
                 image = f"{well[i]}/{name[i]}" if well[i] else ""
-                voxels[image, int(t[i]), int(c[i])] += int(total)
+                voxels[image, int(t[i]), int(c[i]), output[i] or ""] += int(total)
     except (*UNREADABLE, KeyError) as error:
         found.notes.append(f"The table of measurements could not be read: {error}.")
         return False
@@ -204,11 +217,11 @@ def _look(plan: Plan, volumes: Sequence[Facts], found: Survey, share: int, *, sk
             # Where blocks are missing, zeros are nothing that was found.
             return None
         if "scores" in plan.arrays:
-            scores = view.read(plan, "scores", number)
+            scores = view.read(plan, "scores", facts.output)
             facts.mean_score = float(scores.mean(dtype=np.float64)) / _most(plan)
         if "labels" not in plan.arrays or skip_sizes:
             return None
-        n_voxels = _sizes(view.read(plan, "labels", number))
+        n_voxels = _sizes(view.read(plan, "labels", facts.output))
         facts.foreground = float(n_voxels.sum()) / view.box.size
         return np.histogram(n_voxels * each, SIZE_EDGES)[0]
 
@@ -250,7 +263,7 @@ def _sizes(labels: Array) -> Array:
 
 def _sample_scores(plan: Plan, of_run: Sequence[Facts], found: Survey, share: int) -> None:
     """Count scores of full resolution in boxes spread over volumes and over each of them."""
-    good = [f.number for f in of_run if not f.failures]
+    good = [f.output for f in of_run if not f.failures]
     if "scores" not in plan.arrays or not good:
         return
     grid = BlockGrid(plan.volume_shape, _SAMPLE_SHAPE)
@@ -260,7 +273,7 @@ def _sample_scores(plan: Plan, of_run: Sequence[Facts], found: Survey, share: in
     samples = [(good[v], grid[b]) for v in volumes for b in boxes]
     edges = np.linspace(0, 1, SCORE_BINS + 1) * _most(plan)
 
-    def count(sample: tuple[int, Box]) -> Array:
+    def count(sample: tuple[Output, Box]) -> Array:
         try:
             values = products.product(plan, "scores", sample[0]).read(sample[1])
         except UNREADABLE:

@@ -15,7 +15,7 @@ from megaseg_dask.errors import MegasegError
 from megaseg_dask.geometry import Box
 from megaseg_dask.ngff.images import Image
 from megaseg_dask.ngff.volumes import Volume
-from megaseg_dask.plan import Plan
+from megaseg_dask.plan import Output, Plan
 
 Array = NDArray[Any]
 
@@ -34,14 +34,14 @@ class View:
     box: Box
     is_source: bool = False
 
-    def read(self, plan: Plan, kind: str, volume: int) -> Array:
-        """Read it of one volume, ``(z, y, x)``."""
-        return self._volume(plan, kind, volume).read(self.box)
+    def read(self, plan: Plan, kind: str, output: Output) -> Array:
+        """Read it of one output of a volume, ``(z, y, x)``; of a source the channel, or the first of several."""
+        return self._volume(plan, kind, output).read(self.box)
 
-    def _volume(self, plan: Plan, kind: str, volume: int) -> Volume:
+    def _volume(self, plan: Plan, kind: str, output: Output) -> Volume:
         if self.is_source:
-            return products.source(plan, volume, self.level)
-        return products.product(plan, kind, volume, self.level)
+            return products.sources(plan, output.volume, self.level)[0]
+        return products.product(plan, kind, output, self.level)
 
 
 def whole_or_middle(plan: Plan, budget: int) -> Box:

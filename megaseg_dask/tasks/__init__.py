@@ -17,15 +17,17 @@ from megaseg_dask.errors import MegasegError, StoreError, TaskError
 from megaseg_dask.events import Failure
 from megaseg_dask.geometry import Box
 from megaseg_dask.memory import peak_bytes, release, reset_peak
-from megaseg_dask.plan import Plan, PlannedVolume
-from megaseg_dask.products import holding
+from megaseg_dask.plan import Output, Plan, PlannedVolume
+from megaseg_dask.products import BY_OUTPUT, holding
 from megaseg_dask.stores import Location, cached_array
 from megaseg_dask.tasks import labels, levels, objects, scores, whole
 
-_STAGES: dict[str, Callable[[Plan, int, int], dict[str, Any]]] = {
+_OF_VOLUMES: dict[str, Callable[[Plan, int, int], dict[str, Any]]] = {
     "volume": whole.segment_volume,
     "measure": scores.measure_block,
     "segment": scores.segment_block,
+}
+_OF_OUTPUTS: dict[str, Callable[[Plan, Output, int], dict[str, Any]]] = {
     "histogram": scores.tabulate_block,
     "cutoff": scores.find_cutoff,
     "threshold": scores.threshold_block,
@@ -76,10 +78,12 @@ def enter_stage(stage: str) -> None:
 def run_task(plan: Plan, stage: str, index: int) -> dict[str, Any]:
     """Run one task of a plan and return its summary."""
     volume, number = plan.split_index(stage, index)
+    if stage in _OF_VOLUMES:
+        return _OF_VOLUMES[stage](plan, volume, number)
     name, _, level = stage.rpartition("-")
-    if name == "downsample":
-        return levels.downsample_block(plan, volume, number, level=int(level))
-    return _STAGES[stage](plan, volume, number)
+    of_output = partial(levels.downsample_block, level=int(level)) if name == "downsample" else _OF_OUTPUTS[stage]
+    summaries = [of_output(plan, output, number) for output in plan.outputs_of(volume)]
+    return {BY_OUTPUT: summaries} if any(summaries) else {}
 
 
 def run_tasks(run: str, fingerprint: str, lease_id: str | None, stage: str, indices: list[int]) -> list[Outcome]:

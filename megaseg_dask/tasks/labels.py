@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megaseg_dask import labelling, products
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.memory import IDLE_BYTES
-from megaseg_dask.plan import Plan
+from megaseg_dask.plan import Output, Plan
 
 Array = NDArray[Any]
 Summary = dict[str, Any]
@@ -44,63 +44,63 @@ OBJECTS = Components("objects", "fragments", inverted=False)
 HOLES = Components("holes", "holes", inverted=True)
 
 
-def label_block(plan: Plan, volume: int, number: int, *, of: Components = OBJECTS) -> Summary:
+def label_block(plan: Plan, output: Output, number: int, *, of: Components = OBJECTS) -> Summary:
     """Label one block by itself; write its provisional ids, boundary planes and fragment table."""
     core = plan.block_grid()[number]
-    mask = products.product(plan, of.mask(plan), volume).read(core)
+    mask = products.product(plan, of.mask(plan), output).read(core)
     labels = labelling.label_block(mask == 0 if of.inverted else mask, plan.options.connectivity)
     fragments = labelling.list_fragments(labels, core, plan.volume_shape)
-    products.write(plan, of.provisional, volume, core, labels)
-    products.save(plan, volume, f"{of.folder}/planes/{number}.npz", labelling.boundary_planes(labels))
-    products.save_rows(plan, volume, f"{of.folder}/fragments/{number}", np.stack([fragments.first, fragments.size]))
+    products.write(plan, of.provisional, output, core, labels)
+    products.save(plan, output, f"{of.folder}/planes/{number}.npz", labelling.boundary_planes(labels))
+    products.save_rows(plan, output, f"{of.folder}/fragments/{number}", np.stack([fragments.first, fragments.size]))
     return {}
 
 
-def pair_seams(plan: Plan, volume: int, number: int, *, of: Components = OBJECTS) -> Summary:
+def pair_seams(plan: Plan, output: Output, number: int, *, of: Components = OBJECTS) -> Summary:
     """Write which fragments of a block touch which of its later neighbours: neighbour, id here, id there."""
     grid, connectivity = plan.block_grid(), plan.options.connectivity
-    missing = set(products.read_state(plan, volume)["missing"])
-    here, rows = products.load(plan, volume, f"{of.folder}/planes/{number}.npz"), [np.empty((3, 0), np.uint64)]
+    missing = set(products.read_state(plan, output.volume)["missing"])
+    here, rows = products.load(plan, output, f"{of.folder}/planes/{number}.npz"), [np.empty((3, 0), np.uint64)]
     for neighbour, direction in grid.iter_forward_neighbours(number, connectivity):
         if neighbour in missing:
             continue
-        there = products.load(plan, volume, f"{of.folder}/planes/{neighbour}.npz")
+        there = products.load(plan, output, f"{of.folder}/planes/{neighbour}.npz")
         near, far = labelling.seam_keys(direction)
         pairs = labelling.pair_across_seam(
             here[near], labelling.plane_box(grid[number], near), there[far], labelling.plane_box(grid[neighbour], far),
             connectivity,
         )  # fmt: skip
         rows.append(np.insert(pairs, 0, neighbour, axis=1).astype(np.uint64).T)
-    products.save_rows(plan, volume, f"{of.folder}/seams/{number}", np.concatenate(rows, axis=1))
+    products.save_rows(plan, output, f"{of.folder}/seams/{number}", np.concatenate(rows, axis=1))
     return {}
 
 
-def join_objects(plan: Plan, volume: int, _: int) -> Summary:
-    """Join all fragments of a volume into objects, and write the final id of each fragment."""
-    fragments, pairs, offsets = _read_fragments(plan, volume, OBJECTS)
+def join_objects(plan: Plan, output: Output, _: int) -> Summary:
+    """Join all fragments of an output into objects, and write the final id of each fragment."""
+    fragments, pairs, offsets = _read_fragments(plan, output, OBJECTS)
     final = labelling.join_fragments(fragments, pairs, min_size=plan.options.min_size)
-    _write_tables(plan, volume, OBJECTS, final, offsets)
+    _write_tables(plan, output, OBJECTS, final, offsets)
     return {"n_objects": int(final.max(initial=0)), "n_fragments": len(fragments)}
 
 
-def join_holes(plan: Plan, volume: int, _: int) -> Summary:
+def join_holes(plan: Plan, output: Output, _: int) -> Summary:
     """Join the background's fragments, and write which belong to holes small enough to fill."""
-    fragments, pairs, offsets = _read_fragments(plan, volume, HOLES)
+    fragments, pairs, offsets = _read_fragments(plan, output, HOLES)
     small = labelling.fill_table(fragments, pairs, plan.options.fill_holes)
-    _write_tables(plan, volume, HOLES, small.view(np.uint8), offsets)
+    _write_tables(plan, output, HOLES, small.view(np.uint8), offsets)
     return {"n_fragments": len(fragments)}
 
 
-def _present(plan: Plan, volume: int) -> list[int]:
-    missing = set(products.read_state(plan, volume)["missing"])
+def _present(plan: Plan, output: Output) -> list[int]:
+    missing = set(products.read_state(plan, output.volume)["missing"])
     return [number for number in range(len(plan.block_grid())) if number not in missing]
 
 
 def _read_fragments(
-    plan: Plan, volume: int, of: Components
+    plan: Plan, output: Output, of: Components
 ) -> tuple[labelling.Fragments, Iterator[NDArray[np.int64]], NDArray[np.int64]]:
-    """Return the fragments of a volume, pairs of their rows that touch, and where each block's rows start."""
-    present, folder = _present(plan, volume), products.work_folder(plan, volume)
+    """Return the fragments of an output, pairs of their rows that touch, and where each block's rows start."""
+    present, folder = _present(plan, output), products.output_folder(plan, output)
     counts = np.zeros(len(plan.block_grid()), np.int64)
     # From the sizes of the objects: what is read then goes where it belongs, and is in memory once.
     for number, size in products.read_ahead(
@@ -111,23 +111,23 @@ def _read_fragments(
     needed = IDLE_BYTES + labelling.join_bytes(int(offsets[-1]), 2 * labelling.JOIN_BATCH)
     if needed > plan.memory_bytes:
         raise SettingsError(
-            f"joining {offsets[-1]:,} fragments of volume {volume} needs {needed / 1e9:.1f} GB, and a worker may use "
-            f"{plan.memory_bytes / 1e9:.1f} GB: run the same command again with more --memory"
+            f"joining {offsets[-1]:,} fragments of volume {output.volume} needs {needed / 1e9:.1f} GB, and a worker "
+            f"may use {plan.memory_bytes / 1e9:.1f} GB: run the same command again with more --memory"
         )
     table = np.empty((2, offsets[-1]), np.uint64)
     for number, rows in products.read_ahead(
-        lambda n: products.load_rows(plan, volume, f"{of.folder}/fragments/{n}", 2), present, _READ_AHEAD
+        lambda n: products.load_rows(plan, output, f"{of.folder}/fragments/{n}", 2), present, _READ_AHEAD
     ):
         table[:, offsets[number] : offsets[number + 1]] = rows
-    return labelling.Fragments(*table), _iter_pairs(plan, volume, of, present, offsets), offsets
+    return labelling.Fragments(*table), _iter_pairs(plan, output, of, present, offsets), offsets
 
 
 def _iter_pairs(
-    plan: Plan, volume: int, of: Components, present: list[int], offsets: NDArray[np.int64]
+    plan: Plan, output: Output, of: Components, present: list[int], offsets: NDArray[np.int64]
 ) -> Iterator[NDArray[np.int64]]:
     """Yield the pairs of each block's seams, as rows of the volume's table."""
     for number, (neighbour, here, there) in products.read_ahead(
-        lambda n: products.load_rows(plan, volume, f"{of.folder}/seams/{n}", 3), present, _READ_AHEAD
+        lambda n: products.load_rows(plan, output, f"{of.folder}/seams/{n}", 3), present, _READ_AHEAD
     ):
         # Local ids start at 1, rows of the table at 0.
         rows = np.stack([here.astype(np.int64), there.astype(np.int64)], axis=1) - 1
@@ -136,33 +136,33 @@ def _iter_pairs(
         yield rows
 
 
-def _write_tables(plan: Plan, volume: int, of: Components, table: Array, offsets: NDArray[np.int64]) -> None:
+def _write_tables(plan: Plan, output: Output, of: Components, table: Array, offsets: NDArray[np.int64]) -> None:
     def write(number: int) -> None:
         rows = table[offsets[number] : offsets[number + 1]]
-        products.save_rows(plan, volume, f"{of.folder}/tables/{number}", rows.astype(np.uint64)[None])
+        products.save_rows(plan, output, f"{of.folder}/tables/{number}", rows.astype(np.uint64)[None])
 
     # Threads of a pool know nothing of the run's holder, unless they are told.
     context = copy_context()
-    for _ in products.read_ahead(lambda n: context.copy().run(write, n), _present(plan, volume), _READ_AHEAD):
+    for _ in products.read_ahead(lambda n: context.copy().run(write, n), _present(plan, output), _READ_AHEAD):
         pass
 
 
-def fill_block(plan: Plan, volume: int, number: int) -> Summary:
+def fill_block(plan: Plan, output: Output, number: int) -> Summary:
     """Write the mask of one block with its small holes filled."""
     core = plan.block_grid()[number]
-    mask = products.product(plan, "unfilled", volume).read(core)
-    holes = products.product(plan, "holes", volume).read(core)
-    (small,) = products.load_rows(plan, volume, f"holes/tables/{number}", 1)
+    mask = products.product(plan, "unfilled", output).read(core)
+    holes = products.product(plan, "holes", output).read(core)
+    (small,) = products.load_rows(plan, output, f"holes/tables/{number}", 1)
     filled = labelling.relabel(holes, small, np.dtype(np.uint8))
-    products.write(plan, "mask", volume, core, mask | filled)
+    products.write(plan, "mask", output, core, mask | filled)
     return {}
 
 
-def relabel_block(plan: Plan, volume: int, number: int) -> Summary:
+def relabel_block(plan: Plan, output: Output, number: int) -> Summary:
     """Write the final ids of one block to the target."""
     core = plan.block_grid()[number]
-    provisional = products.product(plan, "fragments", volume).read(core)
-    (table,) = products.load_rows(plan, volume, f"objects/tables/{number}", 1)
+    provisional = products.product(plan, "fragments", output).read(core)
+    (table,) = products.load_rows(plan, output, f"objects/tables/{number}", 1)
     labels = labelling.relabel(provisional, table, labelling.label_dtype(plan.volume_shape))
-    products.write(plan, "labels", volume, core, labels)
+    products.write(plan, "labels", output, core, labels)
     return {}

@@ -9,7 +9,7 @@ from megaseg_dask import products
 from megaseg_dask.geometry import BlockGrid, Box, Shape
 from megaseg_dask.ngff.pyramids import downsample, source_box
 from megaseg_dask.ngff.volumes import Volume
-from megaseg_dask.plan import Plan
+from megaseg_dask.plan import Output, Plan
 
 Array = NDArray[Any]
 
@@ -17,16 +17,16 @@ Array = NDArray[Any]
 _DOWNSAMPLE_SHAPE = (64, 512, 512)
 
 
-def downsample_block(plan: Plan, volume: int, number: int, *, level: int) -> dict[str, Any]:
+def downsample_block(plan: Plan, output: Output, number: int, *, level: int) -> dict[str, Any]:
     """Compute one block of a coarser level of every product, one write unit at a time."""
     fine, coarse = _shapes(plan, level)
     block = plan.block_grid(level)[number]
     units = BlockGrid(coarse, plan.layout(level).write_unit)
-    for kind in products.read_state(plan, volume)["outputs"]:
-        below = products.product(plan, kind, volume, level - 1)
+    for kind in products.read_state(plan, output.volume)["outputs"]:
+        below = products.product(plan, kind, output, level - 1)
         for box in (units.core(p) & block for p in units.iter_overlapping(block)):
             values = _coarser(below, box, fine, coarse, mode=kind != "scores")
-            products.write(plan, kind, volume, box, values, level)
+            products.write(plan, kind, output, box, values, level)
     return {}
 
 
@@ -48,11 +48,11 @@ def _coarser(below: Volume, box: Box, fine: Shape, coarse: Shape, *, mode: bool)
     return result
 
 
-def write_coarser_levels(plan: Plan, volume: int, kind: str, values: Array) -> None:
-    """Write all coarser levels of a volume whose finest level is in memory."""
+def write_coarser_levels(plan: Plan, output: Output, kind: str, values: Array) -> None:
+    """Write all coarser levels of a product whose finest level is in memory."""
     for level in range(1, len(plan.target_image.levels)):
         fine, coarse = _shapes(plan, level)
         box = Box.of(coarse)
         source = source_box(box, fine, coarse)
         values = downsample(values[source.slices], source, box, fine, coarse, mode=kind != "scores")
-        products.write(plan, kind, volume, box, values, level)
+        products.write(plan, kind, output, box, values, level)

@@ -1,4 +1,4 @@
-"""Stages of measurements: sums of the objects in one block, and of all blocks of a volume."""
+"""Stages of measurements: sums of the objects in one block, and in all blocks of a volume."""
 
 import io
 from typing import Any
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from megaseg_dask import products
 from megaseg_dask.measurements import Sums, measure_block, merge
-from megaseg_dask.plan import Plan
+from megaseg_dask.plan import Output, Plan
 
 Array = NDArray[Any]
 
@@ -16,31 +16,30 @@ Array = NDArray[Any]
 _READ_AHEAD = 16
 
 
-def measure_objects(plan: Plan, volume: int, number: int) -> dict[str, Any]:
-    """Write the sums of one block's objects, from their final ids and the segmented channel."""
+def measure_objects(plan: Plan, output: Output, number: int) -> dict[str, Any]:
+    """Write the sums of one block's objects, from their final ids and the channel, or the first of several."""
     core = plan.block_grid()[number]
-    labels = products.product(plan, "labels", volume).read(core)
-    intensity = products.source(plan, volume).read(core.shifted(plan.region.start))
-    products.save(plan, volume, f"sums/{number}.npz", measure_block(labels, intensity, core).arrays())
+    labels = products.product(plan, "labels", output).read(core)
+    intensity = products.sources(plan, output.volume)[0].read(core.shifted(plan.region.start))
+    products.save(plan, output, f"sums/{number}.npz", measure_block(labels, intensity, core).arrays())
     return {}
 
 
-def collect_objects(plan: Plan, volume: int, _: int) -> dict[str, Any]:
+def collect_objects(plan: Plan, output: Output, _: int) -> dict[str, Any]:
     """Add the sums of all blocks, in grid order, and write those of the volume."""
-    missing = set(products.read_state(plan, volume)["missing"])
+    missing = set(products.read_state(plan, output.volume)["missing"])
     blocks = [number for number in range(len(plan.block_grid())) if number not in missing]
     parts = products.read_ahead(
-        lambda n: Sums(**products.load(plan, volume, f"sums/{n}.npz")),
+        lambda n: Sums(**products.load(plan, output, f"sums/{n}.npz")),
         blocks,
         _READ_AHEAD,
     )
-    return write_sums(plan, volume, merge(sums for _, sums in parts))
+    return write_sums(plan, output, merge(sums for _, sums in parts))
 
 
-def write_sums(plan: Plan, volume: int, sums: Sums) -> dict[str, Any]:
-    """Write the sums of a volume's objects where they stay until the tables are written."""
+def write_sums(plan: Plan, output: Output, sums: Sums) -> dict[str, Any]:
+    """Write the sums of an output's objects where they stay until the tables are written."""
     buffer = io.BytesIO()
     np.savez(buffer, **sums.arrays())  # type: ignore[arg-type]
-    products.require_holder(plan)
-    products.sums_folder(plan).put(f"{volume}.npz", buffer.getvalue())
+    products.save_sums(plan, output, buffer.getvalue())
     return {}

@@ -1,6 +1,6 @@
 """Stages about scores: measure, segment, and the threshold of each volume where it is found from all of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ from megaseg_dask import products, thresholds
 from megaseg_dask.blending import in_slabs, sigmoid
 from megaseg_dask.errors import DataError
 from megaseg_dask.geometry import BlockGrid, Box
-from megaseg_dask.inference import open_engine, predict_block
+from megaseg_dask.inference import Preparation, open_engine, predict_block, stack
 from megaseg_dask.intensity import (
     PARTITION_SHAPE,
     Counts,
@@ -24,7 +24,7 @@ from megaseg_dask.intensity import (
 )
 from megaseg_dask.memory import TABLES_READ_AHEAD
 from megaseg_dask.ngff.volumes import Volume
-from megaseg_dask.plan import Plan
+from megaseg_dask.plan import Output, Plan
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
@@ -35,23 +35,34 @@ Summary = dict[str, Any]
 
 
 def measure_block(plan: Plan, volume: int, number: int) -> Summary:
-    """Sum intensities; floats keep one entry per part of the partition, integers add up to one."""
-    box, source = plan.measure_grid[number], products.source(plan, volume, plan.measure_level or 0)
-    values = source.read(box)
-    parts = measure_parts(plan, values, box)
-    # What cannot be normalised is said of this block, rather than of the run.
-    describe_statistics(plan, parts)
-    return {"parts": parts, **count_absent(source, box, values)}
+    """Sum intensities of each channel; floats keep one entry per part of the partition, integers add up to one."""
+    box, n_absent, parts = plan.measure_grid[number], 0, []
+    for channel in products.sources(plan, volume, plan.measure_level or 0):
+        values = channel.read(box)
+        n_absent += channel.count_absent(box, values)
+        parts.append(measure_parts(plan, values, box))
+        # What cannot be normalised is said of this block, rather than of the run.
+        describe_statistics(plan, parts[-1])
+    return {"parts": parts, **_told(absent=n_absent)}
 
 
-def count_absent(source: Volume, box: Box, values: Array) -> Summary:
-    """Return how many stored objects of the source are absent in a box, if any are."""
-    n_absent = source.count_absent(box, values)
-    return {"absent": n_absent} if n_absent else {}
+def read_channels(channels: Sequence[Volume], box: Box) -> Array:
+    """Return a box of all channels of a volume, ``(c, z, y, x)``."""
+    return stack([channel.read(box) for channel in channels])
+
+
+def count_absent(channels: Sequence[Volume], box: Box, values: Array) -> Summary:
+    """Return how many stored objects of the source are absent in a box, if any are; ``values`` is what was read."""
+    return _told(absent=sum(c.count_absent(box, v) for c, v in zip(channels, values, strict=True)))
+
+
+def _told(**counts: int | None) -> Summary:
+    """Return those of the counts that there is something to say of."""
+    return {name: n for name, n in counts.items() if n}
 
 
 def measure_parts(plan: Plan, values: Array, box: Box) -> list[tuple[int, dict[str, Any]]]:
-    """Return place and statistics of the parts of the volume's fixed partition inside ``box``, as JSON values."""
+    """Return place and statistics of a channel's parts of the fixed partition inside ``box``, as JSON values."""
     partition = BlockGrid(plan.measure_grid.volume_shape, PARTITION_SHAPE)
     places = list(partition.iter_overlapping(box))
     ignore = plan.options.nan_to_background
@@ -65,19 +76,27 @@ def measure_parts(plan: Plan, values: Array, box: Box) -> list[tuple[int, dict[s
 
 
 def merge_parts(plan: Plan, parts: Iterable[tuple[int, Mapping[str, Any]]]) -> Statistics:
-    """Add up statistics of a volume in the partition's grid order."""
+    """Add up statistics of a channel in the partition's grid order."""
     kind = Moments if plan.source_image.dtype.startswith("float") else Counts
     return merge_statistics(kind(**fields) for _, fields in sorted(parts, key=lambda part: part[0]))
 
 
 def describe_statistics(plan: Plan, parts: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, float | None]:
-    """Return mean, std, minimum and maximum of a volume; the last two are unknown where the settings give the rest."""
+    """Return mean, std, minimum and maximum of a channel; the last two are unknown where the settings give the rest."""
     if isinstance(given := plan.options.normalization, tuple):
         return {"mean": given[0], "std": given[1], "minimum": None, "maximum": None}
     found = merge_parts(plan, parts)
     # JSON has no infinity, which is the minimum of a volume without one finite voxel.
     low, high = (found.minimum, found.maximum) if found.n else (0.0, 0.0)
     return {**asdict(Normalisation.of(found)), "minimum": low, "maximum": high}
+
+
+def describe_volume(plan: Plan, summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
+    """Return the statistics of each channel of a volume, from what measuring its blocks gave."""
+    return [
+        describe_statistics(plan, [part for summary in summaries for part in summary["parts"][channel]])
+        for channel in range(plan.model.in_channels)
+    ]
 
 
 # -- scores
@@ -87,48 +106,52 @@ def segment_block(plan: Plan, volume: int, number: int) -> Summary:
     """Predict one block and write its core's scores, and its mask or, for an automatic threshold, its logits."""
     core = plan.block_grid()[number]
     place = core.shifted(plan.region.start)
-    source, read_box = products.source(plan, volume), plan.patch_grid.read_box(place)
-    values = source.read(read_box)
+    channels, read_box = products.sources(plan, volume), plan.patch_grid.read_box(place)
+    values = read_channels(channels, read_box)
     # Who measures the volume counts them; here nobody does.
-    absent = {} if plan.measure_level == 0 else count_absent(source, place, values[place.within(read_box).slices])
-    found = products.read_state(plan, volume)
-    logits = predict(plan, values, place, Normalisation(found["mean"], found["std"]))
-    for kind, array in scores_of(plan, logits).items():
-        products.write(plan, kind, volume, core, array)
-    return {**absent, **shrunk_batch(plan), **(extremes_of(logits) if "logits" in products.intermediates(plan) else {})}
+    absent = {} if plan.measure_level == 0 else count_absent(channels, place, values[:, *place.within(read_box).slices])
+    predicted = predict(plan, values, place, products.read_state(plan, volume)["statistics"])
+    for output, logits in zip(plan.outputs_of(volume), predicted, strict=True):
+        for kind, array in scores_of(plan, logits).items():
+            products.write(plan, kind, output, core, array)
+    summary = {**absent, **shrunk_batch(plan)}
+    if "logits" in products.intermediates(plan):
+        summary[products.BY_OUTPUT] = list(map(extremes_of, predicted))
+    return summary
 
 
 def shrunk_batch(plan: Plan) -> Summary:
     """Return the batch that this worker's engine came down to when its device ran out of memory, if it did."""
-    largest = open_engine(plan.model, plan.engine).largest_batch
-    return {"batch": largest} if largest else {}
+    return _told(batch=open_engine(plan.model, plan.engine).largest_batch)
 
 
-def predict(plan: Plan, values: Array, core: Box, normalisation: Normalisation) -> Float32:
-    """Return the logits of a core, in the source's voxels; ``values`` are those of its read box.
+def predict(plan: Plan, values: Array, core: Box, statistics: Iterable[Mapping[str, Any]]) -> list[Float32]:
+    """Return the logits of a core for each output, in the source's voxels; ``values`` are those of its read box.
 
-    NaN is background by request.
+    ``statistics`` are those of each channel. NaN is background by request.
     """
     read_box, is_float = plan.patch_grid.read_box(core), values.dtype.kind == "f"
     if is_float and plan.measure_level != 0 and not plan.options.nan_to_background:
         # Nobody has looked at every voxel yet, and the network would take a NaN for the mean.
-        require_finite(values, read_box)
+        for channel in values:
+            require_finite(channel, read_box)
+    zscores = tuple(Normalisation(found["mean"], found["std"]) for found in statistics)
     logits = predict_block(
         values,
         core,
         plan.patch_grid,
-        normalisation,
+        Preparation(plan.model.steps, zscores),
         open_engine(plan.model, plan.engine),
         batch=plan.engine.batch,
         window_mode=plan.model.window,
     )
     if is_float and plan.options.nan_to_background:
-        logits[~np.isfinite(values[core.within(read_box).slices])] = np.nan
-    return logits
+        logits[:, ~np.isfinite(values[:, *core.within(read_box).slices]).all(axis=0)] = np.nan
+    return list(logits)
 
 
 def scores_of(plan: Plan, logits: Float32) -> dict[str, Array]:
-    """Return what segmenting a block writes, by kind: scores, and a first mask or the logits to find one from."""
+    """Return what segmenting a block writes of an output: scores, and a first mask or the logits to find one from."""
     outputs, found = plan.options.outputs, {}
     scores = sigmoid(logits)
     if plan.options.nan_to_background:
@@ -159,17 +182,17 @@ def extremes_of(logits: Float32) -> Summary:
     return {"low": float(known.min()), "high": float(known.max())} if known.size else {}
 
 
-def merge_extremes(summaries: Iterable[Mapping[str, Any]]) -> Summary:
+def merge_extremes(of_blocks: Iterable[Mapping[str, Any]]) -> Summary:
     """Return lowest and highest logit of a volume from those of its blocks."""
-    known = [s for s in summaries if "low" in s]
+    known = [s for s in of_blocks if "low" in s]
     return {"low": min(s["low"] for s in known), "high": max(s["high"] for s in known)} if known else {}
 
 
-def tabulate_block(plan: Plan, volume: int, number: int) -> Summary:
+def tabulate_block(plan: Plan, output: Output, number: int) -> Summary:
     """Write the table of one block's logits over the range of the whole volume."""
-    logits = products.product(plan, "logits", volume).read(plan.block_grid()[number])
-    table = tabulate(plan, logits, products.read_state(plan, volume))
-    products.save(plan, volume, f"histograms/{number}.npz", table)
+    logits = products.product(plan, "logits", output).read(plan.block_grid()[number])
+    table = tabulate(plan, logits, products.read_known(plan, output))
+    products.save(plan, output, f"histograms/{number}.npz", table)
     return {}
 
 
@@ -181,15 +204,15 @@ def tabulate(plan: Plan, logits: Float32, extremes: Mapping[str, Any]) -> thresh
     return thresholds.tabulate(known, extremes["low"], extremes["high"], str(plan.options.threshold))
 
 
-def find_cutoff(plan: Plan, volume: int, _: int) -> Summary:
+def find_cutoff(plan: Plan, output: Output, _: int) -> Summary:
     """Find the threshold of a volume from the tables of its blocks."""
-    state = products.read_state(plan, volume)
-    missing = set(state["missing"])
+    missing = set(products.read_state(plan, output.volume)["missing"])
     blocks = [n for n in range(len(plan.block_grid())) if n not in missing]
     tables = products.read_ahead(
-        lambda n: dict(products.load(plan, volume, f"histograms/{n}.npz")), blocks, TABLES_READ_AHEAD
+        lambda n: dict(products.load(plan, output, f"histograms/{n}.npz")), blocks, TABLES_READ_AHEAD
     )
-    return {"threshold": cutoff_of(plan, thresholds.merge_tables(table for _, table in tables), state)}
+    merged = thresholds.merge_tables(table for _, table in tables)
+    return {"threshold": cutoff_of(plan, merged, products.read_known(plan, output))}
 
 
 def cutoff_of(plan: Plan, table: thresholds.Table, extremes: Mapping[str, Any]) -> float:
@@ -197,12 +220,12 @@ def cutoff_of(plan: Plan, table: thresholds.Table, extremes: Mapping[str, Any]) 
     return thresholds.find_threshold(table, extremes["low"], extremes["high"], str(plan.options.threshold))
 
 
-def threshold_block(plan: Plan, volume: int, number: int) -> Summary:
+def threshold_block(plan: Plan, output: Output, number: int) -> Summary:
     """Write the mask of one block from its logits and the volume's threshold."""
     core = plan.block_grid()[number]
-    logits = products.product(plan, "logits", volume).read(core)
-    mask = above(logits, products.read_state(plan, volume)["threshold"])
-    products.write(plan, products.first_mask(plan), volume, core, mask)
+    logits = products.product(plan, "logits", output).read(core)
+    mask = above(logits, products.read_known(plan, output)["threshold"])
+    products.write(plan, products.first_mask(plan), output, core, mask)
     return {}
 
 

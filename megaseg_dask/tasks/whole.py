@@ -7,9 +7,8 @@ from numpy.typing import NDArray
 
 from megaseg_dask import labelling, products
 from megaseg_dask.geometry import Box
-from megaseg_dask.intensity import Normalisation
 from megaseg_dask.measurements import measure_block
-from megaseg_dask.plan import Plan
+from megaseg_dask.plan import Output, Plan
 from megaseg_dask.tasks import levels, objects, scores
 
 Array = NDArray[Any]
@@ -17,14 +16,20 @@ Array = NDArray[Any]
 
 def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
     """Do all stages of one volume."""
-    whole, source = Box.of(plan.volume_shape), products.source(plan, volume)
-    read_box = plan.patch_grid.read_box(plan.region)
-    values = source.read(read_box)
+    channels, read_box = products.sources(plan, volume), plan.patch_grid.read_box(plan.region)
+    values = scores.read_channels(channels, read_box)
     statistics = _measure(plan, volume, values)
-    absent = scores.count_absent(source, read_box, values)
-    logits = scores.predict(plan, values, plan.region, Normalisation(statistics["mean"], statistics["std"]))
-    summary: dict[str, Any] = {"statistics": statistics, **absent, **scores.shrunk_batch(plan)}
-    found = scores.scores_of(plan, logits)
+    absent = scores.count_absent(channels, read_box, values)
+    predicted = scores.predict(plan, values, plan.region, statistics)
+    intensity = values[0][plan.region.within(read_box).slices]
+    # Logits leave the list as they are used: nothing else holds them.
+    by_output = [_finish(plan, output, predicted.pop(0), intensity) for output in plan.outputs_of(volume)]
+    return {"statistics": statistics, **absent, **scores.shrunk_batch(plan), products.BY_OUTPUT: by_output}
+
+
+def _finish(plan: Plan, output: Output, logits: scores.Float32, intensity: Array) -> dict[str, Any]:
+    """Write scores, mask, labels and measurements of one output; return its threshold and number of objects."""
+    whole, found, summary = Box.of(plan.volume_shape), scores.scores_of(plan, logits), dict[str, Any]()
     if plan.has_mask and plan.options.is_automatic:
         extremes = scores.extremes_of(found.pop("logits"))
         table = scores.tabulate(plan, logits, extremes)
@@ -38,21 +43,20 @@ def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
     if "labels" in plan.options.outputs:
         found["labels"], summary["n_objects"] = _label(plan, found["mask"], whole)
     if "measurements" in plan.options.outputs:
-        inside = values[plan.region.within(read_box).slices]
-        objects.write_sums(plan, volume, measure_block(found["labels"], inside, whole))
+        objects.write_sums(plan, output, measure_block(found["labels"], intensity, whole))
     for kind in plan.arrays:
-        products.write(plan, kind, volume, whole, found[kind])
-        levels.write_coarser_levels(plan, volume, kind, found[kind])
+        products.write(plan, kind, output, whole, found[kind])
+        levels.write_coarser_levels(plan, output, kind, found[kind])
     return summary
 
 
-def _measure(plan: Plan, volume: int, values: Array) -> dict[str, Any]:
+def _measure(plan: Plan, volume: int, values: Array) -> list[dict[str, float | None]]:
     if plan.measure_level is None:
-        return scores.describe_statistics(plan, ())
+        return scores.describe_volume(plan, ())
     box = Box.of(plan.measure_grid.volume_shape)
     if plan.measure_level:
-        values = products.source(plan, volume, plan.measure_level).read(box)
-    return scores.describe_statistics(plan, scores.measure_parts(plan, values, box))
+        values = scores.read_channels(products.sources(plan, volume, plan.measure_level), box)
+    return scores.describe_volume(plan, [{"parts": [scores.measure_parts(plan, channel, box) for channel in values]}])
 
 
 def _label(plan: Plan, mask: Array, whole: Box) -> tuple[Array, int]:

@@ -18,9 +18,10 @@ from megaseg_dask.cluster import WORKER_ENVIRONMENT
 from megaseg_dask.errors import BundleError, MegasegError, SettingsError, StoreError, TargetError, TaskError
 from megaseg_dask.events import Epoch, Event, Progress, Trained
 from megaseg_dask.lease import held
-from megaseg_dask.models import Bundle, load_bundle, require_patch, save_bundle
+from megaseg_dask.models import Bundle, Preprocessing, load_bundle, require_patch, save_bundle
+from megaseg_dask.models.network import is_plain
 from megaseg_dask.models.recipes import RECIPES, Recipe
-from megaseg_dask.models.zoo import locate
+from megaseg_dask.models.zoo import load
 from megaseg_dask.stores import Location
 from megaseg_dask.training.card import write_card
 from megaseg_dask.training.environment import find_python
@@ -123,8 +124,11 @@ def _recipe(request: Request) -> tuple[Recipe, Bundle | None]:
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
     if request.start is None:
         return recipe, None
-    bundle = load_bundle(locate(request.start))
-    if any(head.n_blocks is not None for head in bundle.heads):
+    _, bundle = load(request.start)
+    if (bundle.network.in_channels, bundle.network.out_channels) != (1, 1) or bundle.preprocessing != Preprocessing():
+        raise BundleError(f"--from {request.start}: only a network with one channel in and one out, on images that "
+                          "are normalised by a z-score alone, is trained")  # fmt: skip
+    if not is_plain(bundle.network, bundle.heads):
         raise BundleError(f"--from {request.start}: a head with layers of its own is not trained")
     return replace(recipe, network=bundle.network), bundle
 

@@ -12,6 +12,7 @@ from megaseg_dask.run import segment
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.single import record_plans, run_tasks
 from tests.images import blobs, write_image
+from tests.unit.bundles import write_checkpoint
 
 
 @pytest.fixture
@@ -45,6 +46,17 @@ def test_forward_passes_and_reads_are_those_of_the_plan(block, tmp_path, tiny_bu
     summary = plan.summary()
     assert counted["forward"] == round(summary["redundancy"] * summary["patches"])
     assert counted["read_voxels"] * image.itemsize == summary["bytes_read"]
+
+
+@pytest.mark.parametrize(("n_models", "tta", "n_passes"), [(1, True, 8), (2, False, 2), (2, True, 16)])
+def test_averages_pass_each_patch_as_often_as_they_average(n_models, tta, n_passes, tmp_path, counted):
+    models = [str(write_checkpoint(tmp_path / f"{seed}.ckpt", seed=seed)) for seed in range(n_models)]
+    source = write_image(tmp_path / "image.zarr", blobs((16, 48, 48)))
+    settings = parse_settings({"model": models, "tta": tta, "engine": "torch", "threads": 1, "outputs": "scores"})
+    [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
+    assert not run_tasks(plan, "volume", [0], lambda _: None)
+    assert counted["forward"] == n_passes * plan.summary()["patches"]
+    assert counted["read_voxels"] == 16 * 48 * 48
 
 
 def test_a_second_run_computes_nothing_and_a_resumed_one_only_what_is_missing(tmp_path, tiny_bundle, client):

@@ -13,8 +13,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from megaseg_dask.blending import sigmoid, window
 from megaseg_dask.geometry import BlockGrid, Box, PatchGrid
-from megaseg_dask.inference import predict_block
+from megaseg_dask.inference import Preparation, predict_block
 from megaseg_dask.intensity import PARTITION_SHAPE, Normalisation, measure, merge_statistics
+from megaseg_dask.models import Step
 
 extents = st.integers(1, 90)
 overlaps = st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.625])
@@ -84,13 +85,14 @@ def test_any_block_shape_gives_monais_logits_and_the_same_bits(volume_shape, blo
     rng = np.random.default_rng(0)
     volume = rng.normal(10, 3, volume_shape).astype(np.float32)
     normalisation = Normalisation.of(measure(volume, Box.of(volume_shape)))
+    prepare = Preparation((Step("zscore"),), (normalisation,))
     grid, engine = PatchGrid(volume_shape, patch_shape, overlap), Blur()
 
     def predict(block_shape):
         logits = np.full(volume_shape, np.nan, np.float32)
         for core in BlockGrid(volume_shape, block_shape):
             values = volume[grid.read_box(core).slices]
-            logits[core.slices] = predict_block(values, core, grid, normalisation, engine)
+            (logits[core.slices],) = predict_block(values[None], core, grid, prepare, engine)
         return logits
 
     whole = predict(volume_shape)

@@ -20,8 +20,7 @@ from megaseg_dask.models import (
     build_network,
     load_bundle,
     require_patch,
-    require_reference,
-    require_single,
+    require_runnable,
 )
 from megaseg_dask.models.bundle import content_digest
 from megaseg_dask.models.network import fit_weights, with_aliases
@@ -254,17 +253,13 @@ def test_preprocessing_prints_its_steps():
 
 
 def test_what_a_run_takes():
-    bundle = bundle_of()
-    require_single(bundle)
-    require_reference(bundle)
-    with pytest.raises(BundleError, match=r"in_channels 1, out_channels 2: only networks with one channel"):
-        require_single(replace(bundle, network=replace(TINY, out_channels=2), heads=()))
-    with pytest.raises(BundleError, match=r"2 task heads \(a, b\)"):
-        require_single(replace(bundle, heads=(Head("a"), Head("b"))))
-    with pytest.raises(BundleError, match="the bundle prepares images by: none; only one NormalizeIntensity"):
-        require_reference(replace(bundle, preprocessing=Preprocessing(())))
+    bundle, clip = bundle_of(), Step("clip", (0.0, 1.0))
+    for steps in ((), (clip,), (Step("zscore"), clip)):
+        require_runnable(replace(bundle, preprocessing=Preprocessing(steps)))
+    with pytest.raises(BundleError, match=r"the bundle prepares images by: clip\(0.0, 1.0\), zscore; a zscore is only"):
+        require_runnable(replace(bundle, preprocessing=Preprocessing((clip, Step("zscore")))))
     with pytest.raises(BundleError, match="head seg: activation softmax; only a sigmoid is run"):
-        require_reference(replace(bundle, heads=(Head(activation="softmax"),)))
+        require_runnable(replace(bundle, heads=(Head(activation="softmax"),)))
 
 
 @pytest.mark.parametrize(

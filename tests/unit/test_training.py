@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from tifffile import imread, imwrite
 
 from megaseg_dask.cli import main
-from megaseg_dask.errors import MegasegError, SettingsError, SourceError, StoreError, TargetError
+from megaseg_dask.errors import BundleError, MegasegError, SettingsError, SourceError, StoreError, TargetError
 from megaseg_dask.geometry import Box
 from megaseg_dask.training import Request, environment, train
 from megaseg_dask.training.manifest import Example, Tiff, read_examples, split_examples, write_examples
 from tests.images import blobs, write_image
+from tests.unit.bundles import TINY, write_checkpoint
 
 PATCH = (16, 32, 32)
 SHAPE = (20, 40, 44)
@@ -213,6 +214,21 @@ def request(tmp_path: Path, **options) -> Request:
 def test_what_cannot_be_trained_is_said_before_anything_is_written(options, error, message, tmp_path):
     with pytest.raises(error, match=message):
         train(request(tmp_path, **options), print)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "heads", "message"),
+    [
+        ({"in_channels": 2}, None, "only a network with one channel in and one out"),
+        ({"out_channels": 2}, None, "only a network with one channel in and one out"),
+        ({}, {"seg": (1, 1)}, "a head with layers of its own is not trained"),
+    ],
+)
+def test_other_bundles_are_not_trained_on(network, heads, message, tmp_path):
+    start = write_checkpoint(tmp_path / "a.ckpt", replace(TINY, **network), heads=heads)
+    with pytest.raises(BundleError, match=message):
+        train(request(tmp_path, start=str(start)), print)
     assert not (tmp_path / "out").exists()
 
 
