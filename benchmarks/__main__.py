@@ -2,8 +2,10 @@
 
 import argparse
 
-from benchmarks import field
+from benchmarks import field, script
 from benchmarks.machine import keep
+
+SMALL = (40, 160, 160)
 
 
 def main() -> None:
@@ -11,9 +13,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a field of 40×160×160; nothing is kept")
     if parser.parse_args().small:
-        print(field.measure((40, 160, 160)))
+        print(field.measure(SMALL), script.measure(SMALL))
     else:
         keep("field", field.measure())
+        keep("script", script.measure())
 
 
 if __name__ == "__main__":
