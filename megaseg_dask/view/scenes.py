@@ -110,7 +110,8 @@ class Gallery:
     def _layers(self, field: str) -> Iterator[Layer]:
         plans = [plan for plan in self.plans if field in products.images(plan)]
         for plan in plans:
-            yield from _image_layers(Location(plan.source) / field, wanted={c for v in plan.volumes for c in v.channels})
+            channels = {c for volume in plan.volumes for c in volume.channels}
+            yield from _image_layers(Location(plan.source) / field, wanted=channels)
             scale = 255.0 if plan.options.scores_dtype == "uint8" else 1.0
             for group in products.groups_of(plan, field):
                 image = _try_read(group.location(plan))
