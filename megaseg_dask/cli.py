@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -277,15 +278,20 @@ for _command in (report, view, train):
 # -- how a command ends
 
 
+# One Ctrl-C may arrive twice: from the terminal, and from the program that started us (timeout, srun, make).
+_SAME_INTERRUPT_S = 0.2
+
+
 def _interrupt(*_: object) -> NoReturn:
     """Leave in order when interrupted once, and at once when interrupted again."""
+    began = time.monotonic()
     for either in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(either, _leave)
+        signal.signal(either, lambda *_: _leave() if time.monotonic() - began > _SAME_INTERRUPT_S else None)
     os.write(sys.stderr.fileno(), b"megaseg: stopping; interrupt once more to stop at once\n")
     raise KeyboardInterrupt
 
 
-def _leave(*_: object) -> NoReturn:
+def _leave() -> NoReturn:
     if "--json" in sys.argv:
         with contextlib.suppress(Exception):
             echo_error("interrupted twice; run the same command again to go on", INTERRUPTED)

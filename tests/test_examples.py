@@ -1,7 +1,10 @@
 """Every command and code block of README and docs is run, as it stands there."""
 
+import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,19 +91,32 @@ def test_block_does_what_it_says(name, language, text, folder, request):
         elif command.startswith(("git clone", "pip install", "source ", "cd megaseg-demo")):
             continue  # each command runs in the demo's folder already, with the environment on its PATH
         elif command.startswith("megaseg view "):
-            # It shows until it is interrupted.
-            run(["bash", "-c", f"timeout --preserve-status --signal=INT 15 {command} --no-browser"], folder)
+            show(command, folder)
         elif command:
             run(["bash", "-c", command], folder, **environment)
 
 
-def run(command, folder, **environment) -> None:
-    import os
+def path() -> dict[str, str]:
+    """The variables of a shell in which the environment is activated."""
+    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
 
+
+def show(command: str, folder) -> None:
+    """Run the viewer, which shows until it is interrupted; twice at once, as by `timeout`, is one interrupt."""
+    words = [*shlex.split(command), "--no-browser"]
+    with subprocess.Popen(words, cwd=folder, env=path(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("http://127.0.0.1:")
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+
+
+def run(command, folder, **environment) -> None:
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, **environment, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        env={**path(), **environment},
         capture_output=True,
         text=True,
         timeout=280,

@@ -294,6 +294,7 @@ def test_a_second_interrupt_ends_it_at_once(source, tiny_bundle, tmp_path):
         events = (json.loads(line) for line in process.stdout)
         next(event for event in events if event.get("stage") == "segment")
         process.send_signal(signal.SIGINT)
+        time.sleep(0.25)  # sooner, it would be the same interrupt, which `timeout` and terminals send twice
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
         assert process.wait(10) == 130
