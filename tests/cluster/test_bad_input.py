@@ -297,7 +297,8 @@ def test_a_second_interrupt_ends_it_at_once(source, tiny_bundle, tmp_path):
         time.sleep(0.25)  # sooner, it would be the same interrupt, which `timeout` and terminals send twice
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
-        assert process.wait(10) == 130
+        # The first one may have ended all but the interpreter, which then has no handlers any more.
+        assert process.wait(10) in (130, -signal.SIGTERM)
     assert time.monotonic() - started < 2
     while (left := alive(process.pid)) and time.monotonic() - started < 60:
         time.sleep(0.2)

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -355,3 +356,39 @@ def test_messages_stay_on_one_line(run, broken):
     assert code == 2
     assert one_line(err) == "megaseg: cells .zarr does not exist\n"
     assert refusal(out)["error"] == "cells\n.zarr does not exist"
+
+
+SLOW_TO_LEAVE = """
+import time
+from megaseg_dask import cli
+
+def app(*_, **__):
+    try:
+        print("running", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(60)
+
+cli.app = app
+cli.main([])
+"""
+
+
+@pytest.mark.parametrize(("pause_s", "ends"), [(0, False), (0.5, True)])
+def test_a_second_interrupt_ends_what_is_slow_to_leave_and_an_echo_of_the_first_does_not(pause_s, ends):
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_TO_LEAVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.stderr.readline()
+        time.sleep(pause_s)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(2) == 130
+        except subprocess.TimeoutExpired:
+            assert not ends
+        else:
+            assert ends
+        process.kill()
