@@ -3,7 +3,6 @@
 It only looks: nothing is written, no worker is started.
 """
 
-import importlib.util
 import platform
 import shutil
 from dataclasses import dataclass
@@ -69,9 +68,7 @@ def _gpu() -> list[Finding]:
 
     devices = cuda_devices()
     if devices:
-        missing = importlib.util.find_spec("dask_cuda") is None
-        advice = "for one worker per GPU: pip install 'megaseg-dask[cuda12]' (or cuda13)" if missing else ""
-        return [Finding("GPU", ", ".join(devices), advice)]
+        return [Finding("GPU", ", ".join(devices))]
     if shutil.which("nvidia-smi") is None and not Path("/dev/nvidia0").exists():
         return [Finding("GPU", "none")]
     if cuda_version() is None:

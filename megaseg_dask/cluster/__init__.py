@@ -102,10 +102,13 @@ class Workers:
             return
         found = self.client.run(joining.describe, self.device == "cuda", workers=new, on_error="return")
         for address, description in found.items():
-            if isinstance(description, Mapping):
-                self.joined[address] = Joined(**description)
-                self._names.add(self.joined[address].name)
-                self.emit(self.joined[address])
+            if isinstance(description, OSError):
+                continue  # it is gone again
+            if isinstance(description, Exception):
+                raise description
+            self.joined[address] = Joined(**description)
+            self._names.add(self.joined[address].name)
+            self.emit(self.joined[address])
         self._require_own_devices(set(addresses))
 
     def _require_own_devices(self, addresses: set[str]) -> None:
