@@ -147,7 +147,9 @@ def test_a_client_that_ends_takes_its_jobs_along(number, slurm: Slurm, cluster_f
 def test_a_worker_leaves_before_its_wall_time_finishes_its_block_and_is_replaced(
     slurm: Slurm, cluster_file, request_of, tmp_path
 ):
-    source, target, settings = request_of("out.zarr", block="40,40,100", cluster=cluster_file(seconds=12, lifetime="10s", workers=1))
+    source, target, settings = request_of(
+        "out.zarr", block="40,40,100", cluster=cluster_file(seconds=12, lifetime="10s", workers=1)
+    )
     joined = []
     result = segment(source, target, settings, emit=lambda e: joined.append(e) if e.kind == "worker" else None)
     assert result.status == "done", result.failures
