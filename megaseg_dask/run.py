@@ -35,7 +35,7 @@ from megaseg_dask.tasks import Outcome
 Emit = Callable[[Event], None]
 
 # So many failures of a store in a row are a full disk or a lost store, not a chunk: stop, so that the next run resumes.
-_STORE_IS_LOST = 5
+STORE_IS_LOST = 5
 # Between two events of one stage.
 _PROGRESS_S = 0.2
 
@@ -102,12 +102,13 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
             runs = plan_runs(source, target, settings)
             result = _carry_out(runs, workers, lease, emit)
     else:
-        result = joined([_already_done(plan, journal) for plan, journal in runs])
+        result = joined([already_done(plan, journal) for plan, journal in runs])
     emit(result)
     return result
 
 
-def _already_done(plan: Plan, journal: Journal) -> Result:
+def already_done(plan: Plan, journal: Journal) -> Result:
+    """Return the result of a run that was complete before."""
     # A run that was killed in its last moment left them.
     targets.remove_work(plan)
     warnings = list((journal.result or {}).get("warnings", []))
@@ -128,7 +129,7 @@ def _carry_out(runs: list[tuple[Plan, Journal]], client: Any, lease: Held, emit:
     results = []
     for plan, journal in runs:
         is_done = journal.result is not None
-        results.append(_already_done(plan, journal) if is_done else run_plan(plan, journal, client, lease, emit))
+        results.append(already_done(plan, journal) if is_done else run_plan(plan, journal, client, lease, emit))
     return joined(results)
 
 
@@ -181,7 +182,14 @@ def begin(plan: Plan, journal: Journal) -> None:
         targets.clear(plan)
         targets.create(plan)
     else:
-        publishing.withdraw(plan)
+        reopen(plan)
+
+
+def reopen(plan: Plan) -> None:
+    """Take back what was published of a run that goes on, and remove what was being written when it was interrupted."""
+    publishing.withdraw(plan)
+    for place in (*(group.location(plan) for group in products.groups(plan)), Location(plan.run)):
+        place.sweep_partial()
 
 
 def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
@@ -189,25 +197,26 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
     emit(Started(plan.target, n_tasks, journal.n_done, client.dashboard_link))
-    if journal.n_done:
-        # Somebody was interrupted: what he was writing lies about.
-        for place in (*(group.location(plan) for group in products.groups(plan)), Location(plan.run)):
-            place.sweep_partial()
     journal.sync = Location(plan.target).sync
     runner = _Runner(plan, journal, client, lease, emit)
     with journal.flushed(), journal.session():
         runner.run()
-        failures = [Failure(**failure) for failure in journal.failed.values()] + _unread(plan)
-        found = _found(plan, journal)
-        if any(found) and not runner.store_is_lost:
-            missing = [tasks.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
-            publishing.publish(plan, found, missing)
-            if "measurements" in plan.options.outputs:
-                write_tables(plan)
-        warnings = _doubts(plan, found, journal)
-        if not failures:
-            journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})
-            targets.remove_work(plan)
+        return conclude(plan, journal, started, is_published=not runner.store_is_lost)
+
+
+def conclude(plan: Plan, journal: Journal, started: float, *, is_published: bool = True) -> Result:
+    """Publish what there is once all tasks were tried, and record the end of a run in which none failed."""
+    failures = [Failure(**failure) for failure in journal.failed.values()] + _unread(plan)
+    found = _found(plan, journal)
+    if any(found) and is_published:
+        missing = [tasks.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
+        publishing.publish(plan, found, missing)
+        if "measurements" in plan.options.outputs:
+            write_tables(plan)
+    warnings = _doubts(plan, found, journal)
+    if not failures:
+        journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})
+        targets.remove_work(plan)
     return Result(
         status="failed" if failures else "done",
         target=plan.target,
@@ -292,7 +301,7 @@ class _Runner:
                 n_in_a_row += outcome.is_infrastructure
                 self._fail(stage, outcome)
             self._settle(stage, outcome.index)
-            if n_in_a_row >= _STORE_IS_LOST or (outcome.is_infrastructure and not self._stores_answer()):
+            if n_in_a_row >= STORE_IS_LOST or (outcome.is_infrastructure and not self._stores_answer()):
                 self.store_is_lost = True
                 lose_patience()
                 return

@@ -28,7 +28,7 @@ scoring
 report.views report.survey report.seams report.pictures report.charts report.commands report.page report
 view.scenes view.states view.server view
 demo doctor
-console exits options_cli looking_cli models_cli training_cli cli
+console exits options_cli jobs_cli looking_cli models_cli training_cli cli
 __init__ __main__
 """.split()
 
@@ -61,7 +61,7 @@ DOORS = {
     "torch": {"models", "engines"},
     "neuroglancer": {"view"},
     "tornado": {"view"},
-    "typer": {"cli", "console", "exits", "looking_cli", "models_cli", "options_cli", "training_cli"},
+    "typer": {"cli", "console", "exits", "jobs_cli", "looking_cli", "models_cli", "options_cli", "training_cli"},
     "xarray": {"xarrays"},
     "yaml": {"models"},
     "zarr": {"ngff", "stores"},
