@@ -50,6 +50,7 @@ class Held:
     def __init__(self, run: Location, lease: Lease) -> None:
         self._run, self._lease = run, lease
         self._stopped, self._lost = threading.Event(), threading.Event()
+        self._looked = time.time()
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
 
@@ -60,6 +61,10 @@ class Held:
 
     def require(self) -> None:
         """Raise :class:`StoreError` if another client took the run over, because this one had stopped for long."""
+        # Who wakes up is here before its heart beats again. By the time of day: other clocks sleep with the machine.
+        if abs(time.time() - self._looked) > _PATIENCE * BEAT_S / 2:
+            with suppress(StoreError):
+                self._look()
         if self._lost.is_set():
             raise StoreError(f"another client took over {self._run} while this one stood still; leave the run to it")
 
@@ -77,11 +82,17 @@ class Held:
         while not self._stopped.wait(BEAT_S):
             # A store that fails for a moment is no reason to give up: the next beat tries again.
             with suppress(StoreError):
-                if not _is_of(self._lease, read(self._run)):
-                    self._lost.set()
+                self._look()
+                if self._lost.is_set():
                     return
                 self._lease = replace(self._lease, beat=self._lease.beat + 1)
                 self._run.put(KEY, _encode(self._lease))
+
+    def _look(self) -> None:
+        if _is_of(self._lease, read(self._run)):
+            self._looked = time.time()
+        else:
+            self._lost.set()
 
 
 def _is_of(lease: Lease, holder: Lease | None) -> bool:

@@ -193,10 +193,16 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
         # Somebody was interrupted: what he was writing lies about.
         for place in (*(group.location(plan) for group in products.groups(plan)), Location(plan.run)):
             place.sweep_partial()
-    journal.sync = Location(plan.target).sync
+
+    def sync() -> None:
+        lease.require()
+        Location(plan.target).sync()
+
+    journal.sync = sync
     runner = _Runner(plan, journal, client, lease, emit)
     with journal.flushed(), journal.session():
         runner.run()
+        lease.require()
         failures = [Failure(**failure) for failure in journal.failed.values()] + _unread(plan)
         found = _found(plan, journal)
         if any(found) and not runner.store_is_lost:
