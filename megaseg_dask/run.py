@@ -197,10 +197,16 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
     emit(Started(plan.target, n_tasks, journal.n_done, client.dashboard_link))
-    journal.sync = Location(plan.target).sync
+
+    def sync() -> None:
+        lease.require()
+        Location(plan.target).sync()
+
+    journal.sync = sync
     runner = _Runner(plan, journal, client, lease, emit)
     with journal.flushed(), journal.session():
         runner.run()
+        lease.require()
         return conclude(plan, journal, started, is_published=not runner.store_is_lost)
 
 

@@ -17,7 +17,7 @@ from megaseg_dask.lease import Lease, held, shared, shared_ids
 from megaseg_dask.plan import Stage, runs_folder
 from megaseg_dask.run import segment
 from megaseg_dask.settings import parse_settings
-from megaseg_dask.single import choose_indices, join_run, record_plans, run_tasks
+from megaseg_dask.single import choose_indices, record_plans, run_tasks
 from megaseg_dask.stores import Location
 from tests.counts.test_engine_calls import contents
 from tests.images import blobs, write_image
