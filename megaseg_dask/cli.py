@@ -28,7 +28,7 @@ from megaseg_dask.exits import exit_codes as _exit_codes
 from megaseg_dask.exits import fail as _fail
 from megaseg_dask.looking_cli import report, view
 from megaseg_dask.models_cli import models_app
-from megaseg_dask.options_cli import STORE, open_stores, settings_of, with_settings
+from megaseg_dask.options_cli import STORE, next_commands, open_stores, settings_of, with_settings
 from megaseg_dask.training_cli import train
 
 app = typer.Typer(
@@ -92,7 +92,7 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
         with reporter(json_, quiet) as emit:
             result = run_segment(source, target, settings, emit=emit)
         if not json_:
-            print_result(result, quiet)
+            print_result(result, quiet, next_commands(target, settings, failed=bool(result.failures)))
         raise typer.Exit(result.exit_code)
 
 
