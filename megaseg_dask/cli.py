@@ -263,12 +263,31 @@ def evaluate(
 
 
 @app.command()
-def doctor(*, json_: Json = False) -> None:
-    """Show what this machine has, what auto would choose and why, and the usual troubles."""
+@with_settings(*STORE)
+def doctor(
+    addresses: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADDRESS]…", help="Sources and targets to try.", show_default=False)
+    ] = None,
+    *,
+    json_: Json = False,
+    **options: Any,
+) -> None:
+    """Show what this machine has, what auto would choose and why, and the usual troubles.
+
+    Of an address it tells whether its store answers, what image is there, whether a run could write there, and how
+    fast. Exit code 1: an address cannot be used. --anon is about the first address.
+
+    \b
+    Examples:
+      megaseg doctor
+      megaseg doctor s3://screens/plate.zarr s3://results/plate.zarr
+    """
     with _exit_codes(json_):
         from megaseg_dask.doctor import examine
 
-        print_findings(examine(), as_json=json_)
+        named = addresses or []
+        open_stores(options, named[0] if named else None)
+        raise typer.Exit(int(print_findings(examine(named), as_json=json_)))
 
 
 for _command in (report, view, train):

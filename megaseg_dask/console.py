@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import typer
@@ -196,16 +196,24 @@ def print_evaluation(evaluation: Any, *, csv: bool) -> None:
         typer.echo(f"{m['threshold']:>6.2f} {counts} {m['average_precision']:>8.4f}")
 
 
-def print_findings(findings: list[Any], *, as_json: bool) -> None:
-    """Print what doctor found; advice stands below what it is about."""
-    if as_json:
-        listed = [{"name": f.name, "found": f.found, "advice": f.advice} for f in findings]
-        typer.echo(json.dumps({"event": "result", "status": "done", "findings": listed}))
-        return
+def print_findings(findings: Iterable[Any], *, as_json: bool) -> bool:
+    """Print what doctor found, as it is found, advice below what it is about; tell whether something is fatal."""
+    found = []
     for finding in findings:
-        print_rows({finding.name: finding.found}, 20)
-        if finding.advice:
-            print_rows({"": f"→ {finding.advice}"}, 20)
+        found.append(finding)
+        if not as_json:
+            # An address has a line of its own.
+            if len(finding.name) > 20:
+                typer.echo(finding.name)
+            print_rows({"" if len(finding.name) > 20 else finding.name: finding.found}, 20)
+            if finding.advice:
+                print_rows({"": f"→ {finding.advice}"}, 20)
+    fatal = any(finding.is_fatal for finding in found)
+    if as_json:
+        listed = [{"name": f.name, "found": f.found, "advice": f.advice} for f in found]
+        typer.echo(json.dumps({"event": "result", "status": "failed" if fatal else "done", "findings": listed,
+                               "exit_code": int(fatal)}))  # fmt: skip
+    return fatal
 
 
 def print_rows(rows: dict[str, Any], width: int = 12, *, err: bool = False) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 from megaseg_dask import products, publishing, targets, tasks
@@ -200,7 +201,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
 def _run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
-    emit(Started(plan.target, n_tasks, journal.n_done, client.dashboard_link))
+    emit(Started(plan.target, n_tasks, journal.n_done, _dashboard(client)))
     if journal.n_done:
         # Somebody was interrupted: what he was writing lies about.
         for place in (*(group.location(plan) for group in products.groups(plan)), Location(plan.run)):
@@ -230,6 +231,11 @@ def _run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit
         peak_bytes={name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks},
         run=plan.run,
     )
+
+
+def _dashboard(client: Any) -> str | None:
+    """Return where to watch the workers; Dask's page says nothing without bokeh."""
+    return client.dashboard_link if find_spec("bokeh") else None
 
 
 def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:

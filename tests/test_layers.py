@@ -27,7 +27,7 @@ training.inside training.environment training.manifest training.card training.se
 scoring
 report.views report.survey report.seams report.pictures report.charts report.commands report.page report
 view.scenes view.states view.server view
-demo doctor
+demo checkup doctor
 console exits options_cli looking_cli models_cli training_cli cli
 __init__ __main__
 """.split()
