@@ -77,7 +77,9 @@ def join(target: Begun, *, label_name: Name = "megaseg", json_: Json = False, **
         if result is None:
             raise typer.Exit(_show(target, label_name, json_))
         if not json_:
-            print_result(result, False, "Run the same megaseg plan … --record, the tasks that failed and what follows,")
+            print_result(
+                result, False, (), "Run the same megaseg plan … --record, the tasks that failed and what follows,"
+            )
         raise typer.Exit(result.exit_code)
 
 

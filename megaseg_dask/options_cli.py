@@ -1,6 +1,7 @@
 """Options of the command line, made from :class:`Settings`: declared once, checked once."""
 
 import inspect
+import shlex
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -52,6 +53,21 @@ def open_stores(options: dict[str, Any], source: str | None) -> None:
     from megaseg_dask.stores import configure
 
     configure(store_options(source, settings))
+
+
+def next_commands(target: str, settings: Settings, *, failed: bool) -> list[tuple[str, str]]:
+    """Return what to type after a run, and what for; the options that find the target again are kept."""
+    from megaseg_dask.stores import is_secret
+
+    words = [target]
+    if settings.label_name != Settings.model_fields["label_name"].default:
+        words += ["--label-name", settings.label_name]
+    words += ["--endpoint", settings.endpoint] if settings.endpoint else []
+    for option in settings.storage_option or ():
+        words += [] if is_secret(option) else ["--storage-option", option]
+    rest = shlex.join(words)
+    looks = [(f"megaseg report {rest}", "quality control"), (f"megaseg view {rest}", "in a browser")]
+    return [(f"megaseg status {rest}", "what failed"), looks[0]] if failed else looks
 
 
 def _default(value: object) -> str:
