@@ -182,6 +182,7 @@ def begin(plan: Plan, journal: Journal) -> None:
         targets.create(plan)
     else:
         publishing.withdraw(plan)
+    publishing.refresh_consolidated(plan)
 
 
 def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
@@ -210,6 +211,7 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
             publishing.publish(plan, found, missing)
             if "measurements" in plan.options.outputs:
                 write_tables(plan)
+            publishing.refresh_consolidated(plan)
         warnings = _doubts(plan, found, journal)
         if not failures:
             journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})
