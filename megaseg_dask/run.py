@@ -188,6 +188,7 @@ def begin(plan: Plan, journal: Journal) -> None:
         targets.create(plan)
     else:
         reopen(plan)
+    publishing.refresh_consolidated(plan)
 
 
 def reopen(plan: Plan) -> None:
@@ -236,6 +237,7 @@ def conclude(plan: Plan, journal: Journal, started: float, *, is_published: bool
         publishing.publish(plan, found, missing)
         if "measurements" in plan.options.outputs:
             write_tables(plan)
+        publishing.refresh_consolidated(plan)
     warnings = _doubts(plan, found, journal)
     if not failures:
         journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})

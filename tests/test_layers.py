@@ -17,7 +17,7 @@ stores.disks stores.objects stores.foreign stores.location stores.downloads stor
 models.network models.recipes models.bundle models.guards models.files models.statements models.heads
 models.preprocessing models.cytodl models.copies models models.cards models.cache models.download models.zoo
 engines engines.pytorch engines.openvino inference
-ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
+ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables ngff.consolidated
 parsing settings clusterfile plan parts planning journal runlog lease products
 tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
 publishing targets tables
