@@ -69,7 +69,7 @@ def options_of(command: Any) -> str:
     shared = [p for p in own if p.name in Settings.model_fields and "--channel" not in p.opts]
     linked = len(shared) > 5
     rows = [row(p) for p in own if not (linked and p.name in Settings.model_fields)]
-    table = ["| | |", "|---|---|", *rows] if rows else []
+    table = ["| option | meaning |", "|---|---|", *rows] if rows else []
     more = ["", "And all of the [options](options.md)."] if linked else []
     return "\n".join([*table, *more])
 
