@@ -32,7 +32,6 @@ from megaseg_dask.training_cli import train
 
 app = typer.Typer(
     name="megaseg",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -60,6 +59,16 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
       megaseg segment cells.zarr segmented.zarr
 
     Or begin with real cells and a small model: megaseg demo
+
+    \b
+    Exit codes:
+      0    all is done, or was done before
+      1    something failed and is named; the same command goes on with it
+      2    the request is wrong; nothing was written
+      3    megaseg status: work is pending
+      130  interrupted; the same command goes on
+
+    NO_COLOR is honoured; without a terminal, progress comes as plain lines; --json is for scripts.
     """
     if version:
         import importlib.metadata
@@ -145,6 +154,10 @@ def demo(
     """Segment real nuclei with the starter model, offline, and say where to look.
 
     It writes an OME-Zarr image with its true labels, segments it, and draws both side by side.
+
+    \b
+    Example:
+      megaseg demo my-first-cells
     """
     with _exit_codes(json_):
         from pathlib import Path

@@ -93,7 +93,13 @@ def status(
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending."""
+    """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending.
+
+    \b
+    Examples:
+      megaseg status segmented.zarr
+      megaseg status s3://results/plate.zarr --json
+    """
     with exit_codes(json_):
         open_stores(options, target)
         raise typer.Exit(_show(target, label_name, json_))

@@ -1,6 +1,7 @@
 """Options of the command line, made from :class:`Settings`: declared once, checked once."""
 
 import inspect
+import re
 import shlex
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -35,6 +36,7 @@ def _option(name: str) -> inspect.Parameter:
         metavar=extra["metavar"],
         rich_help_panel=extra["panel"],
         show_default=False,
+        autocompletion=_completion(extra["metavar"]),
     )
     # Of an option that may be repeated typer makes a list.
     kind = bool if field.annotation is bool else list[str] | None if name == "model" else str | None
@@ -44,6 +46,12 @@ def _option(name: str) -> inspect.Parameter:
         default=False if kind is bool else None,
         annotation=Annotated[kind, info],
     )
+
+
+def _completion(metavar: str | None) -> Callable[[str], list[str]] | None:
+    """Return what a shell may offer: the words among the values of an option."""
+    words = [word for word in (metavar or "").split("|") if re.fullmatch(r"[a-z0-9.]+", word)]
+    return (lambda incomplete: [word for word in words if word.startswith(incomplete)]) if words else None
 
 
 def open_stores(options: dict[str, Any], source: str | None) -> None:
