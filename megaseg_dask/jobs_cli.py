@@ -34,7 +34,7 @@ def task(
     Any number of processes may run tasks of one stage at the same time. What is done is not done again.
 
     \b
-    Record the plan, run the stages in their order, then join what they did:
+    Examples: record the plan, run the stages in their order, then join what they did:
       megaseg plan cells.zarr out.zarr --record
       megaseg task out.zarr segment --share 3/10      # in the third of ten jobs
       megaseg task out.zarr label 0-99
