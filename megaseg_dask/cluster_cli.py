@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from megaseg_dask.console import print_rows, reporter, size_text
+from megaseg_dask.console import print_rows, reporter
 from megaseg_dask.exits import Json, exit_codes
+from megaseg_dask.narration import size_text
 from megaseg_dask.options_cli import STORE, settings_of, with_settings
 
 cluster_app = typer.Typer(name="cluster", help="Try where workers run, before a night depends on it.")

@@ -4,6 +4,7 @@ Each kind of cluster differs only in how its workers start (:mod:`megaseg_dask.c
 Dask workers of one scheduler; a run knows no more than that.
 """
 
+import importlib
 import logging
 import multiprocessing
 import time
@@ -201,6 +202,8 @@ def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
     Raises :class:`SettingsError` if a scheduler does not answer, jobs are refused or no worker comes.
     """
     _require_main_guard()
+    # Its import brings Dask's defaults, which would go with ours if it came while these are set.
+    importlib.import_module("distributed")
     options = plan.options
     wanted = cluster_of(options)
     if wanted.kind == "local" and plan.engine.device == "cuda":
