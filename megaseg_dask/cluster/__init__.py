@@ -84,7 +84,7 @@ class Workers:
         for note in notes:
             self.emit(Notice(note))
         self._require_one_task_each()
-        self._describe(list(self.client.nthreads()))
+        self._describe(list(self.client.nthreads()), is_first=True)
 
     def _require_one_task_each(self) -> None:
         """Warn of a scheduler or workers that somebody else set otherwise than a run wants them."""
@@ -97,16 +97,17 @@ class Workers:
             self.emit(Notice(f"the scheduler has {' and '.join(wrong)}: a block that kills its worker may take others "
                              "along; see docs/clusters.md"))  # fmt: skip
 
-    def _describe(self, addresses: list[str]) -> None:
+    def _describe(self, addresses: list[str], *, is_first: bool = False) -> None:
         new = [address for address in addresses if address not in self.joined]
         if not new:
             return
         found = self.client.run(joining.describe, self.device == "cuda", workers=new, on_error="return")
         for address, description in found.items():
-            if isinstance(description, OSError):
-                continue  # it is gone again
             if isinstance(description, Exception):
-                raise description
+                # It is gone again, or of another version and about to leave; the first have been compared.
+                if is_first and not isinstance(description, OSError):
+                    raise description
+                continue
             self.joined[address] = Joined(**description)
             self._names.add(self.joined[address].name)
             self.emit(self.joined[address])

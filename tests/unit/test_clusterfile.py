@@ -214,3 +214,34 @@ def test_versions_that_matter_are_refused(name, version, refused):
 def test_a_network_that_openvino_runs_needs_it_everywhere():
     with pytest.raises(SettingsError, match="a worker has no openvino"):
         list(compare(MINE, {**MINE, "openvino": None}, "openvino", "a worker"))
+
+
+def test_workers_on_gpus_up_to_where_cuda_is_asked_for():
+    from megaseg_dask.engines.pytorch import cuda_devices
+
+    if n := len(cuda_devices()):
+        with pytest.raises(SettingsError, match=f"{n + 1} workers: there are {n} GPUs here"), ExitStack() as stack:
+            kinds._cuda(Cluster(kind="cuda", workers=n + 1), stack)
+        return
+    with pytest.raises(SettingsError, match="PyTorch sees no GPU here"), kinds.started(Cluster(kind="cuda")):
+        pass
+
+
+def test_what_is_set_for_a_run_leaves_the_defaults_of_dask_behind():
+    """Dask's defaults come with an import, and would go with what was set around it."""
+    code = """
+from megaseg_dask import cluster
+from megaseg_dask.errors import SettingsError
+import types, dask
+from megaseg_dask.settings import parse_settings
+options = parse_settings({"scheduler": "tcp://127.0.0.1:1"})
+plan = types.SimpleNamespace(options=options, engine=types.SimpleNamespace(device="cpu"))
+cluster.START_S = 1
+try:
+    with cluster.connect(plan):
+        pass
+except SettingsError:
+    pass
+dask.config.get("distributed.comm.tls.ciphers")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
