@@ -24,6 +24,8 @@ _BATCH = {
     "lsf": ("LSFCluster", "bsub"),
     "sge": ("SGECluster", "qsub"),
 }
+# What is not given back by then ends with this process: nannies, and workers whose scheduler is gone.
+_CLOSE_S = 60
 _ROLES = ("client", "scheduler", "worker")
 # Decided by the rest of the file, or by us.
 _OURS = {"n_workers", "security", "asynchronous", "loop", "self", "scheduler", "job_cls", "scheduler_cls"}
@@ -51,7 +53,7 @@ def started(wanted: Cluster) -> Iterator[Any]:
 def _close(cluster: Any) -> None:
     # A job that could not be submitted has a status that Dask does not expect at the end.
     with suppress(TimeoutError, OSError, AssertionError):
-        cluster.close()
+        cluster.close(timeout=_CLOSE_S)
 
 
 def _scale(wanted: Cluster, cluster: Any) -> None:

@@ -223,9 +223,12 @@ def test_two_workers_on_one_gpu_are_refused(client):
     workers._require_own_devices({"one"})
 
 
-def test_local_workers_over_tls_as_many_as_there_is_work_for(request_of, tmp_path, client):
+@pytest.mark.parametrize(
+    "how_many", ["workers: 1", pytest.param("adaptive: {minimum: 1, maximum: 2}", marks=pytest.mark.slow)]
+)
+def test_local_workers_over_tls(how_many, request_of, tmp_path):
     path = tmp_path / "local.yaml"
-    path.write_text("kind: local\ntls: true\nadaptive: {minimum: 1, maximum: 2}\n")
+    path.write_text(f"kind: local\ntls: true\n{how_many}\n")
     source, target, settings = request_of("out.zarr", cluster=str(path))
     events = []
     result = segment(source, target, settings, emit=events.append)
