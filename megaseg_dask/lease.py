@@ -64,7 +64,7 @@ class Held:
         # Who wakes up is here before its heart beats again. By the time of day: other clocks sleep with the machine.
         if abs(time.time() - self._looked) > _PATIENCE * BEAT_S / 2:
             with suppress(StoreError):
-                self._look()
+                self._look(patient=False)
         if self._lost.is_set():
             raise StoreError(f"another client took over {self._run} while this one stood still; leave the run to it")
 
@@ -88,8 +88,8 @@ class Held:
                 self._lease = replace(self._lease, beat=self._lease.beat + 1)
                 self._run.put(KEY, _encode(self._lease))
 
-    def _look(self) -> None:
-        if _is_of(self._lease, read(self._run)):
+    def _look(self, *, patient: bool = True) -> None:
+        if _is_of(self._lease, read(self._run, patient=patient)):
             self._looked = time.time()
         else:
             self._lost.set()
@@ -111,9 +111,9 @@ def held(run: Location) -> Iterator[Held]:
         holding.release()
 
 
-def read(run: Location) -> Lease | None:
+def read(run: Location, *, patient: bool = True) -> Lease | None:
     """Return the lease of a run, if somebody has it."""
-    data = run.get(KEY)
+    data = run.get(KEY, patient=patient)
     if data is None:
         return None
     try:
