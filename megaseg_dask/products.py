@@ -252,6 +252,6 @@ def require_holder(plan: Plan) -> None:
     """Raise :class:`TaskError` if the client that sent this task does not hold the run any more."""
     expected = _holder.get()
     if expected is not None:
-        found = lease.read(runs_folder(Location(plan.target)))
+        found = lease.read(runs_folder(Location(plan.target)), expected)
         if found is None or found.id != expected:
             raise TaskError(f"{plan.run} is no longer the run of the client that sent this task; nothing was written")

@@ -1,5 +1,6 @@
 """Promises 5 and 6: a worker that dies or hangs, a block that kills, a block that fails; nothing is lost or hidden."""
 
+import asyncio
 import time
 
 import numpy as np
@@ -8,6 +9,7 @@ import zarr
 from numpy.testing import assert_array_equal
 from skimage.measure import label
 
+from megaseg_dask.cluster import kinds
 from megaseg_dask.run import segment, status
 from megaseg_dask.settings import parse_settings
 from tests.images import blobs, write_image
@@ -151,6 +153,22 @@ def test_a_worker_that_hangs_is_given_up(fault, request_of, haunted, undisturbed
     # Long before a worker that says nothing is given up by itself, and far from the hour of the fault.
     assert time.monotonic() - started < 250
     assert_same(arrays(target), undisturbed)
+
+
+def test_a_cluster_that_does_not_end_holds_back_nobody(monkeypatch):
+    """Seen once, after a worker had hung on a very busy machine."""
+    from distributed import LocalCluster
+
+    class Stuck(LocalCluster):
+        async def _close(self):
+            await asyncio.sleep(3600)
+
+    monkeypatch.setattr(kinds, "_CLOSE_S", 0.5)
+    cluster = Stuck(1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0", host="127.0.0.1")
+    started = time.monotonic()
+    kinds._close(cluster)
+    assert time.monotonic() - started < 60
+    cluster.sync(LocalCluster._close, cluster)
 
 
 def test_numbers_that_float64_cannot_hold_fail_their_volume_and_no_other(request_of, client, tmp_path):
