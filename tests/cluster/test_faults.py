@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -159,16 +160,13 @@ def test_a_cluster_that_does_not_end_holds_back_nobody(monkeypatch):
     """Seen once, after a worker had hung on a very busy machine."""
     from distributed import LocalCluster
 
-    class Stuck(LocalCluster):
-        async def _close(self):
-            await asyncio.sleep(3600)
-
     monkeypatch.setattr(kinds, "_CLOSE_S", 0.5)
-    cluster = Stuck(1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0", host="127.0.0.1")
-    started = time.monotonic()
-    kinds._close(cluster)
-    assert time.monotonic() - started < 60
-    cluster.sync(LocalCluster._close, cluster)
+    with LocalCluster(0, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster:
+        cluster._close = partial(asyncio.sleep, 3600)
+        started = time.monotonic()
+        kinds._close(cluster)
+        assert time.monotonic() - started < 60
+        del cluster._close
 
 
 def test_numbers_that_float64_cannot_hold_fail_their_volume_and_no_other(request_of, client, tmp_path):
