@@ -153,7 +153,9 @@ def print_plan(summary: dict[str, Any]) -> None:
         "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, redundancy "
                   f"{summary['redundancy']}",
         "bytes": f"{size_text(summary['bytes_read'])} read ({summary['read_amplification']} times the volume), "
-                 f"{size_text(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}",
+                 f"{size_text(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}"
+                 + (f"; {size_text(summary['bytes_intermediate'])} of intermediate data for each volume"
+                    if summary["bytes_intermediate"] else ""),
         "memory": f"{size_text(summary['memory_bytes'])} per worker; projected GB: {peaks}",
         "time": f"about {duration(summary['projected_s'])} of one worker like this machine, "
                 f"{summary['patch_s']:.2g} s a patch" if summary["projected_s"] is not None else "cannot be told here: "

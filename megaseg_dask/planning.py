@@ -54,6 +54,11 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     paths = [field.path for field in plate.fields] if plate else [""]
     require_segmentable(image, where / paths[0])
     require_target(settings, where, to)
+    if plate and "scores" not in settings.outputs and not where.is_same(to):
+        raise SettingsError(
+            "a plate of labels alone would list fields without an image, which no reader takes: add scores to "
+            "--outputs, or pass SOURCE as TARGET too, which adds labels to its fields"
+        )
     if where.is_same(to):
         # One container holds one version.
         settings = settings.model_copy(update={"ome_zarr": whole.version})

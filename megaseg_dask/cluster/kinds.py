@@ -28,6 +28,9 @@ _ROLES = ("client", "scheduler", "worker")
 # Decided by the rest of the file, or by us.
 _OURS = {"n_workers", "security", "asynchronous", "loop", "self", "scheduler", "job_cls", "scheduler_cls"}
 
+# Workers end within seconds, on a busy machine within a minute.
+_CLOSE_S = 90.0
+
 
 @contextmanager
 def started(wanted: Cluster) -> Iterator[Any]:
@@ -49,9 +52,10 @@ def started(wanted: Cluster) -> Iterator[Any]:
 
 
 def _close(cluster: Any) -> None:
-    # A job that could not be submitted has a status that Dask does not expect at the end.
+    # A job that could not be submitted has a status that Dask does not expect at the end. A nanny whose worker hung may
+    # wait for ever: the run is over by then, and what is left ends with this process.
     with suppress(TimeoutError, OSError, AssertionError):
-        cluster.close()
+        cluster.close(timeout=_CLOSE_S)
 
 
 def _scale(wanted: Cluster, cluster: Any) -> None:

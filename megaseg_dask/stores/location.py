@@ -180,10 +180,10 @@ class Location:
         with naming(self / key, "remove"):
             self._folder().delete(key)
 
-    def get(self, key: str) -> bytes | None:
-        """Read one object; ``None`` if there is none."""
+    def get(self, key: str, *, patient: bool = True) -> bytes | None:
+        """Read one object; ``None`` if there is none. Without patience, a store that is silent is asked once."""
         with naming(self / key, "read"):
-            return self._folder().get(key)
+            return self._folder(patient=patient).get(key)
 
     def size(self, key: str) -> int | None:
         """Return the bytes of one object; ``None`` if there is none."""
