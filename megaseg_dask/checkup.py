@@ -84,9 +84,9 @@ def _read(location: Location, *, is_own: bool) -> Iterator[Finding]:
         return
     axes = ", ".join(f"{name} {image.extent(name)}" for name in image.axis_names)
     what = f"plate of {len(fields)} fields, the first" if fields else "image"
-    levels = len(image.levels)
+    levels, spacing = len(image.levels), " × ".join(f"{size:.3g}" for size in image.spacing_um)
     yield Finding("", f"OME-Zarr {image.version} {what}: {axes}; {image.dtype}, {levels} "
-                      f"{'level' if levels == 1 else 'levels'}")  # fmt: skip
+                      f"{'level' if levels == 1 else 'levels'}, voxels of {spacing} µm (z, y, x)")  # fmt: skip
     shape = image.volume_shape()
     start = tuple(max((n - m) // 2, 0) for n, m in zip(shape, _READ_SHAPE, strict=True))
     box = Box(start, tuple(a + m for a, m in zip(start, _READ_SHAPE, strict=True))) & Box.of(shape)
