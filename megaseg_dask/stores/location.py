@@ -154,8 +154,6 @@ class Location:
             return ""
         beside = [name for name in self.parent.children() if not name.endswith(".run")]
         found = difflib.get_close_matches(self.basename, beside, n=1)
-            self.basename, [n for n in self.parent.children() if not n.endswith(".run")], 1
-        )
         return f" ({found[0]} is there)" if found else ""
 
     def require_writable(self) -> None:
