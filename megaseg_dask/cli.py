@@ -19,13 +19,12 @@ from megaseg_dask.console import (
     print_findings,
     print_plan,
     print_result,
-    print_status,
-    print_tasks,
     reporter,
 )
-from megaseg_dask.exits import INTERRUPTED, PENDING, WRONG_REQUEST, Json, echo_error
+from megaseg_dask.exits import INTERRUPTED, WRONG_REQUEST, Json, echo_error
 from megaseg_dask.exits import exit_codes as _exit_codes
 from megaseg_dask.exits import fail as _fail
+from megaseg_dask.jobs_cli import join, status, task
 from megaseg_dask.looking_cli import report, view
 from megaseg_dask.models_cli import models_app
 from megaseg_dask.options_cli import STORE, next_commands, open_stores, settings_of, with_settings
@@ -46,7 +45,6 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help="OME-Zarr image to
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="OME-Zarr image to write; SOURCE again adds labels to it.")
 ]
-Begun = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
 
@@ -147,80 +145,6 @@ def plan(
 
 
 @app.command()
-@with_settings(*STORE)
-def task(
-    target: Begun,
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage, as megaseg status lists them.")],
-    indices: Annotated[list[str], typer.Argument(metavar="INDEX…", help="Tasks of that stage: 7, or 0-99.")],
-    *,
-    label_name: Annotated[str, typer.Option(metavar="NAME", help="Which of the runs on TARGET.")] = "megaseg",
-    json_: Json = False,
-    **options: Any,
-) -> None:
-    """Run single tasks of a plan in this process, without a cluster: for job arrays, and to look at what fails.
-
-    Record the plan first, run the stages in their order, then let segment do what is left and publish.
-
-    \b
-    Example:
-      megaseg plan cells.zarr out.zarr --record
-      megaseg task out.zarr measure 0-9
-      megaseg segment cells.zarr out.zarr
-    """
-    with _exit_codes(json_):
-        from megaseg_dask.single import parse_indices, read_plan, run_tasks
-
-        open_stores(options, None)
-        with reporter(json_, quiet=False) as emit:
-            wanted = parse_indices(indices)
-            failures = run_tasks(read_plan(target, label_name), stage, wanted, emit)
-        status = "failed" if failures else "done"
-        if json_:
-            n_done = len(wanted) - len(failures)
-            typer.echo(
-                json.dumps({"event": "result", "status": status, "n_done": n_done, "exit_code": int(bool(failures))})
-            )
-        else:
-            print_tasks(stage, len(wanted), failures)
-        raise typer.Exit(int(bool(failures)))
-
-
-@app.command()
-@with_settings(*STORE)
-def status(
-    target: Begun,
-    *,
-    label_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only the runs of this name. (default: all)")
-    ] = None,
-    json_: Json = False,
-    **options: Any,
-) -> None:
-    """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending.
-
-    \b
-    Examples:
-      megaseg status segmented.zarr
-      megaseg status s3://results/plate.zarr --json
-    """
-    with _exit_codes(json_):
-        from megaseg_dask.run import status as run_status
-
-        open_stores(options, target)
-        found = run_status(target, label_name)
-        for run in found:
-            if json_:
-                typer.echo(json.dumps(run.as_dict()))
-            else:
-                print_status(run)
-        worst = max((run.exit_code for run in found), key=[0, PENDING, 1].index)
-        if json_:
-            states = {0: "done", PENDING: "pending", 1: "failed"}
-            typer.echo(json.dumps({"event": "result", "status": states[worst], "exit_code": worst}))
-        raise typer.Exit(worst)
-
-
-@app.command()
 def demo(
     folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Where to write.")] = "megaseg-demo",
     *,
@@ -309,7 +233,7 @@ def doctor(
         raise typer.Exit(int(print_findings(examine(named), as_json=json_)))
 
 
-for _command in (report, view, train):
+for _command in (task, join, status, report, view, train):
     app.command()(_command)
 
 

@@ -71,15 +71,17 @@ def _bars() -> Iterator[Callable[[Event], None]]:
         yield show
 
 
-def print_result(result: Any, quiet: bool, following: Sequence[tuple[str, str]]) -> None:
-    """Say how a run ended: what was written, or what failed; and the commands that come next."""
+def print_result(
+    result: Any, quiet: bool, following: Sequence[tuple[str, str]], again: str = "Run the same command again"
+) -> None:
+    """Say how a run ended: what was written, or what failed and how to go on; and the next commands."""
     if n := len(result.failures):
         typer.echo(f"megaseg: {n} {'task' if n == 1 else 'tasks'} failed; what is finished is kept in {result.run}",
                    err=True)  # fmt: skip
         # Otherwise they were shown when they happened.
         for failure in result.failures[: _MOST_FAILURES if quiet else 0]:
             typer.echo(failure_line(failure), err=True)
-        typer.echo("Run the same command again once the cause is mended: it tries just what failed.", err=True)
+        typer.echo(f"{again} once the cause is mended: it tries just what failed.", err=True)
     else:
         for warning in result.warnings:
             typer.echo(f"megaseg: warning: {warning}", err=True)
@@ -109,10 +111,11 @@ def print_training(trained: Any) -> None:
     })  # fmt: skip
 
 
-def print_tasks(stage: str, n: int, failures: list[Any]) -> None:
+def print_tasks(stage: str, n: int, ran: Any) -> None:
     """Say how single tasks ended; what looks like a bug with its traceback."""
-    typer.echo(f"{stage}: {n - len(failures)} of {n} {'task' if n == 1 else 'tasks'} done")
-    for failure in failures:
+    before = f", {ran.n_before} of them before" if ran.n_before else ""
+    typer.echo(f"{stage}: {ran.n_before + ran.n_done} of {n} {'task' if n == 1 else 'tasks'} done{before}")
+    for failure in ran.failures:
         if failure.details:
             typer.echo(failure.details, err=True)
 
@@ -124,9 +127,9 @@ def print_status(run: Any) -> None:
     for failure in run.failures[:_MOST_FAILURES]:
         typer.echo(failure_line(failure))
     if not run.done and all(n == total for n, total in run.stages.values()):
-        typer.echo("All tasks are done; the same segment command publishes what they wrote.")
+        typer.echo("All tasks are done; megaseg join, or the same segment command, publishes what they wrote.")
     elif not run.done:
-        typer.echo("Run the same segment command again to go on.")
+        typer.echo("Run the same segment command again, or its single tasks (megaseg task), to go on.")
 
 
 def print_plan(summary: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from megaseg_dask import products, publishing, targets, tasks
-from megaseg_dask.cluster import connect, open_stores
+from megaseg_dask.cluster import Workers, connect
 from megaseg_dask.dispatch import Dispatcher, GroupSize
 from megaseg_dask.errors import MegasegError, TargetError
 from megaseg_dask.events import Event, Failure, Result, RunStatus, Started, joined
@@ -36,7 +36,7 @@ from megaseg_dask.tasks import Outcome
 Emit = Callable[[Event], None]
 
 # So many failures of a store in a row are a full disk or a lost store, not a chunk: stop, so that the next run resumes.
-_STORE_IS_LOST = 5
+STORE_IS_LOST = 5
 # Between two events of one stage.
 _PROGRESS_S = 0.2
 
@@ -93,22 +93,23 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
     with reporting(emit):
         runs = plan_runs(source, target, settings)
     if any(journal.result is None for _, journal in runs):
-        # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
-        with (
-            connect(runs[0][0]) if client is None else nullcontext(client) as workers,
-            held(runs_folder(Location(runs[0][0].target))) as lease,
-        ):
-            open_stores(workers, store_options(source, settings))
-            # Again: another client may have worked on it until now.
-            runs = plan_runs(source, target, settings)
-            result = _carry_out(runs, workers, lease, emit)
+        plan = runs[0][0]
+        own = Workers(client, plan.engine.engine, plan.engine.device, emit)
+        with connect(plan, emit) if client is None else nullcontext(own) as workers:
+            # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
+            workers.greet()
+            with held(runs_folder(Location(plan.target))) as lease:
+                # Again: another client may have worked on it until now.
+                runs = plan_runs(source, target, settings)
+                result = _carry_out(runs, workers, lease, emit, store_options(source, settings))
     else:
-        result = joined([_already_done(plan, journal) for plan, journal in runs])
+        result = joined([already_done(plan, journal) for plan, journal in runs])
     emit(result)
     return result
 
 
-def _already_done(plan: Plan, journal: Journal) -> Result:
+def already_done(plan: Plan, journal: Journal) -> Result:
+    """Return the result of a run that was complete before."""
     # A run that was killed in its last moment left them.
     targets.remove_work(plan)
     warnings = list((journal.result or {}).get("warnings", []))
@@ -119,7 +120,9 @@ def _already_done(plan: Plan, journal: Journal) -> Result:
                   run=plan.run)  # fmt: skip
 
 
-def _carry_out(runs: list[tuple[Plan, Journal]], client: Any, lease: Held, emit: Emit) -> Result:
+def _carry_out(
+    runs: list[tuple[Plan, Journal]], workers: Workers, lease: Held, emit: Emit, options: StoreOptions
+) -> Result:
     """Record what is to be done, all of it before any of it is, and do it."""
     to_do = [(plan, journal) for plan, journal in runs if journal.result is None]
     if runs[0][0].options.overwrite:
@@ -127,9 +130,11 @@ def _carry_out(runs: list[tuple[Plan, Journal]], client: Any, lease: Held, emit:
     for plan, journal in to_do:
         begin(plan, journal)
     results = []
-    for plan, journal in runs:
-        is_done = journal.result is not None
-        results.append(_already_done(plan, journal) if is_done else run_plan(plan, journal, client, lease, emit))
+    first = runs[0][0]
+    with workers.ready(first.model, Location(first.run), options):
+        for plan, journal in runs:
+            is_done = journal.result is not None
+            results.append(already_done(plan, journal) if is_done else run_plan(plan, journal, workers, lease, emit))
     return joined(results)
 
 
@@ -184,10 +189,18 @@ def begin(plan: Plan, journal: Journal) -> None:
         targets.clear(plan)
         targets.create(plan)
     else:
-        publishing.withdraw(plan)
+        reopen(plan)
+    publishing.refresh_consolidated(plan)
 
 
-def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
+def reopen(plan: Plan) -> None:
+    """Take back what was published of a run that goes on, and remove what was being written when it was interrupted."""
+    publishing.withdraw(plan)
+    for place in (*(group.location(plan) for group in products.groups(plan)), Location(plan.run)):
+        place.sweep_partial()
+
+
+def run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit: Emit) -> Result:
     """Run what the journal lacks, and publish what there is; the next run goes on with what failed."""
     with logged(plan) as log:
 
@@ -195,34 +208,42 @@ def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit)
             log.note(event)
             emit(event)
 
-        result = replace(_run_plan(plan, journal, client, lease, tell), log=log.url)
+        result = replace(_run_plan(plan, journal, workers, lease, tell), log=log.url)
         log.note(result)
         return result
 
 
-def _run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
+def _run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit: Emit) -> Result:
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
-    emit(Started(plan.target, n_tasks, journal.n_done, _dashboard(client)))
-    if journal.n_done:
-        # Somebody was interrupted: what he was writing lies about.
-        for place in (*(group.location(plan) for group in products.groups(plan)), Location(plan.run)):
-            place.sweep_partial()
-    journal.sync = Location(plan.target).sync
-    runner = _Runner(plan, journal, client, lease, emit)
-    with journal.flushed(), journal.session():
+    emit(Started(plan.target, n_tasks, journal.n_done, _dashboard(workers.client)))
+
+    def sync() -> None:
+        lease.require()
+        Location(plan.target).sync()
+
+    journal.sync = sync
+    runner = _Runner(plan, journal, workers, lease, emit)
+    with journal.flushed(), journal.session(workers.record):
         runner.run()
-        failures = [Failure(**failure) for failure in journal.failed.values()] + _unread(plan)
-        found = _found(plan, journal)
-        if any(found) and not runner.store_is_lost:
-            missing = [tasks.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
-            publishing.publish(plan, found, missing)
-            if "measurements" in plan.options.outputs:
-                write_tables(plan)
-        warnings = _doubts(plan, found, journal)
-        if not failures:
-            journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})
-            targets.remove_work(plan)
+        lease.require()
+        return conclude(plan, journal, started, is_published=not runner.store_is_lost)
+
+
+def conclude(plan: Plan, journal: Journal, started: float, *, is_published: bool = True) -> Result:
+    """Publish what there is once all tasks were tried, and record the end of a run in which none failed."""
+    failures = [Failure(**failure) for failure in journal.failed.values()] + _unread(plan)
+    found = _found(plan, journal)
+    if any(found) and is_published:
+        missing = [tasks.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
+        publishing.publish(plan, found, missing)
+        if "measurements" in plan.options.outputs:
+            write_tables(plan)
+        publishing.refresh_consolidated(plan)
+    warnings = _doubts(plan, found, journal)
+    if not failures:
+        journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})
+        targets.remove_work(plan)
     return Result(
         status="failed" if failures else "done",
         target=plan.target,
@@ -282,7 +303,7 @@ class _Runner:
 
     plan: Plan
     journal: Journal
-    client: Any
+    workers: Workers
     lease: Held
     emit: Emit
     store_is_lost: bool = False
@@ -293,7 +314,7 @@ class _Runner:
         """Run all volumes; a stage of one does not wait for another volume."""
         self._upcoming = iter_flows(self.plan, self.journal)
         dispatcher = Dispatcher(
-            self.client,
+            self.workers,
             self.plan.run,
             self.plan.fingerprint,
             self.lease.id,
@@ -314,7 +335,7 @@ class _Runner:
                 self._seen[stage].n_failed += 1
             self._show(stage)
             self._settle(stage, outcome.index)
-            if n_in_a_row >= _STORE_IS_LOST or (outcome.is_infrastructure and not self._stores_answer()):
+            if n_in_a_row >= STORE_IS_LOST or (outcome.is_infrastructure and not self._stores_answer()):
                 self.store_is_lost = True
                 lose_patience()
                 return
