@@ -268,7 +268,7 @@ def choose_channels(image: Image, wanted: str | None, where: Location) -> list[i
         elif channel.strip().isdecimal() and int(channel) < n:
             found.append(int(channel))
         else:
-            raise SettingsError(f"--channel {channel}: no such channel in {where}; it has {listed}")
+            raise SettingsError(f"--channel {channel}: no such channel in {where}; there are {listed}")
     if len(set(found)) < len(found):
         raise SettingsError(f"--channel {wanted}: names a channel twice")
     return found
