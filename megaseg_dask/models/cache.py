@@ -104,13 +104,16 @@ def cached_names() -> list[str]:
     return []
 
 
-def load_cached(record: Record) -> Bundle:
-    """Load a model of the cache; raises BundleError if it is not the one that was recorded."""
+def load_cached(record: Record, checkpoint: str | None = None) -> Bundle:
+    """Load a model of the cache, or another of its checkpoints; raises BundleError if it is not what was recorded."""
     if not record.path.is_file():
         raise BundleError(f"{record.path} is not there, but its record is; {_again(record.name)}")
-    bundle = load_bundle(record.path)
-    if bundle.digest != record.digest:
-        raise BundleError(f"{record.path} has digest {bundle.digest[:12]}, its record says {record.digest[:12]}; "
+    bundle = load_bundle(record.path, checkpoint)
+    # The bundle's digest is of the checkpoint that is taken by itself; of another, the file's must do.
+    kind, found, recorded = ("digest", bundle.digest, record.digest) if checkpoint is None else (
+                            "SHA-256", sha256_of(record.path), record.sha256)  # fmt: skip
+    if found != recorded:
+        raise BundleError(f"{record.path} has {kind} {found[:12]}, its record says {recorded[:12]}; "
                           f"{_again(record.name)}")  # fmt: skip
     return bundle
 

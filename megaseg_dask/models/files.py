@@ -52,7 +52,11 @@ def read_files(path: Path, checkpoint: str | None) -> Files:
         except zipfile.BadZipFile as error:
             raise BundleError(f"the zip is damaged ({short(str(error))}); fetch it again") from error
     if checkpoint not in (None, path.name, path.stem):
-        raise BundleError(f"this is one checkpoint, not a folder with one named {checkpoint}")
+        raise BundleError(f"this is one checkpoint, not a folder with one named {one_line(checkpoint)}")
+    # How images are prepared stands in the configuration alone, which must not be lost by naming the checkpoint.
+    config = path.absolute().parent.parent / CONFIG
+    if path.absolute().parent.name == "checkpoints" and config.exists():
+        return Files(_read_yaml(config), _read_checkpoint(path), one_line(path.name), "as asked for")
     return Files({}, _read_checkpoint(path), one_line(path.name), "the file itself")
 
 
@@ -63,7 +67,7 @@ def _is_torch_archive(archive: zipfile.ZipFile) -> bool:
 
 def _read_layout(top: Place, checkpoint: str | None) -> Files:
     config, file, reason = _find_parts(top, checkpoint)
-    return Files(_read_yaml(config) if config.is_file() else {}, _read_checkpoint(file), one_line(file.name), reason)
+    return Files(_read_yaml(config) if config.exists() else {}, _read_checkpoint(file), one_line(file.name), reason)
 
 
 def _find_parts(top: Place, checkpoint: str | None) -> tuple[Place, Place, str]:
@@ -121,7 +125,7 @@ def _choose(files: list[Place], wanted: str | None) -> tuple[Place, str]:
 def _only(found: list[Place], problem: str, files: list[Place]) -> Place:
     if len(found) != 1:
         names = first_few((file.name for file in files), 10) or "none"
-        raise BundleError(f"{problem}; there are: {names}; name one of them")
+        raise BundleError(f"{problem}; there are: {names}; choose one with --checkpoint")
     return found[0]
 
 
@@ -145,6 +149,8 @@ def _read_bytes(file: Place, limit: int) -> bytes:
 
 
 def _read_yaml(file: Place) -> dict[str, Any]:
+    if not file.is_file():
+        raise BundleError(f"{file.name} is no file; expected a configuration, or none")
     data = _read_bytes(file, guards.MAX_YAML_BYTES)
     advice = "fetch it again or remove it"
     try:
