@@ -2,8 +2,8 @@
 
     python starter/images.py FOLDER --n 44 --first-seed 1
 
-Each image is a function of its seed. Every kind of structure comes in turn, at any
-difficulty, nuclei `--nuclei` times in each turn; the last quarter validates.
+Each image is a function of its seed. Every kind of structure comes in turn, at
+any difficulty; the last quarter validates.
 """
 
 import argparse
@@ -18,14 +18,13 @@ from megaseg_dask.simulation import KINDS, simulate
 SHAPE = (64, 160, 160)
 
 
-def write_images(folder: Path, n: int, first_seed: int, shape: tuple[int, ...] = SHAPE, nuclei: int = 1) -> Path:
+def write_images(folder: Path, n: int, first_seed: int, shape: tuple[int, ...] = SHAPE) -> Path:
     """Write n pairs of OME-TIFF files and return the manifest."""
-    kinds = [*KINDS, *["nuclei"] * (nuclei - 1)]
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     rng = np.random.default_rng(first_seed)
     for i in range(n):
-        made = simulate(first_seed + i, shape, kinds[i % len(kinds)], difficulty=rng.uniform(0, 1))
+        made = simulate(first_seed + i, shape, KINDS[i % len(KINDS)], difficulty=rng.uniform(0, 1))
         files = [f"{i:03d}_{name}.ome.tif" for name in ("raw", "seg")]
         for file, values in zip(files, (made.image, made.mask.astype(np.uint8)), strict=True):
             imwrite(folder / file, values, ome=True, metadata={"axes": "ZYX"}, compression="zlib")
@@ -41,7 +40,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--n", type=int, default=44)
     parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--nuclei", type=int, default=1)
     parser.add_argument("--shape", type=int, nargs=3, default=SHAPE)
     args = parser.parse_args()
-    write_images(args.folder, args.n, args.first_seed, tuple(args.shape), args.nuclei)
+    write_images(args.folder, args.n, args.first_seed, tuple(args.shape))

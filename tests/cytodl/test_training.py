@@ -58,6 +58,14 @@ def test_another_training_does_not_touch_it(trained, manifest, start):
     assert "--overwrite" in json.loads(out)["error"]
 
 
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_wrong_request(manifest, start, tmp_path):
+    process = megaseg(*training(manifest, start, tmp_path / "out", "--accelerator", "gpu"))
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert json.loads(out.splitlines()[-1])["error"].startswith("--accelerator gpu: cyto-dl's environment sees none")
+
+
 def test_killed_and_interrupted_it_goes_on_and_ends_by_itself(manifest, start, tmp_path):
     out = tmp_path / "out"
     command = training(manifest, start, out, "--max-epochs", "60", "--patience", "3")
@@ -128,9 +136,13 @@ def test_it_learns_from_an_omezarr_whose_channel_and_labels_are_named(start, tmp
 
     zarr.open_group(source / "labels", mode="a", zarr_format=2).attrs["labels"] = ["nuclei", "other"]
     out = tmp_path / "out"
-    command = training(source, start, out, "--max-epochs", "1", "--channel", "DNA", "--label", "nuclei")
+    command = training(source, start, out, "--max-epochs", "2", "--channel", "DNA", "--label", "nuclei")
+    result = events_of(megaseg(*command, "--max-time", "00:00:01"))[-1]
+    # One step at least is made, and its epoch ended with a validation: however slow, there is a bundle.
+    assert (result["status"], result["stopped"]) == ("done", "max_time")
+    assert load_bundle(out).digest == result["digest"]
     result = events_of(megaseg(*command))[-1]
-    assert result["status"] == "done"
+    assert (result["status"], result["stopped"], result["n_epochs"]) == ("done", "max_epochs", 2)
     bundle = read_bundle(out)
     assert bundle.network == NETWORK
     assert {path.name for path in out.iterdir()} == {

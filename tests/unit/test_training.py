@@ -165,6 +165,7 @@ BAD = {
                      "a_raw.ome.tif,a_seg.ome.tif,"], "line 3 has no split"),
     "a small image": ("images.csv", ["raw,seg,split", "s_raw.ome.tif,s_seg.ome.tif,train",
                       "a_raw.ome.tif,a_seg.ome.tif,val"], "smaller than a patch"),
+    "no file": ("none.csv", [], r"No such file or directory; expected columns raw and seg"),
     "several channels": ("images.csv", ["raw,seg", "c_raw.ome.tif,a_seg.ome.tif"], "choose one with --channel"),
 }  # fmt: skip
 
