@@ -154,8 +154,8 @@ def _read_csv(path: Path, channel: str | None) -> list[Example]:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         cause = getattr(error, "strerror", None) or error
-        raise SourceError(f"{path} cannot be read as a CSV manifest: {cause}; expected columns {RAW[0]} and {LABELS[0]}, an "
-                          "image and its labels in each row") from error  # fmt: skip
+        raise SourceError(f"{path} cannot be read as a CSV manifest: {cause}; expected columns {RAW[0]} and "
+                          f"{LABELS[0]}, an image and its labels in each row") from error  # fmt: skip
     if not rows:
         raise SourceError(f"{path} lists no image")
     raw, seg = (_column(path, rows[0], names) for names in (RAW, LABELS))

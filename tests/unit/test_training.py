@@ -152,7 +152,7 @@ def test_a_group_is_never_in_both_splits(n_groups, n_times, fraction):
 
 
 BAD = {
-    "no such file": ("gone.csv", [], "cannot be read as a CSV"),
+    "no such file": ("gone.csv", [], "No such file or directory; expected columns raw and seg"),
     "no rows": ("images.csv", ["raw,seg"], "lists no image"),
     "no column of images": ("images.csv", ["picture,seg", "a,b"], "one must be called raw"),
     "no labels": ("images.csv", ["raw,seg", "a_raw.ome.tif,"], "line 2: an image or its labels are missing"),
@@ -165,7 +165,6 @@ BAD = {
                      "a_raw.ome.tif,a_seg.ome.tif,"], "line 3 has no split"),
     "a small image": ("images.csv", ["raw,seg,split", "s_raw.ome.tif,s_seg.ome.tif,train",
                       "a_raw.ome.tif,a_seg.ome.tif,val"], "smaller than a patch"),
-    "no file": ("none.csv", [], r"No such file or directory; expected columns raw and seg"),
     "several channels": ("images.csv", ["raw,seg", "c_raw.ome.tif,a_seg.ome.tif"], "choose one with --channel"),
 }  # fmt: skip
 
