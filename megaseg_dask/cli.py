@@ -19,21 +19,19 @@ from megaseg_dask.console import (
     print_findings,
     print_plan,
     print_result,
-    print_status,
-    print_tasks,
     reporter,
 )
-from megaseg_dask.exits import INTERRUPTED, PENDING, WRONG_REQUEST, Json, echo_error
+from megaseg_dask.exits import INTERRUPTED, WRONG_REQUEST, Json, echo_error
 from megaseg_dask.exits import exit_codes as _exit_codes
 from megaseg_dask.exits import fail as _fail
+from megaseg_dask.jobs_cli import join, status, task
 from megaseg_dask.looking_cli import report, view
 from megaseg_dask.models_cli import models_app
-from megaseg_dask.options_cli import STORE, open_stores, settings_of, with_settings
+from megaseg_dask.options_cli import STORE, next_commands, open_stores, settings_of, with_settings
 from megaseg_dask.training_cli import train
 
 app = typer.Typer(
     name="megaseg",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -47,7 +45,6 @@ Source = Annotated[str, typer.Argument(metavar="SOURCE", help="OME-Zarr image to
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="OME-Zarr image to write; SOURCE again adds labels to it.")
 ]
-Begun = Annotated[str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
 
@@ -62,6 +59,16 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
       megaseg segment cells.zarr segmented.zarr
 
     Or begin with real cells and a small model: megaseg demo
+
+    \b
+    Exit codes:
+      0    all is done, or was done before
+      1    something failed and is named; the same command goes on with it
+      2    the request is wrong; nothing was written
+      3    megaseg status: work is pending
+      130  interrupted; the same command goes on
+
+    NO_COLOR is honoured; without a terminal, progress comes as plain lines; --json is for scripts.
     """
     if version:
         import importlib.metadata
@@ -92,7 +99,7 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
         with reporter(json_, quiet) as emit:
             result = run_segment(source, target, settings, emit=emit)
         if not json_:
-            print_result(result, quiet)
+            print_result(result, quiet, next_commands(target, settings, failed=bool(result.failures)))
         raise typer.Exit(result.exit_code)
 
 
@@ -138,74 +145,6 @@ def plan(
 
 
 @app.command()
-@with_settings(*STORE)
-def task(
-    target: Begun,
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage, as megaseg status lists them.")],
-    indices: Annotated[list[str], typer.Argument(metavar="INDEX…", help="Tasks of that stage: 7, or 0-99.")],
-    *,
-    label_name: Annotated[str, typer.Option(metavar="NAME", help="Which of the runs on TARGET.")] = "megaseg",
-    json_: Json = False,
-    **options: Any,
-) -> None:
-    """Run single tasks of a plan in this process, without a cluster: for job arrays, and to look at what fails.
-
-    Record the plan first, run the stages in their order, then let segment do what is left and publish.
-
-    \b
-    Example:
-      megaseg plan cells.zarr out.zarr --record
-      megaseg task out.zarr measure 0-9
-      megaseg segment cells.zarr out.zarr
-    """
-    with _exit_codes(json_):
-        from megaseg_dask.single import parse_indices, read_plan, run_tasks
-
-        open_stores(options, None)
-        with reporter(json_, quiet=False) as emit:
-            wanted = parse_indices(indices)
-            failures = run_tasks(read_plan(target, label_name), stage, wanted, emit)
-        status = "failed" if failures else "done"
-        if json_:
-            n_done = len(wanted) - len(failures)
-            typer.echo(
-                json.dumps({"event": "result", "status": status, "n_done": n_done, "exit_code": int(bool(failures))})
-            )
-        else:
-            print_tasks(stage, len(wanted), failures)
-        raise typer.Exit(int(bool(failures)))
-
-
-@app.command()
-@with_settings(*STORE)
-def status(
-    target: Begun,
-    *,
-    label_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only the runs of this name. (default: all)")
-    ] = None,
-    json_: Json = False,
-    **options: Any,
-) -> None:
-    """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending."""
-    with _exit_codes(json_):
-        from megaseg_dask.run import status as run_status
-
-        open_stores(options, target)
-        found = run_status(target, label_name)
-        for run in found:
-            if json_:
-                typer.echo(json.dumps(run.as_dict()))
-            else:
-                print_status(run)
-        worst = max((run.exit_code for run in found), key=[0, PENDING, 1].index)
-        if json_:
-            states = {0: "done", PENDING: "pending", 1: "failed"}
-            typer.echo(json.dumps({"event": "result", "status": states[worst], "exit_code": worst}))
-        raise typer.Exit(worst)
-
-
-@app.command()
 def demo(
     folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Where to write.")] = "megaseg-demo",
     *,
@@ -215,6 +154,10 @@ def demo(
     """Segment real nuclei with the starter model, offline, and say where to look.
 
     It writes an OME-Zarr image with its true labels, segments it, and draws both side by side.
+
+    \b
+    Example:
+      megaseg demo my-first-cells
     """
     with _exit_codes(json_):
         from pathlib import Path
@@ -263,15 +206,34 @@ def evaluate(
 
 
 @app.command()
-def doctor(*, json_: Json = False) -> None:
-    """Show what this machine has, what auto would choose and why, and the usual troubles."""
+@with_settings(*STORE)
+def doctor(
+    addresses: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADDRESS]…", help="Sources and targets to try.", show_default=False)
+    ] = None,
+    *,
+    json_: Json = False,
+    **options: Any,
+) -> None:
+    """Show what this machine has, what auto would choose and why, and the usual troubles.
+
+    Of an address it tells whether its store answers, what image is there, whether a run could write there, and how
+    fast. Exit code 1: an address cannot be used. --anon is about the first address.
+
+    \b
+    Examples:
+      megaseg doctor
+      megaseg doctor s3://screens/plate.zarr s3://results/plate.zarr
+    """
     with _exit_codes(json_):
         from megaseg_dask.doctor import examine
 
-        print_findings(examine(), as_json=json_)
+        named = addresses or []
+        open_stores(options, named[0] if named else None)
+        raise typer.Exit(int(print_findings(examine(named), as_json=json_)))
 
 
-for _command in (report, view, train):
+for _command in (task, join, status, report, view, train):
     app.command()(_command)
 
 

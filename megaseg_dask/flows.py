@@ -27,14 +27,17 @@ _NEEDED_FOR = {"cutoff": "mask", "holes-seams": "mask", "holes-join": "mask", "s
 class Flow:
     """The tasks of one volume, or of all volumes where each of them is one task."""
 
-    def __init__(self, plan: Plan, journal: Journal, volume: int) -> None:
-        """Find what is left to do of a volume, and make the first of it ready."""
+    def __init__(self, plan: Plan, journal: Journal, volume: int, stages: Sequence[Stage] | None = None) -> None:
+        """Find what is left to do of a volume, and make the first of it ready.
+
+        Of these ``stages`` alone, if they are given; the intermediate data that they need are then there.
+        """
         self._plan, self._journal, self.volume = plan, journal, volume
-        self._waiting = iter(plan.stages)
+        self._waiting = iter(plan.stages if stages is None else stages)
         self._pending: deque[int] = deque()
         self._n_running = 0
         self.stage: Stage = plan.stages[0]
-        if not plan.is_one_task and not journal.is_complete(volume):
+        if stages is None and not plan.is_one_task and not journal.is_complete(volume):
             self._require_work()
         self._advance()
 
@@ -67,14 +70,14 @@ class Flow:
     def _advance(self) -> None:
         for stage in self._waiting:
             self.stage = stage
-            self._pending = deque(self._left_of(stage))
+            self._pending = deque(self.left_of(stage))
             if self._pending:
                 if not self._plan.is_one_task:
                     self._undo_after(stage)
                     products.write_state(self._plan, self.volume, self.state())
                 return
 
-    def _left_of(self, stage: Stage) -> Iterator[int]:
+    def left_of(self, stage: Stage) -> Iterator[int]:
         """Yield the tasks of a stage that are not done, neighbours after each other."""
         done = self._journal.done(stage.name)
         if self._plan.is_one_task:
@@ -88,6 +91,10 @@ class Flow:
         for number in grid.morton_order().tolist() if grid else [0]:
             if not done[first + number] and number not in missing:
                 yield first + number
+
+    def n_untried(self, stage: Stage) -> int:
+        """Return how many tasks of a stage are left that did not fail: without them it is not settled."""
+        return sum((stage.name, index) not in self._journal.failed for index in self.left_of(stage))
 
     def _is_left_out(self, stage: Stage) -> bool:
         failed = self._failed_stages()
@@ -143,6 +150,10 @@ class Flow:
 
     def _undo_after(self, stage: Stage) -> None:
         """Forget what was computed from this stage in the absence of what is now computed, before it is."""
+        self._journal.undo(self.stale_after(stage), self.volume)
+
+    def stale_after(self, stage: Stage) -> list[str]:
+        """Return the stages that were done from this one before all of it was."""
         stages = self._plan.stages
         stale = False
         undone = []
@@ -151,7 +162,7 @@ class Flow:
             first = self.volume * later.per_volume
             if stale and self._journal.done(later.name)[first : first + later.per_volume].any():
                 undone.append(later.name)
-        self._journal.undo(undone, self.volume)
+        return undone
 
     def _require_work(self) -> None:
         """Make the arrays of intermediate data if they are not there; what was written to them is then lost."""

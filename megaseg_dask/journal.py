@@ -5,6 +5,11 @@ written once, that names its plan. A task is recorded after its data are
 written and flushed to the disk, so what the journal says is true, also after a
 power loss; what it does not say, or says of another plan, is computed again.
 In memory a finished task is one byte, so a million blocks weigh a megabyte.
+
+Processes of a job array write at the same time. Each has one segment of its
+own name, which it writes whole each time, so there are as many as processes.
+A segment's number is above all those that its writer had read, so what began
+after another had ended is replayed after it.
 """
 
 import json
@@ -20,10 +25,12 @@ from numpy.typing import NDArray
 
 from megaseg_dask.errors import StoreError
 from megaseg_dask.plan import Plan, Stage
-from megaseg_dask.stores import Location, lose_patience
+from megaseg_dask.stores import Location, at_once, lose_patience
 
 FOLDER = "journal"
-_SEGMENT = re.compile(rf"{FOLDER}/(\d+)\.jsonl")
+_SEGMENT = re.compile(rf"{FOLDER}/(\d+)(-[0-9a-f]+)?\.jsonl")
+# Segments that are in memory, or on their way, at a time.
+_AT_ONCE = 256
 # A kill loses what the last segment lacks: a second of work at first, ten at most, so a night has a few thousand.
 _SEGMENT_S = 1.0
 _LONGEST_SEGMENT_S = 10.0
@@ -48,6 +55,8 @@ class Journal:
     run: Location
     fingerprint: str
     stages: tuple[Stage, ...]
+    # The name of one of several processes that write at the same time; none of a client, which is alone.
+    writer: str = ""
     failed: dict[tuple[str, int], Summary] = field(default_factory=dict)
     timings: dict[str, Timing] = field(default_factory=dict)
     result: Summary | None = None
@@ -59,6 +68,8 @@ class Journal:
     # As text, which is a tenth of the objects that it stands for.
     _summaries: dict[str, dict[int, str]] = field(default_factory=dict)
     _pending: list[dict[str, object]] = field(default_factory=list)
+    # Of the pending records, those that one of several processes wrote already.
+    _n_written: int = 0
     _n_segments: int = 0
     _began: float = field(default_factory=time.monotonic)
     _last_write: float = field(default_factory=time.monotonic)
@@ -70,21 +81,23 @@ class Journal:
             self.timings[stage.name] = Timing()
 
     @classmethod
-    def of(cls, plan: Plan) -> "Journal":
+    def of(cls, plan: Plan, writer: str = "") -> "Journal":
         """Return the empty journal of a plan."""
-        return cls(Location(plan.run), plan.fingerprint, plan.stages)
+        return cls(Location(plan.run), plan.fingerprint, plan.stages, writer)
 
     @classmethod
-    def read(cls, plan: Plan) -> "Journal":
-        """Read what earlier runs of the same plan recorded."""
-        return cls.of(plan).replayed()
+    def read(cls, plan: Plan, writer: str = "") -> "Journal":
+        """Read what earlier runs of the same plan recorded; ``writer`` names one of several processes (hexadecimal)."""
+        return cls.of(plan, writer).replayed()
 
     def replayed(self) -> "Journal":
         """Read all segments of this plan into the journal, and return it."""
-        for key in self.run.keys(FOLDER):
-            if number := _SEGMENT.fullmatch(key):
-                self._n_segments = int(number[1]) + 1
-                self._read_segment(self.run.get(key) or b"")
+        numbers = {key: int(found[1]) for key in self.run.keys(FOLDER) if (found := _SEGMENT.fullmatch(key))}
+        self._n_segments = max(numbers.values(), default=-1) + 1
+        keys = sorted(numbers, key=lambda key: (numbers[key], key))
+        for i in range(0, len(keys), _AT_ONCE):
+            for data in at_once(self.run.get, keys[i : i + _AT_ONCE]):
+                self._read_segment(data or b"")
         return self
 
     def _read_segment(self, data: bytes) -> None:
@@ -106,7 +119,9 @@ class Journal:
             case {"undo": stage, "volume": volume}:
                 self._undo(stage, volume)
             case {"stage": stage, "index": index, "failure": failure}:
-                self.failed[stage, index] = failure
+                # Of two processes that tried it at once, one may have succeeded.
+                if not self._done[stage][index]:
+                    self.failed[stage, index] = failure
             case {"stage": stage, "index": index}:
                 self._done[stage][index] = True
                 self.failed.pop((stage, index), None)
@@ -168,7 +183,8 @@ class Journal:
         record = {"stage": stage, "index": index, "s": seconds, "peak": peak_bytes}
         self._append({**record, "summary": summary} if summary else record)
         now = time.monotonic()
-        age = (now - self._began) / _SEGMENTS_PER_AGE
+        # Of a thousand processes each needs no more than to lose little.
+        age = _LONGEST_SEGMENT_S if self.writer else (now - self._began) / _SEGMENTS_PER_AGE
         if now - self._last_write > min(max(_SEGMENT_S, age), _LONGEST_SEGMENT_S):
             self.flush()
 
@@ -192,26 +208,31 @@ class Journal:
         self._pending.append(record)
 
     def flush(self) -> None:
-        """Write what was added since the last segment."""
-        if self._pending:
+        """Write what was added since the last segment; one of several processes, all that it added."""
+        if len(self._pending) > self._n_written:
             records = [{"plan": self.fingerprint}, *self._pending]
-            text = "\n".join(json.dumps(record, sort_keys=True) for record in records)
+            data = "\n".join(json.dumps(record, sort_keys=True) for record in records).encode()
             self.sync()
-            # A client that stood still must not write over its successor's segment.
-            while not self.run.create(f"{FOLDER}/{self._n_segments:08d}.jsonl", text.encode()):
+            if self.writer:
+                self.run.put(f"{FOLDER}/{self._n_segments:08d}-{self.writer}.jsonl", data)
+                self._n_written = len(self._pending)
+            else:
+                # A client that stood still must not write over its successor's segment.
+                while not self.run.create(f"{FOLDER}/{self._n_segments:08d}.jsonl", data):
+                    self._n_segments += 1
                 self._n_segments += 1
-            self._n_segments += 1
-            self._pending.clear()
+                self._pending.clear()
         self._last_write = time.monotonic()
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """Record when this client began to work on the run, in seconds since 1970, and how long it did."""
+    def session(self, more: Callable[[], Summary] = dict) -> Iterator[None]:
+        """Record when this client began to work on the run, in seconds since 1970, how long it did, and ``more``."""
         began, started = time.time(), time.monotonic()
         try:
             yield
         finally:
-            self._append({"session": {"began": round(began), "wall_s": round(time.monotonic() - started, 3)}})
+            wall_s = round(time.monotonic() - started, 3)
+            self._append({"session": {"began": round(began), "wall_s": wall_s, **more()}})
 
     @contextmanager
     def flushed(self) -> Iterator["Journal"]:

@@ -10,25 +10,25 @@ PACKAGE = Path(__file__).parents[1] / "megaseg_dask"
 
 # From the bottom up. A module may import those before it; a new module gets its place here.
 LAYERS = """
-errors events
+errors events narration
 geometry blending intensity thresholds labelling digits measurements layout memory simulation evaluate
 stores.threads stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
 stores.disks stores.objects stores.foreign stores.location stores.downloads stores
 models.network models.recipes models.bundle models.guards models.files models.statements models.heads
-models.preprocessing models.cytodl models models.cards models.cache models.download models.zoo
+models.preprocessing models.cytodl models.copies models models.cards models.cache models.download models.zoo
 engines engines.pytorch engines.openvino inference
-ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
-parsing settings plan parts planning journal lease products
+ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables ngff.consolidated
+parsing settings clusterfile plan parts planning journal runlog lease products
 tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
 publishing targets tables
-cluster dispatch flows run single
+cluster.config cluster.gpus cluster.kinds cluster.versions cluster.joining cluster dispatch flows pace run single
 xarrays
 training.inside training.environment training.manifest training.card training.session training
 scoring
 report.views report.survey report.seams report.pictures report.charts report.commands report.page report
 view.scenes view.states view.server view
-demo doctor
-console exits options_cli looking_cli models_cli training_cli cli
+demo checkup doctor
+console exits options_cli jobs_cli looking_cli models_cli training_cli cli
 __init__ __main__
 """.split()
 
@@ -37,7 +37,8 @@ DOORS = {
     "cc3d": {"labelling"},
     "cyto_dl": {"training.inside"},
     "dask": {"cluster", "xarrays"},
-    "dask_cuda": {"cluster"},
+    "dask_jobqueue": {"cluster"},
+    "dask_kubernetes": {"cluster"},
     "distributed": {"cluster", "dispatch"},
     "PIL": {"report"},
     "fsspec": {"stores"},
@@ -52,7 +53,7 @@ DOORS = {
     "openvino": {"engines"},
     "psutil": {"memory", "planning", "doctor"},
     "pyarrow": {"ngff"},
-    "pydantic": {"settings", "plan", "ngff"},
+    "pydantic": {"settings", "clusterfile", "plan", "ngff"},
     "rich": {"console"},
     "matplotlib": {"demo", "training"},
     "skimage": {"thresholds"},
@@ -61,9 +62,9 @@ DOORS = {
     "torch": {"models", "engines"},
     "neuroglancer": {"view"},
     "tornado": {"view"},
-    "typer": {"cli", "console", "exits", "looking_cli", "models_cli", "options_cli", "training_cli"},
+    "typer": {"cli", "console", "exits", "jobs_cli", "looking_cli", "models_cli", "options_cli", "training_cli"},
     "xarray": {"xarrays"},
-    "yaml": {"models"},
+    "yaml": {"models", "clusterfile"},
     "zarr": {"ngff", "stores"},
 }
 

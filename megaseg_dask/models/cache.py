@@ -21,7 +21,7 @@ from pathlib import Path
 from megaseg_dask.errors import BundleError, SettingsError, StoreError
 from megaseg_dask.models.bundle import Bundle
 from megaseg_dask.models.cytodl import load_bundle
-from megaseg_dask.models.files import parts_of
+from megaseg_dask.models.files import layout_of, parts_of
 from megaseg_dask.models.guards import open_zip, short
 
 HOME = "MEGASEG_HOME"
@@ -223,7 +223,7 @@ def import_bundle(path: Path, name: str, *, checkpoint: str | None = None, overw
         raise BundleError(f"{path} does not exist; give a bundle's folder, its zip or a .ckpt")
     # What is wrong with it is said of the path that was given.
     digest = load_bundle(path, checkpoint).digest
-    packed = path.is_dir() or (checkpoint is not None and path.suffix == ".zip")
+    packed = path.is_dir() or layout_of(path) or (checkpoint is not None and path.suffix == ".zip")
     form = ".zip" if packed or path.suffix == ".zip" else ".ckpt"
 
     def fill(target: Path) -> None:

@@ -44,6 +44,8 @@ def read_files(path: Path, checkpoint: str | None) -> Files:
         return _read_layout(path, checkpoint)
     if not path.is_file():
         raise BundleError("no such file or folder; give a bundle's folder, its zip or a .ckpt")
+    if (folder := layout_of(path)) and checkpoint in (None, path.name, path.stem):
+        return _read_layout(folder, path.name)
     if zipfile.is_zipfile(path):
         try:
             with open_zip(path) as archive:
@@ -53,10 +55,6 @@ def read_files(path: Path, checkpoint: str | None) -> Files:
             raise BundleError(f"the zip is damaged ({short(str(error))}); fetch it again") from error
     if checkpoint not in (None, path.name, path.stem):
         raise BundleError(f"this is one checkpoint, not a folder with one named {one_line(checkpoint)}")
-    # How images are prepared stands in the configuration alone, which must not be lost by naming the checkpoint.
-    config = path.absolute().parent.parent / CONFIG
-    if path.absolute().parent.name == "checkpoints" and config.exists():
-        return Files(_read_yaml(config), _read_checkpoint(path), one_line(path.name), "as asked for")
     return Files({}, _read_checkpoint(path), one_line(path.name), "the file itself")
 
 
@@ -77,8 +75,20 @@ def _find_parts(top: Place, checkpoint: str | None) -> tuple[Place, Place, str]:
     return root / CONFIG, file, reason
 
 
+def layout_of(path: Path) -> Path | None:
+    """The folder of the bundle to which a checkpoint in it belongs, if a configuration is there too.
+
+    How images are prepared stands in that alone, and must not be lost by naming the checkpoint.
+    """
+    above = path.absolute().parent
+    in_layout = above.name == "checkpoints" and path.suffix == ".ckpt" and path.is_file()
+    return above.parent if in_layout and (above.parent / CONFIG).exists() else None
+
+
 def parts_of(path: Path, checkpoint: str | None) -> Iterator[tuple[str, bytes]]:
     """Path in its layout and content of what is needed to run the bundle in a folder or its zip, not yet judged."""
+    if folder := layout_of(path):
+        path, checkpoint = folder, path.name
     with open_zip(path) if path.is_file() else nullcontext() as archive:
         config, file, _ = _find_parts(zipfile.Path(archive) if archive else path, checkpoint)
         if config.is_file():

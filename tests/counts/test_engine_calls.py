@@ -42,7 +42,7 @@ def test_forward_passes_and_reads_are_those_of_the_plan(block, tmp_path, tiny_bu
     settings = parse_settings({"model": str(tiny_bundle), "engine": "torch", "threads": 1, "block": block})
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     for stage in plan.stages:
-        assert not run_tasks(plan, stage.name, range(stage.n_tasks), lambda _: None)
+        assert not run_tasks(plan, stage.name, range(stage.n_tasks)).failures
     summary = plan.summary()
     assert counted["forward"] == round(summary["redundancy"] * summary["patches"])
     assert counted["read_voxels"] * image.itemsize == summary["bytes_read"]
@@ -54,7 +54,7 @@ def test_averages_pass_each_patch_as_often_as_they_average(n_models, tta, n_pass
     source = write_image(tmp_path / "image.zarr", blobs((16, 48, 48)))
     settings = parse_settings({"model": models, "tta": tta, "engine": "torch", "threads": 1, "outputs": "scores"})
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
-    assert not run_tasks(plan, "volume", [0], lambda _: None)
+    assert not run_tasks(plan, "volume", [0]).failures
     assert counted["forward"] == n_passes * plan.summary()["patches"]
     assert counted["read_voxels"] == 16 * 48 * 48
 

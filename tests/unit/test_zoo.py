@@ -10,9 +10,10 @@ import zarr
 
 from megaseg_dask.cli import main
 from megaseg_dask.errors import BundleError, MegasegError, SettingsError
-from megaseg_dask.models import cache, load_bundle, zoo
+from megaseg_dask.models import cache, copies, load_bundle, zoo
 from megaseg_dask.models.cache import import_bundle, is_name, read_record
 from megaseg_dask.models.cards import PUBLISHED_CARDS, card_of
+from megaseg_dask.stores import Location
 from tests.images import blobs, write_image
 from tests.unit.bundles import write_checkpoint, write_folder, write_zip
 
@@ -218,6 +219,20 @@ def test_segment_takes_a_model_by_its_name(tmp_path, run):
     assert digest == load_bundle(two, "epoch_001").digest != load_bundle(two).digest
     # Another of them is another model.
     assert run(*command)[0] == 2
+
+
+@pytest.mark.parametrize(("inside", "checkpoint"), [("", "epoch_002"), ("checkpoints/epoch_002.ckpt", None)])
+def test_a_copy_of_one_checkpoint_keeps_its_configuration(inside, checkpoint, tmp_path):
+    step = {"_target_": "monai.transforms.ScaleIntensityRanged", "keys": "raw", "a_min": 0, "a_max": 9}
+    config = {"data": {"transforms": {"predict": {"transforms": [step]}}}}
+    path = write_folder(tmp_path / "experiment", epochs=(2, 3), config=config) / inside
+    write_checkpoint(tmp_path / "experiment/checkpoints/epoch_002.ckpt", seed=7)
+    digest = load_bundle(path, checkpoint).digest
+    assert import_bundle(path, "mine", checkpoint=checkpoint).digest == zoo.load("mine")[1].digest == digest
+    # As workers on another machine get it.
+    copies.put(str(path), digest, Location.of(tmp_path / "run"), checkpoint)
+    copy = copies.Copies(str(tmp_path / "run"), str(tmp_path / "scratch")).fetch(digest)
+    assert load_bundle(copy, checkpoint).digest == digest
 
 
 def test_which_checkpoint(tmp_path, run):
