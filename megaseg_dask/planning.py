@@ -125,11 +125,13 @@ def open_models(settings: Settings, volume_shape: Shape) -> tuple[Settings, Mode
     Raises :class:`BundleError` for models that cannot be averaged, and :class:`SettingsError` for other settings
     than they take.
     """
-    found = [load(name) for name in settings.model]
+    if settings.checkpoint and len(settings.model) > 1:
+        raise SettingsError("--checkpoint is of one --model; of several, give the path of each .ckpt as --model")
+    found = [load(name, settings.checkpoint) for name in settings.model]
     bundles = {str(path): bundle for path, bundle in found}
     if len({bundle.digest for bundle in bundles.values()}) < len(found):
         raise SettingsError(f"--model {', '.join(settings.model)}: the same model twice; its mean is itself")
-    model, first = ModelRef.of(bundles), found[0][1]
+    model, first = ModelRef.of(bundles, settings.checkpoint), found[0][1]
     for path, bundle in found:
         for name in ("patch_shape", "overlap"):
             mine, theirs = getattr(first, name), getattr(bundle, name)

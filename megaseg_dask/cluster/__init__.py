@@ -131,7 +131,7 @@ class Workers:
         bundles = None if self.is_local else run / copies.FOLDER
         for bundle in model.bundles:
             if bundles:
-                copies.put(bundle.path, bundle.digest, bundles)
+                copies.put(bundle.path, bundle.digest, bundles, bundle.checkpoint)
         lifetime_s = self.wanted.lifetime_s if self.wanted else None
         plugin = joining.make_plugin(options, bundles.url if bundles else None, self._insisted, lifetime_s)
         self.client.subscribe_topic(joining.NAME, self._hear)
