@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from megaseg_dask import products, publishing, targets, tasks
 from megaseg_dask.errors import SettingsError, TargetError
-from megaseg_dask.events import Event, Failure, Progress, Result, Started, joined
+from megaseg_dask.events import Event, Failure, Progress, Result, joined
 from megaseg_dask.flows import Flow, iter_flows
 from megaseg_dask.journal import Journal
 from megaseg_dask.lease import Held, held, shared
@@ -172,8 +172,10 @@ def _require_ready(plan: Plan, journal: Journal, stage: Stage, volume: int) -> N
 
 def _require_work(plan: Plan, volume: int) -> None:
     if not plan.is_one_task and not products.has_work(plan, volume):
-        raise TargetError(f"{products.work_folder(plan, volume)} is not there: intermediate data were removed; make room "
-                          "for them again: the same megaseg plan … --record")  # fmt: skip
+        raise TargetError(
+            f"{products.work_folder(plan, volume)} is not there: its intermediate data were removed; "
+            "make room for them again: the same megaseg plan … --record"
+        )
 
 
 def _is_withdrawn(plan: Plan) -> bool:
@@ -206,7 +208,6 @@ def _join(plan: Plan, lease: Held, emit: Emit) -> Result | None:
     journal, started = Journal.read(plan), time.monotonic()
     if journal.result is not None:
         return already_done(plan, journal)
-    emit(Started(plan.target, sum(stage.n_tasks for stage in plan.stages), journal.n_done, ""))
     reopen(plan)
     journal.sync = Location(plan.target).sync
     with journal.flushed(), journal.session():
