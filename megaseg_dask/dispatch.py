@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megaseg_dask.cluster import add_workers
+from megaseg_dask.cluster import Workers
 from megaseg_dask.errors import ClusterError
 from megaseg_dask.events import Event, Notice
 from megaseg_dask.tasks import Outcome, is_infrastructure, run_tasks
@@ -27,8 +27,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 
 # A task may take so many times the longest of its stage, and at least so long.
 _TASK_FACTOR, _TASK_LEAST_S = 20, 300.0
-# Workers that are gone for so long do not come back by themselves.
-_MISSING_S, _ALL_MISSING_S = 20.0, 120.0
 
 GroupSize = Callable[[str, int], int]
 Ready = Callable[[GroupSize], tuple[str, Sequence[int]]]
@@ -46,9 +44,9 @@ class _Group:
 
 @dataclass
 class Dispatcher:
-    """Runs tasks of one run on the workers of a Dask client."""
+    """Runs tasks of one run on its workers."""
 
-    client: Any
+    workers: Workers
     run: str
     fingerprint: str
     lease_id: str | None
@@ -64,9 +62,13 @@ class Dispatcher:
     _mean_s: dict[str, float] = field(default_factory=dict)
     _longest_s: dict[str, float] = field(default_factory=dict)
     _n_workers: int = 0
-    _missing_since: float | None = None
     _n_sent: int = 0
     _name: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def client(self) -> Any:
+        """The Dask client."""
+        return self.workers.client
 
     def outcomes(self, ready: Ready) -> Iterator[tuple[str, Outcome]]:
         """Yield stage and outcome of each task that is done, or has failed for good, in order of arrival.
@@ -206,7 +208,8 @@ class Dispatcher:
             threads, processing = self.client.nthreads(), self.client.processing()
         except OSError as error:
             raise ClusterError(f"the scheduler does not answer ({error}); run the same command again") from error
-        self._replace_missing(len(threads))
+        self._n_workers = max(self._n_workers, len(threads))
+        self.workers.look(len(threads))
         # What a worker was given first it works on; the rest waits there.
         places = {key: address for address, n in threads.items() for key in list(processing.get(address, ()))[:n]}
         now = time.monotonic()
@@ -226,18 +229,6 @@ class Dispatcher:
         if group.stage not in self._longest_s:
             return float("inf")
         return max(_TASK_LEAST_S, _TASK_FACTOR * self._longest_s[group.stage] * len(group.indices))
-
-    def _replace_missing(self, n_workers: int) -> None:
-        """Start workers anew for those that died and did not come back; raise once none is left for long."""
-        if n_workers >= self._n_workers:
-            self._n_workers, self._missing_since = n_workers, None
-            return
-        self._missing_since = self._missing_since or time.monotonic()
-        missing_s = time.monotonic() - self._missing_since
-        if missing_s > _MISSING_S and add_workers(self.client, self._n_workers):
-            self._missing_since = None
-        elif missing_s > _ALL_MISSING_S and not n_workers:
-            raise ClusterError(f"all workers are gone for {missing_s:.0f} s; run the same command again to go on")
 
 
 def _run_here(run: str, fingerprint: str, lease_id: str | None, stage: str, indices: list[int]) -> Any:

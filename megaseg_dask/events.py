@@ -79,6 +79,20 @@ class Notice(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Joined(Event):
+    """A worker joined the run: where it is and what it has; ``device`` and ``uuid`` if it computes on a GPU."""
+
+    kind: ClassVar[str] = "worker"
+    name: str
+    address: str
+    host: str
+    cores: int
+    memory_limit: int
+    device: str | None = None
+    uuid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Result(Event):
     """How a run ended."""
 

@@ -187,8 +187,9 @@ def open_engine(model: ModelRef, spec: EngineSpec) -> Engine:
 
 def _open_one(ref: BundleRef, spec: EngineSpec) -> Engine:
     from megaseg_dask.models import load_bundle
+    from megaseg_dask.models.copies import path_of
 
-    bundle = load_bundle(ref.path)
+    bundle = load_bundle(path_of(ref.path, ref.digest))
     if bundle.digest != ref.digest:
         raise BundleError(f"{ref.path} has digest {bundle.digest[:12]}, the plan was made with {ref.digest[:12]}; "
                           "put the bundle back, or start anew with --overwrite")  # fmt: skip

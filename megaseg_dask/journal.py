@@ -225,13 +225,14 @@ class Journal:
         self._last_write = time.monotonic()
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """Record when this client began to work on the run, in seconds since 1970, and how long it did."""
+    def session(self, more: Callable[[], Summary] = dict) -> Iterator[None]:
+        """Record when this client began to work on the run, in seconds since 1970, how long it did, and ``more``."""
         began, started = time.time(), time.monotonic()
         try:
             yield
         finally:
-            self._append({"session": {"began": round(began), "wall_s": round(time.monotonic() - started, 3)}})
+            wall_s = round(time.monotonic() - started, 3)
+            self._append({"session": {"began": round(began), "wall_s": wall_s, **more()}})
 
     @contextmanager
     def flushed(self) -> Iterator["Journal"]:

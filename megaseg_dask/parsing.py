@@ -52,6 +52,20 @@ def parse_bytes(value: Any) -> Any:
     return int(float(found[1]) * _BYTES[found[2]])
 
 
+def parse_duration(value: Any) -> Any:
+    """Return the seconds that a time such as ``55m``, ``1h30m`` or ``01:00:00`` means."""
+    if not isinstance(value, str):
+        return value
+    # YAML reads 01:00:00 in base 60, quoted it comes here.
+    if found := re.fullmatch(r"(?:(\d+):)?(\d+):(\d+)", value.strip(), re.ASCII):
+        hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    elif value.strip() and (found := re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", value.strip(), re.ASCII)):
+        hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    else:
+        raise ValueError("expected a time such as 55m, 1h30m or 90s")
+    return 3600 * hours + 60 * minutes + seconds
+
+
 def parse_roi(value: Any) -> Any:
     """Return start and stop per axis from ``z0:z1,y0:y1,x0:x1``."""
     if not isinstance(value, str):

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import psutil
 
+from megaseg_dask.clusterfile import Cluster, cluster_of
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
 from megaseg_dask.geometry import Box, Shape, cheapest_patch
 from megaseg_dask.inference import EngineSpec, ModelRef, resolve_engine
@@ -63,6 +64,8 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     elif part.others:
         earlier = part.others[0].options.result_options()
         settings = settings.filled({name: earlier[name] for name in _ALIKE})
+    cluster = cluster_of(settings)
+    settings = settings.filled(cluster.defaults())
     level = where / paths[0] / image.levels[0].path
     array = level.open_array()
     settings, model, bundles = open_models(settings, image.volume_shape())
@@ -100,7 +103,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
         engine=engine,
         # By index: a name may be given to another channel later.
         options=settings.recorded().model_copy(update={"channel": ",".join(map(str, channels)), "time": (first, stop)}),
-        memory_bytes=settings.memory or default_memory_bytes(settings.workers or 1),
+        memory_bytes=memory_of(settings, cluster),
         n_parameters=sum(tensor.numel() for bundle in bundles for tensor in bundle.weights.values()),
         first_filters=max(bundle.network.filters[0] for bundle in bundles),
         auto_patch=choose_patch("auto", settings.overlap, bundles[0], image.volume_shape()),
@@ -192,6 +195,18 @@ def choose_patch(
 def default_memory_bytes(n_workers: int) -> int:
     """Return 8 GB, or a worker's share of this machine where that is less."""
     return min(DEFAULT_MEMORY_BYTES, int(psutil.virtual_memory().total * BUDGET_SHARE / n_workers))
+
+
+def memory_of(settings: Settings, cluster: Cluster) -> int:
+    """Return the bytes that a worker may plan with: as asked for, a job's, or a share of this machine.
+
+    Raises :class:`SettingsError` for more than a job has.
+    """
+    most = cluster.memory_bytes()
+    if settings.memory and most and settings.memory > most:
+        raise SettingsError(f"--memory {settings.memory / 1e9:.1f} GB: a worker of {settings.cluster} may plan with "
+                            f"{most / 1e9:.1f} GB; raise options.memory there")  # fmt: skip
+    return settings.memory or most or default_memory_bytes(cluster.workers or 1)
 
 
 def require_segmentable(image: Image, where: Location) -> None:

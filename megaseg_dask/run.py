@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megaseg_dask import products, publishing, targets, tasks
-from megaseg_dask.cluster import connect, open_stores
+from megaseg_dask.cluster import Workers, connect
 from megaseg_dask.dispatch import Dispatcher, GroupSize
 from megaseg_dask.errors import MegasegError, TargetError
 from megaseg_dask.events import Event, Failure, Progress, Result, RunStatus, Started, joined
@@ -92,15 +92,15 @@ def segment(source: str, target: str, settings: Settings, *, client: Any = None,
     with reporting(emit):
         runs = plan_runs(source, target, settings)
     if any(journal.result is None for _, journal in runs):
-        # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
-        with (
-            connect(runs[0][0]) if client is None else nullcontext(client) as workers,
-            held(runs_folder(Location(runs[0][0].target))) as lease,
-        ):
-            open_stores(workers, store_options(source, settings))
-            # Again: another client may have worked on it until now.
-            runs = plan_runs(source, target, settings)
-            result = _carry_out(runs, workers, lease, emit)
+        plan = runs[0][0]
+        own = Workers(client, plan.engine.engine, plan.engine.device, emit)
+        with connect(plan, emit) if client is None else nullcontext(own) as workers:
+            # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
+            workers.greet()
+            with held(runs_folder(Location(plan.target))) as lease:
+                # Again: another client may have worked on it until now.
+                runs = plan_runs(source, target, settings)
+                result = _carry_out(runs, workers, lease, emit, store_options(source, settings))
     else:
         result = joined([already_done(plan, journal) for plan, journal in runs])
     emit(result)
@@ -119,7 +119,9 @@ def already_done(plan: Plan, journal: Journal) -> Result:
                   run=plan.run)  # fmt: skip
 
 
-def _carry_out(runs: list[tuple[Plan, Journal]], client: Any, lease: Held, emit: Emit) -> Result:
+def _carry_out(
+    runs: list[tuple[Plan, Journal]], workers: Workers, lease: Held, emit: Emit, options: StoreOptions
+) -> Result:
     """Record what is to be done, all of it before any of it is, and do it."""
     to_do = [(plan, journal) for plan, journal in runs if journal.result is None]
     if runs[0][0].options.overwrite:
@@ -127,9 +129,11 @@ def _carry_out(runs: list[tuple[Plan, Journal]], client: Any, lease: Held, emit:
     for plan, journal in to_do:
         begin(plan, journal)
     results = []
-    for plan, journal in runs:
-        is_done = journal.result is not None
-        results.append(already_done(plan, journal) if is_done else run_plan(plan, journal, client, lease, emit))
+    first = runs[0][0]
+    with workers.ready(first.model, Location(first.run), options):
+        for plan, journal in runs:
+            is_done = journal.result is not None
+            results.append(already_done(plan, journal) if is_done else run_plan(plan, journal, workers, lease, emit))
     return joined(results)
 
 
@@ -192,14 +196,14 @@ def reopen(plan: Plan) -> None:
         place.sweep_partial()
 
 
-def run_plan(plan: Plan, journal: Journal, client: Any, lease: Held, emit: Emit) -> Result:
+def run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit: Emit) -> Result:
     """Run what the journal lacks, and publish what there is; the next run goes on with what failed."""
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
-    emit(Started(plan.target, n_tasks, journal.n_done, client.dashboard_link))
+    emit(Started(plan.target, n_tasks, journal.n_done, workers.client.dashboard_link))
     journal.sync = Location(plan.target).sync
-    runner = _Runner(plan, journal, client, lease, emit)
-    with journal.flushed(), journal.session():
+    runner = _Runner(plan, journal, workers, lease, emit)
+    with journal.flushed(), journal.session(workers.record):
         runner.run()
         return conclude(plan, journal, started, is_published=not runner.store_is_lost)
 
@@ -271,7 +275,7 @@ class _Runner:
 
     plan: Plan
     journal: Journal
-    client: Any
+    workers: Workers
     lease: Held
     emit: Emit
     store_is_lost: bool = False
@@ -282,7 +286,7 @@ class _Runner:
         """Run all volumes; a stage of one does not wait for another volume."""
         self._upcoming = iter_flows(self.plan, self.journal)
         dispatcher = Dispatcher(
-            self.client,
+            self.workers,
             self.plan.run,
             self.plan.fingerprint,
             self.lease.id,

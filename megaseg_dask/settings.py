@@ -208,6 +208,9 @@ class Settings(BaseModel):
     )
     workers: int | None = _option(RUN, None, "Worker processes. (default: one, or one per GPU)", "N", gt=0)
     scheduler: Text | None = _option(RUN, None, "Use the running Dask scheduler at this address.", "ADDRESS")
+    cluster: Text | None = _option(
+        RUN, None, "Start workers as this file says: by SLURM, PBS, LSF, SGE or Kubernetes for instance.", "FILE.yaml"
+    )
     endpoint: Text | None = _option(
         RUN, None, "Address of an S3-compatible server, or of another cloud's. (default: AWS_ENDPOINT_URL)", "URL"
     )

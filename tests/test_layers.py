@@ -15,13 +15,13 @@ geometry blending intensity thresholds labelling digits measurements layout memo
 stores.threads stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
 stores.disks stores.objects stores.foreign stores.location stores.downloads stores
 models.network models.recipes models.bundle models.guards models.files models.statements models.heads
-models.preprocessing models.cytodl models models.cards models.cache models.download models.zoo
+models.preprocessing models.cytodl models.copies models models.cards models.cache models.download models.zoo
 engines engines.pytorch engines.openvino inference
 ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
-parsing settings plan parts planning journal lease products
+parsing settings clusterfile plan parts planning journal lease products
 tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
 publishing targets tables
-cluster dispatch flows run single
+cluster.config cluster.gpus cluster.kinds cluster.versions cluster.joining cluster dispatch flows run single
 xarrays
 training.inside training.environment training.manifest training.card training.session training
 scoring
@@ -37,7 +37,8 @@ DOORS = {
     "cc3d": {"labelling"},
     "cyto_dl": {"training.inside"},
     "dask": {"cluster", "xarrays"},
-    "dask_cuda": {"cluster"},
+    "dask_jobqueue": {"cluster"},
+    "dask_kubernetes": {"cluster"},
     "distributed": {"cluster", "dispatch"},
     "PIL": {"report"},
     "fsspec": {"stores"},
@@ -52,7 +53,7 @@ DOORS = {
     "openvino": {"engines"},
     "psutil": {"memory", "planning", "doctor"},
     "pyarrow": {"ngff"},
-    "pydantic": {"settings", "plan", "ngff"},
+    "pydantic": {"settings", "clusterfile", "plan", "ngff"},
     "rich": {"console"},
     "matplotlib": {"demo", "training"},
     "skimage": {"thresholds"},
@@ -63,7 +64,7 @@ DOORS = {
     "tornado": {"view"},
     "typer": {"cli", "console", "exits", "jobs_cli", "looking_cli", "models_cli", "options_cli", "training_cli"},
     "xarray": {"xarrays"},
-    "yaml": {"models"},
+    "yaml": {"models", "clusterfile"},
     "zarr": {"ngff", "stores"},
 }
 

@@ -69,6 +69,14 @@ def cuda_devices() -> list[str]:
     )
 
 
+def cuda_identity() -> tuple[str, str] | None:
+    """Return name and UUID of the GPU that this process computes on, if it sees one."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return found.name, str(found.uuid)
+
+
 def cuda_version() -> str | None:
     """Return the CUDA version that PyTorch was built with, if any."""
     return torch.version.cuda
