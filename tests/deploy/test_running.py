@@ -37,7 +37,8 @@ def source(tmp_path) -> Path:
 def expected(source, tmp_path, tiny_bundle, client) -> dict:
     target = tmp_path / "expected.zarr"
     settings = parse_settings({"model": str(tiny_bundle), **OPTIONS})
-    assert segment(str(source), str(target), settings, client=client).status == "done"
+    result = segment(str(source), str(target), settings, client=client)
+    assert result.status == "done", result.failures
     return contents(target)
 
 
@@ -84,7 +85,8 @@ class Rendered:
 def test_what_the_containers_run(source, expected, tiny_bundle, tmp_path):
     port, dashboard, target = str(free_port()), str(free_port()), tmp_path / "out.zarr"
     places = {
-        "megaseg-scheduler:8786": f"127.0.0.1:{port}", "0.0.0.0": "127.0.0.1", "8786": port, ":8787": f"127.0.0.1:{dashboard}",
+        "megaseg-scheduler:8786": f"127.0.0.1:{port}", "0.0.0.0": "127.0.0.1", "8786": port,
+        ":8787": f"127.0.0.1:{dashboard}",
         "s3://screens/plate.zarr": str(source), "s3://results/plate.zarr": str(target), "MegaSeg_v1": str(tiny_bundle),
         "DNA": "0", "cuda": "cpu", "24GB": "4GB", "/scratch": str(tmp_path / "scratch"),
     }  # fmt: skip
