@@ -5,11 +5,11 @@ BIN = $(VENV)/bin
 # As many test processes as cores; each test pins its own forward passes to one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,view,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dashboard,demo,docs,view,test]'
 	touch $@
 
 demo: $(VENV)/.installed  ## Segment real cells and say where to look
@@ -26,8 +26,12 @@ check: $(VENV)/.installed  ## Lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed  ## Build the pages into site/, strictly and offline
+	$(BIN)/python -m tests.unit.test_docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.installed  ## Measure, and write benchmarks/results
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache megaseg-demo
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache megaseg-demo site

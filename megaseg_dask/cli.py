@@ -27,12 +27,11 @@ from megaseg_dask.exits import fail as _fail
 from megaseg_dask.jobs_cli import join, status, task
 from megaseg_dask.looking_cli import report, view
 from megaseg_dask.models_cli import models_app
-from megaseg_dask.options_cli import STORE, open_stores, settings_of, with_settings
+from megaseg_dask.options_cli import STORE, next_commands, open_stores, settings_of, with_settings
 from megaseg_dask.training_cli import train
 
 app = typer.Typer(
     name="megaseg",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -60,6 +59,16 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
       megaseg segment cells.zarr segmented.zarr
 
     Or begin with real cells and a small model: megaseg demo
+
+    \b
+    Exit codes:
+      0    all is done, or was done before
+      1    something failed and is named; the same command goes on with it
+      2    the request is wrong; nothing was written
+      3    megaseg status: work is pending
+      130  interrupted; the same command goes on
+
+    NO_COLOR is honoured; without a terminal, progress comes as plain lines; --json is for scripts.
     """
     if version:
         import importlib.metadata
@@ -90,7 +99,7 @@ def segment(source: Source, target: Target, *, json_: Json = False, quiet: Quiet
         with reporter(json_, quiet) as emit:
             result = run_segment(source, target, settings, emit=emit)
         if not json_:
-            print_result(result, quiet)
+            print_result(result, quiet, next_commands(target, settings, failed=bool(result.failures)))
         raise typer.Exit(result.exit_code)
 
 
@@ -145,6 +154,10 @@ def demo(
     """Segment real nuclei with the starter model, offline, and say where to look.
 
     It writes an OME-Zarr image with its true labels, segments it, and draws both side by side.
+
+    \b
+    Example:
+      megaseg demo my-first-cells
     """
     with _exit_codes(json_):
         from pathlib import Path
@@ -193,12 +206,31 @@ def evaluate(
 
 
 @app.command()
-def doctor(*, json_: Json = False) -> None:
-    """Show what this machine has, what auto would choose and why, and the usual troubles."""
+@with_settings(*STORE)
+def doctor(
+    addresses: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADDRESS]…", help="Sources and targets to try.", show_default=False)
+    ] = None,
+    *,
+    json_: Json = False,
+    **options: Any,
+) -> None:
+    """Show what this machine has, what auto would choose and why, and the usual troubles.
+
+    Of an address it tells whether its store answers, what image is there, whether a run could write there, and how
+    fast. Exit code 1: an address cannot be used. --anon is about the first address.
+
+    \b
+    Examples:
+      megaseg doctor
+      megaseg doctor s3://screens/plate.zarr s3://results/plate.zarr
+    """
     with _exit_codes(json_):
         from megaseg_dask.doctor import examine
 
-        print_findings(examine(), as_json=json_)
+        named = addresses or []
+        open_stores(options, named[0] if named else None)
+        raise typer.Exit(int(print_findings(examine(named), as_json=json_)))
 
 
 for _command in (task, join, status, report, view, train):

@@ -8,156 +8,95 @@ import contextlib
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import typer
 
 from megaseg_dask.events import Event
+from megaseg_dask.narration import Narrator, duration, failed_text, failure_line, left_text, rates, size_text
 
 _MOST_FAILURES = 10
 
 
 @contextlib.contextmanager
 def reporter(as_json: bool, quiet: bool) -> Iterator[Callable[[Event], None]]:
-    """Yield a function that shows events: JSON lines, a progress bar on a terminal, or plain lines."""
+    """Yield a function that shows events: JSON lines, progress bars on a terminal, or plain lines."""
     if as_json:
         yield lambda event: typer.echo(json.dumps(event.as_dict()))
     elif quiet:
         yield lambda event: None
-    elif sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         with _bars() as show:
             yield show
     else:
-        yield _lines()
+        narrator = Narrator()
+
+        def tell(event: Event) -> None:
+            for line in narrator.lines(event):
+                typer.echo(line, err=True)
+
+        yield tell
 
 
 @contextlib.contextmanager
 def _bars() -> Iterator[Callable[[Event], None]]:
+    """Show a bar for each stage; rich draws without colours where ``NO_COLOR`` asks for it."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:<13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))  # fmt: skip
+    columns = (TextColumn("{task.description:<13}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[rate]}", markup=False))  # fmt: skip
+    narrator = Narrator()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bars: dict[str, Any] = {}
 
+        def draw(name: str, n: float, total: float, rate: str) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=total, rate="")
+            progress.update(bars[name], completed=n, total=total, rate=rate)
+
         def show(event: Event) -> None:
             fields: dict[str, Any] = event.as_dict()
-            match event.kind:
-                case "started":
-                    progress.console.print(_started_line(fields))
-                case "progress":
-                    stage = str(fields["stage"])
-                    if stage not in bars:
-                        bars[stage] = progress.add_task(stage, total=fields["n_tasks"], rate="")
-                    done = {"completed": fields["n_done"], "total": fields["n_tasks"]}
-                    progress.update(bars[stage], **done, rate=_rate(fields))
-                case "notice":
-                    progress.console.print(fields["text"], markup=False, highlight=False)
-                case "fetching":
-                    model = str(fields["model"])
-                    if model not in bars:
-                        bars[model] = progress.add_task(model, total=round(fields["total_bytes"] / 1e6, 1), rate="")
-                    progress.update(bars[model], completed=round(fields["n_bytes"] / 1e6, 1), rate=_speed(fields))
-                case "epoch":
-                    progress.console.print(_epoch_line(fields))
-                case "failure":
-                    progress.console.print(_failure_line(fields), markup=False, highlight=False)
+            if event.kind == "progress":
+                rate = " · ".join(filter(None, (rates(fields), left_text(fields), failed_text(fields))))
+                draw(str(fields["stage"]), fields["n_done"], fields["n_tasks"], rate)
+            elif event.kind == "fetching":
+                received, total = (round(fields[key] / 1e6, 1) for key in ("n_bytes", "total_bytes"))
+                draw(str(fields["model"]), received, total, f"MB, {float(fields['bytes_per_s']) / 1e6:.3g} MB/s")
+            else:
+                for line in narrator.lines(event):
+                    progress.console.print(line, markup=False, highlight=False)
 
         yield show
 
 
-def _lines(every_s: float = 5.0) -> Callable[[Event], None]:
-    """Return a printer of plain lines, one per stage and every few seconds."""
-    last: dict[str, float] = {}
-
-    def show(event: Event) -> None:
-        fields: dict[str, Any] = event.as_dict()
-        match event.kind:
-            case "started":
-                typer.echo(_started_line(fields), err=True)
-            case "notice":
-                typer.echo(fields["text"], err=True)
-            case "epoch":
-                typer.echo(_epoch_line(fields), err=True)
-            case "failure":
-                typer.echo(_failure_line(fields), err=True)
-            case "fetching":
-                model, now = str(fields["model"]), time.monotonic()
-                complete = fields["n_bytes"] == fields["total_bytes"]
-                if model not in last or complete or now - last[model] > every_s:
-                    last[model] = now
-                    received = f"{size_text(fields['n_bytes'])} of {size_text(fields['total_bytes'])}"
-                    typer.echo(f"fetching {model} from {fields['source']}: {received}", err=True)
-            case "progress":
-                stage, now = str(fields["stage"]), time.monotonic()
-                complete = fields["n_done"] == fields["n_tasks"]
-                if complete or now - last.setdefault(stage, now) > every_s:
-                    last[stage] = now
-                    left = "" if complete else f", about {fields['left_s']:.0f} s left"
-                    line = f"{stage}: {fields['n_done']}/{fields['n_tasks']} tasks, {fields['elapsed_s']:.1f} s"
-                    typer.echo(f"{line}, {_rate(fields)}{left}", err=True)
-
-    return show
-
-
-def _rate(fields: dict[str, Any]) -> str:
-    rate = float(fields["voxels_per_s"])
-    return f"{rate / 1e6:.3g} Mvoxel/s" if rate else ""
-
-
-def _speed(fields: dict[str, Any]) -> str:
-    return f"MB, {float(fields['bytes_per_s']) / 1e6:.3g} MB/s"
-
-
-def _started_line(fields: dict[str, Any]) -> str:
-    resumed = f", {fields['n_done']} of them done before" if fields["n_done"] else ""
-    n = fields["n_tasks"]
-    return f"{n} {'task' if n == 1 else 'tasks'}{resumed}; dashboard {fields['dashboard']}"
-
-
-def _epoch_line(fields: dict[str, Any]) -> str:
-    training, validation = (
-        "not a number" if fields[key] is None else f"{fields[key]:.4f}" for key in ("training_loss", "validation_loss")
-    )
-    best = "the best so far" if fields["best_epoch"] == fields["epoch"] else f"best was epoch {fields['best_epoch']}"
-    epoch = f"epoch {fields['epoch']} ({fields['epoch'] + 1} of {fields['max_epochs']})"
-    return f"{epoch}: loss {training}, validation {validation}, {best}"
-
-
-def _failure_line(fields: dict[str, Any]) -> str:
-    return f"FAILED {fields['stage']} {fields['volume']} box {fields['box']}: {fields['error']}"
-
-
-def print_result(result: Any, quiet: bool, again: str = "Run the same command again") -> None:
-    """Say how a run ended: what was written, or what failed and what to do: ``again``, once the cause is mended."""
+def print_result(
+    result: Any, quiet: bool, following: Sequence[tuple[str, str]], again: str = "Run the same command again"
+) -> None:
+    """Say how a run ended: what was written, or what failed and how to go on; and the next commands."""
     if n := len(result.failures):
         typer.echo(f"megaseg: {n} {'task' if n == 1 else 'tasks'} failed; what is finished is kept in {result.run}",
                    err=True)  # fmt: skip
         # Otherwise they were shown when they happened.
         for failure in result.failures[: _MOST_FAILURES if quiet else 0]:
-            typer.echo(_failure_line(failure), err=True)
-        typer.echo(f"{again} once the cause is mended; megaseg status {result.target} lists what failed.", err=True)
+            typer.echo(failure_line(failure), err=True)
+        typer.echo(f"{again} once the cause is mended: it tries just what failed.", err=True)
+    else:
+        for warning in result.warnings:
+            typer.echo(f"megaseg: warning: {warning}", err=True)
+        objects = "" if result.n_objects is None else f"{result.n_objects} objects in "
+        how = ": already done, nothing to do" if result.already_done else f" after {result.wall_s:.1f} s"
+        typer.echo(f"{objects}{result.target}{how}")
+    if quiet:
         return
-    for warning in result.warnings:
-        typer.echo(f"megaseg: warning: {warning}", err=True)
-    objects = "" if result.n_objects is None else f"{result.n_objects} objects in "
-    if result.already_done:
-        typer.echo(f"{objects}{result.target}: already done, nothing to do")
-        return
-    typer.echo(f"{objects}{result.target} after {result.wall_s:.1f} s")
-    if not quiet and result.peak_bytes:
+    if result.peak_bytes:
         stage, peak = max(result.peak_bytes.items(), key=lambda item: item[1])
-        typer.echo(f"most memory of a worker: {peak / 1e9:.2f} GB in stage {stage}", err=True)
+        print_rows({"memory": f"at most {peak / 1e9:.2f} GB of a worker, in stage {stage}"}, err=True)
+    if result.log:
+        print_rows({"log": result.log}, err=True)
+    for number, (command, why) in enumerate(following):
+        print_rows({"" if number else "next": f"{command}    # {why}"}, err=True)
 
 
 def print_training(trained: Any) -> None:
@@ -167,7 +106,7 @@ def print_training(trained: Any) -> None:
     print_rows({
         "bundle": trained.bundle + ("  (already done)" if trained.already_done else ""),
         "best": f"epoch {trained.best_epoch}, validation loss {trained.best_loss:.4f}",
-        "stopped": f"after {trained.n_epochs} epochs and {_duration(trained.wall_s)}: {why}",
+        "stopped": f"after {trained.n_epochs} epochs and {duration(trained.wall_s)}: {why}",
         "next": f"megaseg segment SOURCE TARGET --model {trained.bundle}",
     })  # fmt: skip
 
@@ -186,7 +125,7 @@ def print_status(run: Any) -> None:
     typer.echo(f"{run.label_name}: {'done' if run.done else 'failed' if run.failures else 'not finished'}")
     print_rows({f"  {stage}": f"{n} of {total} tasks" for stage, (n, total) in run.stages.items()}, 16)
     for failure in run.failures[:_MOST_FAILURES]:
-        typer.echo(_failure_line(failure))
+        typer.echo(failure_line(failure))
     if not run.done and all(n == total for n, total in run.stages.values()):
         typer.echo("All tasks are done; megaseg join, or the same segment command, publishes what they wrote.")
     elif not run.done:
@@ -216,7 +155,7 @@ def print_plan(summary: dict[str, Any]) -> None:
         "bytes": f"{size_text(summary['bytes_read'])} read ({summary['read_amplification']} times the volume), "
                  f"{size_text(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}",
         "memory": f"{size_text(summary['memory_bytes'])} per worker; projected GB: {peaks}",
-        "time": f"about {_duration(summary['projected_s'])} of one worker like this machine, "
+        "time": f"about {duration(summary['projected_s'])} of one worker like this machine, "
                 f"{summary['patch_s']:.2g} s a patch" if summary["projected_s"] is not None else "cannot be told here: "
                 f"{summary['time_unknown']}",
         "tasks": tasks + (f"  ({summary['tasks_done']} done)" if summary["tasks_done"] else ""),
@@ -237,7 +176,8 @@ def print_demo(demo: Any) -> None:
         "matched": f"{scores.matchings[0].true_positives} objects at IoU 0.5, panoptic quality "
                    f"{scores.panoptic_quality:.3f}",
         "look at": demo.picture,
-        "next": f"megaseg evaluate {demo.target} {demo.source}",
+        "next": f"megaseg view {demo.target}    # in a browser",
+        "": f"megaseg report {demo.target}    # quality control",
     }  # fmt: skip
     print_rows(rows)
 
@@ -259,37 +199,31 @@ def print_evaluation(evaluation: Any, *, csv: bool) -> None:
         typer.echo(f"{m['threshold']:>6.2f} {counts} {m['average_precision']:>8.4f}")
 
 
-def print_findings(findings: list[Any], *, as_json: bool) -> None:
-    """Print what doctor found; advice stands below what it is about."""
-    if as_json:
-        listed = [{"name": f.name, "found": f.found, "advice": f.advice} for f in findings]
-        typer.echo(json.dumps({"event": "result", "status": "done", "findings": listed}))
-        return
+def print_findings(findings: Iterable[Any], *, as_json: bool) -> bool:
+    """Print what doctor found, as it is found, advice below what it is about; tell whether something is fatal."""
+    found = []
     for finding in findings:
-        print_rows({finding.name: finding.found}, 20)
-        if finding.advice:
-            print_rows({"": f"→ {finding.advice}"}, 20)
+        found.append(finding)
+        if not as_json:
+            # An address has a line of its own.
+            if len(finding.name) > 20:
+                typer.echo(finding.name)
+            print_rows({"" if len(finding.name) > 20 else finding.name: finding.found}, 20)
+            if finding.advice:
+                print_rows({"": f"→ {finding.advice}"}, 20)
+    fatal = any(finding.is_fatal for finding in found)
+    if as_json:
+        listed = [{"name": f.name, "found": f.found, "advice": f.advice} for f in found]
+        typer.echo(json.dumps({"event": "result", "status": "failed" if fatal else "done", "findings": listed,
+                               "exit_code": int(fatal)}))  # fmt: skip
+    return fatal
 
 
-def print_rows(rows: dict[str, Any], width: int = 12) -> None:
+def print_rows(rows: dict[str, Any], width: int = 12, *, err: bool = False) -> None:
     """Print one line a row: a name, and what is found under it."""
     for name, text in rows.items():
-        typer.echo(f"{name:<{width}} {text}")
+        typer.echo(f"{name:<{width}} {text}", err=err)
 
 
 def _shape(values: Any) -> str:
     return ",".join(map(str, values))
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds > 90 else f"{seconds:.0f} s"
-
-
-def size_text(n: float) -> str:
-    """Return a number of bytes as people read it."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"

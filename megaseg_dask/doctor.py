@@ -1,17 +1,22 @@
 """What this machine has, what ``auto`` would choose on it and why, and the usual troubles.
 
-It only looks: nothing is written, no worker is started.
+No worker is started, and nothing is written but the probes at an address that
+a run could write to.
 """
 
 import importlib.util
+import os
 import platform
+import re
 import shutil
-from dataclasses import dataclass
+import subprocess
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
+from megaseg_dask.checkup import Finding, disk_finding, examine_address
 from megaseg_dask.errors import BundleError
 from megaseg_dask.inference import n_cores, resolve_engine
 from megaseg_dask.models.zoo import PUBLISHED, find
@@ -19,21 +24,25 @@ from megaseg_dask.planning import default_memory_bytes
 
 _PACKAGES = ("megaseg-dask", "torch", "monai", "dask", "distributed", "zarr", "ome-zarr-models", "numpy", "dask-cuda")
 _LITTLE_MEMORY = 4 * 10**9
-_LITTLE_DISK = 5 * 10**9
+# The first drivers that programs built with a CUDA of this number run on (NVIDIA, CUDA compatibility, Linux).
+_LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}
+_PATIENCE_S = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report; ``advice`` is there if something is wrong."""
-
-    name: str
-    found: str
-    advice: str = ""
-
-
-def examine() -> list[Finding]:
-    """Return what was found, good and bad, most basic first."""
-    return [_platform(), *_packages(), _memory(), _disk(), *_gpu(), _choice(), *_models()]
+def examine(addresses: Sequence[str] = ()) -> Iterator[Finding]:
+    """Yield what is found, good and bad, most basic first; last what some addresses are good for."""
+    yield from (
+        _platform(),
+        *_packages(),
+        _memory(),
+        disk_finding(Path.cwd(), "here"),
+        *_gpu(),
+        _choice(),
+        _dashboard(),
+    )
+    yield from _models()
+    for address in addresses:
+        yield from examine_address(address)
 
 
 def _platform() -> Finding:
@@ -58,12 +67,6 @@ def _memory() -> Finding:
     return Finding("memory", text, advice if memory.available < _LITTLE_MEMORY else "")
 
 
-def _disk() -> Finding:
-    free = shutil.disk_usage(Path.cwd()).free
-    advice = "choose a target on a larger disk: a run needs about 3 bytes per voxel, 8 while it works"
-    return Finding("disk", f"{free / 1e9:.0f} GB free here", advice if free < _LITTLE_DISK else "")
-
-
 def _gpu() -> list[Finding]:
     from megaseg_dask.engines.pytorch import cuda_devices, cuda_version
 
@@ -72,13 +75,43 @@ def _gpu() -> list[Finding]:
         missing = importlib.util.find_spec("dask_cuda") is None
         advice = "for one worker per GPU: pip install 'megaseg-dask[cuda12]' (or cuda13)" if missing else ""
         return [Finding("GPU", ", ".join(devices), advice)]
-    if shutil.which("nvidia-smi") is None and not Path("/dev/nvidia0").exists():
+    driver = _driver()
+    if driver is None and not Path("/dev/nvidia0").exists():
         return [Finding("GPU", "none")]
-    if cuda_version() is None:
+    built_with = cuda_version()
+    if built_with is None:
         return [Finding("GPU", "there, but this PyTorch is built without CUDA",
                         "install a CUDA build of PyTorch (https://pytorch.org/get-started)")]  # fmt: skip
-    return [Finding("GPU", f"there, but PyTorch (CUDA {cuda_version()}) cannot use it",
-                    "the NVIDIA driver may be older than that CUDA: run nvidia-smi")]  # fmt: skip
+    return [Finding("GPU", f"there, but PyTorch (CUDA {built_with}) cannot use it", _why(driver, built_with))]
+
+
+def _driver() -> str | None:
+    """Return the version of the NVIDIA driver, empty if its own program cannot tell; ``None`` if that is not there."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return said.strip().partition("\n")[0]
+
+
+def _why(driver: str | None, built_with: str) -> str:
+    """Return why a GPU that is there cannot be used."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and not re.match(r"\d|GPU-|MIG-", hidden):
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset that, or name a GPU"
+    if not driver:
+        return "the driver does not answer: run nvidia-smi; in a container, start it with its GPUs (--gpus all, --nv)"
+    least = _LEAST_DRIVER.get(built_with.partition(".")[0], 0)
+    if re.match(r"\d+", driver) and int(driver.partition(".")[0]) < least:
+        return (
+            f"driver {driver} is too old for CUDA {built_with}, which needs {least} or newer: update the driver, "
+            "or install a PyTorch for an older CUDA (https://pytorch.org/get-started)"
+        )
+    return f"driver {driver} should do for CUDA {built_with}: try python -c 'import torch; torch.zeros(1).cuda()'"
 
 
 def _choice() -> Finding:
@@ -87,6 +120,12 @@ def _choice() -> Finding:
     advice = "OpenVINO is several times faster on a CPU: pip install 'megaseg-dask[openvino]'"
     text = f"engine {spec.engine} {spec.precision} on {spec.device} ({why}), {spec.threads} threads per forward pass"
     return Finding("auto", text, advice if (spec.engine, spec.device) == ("torch", "cpu") else "")
+
+
+def _dashboard() -> Finding:
+    there = importlib.util.find_spec("bokeh") is not None
+    advice = "to watch workers in a browser: pip install 'megaseg-dask[dashboard]'"
+    return Finding("dashboard", "can be shown" if there else "cannot be shown", "" if there else advice)
 
 
 def _models() -> list[Finding]:

@@ -33,7 +33,7 @@ class Started(Event):
 
 @dataclass(frozen=True, slots=True)
 class Progress(Event):
-    """A stage began, or a task of it ended."""
+    """A stage began, or a task of it ended; ``unit`` is what people count: fields, volumes, blocks."""
 
     kind: ClassVar[str] = "progress"
     stage: str
@@ -42,6 +42,9 @@ class Progress(Event):
     elapsed_s: float
     voxels_per_s: float
     left_s: float | None
+    n_failed: int = 0
+    unit: str = ""
+    units_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class Result(Event):
     warnings: list[str] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     run: str = ""
+    log: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -118,9 +122,10 @@ class Result(Event):
 
 
 def joined(results: Sequence[Result]) -> Result:
-    """Return the one result of a request that took several runs; ``run`` is the first of those that failed."""
+    """Return the one result of a request that took several runs; ``run`` and ``log`` are of the first that failed."""
     if len(results) == 1:
         return results[0]
+    named = next((result for result in results if result.failures), results[0])
     failures = [failure for result in results for failure in result.failures]
     counts = [result.n_objects for result in results if result.n_objects is not None]
     peaks: dict[str, int] = {}
@@ -135,7 +140,8 @@ def joined(results: Sequence[Result]) -> Result:
         failures=failures,
         warnings=[warning for result in results for warning in result.warnings],
         peak_bytes=peaks,
-        run=next((result.run for result in results if result.failures), results[0].run),
+        run=named.run,
+        log=named.log,
     )
 
 

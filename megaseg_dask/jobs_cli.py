@@ -34,7 +34,7 @@ def task(
     Any number of processes may run tasks of one stage at the same time. What is done is not done again.
 
     \b
-    Record the plan, run the stages in their order, then join what they did:
+    Examples: record the plan, run the stages in their order, then join what they did:
       megaseg plan cells.zarr out.zarr --record
       megaseg task out.zarr segment --share 3/10      # in the third of ten jobs
       megaseg task out.zarr label 0-99
@@ -77,7 +77,9 @@ def join(target: Begun, *, label_name: Name = "megaseg", json_: Json = False, **
         if result is None:
             raise typer.Exit(_show(target, label_name, json_))
         if not json_:
-            print_result(result, False, "Run the same megaseg plan … --record, the tasks that failed and what follows,")
+            print_result(
+                result, False, (), "Run the same megaseg plan … --record, the tasks that failed and what follows,"
+            )
         raise typer.Exit(result.exit_code)
 
 
@@ -91,7 +93,13 @@ def status(
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending."""
+    """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending.
+
+    \b
+    Examples:
+      megaseg status segmented.zarr
+      megaseg status s3://results/plate.zarr --json
+    """
     with exit_codes(json_):
         open_stores(options, target)
         raise typer.Exit(_show(target, label_name, json_))

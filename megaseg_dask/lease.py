@@ -58,6 +58,7 @@ class Held:
     def __init__(self, run: Location, lease: Lease, beat_s: float) -> None:
         self._run, self._lease, self._beat_s = run, lease, beat_s
         self._stopped, self._lost = threading.Event(), threading.Event()
+        self._looked = time.time()
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
 
@@ -68,6 +69,10 @@ class Held:
 
     def require(self) -> None:
         """Raise :class:`StoreError` if another client took the run over, because this one had stopped for long."""
+        # Who wakes up is here before its heart beats again. By the time of day: other clocks sleep with the machine.
+        if abs(time.time() - self._looked) > _PATIENCE * self._beat_s / 2:
+            with suppress(StoreError):
+                self._look()
         if self._lost.is_set():
             raise StoreError(f"another client took over {self._run} while this one stood still; leave the run to it")
 
@@ -85,11 +90,17 @@ class Held:
         while not self._stopped.wait(self._beat_s):
             # A store that fails for a moment is no reason to give up: the next beat tries again.
             with suppress(StoreError):
-                if not self._is_ours():
-                    self._lost.set()
+                self._look()
+                if self._lost.is_set():
                     return
                 self._lease = replace(self._lease, beat=self._lease.beat + 1)
                 self._run.put(_key(self.id), _encode(self._lease))
+
+    def _look(self) -> None:
+        if self._is_ours():
+            self._looked = time.time()
+        else:
+            self._lost.set()
 
     def _is_ours(self) -> bool:
         holder = read(self._run, self.id)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megaseg_dask.console import print_rows, reporter, size_text
+from megaseg_dask.console import print_rows, reporter
 from megaseg_dask.exits import Json, exit_codes
+from megaseg_dask.narration import size_text
 
 if TYPE_CHECKING:
     from megaseg_dask.models.cache import Record

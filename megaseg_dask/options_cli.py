@@ -1,6 +1,8 @@
 """Options of the command line, made from :class:`Settings`: declared once, checked once."""
 
 import inspect
+import re
+import shlex
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -34,6 +36,7 @@ def _option(name: str) -> inspect.Parameter:
         metavar=extra["metavar"],
         rich_help_panel=extra["panel"],
         show_default=False,
+        autocompletion=_completion(extra["metavar"]),
     )
     # Of an option that may be repeated typer makes a list.
     kind = bool if field.annotation is bool else list[str] | None if name == "model" else str | None
@@ -45,6 +48,12 @@ def _option(name: str) -> inspect.Parameter:
     )
 
 
+def _completion(metavar: str | None) -> Callable[[str], list[str]] | None:
+    """Return what a shell may offer: the words among the values of an option."""
+    words = [word for word in (metavar or "").split("|") if re.fullmatch(r"[a-z0-9.]+", word)]
+    return (lambda incomplete: [word for word in words if word.startswith(incomplete)]) if words else None
+
+
 def open_stores(options: dict[str, Any], source: str | None) -> None:
     """Let this process open stores as the options of a command say; ``--anon`` is about ``source``, or about all."""
     settings = settings_of(options)
@@ -52,6 +61,21 @@ def open_stores(options: dict[str, Any], source: str | None) -> None:
     from megaseg_dask.stores import configure
 
     configure(store_options(source, settings))
+
+
+def next_commands(target: str, settings: Settings, *, failed: bool) -> list[tuple[str, str]]:
+    """Return what to type after a run, and what for; the options that find the target again are kept."""
+    from megaseg_dask.stores import is_secret
+
+    words = [target]
+    if settings.label_name != Settings.model_fields["label_name"].default:
+        words += ["--label-name", settings.label_name]
+    words += ["--endpoint", settings.endpoint] if settings.endpoint else []
+    for option in settings.storage_option or ():
+        words += [] if is_secret(option) else ["--storage-option", option]
+    rest = shlex.join(words)
+    looks = [(f"megaseg report {rest}", "quality control"), (f"megaseg view {rest}", "in a browser")]
+    return [(f"megaseg status {rest}", "what failed"), looks[0]] if failed else looks
 
 
 def _default(value: object) -> str:

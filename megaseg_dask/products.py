@@ -102,6 +102,14 @@ def groups_of(plan: Plan, image: str) -> list[Group]:
     return [Group(kind, image, suffix) for kind in kinds for suffix in (plan.suffixes if kind != "scores" else ("",))]
 
 
+def places(plan: Plan, image: str) -> list[Location]:
+    """Return the groups and arrays that a run makes of one image."""
+    groups_ = [group.location(plan) for group in groups_of(plan, image)]
+    arrays = [place / str(level) for place in groups_ for level in range(len(plan.target_image.levels))]
+    has_labels = any(kind != "scores" for kind in plan.arrays)
+    return groups_ + arrays + [Location(plan.target) / image / "labels"] * has_labels
+
+
 def first_mask(plan: Plan) -> str:
     """Return the kind of what thresholding writes: the mask, or what it is before holes are filled."""
     return "unfilled" if plan.options.fill_holes else "mask"

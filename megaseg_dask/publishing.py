@@ -11,10 +11,11 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
+from megaseg_dask.ngff.consolidated import refresh
 from megaseg_dask.ngff.images import image_attributes, versioned
 from megaseg_dask.ngff.plates import is_plate, join_plates, read_plate, write_plate
 from megaseg_dask.plan import Plan, PlannedVolume
-from megaseg_dask.products import BY_OUTPUT, groups, groups_of, images
+from megaseg_dask.products import BY_OUTPUT, groups, groups_of, images, places
 from megaseg_dask.stores import Location, at_once
 
 PROVENANCE = "megaseg"
@@ -114,6 +115,28 @@ def list_fields(plan: Plan, *, own: bool, missing_boxes: Sequence[dict[str, Any]
     boxes = [box for box in earlier if box.get("image") not in mine] + list(missing_boxes)
     write_plate(root, join_plates(plan.plate if own else replace(plan.plate, fields=()), others), version)
     root.write_group(version, {PROVENANCE: {**provenance_by(plan, []), "missing_boxes": boxes}})
+
+
+def refresh_consolidated(plan: Plan) -> None:
+    """Let groups that repeat the metadata of all below them, mostly in sources, tell of what this run wrote."""
+    root = Location(plan.target)
+    fields = plan.plate.fields if is_whole_plate(plan) and plan.plate else ()
+    wells = [root, *(root / part for field in fields for part in (field.row, field.well))]
+    written = {image: places(plan, image) + _tables(plan, image) for image in images(plan)}
+    _refresh(root, [*wells, *(place for of_image in written.values() for place in of_image)])
+    if is_in_place(plan):
+        at_once(lambda image: _refresh(root / image, written[image]), filter(None, written))
+
+
+def _refresh(group: Location, below: list[Location]) -> None:
+    refresh(group, list(dict.fromkeys(place.url.removeprefix(group.url).strip("/") for place in below)))
+
+
+def _tables(plan: Plan, image: str) -> list[Location]:
+    if "measurements" not in plan.options.outputs:
+        return []
+    tables = Location(plan.target) / image / "tables"
+    return [tables, *(tables / group.name(plan) for group in groups_of(plan, image) if group.kind == "labels")]
 
 
 def list_labels(plan: Plan, labels: Location, *, add: str = "", remove: str = "") -> None:

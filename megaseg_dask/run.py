@@ -8,25 +8,26 @@ in the output which boxes are missing.
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
-
-import numpy as np
 
 from megaseg_dask import products, publishing, targets, tasks
 from megaseg_dask.cluster import Workers, connect
 from megaseg_dask.dispatch import Dispatcher, GroupSize
 from megaseg_dask.errors import MegasegError, TargetError
-from megaseg_dask.events import Event, Failure, Progress, Result, RunStatus, Started, joined
+from megaseg_dask.events import Event, Failure, Result, RunStatus, Started, joined
 from megaseg_dask.flows import Flow, iter_flows
 from megaseg_dask.inference import measure_patch_s
 from megaseg_dask.journal import FOLDER as journal_folder
 from megaseg_dask.journal import Journal
 from megaseg_dask.lease import Held, held
 from megaseg_dask.models.zoo import reporting
+from megaseg_dask.pace import Pace
 from megaseg_dask.parts import Part, read_parts
 from megaseg_dask.plan import Plan, run_names, runs_folder
 from megaseg_dask.planning import make_plan
+from megaseg_dask.runlog import logged
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location, StoreOptions, at_once, configure, lose_patience
 from megaseg_dask.tables import require_own_tables, write_tables
@@ -187,6 +188,7 @@ def begin(plan: Plan, journal: Journal) -> None:
         targets.create(plan)
     else:
         reopen(plan)
+    publishing.refresh_consolidated(plan)
 
 
 def reopen(plan: Plan) -> None:
@@ -198,13 +200,31 @@ def reopen(plan: Plan) -> None:
 
 def run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit: Emit) -> Result:
     """Run what the journal lacks, and publish what there is; the next run goes on with what failed."""
+    with logged(plan) as log:
+
+        def tell(event: Event) -> None:
+            log.note(event)
+            emit(event)
+
+        result = replace(_run_plan(plan, journal, workers, lease, tell), log=log.url)
+        log.note(result)
+        return result
+
+
+def _run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit: Emit) -> Result:
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
-    emit(Started(plan.target, n_tasks, journal.n_done, workers.client.dashboard_link))
-    journal.sync = Location(plan.target).sync
+    emit(Started(plan.target, n_tasks, journal.n_done, _dashboard(workers.client)))
+
+    def sync() -> None:
+        lease.require()
+        Location(plan.target).sync()
+
+    journal.sync = sync
     runner = _Runner(plan, journal, workers, lease, emit)
     with journal.flushed(), journal.session(workers.record):
         runner.run()
+        lease.require()
         return conclude(plan, journal, started, is_published=not runner.store_is_lost)
 
 
@@ -217,6 +237,7 @@ def conclude(plan: Plan, journal: Journal, started: float, *, is_published: bool
         publishing.publish(plan, found, missing)
         if "measurements" in plan.options.outputs:
             write_tables(plan)
+        publishing.refresh_consolidated(plan)
     warnings = _doubts(plan, found, journal)
     if not failures:
         journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})
@@ -231,6 +252,11 @@ def conclude(plan: Plan, journal: Journal, started: float, *, is_published: bool
         peak_bytes={name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks},
         run=plan.run,
     )
+
+
+def _dashboard(client: Any) -> str | None:
+    """Return where to watch the workers; Dask's page says nothing without bokeh."""
+    return client.dashboard_link if find_spec("bokeh") else None
 
 
 def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
@@ -280,7 +306,7 @@ class _Runner:
     emit: Emit
     store_is_lost: bool = False
     _active: list[Flow] = field(default_factory=list)
-    _seen: dict[str, "_Pace"] = field(default_factory=dict)
+    _seen: dict[str, Pace] = field(default_factory=dict)
 
     def run(self) -> None:
         """Run all volumes; a stage of one does not wait for another volume."""
@@ -300,10 +326,12 @@ class _Runner:
             if not outcome.error:
                 n_in_a_row = 0
                 self.journal.add(stage, outcome.index, outcome.summary, outcome.seconds, outcome.peak_bytes)
-                self._show(stage)
+                self._seen[stage].n_done += 1
             else:
                 n_in_a_row += outcome.is_infrastructure
                 self._fail(stage, outcome)
+                self._seen[stage].n_failed += 1
+            self._show(stage)
             self._settle(stage, outcome.index)
             if n_in_a_row >= STORE_IS_LOST or (outcome.is_infrastructure and not self._stores_answer()):
                 self.store_is_lost = True
@@ -337,18 +365,14 @@ class _Runner:
 
     def _begin_stage(self, flow: Flow) -> None:
         stage = flow.stage
-        done = self.journal.done(stage.name)
-        n_done = int(done.sum())
-        voxels = len(self.plan.volumes) * float(np.prod(self.plan.volume_shape)) / stage.n_tasks
-        self._seen[stage.name] = _Pace(n_done, stage.n_tasks, voxels)
+        self._seen[stage.name] = Pace.of(self.plan, stage, int(self.journal.done(stage.name).sum()))
         # A first block may take minutes: show the stage before it is done.
-        self.emit(self._seen[stage.name].progress(stage.name))
+        self.emit(self._seen[stage.name].progress())
 
     def _show(self, stage: str) -> None:
         pace = self._seen[stage]
-        pace.n_done += 1
-        if pace.n_done in (pace.n_before + 1, pace.n_tasks) or time.monotonic() - pace.shown > _PROGRESS_S:
-            self.emit(pace.progress(stage))
+        if pace.n_ended in (pace.n_before + 1, pace.n_tasks) or time.monotonic() - pace.shown > _PROGRESS_S:
+            self.emit(pace.progress())
 
     def _stores_answer(self) -> bool:
         """Ask source and target once: a task that waited for one in vain need not be followed by others that do."""
@@ -361,25 +385,3 @@ class _Runner:
         failure = tasks.failure_of(self.plan, stage, outcome)
         self.journal.add_failure(stage, outcome.index, failure.fields())
         self.emit(failure)
-
-
-@dataclass
-class _Pace:
-    """How a stage gets on: what was done before this run, and what since."""
-
-    n_done: int
-    n_tasks: int
-    voxels: float
-    began: float = field(default_factory=time.monotonic)
-    shown: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.n_before = self.n_done
-
-    def progress(self, stage: str) -> Progress:
-        """Return the event that tells it now."""
-        self.shown = time.monotonic()
-        elapsed_s, n = self.shown - self.began, self.n_done - self.n_before
-        rate = self.voxels * n / elapsed_s if elapsed_s else 0.0
-        left_s = elapsed_s / n * (self.n_tasks - self.n_done) if n else None
-        return Progress(stage, self.n_done, self.n_tasks, round(elapsed_s, 3), rate, left_s)

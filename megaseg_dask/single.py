@@ -172,10 +172,8 @@ def _require_ready(plan: Plan, journal: Journal, stage: Stage, volume: int) -> N
 
 def _require_work(plan: Plan, volume: int) -> None:
     if not plan.is_one_task and not products.has_work(plan, volume):
-        raise TargetError(
-            f"{products.work_folder(plan, volume)} is not there: its intermediate data were removed; "
-            "make room for them again: the same megaseg plan … --record"
-        )
+        raise TargetError(f"{products.work_folder(plan, volume)} is not there: intermediate data were removed; make "
+                          "room for them again: the same megaseg plan … --record")  # fmt: skip
 
 
 def _is_withdrawn(plan: Plan) -> bool:

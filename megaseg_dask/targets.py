@@ -11,7 +11,7 @@ from megaseg_dask import labelling
 from megaseg_dask.errors import TargetError
 from megaseg_dask.ngff.volumes import create_array
 from megaseg_dask.plan import Plan, run_names, runs_folder
-from megaseg_dask.products import SUMS, WORK, groups, groups_of, images
+from megaseg_dask.products import SUMS, WORK, groups, groups_of, images, places
 from megaseg_dask.publishing import (
     PROVENANCE,
     is_in_place,
@@ -249,11 +249,7 @@ def _create_image(plan: Plan, image: str) -> None:
 def _metadata_of(plan: Plan, image: str) -> dict[str, bytes]:
     """Return the metadata objects of what the run made of one image, by key below it."""
     parent, found = Location(plan.target) / image, {}
-    groups_ = [g.location(plan) for g in groups_of(plan, image)]
-    places = [*groups_, *(place / str(level) for place in groups_ for level in range(len(plan.target_image.levels)))]
-    if any(kind != "scores" for kind in plan.arrays):
-        places.append(parent / "labels")
-    for place in places:
+    for place in places(plan, image):
         for name in METADATA:
             if (data := place.get(name)) is not None:
                 found[f"{place.url}/{name}".removeprefix(f"{parent.url}/")] = data

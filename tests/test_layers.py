@@ -10,24 +10,24 @@ PACKAGE = Path(__file__).parents[1] / "megaseg_dask"
 
 # From the bottom up. A module may import those before it; a new module gets its place here.
 LAYERS = """
-errors events
+errors events narration
 geometry blending intensity thresholds labelling digits measurements layout memory simulation evaluate
 stores.threads stores.addresses stores.options stores.failures stores.environment stores.clients stores.folders
 stores.disks stores.objects stores.foreign stores.location stores.downloads stores
 models.network models.recipes models.bundle models.guards models.files models.statements models.heads
 models.preprocessing models.cytodl models.copies models models.cards models.cache models.download models.zoo
 engines engines.pytorch engines.openvino inference
-ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables
-parsing settings clusterfile plan parts planning journal lease products
+ngff ngff.pyramids ngff.images ngff.volumes ngff.plates ngff.tables ngff.consolidated
+parsing settings clusterfile plan parts planning journal runlog lease products
 tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
 publishing targets tables
-cluster.config cluster.gpus cluster.kinds cluster.versions cluster.joining cluster dispatch flows run single
+cluster.config cluster.gpus cluster.kinds cluster.versions cluster.joining cluster dispatch flows pace run single
 xarrays
 training.inside training.environment training.manifest training.card training.session training
 scoring
 report.views report.survey report.seams report.pictures report.charts report.commands report.page report
 view.scenes view.states view.server view
-demo doctor
+demo checkup doctor
 console exits options_cli jobs_cli looking_cli models_cli training_cli cli
 __init__ __main__
 """.split()

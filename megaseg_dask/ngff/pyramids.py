@@ -5,7 +5,8 @@ which part of it. Scores are averaged; labels take the mode, never a mean (the
 mean of objects 3 and 7 is object 5).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
@@ -36,30 +37,51 @@ def default_level_shapes(shape: Shape, spacing_um: tuple[float, ...]) -> Iterato
         yield shape, factor
 
 
-def integer_factor(fine: int, coarse: int) -> int | None:
-    """Return the whole factor between two extents, floor and ceiling division both allowed; else ``None``."""
+def integer_factor(fine: int, coarse: int, scaled: float | None = None) -> int | None:
+    """Return the whole factor between two extents, floor and ceiling division both allowed; else ``None``.
+
+    Of several that fit, ``scaled`` decides: how many times larger the voxels
+    are by the levels' own scales. From 11 to 3 may be a factor of 3, 4 or 5.
+    """
     nearest = round(fine / coarse)
     # From 10 to 4 is a factor of 3 that was rounded up, though 2 is as near.
-    candidates = (nearest, fine // coarse, -(-fine // coarse))
-    return next((f for f in candidates if f and coarse in (fine // f, -(-fine // f))), None)
+    candidates = (*([round(scaled)] if scaled and scaled <= fine else []), nearest, fine // coarse, -(-fine // coarse))
+    return next((f for f in candidates if f > 0 and coarse in (fine // f, -(-fine // f))), None)
 
 
-def source_box(box: Box, fine_shape: Shape, coarse_shape: Shape) -> Box:
-    """Return the voxels of the finer level that a box of the coarser one is computed from."""
-    axes = zip(box.start, box.stop, fine_shape, coarse_shape, strict=True)
-    ranges = [(_source_range(a, fine, coarse)[0], _source_range(b - 1, fine, coarse)[1]) for a, b, fine, coarse in axes]
-    return Box(tuple(a for a, _ in ranges), tuple(b for _, b in ranges))
+@dataclass(frozen=True, slots=True)
+class Step:
+    """From one level to the next coarser one: their shapes, and how many times larger voxels become by their scales."""
+
+    fine_shape: Shape
+    coarse_shape: Shape
+    scaled: tuple[float, ...] | None = None
+
+    @property
+    def factors(self) -> list[int | None]:
+        """The whole factor of each axis, ``None`` where there is none."""
+        scaled = self.scaled or [None] * len(self.fine_shape)
+        return list(map(integer_factor, self.fine_shape, self.coarse_shape, scaled))
+
+    def source_box(self, box: Box) -> Box:
+        """Return the voxels of the finer level that a box of the coarser one is computed from."""
+        starts = [first for first, _ in self._ranges(box.start)]
+        stops = [stop for _, stop in self._ranges([n - 1 for n in box.stop])]
+        return Box(tuple(starts), tuple(stops))
+
+    def _ranges(self, place: Sequence[int]) -> list[tuple[int, int]]:
+        axes = zip(place, self.fine_shape, self.coarse_shape, self.factors, strict=True)
+        return [_source_range(*axis) for axis in axes]
 
 
-def _source_range(index: int, fine: int, coarse: int) -> tuple[int, int]:
-    factor = integer_factor(fine, coarse)
+def _source_range(index: int, fine: int, coarse: int, factor: int | None) -> tuple[int, int]:
     if factor is None:
         nearest = (2 * index + 1) * fine // (2 * coarse)
         return nearest, nearest + 1
     return index * factor, min((index + 1) * factor, fine)
 
 
-def downsample(values: Array, fine_box: Box, box: Box, fine_shape: Shape, coarse_shape: Shape, *, mode: bool) -> Array:
+def downsample(values: Array, fine_box: Box, box: Box, step: Step, *, mode: bool) -> Array:
     """Compute ``box`` of the coarser level from ``values``, which are ``fine_box`` of the finer one.
 
     ``mode`` takes the most frequent id of a window, ties to the smallest
@@ -67,10 +89,10 @@ def downsample(values: Array, fine_box: Box, box: Box, fine_shape: Shape, coarse
     without a whole factor takes the nearest voxel.
     """
     factors = []
-    for axis, (fine, coarse) in enumerate(zip(fine_shape, coarse_shape, strict=True)):
-        factor = integer_factor(fine, coarse)
+    axes = zip(step.fine_shape, step.coarse_shape, step.factors, strict=True)
+    for axis, (fine, coarse, factor) in enumerate(axes):
         if factor is None:
-            nearest = [_source_range(i, fine, coarse)[0] - fine_box.start[axis]
+            nearest = [_source_range(i, fine, coarse, None)[0] - fine_box.start[axis]
                        for i in range(box.start[axis], box.stop[axis])]  # fmt: skip
             values = values.take(nearest, axis=axis)
         factors.append(factor or 1)

@@ -76,8 +76,14 @@ class Volume:
         if values.dtype != array.dtype:
             raise TypeError(f"{self.location}: values are {values.dtype}, the array is {array.dtype}")
         spatial = [name for name in self.axis_names if name in SPATIAL]
+        stored = values.transpose([SPATIAL.index(name) for name in spatial])
         try:
-            array[self._index(box)] = values.transpose([SPATIAL.index(name) for name in spatial])
+            try:
+                array[self._index(box)] = stored
+            except ValueError:
+                # zarr reads a shard before it replaces it. One that a power loss tore cannot be read, and is all ours.
+                self._remove_units(array, box)
+                array[self._index(box)] = stored
         except Exception as error:
             if not (isinstance(error, OSError) or is_store_failure(error)):
                 raise
@@ -85,6 +91,11 @@ class Volume:
                 raise store_error(self.location, "write", error) from error
             raise StoreError(f"cannot write {self.location}: {cause_of(error)}; mend that (make room, mount the "
                              "disk) and run the same command again") from error  # fmt: skip
+
+    def _remove_units(self, array: zarr.Array[Any], box: Box) -> None:
+        grid = BlockGrid(array.shape, array.shards or array.chunks)
+        for position in grid.iter_overlapping(self._full_box(box)):
+            self.location.delete(array.metadata.encode_chunk_key(position))
 
     def _open(self, *, writable: bool = False) -> zarr.Array[Any]:
         try:

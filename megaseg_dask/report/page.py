@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from megaseg_dask import products, publishing, runlog
 from megaseg_dask.journal import Journal
 from megaseg_dask.plan import Plan
 from megaseg_dask.report import charts
@@ -24,7 +25,7 @@ from megaseg_dask.report.seams import REACH, Comparison, Profile, check_seams
 from megaseg_dask.report.survey import SCORE_BINS, SIZE_EDGES, Facts, Run, Survey, survey
 from megaseg_dask.report.views import spread
 from megaseg_dask.run import estimate_time
-from megaseg_dask.stores import at_once
+from megaseg_dask.stores import Location, at_once
 
 # Volumes with pictures: so many spread over the run, and so many of those that stand out.
 _MOST_SAMPLES, _MOST_OUTLIERS = 12, 24
@@ -33,6 +34,8 @@ _MOST_ROWS = 3000
 # Beyond so many fields a well is one cell.
 _MOST_CELLS = 2500
 _DRAWERS = 4
+# The stages that are the network's, whose time is projected.
+_PREDICTING = ("volume", "segment")
 
 _METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("objects", "Objects", number),
@@ -73,6 +76,7 @@ class StageRow:
     seconds: float = 0.0
     peak_bytes: int = 0
     projected_bytes: int = 0
+    projected_s: float | None = None
 
 
 class Page:
@@ -198,13 +202,15 @@ class Page:
         wells = [well.split("/") for plan in self.plans if plan.plate for well in plan.plate.wells]
         rows = [name for name in plate.rows if any(row == name for row, _ in wells)]
         columns = [name for name in plate.columns if any(column == name for _, column in wells)]
+        known = [m for m in _METRICS if any(getattr(f, m[0]) is not None for f in self.survey.volumes)]
+        # What failed has a map of its own; the others show where there is nothing to see.
+        failed = [("failed", "Failed", lambda share: f"{share:.0%}")] if self.failed or self.missing else []
         return [
             charts.plate_map(
                 rows, columns, self._wells(channel, name, text), title=f"{title} {channel}".strip(), text=text
             )
             for channel in self.channels
-            for name, title, text in _METRICS
-            if any(getattr(f, name) is not None for f in self.survey.volumes)
+            for name, title, text in (*known, *failed)
         ]
 
     def _wells(self, channel: str, name: str, text: Callable[[float], str]) -> dict[str, list[Cell]]:
@@ -307,6 +313,30 @@ class Page:
         """Names of the places of the volumes with pictures."""
         return {facts.anchor for facts, _ in self.featured}
 
+    # -- how it was made
+
+    @cached_property
+    def versions(self) -> Mapping[str, str]:
+        """Return the versions that the first finished output names; none where nothing is finished."""
+        for group in islice(products.groups(self.plan), _MOST_SAMPLES):
+            try:
+                made_by = group.location(self.plan).ome_attributes()[0].get(publishing.PROVENANCE, {})
+            except Exception:  # whatever zarr says of a group that is not there
+                continue
+            if versions := made_by.get("versions"):
+                return dict(versions)
+        return {}
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """Return every option that determines the output, as it was resolved."""
+        return {name: value for name, value in self.plan.options.result_options().items() if value is not None}
+
+    @property
+    def logs(self) -> list[str]:
+        """Return the addresses of what the runs said."""
+        return [f"{plan.run}/{key}" for plan in self.plans for key in Location(plan.run).keys(runlog.FOLDER)]
+
     # -- timings
 
     @cached_property
@@ -325,12 +355,13 @@ class Page:
                 # The stages of levels are projected together.
                 most = projected.get(stage.name, projected.get(stage.name.rpartition("-")[0], 0))
                 row.projected_bytes = max(row.projected_bytes, most)
+                row.projected_s = self.estimate["projected_s"] if stage.name in _PREDICTING else None
         return list(rows.values())
 
     @property
     def predicting_s(self) -> float:
         """Seconds of the stages that predict, of all workers together."""
-        return sum(row.seconds for row in self.stages if row.name in ("volume", "segment"))
+        return sum(row.seconds for row in self.stages if row.name in _PREDICTING)
 
     @cached_property
     def estimate(self) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class Facts:
         return self.image, volume.target_t, volume.c, outputs[self.output.number] if len(outputs) > 1 else ""
 
     @property
+    def failed(self) -> float:
+        """1 where something of it failed, else 0."""
+        return float(bool(self.failures))
+
+    @property
     def anchor(self) -> str:
         """Name of its place in the page."""
         return f"v{self.run.number}-{self.output.volume}-{self.output.number}"

@@ -13,7 +13,7 @@ from megaseg_dask.stores.location import (
     ome_of,
     store_error,
 )
-from megaseg_dask.stores.options import StoreOptions, lose_patience
+from megaseg_dask.stores.options import StoreOptions, is_secret, lose_patience
 from megaseg_dask.stores.threads import at_once
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "cause_of",
     "configure",
     "forget",
+    "is_secret",
     "is_store_failure",
     "lose_patience",
     "naming",

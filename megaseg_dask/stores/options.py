@@ -105,3 +105,8 @@ def secrets() -> list[str]:
     """Return what may be in no message: values of options and variables that are named as secrets."""
     named = [*_current.options, *os.environ.items()]
     return [value for name, value in named if len(value) >= _LEAST_SECRET and _SECRET.search(name)]
+
+
+def is_secret(option: str) -> bool:
+    """Tell whether an option of a store, ``KEY=VALUE``, is named as a secret, which may be shown nowhere."""
+    return bool(_SECRET.search(option.partition("=")[0]))

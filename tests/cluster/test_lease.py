@@ -4,6 +4,7 @@ import os
 import threading
 
 import pytest
+import zarr
 
 from megaseg_dask import lease
 from megaseg_dask.errors import StoreError, TargetError
@@ -50,6 +51,35 @@ def test_a_client_that_stood_still_and_was_replaced_stops(run):
         with pytest.raises(StoreError, match="another client took over"):
             first.require()
     assert lease.read(run).id == "other", "a lost lease is not ours to remove"
+
+
+def test_a_client_that_wakes_up_looks_before_its_heart_beats(run, monkeypatch):
+    monkeypatch.setattr(lease.Held, "_beat", lambda _: None)
+    with held(run) as first:
+        run.put(lease.KEY, lease._encode(Lease("other", "node17", 1)))
+        first.require()
+        first._looked -= 3600
+        with pytest.raises(StoreError, match="another client took over"):
+            first.require()
+
+
+def test_a_client_that_wakes_up_records_nothing_in_its_successors_run(tmp_path, tiny_bundle, client, monkeypatch):
+    # Its heart has not beaten yet, and it looks each time.
+    monkeypatch.setattr(lease.Held, "_beat", lambda _: None)
+    monkeypatch.setattr(lease, "_PATIENCE", 0)
+    source = write_image(tmp_path / "image.zarr", blobs((40, 40, 100)))
+    run, recorded = Location.of(tmp_path / "out.zarr.run"), []
+
+    def take_over(event):
+        if event.kind == "progress" and event.stage == "label" and not recorded:
+            recorded.extend(run.keys("megaseg"))
+            run.put(lease.KEY, lease._encode(Lease("other", "node17", 1)))
+
+    settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": "20,40,50", "overlap": 0})
+    with pytest.raises(StoreError, match="another client took over"):
+        segment(str(source), str(tmp_path / "out.zarr"), settings, client=client, emit=take_over)
+    assert [k for k in run.keys("megaseg") if "/journal/" in k] == [k for k in recorded if "/journal/" in k]
+    assert not zarr.open_group(tmp_path / "out.zarr", mode="r").attrs.get("ome")
 
 
 def test_of_many_clients_one_succeeds(run):

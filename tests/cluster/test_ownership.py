@@ -106,3 +106,27 @@ def test_a_voxel_that_overflows_the_network_is_a_failure(tmp_path, tiny_bundle, 
         assert "rescale" in result.failures[0]["error"]
     else:
         assert result.status == "done"
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata", "ignore:Object at")
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_readers_of_consolidated_metadata_see_what_is_there(run, tmp_path, version):
+    image = write_image(tmp_path / "cells.zarr", blobs(SHAPE), version=version)
+    zarr.consolidate_metadata(image)
+    run("cells.zarr", source=image, outputs="labels,measurements")
+    zarr.consolidate_metadata(image)  # as another program does, which changes the order of the entries
+    run("cells.zarr", source=image, outputs="labels,mask", label_name="b")
+    found, stored = zarr.open_consolidated(image), zarr.open_group(image, use_consolidated=False)
+    for path in ("0", "labels/megaseg/0", "labels/b/0", "labels/b_mask/0"):
+        assert_array_equal(found[path][...], stored[path][...])
+    for path in ("", "labels", "labels/megaseg", "labels/b", "tables/megaseg"):
+        assert (found[path] if path else found).attrs.asdict() == (stored[path] if path else stored).attrs.asdict()
+    run("cells.zarr", source=image, outputs="labels", label_name="b", overwrite=True)
+    assert "b_mask" in zarr.open_consolidated(image)["labels"], "what the new run does not write is left alone"
+
+
+def test_a_group_that_repeats_nothing_is_left_so(run, tmp_path):
+    image = write_image(tmp_path / "cells.zarr", blobs(SHAPE))
+    before = (image / "zarr.json").read_bytes()
+    run("cells.zarr", source=image, outputs="labels")
+    assert (image / "zarr.json").read_bytes() == before

@@ -84,6 +84,12 @@ def test_one_file_that_needs_nothing_else(split):
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
     assert "<script" not in text
+    # How it was made: versions, every setting, what it said, and how long the network was thought to need.
+    assert "torch 2" in page.text
+    assert "connectivity" in page.text
+    assert "out.zarr.run/megaseg/log/0001.txt" in page.text
+    segment_row = next(row for row in page_of(target).stages if row.name == "segment")
+    assert segment_row.projected_s > 0
 
 
 def test_numbers_are_those_of_the_outputs(split):
@@ -177,11 +183,11 @@ def test_a_plate_with_failures(plate, options, tmp_path, client):  # noqa: F811
     assert {link[1:] for link in found.links if link.startswith("#")} <= set(found.ids)
     assert "B/2/1" in found.text
     assert "is corrupt" in found.text
-    for chart in ("Objects dna", "Foreground actin", "Mean score over time", "Scores of voxels"):
+    for chart in ("Objects dna", "Failed dna", "Foreground actin", "Mean score over time", "Scores of voxels"):
         assert chart in found.text
     # A cell of the map for each field and metric and channel, and for what is not there.
-    assert len(page.plate_maps) == 6
-    assert text.count('href="#m0"') == 6
+    assert len(page.plate_maps) == 8
+    assert text.count('href="#m0"') == 8
 
 
 def test_a_name_from_a_plate_is_text_not_markup(options, tmp_path, client):

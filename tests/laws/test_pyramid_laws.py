@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.testing import assert_array_equal
 
 from megaseg_dask.geometry import BlockGrid, Box
-from megaseg_dask.ngff.pyramids import default_level_shapes, downsample, integer_factor, source_box
+from megaseg_dask.ngff.pyramids import Step, default_level_shapes, downsample, integer_factor
 
 small_ids = st.integers(0, 3)
 shapes = st.tuples(*[st.integers(1, 9)] * 3)
@@ -55,9 +55,9 @@ def mode(voxels):
 
 
 def whole(values, coarse, **options):
-    box = Box.of(coarse)
-    source = source_box(box, values.shape, coarse)
-    return downsample(values[source.slices], source, box, values.shape, coarse, **options)
+    box, step = Box.of(coarse), Step(values.shape, coarse)
+    source = step.source_box(box)
+    return downsample(values[source.slices], source, box, step, **options)
 
 
 @given(fine_and_coarse())
@@ -100,11 +100,11 @@ def test_float_scores_are_averaged(case):
 @settings(deadline=None)
 def test_any_split_gives_the_same_level(case, block):
     values, coarse, is_labels = case
-    split = np.empty(coarse, values.dtype)
+    split, step = np.empty(coarse, values.dtype), Step(values.shape, coarse)
     for box in BlockGrid(coarse, block):
-        source = source_box(box, values.shape, coarse)
+        source = step.source_box(box)
         assert source in Box.of(values.shape)
-        split[box.slices] = downsample(values[source.slices], source, box, values.shape, coarse, mode=is_labels)
+        split[box.slices] = downsample(values[source.slices], source, box, step, mode=is_labels)
     assert_array_equal(split, whole(values, coarse, mode=is_labels))
 
 

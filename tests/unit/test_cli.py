@@ -1,6 +1,7 @@
 """The command line: help that answers at once, and one clear line for every wrong request, with nothing written."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 import zarr
 
-from megaseg_dask.cli import main
+from megaseg_dask.cli import app, main
 from tests.images import blobs, write_image
 from tests.unit.bundles import write_checkpoint
 
@@ -73,6 +74,43 @@ def test_plan_takes_the_options_of_segment(run):
     words = [set(run(command, "--help")[1].split()) for command in ("segment", "plan")]
     options = [{word for word in found if word.startswith("--")} for found in words]
     assert options[0] - options[1] == {"--quiet"}
+
+
+def commands() -> list[str]:
+    from typer.main import get_command
+
+    def walk(command, words):
+        for name, child in sorted(getattr(command, "commands", {}).items()):
+            yield from walk(child, [*words, name]) if hasattr(child, "commands") else [" ".join([*words, name])]
+
+    return list(walk(get_command(app), []))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_each_command_has_examples(run, command):
+    code, text, _ = run(*command.split(), "--help")
+    assert code == 0
+    examples = text.partition("Example")[2]
+    assert f"megaseg {command}" in examples
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("megaseg seg", "segment"), ("megaseg segment a b --prec", "--precision"),
+     ("megaseg segment a b --engine op", "openvino"), ("megaseg models f", "fetch")],
+)  # fmt: skip
+def test_a_shell_completes(line, expected):
+    words = line.split()
+    environment = {**os.environ, "_MEGASEG_COMPLETE": "complete_bash", "COMP_WORDS": line,
+                   "COMP_CWORD": str(len(words) - 1)}  # fmt: skip
+    ended = subprocess.run(MEGASEG, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.split() == [expected]
+
+
+def test_the_script_of_a_shell_can_be_shown(monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    shown = megaseg("--show-completion", "bash")
+    assert "_MEGASEG_COMPLETE=complete_bash" in shown.stdout
 
 
 def test_version(run):

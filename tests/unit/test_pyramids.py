@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 
 from megaseg_dask.geometry import Box
-from megaseg_dask.ngff.pyramids import default_level_shapes, downsample, integer_factor, source_box
+from megaseg_dask.ngff.pyramids import Step, default_level_shapes, downsample, integer_factor
 
 
-def row(*values, to, mode=True, dtype="uint32"):
+def row(*values, to, mode=True, dtype="uint32", scaled=None):
     """Downsample one row of voxels to ``to`` voxels."""
     fine, coarse = (1, 1, len(values)), (1, 1, to)
-    array = np.array(values, dtype).reshape(fine)
-    return downsample(array, Box.of(fine), Box.of(coarse), fine, coarse, mode=mode).ravel().tolist()
+    step = Step(fine, coarse, scaled and (1.0, 1.0, scaled))
+    source, box = step.source_box(Box.of(coarse)), Box.of(coarse)
+    array = np.array(values, dtype).reshape(fine)[source.slices]
+    return downsample(array, source, box, step, mode=mode).ravel().tolist()
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,20 @@ def test_a_cut_off_window_counts_what_it_has():
 
 def test_a_level_rounded_down_leaves_the_rest_out():
     assert row(1, 1, 2, 2, 9, to=2) == [1, 2]
-    assert source_box(Box.of((1, 1, 2)), (1, 1, 5), (1, 1, 2)) == Box.of((1, 1, 4))
+    assert Step((1, 1, 5), (1, 1, 2)).source_box(Box.of((1, 1, 2))) == Box.of((1, 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("scaled", "expected"), [(3.0, [1, 4, 7]), (5.0, [2, 7, 10]), (4.0, [2, 6, 9]), (None, [2, 6, 9])]
+)
+def test_scales_decide_where_shapes_do_not(scaled, expected):
+    assert row(*range(11), to=3, scaled=scaled, mode=False, dtype="uint8") == expected
+
+
+@pytest.mark.parametrize(("scaled", "factor"), [(None, 4), (3.0, 3), (4.0, 4), (5.0, 5), (11 / 3, 4), (1.0, 4),
+                                                (0.001, 4), (-3.0, 4), (2.0, 4), (float("inf"), 4)])  # fmt: skip
+def test_a_scale_that_fits_the_shapes_gives_the_factor(scaled, factor):
+    assert integer_factor(11, 3, scaled) == factor
 
 
 def test_without_a_whole_factor_the_nearest_voxel_stands():
