@@ -113,7 +113,7 @@ def held(run: Location) -> Iterator[Held]:
     lease = _own(uuid.uuid4().hex)
     _acquire(run, lease)
     with _beating(run, lease, BEAT_S) as holding:
-        _require_none(run, shared_ids(run), "running tasks")
+        _require_none(run, shared_ids(run), "running tasks of")
         yield holding
 
 
@@ -129,7 +129,7 @@ def shared(run: Location, name: str, stage: str) -> Iterator[Held]:
     with _beating(run, lease, SHARED_BEAT_S) as holding:
         _require_none(run, [""], "writing")
         others = [i for i in shared_ids(run) if i.startswith(of_run) and not i.startswith(of_stage)]
-        _require_none(run, others, "running tasks of another stage of")
+        _require_none(run, others, "running another stage of")
         yield holding
 
 

@@ -43,7 +43,7 @@ def client():
 
     with dask.config.set(CONFIG):
         cluster = LocalCluster(
-            2, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+            n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0", host="127.0.0.1"
         )
         with Client(cluster) as client:
             yield client
