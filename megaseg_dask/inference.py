@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from itertools import combinations, islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,33 @@ class Engine(Protocol):
 
     def __call__(self, patches: Float32) -> Float32:
         """Map ``(batch, channels in, z, y, x)`` to logits ``(batch, channels out, z, y, x)``, float32."""
+        ...
+
+
+class BlockLogits(Protocol):
+    """The blended logits of one output of a block, on a device; what is asked of them comes down."""
+
+    def stored(self, dtype: str) -> NDArray[Any]:
+        """Return the scores as they are written, ``float32`` or ``uint8``."""
+        ...
+
+    def above(self, threshold: float) -> NDArray[np.uint8]:
+        """Return 1 where the score is above a threshold."""
+        ...
+
+    def logits(self) -> Float32:
+        """Return the logits ``(z, y, x)``."""
+        ...
+
+
+@runtime_checkable
+class BlockEngine(Engine, Protocol):
+    """An engine that keeps a block on its device: voxels go up once, and results come down once."""
+
+    def predict_block(
+        self, values: NDArray[Any], core: Box, grid: PatchGrid, prepare: "Preparation", batch: int, weights: Float32
+    ) -> Sequence[BlockLogits]:
+        """Do what :func:`predict_block` does, on the device, and return one result for each output."""
         ...
 
 
@@ -107,6 +134,11 @@ class Preparation:
 
     steps: tuple[Step, ...]
     zscores: tuple[Normalisation, ...]
+
+    @property
+    def is_zscore(self) -> bool:
+        """Whether it is a z-score and nothing else."""
+        return self.steps == (Step("zscore"),)
 
     def __call__(self, values: NDArray[Any]) -> Float32:
         """Map voxels ``(c, z, y, x)`` to float32 of the same shape, as MONAI's transforms do; NaN is the mean, or 0."""
@@ -200,9 +232,11 @@ def _open_one(ref: BundleRef, spec: EngineSpec) -> Engine:
             raise EngineError("the plan runs on OpenVINO, which this worker does not have; install it there: "
                               "pip install 'megaseg-dask[openvino]'") from error  # fmt: skip
         return OpenVinoEngine(bundle, precision=spec.precision, threads=spec.threads)
-    from megaseg_dask.engines.pytorch import TorchEngine
+    from megaseg_dask.engines.pytorch import DeviceEngine, TorchEngine
 
-    return TorchEngine(bundle, device=spec.device, precision=spec.precision, threads=spec.threads)
+    # On a CPU the reference path stays as it is, bit for bit.
+    engine = TorchEngine if spec.device == "cpu" else DeviceEngine
+    return engine(bundle, device=spec.device, precision=spec.precision, threads=spec.threads)
 
 
 # Axes to mirror a batch along, from none to all three of space.
