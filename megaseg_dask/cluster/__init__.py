@@ -198,6 +198,10 @@ def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
 
     Raises :class:`SettingsError` if a scheduler does not answer, jobs are refused or no worker comes.
     """
+    # Its defaults join the configuration at the import: within ours they would be gone when that ends, and with them
+    # the next run of this process.
+    import distributed  # noqa: F401
+
     _require_main_guard()
     options = plan.options
     wanted = cluster_of(options)
