@@ -9,7 +9,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from itertools import combinations, islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -284,6 +284,27 @@ def measure_patch_s(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> fl
         engine(patches)
         passes.append(time.perf_counter() - began)
     return min(passes[1:] or passes) / spec.batch
+
+
+_BATCHES, _WORTH_IT = (2, 4, 8), 0.97
+
+
+def with_quickest_batch(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> EngineSpec:
+    """Return the spec with the batch whose forward passes take least per patch here, and fit the device.
+
+    A machine that cannot run the engine keeps the spec: it plans for workers that can.
+    """
+    try:
+        best_s = measure_patch_s(model, spec, patch_shape)
+        for batch in _BATCHES:
+            larger = replace(spec, batch=batch)
+            patch_s = measure_patch_s(model, larger, patch_shape)
+            if open_engine(model, larger).largest_batch is not None or patch_s > _WORTH_IT * best_s:
+                break
+            spec, best_s = larger, patch_s
+    except EngineError:
+        pass
+    return spec
 
 
 cached_window = functools.lru_cache(maxsize=2)(window)

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,3 +118,16 @@ def test_a_gpu_worker_is_planned_with_the_memory_of_all_it_has_in_hand(tmp_path,
     idle = IDLE_BYTES + 4 * plan.n_parameters
     for stage in ("label", "relabel", "downsample"):
         assert on_gpu.projected_bytes[stage] - idle == 3 * (plan.projected_bytes[stage] - idle)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fits", "expected"), [((1, 0.6, 0.59, 0.1), 8, 2), ((4, 3, 2, 1), 8, 8), ((4, 3, 2, 1), 2, 2)]
+)
+def test_the_batch_is_the_quickest_that_fits(seconds, fits, expected, monkeypatch):
+    spec = inference.EngineSpec("torch", "cuda", "bf16", 1, 1)
+    pace = dict(zip((1, 2, 4, 8), seconds, strict=True))
+    monkeypatch.setattr(inference, "measure_patch_s", lambda model, spec, shape: pace[spec.batch])
+    monkeypatch.setattr(
+        inference, "open_engine", lambda _, spec: SimpleNamespace(largest_batch=fits if spec.batch > fits else None)
+    )
+    assert inference.with_quickest_batch(None, spec, (16, 32, 32)).batch == expected
