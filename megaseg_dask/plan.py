@@ -29,6 +29,10 @@ from megaseg_dask.ngff.plates import Plate
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location
 
+# On a GPU one task computes, while another reads and a third one labels, compresses and writes. A CPU computes in all
+# of its cores anyway: there it would be memory for nothing.
+TASKS_AT_ONCE = {"cuda": 3}
+
 # Stages with one task a volume, whatever its blocks.
 _WHOLE_VOLUME = ("volume", "cutoff", "holes-join", "join", "table")
 
@@ -144,6 +148,11 @@ class Plan(BaseModel):
         """Tell whether a volume fits one block, and so runs as one task."""
         # The statistics of a ROI are those of its volume, which may be of any size.
         return len(self.block_grid()) == 1 and (self.options.roi is None or self.measure_level is None)
+
+    @property
+    def tasks_at_once(self) -> int:
+        """Tasks that a worker has in hand, each on a thread of its own; one at a time computes."""
+        return TASKS_AT_ONCE.get(self.engine.device, 1)
 
     @property
     def measure_level(self) -> int | None:
@@ -270,6 +279,8 @@ class Plan(BaseModel):
                 n_parameters=self.n_parameters,
                 batch=self.engine.batch,
                 engine=self.engine.engine,
+                on_host=self.engine.device == "cpu",
+                at_once=self.tasks_at_once,
                 chunk_bytes=self.source_chunk_bytes,
                 n_chunks=self.n_source_chunks,
                 source_bytes=np.dtype(self.source_image.dtype).itemsize,

@@ -18,7 +18,7 @@ import psutil
 from megaseg_dask.clusterfile import Cluster, cluster_of
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
 from megaseg_dask.geometry import Box, Shape, cheapest_patch
-from megaseg_dask.inference import EngineSpec, ModelRef, resolve_engine
+from megaseg_dask.inference import EngineSpec, ModelRef, resolve_engine, with_quickest_batch
 from megaseg_dask.layout import iter_block_shapes
 from megaseg_dask.memory import BUDGET_SHARE
 from megaseg_dask.models import Bundle, require_patch
@@ -77,6 +77,9 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     inputs = _choose_inputs(channels, model.in_channels, settings.channel, where)
     names = _target_names(image, inputs, model.outputs)
     engine = resolve_engine(**{name: getattr(settings, name) for name in EngineSpec.__dataclass_fields__})
+    if engine.device == "cuda" and settings.batch is None:
+        assert isinstance(settings.patch, tuple)
+        engine = with_quickest_batch(model, engine, settings.patch)
     settings = settings.filled(asdict(engine))
     assert settings.overlap is not None
     plan = Plan(

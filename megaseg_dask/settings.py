@@ -156,7 +156,14 @@ class Settings(BaseModel):
         "auto|fp32|bf16|fp16",
         result=True,
     )
-    batch: int | None = _option(NETWORK, None, "Patches per forward pass. (default: 1)", "N", result=True, gt=0)
+    batch: int | None = _option(
+        NETWORK,
+        None,
+        "Patches per forward pass. (default: 1; on a GPU the quickest, measured when the run is planned)",
+        "N",
+        result=True,
+        gt=0,
+    )
     threads: int | None = _option(
         NETWORK,
         None,
