@@ -220,8 +220,8 @@ def test_open_options_are_filled_and_given_ones_stay():
 def test_only_how_and_where_may_change_when_a_run_resumes():
     free = {name for name in Settings.model_fields if not is_result(name)}
     # The model counts by its digest, not by its name.
-    assert free == {"model", "checkpoint", "memory", "workers", "scheduler", "cluster", "retries", "timeout", "overwrite",
-                    "endpoint", "anon", "storage_option", "wells", "fields", "acquisition"}  # fmt: skip
+    assert free == {"model", "checkpoint", "memory", "workers", "scheduler", "cluster", "retries", "timeout",
+                    "overwrite", "endpoint", "anon", "storage_option", "wells", "fields", "acquisition"}  # fmt: skip
     assert set(Settings().result_options()) == set(Settings.model_fields) - free
 
 
