@@ -25,7 +25,7 @@ from megaseg_dask.errors import ClusterError, SettingsError
 from megaseg_dask.events import Event, Joined, Notice
 from megaseg_dask.inference import ModelRef
 from megaseg_dask.models import copies
-from megaseg_dask.plan import Plan
+from megaseg_dask.plan import TASKS_AT_ONCE, Plan
 from megaseg_dask.stores import Location, StoreOptions
 
 __all__ = ["CONFIG", "WORKER_ENVIRONMENT", "WORKER_PRELOAD", "Workers", "connect"]
@@ -88,9 +88,10 @@ class Workers:
 
     def _require_one_task_each(self) -> None:
         """Warn of a scheduler or workers that somebody else set otherwise than a run wants them."""
-        if most := max(self.client.nthreads().values(), default=1) - 1:
-            self.emit(Notice(f"workers take {most + 1} tasks at once, and the plan's memory is that of one: start them "
-                             "with --nthreads 1"))  # fmt: skip
+        most, planned = max(self.client.nthreads().values(), default=1), TASKS_AT_ONCE.get(self.device, 1)
+        if most > planned:
+            self.emit(Notice(f"workers take {most} tasks at once, and the plan's memory is that of {planned}: start "
+                             f"them with --nthreads {planned}"))  # fmt: skip
         found = {key: self.client.run_on_scheduler(dask.config.get, key) for key in SCHEDULER_CONFIG}
         wrong = [f"{key} {found[key]}, not {value}" for key, value in SCHEDULER_CONFIG.items() if found[key] != value]
         if wrong:
@@ -131,7 +132,7 @@ class Workers:
         bundles = None if self.is_local else run / copies.FOLDER
         for bundle in model.bundles:
             if bundles:
-                copies.put(bundle.path, bundle.digest, bundles)
+                copies.put(bundle.path, bundle.digest, bundles, bundle.checkpoint)
         lifetime_s = self.wanted.lifetime_s if self.wanted else None
         plugin = joining.make_plugin(options, bundles.url if bundles else None, self._insisted, lifetime_s)
         self.client.subscribe_topic(joining.NAME, self._hear)
@@ -202,6 +203,10 @@ def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
 
     Raises :class:`SettingsError` if a scheduler does not answer, jobs are refused or no worker comes.
     """
+    # Its defaults join the configuration at the import: within ours they would be gone when that ends, and with them
+    # the next run of this process.
+    import distributed  # noqa: F401
+
     _require_main_guard()
     # Its import brings Dask's defaults, which would go with ours if it came while these are set.
     importlib.import_module("distributed")

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from megaseg_dask.cluster.config import inherited
 from megaseg_dask.clusterfile import Cluster, TlsFiles, nearest
 from megaseg_dask.errors import EngineError, MegasegError, SettingsError
+from megaseg_dask.plan import TASKS_AT_ONCE
 
 # On loopback: a dashboard asks nobody who he is, whatever the rest is protected by.
 _DASHBOARD = "127.0.0.1:0"
@@ -29,6 +30,9 @@ _CLOSE_S = 60
 _ROLES = ("client", "scheduler", "worker")
 # Decided by the rest of the file, or by us.
 _OURS = {"n_workers", "security", "asynchronous", "loop", "self", "scheduler", "job_cls", "scheduler_cls"}
+
+# Workers end within seconds, on a busy machine within a minute.
+_CLOSE_S = 90.0
 
 
 @contextmanager
@@ -51,7 +55,8 @@ def started(wanted: Cluster) -> Iterator[Any]:
 
 
 def _close(cluster: Any) -> None:
-    # A job that could not be submitted has a status that Dask does not expect at the end.
+    # A job that could not be submitted has a status that Dask does not expect at the end. A nanny whose worker hung may
+    # wait for ever: the run is over by then, and what is left ends with this process.
     with suppress(TimeoutError, OSError, AssertionError):
         cluster.close(timeout=_CLOSE_S)
 
@@ -136,7 +141,9 @@ def _cuda(wanted: Cluster, _: ExitStack) -> Any:
     most = wanted.workers or (wanted.adaptive.maximum if wanted.adaptive else n)
     if most > n:
         raise SettingsError(f"{most} workers: there are {n} GPUs here, and a worker has one for itself")
-    options = {**_local_options(wanted), **_options(wanted, LocalCluster, Nanny, Worker)}
+    # One thread computes, while others read and write.
+    threads = {"threads_per_worker": TASKS_AT_ONCE["cuda"]}
+    options = {**_local_options(wanted), **threads, **_options(wanted, LocalCluster, Nanny, Worker)}
     cluster = GpuCluster(visible_devices(n), **options)
     if not wanted.workers and not wanted.adaptive:
         cluster.scale(n)

@@ -23,6 +23,7 @@ VALUES = [
     ("nan_to_background", True, True, True),
     ("model", "some/bundle.zip", Path("some/bundle.zip"), ("some/bundle.zip",)),
     ("model", ["a.zip", "b,c.zip"], (Path("a.zip"), "b,c.zip"), ("a.zip", "b,c.zip")),
+    ("checkpoint", "epoch_012", "epoch_012", "epoch_012"),
     ("tta", True, True, True),
     ("patch", "16,32,32", (16, 32, 32), (16, 32, 32)),
     ("patch", "16x32x48", np.array([16, 32, 48]), (16, 32, 48)),
@@ -100,6 +101,7 @@ NONSENSE = [
     ("nan_to_background", "maybe", "boolean"),
     ("model", "", "expected something"),
     ("model", [], "at least 1"),
+    ("checkpoint", "", "expected something"),
     ("tta", "maybe", "boolean"),
     ("patch", "a,b", "found 2"),
     ("patch", "a,b,c", "integer"),
@@ -218,8 +220,8 @@ def test_open_options_are_filled_and_given_ones_stay():
 def test_only_how_and_where_may_change_when_a_run_resumes():
     free = {name for name in Settings.model_fields if not is_result(name)}
     # The model counts by its digest, not by its name.
-    assert free == {"model", "memory", "workers", "scheduler", "cluster", "retries", "timeout", "overwrite",
-                    "endpoint", "anon", "storage_option", "wells", "fields", "acquisition"}  # fmt: skip
+    assert free == {"model", "checkpoint", "memory", "workers", "scheduler", "cluster", "retries", "timeout",
+                    "overwrite", "endpoint", "anon", "storage_option", "wells", "fields", "acquisition"}  # fmt: skip
     assert set(Settings().result_options()) == set(Settings.model_fields) - free
 
 
