@@ -25,8 +25,6 @@ _BATCH = {
     "lsf": ("LSFCluster", "bsub"),
     "sge": ("SGECluster", "qsub"),
 }
-# What is not given back by then ends with this process: nannies, and workers whose scheduler is gone.
-_CLOSE_S = 60
 _ROLES = ("client", "scheduler", "worker")
 # Decided by the rest of the file, or by us.
 _OURS = {"n_workers", "security", "asynchronous", "loop", "self", "scheduler", "job_cls", "scheduler_cls"}
@@ -165,7 +163,12 @@ def _batch(wanted: Cluster, stack: ExitStack) -> Any:
             **options,
             "job_script_prologue": [*exports, *options.get("job_script_prologue", ())],
             # Of two the last counts: a task uses all cores of its worker.
-            "worker_extra_args": ["--nthreads", "1", "--no-dashboard", *options.get("worker_extra_args", ())],
+            "worker_extra_args": [
+                "--nthreads",
+                _n_threads(wanted),
+                "--no-dashboard",
+                *options.get("worker_extra_args", ()),
+            ],
             "scheduler_options": {"dashboard_address": _DASHBOARD, **options.get("scheduler_options", {})},
         },
     )
@@ -194,6 +197,11 @@ def _outspoken(job_cls: Any) -> Any:
     return Outspoken
 
 
+def _n_threads(wanted: Cluster) -> str:
+    """Return how many tasks a worker takes at once, as an option of Dask's command."""
+    return str(TASKS_AT_ONCE.get(wanted.device or "cpu", 1))
+
+
 def _in_files(security: Any, folder: str, stack: ExitStack) -> Any:
     """Put certificates that were made for a cluster where its jobs read them, which begin in the folder of the command.
 
@@ -213,7 +221,9 @@ def _kubernetes(wanted: Cluster, _: ExitStack) -> Any:
     library = _library("dask_kubernetes.operator", "kubernetes")
     options = _options(wanted, library.KubeCluster, library.make_cluster_spec)
     made = {key: options.pop(key) for key in inspect.signature(library.make_cluster_spec).parameters if key in options}
-    spec = options.pop("custom_cluster_spec", None) or kubernetes_spec(n_workers=wanted.workers or 1, **made)
+    spec = options.pop("custom_cluster_spec", None) or kubernetes_spec(
+        n_workers=wanted.workers or 1, n_threads=_n_threads(wanted), **made
+    )
     return library.KubeCluster(custom_cluster_spec=spec, quiet=True, **options)
 
 
@@ -222,10 +232,11 @@ def kubernetes_spec(
     *,
     env: Mapping[str, str] | None = None,
     worker_command: Iterable[str] | str = (),
+    n_threads: str = "1",
     **options: Any,
 ) -> dict[str, Any]:
     """Return the DaskCluster resource: our settings in the environment, and no GPU for the scheduler."""
-    command = worker_command or ["dask", "worker", "--nthreads", "1"]
+    command = worker_command or ["dask", "worker", "--nthreads", n_threads]
     library = _library("dask_kubernetes.operator", "kubernetes")
     spec: dict[str, Any] = library.make_cluster_spec(
         name, env={**inherited(), **(env or {})}, worker_command=command, **options
