@@ -154,6 +154,8 @@ def _batch(wanted: Cluster, stack: ExitStack) -> Any:
     cls = getattr(library, name)
     options = _options(wanted, cls, *_ancestors(cls.job_cls))
     exports = [f"export {key}={value}" for key, value in inherited().items()]
+    # Of two the last counts: a task uses all cores of its worker.
+    arguments = ["--nthreads", _n_threads(wanted), "--no-dashboard", *options.get("worker_extra_args", ())]
     return cls(
         n_workers=0,
         job_cls=_outspoken(cls.job_cls),
@@ -162,13 +164,7 @@ def _batch(wanted: Cluster, stack: ExitStack) -> Any:
             "processes": 1,
             **options,
             "job_script_prologue": [*exports, *options.get("job_script_prologue", ())],
-            # Of two the last counts: a task uses all cores of its worker.
-            "worker_extra_args": [
-                "--nthreads",
-                _n_threads(wanted),
-                "--no-dashboard",
-                *options.get("worker_extra_args", ()),
-            ],
+            "worker_extra_args": arguments,
             "scheduler_options": {"dashboard_address": _DASHBOARD, **options.get("scheduler_options", {})},
         },
     )
