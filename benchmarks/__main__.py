@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import field, script
+from benchmarks import field, gpu, script
 from benchmarks.machine import keep
 
 SMALL = (40, 160, 160)
@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a field of 40×160×160; nothing is kept")
     if parser.parse_args().small:
-        print(field.measure(SMALL), script.measure(SMALL))
+        print(field.measure(SMALL), script.measure(SMALL), gpu.measure(gpu.TINY))
     else:
         keep("field", field.measure())
         keep("script", script.measure())

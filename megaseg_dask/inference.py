@@ -9,10 +9,10 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from itertools import combinations, islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,33 @@ class Engine(Protocol):
         ...
 
 
+class BlockLogits(Protocol):
+    """The blended logits of one output of a block, on a device; what is asked of them comes down."""
+
+    def stored(self, dtype: str) -> NDArray[Any]:
+        """Return the scores as they are written, ``float32`` or ``uint8``."""
+        ...
+
+    def above(self, threshold: float) -> NDArray[np.uint8]:
+        """Return 1 where the score is above a threshold."""
+        ...
+
+    def logits(self) -> Float32:
+        """Return the logits ``(z, y, x)``."""
+        ...
+
+
+@runtime_checkable
+class BlockEngine(Engine, Protocol):
+    """An engine that keeps a block on its device: voxels go up once, and results come down once."""
+
+    def predict_block(
+        self, values: NDArray[Any], core: Box, grid: PatchGrid, prepare: "Preparation", batch: int, weights: Float32
+    ) -> Sequence[BlockLogits]:
+        """Do what :func:`predict_block` does, on the device, and return one result for each output."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """All of an engine that can change a bit of its output; resolved once, into the plan."""
@@ -61,6 +88,7 @@ class BundleRef:
     path: str
     name: str
     digest: str
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +105,9 @@ class ModelRef:
     steps: tuple[Step, ...]
 
     @classmethod
-    def of(cls, bundles: Mapping[str, Bundle]) -> "ModelRef":
+    def of(cls, bundles: Mapping[str, Bundle], checkpoint: str | None = None) -> "ModelRef":
         """Return the reference to bundles by their addresses; raises :class:`BundleError` if they are not alike."""
-        refs = tuple(BundleRef(path, bundle.name, bundle.digest) for path, bundle in bundles.items())
+        refs = tuple(BundleRef(path, bundle.name, bundle.digest, checkpoint) for path, bundle in bundles.items())
         found = [cls(refs, b.window, b.network.in_channels, b.outputs, b.preprocessing.steps) for b in bundles.values()]
         for ref, other in zip(refs, found, strict=True):
             for field in fields(cls):
@@ -107,6 +135,11 @@ class Preparation:
 
     steps: tuple[Step, ...]
     zscores: tuple[Normalisation, ...]
+
+    @property
+    def is_zscore(self) -> bool:
+        """Whether it is a z-score and nothing else."""
+        return self.steps == (Step("zscore"),)
 
     def __call__(self, values: NDArray[Any]) -> Float32:
         """Map voxels ``(c, z, y, x)`` to float32 of the same shape, as MONAI's transforms do; NaN is the mean, or 0."""
@@ -189,7 +222,7 @@ def _open_one(ref: BundleRef, spec: EngineSpec) -> Engine:
     from megaseg_dask.models import load_bundle
     from megaseg_dask.models.copies import path_of
 
-    bundle = load_bundle(path_of(ref.path, ref.digest))
+    bundle = load_bundle(path_of(ref.path, ref.digest), ref.checkpoint)
     if bundle.digest != ref.digest:
         raise BundleError(f"{ref.path} has digest {bundle.digest[:12]}, the plan was made with {ref.digest[:12]}; "
                           "put the bundle back, or start anew with --overwrite")  # fmt: skip
@@ -200,9 +233,11 @@ def _open_one(ref: BundleRef, spec: EngineSpec) -> Engine:
             raise EngineError("the plan runs on OpenVINO, which this worker does not have; install it there: "
                               "pip install 'megaseg-dask[openvino]'") from error  # fmt: skip
         return OpenVinoEngine(bundle, precision=spec.precision, threads=spec.threads)
-    from megaseg_dask.engines.pytorch import TorchEngine
+    from megaseg_dask.engines.pytorch import DeviceEngine, TorchEngine
 
-    return TorchEngine(bundle, device=spec.device, precision=spec.precision, threads=spec.threads)
+    # On a CPU the reference path stays as it is, bit for bit.
+    engine = TorchEngine if spec.device == "cpu" else DeviceEngine
+    return engine(bundle, device=spec.device, precision=spec.precision, threads=spec.threads)
 
 
 # Axes to mirror a batch along, from none to all three of space.
@@ -250,6 +285,27 @@ def measure_patch_s(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> fl
         engine(patches)
         passes.append(time.perf_counter() - began)
     return min(passes[1:] or passes) / spec.batch
+
+
+_BATCHES, _WORTH_IT = (2, 4, 8), 0.97
+
+
+def with_quickest_batch(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> EngineSpec:
+    """Return the spec with the batch whose forward passes take least per patch here, and fit the device.
+
+    A machine that cannot run the engine keeps the spec: it plans for workers that can.
+    """
+    try:
+        best_s = measure_patch_s(model, spec, patch_shape)
+        for batch in _BATCHES:
+            larger = replace(spec, batch=batch)
+            patch_s = measure_patch_s(model, larger, patch_shape)
+            if open_engine(model, larger).largest_batch is not None or patch_s > _WORTH_IT * best_s:
+                break
+            spec, best_s = larger, patch_s
+    except EngineError:
+        pass
+    return spec
 
 
 cached_window = functools.lru_cache(maxsize=2)(window)

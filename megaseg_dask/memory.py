@@ -78,6 +78,9 @@ class Sizes:
     n_outputs: int = 1
     n_models: int = 1
     is_averaged: bool = False
+    # Whether forward passes take this memory, or that of a device; and how many tasks a worker has in hand.
+    on_host: bool = True
+    at_once: int = 1
 
 
 def _largest_read_box(sizes: Sizes) -> int:
@@ -114,6 +117,8 @@ def project(sizes: Sizes) -> dict[str, int]:
     kept, running = 4 * sizes.n_parameters, forward_bytes(sizes)
     if sizes.engine == "openvino":
         kept, running = running, 0
+    elif not sizes.on_host:
+        running = 0
     # Blending holds sums and weights; turning logits into scores holds three more float32 arrays.
     logits = core * 4 * sizes.n_outputs
     segment = read * sizes.source_bytes * 2 * sizes.n_inputs + logits + core * 12 + decoded
@@ -126,7 +131,7 @@ def project(sizes: Sizes) -> dict[str, int]:
     stages = {
         "measure": measured * sizes.source_bytes * 2 + 2**20 * 64 + decoded,
         "segment": max(
-            segment + (0 if sizes.engine == "openvino" else forward_bytes(sizes)),
+            segment + running,
             segment + core * (4 + sizes.scores_bytes),
         ),
         "histogram": table,
@@ -153,7 +158,7 @@ def project(sizes: Sizes) -> dict[str, int]:
         unused = set() if sizes.fills_holes else {"holes", "fill"}
         unused |= set() if sizes.is_automatic else {"histogram", "cutoff", "threshold"}
         stages = {stage: n for stage, n in stages.items() if stage not in unused}
-    return {stage: IDLE_BYTES + kept + n for stage, n in stages.items()}
+    return {stage: IDLE_BYTES + kept + n * sizes.at_once for stage, n in stages.items()}
 
 
 # -- measuring it

@@ -115,6 +115,9 @@ class Settings(BaseModel):
         "NAME|PATH",
         min_length=1,
     )
+    checkpoint: Text | None = _option(
+        NETWORK, None, "Which of the bundle's checkpoints. (default: that of the highest epoch)", "FILE"
+    )
     tta: bool = _option(
         NETWORK,
         False,
@@ -153,7 +156,14 @@ class Settings(BaseModel):
         "auto|fp32|bf16|fp16",
         result=True,
     )
-    batch: int | None = _option(NETWORK, None, "Patches per forward pass. (default: 1)", "N", result=True, gt=0)
+    batch: int | None = _option(
+        NETWORK,
+        None,
+        "Patches per forward pass. (default: 1; on a GPU the quickest, measured when the run is planned)",
+        "N",
+        result=True,
+        gt=0,
+    )
     threads: int | None = _option(
         NETWORK,
         None,

@@ -6,6 +6,7 @@ the same voxels to the same places.
 """
 
 import functools
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -90,7 +91,18 @@ def run_tasks(run: str, fingerprint: str, lease_id: str | None, stage: str, indi
     """Run tasks of a recorded plan, one after the other, for the client that holds the lease; what workers call."""
     plan = load_plan(run, fingerprint)
     with holding(lease_id):
-        return [attempt(plan, stage, index) for index in indices]
+        return [_attempt_in_turn(plan, stage, index) for index in indices]
+
+
+def _attempt_in_turn(plan: Plan, stage: str, index: int) -> Outcome:
+    # However many threads a worker has, its memory is that of as many tasks as the plan projects.
+    with _places(plan.tasks_at_once):
+        return attempt(plan, stage, index)
+
+
+@functools.cache
+def _places(n: int) -> threading.Semaphore:
+    return threading.Semaphore(n)
 
 
 def attempt(plan: Plan, stage: str, index: int) -> Outcome:

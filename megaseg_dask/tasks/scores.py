@@ -1,5 +1,6 @@
 """Stages about scores: measure, segment, and the threshold of each volume where it is found from all of it."""
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,15 @@ from megaseg_dask import products, thresholds
 from megaseg_dask.blending import in_slabs, sigmoid
 from megaseg_dask.errors import DataError
 from megaseg_dask.geometry import BlockGrid, Box
-from megaseg_dask.inference import Preparation, open_engine, predict_block, stack
+from megaseg_dask.inference import (
+    BlockEngine,
+    BlockLogits,
+    Preparation,
+    cached_window,
+    open_engine,
+    predict_block,
+    stack,
+)
 from megaseg_dask.intensity import (
     PARTITION_SHAPE,
     Counts,
@@ -29,6 +38,9 @@ from megaseg_dask.plan import Output, Plan
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
 Summary = dict[str, Any]
+
+# Held by the one of a worker's threads that computes; meanwhile others read the next block and write the last one.
+_device = threading.Lock()
 
 
 # -- statistics
@@ -115,8 +127,8 @@ def segment_block(plan: Plan, volume: int, number: int) -> Summary:
         for kind, array in scores_of(plan, logits).items():
             products.write(plan, kind, output, core, array)
     summary = {**absent, **shrunk_batch(plan)}
-    if "logits" in products.intermediates(plan):
-        summary[products.BY_OUTPUT] = list(map(extremes_of, predicted))
+    if "logits" in plan.intermediates:
+        summary[products.BY_OUTPUT] = [extremes_of(found) for found in predicted if isinstance(found, np.ndarray)]
     return summary
 
 
@@ -125,7 +137,9 @@ def shrunk_batch(plan: Plan) -> Summary:
     return _told(batch=open_engine(plan.model, plan.engine).largest_batch)
 
 
-def predict(plan: Plan, values: Array, core: Box, statistics: Iterable[Mapping[str, Any]]) -> list[Float32]:
+def predict(
+    plan: Plan, values: Array, core: Box, statistics: Iterable[Mapping[str, Any]]
+) -> list[Float32 | BlockLogits]:
     """Return the logits of a core for each output, in the source's voxels; ``values`` are those of its read box.
 
     ``statistics`` are those of each channel. NaN is background by request.
@@ -136,23 +150,31 @@ def predict(plan: Plan, values: Array, core: Box, statistics: Iterable[Mapping[s
         for channel in values:
             require_finite(channel, read_box)
     zscores = tuple(Normalisation(found["mean"], found["std"]) for found in statistics)
-    logits = predict_block(
-        values,
-        core,
-        plan.patch_grid,
-        Preparation(plan.model.steps, zscores),
-        open_engine(plan.model, plan.engine),
-        batch=plan.engine.batch,
-        window_mode=plan.model.window,
-    )
+    prepare = Preparation(plan.model.steps, zscores)
+    with _device:
+        engine = open_engine(plan.model, plan.engine)
+        if isinstance(engine, BlockEngine) and not (is_float and plan.options.nan_to_background):
+            weights = cached_window(plan.patch_grid.patch_shape, plan.model.window)
+            on_device = engine.predict_block(values, core, plan.patch_grid, prepare, plan.engine.batch, weights)
+            # What looks for a threshold works on the logits; all else comes down as it is stored.
+            return [found.logits() for found in on_device] if plan.options.is_automatic else list(on_device)
+        logits = predict_block(values, core, plan.patch_grid, prepare, engine, batch=plan.engine.batch,
+                               window_mode=plan.model.window)  # fmt: skip
     if is_float and plan.options.nan_to_background:
         logits[:, ~np.isfinite(values[:, *core.within(read_box).slices]).all(axis=0)] = np.nan
     return list(logits)
 
 
-def scores_of(plan: Plan, logits: Float32) -> dict[str, Array]:
+def scores_of(plan: Plan, logits: Float32 | BlockLogits) -> dict[str, Array]:
     """Return what segmenting a block writes of an output: scores, and a first mask or the logits to find one from."""
     outputs, found = plan.options.outputs, {}
+    if not isinstance(logits, np.ndarray):
+        with _device:
+            if "scores" in outputs:
+                found["scores"] = logits.stored(plan.options.scores_dtype)
+            if plan.has_mask:
+                found[products.first_mask(plan)] = logits.above(float(plan.options.threshold))
+        return found
     scores = sigmoid(logits)
     if plan.options.nan_to_background:
         np.nan_to_num(scores, copy=False)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from megaseg_dask import labelling, products
 from megaseg_dask.geometry import Box
+from megaseg_dask.inference import BlockLogits
 from megaseg_dask.measurements import measure_block
 from megaseg_dask.plan import Output, Plan
 from megaseg_dask.tasks import levels, objects, scores
@@ -27,14 +28,16 @@ def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
     return {"statistics": statistics, **absent, **scores.shrunk_batch(plan), products.BY_OUTPUT: by_output}
 
 
-def _finish(plan: Plan, output: Output, logits: scores.Float32, intensity: Array) -> dict[str, Any]:
+def _finish(plan: Plan, output: Output, logits: scores.Float32 | BlockLogits, intensity: Array) -> dict[str, Any]:
     """Write scores, mask, labels and measurements of one output; return its threshold and number of objects."""
     whole, found, summary = Box.of(plan.volume_shape), scores.scores_of(plan, logits), dict[str, Any]()
     if plan.has_mask and plan.options.is_automatic:
-        extremes = scores.extremes_of(found.pop("logits"))
-        table = scores.tabulate(plan, logits, extremes)
+        values = found.pop("logits")
+        extremes = scores.extremes_of(values)
+        table = scores.tabulate(plan, values, extremes)
         summary["threshold"] = scores.cutoff_of(plan, table, extremes)
-        found["mask"] = scores.above(logits, summary["threshold"])
+        found["mask"] = scores.above(values, summary["threshold"])
+        del values
     elif plan.has_mask:
         found["mask"] = found.pop(products.first_mask(plan))
     del logits

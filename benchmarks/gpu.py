@@ -1,0 +1,219 @@
+"""The table of a GPU in one command: ``python -m benchmarks.gpu``; ``--tiny`` runs all of it on a CPU in seconds.
+
+Seconds per field, cold and steady, beside what the card reaches in a large
+bfloat16 product and in a copy; agreement with float32; the ten kernels that
+take longest; and fields per second from Zarr to Zarr.
+"""
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.networks.nets import DynUNet
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.field import PUBLISHED_SHAPE
+from benchmarks.machine import describe, keep
+from benchmarks.scale import write_series
+from megaseg_dask.blending import window
+from megaseg_dask.engines.pytorch import DeviceEngine
+from megaseg_dask.events import Event, Progress
+from megaseg_dask.geometry import Box, PatchGrid, Shape
+from megaseg_dask.inference import Preparation
+from megaseg_dask.intensity import Normalisation
+from megaseg_dask.models import Bundle, NetworkSpec, build_network
+from megaseg_dask.models.network import fit_weights
+from megaseg_dask.models.preprocessing import Step
+from megaseg_dask.models.zoo import load
+from megaseg_dask.run import segment
+from megaseg_dask.settings import parse_settings
+from megaseg_dask.simulation import simulate
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is."""
+
+    device: str
+    field: Shape
+    patch: Shape
+    filters: tuple[int, ...]
+    matmul: int
+    copy_bytes: int
+    n_fields: int
+    precisions: tuple[str, ...]
+    batches: tuple[int, ...]
+
+
+FULL = Size("cuda", PUBLISHED_SHAPE, (64, 128, 128), NetworkSpec().filters, 8192, 2**31, 16,
+            ("bf16", "fp16"), (1, 2, 4, 8))  # fmt: skip
+TINY = Size("cpu", (24, 40, 48), (16, 32, 32), (8, 8, 16, 16, 16), 256, 2**20, 2, ("bf16",), (1, 2))
+
+
+def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
+    """Return all figures of this machine's GPU."""
+    peak, bandwidth = measure_peak(size), measure_copy(size)
+    cases = {}
+    for name, bundle in {"MegaSeg_v1's network": untrained(size.filters), "light": load("starter")[1]}.items():
+        for overlap in (0.0, 0.25):
+            for precision in size.precisions:
+                found = measure_field(size, bundle, overlap, precision, compiled)
+                found["fraction_of_peak"] = round(found["flop"] / found["steady_s"] / peak, 4)
+                cases[f"{name}, overlap {overlap}, {precision}"] = found
+    return {
+        "machine": describe(),
+        "gpu": torch.cuda.get_device_name(0) if size.device == "cuda" else None,
+        "shape": size.field,
+        "compiled": compiled,
+        "bf16_matmul_tflop_per_s": round(peak / 1e12, 3),
+        "copy_gb_per_s": round(bandwidth / 1e9, 2),
+        "cases": cases,
+        "zarr_to_zarr": measure_job(size),
+    }
+
+
+def measure_field(size: Size, bundle: Bundle, overlap: float, precision: str, compiled: bool) -> dict[str, Any]:
+    """Return seconds of one field from host to host: the first one, and the quickest of those that follow."""
+    image = simulate(0, size.field).image[None]
+    grid = PatchGrid(size.field, size.patch, (overlap,) * 3)
+    weights, core = window(size.patch), Box.of(size.field)
+    prepare = Preparation((Step("zscore"),), (Normalisation(float(image.mean()), float(image.std())),))
+
+    def run(engine: DeviceEngine, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        (found,) = engine.predict_block(image, core, grid, prepare, batch, weights)
+        return found.stored("uint8"), found.above(0.5)
+
+    exact, mask = run(open_engine(bundle, size, "fp32"), 1)
+    steady: dict[int, float] = {}
+    cold_s = 0.0
+    for batch in size.batches:
+        started = time.perf_counter()
+        engine = open_engine(bundle, size, precision, compiled)
+        half, half_mask = run(engine, batch)
+        cold_s = cold_s or time.perf_counter() - started
+        if engine.largest_batch is None:
+            steady[batch] = min(timed(lambda e=engine, b=batch: run(e, b)) for _ in range(3))
+    best = min(steady, key=lambda batch: steady[batch])
+    engine = open_engine(bundle, size, precision, compiled)
+    run(engine, best)
+    return {
+        "windows": len(grid),
+        "flop": len(grid) * count_flop(bundle, size.patch),
+        "cold_s": round(cold_s, 3),
+        "steady_s": round(steady[best], 4),
+        "steady_s_by_batch": {str(batch): round(seconds, 4) for batch, seconds in steady.items()},
+        "dice_with_fp32": round(float(2 * (mask & half_mask).sum() / max(int(mask.sum()) + half_mask.sum(), 1)), 6),
+        "largest_difference_of_255": int(np.abs(exact.astype(int) - half).max()),
+        "top_kernels": top_kernels(lambda: run(engine, best), size.device),
+    }
+
+
+def open_engine(bundle: Bundle, size: Size, precision: str, compiled: bool = False) -> DeviceEngine:
+    """Return an engine whose blocks stay on the device."""
+    return DeviceEngine(bundle, device=size.device, precision=precision, threads=1, compiled=compiled)
+
+
+def untrained(filters: tuple[int, ...]) -> Bundle:
+    """Return a bundle with this network and random weights: its speed is that of trained ones."""
+    spec = NetworkSpec(filters=filters)
+    torch.manual_seed(0)
+    state = DynUNet(spatial_dims=3, **asdict(spec)).state_dict()
+    return replace(load("starter")[1], network=spec, weights=fit_weights(spec, state))
+
+
+def measure_peak(size: Size) -> float:
+    """Return what a large product of bfloat16 matrices reaches, in floating-point operations a second."""
+    a = torch.randn((size.matmul, size.matmul), device=size.device, dtype=torch.bfloat16)
+    a @ a
+    return 2 * size.matmul**3 / min(timed(lambda: a @ a) for _ in range(5))
+
+
+def measure_copy(size: Size) -> float:
+    """Return what a copy within the device's memory reaches, bytes read and written a second."""
+    source = torch.zeros(size.copy_bytes, dtype=torch.uint8, device=size.device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * size.copy_bytes / min(timed(lambda: target.copy_(source)) for _ in range(5))
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Return the seconds of some work, the device's included."""
+    synchronise()
+    started = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def count_flop(bundle: Bundle, patch: Shape) -> int:
+    """Return floating-point operations of a forward pass, counted at the least patch: they grow with its voxels."""
+    least = tuple(2 * n for n in bundle.network.patch_multiple)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        build_network(bundle)(torch.zeros((1, bundle.network.in_channels, *least)))
+    return counter.get_total_flops() * math.prod(patch) // math.prod(least)
+
+
+def top_kernels(work: Callable[[], Any], device: str) -> list[dict[str, Any]]:
+    """Return the ten kernels that took longest, with their share of all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
+        work()
+        synchronise()
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(recorded.key_averages(), key=lambda event: getattr(event, key), reverse=True)
+    total = sum(getattr(event, key) for event in events) or 1
+    return [
+        {"kernel": event.key[:80], "calls": event.count, "share": round(getattr(event, key) / total, 3)}
+        for event in events[:10]
+    ]
+
+
+def measure_job(size: Size) -> dict[str, Any]:
+    """Return fields per second of the whole job, a timelapse from Zarr to scores, labels and pyramid.
+
+    Counted between the first and the last field: without the start of the worker, and the first field's compilation.
+    """
+    image = np.broadcast_to(simulate(0, size.field).image, (size.n_fields, 1, *size.field))
+    done: list[float] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Progress) and event.n_done > len(done):
+            done.extend([time.perf_counter()] * (event.n_done - len(done)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_series(Path(folder) / "series.zarr", image)
+        settings = parse_settings({"model": "starter", "device": size.device, "engine": "torch", "workers": 1,
+                                   "patch": size.patch})  # fmt: skip
+        segment(f"{folder}/series.zarr", f"{folder}/out.zarr", settings, emit=note)
+    return {"fields": size.n_fields, "fields_per_s": round((len(done) - 1) / max(done[-1] - done[0], 1e-9), 3)}
+
+
+def main() -> None:
+    """Measure, and keep the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, in seconds; nothing is kept")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, whose first field takes minutes")
+    options = parser.parse_args()
+    if options.tiny:
+        print(measure(TINY, compiled=options.compile))
+    else:
+        keep("gpu-compiled" if options.compile else "gpu", measure(compiled=options.compile))
+
+
+if __name__ == "__main__":
+    main()
