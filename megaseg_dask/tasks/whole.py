@@ -32,10 +32,12 @@ def _finish(plan: Plan, output: Output, logits: scores.Float32 | BlockLogits, in
     """Write scores, mask, labels and measurements of one output; return its threshold and number of objects."""
     whole, found, summary = Box.of(plan.volume_shape), scores.scores_of(plan, logits), dict[str, Any]()
     if plan.has_mask and plan.options.is_automatic:
-        extremes = scores.extremes_of(found.pop("logits"))
-        table = scores.tabulate(plan, logits, extremes)
+        known = found.pop("logits")
+        extremes = scores.extremes_of(known)
+        table = scores.tabulate(plan, known, extremes)
         summary["threshold"] = scores.cutoff_of(plan, table, extremes)
-        found["mask"] = scores.above(logits, summary["threshold"])
+        found["mask"] = scores.above(known, summary["threshold"])
+        del known
     elif plan.has_mask:
         found["mask"] = found.pop(products.first_mask(plan))
     del logits

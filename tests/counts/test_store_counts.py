@@ -1,6 +1,7 @@
 """Reads and writes of the store, bytes of voxels and forward passes of a run: exact, against what is committed.
 
-``MEGASEG_COUNTS=write python -m pytest tests/counts/test_store_counts.py`` writes them anew after a change that is meant.
+After a change that is meant they are written anew by
+``MEGASEG_COUNTS=write python -m pytest tests/counts/test_store_counts.py``.
 """
 
 import json
