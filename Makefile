@@ -27,7 +27,6 @@ check: $(VENV)/.installed  ## Lint and types
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed  ## Build the pages into site/, strictly and offline
-	$(BIN)/python -m tests.unit.test_docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed  ## Measure, and write benchmarks/results

@@ -18,7 +18,7 @@ import numpy as np
 from megaseg_dask.errors import MegasegError
 from megaseg_dask.geometry import Box
 from megaseg_dask.narration import size_text
-from megaseg_dask.ngff.images import read_image
+from megaseg_dask.ngff.images import SPATIAL, read_image
 from megaseg_dask.ngff.plates import is_plate, read_plate
 from megaseg_dask.ngff.volumes import Volume
 from megaseg_dask.plan import runs_folder
@@ -84,9 +84,12 @@ def _read(location: Location, *, is_own: bool) -> Iterator[Finding]:
         return
     axes = ", ".join(f"{name} {image.extent(name)}" for name in image.axis_names)
     what = f"plate of {len(fields)} fields, the first" if fields else "image"
-    levels = len(image.levels)
+    levels, spacing = len(image.levels), " × ".join(f"{size:.3g}" for size in image.spacing_um)
+    is_in_um = all(axis.is_in_um for axis in image.axes if axis.name in SPATIAL)
+    advice = "its metadata name no unit of length: sizes in µm will be sizes in voxels"
     yield Finding("", f"OME-Zarr {image.version} {what}: {axes}; {image.dtype}, {levels} "
-                      f"{'level' if levels == 1 else 'levels'}")  # fmt: skip
+                      f"{'level' if levels == 1 else 'levels'}, voxels of {spacing}{' µm' * is_in_um} (z, y, x)",
+                  "" if is_in_um else advice)  # fmt: skip
     shape = image.volume_shape()
     start = tuple(max((n - m) // 2, 0) for n, m in zip(shape, _READ_SHAPE, strict=True))
     box = Box(start, tuple(a + m for a, m in zip(start, _READ_SHAPE, strict=True))) & Box.of(shape)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from megaseg_dask.cluster_cli import cluster_app
 from megaseg_dask.console import (
     print_demo,
     print_evaluation,
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 
 app.add_typer(models_app)
+app.add_typer(cluster_app)
 
 # What typer raises for an unknown option or command; it has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

@@ -111,8 +111,10 @@ class Cluster(_Strict):
     @property
     def wall_s(self) -> float | None:
         """Wall time of a job in seconds, if the file tells it in hours, minutes and seconds."""
+        # LSF counts hours and minutes, where the others count minutes and seconds.
+        end = ":00" if self.kind == "lsf" else ""
         try:
-            return float(parse_duration(self.options["walltime"]))
+            return float(parse_duration(f"{self.options['walltime']}{end}"))
         except (KeyError, ValueError, TypeError):
             return None
 

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import typer
@@ -17,6 +18,8 @@ from megaseg_dask.events import Event
 from megaseg_dask.narration import Narrator, duration, failed_text, failure_line, left_text, rates, size_text
 
 _MOST_FAILURES = 10
+# Width of a progress bar.
+_BAR = 12
 
 
 @contextlib.contextmanager
@@ -45,22 +48,27 @@ def _bars() -> Iterator[Callable[[Event], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:<13}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
+    columns = (TextColumn("{task.description:<13}"), BarColumn(_BAR), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[rate]}", markup=False))  # fmt: skip
     narrator = Narrator()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bars: dict[str, Any] = {}
 
-        def draw(name: str, n: float, total: float, rate: str) -> None:
+        def draw(name: str, n: float, total: float, *words: str) -> None:
             if name not in bars:
                 bars[name] = progress.add_task(name, total=total, rate="")
+            # What a narrow terminal has no room for is left out, the last words first.
+            room = progress.console.width - len(f"{name:<13}{total}/{total}0:00:00") - _BAR - 5
+            rate = ""
+            for longer in accumulate(filter(None, words), lambda before, word: f"{before} · {word}"):
+                rate = longer if len(longer) <= room else rate
             progress.update(bars[name], completed=n, total=total, rate=rate)
 
         def show(event: Event) -> None:
             fields: dict[str, Any] = event.as_dict()
             if event.kind == "progress":
-                rate = " · ".join(filter(None, (rates(fields), left_text(fields), failed_text(fields))))
-                draw(str(fields["stage"]), fields["n_done"], fields["n_tasks"], rate)
+                words = left_text(fields), failed_text(fields), *rates(fields)
+                draw(str(fields["stage"]), fields["n_done"], fields["n_tasks"], *words)
             elif event.kind == "fetching":
                 received, total = (round(fields[key] / 1e6, 1) for key in ("n_bytes", "total_bytes"))
                 draw(str(fields["model"]), received, total, f"MB, {float(fields['bytes_per_s']) / 1e6:.3g} MB/s")
@@ -153,7 +161,9 @@ def print_plan(summary: dict[str, Any]) -> None:
         "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, redundancy "
                   f"{summary['redundancy']}",
         "bytes": f"{size_text(summary['bytes_read'])} read ({summary['read_amplification']} times the volume), "
-                 f"{size_text(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}",
+                 f"{size_text(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}"
+                 + (f"; {size_text(summary['bytes_intermediate'])} of intermediate data for each volume"
+                    if summary["bytes_intermediate"] else ""),
         "memory": f"{size_text(summary['memory_bytes'])} per worker; projected GB: {peaks}",
         "time": f"about {duration(summary['projected_s'])} of one worker like this machine, "
                 f"{summary['patch_s']:.2g} s a patch" if summary["projected_s"] is not None else "cannot be told here: "

@@ -22,6 +22,8 @@ from megaseg_dask.tasks import Outcome, is_infrastructure, run_tasks
 _LEAST_WINDOW, _MOST_WINDOW, _PER_WORKER = 8, 512, 4
 # A group of quick tasks lasts about so long, and none holds more than so many.
 _GROUP_S, _MOST_IN_GROUP = 0.5, 256
+# A group takes client and scheduler some 3 ms; they are to be idle for most of the time (docs/scaling.md).
+_GROUP_COST_S = 0.01
 _POLL_S, _TICK_S, _ANSWER_S = 0.02, 1.0, 30.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 
@@ -30,6 +32,19 @@ _TASK_FACTOR, _TASK_LEAST_S = 20, 300.0
 
 GroupSize = Callable[[str, int], int]
 Ready = Callable[[GroupSize], tuple[str, Sequence[int]]]
+
+
+def window_of(n_workers: int) -> int:
+    """Return how many groups may be in flight; of very many workers each still has one, and one to come."""
+    return max(min(max(_LEAST_WINDOW, _PER_WORKER * n_workers), _MOST_WINDOW), 2 * n_workers)
+
+
+def group_size_of(mean_s: float | None, n_ready: int, n_workers: int) -> int:
+    """Return how many tasks go together: so many that client and scheduler keep up with all workers."""
+    group_s = max(_GROUP_S, _GROUP_COST_S * n_workers)
+    by_time = int(group_s / max(_GROUP_S if mean_s is None else mean_s, 1e-6))
+    # The last tasks are shared among the workers.
+    return max(min(by_time, _MOST_IN_GROUP, n_ready // (2 * n_workers)), 1)
 
 
 @dataclass(slots=True)
@@ -112,7 +127,7 @@ class Dispatcher:
         while self._delayed and self._delayed[0][0] <= now:
             _, _, group, avoided = heapq.heappop(self._delayed)
             yield self._send(group, avoided)
-        while len(self._running) < min(max(_LEAST_WINDOW, _PER_WORKER * self._n_workers), _MOST_WINDOW):
+        while len(self._running) < window_of(self._n_workers):
             stage, indices = ready(self._group_size)
             if not indices:
                 break
@@ -122,9 +137,7 @@ class Dispatcher:
             yield self._send(self._suspects.popleft())
 
     def _group_size(self, stage: str, n_ready: int) -> int:
-        by_time = int(_GROUP_S / max(self._mean_s.get(stage, _GROUP_S), 1e-6))
-        # The last tasks are shared among the workers.
-        return max(min(by_time, _MOST_IN_GROUP, n_ready // (2 * self._n_workers)), 1)
+        return group_size_of(self._mean_s.get(stage), n_ready, self._n_workers)
 
     def _send(self, group: _Group, avoided: str = "") -> Any:
         self._n_sent += 1

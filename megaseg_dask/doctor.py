@@ -22,7 +22,7 @@ from megaseg_dask.inference import n_cores, resolve_engine
 from megaseg_dask.models.zoo import PUBLISHED, find
 from megaseg_dask.planning import default_memory_bytes
 
-_PACKAGES = ("megaseg-dask", "torch", "monai", "dask", "distributed", "zarr", "ome-zarr-models", "numpy", "dask-cuda")
+_PACKAGES = ("megaseg-dask", "torch", "monai", "dask", "distributed", "zarr", "ome-zarr-models", "numpy")
 _LITTLE_MEMORY = 4 * 10**9
 # The first drivers that programs built with a CUDA of this number run on (NVIDIA, CUDA compatibility, Linux).
 _LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}
@@ -72,9 +72,7 @@ def _gpu() -> list[Finding]:
 
     devices = cuda_devices()
     if devices:
-        missing = importlib.util.find_spec("dask_cuda") is None
-        advice = "for one worker per GPU: pip install 'megaseg-dask[cuda12]' (or cuda13)" if missing else ""
-        return [Finding("GPU", ", ".join(devices), advice)]
+        return [Finding("GPU", f"{', '.join(devices)}: one worker each")]
     driver = _driver()
     if driver is None and not Path("/dev/nvidia0").exists():
         return [Finding("GPU", "none")]

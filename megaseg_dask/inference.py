@@ -88,6 +88,7 @@ class BundleRef:
     path: str
     name: str
     digest: str
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +105,9 @@ class ModelRef:
     steps: tuple[Step, ...]
 
     @classmethod
-    def of(cls, bundles: Mapping[str, Bundle]) -> "ModelRef":
+    def of(cls, bundles: Mapping[str, Bundle], checkpoint: str | None = None) -> "ModelRef":
         """Return the reference to bundles by their addresses; raises :class:`BundleError` if they are not alike."""
-        refs = tuple(BundleRef(path, bundle.name, bundle.digest) for path, bundle in bundles.items())
+        refs = tuple(BundleRef(path, bundle.name, bundle.digest, checkpoint) for path, bundle in bundles.items())
         found = [cls(refs, b.window, b.network.in_channels, b.outputs, b.preprocessing.steps) for b in bundles.values()]
         for ref, other in zip(refs, found, strict=True):
             for field in fields(cls):
@@ -221,7 +222,7 @@ def _open_one(ref: BundleRef, spec: EngineSpec) -> Engine:
     from megaseg_dask.models import load_bundle
     from megaseg_dask.models.copies import path_of
 
-    bundle = load_bundle(path_of(ref.path, ref.digest))
+    bundle = load_bundle(path_of(ref.path, ref.digest), ref.checkpoint)
     if bundle.digest != ref.digest:
         raise BundleError(f"{ref.path} has digest {bundle.digest[:12]}, the plan was made with {ref.digest[:12]}; "
                           "put the bundle back, or start anew with --overwrite")  # fmt: skip

@@ -72,7 +72,7 @@ class Held:
         # Who wakes up is here before its heart beats again. By the time of day: other clocks sleep with the machine.
         if abs(time.time() - self._looked) > _PATIENCE * self._beat_s / 2:
             with suppress(StoreError):
-                self._look()
+                self._look(patient=False)
         if self._lost.is_set():
             raise StoreError(f"another client took over {self._run} while this one stood still; leave the run to it")
 
@@ -96,14 +96,14 @@ class Held:
                 self._lease = replace(self._lease, beat=self._lease.beat + 1)
                 self._run.put(_key(self.id), _encode(self._lease))
 
-    def _look(self) -> None:
-        if self._is_ours():
+    def _look(self, *, patient: bool = True) -> None:
+        if self._is_ours(patient=patient):
             self._looked = time.time()
         else:
             self._lost.set()
 
-    def _is_ours(self) -> bool:
-        holder = read(self._run, self.id)
+    def _is_ours(self, *, patient: bool = True) -> bool:
+        holder = read(self._run, self.id, patient=patient)
         return holder is not None and holder.id == self.id
 
 
@@ -113,7 +113,7 @@ def held(run: Location) -> Iterator[Held]:
     lease = _own(uuid.uuid4().hex)
     _acquire(run, lease)
     with _beating(run, lease, BEAT_S) as holding:
-        _require_none(run, shared_ids(run), "running tasks")
+        _require_none(run, shared_ids(run), "running tasks of")
         yield holding
 
 
@@ -129,7 +129,7 @@ def shared(run: Location, name: str, stage: str) -> Iterator[Held]:
     with _beating(run, lease, SHARED_BEAT_S) as holding:
         _require_none(run, [""], "writing")
         others = [i for i in shared_ids(run) if i.startswith(of_run) and not i.startswith(of_stage)]
-        _require_none(run, others, "running tasks of another stage of")
+        _require_none(run, others, "running another stage of")
         yield holding
 
 
@@ -155,9 +155,9 @@ def _key(lease_id: str) -> str:
     return f"{_SHARED}/{lease_id}.json" if "/" in lease_id else KEY
 
 
-def read(run: Location, lease_id: str = "") -> Lease | None:
+def read(run: Location, lease_id: str = "", *, patient: bool = True) -> Lease | None:
     """Return the lease of a run's client, if there is one; or that of single tasks, by its id."""
-    data = run.get(_key(lease_id))
+    data = run.get(_key(lease_id), patient=patient)
     if data is None:
         return None
     try:

@@ -186,7 +186,7 @@ def show(
         record = cache.read_record(model) if cache.is_name(model) else None
         card: dict[str, Any]
         if path is not None:
-            bundle = cache.load_cached(record) if record else read_bundle(path, checkpoint)
+            bundle = cache.load_cached(record, checkpoint) if record else read_bundle(path, checkpoint)
             card = card_of(model if record or model == "starter" else bundle.name, path, bundle)
             card |= {"record": _fields(record)} if record else {}
         elif model in PUBLISHED_CARDS:

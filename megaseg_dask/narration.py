@@ -78,15 +78,15 @@ def started_line(fields: Fields) -> str:
 def progress_line(fields: Fields) -> str:
     """Say how a stage gets on."""
     parts = [f"{fields['stage']}: {fields['n_done']}/{fields['n_tasks']} tasks",
-             f"{fields['elapsed_s']:.1f} s", rates(fields), failed_text(fields), left_text(fields)]  # fmt: skip
+             f"{fields['elapsed_s']:.1f} s", *rates(fields), failed_text(fields), left_text(fields)]  # fmt: skip
     return ", ".join(filter(None, parts))
 
 
-def rates(fields: Fields) -> str:
-    """Return the speed of a stage, in blocks or fields and in voxels; nothing before there is one."""
+def rates(fields: Fields) -> list[str]:
+    """Return the speeds of a stage, in blocks or fields and in voxels; none before there is one."""
     found = [f"{fields['units_per_s']:.3g} {fields['unit']}/s"] if fields["unit"] and fields["units_per_s"] else []
     found += [f"{fields['voxels_per_s'] / 1e6:.3g} Mvoxel/s"] if fields["voxels_per_s"] else []
-    return ", ".join(found)
+    return found
 
 
 def failed_text(fields: Fields) -> str:

@@ -210,6 +210,17 @@ class Plan(BaseModel):
         return tuple(kind for kind in self.options.outputs if kind != "measurements")
 
     @property
+    def intermediates(self) -> dict[str, str]:
+        """Kind and dtype of the arrays in the run folder while a volume of several blocks is worked on."""
+        if self.is_one_task or not self.has_mask:
+            return {}
+        options = self.options
+        wanted = [("mask", "uint8", True), ("unfilled", "uint8", options.fill_holes),
+                  ("holes", "uint32", options.fill_holes), ("logits", "float32", options.is_automatic),
+                  ("fragments", "uint32", "labels" in options.outputs)]  # fmt: skip
+        return {kind: dtype for kind, dtype, used in wanted if used and kind not in self.arrays}
+
+    @property
     def has_mask(self) -> bool:
         """Tell whether scores are turned into a mask."""
         return bool({"labels", "mask"} & set(self.options.outputs))
@@ -299,7 +310,9 @@ class Plan(BaseModel):
         item = np.dtype(self.source_image.dtype).itemsize
         # Statistics take one more read, except where a volume is read once for all.
         measured = 0 if self.is_one_task or self.measure_level is None else math.prod(self.measure_grid.volume_shape)
-        read = grid.count_read(self.block_shape, self.region) + measured
+        read = (grid.count_read(self.block_shape, self.region) + measured) * self.model.in_channels
+        if "measurements" in self.options.outputs and not self.is_one_task:
+            read += voxels
         sizes = {"labels": label_dtype(self.volume_shape).itemsize, "mask": 1,
                  "scores": np.dtype(self.options.scores_dtype).itemsize}  # fmt: skip
         n_images = len({volume.image for volume in self.volumes})
@@ -328,15 +341,21 @@ class Plan(BaseModel):
             "block_shape": self.block_shape,
             "blocks": len(self.block_grid()),
             "redundancy": round(n_predicted / n_patches, 3),
-            "bytes_read": read * item * len(self.volumes) * self.model.in_channels,
-            "read_amplification": round(read / voxels, 2),
+            "bytes_read": read * item * len(self.volumes),
+            "read_amplification": round(read / voxels / self.model.in_channels, 2),
             "bytes_written": written * sum(sizes[name] for name in self.arrays),
+            # Of one volume: they are removed when it is finished.
+            "bytes_intermediate": voxels * len(self.model.outputs) * sum(map(_itemsize, self.intermediates.values())),
             "label_dtype": str(label_dtype(self.volume_shape)),
             "memory_bytes": self.memory_bytes,
             "projected_bytes": self.projected_bytes,
             "stages": {s.name: s.n_tasks for s in self.stages},
             "options": self.options.result_options(),
         }
+
+
+def _itemsize(dtype: str) -> int:
+    return np.dtype(dtype).itemsize
 
 
 def run_folder(target: Location, label_name: str) -> Location:

@@ -54,6 +54,11 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     paths = [field.path for field in plate.fields] if plate else [""]
     require_segmentable(image, where / paths[0])
     require_target(settings, where, to)
+    if plate and "scores" not in settings.outputs and not where.is_same(to):
+        raise SettingsError(
+            "a plate of labels alone would list fields without an image, which no reader takes: add scores to "
+            "--outputs, or pass SOURCE as TARGET too, which adds labels to its fields"
+        )
     if where.is_same(to):
         # One container holds one version.
         settings = settings.model_copy(update={"ome_zarr": whole.version})
@@ -123,11 +128,13 @@ def open_models(settings: Settings, volume_shape: Shape) -> tuple[Settings, Mode
     Raises :class:`BundleError` for models that cannot be averaged, and :class:`SettingsError` for other settings
     than they take.
     """
-    found = [load(name) for name in settings.model]
+    if settings.checkpoint and len(settings.model) > 1:
+        raise SettingsError("--checkpoint is of one --model; of several, give the path of each .ckpt as --model")
+    found = [load(name, settings.checkpoint) for name in settings.model]
     bundles = {str(path): bundle for path, bundle in found}
     if len({bundle.digest for bundle in bundles.values()}) < len(found):
         raise SettingsError(f"--model {', '.join(settings.model)}: the same model twice; its mean is itself")
-    model, first = ModelRef.of(bundles), found[0][1]
+    model, first = ModelRef.of(bundles, settings.checkpoint), found[0][1]
     for path, bundle in found:
         for name in ("patch_shape", "overlap"):
             mine, theirs = getattr(first, name), getattr(bundle, name)
@@ -266,7 +273,7 @@ def choose_channels(image: Image, wanted: str | None, where: Location) -> list[i
         elif channel.strip().isdecimal() and int(channel) < n:
             found.append(int(channel))
         else:
-            raise SettingsError(f"--channel {channel}: no such channel in {where}; it has {listed}")
+            raise SettingsError(f"--channel {channel}: no such channel in {where}; there are {listed}")
     if len(set(found)) < len(found):
         raise SettingsError(f"--channel {wanted}: names a channel twice")
     return found

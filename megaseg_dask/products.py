@@ -38,8 +38,6 @@ BY_OUTPUT = "by_output"
 
 _MOST_READERS = 16
 
-_DTYPES = {"mask": "uint8", "unfilled": "uint8", "holes": "uint32", "fragments": "uint32", "logits": "float32"}
-
 # The id of the lease under which this process works for a client; none in a process that works by itself.
 _holder: ContextVar[str | None] = ContextVar("holder", default=None)
 
@@ -115,16 +113,6 @@ def first_mask(plan: Plan) -> str:
     return "unfilled" if plan.options.fill_holes else "mask"
 
 
-def intermediates(plan: Plan) -> list[str]:
-    """Return the arrays that live in the run folder while a volume of several blocks is worked on."""
-    options = plan.options
-    if plan.is_one_task or not plan.has_mask:
-        return []
-    wanted = {"mask": True, "unfilled": options.fill_holes, "holes": options.fill_holes,
-              "logits": options.is_automatic, "fragments": "labels" in options.outputs}  # fmt: skip
-    return [kind for kind, used in wanted.items() if used and kind not in plan.arrays]
-
-
 def work_folder(plan: Plan, volume: int) -> Location:
     """Return where the intermediate data of one volume live."""
     return Location(plan.run) / f"{WORK}/{volume}"
@@ -154,8 +142,8 @@ def create_work(plan: Plan, volume: int) -> None:
     """Create the empty arrays of a volume's intermediate data."""
     shape = plan.volume_shape
     image = Image(plan.target_image.version, "", tuple(map(Axis, SPATIAL)), (Level("0", shape, (), ()),), "")
-    for location, kind in _work_arrays(plan, volume):
-        create_array(location, replace(image, dtype=_DTYPES[kind]), 0, _DTYPES[kind], plan.layout(0), image.version)
+    for location, dtype in _work_arrays(plan, volume):
+        create_array(location, replace(image, dtype=dtype), 0, dtype, plan.layout(0), image.version)
 
 
 def has_work(plan: Plan, volume: int) -> bool:
@@ -165,8 +153,8 @@ def has_work(plan: Plan, volume: int) -> bool:
 
 def _work_arrays(plan: Plan, volume: int) -> Iterator[tuple[Location, str]]:
     for output in plan.outputs_of(volume):
-        for kind in intermediates(plan):
-            yield output_folder(plan, output) / kind, kind
+        for kind, dtype in plan.intermediates.items():
+            yield output_folder(plan, output) / kind, dtype
 
 
 # -- small objects

@@ -157,7 +157,9 @@ def status(target: str, label_name: str | None = None) -> list[RunStatus]:
     found = [_status_of(name, plan) for name, plan in plans.items() if plan is not None]
     if not found:
         named = f" of the name {label_name}" if label_name else ""
-        raise TargetError(f"no run{named} is recorded at {folder}; start one with megaseg segment")
+        raise TargetError(
+            f"no run{named} is recorded at {folder}{Location.of(target).hint()}; start one with megaseg segment"
+        )
     return found
 
 

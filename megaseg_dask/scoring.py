@@ -26,7 +26,7 @@ def find_labels(address: str, name: str | None = None) -> Location:
     """
     location = Location.of(address)
     if not location.exists():
-        raise SourceError(f"{location} does not exist; check the path")
+        raise SourceError(f"{location} does not exist{location.hint()}; check the path")
     labels = location / "labels"
     names = (labels.ome_attributes()[1].get("labels") or []) if labels.exists() else []
     if not names:

@@ -115,6 +115,9 @@ class Settings(BaseModel):
         "NAME|PATH",
         min_length=1,
     )
+    checkpoint: Text | None = _option(
+        NETWORK, None, "Which of the bundle's checkpoints. (default: that of the highest epoch)", "FILE"
+    )
     tta: bool = _option(
         NETWORK,
         False,

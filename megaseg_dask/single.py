@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from megaseg_dask import products, publishing, targets, tasks
 from megaseg_dask.errors import SettingsError, TargetError
-from megaseg_dask.events import Event, Failure, Progress, Result, Started, joined
+from megaseg_dask.events import Event, Failure, Progress, Result, joined
 from megaseg_dask.flows import Flow, iter_flows
 from megaseg_dask.journal import Journal
 from megaseg_dask.lease import Held, held, shared
@@ -206,7 +206,6 @@ def _join(plan: Plan, lease: Held, emit: Emit) -> Result | None:
     journal, started = Journal.read(plan), time.monotonic()
     if journal.result is not None:
         return already_done(plan, journal)
-    emit(Started(plan.target, sum(stage.n_tasks for stage in plan.stages), journal.n_done, ""))
     reopen(plan)
     journal.sync = Location(plan.target).sync
     with journal.flushed(), journal.session():

@@ -1,5 +1,6 @@
 """What many tests need: one light bundle, one set of real workers."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -40,14 +41,15 @@ def client():
 
     from megaseg_dask.cluster import CONFIG
 
-    with (
-        dask.config.set(CONFIG),
-        LocalCluster(
-            2, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0", host="127.0.0.1"
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    with dask.config.set(CONFIG):
+        cluster = LocalCluster(
+            n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+        )
+        with Client(cluster) as client:
+            yield client
+        # On a busy machine workers may take longer to end than Dask waits.
+        with contextlib.suppress(TimeoutError, OSError):
+            cluster.close()
 
 
 @pytest.fixture

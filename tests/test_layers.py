@@ -27,8 +27,8 @@ training.inside training.environment training.manifest training.card training.se
 scoring
 report.views report.survey report.seams report.pictures report.charts report.commands report.page report
 view.scenes view.states view.server view
-demo checkup doctor
-console exits options_cli jobs_cli looking_cli models_cli training_cli cli
+demo checkup doctor checking
+console exits options_cli jobs_cli looking_cli models_cli training_cli cluster_cli cli
 __init__ __main__
 """.split()
 
@@ -62,7 +62,17 @@ DOORS = {
     "torch": {"models", "engines"},
     "neuroglancer": {"view"},
     "tornado": {"view"},
-    "typer": {"cli", "console", "exits", "jobs_cli", "looking_cli", "models_cli", "options_cli", "training_cli"},
+    "typer": {
+        "cli",
+        "cluster_cli",
+        "console",
+        "exits",
+        "jobs_cli",
+        "looking_cli",
+        "models_cli",
+        "options_cli",
+        "training_cli",
+    },
     "xarray": {"xarrays"},
     "yaml": {"models", "clusterfile"},
     "zarr": {"ngff", "stores"},

@@ -4,6 +4,7 @@ Each kind of cluster differs only in how its workers start (:mod:`megaseg_dask.c
 Dask workers of one scheduler; a run knows no more than that.
 """
 
+import importlib
 import logging
 import multiprocessing
 import time
@@ -83,7 +84,7 @@ class Workers:
         for note in notes:
             self.emit(Notice(note))
         self._require_one_task_each()
-        self._describe(list(self.client.nthreads()))
+        self._describe(list(self.client.nthreads()), is_first=True)
 
     def _require_one_task_each(self) -> None:
         """Warn of a scheduler or workers that somebody else set otherwise than a run wants them."""
@@ -97,16 +98,20 @@ class Workers:
             self.emit(Notice(f"the scheduler has {' and '.join(wrong)}: a block that kills its worker may take others "
                              "along; see docs/clusters.md"))  # fmt: skip
 
-    def _describe(self, addresses: list[str]) -> None:
+    def _describe(self, addresses: list[str], *, is_first: bool = False) -> None:
         new = [address for address in addresses if address not in self.joined]
         if not new:
             return
         found = self.client.run(joining.describe, self.device == "cuda", workers=new, on_error="return")
         for address, description in found.items():
-            if isinstance(description, Mapping):
-                self.joined[address] = Joined(**description)
-                self._names.add(self.joined[address].name)
-                self.emit(self.joined[address])
+            if isinstance(description, Exception):
+                # It is gone again, or of another version and about to leave; the first have been compared.
+                if is_first and not isinstance(description, OSError):
+                    raise description
+                continue
+            self.joined[address] = Joined(**description)
+            self._names.add(self.joined[address].name)
+            self.emit(self.joined[address])
         self._require_own_devices(set(addresses))
 
     def _require_own_devices(self, addresses: set[str]) -> None:
@@ -127,7 +132,7 @@ class Workers:
         bundles = None if self.is_local else run / copies.FOLDER
         for bundle in model.bundles:
             if bundles:
-                copies.put(bundle.path, bundle.digest, bundles)
+                copies.put(bundle.path, bundle.digest, bundles, bundle.checkpoint)
         lifetime_s = self.wanted.lifetime_s if self.wanted else None
         plugin = joining.make_plugin(options, bundles.url if bundles else None, self._insisted, lifetime_s)
         self.client.subscribe_topic(joining.NAME, self._hear)
@@ -203,6 +208,8 @@ def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
     import distributed  # noqa: F401
 
     _require_main_guard()
+    # Its import brings Dask's defaults, which would go with ours if it came while these are set.
+    importlib.import_module("distributed")
     options = plan.options
     wanted = cluster_of(options)
     if wanted.kind == "local" and plan.engine.device == "cuda":

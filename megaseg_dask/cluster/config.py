@@ -54,8 +54,9 @@ CONFIG = {
 def inherited() -> dict[str, str]:
     """Return the environment variable by which a Dask process elsewhere takes over :data:`CONFIG`, and nothing else.
 
-    Dask's own mechanism would hand on the whole configuration of this process, credentials included.
+    Dask's own mechanism would hand on the whole configuration of this process, credentials included. What a worker
+    elsewhere logs goes to its job's output, and may be all there is to find out why it ended.
     """
     nested: dict[str, Any] = {}
-    dask.config.set(CONFIG, config=nested)
+    dask.config.set({key: value for key, value in CONFIG.items() if key != "distributed.worker.preload"}, config=nested)
     return {"DASK_INTERNAL_INHERIT_CONFIG": dask.config.serialize(nested)}

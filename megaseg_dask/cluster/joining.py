@@ -86,11 +86,9 @@ async def _retire(worker: Any) -> None:
     await worker.close_gracefully(reason="megaseg-lifetime")
 
 
-def describe(on_gpu: bool) -> dict[str, Any]:
-    """Return what this worker is, as :class:`~megaseg_dask.events.Joined` tells it."""
-    from distributed import get_worker
-
-    worker = get_worker()
+def describe(on_gpu: bool, dask_worker: Any = None) -> dict[str, Any]:
+    """Return what this worker is, as :class:`~megaseg_dask.events.Joined` tells it; Dask passes ``dask_worker``."""
+    worker = dask_worker
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = {"name": str(worker.name), "address": worker.address, "host": socket.gethostname(), "cores": cores,
              "memory_limit": worker.memory_manager.memory_limit or 0}  # fmt: skip

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from megaseg_dask.cluster.config import inherited
 from megaseg_dask.clusterfile import Cluster, TlsFiles, nearest
@@ -28,6 +28,9 @@ _BATCH = {
 _ROLES = ("client", "scheduler", "worker")
 # Decided by the rest of the file, or by us.
 _OURS = {"n_workers", "security", "asynchronous", "loop", "self", "scheduler", "job_cls", "scheduler_cls"}
+
+# Workers end within seconds, on a busy machine within a minute.
+_CLOSE_S = 90.0
 
 
 @contextmanager
@@ -50,9 +53,10 @@ def started(wanted: Cluster) -> Iterator[Any]:
 
 
 def _close(cluster: Any) -> None:
-    # A job that could not be submitted has a status that Dask does not expect at the end.
+    # A job that could not be submitted has a status that Dask does not expect at the end. A nanny whose worker hung may
+    # wait for ever: the run is over by then, and what is left ends with this process.
     with suppress(TimeoutError, OSError, AssertionError):
-        cluster.close()
+        cluster.close(timeout=_CLOSE_S)
 
 
 def _scale(wanted: Cluster, cluster: Any) -> None:
@@ -61,14 +65,13 @@ def _scale(wanted: Cluster, cluster: Any) -> None:
         return
     cluster.scale(n)
     if wanted.kind in _BATCH:
-        # Dask submits in the background, and would only log what is wrong with it.
+        # Dask submits in the background.
         async def submitted() -> None:
             await cluster
 
-        try:
-            cluster.sync(submitted)
-        except Exception as error:
-            raise _explained(wanted, error) from error
+        cluster.sync(submitted)
+        if refused := cluster.job_cls.refused:
+            raise _explained(wanted, refused[0])
 
 
 def require_queued(wanted: Cluster, cluster: Any) -> None:
@@ -151,14 +154,10 @@ def _batch(wanted: Cluster, stack: ExitStack) -> Any:
     cls = getattr(library, name)
     options = _options(wanted, cls, *_ancestors(cls.job_cls))
     exports = [f"export {key}={value}" for key, value in inherited().items()]
-    security = security_of(wanted)
-    if security is not None and wanted.encrypted and "shared_temp_directory" not in options:
-        # Jobs read their certificates from files, and begin where they were submitted.
-        options["shared_temp_directory"] = stack.enter_context(tempfile.TemporaryDirectory(prefix=".megaseg-", dir="."))
-        options["shared_temp_directory"] = str(Path(options["shared_temp_directory"]).absolute())
     return cls(
         n_workers=0,
-        security=security,
+        job_cls=_outspoken(cls.job_cls),
+        security=_in_files(security_of(wanted), options.pop("shared_temp_directory", "."), stack),
         **{
             "processes": 1,
             **options,
@@ -168,6 +167,44 @@ def _batch(wanted: Cluster, stack: ExitStack) -> Any:
             "scheduler_options": {"dashboard_address": _DASHBOARD, **options.get("scheduler_options", {})},
         },
     )
+
+
+def _outspoken(job_cls: Any) -> Any:
+    """Return the class of a job that keeps what the batch system says against it; Dask would log it and go on."""
+
+    class Outspoken(job_cls):  # type: ignore[misc]  # known when it is called
+        refused: ClassVar[list[Exception]] = []
+
+        async def start(self) -> None:
+            try:
+                await super().start()
+            except (RuntimeError, OSError) as error:
+                # Without its traceback, which would keep this object from being forgotten.
+                self.refused.append(type(error)(*error.args))
+                self.status = Status.running
+
+        async def close(self) -> None:
+            await super().close()
+            self.status = Status.closed
+
+    from distributed.core import Status
+
+    return Outspoken
+
+
+def _in_files(security: Any, folder: str, stack: ExitStack) -> Any:
+    """Put certificates that were made for a cluster where its jobs read them, which begin in the folder of the command.
+
+    The library would do so too, with files that it closes when nobody knows.
+    """
+    if security is None or "\n" not in security.tls_ca_file:
+        return security
+    to = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".megaseg-", dir=Path(folder).expanduser())))
+    for name in ("tls_ca_file", *(f"tls_{role}_{part}" for role in _ROLES for part in ("cert", "key"))):
+        # The folder is its owner's alone.
+        (to / name).write_text(getattr(security, name))
+        setattr(security, name, str((to / name).absolute()))
+    return security
 
 
 def _kubernetes(wanted: Cluster, _: ExitStack) -> Any:

@@ -21,7 +21,7 @@ from pathlib import Path
 from megaseg_dask.errors import BundleError, SettingsError, StoreError
 from megaseg_dask.models.bundle import Bundle
 from megaseg_dask.models.cytodl import load_bundle
-from megaseg_dask.models.files import parts_of
+from megaseg_dask.models.files import layout_of, parts_of
 from megaseg_dask.models.guards import open_zip, short
 
 HOME = "MEGASEG_HOME"
@@ -104,13 +104,16 @@ def cached_names() -> list[str]:
     return []
 
 
-def load_cached(record: Record) -> Bundle:
-    """Load a model of the cache; raises BundleError if it is not the one that was recorded."""
+def load_cached(record: Record, checkpoint: str | None = None) -> Bundle:
+    """Load a model of the cache, or another of its checkpoints; raises BundleError if it is not what was recorded."""
     if not record.path.is_file():
         raise BundleError(f"{record.path} is not there, but its record is; {_again(record.name)}")
-    bundle = load_bundle(record.path)
-    if bundle.digest != record.digest:
-        raise BundleError(f"{record.path} has digest {bundle.digest[:12]}, its record says {record.digest[:12]}; "
+    bundle = load_bundle(record.path, checkpoint)
+    # The bundle's digest is of the checkpoint that is taken by itself; of another, the file's must do.
+    kind, found, recorded = ("digest", bundle.digest, record.digest) if checkpoint is None else (
+                            "SHA-256", sha256_of(record.path), record.sha256)  # fmt: skip
+    if found != recorded:
+        raise BundleError(f"{record.path} has {kind} {found[:12]}, its record says {recorded[:12]}; "
                           f"{_again(record.name)}")  # fmt: skip
     return bundle
 
@@ -220,7 +223,7 @@ def import_bundle(path: Path, name: str, *, checkpoint: str | None = None, overw
         raise BundleError(f"{path} does not exist; give a bundle's folder, its zip or a .ckpt")
     # What is wrong with it is said of the path that was given.
     digest = load_bundle(path, checkpoint).digest
-    packed = path.is_dir() or (checkpoint is not None and path.suffix == ".zip")
+    packed = path.is_dir() or layout_of(path) or (checkpoint is not None and path.suffix == ".zip")
     form = ".zip" if packed or path.suffix == ".zip" else ".ckpt"
 
     def fill(target: Path) -> None:

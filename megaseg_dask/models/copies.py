@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.models.files import parts_of
+from megaseg_dask.models.files import layout_of, parts_of
 from megaseg_dask.stores import Location
 
 FOLDER = "bundles"
@@ -57,8 +57,9 @@ def path_of(path: str, digest: str) -> Path:
         return _current.fetch(digest)
 
 
-def put(path: str, digest: str, to: Location) -> None:
-    """Write what is needed of a bundle where workers fetch it from."""
+def put(path: str, digest: str, to: Location, checkpoint: str | None = None) -> None:
+    """Write what is needed of a bundle, or of one of its checkpoints, where workers fetch it from."""
     file = Path(path)
-    for name, data in [(file.name, file.read_bytes())] if file.is_file() else parts_of(file, None):
+    whole = file.is_file() and layout_of(file) is None
+    for name, data in [(file.name, file.read_bytes())] if whole else parts_of(file, checkpoint):
         (to / digest).put(name, data)

@@ -27,12 +27,11 @@ from megaseg_dask.models.network import (
     with_aliases,
 )
 from megaseg_dask.models.preprocessing import read_preprocessing
-from megaseg_dask.models.statements import Fixed, Source, Statement, require_known, same
+from megaseg_dask.models.statements import REFERENCE, Fixed, Source, Statement, reference, require_known, same
 
 if TYPE_CHECKING:
     import torch
 
-REFERENCE = "reference value"
 SHAPES = "shapes of the weights"
 
 TARGETS = ("monai.networks.nets.DynUNet", "monai.networks.nets.dynunet.DynUNet")
@@ -229,11 +228,8 @@ def _require_agreement(argument: str, stated: Statement, found: Any) -> None:
 def _settings(hyper: Source, config: Source) -> tuple[dict[str, Any], dict[str, str]]:
     """Patch, overlap and window as far as stated, and who states each; else the Bundle's defaults hold."""
     sections = ((config, "model.inference_args"), (hyper, "hyper_parameters.inference_args"))
-    stated = {
-        argument: statement
-        for argument, path in (("roi_size", "data._aux.patch_shape"), ("overlap", "model._aux.overlap"))
-        if (statement := config.statement(path))
-    }
+    plugins = {"roi_size": "data._aux.patch_shape", "overlap": "model._aux.overlap"}
+    stated = {argument: found for argument, path in plugins.items() if (found := config.statement(path))}
     for source, path in sections:
         section = source.section(path)
         require_known(section, INFERENCE, INFERENCE_FREE)
@@ -244,9 +240,12 @@ def _settings(hyper: Source, config: Source) -> tuple[dict[str, Any], dict[str, 
             source, path = given[-1]
             stated[argument] = Statement(default, f"MONAI's default, as {source.name}: {path} has no {argument}")
     settings = {name: _parsed(name, stated[argument]) for name, argument in SETTINGS.items() if argument in stated}
-    return settings, {
-        name: stated[argument].origin if argument in stated else REFERENCE for name, argument in SETTINGS.items()
-    }
+    origins = {}
+    for name, argument in SETTINGS.items():
+        places = [(source, f"{path}.{argument}") for source, path in reversed(sections)]
+        places += [(config, plugins[argument])] if argument in plugins else []
+        origins[name] = stated[argument].origin if argument in stated else reference(*places)
+    return settings, origins
 
 
 def _parsed(setting: str, statement: Statement) -> str | tuple[Any, ...]:

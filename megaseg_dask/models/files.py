@@ -44,6 +44,8 @@ def read_files(path: Path, checkpoint: str | None) -> Files:
         return _read_layout(path, checkpoint)
     if not path.is_file():
         raise BundleError("no such file or folder; give a bundle's folder, its zip or a .ckpt")
+    if (folder := layout_of(path)) and checkpoint in (None, path.name, path.stem):
+        return _read_layout(folder, path.name)
     if zipfile.is_zipfile(path):
         try:
             with open_zip(path) as archive:
@@ -52,7 +54,7 @@ def read_files(path: Path, checkpoint: str | None) -> Files:
         except zipfile.BadZipFile as error:
             raise BundleError(f"the zip is damaged ({short(str(error))}); fetch it again") from error
     if checkpoint not in (None, path.name, path.stem):
-        raise BundleError(f"this is one checkpoint, not a folder with one named {checkpoint}")
+        raise BundleError(f"this is one checkpoint, not a folder with one named {one_line(checkpoint)}")
     return Files({}, _read_checkpoint(path), one_line(path.name), "the file itself")
 
 
@@ -63,7 +65,7 @@ def _is_torch_archive(archive: zipfile.ZipFile) -> bool:
 
 def _read_layout(top: Place, checkpoint: str | None) -> Files:
     config, file, reason = _find_parts(top, checkpoint)
-    return Files(_read_yaml(config) if config.is_file() else {}, _read_checkpoint(file), one_line(file.name), reason)
+    return Files(_read_yaml(config) if config.exists() else {}, _read_checkpoint(file), one_line(file.name), reason)
 
 
 def _find_parts(top: Place, checkpoint: str | None) -> tuple[Place, Place, str]:
@@ -73,8 +75,20 @@ def _find_parts(top: Place, checkpoint: str | None) -> tuple[Place, Place, str]:
     return root / CONFIG, file, reason
 
 
+def layout_of(path: Path) -> Path | None:
+    """The folder of the bundle to which a checkpoint in it belongs, if a configuration is there too.
+
+    How images are prepared stands in that alone, and must not be lost by naming the checkpoint.
+    """
+    above = path.absolute().parent
+    in_layout = above.name == "checkpoints" and path.suffix == ".ckpt" and path.is_file()
+    return above.parent if in_layout and (above.parent / CONFIG).exists() else None
+
+
 def parts_of(path: Path, checkpoint: str | None) -> Iterator[tuple[str, bytes]]:
     """Path in its layout and content of what is needed to run the bundle in a folder or its zip, not yet judged."""
+    if folder := layout_of(path):
+        path, checkpoint = folder, path.name
     with open_zip(path) if path.is_file() else nullcontext() as archive:
         config, file, _ = _find_parts(zipfile.Path(archive) if archive else path, checkpoint)
         if config.is_file():
@@ -121,7 +135,7 @@ def _choose(files: list[Place], wanted: str | None) -> tuple[Place, str]:
 def _only(found: list[Place], problem: str, files: list[Place]) -> Place:
     if len(found) != 1:
         names = first_few((file.name for file in files), 10) or "none"
-        raise BundleError(f"{problem}; there are: {names}; name one of them")
+        raise BundleError(f"{problem}; there are: {names}; choose one with --checkpoint")
     return found[0]
 
 
@@ -145,6 +159,8 @@ def _read_bytes(file: Place, limit: int) -> bytes:
 
 
 def _read_yaml(file: Place) -> dict[str, Any]:
+    if not file.is_file():
+        raise BundleError(f"{file.name} is no file; expected a configuration, or none")
     data = _read_bytes(file, guards.MAX_YAML_BYTES)
     advice = "fetch it again or remove it"
     try:

@@ -6,7 +6,17 @@ from collections.abc import Callable, Mapping
 from megaseg_dask.errors import BundleError
 from megaseg_dask.models.bundle import Preprocessing, Step
 from megaseg_dask.models.guards import short
-from megaseg_dask.models.statements import Fixed, Source, Stated, Statement, class_name, number, require_known, same
+from megaseg_dask.models.statements import (
+    Fixed,
+    Source,
+    Stated,
+    Statement,
+    class_name,
+    number,
+    reference,
+    require_known,
+    same,
+)
 
 # Where cyto-dl's data modules keep the transforms of a prediction; and those of training, of which only
 # what normalises an image says something about prediction.
@@ -48,7 +58,7 @@ def read_preprocessing(config: Source, n_channels: int) -> tuple[Preprocessing, 
     """
     path = next((path for path in PREDICT + TRAIN if isinstance(config.at(path), list)), None)
     if path is None:
-        return Preprocessing(), "reference value"
+        return Preprocessing(), reference(*((config, place) for place in (*PREDICT, "data.transforms.predict")))
     origin, n_transforms = f"{config.name}: {path}", len(config.at(path))
     if n_transforms > MAX_TRANSFORMS:
         raise BundleError(f"{origin} has {n_transforms} transforms; at most {MAX_TRANSFORMS} are read")

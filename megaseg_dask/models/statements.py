@@ -16,6 +16,7 @@ from megaseg_dask.models.network import one_line
 
 Fixed: TypeAlias = Mapping[str, tuple[object, ...]]
 
+REFERENCE = "reference value"  # the origin of what no file states
 MAX_HOPS = 5  # from one reference to the next; a circle ends here too
 _PATH = r"\$\{(\w+(?:\.\w+){0,9})\}"
 _REFERENCE = re.compile(_PATH)
@@ -76,6 +77,13 @@ class Source:
         value = self.at(path)
         return None if value is None else Statement(value, f"{self.name}: {one_line(path, 200)}")
 
+    def unresolved(self, path: str) -> Statement | None:
+        """What is written at a path, where that would have to be computed."""
+        parent, _, key = path.rpartition(".")
+        section = self.at(parent)
+        value = section.get(key) if isinstance(section, Mapping) else None
+        return Statement(value, f"{self.name}: {path}") if value is not None and self.follow(value) is None else None
+
     def section(self, path: str) -> Stated:
         """All that the mapping at a path states, by argument."""
         return dict(self._items(path))
@@ -97,6 +105,12 @@ class Source:
         """Whether the mapping at ``path`` has the key at all, known value or not."""
         section = self.at(path)
         return isinstance(section, Mapping) and key in section
+
+
+def reference(*places: tuple[Source, str]) -> str:
+    """The origin of a value that no file states, with what is written in its place if that is not understood."""
+    written = next((found for source, path in places if (found := source.unresolved(path))), None)
+    return f"{REFERENCE} ({written})" if written else REFERENCE
 
 
 def same(value: object, expected: object) -> bool:

@@ -78,11 +78,11 @@ def find(model: str) -> Path | None:
     return path.absolute() if path.exists() else None
 
 
-def load(model: str) -> tuple[Path, Bundle]:
+def load(model: str, checkpoint: str | None = None) -> tuple[Path, Bundle]:
     """Locate and load a model; one of the cache must be what was recorded of it. Raises :class:`BundleError`."""
     path = locate(model)
     record = next((record for record in _records() if record.path == path), None)
-    return path, cache.load_cached(record) if record else load_bundle(path)
+    return path, cache.load_cached(record, checkpoint) if record else load_bundle(path, checkpoint)
 
 
 def _starter() -> Path:

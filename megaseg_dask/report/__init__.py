@@ -37,7 +37,7 @@ def find_plans(target: str, label_name: str | None = None) -> list[Plan]:
     names = [label_name] if label_name else [n for n in folder.children() if (folder / n).is_folder() and "+" not in n]
     plans = {name: found for name in names if (found := targets.read_parts(where, name))}
     if not plans:
-        raise TargetError(f"no run is recorded at {folder}; start one with megaseg segment")
+        raise TargetError(f"no run is recorded at {folder}{Location.of(target).hint()}; start one with megaseg segment")
     if len(plans) > 1:
         raise SettingsError(f"{where} has runs {', '.join(plans)}; choose one with --label-name")
     return next(iter(plans.values()))

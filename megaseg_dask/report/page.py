@@ -227,9 +227,12 @@ class Page:
             failed = any(f.failures for f in of_place)
             shown = f"{place}: {'failed' if failed else text(value) if value is not None else 'not looked at'}"
             worst = next((f for f in of_place if f.failures or f.oddities), of_place[0])
-            cells["/".join(place.split("/")[:2])].append(Cell(value, shown, f"#{worst.anchor}", failed))
+            # To its pictures, if it has some.
+            href = f"#p{worst.anchor}" if worst.anchor in self.featured_anchors else f"#{worst.anchor}"
+            cells["/".join(place.split("/")[:2])].append(Cell(value, shown, href, failed))
         for number_, (path, reason) in enumerate(self.missing):
-            cells["/".join(path.split("/")[:2])].append(Cell(None, f"{path}: {reason}", f"#m{number_}", failed=True))
+            value = 1.0 if name == "failed" else None
+            cells["/".join(path.split("/")[:2])].append(Cell(value, f"{path}: {reason}", f"#m{number_}", failed=True))
         return cells
 
     @cached_property

@@ -5,6 +5,7 @@ how its store is opened is set once per process. Errors name the address, the
 cause and the next step.
 """
 
+import difflib
 import functools
 import json
 import re
@@ -145,7 +146,15 @@ class Location:
     def require_readable(self) -> None:
         """Raise :class:`SourceError` if nothing is there or it may not be read, :class:`StoreError` for no answer."""
         if not self.probe():
-            raise SourceError(f"{self} does not exist; check the {'path' if self.is_local else 'address'}")
+            raise SourceError(f"{self} does not exist{self.hint()}; check the {'path' if self.is_local else 'address'}")
+
+    def hint(self) -> str:
+        """Return words about what is beside a local folder that is not there, if its name is nearly the same."""
+        if not self.is_local or self.exists() or not self.parent.exists():
+            return ""
+        beside = [name for name in self.parent.children() if not name.endswith(".run")]
+        found = difflib.get_close_matches(self.basename, beside, n=1)
+        return f" ({found[0]} is there)" if found else ""
 
     def require_writable(self) -> None:
         """Raise :class:`TargetError` if nothing could be created here and beside it; writes nothing that stays."""
@@ -180,10 +189,10 @@ class Location:
         with naming(self / key, "remove"):
             self._folder().delete(key)
 
-    def get(self, key: str) -> bytes | None:
-        """Read one object; ``None`` if there is none."""
+    def get(self, key: str, *, patient: bool = True) -> bytes | None:
+        """Read one object; ``None`` if there is none. Without patience, a store that is silent is asked once."""
         with naming(self / key, "read"):
-            return self._folder().get(key)
+            return self._folder(patient=patient).get(key)
 
     def size(self, key: str) -> int | None:
         """Return the bytes of one object; ``None`` if there is none."""

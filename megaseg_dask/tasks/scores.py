@@ -127,7 +127,7 @@ def segment_block(plan: Plan, volume: int, number: int) -> Summary:
         for kind, array in scores_of(plan, logits).items():
             products.write(plan, kind, output, core, array)
     summary = {**absent, **shrunk_batch(plan)}
-    if "logits" in products.intermediates(plan):
+    if "logits" in plan.intermediates:
         summary[products.BY_OUTPUT] = [extremes_of(found) for found in predicted if isinstance(found, np.ndarray)]
     return summary
 

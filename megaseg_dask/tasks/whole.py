@@ -32,12 +32,12 @@ def _finish(plan: Plan, output: Output, logits: scores.Float32 | BlockLogits, in
     """Write scores, mask, labels and measurements of one output; return its threshold and number of objects."""
     whole, found, summary = Box.of(plan.volume_shape), scores.scores_of(plan, logits), dict[str, Any]()
     if plan.has_mask and plan.options.is_automatic:
-        known = found.pop("logits")
-        extremes = scores.extremes_of(known)
-        table = scores.tabulate(plan, known, extremes)
+        values = found.pop("logits")
+        extremes = scores.extremes_of(values)
+        table = scores.tabulate(plan, values, extremes)
         summary["threshold"] = scores.cutoff_of(plan, table, extremes)
-        found["mask"] = scores.above(known, summary["threshold"])
-        del known
+        found["mask"] = scores.above(values, summary["threshold"])
+        del values
     elif plan.has_mask:
         found["mask"] = found.pop(products.first_mask(plan))
     del logits

@@ -60,7 +60,8 @@ def install(say: Callable[[str], None]) -> Path:
     say(f"installing cyto-dl in {folder}: 2 GB, some minutes")
     # What an interrupted installation left is taken up by pip.
     _run([base, "-m", "venv", str(folder)], folder)
-    pip = [str(_python_of(folder)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # Python compiles what it imports, which is a small part of it.
+    pip = [str(_python_of(folder)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     _run([*pip, *REQUIREMENTS], folder)
     _run([*pip, "--no-deps", CYTODL], folder)
     (folder / _DONE).write_text("\n".join([*REQUIREMENTS, CYTODL]) + "\n")

@@ -170,7 +170,7 @@ def main() -> None:
     try:
         _, objects = configure(request).train()
     except SystemExit as error:
-        tell("failed", error=str(error))
+        tell("refused", error=str(error))
         raise
     except BaseException as error:
         tell("failed", error=f"{type(error).__name__}: {error}")

@@ -153,7 +153,9 @@ def _read_csv(path: Path, channel: str | None) -> list[Example]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"{path} cannot be read as a CSV manifest: {error}") from error
+        cause = getattr(error, "strerror", None) or error
+        raise SourceError(f"{path} cannot be read as a CSV manifest: {cause}; expected columns {RAW[0]} and "
+                          f"{LABELS[0]}, an image and its labels in each row") from error  # fmt: skip
     if not rows:
         raise SourceError(f"{path} lists no image")
     raw, seg = (_column(path, rows[0], names) for names in (RAW, LABELS))

@@ -260,6 +260,8 @@ def _run(python: Path, changes: dict[str, Any], work: Path, recipe: Recipe, emit
             last = json.loads(line)
             teller.tell(last)
     log = work / "log.txt"
+    if last.get("event") == "refused":
+        raise SettingsError(last["error"])
     if last.get("event") != "finished":
         cause = last.get("error") or f"it ended with code {process.returncode}"
         raise TaskError(f"cyto-dl failed: {cause}; its log is {log}, and the same command goes on")

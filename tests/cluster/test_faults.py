@@ -1,6 +1,8 @@
 """Promises 5 and 6: a worker that dies or hangs, a block that kills, a block that fails; nothing is lost or hidden."""
 
+import asyncio
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import zarr
 from numpy.testing import assert_array_equal
 from skimage.measure import label
 
+from megaseg_dask.cluster import kinds
 from megaseg_dask.run import segment, status
 from megaseg_dask.settings import parse_settings
 from tests.images import blobs, write_image
@@ -151,6 +154,19 @@ def test_a_worker_that_hangs_is_given_up(fault, request_of, haunted, undisturbed
     # Long before a worker that says nothing is given up by itself, and far from the hour of the fault.
     assert time.monotonic() - started < 250
     assert_same(arrays(target), undisturbed)
+
+
+def test_a_cluster_that_does_not_end_holds_back_nobody(monkeypatch):
+    """Seen once, after a worker had hung on a very busy machine."""
+    from distributed import LocalCluster
+
+    monkeypatch.setattr(kinds, "_CLOSE_S", 0.5)
+    with LocalCluster(0, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster:
+        cluster._close = partial(asyncio.sleep, 3600)
+        started = time.monotonic()
+        kinds._close(cluster)
+        assert time.monotonic() - started < 60
+        del cluster._close
 
 
 def test_numbers_that_float64_cannot_hold_fail_their_volume_and_no_other(request_of, client, tmp_path):

@@ -23,7 +23,7 @@ def source(tmp_path) -> Path:
 
 
 def wanted(tiny_bundle, **options):
-    return parse_settings({"model": str(tiny_bundle), "threads": 1, "overlap": 0, "retries": 0, **options})
+    return parse_settings({"model": str(tiny_bundle), "threads": 1, "overlap": 0, **options})
 
 
 def test_each_client_leaves_one(source, tmp_path, tiny_bundle, client):
@@ -46,7 +46,7 @@ def test_each_client_leaves_one(source, tmp_path, tiny_bundle, client):
 
     chunk.write_bytes(good)
     done = segment(str(source), target, settings, client=client)
-    assert done.status == "done"
+    assert done.status == "done", done.failures
     assert Path(done.log).name == "0002.txt"
     text = Path(done.log).read_text()
     assert "done after" in text

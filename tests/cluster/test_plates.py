@@ -97,6 +97,12 @@ def test_labels_in_the_fields_of_the_source(run, plate, tmp_path):
         assert_array_equal(inside, arrays(tmp_path / "apart.zarr" / field.path)["labels/megaseg/0"])
 
 
+def test_a_plate_of_labels_alone_has_no_images(run, plate, tmp_path):
+    with pytest.raises(SettingsError, match="add scores to --outputs"):
+        run(plate, "out.zarr", channel="dna", outputs="labels,measurements")
+    assert not (tmp_path / "out.zarr").exists()
+
+
 def test_a_field_that_is_not_there_is_named_and_the_others_are_done(run, plate, tmp_path):
     shutil.rmtree(plate / "B/2/1")
     result = run(plate, "out.zarr", channel="dna")

@@ -63,7 +63,7 @@ def split(tmp_path_factory, options, client) -> tuple[Path, Path]:
     source = write_image(folder / "image.zarr", blobs((40, 64, 100)))
     wanted = {**options, "block": "20,24,50", "outputs": "labels,scores,measurements", "min_size": 5}
     result = segment(str(source), str(folder / "out.zarr"), parse_settings(wanted), client=client)
-    assert result.status == "done"
+    assert result.status == "done", result.failures
     return source, folder / "out.zarr"
 
 

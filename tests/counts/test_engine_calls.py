@@ -4,6 +4,7 @@ import shutil
 import time
 
 import pytest
+import zarr
 
 from megaseg_dask import inference, products
 from megaseg_dask.engines.pytorch import TorchEngine
@@ -35,17 +36,27 @@ def counted(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("block", ["24,64,96", "24,32,48", "13,29,31"])
-def test_forward_passes_and_reads_are_those_of_the_plan(block, tmp_path, tiny_bundle, counted):
+ALL = {"threshold": "otsu", "fill_holes": 9, "outputs": "labels,measurements"}
+
+
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [("24,64,96", {}), ("24,32,48", {}), ("13,29,31", {}), ("24,64,96", ALL), ("24,32,48", ALL)],
+)
+def test_forward_passes_reads_and_intermediate_data_are_those_of_the_plan(
+    block, options, tmp_path, tiny_bundle, counted
+):
     image = blobs((24, 64, 96))
     source = write_image(tmp_path / "image.zarr", image)
-    settings = parse_settings({"model": str(tiny_bundle), "engine": "torch", "threads": 1, "block": block})
+    settings = parse_settings({"model": str(tiny_bundle), "engine": "torch", "threads": 1, "block": block, **options})
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     for stage in plan.stages:
         assert not run_tasks(plan, stage.name, range(stage.n_tasks)).failures
     summary = plan.summary()
     assert counted["forward"] == round(summary["redundancy"] * summary["patches"])
     assert counted["read_voxels"] * image.itemsize == summary["bytes_read"]
+    arrays = map(zarr.open_array, (path.parent for path in (tmp_path / "out.zarr.run").rglob("zarr.json")))
+    assert sum(array.nbytes for array in arrays) == summary["bytes_intermediate"]
 
 
 @pytest.mark.parametrize(("n_models", "tta", "n_passes"), [(1, True, 8), (2, False, 2), (2, True, 16)])

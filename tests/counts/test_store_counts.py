@@ -1,7 +1,6 @@
 """Reads and writes of the store, bytes of voxels and forward passes of a run: exact, against what is committed.
 
-After a change that is meant they are written anew by
-``MEGASEG_COUNTS=write python -m pytest tests/counts/test_store_counts.py``.
+``MEGASEG_COUNTS=write python -m pytest tests/counts/test_store_counts.py`` writes them anew after such a change.
 """
 
 import json

@@ -1,11 +1,13 @@
 """What cyto-dl predicts with a bundle that it trained, and what we predict with it: the same.
 
-Logits within 1e-4; masks of p > 0.5 differ only within 1e-5 of it, those of Otsu in 5 voxels at most.
+On both engines of a CPU. Logits within 1e-4; masks of p > 0.5 differ only within 1e-5 of it, those of Otsu in 5
+voxels at most.
 """
 
 import json
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ import zarr
 from numpy.testing import assert_array_equal
 from tifffile import imread, imwrite
 
+from megaseg_dask.engines.openvino import OpenVinoEngine
 from megaseg_dask.engines.pytorch import TorchEngine
 from megaseg_dask.geometry import BlockGrid, Box, PatchGrid
-from megaseg_dask.inference import predict_block
+from megaseg_dask.inference import Preparation, predict_block
 from megaseg_dask.intensity import Normalisation, measure
 from megaseg_dask.models import load_bundle
 from megaseg_dask.run import segment
@@ -28,6 +31,9 @@ from tests.images import blobs, write_image
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 BLOCK = (13, 29, 40)
+ENGINES = {"torch": partial(TorchEngine, device="cpu"), "openvino": OpenVinoEngine}
+# Of every case: engine, block and the version of OME-Zarr.
+RUNS = [("torch", None, "0.4"), ("torch", BLOCK, "0.4"), ("torch", BLOCK, "0.5"), ("openvino", None, "0.5")]
 METHODS = {"logits": None, "otsu": "threshold_otsu"}
 
 
@@ -93,31 +99,28 @@ def theirs(predicted: Path, name: str, kind: str, t: int = 0) -> np.ndarray:
     return imread(file).squeeze()
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CASES)
-def test_logits_of_any_blocks_are_cytodls(name, predicted, trained):
+def test_logits_of_any_blocks_are_cytodls(name, engine, predicted, trained):
     case, bundle = CASES[name], load_bundle(trained)
-    volume, engine = case.volume(), TorchEngine(bundle, device="cpu", threads=1)
-    whole = Box.of(volume.shape)
-    grid, normalisation = (
-        PatchGrid(volume.shape, case.patch, (case.overlap,) * 3),
-        Normalisation.of(measure(volume, whole)),
-    )
+    volume, run = case.volume(), ENGINES[engine](bundle, precision="fp32", threads=1)
+    whole, grid = Box.of(volume.shape), PatchGrid(volume.shape, case.patch, (case.overlap,) * 3)
+    prepare = Preparation(bundle.preprocessing.steps, (Normalisation.of(measure(volume, whole)),))
     expected = theirs(predicted, name, "logits")
     for cores in ([whole], BlockGrid(volume.shape, BLOCK)):
         for core in cores:
-            logits = predict_block(volume[grid.read_box(core).slices], core, grid, normalisation, engine)
+            (logits,) = predict_block(volume[grid.read_box(core).slices][None], core, grid, prepare, run)
             assert np.abs(logits - expected[core.slices]).max() <= 1e-4
 
 
-@pytest.mark.parametrize("block", [None, BLOCK], ids=["one block", "many blocks"])
-@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize(("engine", "block", "version"), RUNS)
 @pytest.mark.parametrize("name", CASES)
-def test_scores_and_masks_are_cytodls(name, version, block, predicted, trained, tmp_path, client):
+def test_scores_and_masks_are_cytodls(name, engine, block, version, predicted, trained, tmp_path, client):
     case = CASES[name]
     source = write_image(tmp_path / "image.zarr", case.image, axes=case.axes, version=version)
     options = {"patch": case.patch, "overlap": case.overlap, "channel": str(case.channel), "block": block,
                "outputs": "labels,scores,mask", "scores_dtype": "float32", "model": str(trained),
-               "threads": 1}  # fmt: skip
+               "engine": engine, "threads": 1}  # fmt: skip
     for threshold in (0.5, "otsu"):
         target = tmp_path / f"{threshold}.zarr"
         given = {key: value for key, value in options.items() if value is not None}
@@ -146,9 +149,9 @@ def test_the_command_with_two_workers_is_cytodl(predicted, trained, tmp_path):
     name = "overlap a quarter"
     case = CASES[name]
     source, target = write_image(tmp_path / "image.zarr", case.image), tmp_path / "out.zarr"
-    options = {"--model": trained, "--workers": 2, "--threads": 1, "--block": "24,40,40", "--threshold": "otsu",
-               "--scores-dtype": "float32", "--outputs": "labels,scores,mask", "--patch": "16,32,32",
-               "--overlap": 0.25}  # fmt: skip
+    options = {"--model": trained, "--engine": "torch", "--workers": 2, "--threads": 1, "--block": "24,40,40",
+               "--threshold": "otsu", "--scores-dtype": "float32", "--outputs": "labels,scores,mask",
+               "--patch": "16,32,32", "--overlap": 0.25}  # fmt: skip
     flat = [part for option in options.items() for part in option]
     assert events_of(megaseg("segment", source, target, "--json", *flat))[-1]["status"] == "done"
     require_cytodls(predicted, name, target, "otsu")

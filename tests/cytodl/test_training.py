@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -57,14 +58,27 @@ def test_another_training_does_not_touch_it(trained, manifest, start):
     assert "--overwrite" in json.loads(out)["error"]
 
 
-def test_interrupted_it_goes_on_and_ends_by_itself(manifest, start, tmp_path):
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_wrong_request(manifest, start, tmp_path):
+    process = megaseg(*training(manifest, start, tmp_path / "out", "--accelerator", "gpu"))
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert json.loads(out.splitlines()[-1])["error"].startswith("--accelerator gpu: cyto-dl's environment sees none")
+
+
+def test_killed_and_interrupted_it_goes_on_and_ends_by_itself(manifest, start, tmp_path):
     out = tmp_path / "out"
     command = training(manifest, start, out, "--max-epochs", "60", "--patience", "3")
+    killed = megaseg(*command)
+    read_until_epoch(killed, 1)
+    killed.kill()
+    killed.communicate(timeout=60)
+    require_nothing_goes_on(out)
+    begun = int(epochs_of(out / "training")[-1]["epoch"])
     # A shell lets what it puts into the background ignore Ctrl-C.
     process = megaseg(*command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    for line in process.stdout:
-        if json.loads(line).get("epoch") == 1:
-            break
+    again = read_until_epoch(process)
+    assert again["epoch"] in (begun, begun + 1)  # the row is written just before the checkpoint
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -74,7 +88,7 @@ def test_interrupted_it_goes_on_and_ends_by_itself(manifest, start, tmp_path):
     told = events_of(megaseg(*command))
     epochs = [event for event in told if event["event"] == "epoch"]
     first = epochs[0]["epoch"]
-    assert first in (begun, begun + 1)  # the row is written just before the checkpoint
+    assert first in (begun, begun + 1)
     assert (told[-1]["stopped"], told[-1]["status"]) == ("patience", "done")
     rows = epochs_of(out)
     assert [int(row["epoch"]) for row in rows] == list(range(len(rows)))
@@ -85,22 +99,21 @@ def test_interrupted_it_goes_on_and_ends_by_itself(manifest, start, tmp_path):
     assert epochs[0]["best_epoch"] == before.index(min(before))
 
 
-def test_nothing_goes_on_when_the_command_is_killed(manifest, start, tmp_path):
-    out = tmp_path / "out"
-    process = megaseg(*training(manifest, start, out, "--max-epochs", "500"))
+def read_until_epoch(process: subprocess.Popen, epoch: int | None = None) -> dict:
+    """Read what a command tells until it has done an epoch."""
     for line in process.stdout:
-        if json.loads(line)["event"] == "epoch":
-            break
-    process.kill()
-    process.wait()
-    for stream in (process.stdout, process.stderr):
-        stream.close()
-    table = out / "training/metrics.csv"
-    time.sleep(5)
-    before = table.read_text()
-    time.sleep(5)
-    assert table.read_text() == before
-    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(out).encode() in _bytes(p)]
+        told = json.loads(line)
+        if told["event"] == "epoch" and epoch in (None, told["epoch"]):
+            return told
+    raise AssertionError(f"the training ended before: {process.stderr.read()}")
+
+
+def require_nothing_goes_on(out: Path) -> None:
+    """No process outlives the command; it ends once its stdin is closed."""
+    until = time.monotonic() + 30
+    while found := [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(out).encode() in _bytes(p)]:
+        assert time.monotonic() < until, found
+        time.sleep(0.2)
 
 
 def _bytes(path: Path) -> bytes:
@@ -123,9 +136,13 @@ def test_it_learns_from_an_omezarr_whose_channel_and_labels_are_named(start, tmp
 
     zarr.open_group(source / "labels", mode="a", zarr_format=2).attrs["labels"] = ["nuclei", "other"]
     out = tmp_path / "out"
-    command = training(source, start, out, "--max-epochs", "1", "--channel", "DNA", "--label", "nuclei")
+    command = training(source, start, out, "--max-epochs", "2", "--channel", "DNA", "--label", "nuclei")
+    result = events_of(megaseg(*command, "--max-time", "00:00:01"))[-1]
+    # One step at least is made, and its epoch ended with a validation: however slow, there is a bundle.
+    assert (result["status"], result["stopped"]) == ("done", "max_time")
+    assert load_bundle(out).digest == result["digest"]
     result = events_of(megaseg(*command))[-1]
-    assert result["status"] == "done"
+    assert (result["status"], result["stopped"], result["n_epochs"]) == ("done", "max_epochs", 2)
     bundle = read_bundle(out)
     assert bundle.network == NETWORK
     assert {path.name for path in out.iterdir()} == {

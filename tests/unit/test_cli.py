@@ -227,12 +227,16 @@ def folder_of_numbers(folder: Path) -> Path:
 
 WRONG: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "no source": (lambda d, out: [d / "missing.zarr", out], "missing.zarr does not exist"),
+    "a slip": (
+        lambda d, out: [image(d).with_name("sorce.zarr"), out],
+        "does not exist (source.zarr is there)",
+    ),
     "a file": (lambda d, out: [text_file(d, "cells.tif"), out], "cells.tif is a tif file"),
     "a folder": (lambda d, out: [plain_folder(d), out], "things is a folder with notes.txt, not an OME-Zarr image"),
     "an array": (lambda d, out: [plain_array(d), out], "array.zarr is a single Zarr array"),
     "no channel": (lambda d, out: [channels(d), out], "3 channels; choose one with --channel: 0 (DNA), 1 (GFP), 2"),
     "channel by name": (lambda d, out: [channels(d), out, "--channel", "RFP"], "no such channel"),
-    "channel by index": (lambda d, out: [channels(d), out, "--channel", "3"], "it has 0 (DNA), 1 (GFP), 2"),
+    "channel by index": (lambda d, out: [channels(d), out, "--channel", "3"], "there are 0 (DNA), 1 (GFP), 2"),
     "channel of another digit": (lambda d, out: [channels(d), out, "--channel", "²"], "no such channel"),
     "level": (lambda d, out: [image(d), out, "--level", "3"], "--level 3: the source has levels 0 to 0"),
     "time": (lambda d, out: [times(d), out, "--time", "2:5"], "--time 2:5: the source has timepoints 0:3"),

@@ -229,7 +229,7 @@ def test_checkpoint_by_name(wanted, tmp_path):
 
 def test_no_such_checkpoint(tmp_path):
     folder = checkpoints(tmp_path / "x", "last.ckpt", "best.ckpt", "good.ckpt")
-    there = "best.ckpt, good.ckpt, last.ckpt; name one of them"
+    there = "best.ckpt, good.ckpt, last.ckpt; choose one with --checkpoint"
     assert f"no checkpoint that names its epoch; there are: {there}" in refusal(folder)
     assert f"no checkpoint epoch_7; there are: {there}" in refusal(folder, checkpoint="epoch_7")
     assert "several of the newest epoch; there are: epoch=3-step=9.ckpt, epoch_003.ckpt" in refusal(
@@ -607,11 +607,28 @@ def test_channels_are_normalised_one_by_one(tmp_path):
         read_bundle(transforms_of(tmp_path, {"_target_": NORMALIZE["_target_"]}, network=two))
 
 
-@pytest.mark.parametrize("predict", ["${data.transforms.test}", {"transforms": "${a}"}, None])
-def test_unresolved_preprocessing_falls_to_the_reference(predict, tmp_path):
+@pytest.mark.parametrize(
+    ("predict", "written"),
+    [
+        ("${data.transforms.test}", " (train_config.yaml: data.transforms.predict is '${data.transforms.test}')"),
+        ({"transforms": "${eval:a}"}, " (train_config.yaml: data.transforms.predict.transforms is '${eval:a}')"),
+        (None, ""),
+    ],
+)
+def test_unresolved_preprocessing_falls_to_the_reference_and_is_told(predict, written, tmp_path):
     config = {"data": {"transforms": {"predict": predict}}}
     bundle = load_bundle(write_folder(tmp_path / "x", config=config))
-    assert bundle.origins["preprocessing"] == "reference value"
+    assert bundle.origins["preprocessing"] == f"reference value{written}"
+
+
+def test_what_would_have_to_be_computed_is_told(tmp_path):
+    config = {"data": {"_aux": {"patch_shape": "${eval:1}"}},
+              "model": {"inference_args": {"roi_size": "${data._aux.patch_shape}", "mode": "${a}"}}}  # fmt: skip
+    bundle = load_bundle(write_folder(tmp_path / "x", config=config, hyper_parameters=False))
+    assert bundle.patch_shape == (64, 128, 128)
+    told = "reference value (train_config.yaml: model.inference_args.roi_size is '${data._aux.patch_shape}')"
+    assert bundle.origins["patch_shape"] == told
+    assert bundle.origins["window"] == "reference value (train_config.yaml: model.inference_args.mode is '${a}')"
 
 
 @pytest.mark.parametrize(
@@ -640,6 +657,15 @@ def test_where_else_a_normalisation_is_stated(data, found, tmp_path):
         bundle = load_bundle(path)
         assert [step.name for step in bundle.preprocessing.steps] == found
         assert bundle.origins["preprocessing"].startswith("train_config.yaml: data.")
+
+
+def test_a_checkpoint_named_in_its_folder_keeps_its_configuration(tmp_path):
+    folder = transforms_of(tmp_path, RANGE)
+    bundle = load_bundle(folder / "checkpoints/epoch_003.ckpt")
+    assert bundle.preprocessing.steps == (Step("rescale", (100, 1100, 0, 1)),)
+    assert bundle.digest == load_bundle(folder).digest
+    (folder / "train_config.yaml").unlink()
+    assert load_bundle(folder / "checkpoints/epoch_003.ckpt").preprocessing == Preprocessing()
 
 
 def test_a_reference_to_other_transforms_is_followed(tmp_path):

@@ -187,6 +187,13 @@ def sparse(folder: Path) -> Path:
     return folder / "a.ckpt"
 
 
+def piped_config(folder: Path) -> Path:
+    bundle = write_folder(folder / "x", hyper_parameters=False)
+    (bundle / "train_config.yaml").unlink()
+    os.mkfifo(bundle / "train_config.yaml")
+    return bundle
+
+
 def pipe(folder: Path) -> Path:
     os.mkfifo(folder / "a.ckpt")
     return folder / "a.ckpt"
@@ -327,6 +334,7 @@ CASES = [
     Case("an alias of itself", configured("a: &a [*a]"), "train_config.yaml contains itself, by an alias"),
     Case("YAML nested 100 deep", configured("[" * 100 + "]" * 100), "train_config.yaml is nested more than 64 deep"),
     Case("YAML nested 100,000 deep", configured("[" * 100_000), "train_config.yaml is nested more than 64 deep"),
+    Case("a train_config.yaml that is a named pipe", piped_config, "train_config.yaml is no file; expected a config"),
     Case("a number of 20,000 digits", configured("a: " + ":".join(["1"] * 10_000)),
          "train_config.yaml has a value of 19999 characters"),
     Case("a train_config.yaml of 300 kB", configured("#" * 300_000),

@@ -553,12 +553,18 @@ def test_blocks_written_in_any_order_are_read_back(tmp_path, axes, version, bloc
         assert_array_equal(Volume(location, image.axis_names, t=t).read(Box.of(SHAPE)), values)
 
 
-@pytest.mark.parametrize(("version", "block"), WRITTEN)
-def test_a_torn_object_is_written_over(tmp_path, version, block):
-    """A block that is done again after a power loss never reads what it replaces, not even at the volume's rim."""
+@pytest.mark.parametrize("torn", [b"", b"torn", b"\0" * 400])
+@pytest.mark.parametrize(
+    ("version", "block", "chunk"),
+    [*((version, block, None) for version, block in WRITTEN), ("0.5", (4, 8, 8), (2, 4, 4))],
+)
+def test_a_torn_object_is_written_over(tmp_path, version, block, chunk, torn):
+    """A block that is done again after a power loss replaces what it finds, at the volume's rim and in shards too."""
     image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
     location = Location.of(tmp_path / "target/0")
-    create_array(location, image, 0, "uint8", write_layout(SHAPE, block, sharded=version == "0.5"), version)
+    layout = write_layout(SHAPE, block, sharded=version == "0.5")
+    layout = replace(layout, chunk_shape=chunk or layout.chunk_shape)
+    create_array(location, image, 0, "uint8", layout, version)
     volume = Volume(location, image.axis_names)
     for value in (1, 2):
         for box in BlockGrid(SHAPE, block):
@@ -567,7 +573,7 @@ def test_a_torn_object_is_written_over(tmp_path, version, block):
         assert objects
         if value == 1:
             for victim in objects:
-                victim.write_bytes(b"torn")
+                victim.write_bytes(torn)
     assert (volume.read(Box.of(SHAPE)) == 2).all()
 
 

@@ -100,10 +100,17 @@ def test_a_terminal_gets_bars():
     out, err = shown(terminal=True)
     assert out == ""
     assert "━" in err
-    assert "2 blocks/s, 3 Mvoxel/s" in err
+    assert "2 blocks/s · 3 Mvoxel/s" in err
     assert "1 failed" in err
     assert "[red]not markup[/red]" in err
     assert "\x1b[3" in err
+
+
+def test_a_narrow_terminal_keeps_the_numbers():
+    _, err = shown(terminal=True, COLUMNS="60")
+    assert "4/4" in err or "3/4" in err
+    assert "1 failed" in err
+    assert "Mvoxel" not in err
 
 
 def test_no_color_is_bars_without_colours():

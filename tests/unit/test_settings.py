@@ -23,6 +23,7 @@ VALUES = [
     ("nan_to_background", True, True, True),
     ("model", "some/bundle.zip", Path("some/bundle.zip"), ("some/bundle.zip",)),
     ("model", ["a.zip", "b,c.zip"], (Path("a.zip"), "b,c.zip"), ("a.zip", "b,c.zip")),
+    ("checkpoint", "epoch_012", "epoch_012", "epoch_012"),
     ("tta", True, True, True),
     ("patch", "16,32,32", (16, 32, 32), (16, 32, 32)),
     ("patch", "16x32x48", np.array([16, 32, 48]), (16, 32, 48)),
@@ -50,6 +51,7 @@ VALUES = [
     ("memory", "500mb", 5 * 10**8, 5 * 10**8),
     ("workers", "2", 2, 2),
     ("scheduler", "tcp://10.0.0.1:8786", "tcp://10.0.0.1:8786", "tcp://10.0.0.1:8786"),
+    ("cluster", "slurm.yaml", Path("slurm.yaml"), "slurm.yaml"),
     ("retries", "0", 0, 0),
     ("timeout", "90", 90, 90.0),
     ("roi", "0:4,10:20,3:9", ((0, 4), (10, 20), (3, 9)), ((0, 4), (10, 20), (3, 9))),
@@ -99,6 +101,7 @@ NONSENSE = [
     ("nan_to_background", "maybe", "boolean"),
     ("model", "", "expected something"),
     ("model", [], "at least 1"),
+    ("checkpoint", "", "expected something"),
     ("tta", "maybe", "boolean"),
     ("patch", "a,b", "found 2"),
     ("patch", "a,b,c", "integer"),
@@ -161,6 +164,7 @@ NONSENSE = [
     ("memory", "-8GB", "such as 8GB"),
     ("workers", "0", "greater than 0"),
     ("scheduler", "", "expected something"),
+    ("cluster", "", "expected something"),
     ("retries", "-1", "greater than or equal to 0"),
 ]
 
@@ -216,8 +220,8 @@ def test_open_options_are_filled_and_given_ones_stay():
 def test_only_how_and_where_may_change_when_a_run_resumes():
     free = {name for name in Settings.model_fields if not is_result(name)}
     # The model counts by its digest, not by its name.
-    assert free == {"model", "memory", "workers", "scheduler", "retries", "timeout", "overwrite",
-                    "endpoint", "anon", "storage_option", "wells", "fields", "acquisition"}  # fmt: skip
+    assert free == {"model", "checkpoint", "memory", "workers", "scheduler", "cluster", "retries", "timeout",
+                    "overwrite", "endpoint", "anon", "storage_option", "wells", "fields", "acquisition"}  # fmt: skip
     assert set(Settings().result_options()) == set(Settings.model_fields) - free
 
 

@@ -152,7 +152,7 @@ def test_a_group_is_never_in_both_splits(n_groups, n_times, fraction):
 
 
 BAD = {
-    "no such file": ("gone.csv", [], "cannot be read as a CSV"),
+    "no such file": ("gone.csv", [], "No such file or directory; expected columns raw and seg"),
     "no rows": ("images.csv", ["raw,seg"], "lists no image"),
     "no column of images": ("images.csv", ["picture,seg", "a,b"], "one must be called raw"),
     "no labels": ("images.csv", ["raw,seg", "a_raw.ome.tif,"], "line 2: an image or its labels are missing"),

@@ -6,12 +6,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import zarr
 
 from megaseg_dask.cli import main
 from megaseg_dask.errors import BundleError, MegasegError, SettingsError
-from megaseg_dask.models import cache, load_bundle, zoo
+from megaseg_dask.models import cache, copies, load_bundle, zoo
 from megaseg_dask.models.cache import import_bundle, is_name, read_record
 from megaseg_dask.models.cards import PUBLISHED_CARDS, card_of
+from megaseg_dask.stores import Location
 from tests.images import blobs, write_image
 from tests.unit.bundles import write_checkpoint, write_folder, write_zip
 
@@ -204,11 +206,47 @@ def test_commands_end_with_one_json_line(tmp_path, run):
 
 
 def test_segment_takes_a_model_by_its_name(tmp_path, run):
-    import_bundle(write_zip(tmp_path / "a.zip"), "cells")
+    two = write_zip(tmp_path / "a.zip", epochs=(2, 3))
+    with zipfile.ZipFile(write_zip(tmp_path / "other.zip", seed=7)) as other, zipfile.ZipFile(two, "a") as archive:
+        archive.writestr("megaSeg/checkpoints/epoch_001.ckpt", other.read("megaSeg/checkpoints/epoch_003.ckpt"))
+    import_bundle(two, "cells")
     image = write_image(tmp_path / "image.zarr", blobs((16, 32, 32)))
-    code, out, err = run("segment", image, tmp_path / "out.zarr", "--model", "cells", "--threads", 1, "--json")
+    command = ("segment", image, tmp_path / "out.zarr", "--model", "cells", "--threads", 1, "--json")
+    code, out, err = run(*command, "--checkpoint", "epoch_001")
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["status"] == "done"
+    digest = zarr.open_group(tmp_path / "out.zarr", mode="r").attrs["megaseg"]["model"]["digest"]
+    assert digest == load_bundle(two, "epoch_001").digest != load_bundle(two).digest
+    # Another of them is another model.
+    assert run(*command)[0] == 2
+
+
+@pytest.mark.parametrize(("inside", "checkpoint"), [("", "epoch_002"), ("checkpoints/epoch_002.ckpt", None)])
+def test_a_copy_of_one_checkpoint_keeps_its_configuration(inside, checkpoint, tmp_path):
+    step = {"_target_": "monai.transforms.ScaleIntensityRanged", "keys": "raw", "a_min": 0, "a_max": 9}
+    config = {"data": {"transforms": {"predict": {"transforms": [step]}}}}
+    path = write_folder(tmp_path / "experiment", epochs=(2, 3), config=config) / inside
+    write_checkpoint(tmp_path / "experiment/checkpoints/epoch_002.ckpt", seed=7)
+    digest = load_bundle(path, checkpoint).digest
+    assert import_bundle(path, "mine", checkpoint=checkpoint).digest == zoo.load("mine")[1].digest == digest
+    # As workers on another machine get it.
+    copies.put(str(path), digest, Location.of(tmp_path / "run"), checkpoint)
+    copy = copies.Copies(str(tmp_path / "run"), str(tmp_path / "scratch")).fetch(digest)
+    assert load_bundle(copy, checkpoint).digest == digest
+
+
+def test_which_checkpoint(tmp_path, run):
+    folder = write_folder(tmp_path / "experiment", epochs=(2, 3))
+    image = write_image(tmp_path / "image.zarr", blobs((16, 32, 32)))
+    plan = ("plan", image, tmp_path / "out.zarr", "--model", folder, "--checkpoint")
+    code, _, err = run(*plan, "epoch_9")
+    assert (code, "there are: epoch_002.ckpt, epoch_003.ckpt; choose one with --checkpoint" in err) == (2, True)
+    code, _, err = run(*plan, "epoch_002", "--model", "starter")
+    assert (code, "--checkpoint is of one --model" in err) == (2, True)
+    record = import_bundle(write_zip(tmp_path / "a.zip", epochs=(2, 3)), "cells")
+    record.path.write_bytes(write_zip(tmp_path / "b.zip", epochs=(2, 3), seed=1).read_bytes())
+    code, _, err = run("models", "show", "cells", "--checkpoint", "epoch_002")
+    assert (code, "has SHA-256" in err) == (2, True)
 
 
 def test_errors_are_ours(tmp_path):
