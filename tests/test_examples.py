@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +25,18 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BIN = Path(sys.executable).parent
 
 
-def blocks() -> list[tuple[str, str, str]]:
-    """Page, language and text of each fenced block; text after the language is a note to the reader."""
+# What a newcomer does first; all other pages are slow tests, since each block runs the network.
+FIRST = {"README.md", "index.md"}
+
+
+def blocks() -> list[Any]:
+    """Page, language and text of each fenced block to run; text after the language is a note to the reader."""
     found = []
     for page in PAGES:
         for i, (language, text) in enumerate(re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(), re.M | re.S)):
-            found.append((f"{page.name}-{i}", language, text))
+            if language not in ("", "text"):  # these are output, not input
+                marks = () if page.name in FIRST else pytest.mark.slow
+                found.append(pytest.param(language, text, id=f"{page.name}-{i}", marks=marks))
     return found
 
 
@@ -72,10 +79,8 @@ def bucket(folder, tmp_path_factory):
     server.kill()
 
 
-@pytest.mark.parametrize(("name", "language", "text"), blocks(), ids=lambda v: v if "-" in str(v)[:40] else "")
-def test_block_does_what_it_says(name, language, text, folder, request):
-    if language in ("", "text"):
-        pytest.skip("output, not input")
+@pytest.mark.parametrize(("language", "text"), blocks())
+def test_block_does_what_it_says(language, text, folder, request):
     if language == "python":
         (folder / "megaseg-demo/example.py").write_text(text)
         run([sys.executable, "example.py"], folder / "megaseg-demo")

@@ -72,6 +72,7 @@ def take_part(number: int, target: str, stages: list[str], barrier) -> None:
             assert code == (0 if stage == stages[-1] else 3), output
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_processes_a_stage_give_the_arrays_of_one_client(source, expected, settings, tmp_path):
     target = str(tmp_path / "out.zarr")
