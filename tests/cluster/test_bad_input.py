@@ -117,7 +117,9 @@ def test_a_failure_as_json(megaseg, source, tmp_path):
     (image / "0/c/0/0/0").write_bytes(b"garbage")
     code, out, _ = megaseg(image, tmp_path / "out.zarr", "--json")
     events = [json.loads(line) for line in out.splitlines()]
-    assert [event["event"] for event in events][-2:] == ["failure", "result"]
+    kinds = [event["event"] for event in events]
+    assert kinds.count("failure") == 1
+    assert kinds[-1] == "result"
     assert (code, events[-1]["exit_code"], events[-1]["status"]) == (1, 1, "failed")
     assert "0/c/0/0/0 is corrupt" in events[-1]["failures"][0]["error"]
 
@@ -313,7 +315,9 @@ def test_a_finished_run_is_already_done(megaseg, source, tmp_path):
     assert megaseg(source, target)[0] == 0
     before = files(target, run_folder(target))
     code, out, err = megaseg(source, target)
-    assert (code, err) == (0, "")
+    assert code == 0
+    # Nothing but what to type next.
+    assert all("megaseg re" in line or "megaseg view" in line for line in err.splitlines())
     assert "already done" in out
     code, out, _ = megaseg(source, target, "--json")
     assert code == 0

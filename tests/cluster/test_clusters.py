@@ -46,7 +46,9 @@ class Apart:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([path, *sys.path] if path else sys.path)}
         command = [sys.executable, "-m", f"distributed.cli.{program}", *files, *options]
         with (self.folder / f"{program}.log").open("a") as log:
-            self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            # Elsewhere: what an editable installation left in this folder would be found before all else.
+            started = subprocess.Popen(command, env=environment, cwd=self.folder, stdout=log, stderr=log)
+            self.processes.append(started)
         return self.processes[-1]
 
     def worker(self, name: str, path: str = "") -> subprocess.Popen:
