@@ -279,8 +279,8 @@ def test_an_interrupted_run_goes_on(how, source, megaseg, tiny_bundle, tmp_path)
 
     again = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr
-    started_event = json.loads(again.stdout.splitlines()[0])
-    assert (started_event["event"], started_event["n_done"]) == ("started", n_recorded)
+    events = map(json.loads, again.stdout.splitlines())
+    assert next(event for event in events if event["event"] == "started")["n_done"] == n_recorded
     assert contents(target) == undisturbed
 
 
