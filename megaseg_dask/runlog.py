@@ -9,7 +9,7 @@ logged stops no run.
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 
@@ -66,7 +66,8 @@ class RunLog:
     def write(self) -> None:
         """Write what is new."""
         if self._key and self._is_new:
-            self._try(lambda: self._run.put(self._key, self._text()))
+            # Nobody waits for a log: the journal, and the tasks, do that for the run.
+            self._try(lambda: self._run.put(self._key, self._text(), patient=False))
 
     def _add(self, line: str) -> None:
         self._lines.append(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {' '.join(line.split())}")
@@ -80,12 +81,11 @@ class RunLog:
         self._key = f"{FOLDER}/{number:04d}.txt"
 
     def _try(self, write: Callable[[], None]) -> None:
-        try:
+        # If the store is lost, the run will say so; if it comes back, the next piece has all of the text.
+        with suppress(MegasegError):
             write()
-        except MegasegError:
-            # A store that does not answer was waited for once: the run will say so.
-            self._key = ""
-        self._is_new, self._written = False, time.monotonic()
+            self._is_new = False
+        self._written = time.monotonic()
 
     def _text(self) -> bytes:
         return ("\n".join(self._lines) + "\n").encode()

@@ -174,10 +174,10 @@ class Location:
 
     # -- small objects
 
-    def put(self, key: str, data: bytes) -> None:
-        """Write one object, whole or not at all."""
+    def put(self, key: str, data: bytes, *, patient: bool = True) -> None:
+        """Write one object, whole or not at all. Without patience, a store that is silent is asked once."""
         with naming(self / key, "write"):
-            self._folder().put(key, data)
+            self._folder(patient=patient).put(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write one object unless there is one; tell whether it was written. Of several writers one succeeds."""
