@@ -70,7 +70,7 @@ def megaseg(*arguments, **options) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
 
 
-def events_of(process: subprocess.Popen, timeout: float = 200) -> list[dict]:
+def events_of(process: subprocess.Popen, timeout: float = 500) -> list[dict]:
     """What a command with --json told until its end, which must be good."""
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, out[-2000:] + err[-2000:]
