@@ -363,6 +363,8 @@ class _Runner:
             self._active.remove(flow)
             if self.journal.is_complete(volume) and not self.plan.is_one_task:
                 # What is finished needs no more than its outputs: disks are not filled by volumes that are done.
+                # Recorded first: a kill in between would leave a volume to be relabelled, and nothing to relabel.
+                self.journal.flush()
                 products.work_folder(self.plan, volume).remove()
 
     def _begin_stage(self, flow: Flow) -> None:
