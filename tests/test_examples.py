@@ -29,14 +29,14 @@ BIN = Path(sys.executable).parent
 FIRST = {"README.md", "index.md"}
 
 
-def blocks() -> list[Any]:
-    """Page, language and text of each fenced block to run; text after the language is a note to the reader."""
+def pages() -> list[Any]:
+    """Language and text of the fenced blocks of each page, in order: a block may go on from the one before it."""
     found = []
     for page in PAGES:
-        for i, (language, text) in enumerate(re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(), re.M | re.S)):
-            if language not in ("", "text"):  # these are output, not input
-                marks = () if page.name in FIRST else pytest.mark.slow
-                found.append(pytest.param(language, text, id=f"{page.name}-{i}", marks=marks))
+        blocks = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(), re.M | re.S)
+        run = [(language, text) for language, text in blocks if language not in ("", "text")]  # else output, not input
+        if run:
+            found.append(pytest.param(run, id=page.name, marks=() if page.name in FIRST else pytest.mark.slow))
     return found
 
 
@@ -79,8 +79,14 @@ def bucket(folder, tmp_path_factory):
     server.kill()
 
 
-@pytest.mark.parametrize(("language", "text"), blocks())
-def test_block_does_what_it_says(language, text, folder, request):
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("blocks", pages())
+def test_page_does_what_it_says(blocks, folder, request):
+    for language, text in blocks:
+        run_block(language, text, folder, request)
+
+
+def run_block(language, text, folder, request) -> None:
     if language == "python":
         (folder / "megaseg-demo/example.py").write_text(text)
         run([sys.executable, "example.py"], folder / "megaseg-demo")
