@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,12 @@ def sleeping(task_s: float) -> Iterator[None]:
         time.sleep(task_s)
         return known.get(stage, {})
 
-    with mock.patch.object(tasks, "run_task", sleep), mock.patch.object(joining, "describe", _describe):
+    # Workers are processes elsewhere, and tasks of one process take turns; here all of them are in this one.
+    with (
+        mock.patch.object(tasks, "run_task", sleep),
+        mock.patch.object(tasks, "_places", lambda _: nullcontext()),
+        mock.patch.object(joining, "describe", _describe),
+    ):
         yield
 
 

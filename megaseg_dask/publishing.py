@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
+from megaseg_dask.errors import StoreError
 from megaseg_dask.ngff.consolidated import refresh
 from megaseg_dask.ngff.images import image_attributes, versioned
 from megaseg_dask.ngff.plates import is_plate, join_plates, read_plate, write_plate
@@ -126,6 +127,19 @@ def refresh_consolidated(plan: Plan) -> None:
     _refresh(root, [*wells, *(place for of_image in written.values() for place in of_image)])
     if is_in_place(plan):
         at_once(lambda image: _refresh(root / image, written[image]), filter(None, written))
+        for above in _above(root):
+            _refresh(above, [root, *written.get("", [])])
+
+
+def _above(image: Location) -> list[Location]:
+    """Return the groups of the plate that an image is a field of: well, row, plate; or none."""
+    well = image.parent
+    try:
+        is_field = "well" in well.ome_attributes()[1]
+    except StoreError:
+        # Who may write an image need not be allowed to look at what is above it.
+        is_field = False
+    return [well, well.parent, well.parent.parent] if is_field else []
 
 
 def _refresh(group: Location, below: list[Location]) -> None:

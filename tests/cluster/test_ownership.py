@@ -8,8 +8,10 @@ import zarr
 from numpy.testing import assert_array_equal
 
 from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.ngff.plates import Field, Plate, write_plate
 from megaseg_dask.run import segment
 from megaseg_dask.settings import parse_settings
+from megaseg_dask.stores import Location
 from tests.images import blobs, write_image
 
 SHAPE = (20, 40, 50)
@@ -123,6 +125,18 @@ def test_readers_of_consolidated_metadata_see_what_is_there(run, tmp_path, versi
         assert (found[path] if path else found).attrs.asdict() == (stored[path] if path else stored).attrs.asdict()
     run("cells.zarr", source=image, outputs="labels", label_name="b", overwrite=True)
     assert "b_mask" in zarr.open_consolidated(image)["labels"], "what the new run does not write is left alone"
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata", "ignore:Object at")
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_plate_tells_of_labels_in_one_of_its_fields(run, tmp_path, version):
+    plate = Plate(version, "screen", ("A",), ("1",), (Field("A", "1", "0"),))
+    write_plate(Location.of(tmp_path / "screen.zarr"), plate, version)
+    image = write_image(tmp_path / "screen.zarr/A/1/0", blobs(SHAPE), version=version)
+    zarr.consolidate_metadata(tmp_path / "screen.zarr")
+    run("screen.zarr/A/1/0", source=image, outputs="labels")
+    found = zarr.open_consolidated(tmp_path / "screen.zarr")["A/1/0"]
+    assert_array_equal(found["labels/megaseg/0"][...], zarr.open_array(image / "labels/megaseg/0")[...])
 
 
 def test_a_group_that_repeats_nothing_is_left_so(run, tmp_path):
