@@ -1,16 +1,20 @@
 """One field, each engine against MONAI eager, which is what cyto-dl runs: the same network, the same windows.
 
-Ours is the whole job, from Zarr to scores, labels and pyramid; MONAI's is the
-forward passes and blending alone, in a process with the system's defaults.
-Beside the wall time stand processor seconds, of all processes: on a machine
-that others use too, only those compare.
+Ours is the whole job, from Zarr to scores, labels and pyramid, with the
+options' defaults; MONAI's and nnU-Net's are the forward passes and blending
+alone, in a process with the system's defaults. Beside the wall time stand
+processor seconds, of all processes: on a machine that others use too, only
+those compare. How far scores are apart is asked of a run of its own, which
+keeps them as float32. nnU-Net is left out where nnunetv2 is not installed.
 """
 
 import argparse
+import importlib.util
 import resource
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,9 @@ from monai.transforms import NormalizeIntensity
 
 from benchmarks.machine import describe, keep
 from megaseg_dask.demo import write_sample
+from megaseg_dask.geometry import PatchGrid
 from megaseg_dask.inference import measure_patch_s, open_engine
+from megaseg_dask.journal import Journal
 from megaseg_dask.models import build_network
 from megaseg_dask.models.zoo import load
 from megaseg_dask.plan import Plan
@@ -53,6 +59,7 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
         before = cpu_s()
         monai_s, expected = predict_by_monai(made.image, model, plan.patch_grid.patch_shape, plan.patch_grid.overlap)
         monai_cpu_s = cpu_s() - before
+        nnunet = _run_nnunet(made.image, model, plan.patch_grid, expected)
         for name, options in CASES.items():
             if options.get("precision") != "bf16" or has_bfloat16():
                 found[name] = _run(source, Path(folder) / f"{name}.zarr", {"model": model, **options}, expected)
@@ -66,12 +73,13 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
         "windows": len(plan.patch_grid),
         "monai_s": round(monai_s, 1),
         "monai_cpu_s": round(monai_cpu_s, 1),
+        "nnunet": nnunet,
         "ours": found,
     }
 
 
 def _run(source: Path, target: Path, options: dict[str, str], expected: np.ndarray) -> dict[str, Any]:
-    settings = parse_settings({**options, "scores_dtype": "float32"})
+    settings = parse_settings(options)
     [(plan, _)] = plan_runs(str(source), str(target), settings)
     # The worker finds the converted network where this leaves it, as from the second run on.
     patch_s = measure_patch_s(plan.model, plan.engine, plan.patch_grid.patch_shape)
@@ -79,12 +87,13 @@ def _run(source: Path, target: Path, options: dict[str, str], expected: np.ndarr
     before, started = cpu_s(), time.perf_counter()
     result = segment(str(source), str(target), settings)
     wall_s, spent_s = time.perf_counter() - started, cpu_s() - before
-    scores = np.asarray((Location.of(target) / "0").open_array()[...])
-    one, other = scores > 0.5, expected > 0.5
-    task_s = result.wall_s
+    task_s = Journal.read(plan).timings["volume"].seconds
+    exact = f"{target}-float32.zarr"
+    segment(str(source), exact, parse_settings({**options, "scores_dtype": "float32", "outputs": "scores"}))
     return {
         "wall_s": round(wall_s, 1),
-        "without_start_of_workers_s": round(task_s, 1),
+        "run_s": round(result.wall_s, 1),
+        "task_s": round(task_s, 1),
         "cpu_s": round(spent_s, 1),
         "patch_s": round(patch_s, 3),
         "patch_cpu_s": round(patch_cpu_s, 3),
@@ -94,11 +103,27 @@ def _run(source: Path, target: Path, options: dict[str, str], expected: np.ndarr
         "share_not_inference": round(1 - patch_s * len(plan.patch_grid) / task_s, 3),
         # This one holds the start of the worker too: imports, and the compilation of the network.
         "share_not_inference_cpu": round(1 - patch_cpu_s * len(plan.patch_grid) / spent_s, 3),
-        "largest_difference": float(np.abs(scores - expected).max()),
-        "dice_with_monai": round(float(2 * (one & other).sum() / max(one.sum() + other.sum(), 1)), 6),
+        **_compare(np.asarray((Location.of(exact) / "0").open_array()[...]), expected),
         "projected_bytes": plan.projected_bytes,
         "peak_bytes": result.peak_bytes,
     }
+
+
+def _compare(scores: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    one, other = scores > 0.5, expected > 0.5
+    return {
+        "largest_difference": float(np.abs(scores - expected).max()),
+        "dice_with_monai": round(float(2 * (one & other).sum() / max(one.sum() + other.sum(), 1)), 6),
+    }
+
+
+def _run_nnunet(image: np.ndarray, model: str, grid: PatchGrid, expected: np.ndarray) -> dict[str, Any]:
+    if importlib.util.find_spec("nnunetv2") is None:
+        return {"failed": "nnunetv2 is not installed"}
+    before = cpu_s()
+    took_s, n_windows, scores = predict_by_nnunet(image, model, grid)
+    spent_s = cpu_s() - before
+    return {"wall_s": round(took_s, 1), "cpu_s": round(spent_s, 1), "windows": n_windows, **_compare(scores, expected)}
 
 
 def cpu_s() -> float:
@@ -130,6 +155,31 @@ def predict_by_monai(image: np.ndarray, model: str, patch_shape: Any, overlap: A
         )
         scores = torch.sigmoid(logits)[0, 0].numpy()
     return time.perf_counter() - started, scores
+
+
+def predict_by_nnunet(image: np.ndarray, model: str, grid: PatchGrid) -> tuple[float, int, np.ndarray]:
+    """Return the seconds, windows and scores of nnU-Net's own predictor, given our network.
+
+    As many windows, of the same size and weights; at equal distances, where MONAI pushes the last ones back.
+    """
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    step = 1 - grid.overlap[0]
+    predictor = nnUNetPredictor(
+        tile_step_size=step, use_mirroring=False, device=torch.device("cpu"), perform_everything_on_device=False,
+        allow_tqdm=False,
+    )  # fmt: skip
+    predictor.network = build_network(load(model)[1])
+    # What a trained nnU-Net reads from its plans: no more of them is asked while it predicts.
+    predictor.configuration_manager = SimpleNamespace(patch_size=list(grid.patch_shape))
+    predictor.label_manager = SimpleNamespace(num_segmentation_heads=1)
+    started = time.perf_counter()
+    normalised = NormalizeIntensity(channel_wise=True)(image[None].astype(np.float32))
+    tensor = torch.as_tensor(np.asarray(normalised))
+    n_windows = len(predictor._internal_get_sliding_window_slicers(tensor.shape[1:]))
+    with torch.inference_mode():
+        scores = torch.sigmoid(predictor.predict_sliding_window_return_logits(tensor).float())[0].numpy()
+    return time.perf_counter() - started, n_windows, scores
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def write_volume(path: Path, grid_shape: tuple[int, ...]) -> Path:
 
 
 @contextmanager
-def cluster(folder: Path, n_workers: int, preload: str) -> Iterator[dict[str, Any]]:
+def cluster(folder: Path, n_workers: int, preload: str, n_threads: int = 1) -> Iterator[dict[str, Any]]:
     """Start a scheduler and workers, and yield the scheduler's address and what their largest sizes were so far."""
     (folder / "preload.py").write_text(preload)
     keys = {f"DASK_{k.replace('.', '__').replace('-', '_').upper()}": str(v) for k, v in CONFIG.items()
@@ -79,7 +79,7 @@ def cluster(folder: Path, n_workers: int, preload: str) -> Iterator[dict[str, An
     quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     processes = [subprocess.Popen(command, **quiet)]  # type: ignore[call-overload]
     command = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(folder / "scheduler.json"),
-               "--nthreads", "1", "--memory-limit", "0", "--no-dashboard", "--nworkers", str(n_workers),
+               "--nthreads", str(n_threads), "--memory-limit", "0", "--no-dashboard", "--nworkers", str(n_workers),
                "--preload", str(folder / "preload.py"), "--local-directory", str(folder)]  # fmt: skip
     processes.append(subprocess.Popen(command, **quiet))  # type: ignore[call-overload]
     sizes: dict[str, Any] = {"scheduler": 0, "client": 0, "over_time": []}
@@ -279,13 +279,19 @@ def measure_plate() -> dict[str, Any]:
             assert segment(str(source), str(folder / target), settings, client=running["client"]).status == "done"
             return time.perf_counter() - started
 
-        with cluster(folder, 2, "") as running:
-            timed(folder / "screen.zarr" / fields[0].path, "first.zarr")  # workers open the network
-            plate_s = timed(folder / "screen.zarr", "plate.zarr")
-            alone_s = [timed(folder / "screen.zarr" / f.path, f"{n}.zarr") for n, f in enumerate(fields)]
+        paces = {}
+        for n in (1, 2):
+            with cluster(folder, n, "") as running:
+                # Workers open the network: several volumes, so that each of them does.
+                timed(folder / "screen.zarr" / fields[0].path, f"first-{n}.zarr")
+                plate_s = timed(folder / "screen.zarr", f"plate-{n}.zarr")
+                paces[f"{n} worker{'s' * (n > 1)}"] = round(len(fields) * 6 / plate_s, 2)
+                if n == 2:
+                    alone_s = [timed(folder / "screen.zarr" / f.path, f"{i}.zarr") for i, f in enumerate(fields)]
     return {
         "volumes": len(fields) * 6,
         "volume_shape": shape,
+        "volumes_per_s": paces,
         "plate_s": round(plate_s, 1),
         "sum_of_single_runs_s": round(sum(alone_s), 1),
         "ratio": round(plate_s / sum(alone_s), 2),

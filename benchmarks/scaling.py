@@ -195,7 +195,7 @@ def sleeping(task_s: float) -> Iterator[None]:
     # Workers are processes elsewhere, and tasks of one process take turns; here all of them are in this one.
     with (
         mock.patch.object(tasks, "run_task", sleep),
-        mock.patch.object(tasks, "_places", lambda _: nullcontext()),
+        mock.patch.object(tasks, "_places", return_value=nullcontext()),
         mock.patch.object(joining, "describe", _describe),
     ):
         yield

@@ -6,6 +6,7 @@ given up, and wakes up late, finds another client's plan in its place.
 
 import io
 import json
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -162,16 +163,30 @@ def _work_arrays(plan: Plan, volume: int) -> Iterator[tuple[Location, str]]:
 
 def save(plan: Plan, output: Output, name: str, arrays: Mapping[str, Array]) -> None:
     """Write arrays by name to an output's intermediate data."""
+    require_holder(plan)
+    output_folder(plan, output).put(name, pack(arrays))
+
+
+def load(plan: Plan, output: Output, name: str) -> dict[str, Array]:
+    """Read what :func:`save` wrote; raises :class:`TaskError` if it is not there."""
+    return unpack(_get(plan, output, name))
+
+
+def pack(arrays: Mapping[str, Array]) -> bytes:
+    """Return arrays and their names as one object."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    require_holder(plan)
-    output_folder(plan, output).put(name, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def load(plan: Plan, output: Output, name: str) -> Mapping[str, Array]:
-    """Read what :func:`save` wrote; raises :class:`TaskError` if it is not there."""
-    arrays: Mapping[str, Array] = np.load(io.BytesIO(_get(plan, output, name)), allow_pickle=False)
-    return arrays
+def unpack(data: bytes) -> dict[str, Array]:
+    """Return the arrays that :func:`pack` put together; many threads may ask."""
+    # NumPy reads a header as Python's grammar does, which Python 3.11 cannot do in two threads (its issue 106905).
+    with _UNPACKING, np.load(io.BytesIO(data), allow_pickle=False) as found:
+        return dict(found)
+
+
+_UNPACKING = threading.Lock()
 
 
 def save_rows(plan: Plan, output: Output, name: str, rows: NDArray[np.uint64]) -> None:

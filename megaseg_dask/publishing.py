@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
-from megaseg_dask.errors import StoreError
+from megaseg_dask.errors import SourceError, StoreError
 from megaseg_dask.ngff.consolidated import refresh
-from megaseg_dask.ngff.images import image_attributes, versioned
+from megaseg_dask.ngff.images import image_attributes, open_ome_group, versioned
 from megaseg_dask.ngff.plates import is_plate, join_plates, read_plate, write_plate
 from megaseg_dask.plan import Plan, PlannedVolume
 from megaseg_dask.products import BY_OUTPUT, groups, groups_of, images, places
@@ -135,8 +135,8 @@ def _above(image: Location) -> list[Location]:
     """Return the groups of the plate that an image is a field of: well, row, plate; or none."""
     well = image.parent
     try:
-        is_field = "well" in well.ome_attributes()[1]
-    except StoreError:
+        is_field = "well" in open_ome_group(well, "well")[1]
+    except (SourceError, StoreError):
         # Who may write an image need not be allowed to look at what is above it.
         is_field = False
     return [well, well.parent, well.parent.parent] if is_field else []

@@ -1,18 +1,15 @@
 """The tables of a run: one Parquet file beside the target, and one table in each image for Fractal's tools."""
 
-import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
 
-import numpy as np
-
 from megaseg_dask.measurements import Sums, to_columns
 from megaseg_dask.ngff.tables import Columns, Place, read_ngio_table, require_own_table, write_ngio_table, write_parquet
 from megaseg_dask.plan import Output, Plan
-from megaseg_dask.products import Group, groups, read_ahead, read_sums
+from megaseg_dask.products import Group, groups, read_ahead, read_sums, unpack
 from megaseg_dask.stores import Location, at_once
 from megaseg_dask.targets import read_parts
 
@@ -88,6 +85,6 @@ def _rows(plan: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Place, Column
         volume = plan.volumes[output.volume]
         if data is None:
             continue  # it failed, and is named as missing
-        sums = Sums(**np.load(io.BytesIO(data), allow_pickle=False))
+        sums = Sums(**unpack(data))
         place = _place(plan, volume.image, volume.target_t, volume.c, output.number)
         yield place, to_columns(sums, plan.volume_shape, plan.target_image.spacing_um)

@@ -1,9 +1,7 @@
 """Stages of measurements: sums of the objects in one block, and in all blocks of a volume."""
 
-import io
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask import products
@@ -39,7 +37,5 @@ def collect_objects(plan: Plan, output: Output, _: int) -> dict[str, Any]:
 
 def write_sums(plan: Plan, output: Output, sums: Sums) -> dict[str, Any]:
     """Write the sums of an output's objects where they stay until the tables are written."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **sums.arrays())  # type: ignore[arg-type]
-    products.save_sums(plan, output, buffer.getvalue())
+    products.save_sums(plan, output, products.pack(sums.arrays()))
     return {}

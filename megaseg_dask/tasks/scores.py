@@ -231,7 +231,7 @@ def find_cutoff(plan: Plan, output: Output, _: int) -> Summary:
     missing = set(products.read_state(plan, output.volume)["missing"])
     blocks = [n for n in range(len(plan.block_grid())) if n not in missing]
     tables = products.read_ahead(
-        lambda n: dict(products.load(plan, output, f"histograms/{n}.npz")), blocks, TABLES_READ_AHEAD
+        lambda n: products.load(plan, output, f"histograms/{n}.npz"), blocks, TABLES_READ_AHEAD
     )
     merged = thresholds.merge_tables(table for _, table in tables)
     return {"threshold": cutoff_of(plan, merged, products.read_known(plan, output))}

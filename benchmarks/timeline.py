@@ -1,0 +1,146 @@
+"""What a worker does when: reading, inference and writing of successive fields, as a trace that Chrome opens.
+
+The real worker, source and target; in place of the network an engine that
+sleeps, as a CPU does while a GPU computes. Once with one task in hand and once
+with three, as on a GPU. The trace (open it at ``chrome://tracing`` or
+https://ui.perfetto.dev) is that of the second.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from benchmarks.field import PUBLISHED_SHAPE
+from benchmarks.machine import RESULTS, describe, keep
+from benchmarks.scale import cluster, write_series
+from megaseg_dask import plan
+from megaseg_dask.run import segment
+from megaseg_dask.settings import parse_settings
+from megaseg_dask.simulation import simulate
+
+# What a worker does in place of inference, and who notes when.
+PRELOAD = """
+import functools, json, os, threading, time
+import numpy as np
+from megaseg_dask import plan, products
+from megaseg_dask.engines import pytorch
+from megaseg_dask.tasks import levels, scores, whole
+
+plan.TASKS_AT_ONCE["cpu"] = {n_tasks}
+
+
+class Stored:
+    def __init__(self, mask):
+        self.mask = mask
+
+    def stored(self, dtype):
+        return self.mask * np.uint8(255)
+
+    def above(self, threshold):
+        return self.mask
+
+
+class SleepingEngine(pytorch.TorchEngine):
+    def predict_block(self, values, core, grid, prepare, batch, weights):
+        mask = (values[0] > 2 * prepare.zscores[0].mean).view(np.uint8)
+        time.sleep({field_s})
+        return [Stored(mask)]
+
+
+pytorch.TorchEngine = SleepingEngine
+
+
+def noting(module, name, kind):
+    work = getattr(module, name)
+
+    @functools.wraps(work)
+    def noted(*args, **kwargs):
+        began = time.time()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            event = dict(name=kind, ph="X", pid=os.getpid(), tid=threading.get_native_id(), ts=began * 1e6,
+                         dur=(time.time() - began) * 1e6)
+            with open({log!r}, "a") as file:
+                file.write(json.dumps(event) + chr(10))
+
+    setattr(module, name, noted)
+
+
+noting(scores, "read_channels", "read")
+noting(whole, "_measure", "statistics")
+noting(SleepingEngine, "predict_block", "inference")
+noting(whole, "_label", "label")
+noting(products, "write", "write")
+noting(levels, "downsample", "downsample")
+"""
+
+
+def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, n_fields: int = 16, field_s: float = 0.25) -> dict[str, Any]:
+    """Return fields per second, and how busy the engine is, with one task in hand and with three."""
+    machine = describe()
+    image = np.broadcast_to(simulate(0, shape).image, (n_fields, 1, *shape))
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name) / "series.zarr"
+        write_series(source, image)
+        for n_tasks in (1, 3):
+            folder = Path(name) / str(n_tasks)
+            folder.mkdir()
+            found[f"{n_tasks} in hand"], events = run(source, folder, n_tasks, field_s)
+    return {"machine": machine, "shape": shape, "fields": n_fields, "inference_s": field_s, "worker": found,
+            "trace": events}  # fmt: skip
+
+
+def run(source: Path, folder: Path, n_tasks: int, field_s: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Segment a timelapse with so many tasks in hand; return what it took, and the events of the trace."""
+    log = folder / "events.jsonl"
+    preload = PRELOAD
+    for key, value in {"n_tasks": n_tasks, "field_s": field_s, "log!r": repr(str(log))}.items():
+        preload = preload.replace(f"{{{key}}}", str(value))
+    settings = parse_settings({"model": "starter", "engine": "torch", "threads": 1, "overlap": 0, "memory": "16GB"})
+    with mock.patch.dict(plan.TASKS_AT_ONCE, {"cpu": n_tasks}), cluster(folder, 1, preload, n_tasks) as running:
+        started = time.perf_counter()
+        result = segment(str(source), str(folder / "out.zarr"), settings, client=running["client"])
+        wall_s = time.perf_counter() - started
+    assert result.status == "done", result
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    inference = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "inference")
+    # From the second field on: the first waits for imports.
+    (began, _), (_, ended) = inference[1], inference[-1]
+    busy = sum(stop - start for start, stop in inference[1:])
+    waits = sorted(after[0] - before[1] for before, after in pairwise(inference[1:]))
+    per_field = {
+        kind: round(sum(e["dur"] for e in events if e["name"] == kind) / len(inference) / 1e6, 3)
+        for kind in dict.fromkeys(e["name"] for e in events)
+    }
+    return {
+        "wall_s": round(wall_s, 2),
+        "fields_per_s": round((len(inference) - 1) / (ended - began) * 1e6, 2),
+        "inference_busy": round(busy / (ended - began), 3),
+        "median_wait_s": round(waits[len(waits) // 2] / 1e6, 3),
+        "seconds_a_field": per_field,
+    }, events
+
+
+def main() -> None:
+    """Measure; keep the result, and the trace beside it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inference", type=float, default=0.25, help="seconds that the engine sleeps for a field")
+    found = measure(field_s=parser.parse_args().inference)
+    events = found.pop("trace")
+    first = min(event["ts"] for event in events)
+    text = json.dumps({"traceEvents": [{**e, "ts": round(e["ts"] - first), "dur": round(e["dur"])} for e in events]})
+    (RESULTS / "timeline.trace.json").write_text(text + "\n")
+    keep("timeline", found)
+
+
+if __name__ == "__main__":
+    main()
