@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -311,9 +311,10 @@ def write_series(path: Path, image: Any) -> None:
 
 
 def keep_case(name: str, result: dict[str, Any]) -> None:
-    """Put one case, measured by itself, among the kept results."""
+    """Put one case among the kept results, with the machine as it was then."""
     kept = json.loads((RESULTS / "scale.json").read_text())
-    keep("scale", {**kept, name: {"load": [round(n, 1) for n in os.getloadavg()], **result}})
+    load = [round(n, 1) for n in os.getloadavg()]
+    keep("scale", {**kept, "machine": describe(), name: {"load_after": load, **result}})
 
 
 def measure_overhead() -> dict[str, Any]:
@@ -323,35 +324,22 @@ def measure_overhead() -> dict[str, Any]:
     return {"one_task": one, "staged": staged, "ratio": round(staged["wall_s"] / one["wall_s"], 2)}
 
 
-def measure() -> dict[str, Any]:
-    """The large cases: 10^5 tasks a stage, 10^6 in one, 8 GB through a worker of 2 GB."""
-    machine = describe()
-    return {
-        "machine": machine,
-        "all_stages": measure_tasks(47, "labels,scores"),
-        "one_stage": measure_tasks(100, "scores"),
-        "fields": measure_fields(),
-        "plate": measure_plate(),
-        "overhead": measure_overhead(),
-        "volume_8gb": measure_volume((16, 8, 8), "2GB"),
-    }
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "all_stages": lambda: measure_tasks(47, "labels,scores"),
+    "one_stage": lambda: measure_tasks(100, "scores"),
+    "fields": measure_fields,
+    "plate": measure_plate,
+    "overhead": measure_overhead,
+    "volume_8gb": lambda: measure_volume((16, 8, 8), "2GB"),
+    # An hour, and 70 GB of disk at times: only by name.
+    "volume_64gb": lambda: measure_volume((128, 8, 8), "4GB", 2),
+}
 
 
 def main() -> None:
-    """Run one case (tasks N OUTPUTS, volume GRID MEMORY WORKERS, fields N, plate or overhead), or all."""
-    match sys.argv[1:]:
-        case ["tasks", n, outputs]:
-            print(json.dumps(measure_tasks(int(n), outputs), indent=1))
-        case ["volume", grid, memory, n_workers]:
-            print(json.dumps(measure_volume(tuple(map(int, grid.split(","))), memory, int(n_workers)), indent=1))
-        case ["fields", n]:
-            keep_case("fields", measure_fields(int(n)))
-        case ["plate"]:
-            keep_case("plate", measure_plate())
-        case ["overhead"]:
-            print(json.dumps(measure_overhead(), indent=1))
-        case _:
-            keep("scale", measure())
+    """Run the cases that are named, or all but the largest, and keep each."""
+    for name in sys.argv[1:] or list(CASES)[:-1]:
+        keep_case(name, CASES[name]())
 
 
 if __name__ == "__main__":
