@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import ipaddress
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -172,16 +174,17 @@ class S3Server:
 
 
 @contextmanager
-def web_server(handlers: list[Any]) -> Iterator[str]:
-    """Run tornado's server in a thread."""
+def web_server(handlers: list[Any], certificate: Path | None = None) -> Iterator[str]:
+    """Run tornado's server in a thread; over TLS with a certificate, whose file holds its key too."""
     import tornado.web
 
     ready, url = threading.Event(), []
 
     async def serve() -> None:
-        server = tornado.web.Application(handlers).listen(0, "127.0.0.1")
+        tls = {"certfile": str(certificate)} if certificate else None
+        server = tornado.web.Application(handlers).listen(0, "127.0.0.1", ssl_options=tls)
         (port,) = {s.getsockname()[1] for s in server._sockets.values()}
-        url.append(f"http://127.0.0.1:{port}")
+        url.append(f"{'https' if certificate else 'http'}://127.0.0.1:{port}")
         stop[0], stop[1] = asyncio.get_running_loop(), asyncio.Event()
         ready.set()
         await stop[1].wait()
@@ -200,12 +203,31 @@ def web_server(handlers: list[Any]) -> Iterator[str]:
 
 
 @contextmanager
-def range_server(folder: Path) -> Iterator[str]:
+def range_server(folder: Path, certificate: Path | None = None) -> Iterator[str]:
     """Serve a folder as web servers do: parts of files are answered, folders are not listed."""
     import tornado.web
 
-    with web_server([(r"/(.*)", tornado.web.StaticFileHandler, {"path": str(folder)})]) as url:
+    with web_server([(r"/(.*)", tornado.web.StaticFileHandler, {"path": str(folder)})], certificate) as url:
         yield url
+
+
+def write_certificate(path: Path) -> Path:
+    """Write a certificate for this machine that nobody knows, with its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now, address = datetime.now(UTC), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    plain, pem = serialization.NoEncryption(), serialization.Encoding.PEM
+    text = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain) + made.public_bytes(pem)
+    path.write_bytes(text)
+    return path
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from megaseg_dask.models.cache import read_record
 from megaseg_dask.stores import forget
 from tests.images import blobs, write_image
 from tests.stores.relay import relay_to
-from tests.stores.servers import free_port, plain_server, range_server
+from tests.stores.servers import free_port, plain_server, range_server, write_certificate
 from tests.unit.bundles import write_zip
 
 PIECE = 2**16
@@ -399,3 +399,23 @@ def test_a_url_as_a_model(relay, megaseg_zip):
         assert path.name == "megaSeg.zip"
         with pytest.raises(BundleError, match="fetch it under a name of its own"):
             zoo.locate(f"{url}/sub/megaSeg.zip")
+
+
+def test_over_tls_a_certificate_that_nobody_knows_is_refused(tmp_path, megaseg_zip):
+    certificate = write_certificate(tmp_path / "certificate.pem")
+    known = {"MEGASEG_HOME": str(tmp_path / "home"), **os.environ}
+    known.pop("MEGASEG_OFFLINE", None)
+
+    def fetch(url: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [*MEGASEG, "models", "fetch", f"{url}/megaSeg.zip"]
+        return subprocess.run(command, env={**known, **more}, capture_output=True, text=True, timeout=120)
+
+    with range_server(megaseg_zip.parent, certificate) as url:
+        refused = fetch(url)
+        assert refused.returncode in (1, 2)
+        assert url in refused.stderr
+        assert "certificate" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert not list((tmp_path / "home").rglob("*.zip"))
+        found = fetch(url, SSL_CERT_FILE=str(certificate))
+        assert found.returncode == 0, found.stderr
