@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import field, gpu, script
+from benchmarks import field, gpu, io, scale, script, tables, timeline
 from benchmarks.machine import keep
 
 SMALL = (40, 160, 160)
@@ -14,9 +14,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a field of 40×160×160; nothing is kept")
     if parser.parse_args().small:
         print(field.measure(SMALL), script.measure(SMALL), gpu.measure(gpu.TINY))
-    else:
-        keep("field", field.measure())
-        keep("script", script.measure())
+        print(io.measure(SMALL, repeats=1), timeline.measure(SMALL, n_fields=4, field_s=0.1)["worker"])
+        return
+    keep("field", field.measure())
+    keep("script", script.measure())
+    keep("io", io.measure())
+    timeline.keep_both(timeline.measure())
+    scale.keep_case("plate", scale.measure_plate())
+    tables.fill()
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def labels(found: dict[str, Any]) -> str:
         for shape, case in by_shape.items():
             n = case["ours"]["n_objects"]
             rows.append([f"{kind}, {shape.replace('x', '×')}", f"{n:,}", *map(_took, map(case.get, _VARIANTS))])
-    return _table(["mask", "objects", "ours, blocks of 128³", "dask-image, same blocks", "scikit-image, whole"], rows)
+    return _table(["mask", "objects", "ours, blocks of 128³", "dask-image, same blocks", "scikit-image, whole",
+                   "cc3d, whole"], rows)
 
 
 def joins(found: dict[str, Any]) -> str:
@@ -103,6 +104,17 @@ def joins(found: dict[str, Any]) -> str:
         for case in found["join"]["faces"]
     ]  # fmt: skip
     return _table(["fragments", "pairs", "seconds", "peak, GB", "projected, GB"], rows)
+
+
+def whole_job(found: dict[str, Any]) -> str:
+    """Return the whole job against a script of dask, dask-image and ome-zarr."""
+    rows = [
+        [name, found[f"{who}_s"], f"{found[f'objects_{who}']:,} of {found['objects_unsplit']:,}",
+         f"{found[f'voxels_differ_{who}']:,}", f"{found[f'largest_difference_{who}']:.1g}"]
+        for who, name in (("ours", f"ours, {found['engine']}"), ("script", "the script"))
+    ]  # fmt: skip
+    return _table(["", "seconds", "objects, of the unsplit", "voxels of the mask that differ", "largest difference"],
+                  rows)  # fmt: skip
 
 
 def plate(found: dict[str, Any]) -> str:
@@ -117,10 +129,11 @@ def plate(found: dict[str, Any]) -> str:
     return _table(["plate", "volumes/s", "client after a third, MB", "at the end"], rows)
 
 
-_VARIANTS = ("ours", "dask_image", "whole")
+_VARIANTS = ("ours", "dask_image", "whole", "cc3d")
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "field": ("field", field),
     "field MegaSeg_v1": ("field_v1", field),
+    "script": ("script", whole_job),
     "codecs": ("io", codecs),
     "chunks": ("io", chunks),
     "pipelines": ("io", pipelines),
@@ -171,5 +184,10 @@ def _took(case: dict[str, Any] | None) -> str:
     return case["failed"] if "failed" in case else f"{case['wall_s']} s, {case['peak_bytes'] / 1e9:.2f} GB"
 
 
-if __name__ == "__main__":
+def fill() -> None:
+    """Write the tables of the page anew."""
     PAGE.write_text(filled(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    fill()

@@ -130,16 +130,20 @@ def run(source: Path, folder: Path, n_tasks: int, field_s: float) -> tuple[dict[
     }, events
 
 
-def main() -> None:
-    """Measure; keep the result, and the trace beside it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inference", type=float, default=0.25, help="seconds that the engine sleeps for a field")
-    found = measure(field_s=parser.parse_args().inference)
+def keep_both(found: dict[str, Any]) -> None:
+    """Keep the result, and the trace beside it."""
     events = found.pop("trace")
     first = min(event["ts"] for event in events)
     text = json.dumps({"traceEvents": [{**e, "ts": round(e["ts"] - first), "dur": round(e["dur"])} for e in events]})
     (RESULTS / "timeline.trace.json").write_text(text + "\n")
     keep("timeline", found)
+
+
+def main() -> None:
+    """Measure, and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inference", type=float, default=0.25, help="seconds that the engine sleeps for a field")
+    keep_both(measure(field_s=parser.parse_args().inference))
 
 
 if __name__ == "__main__":

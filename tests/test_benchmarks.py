@@ -1,5 +1,7 @@
 """The measurements run; what they measure is kept in benchmarks/results, and never asserted."""
 
+from itertools import pairwise
+
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -31,3 +33,21 @@ def test_the_table_of_a_gpu_runs_on_a_cpu():
         assert len(case["top_kernels"]) == 10
         assert min(case["steady_s"], case["fraction_of_peak"]) > 0
     assert found["zarr_to_zarr"]["fields_per_s"] > 0
+
+
+def test_the_benchmark_of_zarr_runs():
+    from benchmarks.io import measure
+
+    found = measure((40, 160, 160), repeats=1)
+    assert set(found["codecs"]) == {"image", "scores", "labels"}
+    assert all(case["times_smaller"] > 1 for name, case in found["codecs"]["labels"].items() if name != "none")
+
+
+def test_the_timeline_shows_one_inference_at_a_time():
+    from benchmarks.timeline import measure
+
+    found = measure((24, 100, 120), n_fields=6, field_s=0.1)
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in found["trace"] if e["name"] == "inference")
+    assert len(spans) == 6
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+    assert found["worker"]["3 in hand"]["fields_per_s"] > 0

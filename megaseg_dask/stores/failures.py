@@ -165,7 +165,7 @@ def _next_step(kind: str, verb: str, url: str) -> str:
         "region": "set AWS_REGION to the region of the bucket",
         "ranges": "sharded arrays need that: serve them with nginx, Caddy or an object store, or copy the image",
         "protocol": f"check http:// or https:// in {endpoint}",
-        "certificate": "name a file with its authority: --storage-option root_certificate=FILE",
+        "certificate": "name a file with its authority: SSL_CERT_FILE=FILE in the environment",
         "refused": f"check that the store is running, and {endpoint}",
         "host": f"check the network and {endpoint}",
         "time": f"check the network and {endpoint}",

@@ -8,15 +8,17 @@ import os
 from pathlib import Path
 
 import pytest
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, ObjectStore
 
 from megaseg_dask import inference
 from megaseg_dask.engines.pytorch import TorchEngine
+from megaseg_dask.ngff.plates import Field, Plate, write_plate
 from megaseg_dask.ngff.volumes import Volume
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.single import record_plans, run_tasks
-from megaseg_dask.stores import cached_array
+from megaseg_dask.stores import Location, cached_array
 from tests.images import blobs, write_image
+from tests.stores.conftest import _environment, folder, s3, s3_server  # noqa: F401
 
 KEPT = Path(__file__).parent / "counts.json"
 
@@ -29,6 +31,8 @@ SCENARIOS = {
         "outputs": "labels,scores,mask,measurements",
     },
     "a finished run again": {"block": "24,32,48"},
+    "a plate of four fields": {"outputs": "labels,scores,measurements"},
+    "staged, in a bucket": {"block": "24,32,48"},
 }
 
 
@@ -48,8 +52,9 @@ def counts(monkeypatch):
     def add(name, n=1):
         found[name] += n
 
-    count(LocalStore, "get", lambda *_: add("store_reads"))
-    count(LocalStore, "set", lambda *_: add("store_writes"))
+    for store in (LocalStore, ObjectStore):
+        count(store, "get", lambda *_: add("store_reads"))
+        count(store, "set", lambda *_: add("store_writes"))
     count(TorchEngine, "__call__", lambda *_: add("forward_passes"))
     count(Volume, "write", lambda _, box, values, *__: add("bytes_written", values.nbytes))
     # Of the array itself: what a codec makes of it differs from version to version.
@@ -57,11 +62,24 @@ def counts(monkeypatch):
     return found
 
 
+def write_source(name: str, where: Path) -> Path:
+    if "plate" not in name:
+        return write_image(where / "image.zarr", blobs((24, 64, 96)))
+    fields = tuple(Field(row, "1", field) for row in "AB" for field in "01")
+    write_plate(Location.of(where / "plate.zarr"), Plate("0.5", "screen", ("A", "B"), ("1",), fields), "0.5")
+    for n, field in enumerate(fields):
+        write_image(where / "plate.zarr" / field.path, blobs((24, 40, 48), seed=n))
+    return where / "plate.zarr"
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_run_asks_its_store_as_often_as_it_did(name, tmp_path, tiny_bundle, counts):
-    source = write_image(tmp_path / "image.zarr", blobs((24, 64, 96)))
+def test_a_run_asks_its_store_as_often_as_it_did(name, tmp_path, tiny_bundle, counts, request):
+    source, target = write_source(name, tmp_path), str(tmp_path / "out.zarr")
+    if "bucket" in name:
+        request.getfixturevalue("s3")
+        target = f"{request.getfixturevalue('folder')}/out.zarr"
     settings = parse_settings({"model": str(tiny_bundle), "engine": "torch", "threads": 1, **SCENARIOS[name]})
-    [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
+    [plan] = record_plans(str(source), target, settings)
     for again in range(1 + (name == "a finished run again")):
         inference.open_engine.cache_clear()
         cached_array.cache_clear()

@@ -95,6 +95,14 @@ def test_a_generated_page_is_current(name):
     assert (DOCS / name).read_text() == PAGES[name](), "run: python -m tests.unit.test_docs"
 
 
+def test_measured_tables_are_those_of_the_kept_results():
+    from benchmarks.tables import PAGE, TABLES, filled
+
+    page = PAGE.read_text()
+    assert all(f"<!-- table {name} -->" in page for name in TABLES)
+    assert page == filled(page), "run: python -m benchmarks.tables"
+
+
 # -- quoted messages
 
 
