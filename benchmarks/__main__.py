@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a field of 40×160×160; nothing is kept")
     if parser.parse_args().small:
         print(field.measure(SMALL), script.measure(SMALL), gpu.measure(gpu.TINY))
-        print(io.measure(SMALL, repeats=1), timeline.measure(SMALL, n_fields=4, field_s=0.1)["worker"])
+        print(io.measure(SMALL, repeats=1), timeline.measure(SMALL, n_fields=4, paces=(0.1,))["worker"])
         return
     keep("field", field.measure())
     keep("script", script.measure())

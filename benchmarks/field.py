@@ -12,7 +12,7 @@ import argparse
 import importlib.util
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +28,8 @@ from benchmarks.machine import describe, keep
 from benchmarks.scale import cluster
 from megaseg_dask.demo import write_sample
 from megaseg_dask.geometry import PatchGrid
-from megaseg_dask.inference import measure_patch_s, open_engine
-from megaseg_dask.journal import Journal
 from megaseg_dask.models import NetworkSpec, build_network
 from megaseg_dask.models.zoo import load
-from megaseg_dask.plan import Plan
 from megaseg_dask.run import plan_runs, segment
 from megaseg_dask.settings import parse_settings
 from megaseg_dask.simulation import simulate
@@ -40,12 +37,45 @@ from megaseg_dask.stores import Location
 
 PUBLISHED_SHAPE = (65, 624, 924)
 
-CASES: dict[str, dict[str, str]] = {
-    "torch": {"engine": "torch"},
-    "openvino": {"engine": "openvino"},
-    "openvino, bf16": {"engine": "openvino", "precision": "bf16"},
-    "openvino, patch auto": {"engine": "openvino", "patch": "auto"},
+
+@dataclass(frozen=True)
+class Case:
+    """Options of a run, and what its worker finds in its environment."""
+
+    options: dict[str, str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+CASES = {
+    "torch": Case({"engine": "torch"}),
+    "openvino": Case({"engine": "openvino"}),
+    "openvino, kernels of AVX2": Case({"engine": "openvino"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    "openvino, bf16": Case({"engine": "openvino", "precision": "bf16"}),
+    "openvino, patch auto": Case({"engine": "openvino", "patch": "auto"}),
+    "openvino, bf16, patch auto": Case({"engine": "openvino", "precision": "bf16", "patch": "auto"}),
 }
+
+# Writes the seconds of each forward pass of a worker to a file.
+TIMED_ENGINE = """
+import time
+from megaseg_dask.engines.openvino import OpenVinoEngine
+from megaseg_dask.engines.pytorch import TorchEngine
+
+def timed(cls):
+    predict = cls.__call__
+
+    def __call__(self, patches):
+        began = time.perf_counter()
+        logits = predict(self, patches)
+        with open(LOG, "a") as file:
+            file.write(f"{time.perf_counter() - began}\\n")
+        return logits
+
+    cls.__call__ = __call__
+
+timed(OpenVinoEngine)
+timed(TorchEngine)
+"""
 
 
 def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") -> dict[str, Any]:
@@ -63,12 +93,12 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
         monai_s, expected = predict_by_monai(made.image, model, plan.patch_grid.patch_shape, plan.patch_grid.overlap)
         monai_cpu_s = cpu_s() - before
         nnunet = _run_nnunet(made.image, model, plan.patch_grid, expected)
-        for name, options in CASES.items():
-            if options.get("precision") != "bf16" or has_bfloat16():
-                found[name] = _run(source, Path(folder) / f"{name}.zarr", {"model": model, **options}, expected)
-    for case in found.values():
-        case["ratio"] = round(monai_s / case["wall_s"], 2)
-        case["ratio_cpu"] = round(monai_cpu_s / case["cpu_s"], 2)
+        for name, case in CASES.items():
+            if case.options.get("precision") != "bf16" or has_bfloat16():
+                found[name] = _run(source, Path(folder) / f"{name}.zarr", case, model, expected)
+    for result in found.values():
+        result["ratio"] = round(monai_s / result["wall_s"], 2)
+        result["ratio_cpu"] = round(monai_cpu_s / result["cpu_s"], 2)
     return {
         "machine": machine,
         "shape": shape,
@@ -81,35 +111,32 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
     }
 
 
-def _run(source: Path, target: Path, options: dict[str, str], expected: np.ndarray) -> dict[str, Any]:
-    settings = parse_settings(options)
-    [(plan, _)] = plan_runs(str(source), str(target), settings)
-    # The worker finds the converted network where this leaves it, as from the second run on.
-    patch_s = measure_patch_s(plan.model, plan.engine, plan.patch_grid.patch_shape)
-    patch_cpu_s = measure_patch_cpu_s(plan)
-    exact = f"{target}-float32.zarr"
-    with cluster(target.parent, 1, "") as running:
+def _run(source: Path, target: Path, case: Case, model: str, expected: np.ndarray) -> dict[str, Any]:
+    options = {"model": model, **case.options}
+    exact, log, folder = f"{target}-float32.zarr", Path(f"{target}.passes"), Path(f"{target}.workers")
+    folder.mkdir()
+    with cluster(folder, 1, TIMED_ENGINE.replace("LOG", repr(str(log))), environment=case.environment) as running:
         # The first run of a worker holds its imports and the compilation of the network; the second one is the pace.
         started = time.perf_counter()
         of_first = parse_settings({**options, "scores_dtype": "float32", "outputs": "scores"})
         segment(str(source), exact, of_first, client=running["client"])
         first_s = time.perf_counter() - started
+        log.unlink()
         before, started = cpu_s(), time.perf_counter()
-        result = segment(str(source), str(target), settings, client=running["client"])
+        result = segment(str(source), str(target), parse_settings(options), client=running["client"])
         wall_s, spent_s = time.perf_counter() - started, cpu_s() - before
-    task_s = Journal.read(plan).timings["volume"].seconds
+    [(plan, journal)] = plan_runs(str(source), str(target), parse_settings(options))
+    passes = [float(line) for line in log.read_text().splitlines()]
+    task_s = journal.timings["volume"].seconds
     return {
         "first_run_s": round(first_s, 1),
         "wall_s": round(wall_s, 1),
         "task_s": round(task_s, 1),
         "cpu_s": round(spent_s, 1),
-        "patch_s": round(patch_s, 3),
-        "patch_cpu_s": round(patch_cpu_s, 3),
-        "patches": len(plan.patch_grid),
+        "patches": len(passes),
+        "patch_s": round(sum(passes) / len(passes), 3),
         "patch_shape": plan.patch_grid.patch_shape,
-        # Of the pace of single passes, just before: on a busy machine it may even be negative.
-        "share_not_inference": round(1 - patch_s * len(plan.patch_grid) / task_s, 3),
-        "share_not_inference_cpu": round(1 - patch_cpu_s * len(plan.patch_grid) / spent_s, 3),
+        "share_not_inference": round(1 - sum(passes) / task_s, 3),
         **_compare(np.asarray((Location.of(exact) / "0").open_array()[...]), expected),
         "projected_bytes": plan.projected_bytes,
         "peak_bytes": result.peak_bytes,
@@ -138,18 +165,6 @@ def cpu_s() -> float:
     own = psutil.Process()
     used = [process.cpu_times() for process in (own, *own.children(recursive=True))]
     return float(sum(times.user + times.system for times in used))
-
-
-def measure_patch_cpu_s(plan: Plan) -> float:
-    """Return processor seconds of the cheapest of three forward passes."""
-    engine = open_engine(plan.model, plan.engine)
-    patches = np.zeros((plan.engine.batch, plan.model.in_channels, *plan.patch_grid.patch_shape), np.float32)
-    passes = []
-    for _ in range(3):
-        before = time.process_time()
-        engine(patches)
-        passes.append(time.process_time() - before)
-    return min(passes) / plan.engine.batch
 
 
 def predict_by_monai(image: np.ndarray, model: str, patch_shape: Any, overlap: Any) -> tuple[float, np.ndarray]:

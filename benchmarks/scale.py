@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,29 @@ def write_volume(path: Path, grid_shape: tuple[int, ...]) -> Path:
 
 
 @contextmanager
-def cluster(folder: Path, n_workers: int, preload: str, n_threads: int = 1) -> Iterator[dict[str, Any]]:
+def cluster(
+    folder: Path,
+    n_workers: int,
+    preload: str,
+    n_threads: int = 1,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[dict[str, Any]]:
     """Start a scheduler and workers, and yield the scheduler's address and what their largest sizes were so far."""
-    (folder / "preload.py").write_text(preload)
+    # Dask loads it twice in a worker, and what is wrapped once too often counts double.
+    once = "import sys\nif not hasattr(sys, 'is_preloaded'):\n    sys.is_preloaded = True\n"
+    (folder / "preload.py").write_text(once + textwrap.indent(preload, "    "))
     keys = {f"DASK_{k.replace('.', '__').replace('-', '_').upper()}": str(v) for k, v in CONFIG.items()
             if "preload" not in k and "pre-spawn" not in k}  # fmt: skip
-    environment = {**os.environ, **WORKER_ENVIRONMENT, **keys, "PYTHONPATH": os.pathsep.join(sys.path)}
+    variables = {
+        **os.environ,
+        **(environment or {}),
+        **WORKER_ENVIRONMENT,
+        **keys,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
                "--scheduler-file", str(folder / "scheduler.json"), "--no-dashboard"]  # fmt: skip
-    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet = {"env": variables, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     processes = [subprocess.Popen(command, **quiet)]  # type: ignore[call-overload]
     command = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(folder / "scheduler.json"),
                "--nthreads", str(n_threads), "--memory-limit", "0", "--no-dashboard", "--nworkers", str(n_workers),

@@ -59,7 +59,7 @@ def timeline(found: dict[str, Any]) -> str:
         [name, case["fields_per_s"], f"{100 * case['inference_busy']:.0f} %", case["median_wait_s"]]
         for name, case in found["worker"].items()
     ]
-    return _table(["tasks in hand", "fields/s", "engine busy", "it waits between fields, median s"], rows)
+    return _table(["inference of a field, tasks in hand", "fields/s", "engine busy", "it waits, median s"], rows)
 
 
 def volumes(found: dict[str, Any]) -> str:
@@ -92,8 +92,10 @@ def labels(found: dict[str, Any]) -> str:
         for shape, case in by_shape.items():
             n = case["ours"]["n_objects"]
             rows.append([f"{kind}, {shape.replace('x', '×')}", f"{n:,}", *map(_took, map(case.get, _VARIANTS))])
-    return _table(["mask", "objects", "ours, blocks of 128³", "dask-image, same blocks", "scikit-image, whole",
-                   "cc3d, whole"], rows)
+    return _table(
+        ["mask", "objects", "ours, blocks of 128³", "dask-image, same blocks", "scikit-image, whole", "cc3d, whole"],
+        rows,
+    )
 
 
 def joins(found: dict[str, Any]) -> str:

@@ -1,16 +1,16 @@
 """What a worker does when: reading, inference and writing of successive fields, as a trace that Chrome opens.
 
 The real worker, source and target; in place of the network an engine that
-sleeps, as a CPU does while a GPU computes. Once with one task in hand and once
-with three, as on a GPU. The trace (open it at ``chrome://tracing`` or
-https://ui.perfetto.dev) is that of the second.
+sleeps, as a CPU does while a GPU computes: with one task in hand, and with
+three, as on a GPU. The trace (open it at ``chrome://tracing`` or
+https://ui.perfetto.dev) is that of the last case.
 """
 
 import argparse
 import json
 import tempfile
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +34,7 @@ from megaseg_dask.engines import pytorch
 from megaseg_dask.tasks import levels, scores, whole
 
 plan.TASKS_AT_ONCE["cpu"] = {n_tasks}
+MASK = np.load({mask!r}).view(np.uint8)
 
 
 class Stored:
@@ -49,9 +50,8 @@ class Stored:
 
 class SleepingEngine(pytorch.TorchEngine):
     def predict_block(self, values, core, grid, prepare, batch, weights):
-        mask = (values[0] > 2 * prepare.zscores[0].mean).view(np.uint8)
         time.sleep({field_s})
-        return [Stored(mask)]
+        return [Stored(MASK)]
 
 
 pytorch.TorchEngine = SleepingEngine
@@ -83,27 +83,31 @@ noting(levels, "downsample", "downsample")
 """
 
 
-def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, n_fields: int = 16, field_s: float = 0.25) -> dict[str, Any]:
-    """Return fields per second, and how busy the engine is, with one task in hand and with three."""
-    machine = describe()
-    image = np.broadcast_to(simulate(0, shape).image, (n_fields, 1, *shape))
+def measure(
+    shape: tuple[int, ...] = PUBLISHED_SHAPE, n_fields: int = 12, paces: tuple[float, ...] = (0.25, 1.5)
+) -> dict[str, Any]:
+    """Return fields per second, and how busy the engine is, with one task in hand and with three, at some paces."""
+    machine, made = describe(), simulate(0, shape)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "series.zarr"
-        write_series(source, image)
-        for n_tasks in (1, 3):
-            folder = Path(name) / str(n_tasks)
+        write_series(source, np.broadcast_to(made.image, (n_fields, 1, *shape)))
+        np.save(Path(name) / "mask.npy", made.mask)
+        for field_s, n_tasks in product(paces, (1, 3)):
+            case = f"{field_s} s, {n_tasks} in hand"
+            folder = Path(name) / case
             folder.mkdir()
-            found[f"{n_tasks} in hand"], events = run(source, folder, n_tasks, field_s)
-    return {"machine": machine, "shape": shape, "fields": n_fields, "inference_s": field_s, "worker": found,
-            "trace": events}  # fmt: skip
+            found[case], events = run(source, folder, n_tasks, field_s)
+    return {"machine": machine, "shape": shape, "fields": n_fields, "worker": found, "trace": events}
 
 
 def run(source: Path, folder: Path, n_tasks: int, field_s: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Segment a timelapse with so many tasks in hand; return what it took, and the events of the trace."""
     log = folder / "events.jsonl"
     preload = PRELOAD
-    for key, value in {"n_tasks": n_tasks, "field_s": field_s, "log!r": repr(str(log))}.items():
+    filled = {"n_tasks": n_tasks, "field_s": field_s, "log!r": repr(str(log)),
+              "mask!r": repr(str(folder.parent / "mask.npy"))}  # fmt: skip
+    for key, value in filled.items():
         preload = preload.replace(f"{{{key}}}", str(value))
     settings = parse_settings({"model": "starter", "engine": "torch", "threads": 1, "overlap": 0, "memory": "16GB"})
     with mock.patch.dict(plan.TASKS_AT_ONCE, {"cpu": n_tasks}), cluster(folder, 1, preload, n_tasks) as running:
@@ -141,9 +145,8 @@ def keep_both(found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, and keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inference", type=float, default=0.25, help="seconds that the engine sleeps for a field")
-    keep_both(measure(field_s=parser.parse_args().inference))
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    keep_both(measure())
 
 
 if __name__ == "__main__":

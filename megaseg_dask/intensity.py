@@ -114,6 +114,10 @@ Statistics = Moments | Counts
 
 def _exact_sums(values: NDArray[np.integer]) -> tuple[int, int]:
     """Return sum and sum of squares of at most ``_SLAB`` integers."""
+    if values.dtype.itemsize <= 2:
+        # Squares of 16 bits, added up over a slab, stay below 2^53: float64 is exact.
+        exact = values.astype(np.float64)
+        return int(exact.sum()), int(exact @ exact)
     low, n = int(values.min()), values.size
     span = int(values.max()) - low
     # Differences modulo 2^64 are exact, also across the sign.

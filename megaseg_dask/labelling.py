@@ -27,6 +27,9 @@ Pairs = NDArray[np.integer] | Iterable[NDArray[np.integer]]
 _HALF, _LOWER = np.uint64(32), np.uint64(2**32 - 1)
 _CC3D_CONNECTIVITY = {1: 6, 2: 18, 3: 26}
 
+# Voxels whose labels are counted at a time.
+_COUNTED_AT_ONCE = 2**22
+
 # Pairs, and rows of the table, that a join works on at a time.
 JOIN_BATCH = 2**20
 # What a join holds, in bytes; measured in fresh processes at 10^6, 10^7 and 10^8 fragments (benchmarks/join.py).
@@ -68,17 +71,27 @@ def list_fragments(labels: NDArray[np.uint32], core: Box, volume_shape: Shape) -
     # Ids appear in raster order, so a first voxel is where the running maximum grows;
     # plane by plane, since temporaries of the whole block would cost more than the labels.
     firsts, top = [np.empty(0, np.int64)], np.uint32(0)
+    sizes = _count_voxels(labels)
     for z, plane in enumerate(labels):
         running = np.maximum(np.maximum.accumulate(plane.ravel()), top)
         firsts.append(np.flatnonzero(np.diff(running, prepend=top)) + z * plane.size)
         top = running[-1]
     first = np.concatenate(firsts)
-    sizes = cc3d.statistics(labels, no_slice_conversion=True)["voxel_counts"][1:].astype(np.uint64)
     place = np.unravel_index(first, core.shape)
     index = np.zeros(len(first), np.uint64)
     for inside, start, extent in zip(place, core.start, volume_shape, strict=True):
         index = index * np.uint64(extent) + (inside + start).astype(np.uint64)
     return Fragments(index, sizes)
+
+
+def _count_voxels(labels: NDArray[np.uint32]) -> UInt64:
+    # In parts: a temporary of 8 bytes for each voxel of the block would cost more than the labels.
+    counts = np.zeros(int(labels.max(initial=0)) + 1, np.intp)
+    flat = labels.reshape(-1)
+    at_once = max(_COUNTED_AT_ONCE, len(counts))
+    for start in range(0, flat.size, at_once):
+        counts += np.bincount(flat[start : start + at_once], minlength=len(counts))
+    return counts[1:].astype(np.uint64)
 
 
 def boundary_planes(labels: UInt) -> dict[str, UInt]:
@@ -258,6 +271,8 @@ def _component_sizes(fragments: Fragments, root: UInt) -> UInt64:
 
 def relabel(labels: UInt, table: UInt | NDArray[np.bool_], dtype: np.dtype[np.unsignedinteger]) -> UInt:
     """Replace block-local ids by final ids: ``table[i]`` is the final id of local id ``i + 1``."""
+    if table.dtype != np.bool_ and np.array_equal(table, np.arange(1, len(table) + 1)):
+        return labels.astype(dtype, copy=False)
     with_background = np.concatenate([np.zeros(1, dtype), table.astype(dtype)])
     return with_background[labels]
 
