@@ -171,7 +171,11 @@ def print_plan(summary: dict[str, Any]) -> None:
         "tasks": tasks + (f"  ({summary['tasks_done']} done)" if summary["tasks_done"] else ""),
         "fingerprint": summary["fingerprint"][:16],
     }  # fmt: skip
+    missing = [f"{path}: {reason}; the run will go on without it, and end as failed"
+               for path, reason in summary["missing"].items()]  # fmt: skip
     print_rows(rows)
+    for number, text in enumerate(missing[:_MOST_FAILURES]):
+        print_rows({"" if number else "missing": text})
 
 
 def print_demo(demo: Any) -> None:

@@ -39,21 +39,23 @@ def read_parts(source: Location, target: Location, settings: Settings, recorded:
     """
     folders = iter_run_folders(target, settings.label_name)
     if not is_plate(source):
-        if settings.wells or settings.fields or settings.acquisition is not None:
-            raise SettingsError(f"{source} is no plate: --wells, --fields and --acquisition choose among its images")
         image = read_image(source)
+        if _is_choice(settings):
+            raise SettingsError(f"{source} is no plate: --wells, --fields and --acquisition choose among its images")
         earlier = None if settings.overwrite else next(iter(recorded), None)
         return [Part(next(folders), image, recorded=earlier)]
     plate, images = _read_fields(source, settings)
     # A run on an image stands for all that its target holds.
-    known = {plan.run: [f.path for f in plan.plate.fields] if plan.plate else list(images) for plan in recorded}
+    known = {
+        plan.run: dict.fromkeys([f.path for f in plan.plate.fields] if plan.plate else images) for plan in recorded
+    }
     mine = [plan for plan in recorded if not images.keys().isdisjoint(known[plan.run])]
     others = tuple(plan for plan in recorded if plan not in mine)
     chosen: list[tuple[Location, list[str], Plan | None]] = []
     if not settings.overwrite:
         for plan in mine:
-            _require_all(known[plan.run], images, plate, target)
-            chosen.append((Location(plan.run), known[plan.run], plan))
+            _require_all([*known[plan.run]], images, plate, target)
+            chosen.append((Location(plan.run), [*known[plan.run]], plan))
     begun = {path for _, paths, _ in chosen for path in paths}
     forms: dict[Image, list[str]] = {}
     for path in images:
@@ -74,9 +76,17 @@ def read_parts(source: Location, target: Location, settings: Settings, recorded:
         # What cannot be read is told by the last of them, which stays unfinished until it is mended.
         missing = plate.missing if number == len(chosen) - 1 else ()
         its = replace(plate, fields=tuple(fields[path] for path in paths), missing=missing)
-        beside = others if earlier else (*others, *(plan for plan in mine if not settings.overwrite))
+        # What is made anew replaces a run as a whole, unless only some of its fields are chosen: then the others stay.
+        staying = [
+            p for p in mine if not settings.overwrite or (_is_choice(settings) and known[p.run].keys() - images.keys())
+        ]
+        beside = others if earlier else (*others, *staying)
         parts.append(Part(run, replace(first, name=plate.name), its, earlier, beside))
     return parts
+
+
+def _is_choice(settings: Settings) -> bool:
+    return bool(settings.wells or settings.fields) or settings.acquisition is not None
 
 
 def _read_fields(source: Location, settings: Settings) -> tuple[Plate, dict[str, Image]]:

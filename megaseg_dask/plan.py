@@ -324,6 +324,8 @@ class Plan(BaseModel):
             "volumes": len(self.volumes),
             "volume_shape": self.volume_shape,
             "fields": len({volume.image for volume in self.volumes}) if self.plate else None,
+            # Of a plate: what it lists and does not have, and why; such a run will end as failed.
+            "missing": dict(self.plate.missing) if self.plate else {},
             "dtype": self.source_image.dtype,
             "model": {
                 "name": self.model.name,

@@ -15,7 +15,7 @@ from typing import Any
 from megaseg_dask import products, publishing, targets, tasks
 from megaseg_dask.cluster import Workers, connect
 from megaseg_dask.dispatch import Dispatcher, GroupSize
-from megaseg_dask.errors import MegasegError, TargetError
+from megaseg_dask.errors import MegasegError, SettingsError, TargetError
 from megaseg_dask.events import Event, Failure, Result, RunStatus, Started, joined
 from megaseg_dask.flows import Flow, iter_flows
 from megaseg_dask.inference import measure_patch_s
@@ -30,7 +30,7 @@ from megaseg_dask.planning import make_plan
 from megaseg_dask.runlog import logged
 from megaseg_dask.settings import Settings
 from megaseg_dask.stores import Location, StoreOptions, at_once, configure, lose_patience
-from megaseg_dask.tables import require_own_tables, write_tables
+from megaseg_dask.tables import remove_tables, require_own_tables, write_tables
 from megaseg_dask.tasks import Outcome
 
 Emit = Callable[[Event], None]
@@ -50,6 +50,8 @@ def plan_runs(source: str, target: str, settings: Settings) -> list[tuple[Plan, 
     configure(store_options(source, settings))
     # Before all else: a store that is not there is asked only once.
     to = Location.of(target)
+    if not to.is_listable:
+        raise SettingsError(f"{to}: nothing can be written to a web server; choose a folder or a bucket as TARGET")
     to.probe(TargetError)
     parts = read_parts(Location.of(source), to, settings, targets.read_parts(to, settings.label_name))
     return [_plan_run(source, target, settings, part) for part in parts]
@@ -187,6 +189,8 @@ def begin(plan: Plan, journal: Journal) -> None:
     run.put(targets.PLAN, plan.model_dump_json(indent=1).encode())
     if journal.n_done == 0:
         targets.clear(plan)
+        if plan.options.overwrite:
+            remove_tables(plan)
         targets.create(plan)
     else:
         reopen(plan)
@@ -217,6 +221,8 @@ def _run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit:
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
     emit(Started(plan.target, n_tasks, journal.n_done, _dashboard(workers.client)))
+    for failure in _unread(plan):
+        emit(failure)
 
     def sync() -> None:
         lease.require()

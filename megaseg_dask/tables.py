@@ -7,9 +7,18 @@ from importlib.metadata import version
 from itertools import chain
 
 from megaseg_dask.measurements import Sums, to_columns
-from megaseg_dask.ngff.tables import Columns, Place, read_ngio_table, require_own_table, write_ngio_table, write_parquet
+from megaseg_dask.ngff.tables import (
+    Columns,
+    Place,
+    read_ngio_table,
+    remove_own_table,
+    require_own_table,
+    write_ngio_table,
+    write_parquet,
+)
 from megaseg_dask.plan import Output, Plan
 from megaseg_dask.products import Group, groups, read_ahead, read_sums, unpack
+from megaseg_dask.publishing import is_in_place
 from megaseg_dask.stores import Location, at_once
 from megaseg_dask.targets import read_parts
 
@@ -30,6 +39,13 @@ def require_own_tables(plan: Plan) -> None:
     """Raise :class:`TargetError` if an image has a table of our name that somebody else made."""
     if "measurements" in plan.options.outputs:
         at_once(lambda group: require_own_table(group.parent(plan), group.name(plan)), _label_groups(plan))
+
+
+def remove_tables(plan: Plan) -> None:
+    """Remove what was measured in labels that this run makes anew."""
+    if not is_in_place(plan):
+        table_location(plan).parent.delete(table_location(plan).basename)
+    at_once(lambda group: remove_own_table(group.parent(plan), group.name(plan)), _label_groups(plan))
 
 
 def write_tables(plan: Plan) -> None:

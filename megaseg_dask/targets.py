@@ -71,9 +71,11 @@ def require_alike(plan: Plan, other: Plan) -> None:
     own = {"source", "block", "time", "channel"}
     old, new = ({k: v for k, v in p.determinants.items() if k not in own} for p in (other, plan))
     if old != new:
+        advice = ("--overwrite all of them (without --wells, --fields and --acquisition)" if plan.options.overwrite else
+                  "repeat its options to add fields")  # fmt: skip
         raise TargetError(
-            f"{plan.target} has other fields, made in another way ({_changes(old, new)}); "
-            "repeat its options to add fields, choose another target, or start anew with --overwrite"
+            f"{plan.target} has other fields, made in another way ({_changes(old, new)}); {advice}, choose "
+            f"{_elsewhere(plan)}{'' if plan.options.overwrite else ', or start anew with --overwrite'}"
         )
 
 
@@ -83,13 +85,18 @@ def require_same(plan: Plan, recorded: Plan) -> None:
         if plan.source != recorded.source and plan.source_sample != recorded.source_sample:
             raise TargetError(
                 f"{plan.target} belongs to a run on {recorded.source}, and {plan.source} is another image; "
-                "choose another target, or start anew with --overwrite"
+                f"choose {_elsewhere(plan)}, or start anew with --overwrite"
             )
         return
     raise TargetError(
         f"{plan.target} belongs to another run ({_changes(recorded.determinants, plan.determinants)}); "
-        "repeat its options to resume it, choose another target, or start anew with --overwrite"
+        f"repeat its options to resume it, choose {_elsewhere(plan)}, or start anew with --overwrite"
     )
+
+
+def _elsewhere(plan: Plan) -> str:
+    # The labels of a source have no other place, but may have another name.
+    return "another --label-name" if is_in_place(plan) else "another target"
 
 
 def _changes(old: dict[str, object], new: dict[str, object]) -> str:
@@ -146,7 +153,9 @@ def _require_free_place(plan: Plan, where: Location, recorded: bool) -> None:
     # Of a plate, the root is of all its runs.
     ours = ours or (recorded and is_whole_plate(plan) and where == Location(plan.target))
     if not (ours or plan.options.overwrite):
-        raise TargetError(f"{where} exists, without the record of a run; choose another target, or pass --overwrite")
+        raise TargetError(
+            f"{where} exists, without the record of a run; choose {_elsewhere(plan)}, or pass --overwrite"
+        )
 
 
 def _is_foreign(location: Location) -> bool:

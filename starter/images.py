@@ -4,7 +4,8 @@
 
 Each image is a function of its seed. Every kind of structure comes in turn, at
 any difficulty; the last quarter validates. Of the labelled stack of idr0062
-(CC BY 4.0), the first half along z trains; the other half is what is judged.
+(CC BY 4.0), the first half along z trains and 64 planes after it validate; the
+rest is what is judged.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from megaseg_dask.simulation import KINDS, simulate
 
 SHAPE = (64, 160, 160)
 # One real stack among many simulations: so many random patches of it in each epoch.
-_TIMES_REAL = 6
+_TIMES_REAL = {"train": 8, "val": 3}
+_PLANES = {"train": slice(0, 118), "val": slice(118, 182)}
 
 
 def write_images(
@@ -35,20 +37,20 @@ def write_images(
             imwrite(folder / file, values, ome=True, metadata={"axes": "ZYX"}, compression="zlib")
         rows.append([*files, "train" if i < 0.75 * n else "val"])
     if idr0062 is not None:
-        rows += [[*_write_half(folder, idr0062), "train"]] * _TIMES_REAL
+        for split, times in _TIMES_REAL.items():
+            rows += [[*_write_part(folder, idr0062, split), split]] * times
     manifest = folder / "images.csv"
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows([["raw", "seg", "split"], *rows])
     return manifest
 
 
-def _write_half(folder: Path, idr0062: Path) -> list[str]:
-    files = ["idr0062_raw.ome.tif", "idr0062_seg.ome.tif"]
+def _write_part(folder: Path, idr0062: Path, split: str) -> list[str]:
+    files = [f"idr0062_{split}_{name}.ome.tif" for name in ("raw", "seg")]
     for file, name in zip(files, ("DAPI", "labels_GT61"), strict=True):
-        values = imread(idr0062 / f"6001240_L1_{name}.ome.tif")
-        half = values[: len(values) // 2]
-        half = half if name == "DAPI" else (half > 0).astype(np.uint8)
-        imwrite(folder / file, half, ome=True, metadata={"axes": "ZYX"}, compression="zlib")
+        values = imread(idr0062 / f"6001240_L1_{name}.ome.tif")[_PLANES[split]]
+        values = values if name == "DAPI" else (values > 0).astype(np.uint8)
+        imwrite(folder / file, values, ome=True, metadata={"axes": "ZYX"}, compression="zlib")
     return files
 
 

@@ -4,9 +4,9 @@ Each kind of cluster differs only in how its workers start (:mod:`megaseg_dask.c
 Dask workers of one scheduler; a run knows no more than that.
 """
 
-import importlib
 import logging
 import multiprocessing
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -208,8 +208,6 @@ def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
     import distributed  # noqa: F401
 
     _require_main_guard()
-    # Its import brings Dask's defaults, which would go with ours if it came while these are set.
-    importlib.import_module("distributed")
     options = plan.options
     wanted = cluster_of(options)
     if wanted.kind == "local" and plan.engine.device == "cuda":
@@ -218,25 +216,32 @@ def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
     with dask.config.set({**CONFIG, "distributed.scheduler.worker-ttl": f"{patience_s}s"}), _quiet():
         with (
             started(wanted) if wanted.kind != "scheduler" else nullcontext() as cluster,
-            _client(wanted, cluster) as client,
+            _client(wanted, cluster, emit) as client,
         ):
             _require_worker(client, wanted, emit)
             adapt(wanted, cluster)
             yield Workers(client, plan.engine.engine, plan.engine.device, emit, wanted)
 
 
-def _client(wanted: Cluster, cluster: Any) -> Any:
+def _client(wanted: Cluster, cluster: Any, emit: Emit) -> Any:
     from distributed import Client
 
     if cluster is not None:
         return Client(cluster)
+    # One that was started beside this command may need a moment.
+    patience = Notice(f"no answer from the scheduler at {wanted.address} yet; waiting {START_S:.0f} s in all")
+    teller = threading.Timer(_TELL_S / 2, emit, [patience])
+    teller.start()
     try:
         return Client(wanted.address, timeout=START_S, security=security_of(wanted))
     except (OSError, ValueError) as error:
-        raise SettingsError(f"--scheduler {wanted.address}: no answer: {error}") from error
+        raise SettingsError(f"--scheduler {wanted.address}: no answer: {error}; check the address, and that dask "
+                            "scheduler runs there") from error  # fmt: skip
     except (TypeError, RuntimeError) as error:
         raise SettingsError(f"--scheduler {wanted.address}: {error}; name its certificates in a cluster file "
                             "(docs/clusters.md)") from error  # fmt: skip
+    finally:
+        teller.cancel()
 
 
 def _require_main_guard() -> None:

@@ -151,12 +151,28 @@ def read_ngio_table(image: Location, name: str) -> list[tuple[int, int, Columns]
     return found
 
 
+def remove_own_table(image: Location, name: str) -> None:
+    """Remove a table of this name, and from the list of tables, if this package wrote it."""
+    tables = image / "tables"
+    if _is_own_table(image, name):
+        (tables / name).remove()
+        group = tables.open_group()
+        listed = [other for other in cast("list[str]", group.attrs.get("tables", [])) if other != name]
+        tables.write_group("0.4" if group.metadata.zarr_format == 2 else "0.5", {"tables": listed})
+
+
+def _is_own_table(image: Location, name: str) -> bool | None:
+    """Tell whether this package wrote the table of this name; ``None`` if there is none."""
+    where = image / "tables" / name
+    if not any(where.size(key) is not None for key in ("zarr.json", ".zgroup")):
+        return None
+    return PROVENANCE in where.open_group().attrs
+
+
 def require_own_table(image: Location, name: str) -> None:
     """Raise :class:`TargetError` if an image has a table of this name that this package did not write."""
     where = image / "tables" / name
-    if not any(where.size(key) is not None for key in ("zarr.json", ".zgroup")):
-        return
-    if PROVENANCE not in where.open_group().attrs:
+    if _is_own_table(image, name) is False:
         raise TargetError(f"{where} is a table that megaseg did not write, and is never replaced; choose another name")
 
 

@@ -139,10 +139,11 @@ def shrunk_batch(plan: Plan) -> Summary:
 
 def predict(
     plan: Plan, values: Array, core: Box, statistics: Iterable[Mapping[str, Any]]
-) -> list[Float32 | BlockLogits]:
+) -> list[Float32 | dict[str, Array]]:
     """Return the logits of a core for each output, in the source's voxels; ``values`` are those of its read box.
 
-    ``statistics`` are those of each channel. NaN is background by request.
+    ``statistics`` are those of each channel. NaN is background by request. Of an engine that keeps blocks on its
+    device, it is what :func:`scores_of` makes of them.
     """
     read_box, is_float = plan.patch_grid.read_box(core), values.dtype.kind == "f"
     if is_float and plan.measure_level != 0 and not plan.options.nan_to_background:
@@ -156,8 +157,9 @@ def predict(
         if isinstance(engine, BlockEngine) and not (is_float and plan.options.nan_to_background):
             weights = cached_window(plan.patch_grid.patch_shape, plan.model.window)
             on_device = engine.predict_block(values, core, plan.patch_grid, prepare, plan.engine.batch, weights)
-            # What looks for a threshold works on the logits; all else comes down as it is stored.
-            return [found.logits() for found in on_device] if plan.options.is_automatic else list(on_device)
+            # What looks for a threshold works on the logits; all else comes down as it is stored. At once: who let go of
+            # the device first would wait for the inference of all that other threads have in hand.
+            return [found.logits() if plan.options.is_automatic else _bring_down(plan, found) for found in on_device]
         logits = predict_block(values, core, plan.patch_grid, prepare, engine, batch=plan.engine.batch,
                                window_mode=plan.model.window)  # fmt: skip
     if is_float and plan.options.nan_to_background:
@@ -165,16 +167,11 @@ def predict(
     return list(logits)
 
 
-def scores_of(plan: Plan, logits: Float32 | BlockLogits) -> dict[str, Array]:
+def scores_of(plan: Plan, logits: Float32 | dict[str, Array]) -> dict[str, Array]:
     """Return what segmenting a block writes of an output: scores, and a first mask or the logits to find one from."""
     outputs, found = plan.options.outputs, {}
-    if not isinstance(logits, np.ndarray):
-        with _device:
-            if "scores" in outputs:
-                found["scores"] = logits.stored(plan.options.scores_dtype)
-            if plan.has_mask:
-                found[products.first_mask(plan)] = logits.above(float(plan.options.threshold))
-        return found
+    if isinstance(logits, dict):
+        return logits
     scores = sigmoid(logits)
     if plan.options.nan_to_background:
         np.nan_to_num(scores, copy=False)
@@ -185,6 +182,15 @@ def scores_of(plan: Plan, logits: Float32 | BlockLogits) -> dict[str, Array]:
             found["logits"] = logits
         else:
             found[products.first_mask(plan)] = (scores > np.float32(plan.options.threshold)).view(np.uint8)
+    return found
+
+
+def _bring_down(plan: Plan, logits: BlockLogits) -> dict[str, Array]:
+    found = {}
+    if "scores" in plan.options.outputs:
+        found["scores"] = logits.stored(plan.options.scores_dtype)
+    if plan.has_mask:
+        found[products.first_mask(plan)] = logits.above(float(plan.options.threshold))
     return found
 
 

@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from megaseg_dask import labelling, products
 from megaseg_dask.geometry import Box
-from megaseg_dask.inference import BlockLogits
 from megaseg_dask.measurements import measure_block
 from megaseg_dask.plan import Output, Plan
 from megaseg_dask.tasks import levels, objects, scores
@@ -28,7 +27,7 @@ def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
     return {"statistics": statistics, **absent, **scores.shrunk_batch(plan), products.BY_OUTPUT: by_output}
 
 
-def _finish(plan: Plan, output: Output, logits: scores.Float32 | BlockLogits, intensity: Array) -> dict[str, Any]:
+def _finish(plan: Plan, output: Output, logits: scores.Float32 | dict[str, Array], intensity: Array) -> dict[str, Any]:
     """Write scores, mask, labels and measurements of one output; return its threshold and number of objects."""
     whole, found, summary = Box.of(plan.volume_shape), scores.scores_of(plan, logits), dict[str, Any]()
     if plan.has_mask and plan.options.is_automatic:

@@ -139,6 +139,19 @@ def test_a_plate_tells_of_labels_in_one_of_its_fields(run, tmp_path, version):
     assert_array_equal(found["labels/megaseg/0"][...], zarr.open_array(image / "labels/megaseg/0")[...])
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_what_was_measured_in_labels_goes_with_them(run, tmp_path, version):
+    options = {"ome_zarr": version, "threshold": 0.4}
+    run(outputs="labels,scores,measurements", **options)
+    table, group = tmp_path / "out.zarr.measurements.parquet", tmp_path / "out.zarr/tables"
+    assert table.exists()
+    assert (group / "megaseg/table.parquet").exists()
+    run(outputs="labels,scores", overwrite=True, **options)
+    assert not table.exists()
+    assert not (group / "megaseg").exists()
+    assert zarr.open_group(group, mode="r").attrs["tables"] == []
+
+
 def test_a_group_that_repeats_nothing_is_left_so(run, tmp_path):
     image = write_image(tmp_path / "cells.zarr", blobs(SHAPE))
     before = (image / "zarr.json").read_bytes()

@@ -105,9 +105,11 @@ def test_a_plate_of_labels_alone_has_no_images(run, plate, tmp_path):
 
 def test_a_field_that_is_not_there_is_named_and_the_others_are_done(run, plate, tmp_path):
     shutil.rmtree(plate / "B/2/1")
-    result = run(plate, "out.zarr", channel="dna")
+    events = []
+    result = run(plate, "out.zarr", events.append, channel="dna")
     assert result.exit_code == 1
     assert [f["volume"] for f in result.failures] == ["B/2/1"]
+    assert [event.volume for event in events if event.kind == "failure"] == ["B/2/1"]
     assert len(read_plate(Location.of(tmp_path / "out.zarr")).fields) == 7
 
 
@@ -165,6 +167,8 @@ def test_overwriting_some_wells_keeps_the_others(run, plate, tmp_path):
     for wells in ("A/1", "A/2", "B/*"):
         assert run(plate, "out.zarr", channel="dna", wells=wells).status == "done"
     before = arrays(target)
+    with pytest.raises(TargetError, match=r"made in another way .* --overwrite all of them"):
+        run(plate, "out.zarr", channel="dna", wells="B/1", threshold=0.7, overwrite=True)
     assert run(plate, "out.zarr", channel="dna", wells="A/*", overwrite=True).status == "done"
     assert listed(target) == ALL
     for path, values in arrays(target).items():

@@ -11,6 +11,8 @@ from megaseg_dask.errors import SettingsError, SourceError, StoreError, TargetEr
 from megaseg_dask.geometry import Box
 from megaseg_dask.ngff.images import digest_of, read_image, sample_of
 from megaseg_dask.ngff.volumes import Volume
+from megaseg_dask.run import plan_runs
+from megaseg_dask.settings import parse_settings
 from megaseg_dask.stores import Location, StoreOptions, cached_array, configure
 from tests.images import blobs, write_image
 from tests.stores.servers import free_port, plain_server, range_server, web_server
@@ -190,3 +192,10 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(address):
 def test_addresses_that_are_no_folder_are_refused(address):
     with pytest.raises(SettingsError):
         Location.of(address)
+
+
+def test_nothing_is_written_to_a_web_server(server, folder, tmp_path):
+    write_image(folder / "cells.zarr", blobs(SHAPE))
+    for target in (f"{server}/out.zarr", f"{server}/cells.zarr"):
+        with pytest.raises(SettingsError, match="nothing can be written to a web server"):
+            plan_runs(f"{server}/cells.zarr", target, parse_settings({"model": "starter", "outputs": "labels"}))

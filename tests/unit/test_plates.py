@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.ngff.plates import Acquisition, Field, Plate, is_plate, read_plate, select_fields, write_plate
+from megaseg_dask.parts import read_parts
+from megaseg_dask.settings import parse_settings
 from megaseg_dask.stores import Location, StoreOptions, configure
 from tests.images import blobs, write_image
 from tests.stores.conftest import _environment, s3, s3_server  # noqa: F401
@@ -532,3 +534,9 @@ def test_a_bucket_holds_plates(s3, bucket, version):  # noqa: F811
     assert not is_plate(location)
     write_plate(location, some_plate("A/1", "B/2"), version)
     assert read_plate(location) == replace(some_plate("A/1", "B/2"), version=version)
+
+
+def test_a_choice_in_what_is_not_there(tmp_path):
+    settings = parse_settings({"model": "starter", "wells": "A/1"})
+    with pytest.raises(SourceError, match="does not exist"):
+        read_parts(Location.of(tmp_path / "nothing.zarr"), Location.of(tmp_path / "out.zarr"), settings, [])
