@@ -157,8 +157,8 @@ def predict(
         if isinstance(engine, BlockEngine) and not (is_float and plan.options.nan_to_background):
             weights = cached_window(plan.patch_grid.patch_shape, plan.model.window)
             on_device = engine.predict_block(values, core, plan.patch_grid, prepare, plan.engine.batch, weights)
-            # What looks for a threshold works on the logits; all else comes down as it is stored. At once: who let go of
-            # the device first would wait for the inference of all that other threads have in hand.
+            # What looks for a threshold works on the logits; all else comes down as it is stored. It does so at once:
+            # who let go of the device first would wait for the inference of all that other threads have in hand.
             return [found.logits() if plan.options.is_automatic else _bring_down(plan, found) for found in on_device]
         logits = predict_block(values, core, plan.patch_grid, prepare, engine, batch=plan.engine.batch,
                                window_mode=plan.model.window)  # fmt: skip
