@@ -15,6 +15,8 @@ def test_the_field_benchmark_runs():
     assert found["ours"]["openvino"]["dice_with_monai"] >= 0.999
 
 
+# The script calls ome-zarr as its documentation does.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_benchmark_against_a_script_runs():
     pytest.importorskip("dask_image")
     from benchmarks.script import measure
