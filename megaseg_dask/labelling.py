@@ -71,12 +71,11 @@ def list_fragments(labels: NDArray[np.uint32], core: Box, volume_shape: Shape) -
     # Ids appear in raster order, so a first voxel is where the running maximum grows;
     # plane by plane, since temporaries of the whole block would cost more than the labels.
     firsts, top = [np.empty(0, np.int64)], np.uint32(0)
-    sizes = _count_voxels(labels)
     for z, plane in enumerate(labels):
         running = np.maximum(np.maximum.accumulate(plane.ravel()), top)
         firsts.append(np.flatnonzero(np.diff(running, prepend=top)) + z * plane.size)
         top = running[-1]
-    first = np.concatenate(firsts)
+    first, sizes = np.concatenate(firsts), _count_voxels(labels)
     place = np.unravel_index(first, core.shape)
     index = np.zeros(len(first), np.uint64)
     for inside, start, extent in zip(place, core.start, volume_shape, strict=True):

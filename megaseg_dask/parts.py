@@ -46,16 +46,14 @@ def read_parts(source: Location, target: Location, settings: Settings, recorded:
         return [Part(next(folders), image, recorded=earlier)]
     plate, images = _read_fields(source, settings)
     # A run on an image stands for all that its target holds.
-    known = {
-        plan.run: dict.fromkeys([f.path for f in plan.plate.fields] if plan.plate else images) for plan in recorded
-    }
+    known = {plan.run: [f.path for f in plan.plate.fields] if plan.plate else list(images) for plan in recorded}
     mine = [plan for plan in recorded if not images.keys().isdisjoint(known[plan.run])]
     others = tuple(plan for plan in recorded if plan not in mine)
     chosen: list[tuple[Location, list[str], Plan | None]] = []
     if not settings.overwrite:
         for plan in mine:
-            _require_all([*known[plan.run]], images, plate, target)
-            chosen.append((Location(plan.run), [*known[plan.run]], plan))
+            _require_all(known[plan.run], images, plate, target)
+            chosen.append((Location(plan.run), known[plan.run], plan))
     begun = {path for _, paths, _ in chosen for path in paths}
     forms: dict[Image, list[str]] = {}
     for path in images:
@@ -65,6 +63,10 @@ def read_parts(source: Location, target: Location, settings: Settings, recorded:
     free = (folder for folder in folders if folder.url not in taken)
     chosen += [(next(free), paths, None) for paths in forms.values()]
     fields = {field.path: field for field in plate.fields}
+    # What is made anew replaces a run as a whole, unless only some of its fields are chosen: then the others stay.
+    staying = [
+        p for p in mine if not settings.overwrite or (_is_choice(settings) and set(known[p.run]) - images.keys())
+    ]
     parts = []
     for number, (run, paths, earlier) in enumerate(chosen):
         first = images[paths[0]]
@@ -76,10 +78,6 @@ def read_parts(source: Location, target: Location, settings: Settings, recorded:
         # What cannot be read is told by the last of them, which stays unfinished until it is mended.
         missing = plate.missing if number == len(chosen) - 1 else ()
         its = replace(plate, fields=tuple(fields[path] for path in paths), missing=missing)
-        # What is made anew replaces a run as a whole, unless only some of its fields are chosen: then the others stay.
-        staying = [
-            p for p in mine if not settings.overwrite or (_is_choice(settings) and known[p.run].keys() - images.keys())
-        ]
         beside = others if earlier else (*others, *staying)
         parts.append(Part(run, replace(first, name=plate.name), its, earlier, beside))
     return parts
