@@ -19,7 +19,7 @@ from megaseg_dask.models.cache import home
 Float32 = NDArray[np.float32]
 
 # Raised when the conversion changes, so that what an older one kept is not used.
-_RULES = 2
+_RULES = 3
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -108,10 +108,11 @@ class _PooledNorm(torch.nn.Module):
         """Map ``(n, c, z, y, x)`` to the same shape; traced at the least shape, so that windows fit all others."""
         window = [min(8, int(extent) // 2) for extent in values.shape[2:]]
         space = (-3, -2, -1)
-        centred = values - avg_pool3d(values, window).mean(space, keepdim=True)
-        variance = avg_pool3d(centred * centred, window).mean(space, keepdim=True)
+        mean = avg_pool3d(values, window).mean(space, keepdim=True)
+        variance = avg_pool3d((values - mean) ** 2, window).mean(space, keepdim=True)
         gain = self.norm.weight[:, None, None, None] * torch.rsqrt(variance + self.norm.eps)
-        return centred * gain + self.norm.bias[:, None, None, None]
+        # From the values once more, not from what they were less the mean: that would be kept in memory for it.
+        return values * gain + (self.norm.bias[:, None, None, None] - mean * gain)
 
 
 def _pool_norms(module: torch.nn.Module) -> None:
