@@ -4,7 +4,8 @@ Ours is the whole job, from Zarr to scores, labels and pyramid, with the
 options' defaults; MONAI's and nnU-Net's are the forward passes and blending
 alone, in a process with the system's defaults. Beside the wall time stand
 processor seconds, of all processes: on a machine that others use too, only
-those compare. How far scores are apart is asked of a run of its own, which
+those compare. MONAI runs first and last, each of ours twice, and the quicker
+time counts. How far scores are apart is asked of a run of its own, which
 keeps them as float32. nnU-Net is left out where nnunetv2 is not installed.
 """
 
@@ -89,13 +90,12 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
         source = Path(folder) / "field.zarr"
         write_sample(Location.of(source), made.image, made.mask.astype(np.uint16))
         [(plan, _)] = plan_runs(str(source), f"{folder}/none.zarr", parse_settings({"model": model}))
-        before = cpu_s()
-        monai_s, expected = predict_by_monai(made.image, model, plan.patch_grid.patch_shape, plan.patch_grid.overlap)
-        monai_cpu_s = cpu_s() - before
+        monai, expected = _run_monai(made.image, model, plan.patch_grid)
         nnunet = _run_nnunet(made.image, model, plan.patch_grid, expected)
         for name, case in CASES.items():
             if case.options.get("precision") != "bf16" or has_bfloat16():
-                found[name] = _run(source, Path(folder) / f"{name}.zarr", case, model, expected)
+                found[name] = _run(source, Path(folder) / name, case, model, expected)
+        monai_s, monai_cpu_s = min(monai, _run_monai(made.image, model, plan.patch_grid)[0])
     for result in found.values():
         result["ratio"] = round(monai_s / result["wall_s"], 2)
         result["ratio_cpu"] = round(monai_cpu_s / result["cpu_s"], 2)
@@ -111,36 +111,47 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
     }
 
 
-def _run(source: Path, target: Path, case: Case, model: str, expected: np.ndarray) -> dict[str, Any]:
+def _run_monai(image: np.ndarray, model: str, grid: PatchGrid) -> tuple[tuple[float, float], np.ndarray]:
+    """Return wall and processor seconds, and the scores."""
+    before = cpu_s()
+    wall_s, scores = predict_by_monai(image, model, grid.patch_shape, grid.overlap)
+    return (wall_s, cpu_s() - before), scores
+
+
+def _run(source: Path, targets: Path, case: Case, model: str, expected: np.ndarray) -> dict[str, Any]:
     options = {"model": model, **case.options}
-    exact, log, folder = f"{target}-float32.zarr", Path(f"{target}.passes"), Path(f"{target}.workers")
+    exact, log, folder = f"{targets}-float32.zarr", Path(f"{targets}.passes"), Path(f"{targets}.workers")
     folder.mkdir()
     with cluster(folder, 1, TIMED_ENGINE.replace("LOG", repr(str(log))), environment=case.environment) as running:
-        # The first run of a worker holds its imports and the compilation of the network; the second one is the pace.
+        # The first run of a worker holds its imports and the compilation of the network; those after it are the pace.
         started = time.perf_counter()
         of_first = parse_settings({**options, "scores_dtype": "float32", "outputs": "scores"})
         segment(str(source), exact, of_first, client=running["client"])
         first_s = time.perf_counter() - started
-        log.unlink()
-        before, started = cpu_s(), time.perf_counter()
-        result = segment(str(source), str(target), parse_settings(options), client=running["client"])
-        wall_s, spent_s = time.perf_counter() - started, cpu_s() - before
-    [(plan, journal)] = plan_runs(str(source), str(target), parse_settings(options))
-    passes = [float(line) for line in log.read_text().splitlines()]
-    task_s = journal.timings["volume"].seconds
-    return {
-        "first_run_s": round(first_s, 1),
-        "wall_s": round(wall_s, 1),
-        "task_s": round(task_s, 1),
-        "cpu_s": round(spent_s, 1),
-        "patches": len(passes),
-        "patch_s": round(sum(passes) / len(passes), 3),
-        "patch_shape": plan.patch_grid.patch_shape,
-        "share_not_inference": round(1 - sum(passes) / task_s, 3),
-        **_compare(np.asarray((Location.of(exact) / "0").open_array()[...]), expected),
-        "projected_bytes": plan.projected_bytes,
-        "peak_bytes": result.peak_bytes,
-    }
+
+        def again(target: str) -> dict[str, Any]:
+            log.unlink()
+            before, started = cpu_s(), time.perf_counter()
+            result = segment(str(source), target, parse_settings(options), client=running["client"])
+            wall_s, spent_s = time.perf_counter() - started, cpu_s() - before
+            [(plan, journal)] = plan_runs(str(source), target, parse_settings(options))
+            passes = [float(line) for line in log.read_text().splitlines()]
+            task_s = journal.timings["volume"].seconds
+            return {
+                "first_run_s": round(first_s, 1),
+                "wall_s": round(wall_s, 1),
+                "task_s": round(task_s, 1),
+                "cpu_s": round(spent_s, 1),
+                "patches": len(passes),
+                "patch_s": round(sum(passes) / len(passes), 3),
+                "patch_shape": plan.patch_grid.patch_shape,
+                "share_not_inference": round(1 - sum(passes) / task_s, 3),
+                "projected_bytes": plan.projected_bytes,
+                "peak_bytes": result.peak_bytes,
+            }
+
+        best = min((again(f"{targets}-{n}.zarr") for n in range(2)), key=lambda run: run["wall_s"])
+    return {**best, **_compare(np.asarray((Location.of(exact) / "0").open_array()[...]), expected)}
 
 
 def _compare(scores: np.ndarray, expected: np.ndarray) -> dict[str, float]:
@@ -205,11 +216,11 @@ def predict_by_nnunet(image: np.ndarray, model: str, grid: PatchGrid) -> tuple[f
     return time.perf_counter() - started, n_windows, scores
 
 
-def write_untrained(folder: Path, filters: str) -> Path:
+def write_untrained(folder: Path, filters: tuple[int, ...]) -> Path:
     """Write a checkpoint with random weights: its speed is that of trained ones."""
     torch.manual_seed(0)
-    network = DynUNet(spatial_dims=3, **asdict(NetworkSpec(filters=tuple(map(int, filters.split(","))))))
-    path = folder / f"filters-{filters.replace(',', '-')}.ckpt"
+    network = DynUNet(spatial_dims=3, **asdict(NetworkSpec(filters=filters)))
+    path = folder / f"filters-{'-'.join(map(str, filters))}.ckpt"
     torch.save({"state_dict": {f"backbone.{name}": values for name, values in network.state_dict().items()}}, path)
     return path
 
@@ -224,7 +235,8 @@ def main() -> None:
     options = parser.parse_args()
     shape = tuple(map(int, options.shape.split(",")))
     with tempfile.TemporaryDirectory() as folder:
-        model = write_untrained(Path(folder), options.filters) if options.filters else options.model
+        filters = tuple(map(int, options.filters.split(","))) if options.filters else ()
+        model = write_untrained(Path(folder), filters) if filters else options.model
         keep(options.name, measure(shape, str(model)))
 
 

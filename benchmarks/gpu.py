@@ -10,16 +10,15 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.networks.nets import DynUNet
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.field import PUBLISHED_SHAPE
+from benchmarks.field import PUBLISHED_SHAPE, write_untrained
 from benchmarks.machine import describe, keep
 from benchmarks.scale import write_series
 from megaseg_dask.blending import window
@@ -29,7 +28,6 @@ from megaseg_dask.geometry import Box, PatchGrid, Shape
 from megaseg_dask.inference import Preparation
 from megaseg_dask.intensity import Normalisation
 from megaseg_dask.models import Bundle, NetworkSpec, build_network
-from megaseg_dask.models.network import fit_weights
 from megaseg_dask.models.preprocessing import Step
 from megaseg_dask.models.zoo import load
 from megaseg_dask.run import segment
@@ -60,13 +58,16 @@ TINY = Size("cpu", (24, 40, 48), (16, 32, 32), (8, 8, 16, 16, 16), 256, 2**20, 2
 def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
     """Return all figures of this machine's GPU."""
     peak, bandwidth = measure_peak(size), measure_copy(size)
-    cases = {}
-    for name, bundle in {"MegaSeg_v1's network": untrained(size.filters), "light": load("starter")[1]}.items():
-        for overlap in (0.0, 0.25):
-            for precision in size.precisions:
-                found = measure_field(size, bundle, overlap, precision, compiled)
-                found["fraction_of_peak"] = round(found["flop"] / found["steady_s"] / peak, 4)
-                cases[f"{name}, overlap {overlap}, {precision}"] = found
+    cases, jobs = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"MegaSeg_v1's network": str(write_untrained(Path(folder), size.filters)), "light": "starter"}
+        for name, model in models.items():
+            for overlap in (0.0, 0.25):
+                for precision in size.precisions:
+                    found = measure_field(size, load(model)[1], overlap, precision, compiled)
+                    found["fraction_of_peak"] = round(found["flop"] / found["steady_s"] / peak, 4)
+                    cases[f"{name}, overlap {overlap}, {precision}"] = found
+            jobs[name] = measure_job(size, model)
     return {
         "machine": describe(),
         "gpu": torch.cuda.get_device_name(0) if size.device == "cuda" else None,
@@ -75,7 +76,7 @@ def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
         "bf16_matmul_tflop_per_s": round(peak / 1e12, 3),
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
         "cases": cases,
-        "zarr_to_zarr": measure_job(size),
+        "zarr_to_zarr": jobs,
     }
 
 
@@ -118,14 +119,6 @@ def measure_field(size: Size, bundle: Bundle, overlap: float, precision: str, co
 def open_engine(bundle: Bundle, size: Size, precision: str, compiled: bool = False) -> DeviceEngine:
     """Return an engine whose blocks stay on the device."""
     return DeviceEngine(bundle, device=size.device, precision=precision, threads=1, compiled=compiled)
-
-
-def untrained(filters: tuple[int, ...]) -> Bundle:
-    """Return a bundle with this network and random weights: its speed is that of trained ones."""
-    spec = NetworkSpec(filters=filters)
-    torch.manual_seed(0)
-    state = DynUNet(spatial_dims=3, **asdict(spec)).state_dict()
-    return replace(load("starter")[1], network=spec, weights=fit_weights(spec, state))
 
 
 def measure_peak(size: Size) -> float:
@@ -183,7 +176,7 @@ def top_kernels(work: Callable[[], Any], device: str) -> list[dict[str, Any]]:
     ]
 
 
-def measure_job(size: Size) -> dict[str, Any]:
+def measure_job(size: Size, model: str) -> dict[str, Any]:
     """Return fields per second of the whole job, a timelapse from Zarr to scores, labels and pyramid.
 
     Counted between the first and the last field: without the start of the worker, and the first field's compilation.
@@ -197,7 +190,7 @@ def measure_job(size: Size) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         write_series(Path(folder) / "series.zarr", image)
-        settings = parse_settings({"model": "starter", "device": size.device, "engine": "torch", "workers": 1,
+        settings = parse_settings({"model": model, "device": size.device, "engine": "torch", "workers": 1,
                                    "patch": size.patch})  # fmt: skip
         segment(f"{folder}/series.zarr", f"{folder}/out.zarr", settings, emit=note)
     return {"fields": size.n_fields, "fields_per_s": round((len(done) - 1) / max(done[-1] - done[0], 1e-9), 3)}
