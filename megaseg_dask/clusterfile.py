@@ -104,6 +104,8 @@ class Cluster(_Strict):
         if isinstance(self.options.get("walltime"), int):
             # SLURM would take the seconds that YAML makes of 12:00:00 for minutes.
             raise ValueError('options.walltime: write it in quotes, such as "12:00:00"; YAML makes a number of it')
+        if "memory" in self.options and self.kind in BATCH:
+            _job_bytes(self.options["memory"])
         if self.wall_s and (self.lifetime or 0) + (self.lifetime_stagger or 0) >= self.wall_s:
             raise ValueError("lifetime: has to end before options.walltime, lifetime_stagger included")
         return self
@@ -166,7 +168,7 @@ def _job_bytes(value: object) -> int:
     try:
         n_bytes = parse_bytes(str(value))
     except ValueError as error:
-        raise SettingsError(f"options.memory {value}: {error}") from error
+        raise ValueError(f"options.memory {value}: {error}") from error
     assert isinstance(n_bytes, int)
     return n_bytes
 

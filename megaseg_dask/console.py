@@ -134,10 +134,11 @@ def print_status(run: Any) -> None:
     print_rows({f"  {stage}": f"{n} of {total} tasks" for stage, (n, total) in run.stages.items()}, 16)
     for failure in run.failures[:_MOST_FAILURES]:
         typer.echo(failure_line(failure))
-    if not run.done and all(n == total for n, total in run.stages.values()):
+    pending = [stage for stage, (n, total) in run.stages.items() if n < total]
+    if not run.done and not pending:
         typer.echo("All tasks are done; megaseg join, or the same segment command, publishes what they wrote.")
     elif not run.done:
-        typer.echo("Run the same segment command again, or its single tasks (megaseg task), to go on.")
+        typer.echo(f"Run the same segment command again, or single tasks (megaseg task TARGET {pending[0]}), to go on.")
 
 
 def print_plan(summary: dict[str, Any]) -> None:

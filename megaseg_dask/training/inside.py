@@ -20,6 +20,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators.cuda import CUDAAccelerator
 from lightning.pytorch.accelerators.mps import MPSAccelerator
+from lightning.pytorch.callbacks import Timer
 from omegaconf import OmegaConf, open_dict
 
 COLUMNS = ("epoch", "training_loss", "validation_loss", "learning_rate", "elapsed_s")
@@ -60,7 +61,9 @@ class Telling(Callback):  # type: ignore[misc]
         now = time.monotonic()
         if now - self.told > _EVERY_S:
             self.told = now
-            tell("batch", n_done=int(trainer.global_step), elapsed_s=now - self.begun)
+            timers = [one for one in trainer.callbacks if isinstance(one, Timer)]
+            left_s = max(timers[0].time_remaining(), 0.0) if timers else None
+            tell("batch", n_done=int(trainer.global_step), elapsed_s=now - self.begun, left_s=left_s)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a row to the table, and tell it."""

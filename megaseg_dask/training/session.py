@@ -317,7 +317,9 @@ class _Teller:
                 n_done, total, elapsed = told["n_done"], self.max_epochs * self.n_batches, told["elapsed_s"]
                 rate = max(n_done - self.first, 1) / max(elapsed, 1e-3)
                 voxels = rate * self.patch_voxels * self.patches
-                self.emit(Progress("training", n_done, total, elapsed, round(voxels), (total - n_done) / rate))
+                left_s = (total - n_done) / rate
+                left_s = left_s if told["left_s"] is None else min(left_s, told["left_s"])
+                self.emit(Progress("training", n_done, total, elapsed, round(voxels), left_s))
             case "epoch":
                 loss = told["validation_loss"]
                 if loss is not None and loss < self.best:

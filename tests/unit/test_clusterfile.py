@@ -39,6 +39,7 @@ REFUSED = [
     ("kind: slurm\nlifetime: 5m\nlifetime_stagger: 5m", "lifetime_stagger: has to be less than lifetime"),
     ('kind: slurm\nlifetime: 1h\noptions: {walltime: "01:00:00"}', "has to end before options.walltime"),
     ("kind: slurm\noptions: {walltime: 12:00:00}", "options.walltime: write it in quotes"),
+    ("kind: slurm\noptions: {memory: 8 bananas}", "options.memory 8 bananas: "),
     ("kind: slurm\ntls: maybe", "tls: expected true, false, or the files ca_file, cert and key"),
     ("kind: slurm\ntls: {ca_fil: a}", "no such key: tls.ca_fil; did you mean ca_file?"),
     ("kind: scheduler", "address is where the scheduler"),
