@@ -19,6 +19,7 @@ from megaseg_dask.console import (
     print_evaluation,
     print_findings,
     print_plan,
+    print_recorded,
     print_result,
     reporter,
 )
@@ -67,7 +68,7 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
       0    all is done, or was done before
       1    something failed and is named; the same command goes on with it
       2    the request is wrong; nothing was written
-      3    megaseg status: work is pending
+      3    megaseg status, megaseg join: work is pending
       130  interrupted; the same command goes on
 
     NO_COLOR is honoured; without a terminal, progress comes as plain lines; --json is for scripts.
@@ -115,7 +116,9 @@ def plan(
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Show what segment would do with the same options: blocks, patches, memory, bytes, time. Writes nothing.
+    """Show what segment would do with the same options: blocks, patches, memory, bytes, time.
+
+    It writes nothing, unless --record is given.
 
     The time is that of one worker like this machine, from a few forward passes of the network.
 
@@ -144,6 +147,9 @@ def plan(
         else:
             for summary in summaries:
                 print_plan(summary)
+            for recorded, journal in runs if record else ():
+                stages = [s.name for s in recorded.stages if journal.done(s.name).sum() < s.n_tasks]
+                print_recorded(recorded, target, stages)
 
 
 @app.command()

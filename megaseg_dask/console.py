@@ -128,8 +128,8 @@ def print_tasks(stage: str, n: int, ran: Any) -> None:
             typer.echo(failure.details, err=True)
 
 
-def print_status(run: Any) -> None:
-    """Print how a run stands, one row a stage, then its failures."""
+def print_status(run: Any, target: str) -> None:
+    """Print how a run on a target stands, one row a stage, then its failures."""
     typer.echo(f"{run.label_name}: {'done' if run.done else 'failed' if run.failures else 'not finished'}")
     print_rows({f"  {stage}": f"{n} of {total} tasks" for stage, (n, total) in run.stages.items()}, 16)
     for failure in run.failures[:_MOST_FAILURES]:
@@ -138,7 +138,8 @@ def print_status(run: Any) -> None:
     if not run.done and not pending:
         typer.echo("All tasks are done; megaseg join, or the same segment command, publishes what they wrote.")
     elif not run.done:
-        typer.echo(f"Run the same segment command again, or single tasks (megaseg task TARGET {pending[0]}), to go on.")
+        typer.echo("Run the same segment command again, or its tasks, to go on:")
+        typer.echo(f"  {_task_command(target, pending[0], run.label_name)}")
 
 
 def print_plan(summary: dict[str, Any]) -> None:
@@ -177,6 +178,21 @@ def print_plan(summary: dict[str, Any]) -> None:
     print_rows(rows)
     for number, text in enumerate(missing[:_MOST_FAILURES]):
         print_rows({"" if number else "missing": text})
+
+
+def print_recorded(plan: Any, target: str, pending: Sequence[str]) -> None:
+    """Say where a plan was recorded, and which stage of it is next."""
+    name = plan.options.label_name
+    join = f"megaseg join {target}{_named(name)}"
+    print_rows({"recorded": plan.run, "next": _task_command(target, pending[0], name) if pending else join})
+
+
+def _task_command(target: str, stage: str, label_name: str) -> str:
+    return f"megaseg task {target} {stage}{_named(label_name)}"
+
+
+def _named(label_name: str) -> str:
+    return "" if label_name == "megaseg" else f" --label-name {label_name}"
 
 
 def print_demo(demo: Any) -> None:

@@ -114,7 +114,7 @@ def _show(target: str, label_name: str | None, json_: bool) -> int:
         if json_:
             typer.echo(json.dumps(run.as_dict()))
         else:
-            print_status(run)
+            print_status(run, target)
     worst = max((run.exit_code for run in found), key=[0, PENDING, 1].index)
     if json_:
         states = {0: "done", PENDING: "pending", 1: "failed"}

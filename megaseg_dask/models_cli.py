@@ -208,7 +208,7 @@ def _print_card(card: dict[str, Any]) -> None:
         rows |= {
             "digest": card["digest"],
             "size": f"{size_text(card['n_bytes'])}, {card['n_parameters']:,} parameters",
-            "minimum input": f"{','.join(map(str, card['minimum_input']))} (z, y, x)",
+            "minimum input": f"an image of {','.join(map(str, card['minimum_input']))} (z, y, x), padded to a patch",
             "licence": card["licence"],
         }
     print_rows(rows, 18)

@@ -318,7 +318,13 @@ def require_memory(plan: Plan) -> None:
     """Raise :class:`SettingsError` if a stage's projected peak is above the budget."""
     stage, most = max(plan.projected_bytes.items(), key=lambda item: item[1])
     if most > plan.memory_bytes:
+        blocks = map(plan.with_block, iter_block_shapes(plan.volume_shape))
+        least = min(max(block.projected_bytes.values()) for block in blocks)
+        advice = (
+            "leave out --block, and one is chosen that fits" if least <= plan.memory_bytes else
+            f"no block needs less than {math.ceil(least / 1e7) / 100:.2f} GB: raise --memory, or make --patch smaller"
+        )  # fmt: skip
         raise SettingsError(
             f"stage {stage} needs {most / 1e9:.2f} GB with block {plan.block_shape} and patch {plan.options.patch}, "
-            f"and a worker may use {plan.memory_bytes / 1e9:.2f} GB; raise --memory, or make --block or --patch smaller"
+            f"and a worker may use {plan.memory_bytes / 1e9:.2f} GB; {advice}"
         )

@@ -1,6 +1,9 @@
-"""Write the trained weights (their moving average) as a half-precision bundle in cyto-dl's layout.
+"""Write trained weights as a half-precision bundle in cyto-dl's layout.
 
-python starter/export.py RUN_FOLDER megaseg_dask/models/starter
+    python starter/export.py RUN_FOLDER|BUNDLE megaseg_dask/models/starter
+
+Of a folder of `train.py` the moving average, of a bundle of `megaseg train` its
+best epoch.
 """
 
 # ruff: noqa: T201 - a command of its own: its result is what it prints
@@ -11,13 +14,16 @@ from pathlib import Path
 import torch
 from train import FILTERS, STAGES
 
-from megaseg_dask.models import NetworkSpec, save_bundle
+from megaseg_dask.models import NetworkSpec, load_bundle, save_bundle
 
 
 def export(run: Path, bundle: Path, epoch: int) -> Path:
     """Return the path of the checkpoint that was written."""
-    average = torch.load(run / "last.pt", weights_only=True)["average"]
-    weights = {name.removeprefix("module."): value for name, value in average.items() if name != "n_averaged"}
+    if (run / "last.pt").exists():
+        average = torch.load(run / "last.pt", weights_only=True)["average"]
+        weights = {name.removeprefix("module."): value for name, value in average.items() if name != "n_averaged"}
+    else:
+        weights = dict(load_bundle(run).weights)
     patch_shape = STAGES[-1][2]
     spec = NetworkSpec(filters=FILTERS)
     return save_bundle(bundle, spec, weights, patch_shape=patch_shape, overlap=0.25, epoch=epoch, half=True)

@@ -23,7 +23,7 @@ tasks.scores tasks.labels tasks.levels tasks.objects tasks.whole tasks
 publishing targets tables
 cluster.config cluster.gpus cluster.kinds cluster.versions cluster.joining cluster dispatch flows pace run single
 xarrays
-training.inside training.environment training.manifest training.card training.session training
+training.inside training.environment training.manifest training.card training.process training.session training
 scoring
 report.views report.survey report.seams report.pictures report.charts report.commands report.page report
 view.scenes view.states view.server view

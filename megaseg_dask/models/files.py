@@ -188,7 +188,8 @@ def _read_checkpoint(file: Place) -> dict[str, Any]:
         raise BundleError(f"{name} {error}; it is not safe and was not loaded, get it from its maker") from None
     # Bytes that are no checkpoint fail in the unpickler as anything from KeyError to RuntimeError.
     except Exception as error:
-        raise BundleError(f"{name} is not a checkpoint, or not a whole one; fetch it again") from error
+        kind = "zip" if name.endswith(".zip") else "checkpoint"
+        raise BundleError(f"{name} is not a {kind}, or not a whole one; fetch it again") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         found = first_few(content) if isinstance(content, dict) else type(content).__name__
         raise BundleError(f"{name} is not a Lightning checkpoint: expected a state_dict, found {found or 'nothing'}")

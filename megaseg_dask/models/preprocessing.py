@@ -21,7 +21,7 @@ from megaseg_dask.models.statements import (
 # Where cyto-dl's data modules keep the transforms of a prediction; and those of training, of which only
 # what normalises an image says something about prediction.
 PREDICT = (
-    "data.transforms.predict.transforms", "data.transforms.transforms", "data.transforms",
+    "data.transforms.predict.transforms", "data.transforms.predict", "data.transforms.transforms", "data.transforms",
     "data.predict_dataloaders.transforms", "data.predict_dataloaders.dataset.transform",
 )  # fmt: skip
 TRAIN = (
@@ -54,11 +54,14 @@ def read_preprocessing(config: Source, n_channels: int) -> tuple[Preprocessing, 
     """The steps that the predict transforms of a train_config.yaml ask for, and who says so.
 
     Without predict transforms, the normalisation in training is taken. Raises
-    BundleError for a transform that is no step, or whose arguments are not known.
+    BundleError for a transform that is no step, or whose arguments are not known,
+    and for transforms that are no list.
     """
     path = next((path for path in PREDICT + TRAIN if isinstance(config.at(path), list)), None)
+    if path not in PREDICT:
+        _require_none(config)
     if path is None:
-        return Preprocessing(), reference(*((config, place) for place in (*PREDICT, "data.transforms.predict")))
+        return Preprocessing(), reference(*((config, place) for place in PREDICT))
     origin, n_transforms = f"{config.name}: {path}", len(config.at(path))
     if n_transforms > MAX_TRANSFORMS:
         raise BundleError(f"{origin} has {n_transforms} transforms; at most {MAX_TRANSFORMS} are read")
@@ -67,6 +70,23 @@ def read_preprocessing(config: Source, n_channels: int) -> tuple[Preprocessing, 
         if _is_for_the_image(config, each) and (path in PREDICT or _normalises(config, each)):
             steps += _steps(config, each, n_channels, normalised=bool(steps))
     return Preprocessing(tuple(steps)), origin
+
+
+def _require_none(config: Source) -> None:
+    """Raise BundleError if something stands where a list of predict transforms would: it is not taken for none."""
+    for place in PREDICT:
+        parts = place.split(".")
+        for end in range(1, len(parts) + 1):
+            path = ".".join(parts[:end])
+            found = config.statement(path)
+            # A list that would have to be computed is told of, with the reference that stands in for it.
+            if found is None or config.unresolved(f"{path}.transforms"):
+                break
+            # What `data.transforms` holds may be the lists of the stages, by name.
+            is_section = end < len(parts) or (place == "data.transforms" and not config.mentions(path, "_target_"))
+            if not (is_section and isinstance(found.value, Mapping)):
+                expected = "a section" if end < len(parts) else "a list of transforms"
+                raise BundleError(f"{found}; expected {expected}, so this model is not run")
 
 
 def _is_for_the_image(config: Source, path: str) -> bool:

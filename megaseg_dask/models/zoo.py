@@ -130,7 +130,9 @@ def open_depot(bucket: str | None = None, endpoint: str | None = None) -> Depot:
     Raises :class:`BundleError` where no network may be asked.
     """
     if is_offline():
-        raise BundleError(f"{OFFLINE} is set, so no network is asked")
+        raise BundleError(
+            f"{OFFLINE} is set, so no network is asked; unset it, or `megaseg models import` a zip you bring"
+        )
     bucket = bucket or os.environ.get(BUCKET)
     if bucket:
         return Depot.of(bucket if "://" in bucket else f"s3://{bucket}", endpoint)

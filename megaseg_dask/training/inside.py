@@ -41,6 +41,7 @@ class Telling(Callback):  # type: ignore[misc]
     def __init__(self, table: str) -> None:
         self.table = Path(table)
         self.before_s = self.begun = self.told = 0.0
+        self.finished: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what was learnt until the checkpoint that training goes on from; the rest is learnt again."""
@@ -65,8 +66,16 @@ class Telling(Callback):  # type: ignore[misc]
             left_s = max(timers[0].time_remaining(), 0.0) if timers else None
             tell("batch", n_done=int(trainer.global_step), elapsed_s=now - self.begun, left_s=left_s)
 
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Tell of the epoch before: by now its checkpoint is saved."""
+        if self.finished:
+            tell("epoch", **self.finished)
+            self.finished = {}
+
+    on_train_end = on_train_epoch_start
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add a row to the table, and tell it."""
+        """Add a row to the table."""
         metrics = trainer.callback_metrics
         values = (
             trainer.current_epoch,
@@ -78,7 +87,7 @@ class Telling(Callback):  # type: ignore[misc]
         row = dict(zip(COLUMNS, values, strict=True))
         with self.table.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
-        tell("epoch", **row)
+        self.finished = row
 
 
 def _number(value: Any) -> float | None:

@@ -151,7 +151,9 @@ def _volume(location: Location, image: Image, t: int, c: int) -> Volume:
 def _read_csv(path: Path, channel: str | None) -> list[Example]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         cause = getattr(error, "strerror", None) or error
         raise SourceError(f"{path} cannot be read as a CSV manifest: {cause}; expected columns {RAW[0]} and "
@@ -183,7 +185,7 @@ def _of_row(path: Path, number: int, row: dict[str, str], raw: str, seg: str, ch
         raise SourceError(f"{path} line {number}: {error}") from error
     if shape != of_labels:
         raise SourceError(f"{path} line {number}: the image has shape (z, y, x) {shape}, its labels {of_labels}")
-    return Example(f"line {number}", f"line {number}", image, labels, Box.of(shape), _SPLITS.get(split))
+    return Example(f"{path} line {number}", f"line {number}", image, labels, Box.of(shape), _SPLITS.get(split))
 
 
 def _place(path: Path, given: str | None) -> str:
@@ -250,7 +252,7 @@ def split_examples(examples: Sequence[Example], fraction: float, patch_shape: Sh
     for one in examples:
         if any(n < p for n, p in zip(one.box.shape, patch_shape, strict=True)):
             raise SourceError(f"{one.name} is of {one.box.shape} voxels (z, y, x), smaller than a patch of "
-                              f"{patch_shape}; choose a smaller one with --patch")  # fmt: skip
+                              f"{patch_shape}; leave it out, or choose a smaller patch with --patch")  # fmt: skip
     return list(examples)
 
 

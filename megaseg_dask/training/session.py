@@ -7,16 +7,21 @@ the same command go on; the best one becomes the bundle, when training is over.
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megaseg_dask.cluster import WORKER_ENVIRONMENT
-from megaseg_dask.errors import BundleError, MegasegError, SettingsError, StoreError, TargetError, TaskError
-from megaseg_dask.events import Epoch, Event, Progress, Trained
+from megaseg_dask.errors import (
+    BundleError,
+    MegasegError,
+    SettingsError,
+    SourceError,
+    StoreError,
+    TargetError,
+)
+from megaseg_dask.events import Trained
 from megaseg_dask.lease import held
 from megaseg_dask.models import Bundle, Preprocessing, load_bundle, require_patch, save_bundle
 from megaseg_dask.models.network import is_plain
@@ -26,16 +31,14 @@ from megaseg_dask.stores import Location
 from megaseg_dask.training.card import write_card
 from megaseg_dask.training.environment import find_python
 from megaseg_dask.training.manifest import Example, digest_of, read_examples, split_examples, write_examples
+from megaseg_dask.training.process import Emit, run_inside
 
-INSIDE = Path(__file__).with_name("inside.py")
 # Not "checkpoints": a training that is not over is no bundle.
 WORK, STATES, RECORD = "training", "states", "request.json"
 BUNDLE_FILES = ("train_config.yaml", "metrics.csv", "curves.png")
 CARD = "MODEL_CARD.md"
 # Image, mask and the mask of what counts, as float32 tensors: what cyto-dl keeps of each voxel on disk.
 _CACHED_BYTES = 12
-
-Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,19 @@ def train(request: Request, emit: Emit) -> Trained:
     identity = _identity(request, recipe, begin, examples)
     _require_ours(out, identity, overwrite=request.overwrite)
     work = out / WORK
-    with _writing(out):
+    if not request.overwrite:
+        _require_more_epochs(work, recipe)
+    with _removed_if_refused(out), _writing(out):
         work.mkdir(parents=True, exist_ok=True)
-    with held(Location.of(work)), _writing(out):
+        return _train(request, recipe, begin, examples, python, out, identity, emit)
+
+
+def _train(
+    request: Request, recipe: Recipe, begin: Bundle | None, examples: list[Example], python: Path, out: Path,
+    identity: dict[str, Any], emit: Emit,
+) -> Trained:  # fmt: skip
+    work = out / WORK
+    with held(Location.of(work)):
         if request.overwrite:
             _clear(out)
         record = _read_record(work) or identity
@@ -88,13 +101,28 @@ def train(request: Request, emit: Emit) -> Trained:
         _write_record(work, identity)
         counts = write_examples(examples, work / "data")
         changes = _changes(request, recipe, begin, work, counts)
-        finished = _run(python, changes, work, recipe, emit)
+        finished = run_inside(python, changes, work, recipe, emit)
         result = _publish(out, recipe, request, finished, counts)
         fields = {key: value for key, value in result.fields().items() if key != "already_done"}
         _write_record(work, identity | {"ends": ends, "done": fields})
         for name in ("cache", "data"):
             shutil.rmtree(work / name, ignore_errors=True)
         return result
+
+
+@contextmanager
+def _removed_if_refused(out: Path) -> Iterator[None]:
+    """Leave nothing of a training that was refused before it began, where nothing was."""
+    was_there, had_work = out.exists(), (out / WORK).exists()
+    try:
+        yield
+    except (SettingsError, SourceError):
+        if not had_work:
+            shutil.rmtree(out / WORK, ignore_errors=True)
+            if not was_there:
+                with suppress(OSError):
+                    out.rmdir()
+        raise
 
 
 @contextmanager
@@ -124,7 +152,10 @@ def _recipe(request: Request) -> tuple[Recipe, Bundle | None]:
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
     if request.start is None:
         return recipe, None
-    _, bundle = load(request.start)
+    try:
+        _, bundle = load(request.start)
+    except BundleError as error:
+        raise BundleError(f"--from {str(error).removeprefix('--model ')}") from error
     if (bundle.network.in_channels, bundle.network.out_channels) != (1, 1) or bundle.preprocessing != Preprocessing():
         raise BundleError(f"--from {request.start}: only a network with one channel in and one out, on images that "
                           "are normalised by a z-score alone, is trained")  # fmt: skip
@@ -155,6 +186,17 @@ def _require_ours(out: Path, identity: dict[str, Any], *, overwrite: bool) -> No
     if differing and not overwrite:
         changed = "the images" if differing == ["examples"] else "other options, another recipe or other images"
         raise TargetError(f"{out} holds a training with {changed}; choose another folder, or pass --overwrite")
+
+
+def _require_more_epochs(work: Path, recipe: Recipe) -> None:
+    """Raise :class:`SettingsError` if more epochs are trained than are asked for."""
+    table = work / "metrics.csv"
+    n_trained = len(table.read_text().splitlines()) - 1 if table.exists() else 0
+    if recipe.max_epochs < n_trained:
+        raise SettingsError(
+            f"--max-epochs {recipe.max_epochs}: {n_trained} epochs are trained already; ask for as many or more to go "
+            "on, or begin anew with --overwrite"
+        )
 
 
 def _read_record(work: Path) -> dict[str, Any] | None:
@@ -243,89 +285,6 @@ def _cache(work: Path) -> str | None:
             n_voxels += int(file.series[0].size)
     room = shutil.disk_usage(work).free / 2
     return str(work / "cache") if n_voxels * _CACHED_BYTES < room else None
-
-
-# -- its process
-
-
-def _run(python: Path, changes: dict[str, Any], work: Path, recipe: Recipe, emit: Emit) -> dict[str, Any]:
-    """Let cyto-dl train; returns its last event."""
-    asked = work / "inside.json"
-    asked.write_text(json.dumps(changes, indent=1))
-    teller = _Teller(recipe, changes["set"]["trainer.max_epochs"], emit)
-    last: dict[str, Any] = {}
-    with _process([str(python), "-I", str(INSIDE), str(asked)]) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            last = json.loads(line)
-            teller.tell(last)
-    log = work / "log.txt"
-    if last.get("event") == "refused":
-        raise SettingsError(last["error"])
-    if last.get("event") != "finished":
-        cause = last.get("error") or f"it ended with code {process.returncode}"
-        raise TaskError(f"cyto-dl failed: {cause}; its log is {log}, and the same command goes on")
-    if last["stopped"] == "diverged" or not last["best"]:
-        raise TaskError(f"the training diverged, its loss is no number any more (see {log}); try a smaller "
-                        "--learning-rate with --overwrite, or --accelerator cpu: that has 32 bits")  # fmt: skip
-    return last
-
-
-@contextmanager
-def _process(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
-    """Run a program that ends when its stdin does, and so with us, whatever ends us."""
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**WORKER_ENVIRONMENT, **quiet, **os.environ},
-        start_new_session=True,  # Ctrl-C is for us, who then close its stdin
-    )
-    try:
-        yield process
-    finally:
-        assert process.stdin is not None
-        with suppress(OSError):
-            process.stdin.close()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-class _Teller:
-    """Turns what cyto-dl's process tells into events."""
-
-    def __init__(self, recipe: Recipe, max_epochs: int, emit: Emit) -> None:
-        self.max_epochs, self.emit = max_epochs, emit
-        self.patch_voxels = recipe.patch_shape[0] * recipe.patch_shape[1] * recipe.patch_shape[2]
-        self.patches = recipe.patches_per_image
-        self.n_batches, self.first, self.best, self.best_epoch = 1, 0, float("inf"), 0
-
-    def tell(self, told: dict[str, Any]) -> None:
-        match told["event"]:
-            case "started":
-                self.n_batches, self.first = told["n_batches"], told["epoch"] * told["n_batches"]
-                if told["best"]:
-                    self.best_epoch, self.best = told["best"]
-            case "batch":
-                n_done, total, elapsed = told["n_done"], self.max_epochs * self.n_batches, told["elapsed_s"]
-                rate = max(n_done - self.first, 1) / max(elapsed, 1e-3)
-                voxels = rate * self.patch_voxels * self.patches
-                left_s = (total - n_done) / rate
-                left_s = left_s if told["left_s"] is None else min(left_s, told["left_s"])
-                self.emit(Progress("training", n_done, total, elapsed, round(voxels), left_s))
-            case "epoch":
-                loss = told["validation_loss"]
-                if loss is not None and loss < self.best:
-                    self.best, self.best_epoch = loss, told["epoch"]
-                fields = {key: told[key] for key in ("epoch", "training_loss", "validation_loss", "elapsed_s")}
-                self.emit(Epoch(**fields, max_epochs=self.max_epochs, best_epoch=self.best_epoch))
 
 
 # -- the bundle

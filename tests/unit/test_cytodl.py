@@ -659,6 +659,32 @@ def test_where_else_a_normalisation_is_stated(data, found, tmp_path):
         assert bundle.origins["preprocessing"].startswith("train_config.yaml: data.")
 
 
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        (5, "data is 5; expected a section"),
+        ([RANGE], "data is"),
+        ({"transforms": 5}, "data.transforms is 5"),
+        ({"transforms": RANGE}, "data.transforms is"),
+        ({"transforms": {"predict": RANGE}}, "data.transforms.predict is"),
+        ({"transforms": {"predict": "foo", "train": {"transforms": [NORMALIZE]}}}, "data.transforms.predict is 'foo'"),
+        ({"transforms": {"predict": {"transforms": RANGE}}}, "data.transforms.predict.transforms is"),
+        ({"transforms": {"predict": {"transforms": "foo"}}}, "data.transforms.predict.transforms is 'foo'; expected a"),
+        ({"predict_dataloaders": [1]}, "data.predict_dataloaders is"),
+        ({"predict_dataloaders": {"dataset": {"transform": RANGE}}}, "data.predict_dataloaders.dataset.transform is"),
+    ],
+)  # fmt: skip
+def test_transforms_that_are_no_list_are_not_taken_for_none(data, place, tmp_path):
+    said = refusal(write_folder(tmp_path / "x", config={"data": data}))
+    assert f"train_config.yaml: {place}" in said
+    assert "so this model is not run" in said
+
+
+def test_transforms_may_be_a_list_without_their_container(tmp_path):
+    bundle = load_bundle(write_folder(tmp_path / "x", config={"data": {"transforms": {"predict": [RANGE]}}}))
+    assert bundle.preprocessing.steps[0].name == "rescale"
+
+
 def test_a_checkpoint_named_in_its_folder_keeps_its_configuration(tmp_path):
     folder = transforms_of(tmp_path, RANGE)
     bundle = load_bundle(folder / "checkpoints/epoch_003.ckpt")

@@ -164,7 +164,7 @@ BAD = {
     "half a split": ("images.csv", ["raw,seg,split", "a_raw.ome.tif,a_seg.ome.tif,train",
                      "a_raw.ome.tif,a_seg.ome.tif,"], "line 3 has no split"),
     "a small image": ("images.csv", ["raw,seg,split", "s_raw.ome.tif,s_seg.ome.tif,train",
-                      "a_raw.ome.tif,a_seg.ome.tif,val"], "smaller than a patch"),
+                      "a_raw.ome.tif,a_seg.ome.tif,val"], r"images.csv line 2 is of \(16.*smaller than a patch"),
     "several channels": ("images.csv", ["raw,seg", "c_raw.ome.tif,a_seg.ome.tif"], "choose one with --channel"),
 }  # fmt: skip
 
@@ -207,7 +207,7 @@ def request(tmp_path: Path, **options) -> Request:
     ("options", "error", "message"),
     [
         ({"patch": (16, 30, 32)}, SettingsError, "multiples of 16"),
-        ({"start": "no such model"}, MegasegError, "neither a known model"),
+        ({"start": "no such model"}, MegasegError, "--from no such model: neither a known model"),
         ({"channel": "3"}, SettingsError, "no such channel"),
     ],
 )
@@ -288,6 +288,29 @@ def test_another_training_is_left_alone(tmp_path, somewhere):
     with pytest.raises(TargetError, match="--overwrite"):
         train(request(tmp_path), print)
     assert [path.name for path in work.iterdir()] == ["request.json"]
+
+
+def test_fewer_epochs_than_are_trained_change_nothing(tmp_path, somewhere):
+    work = tmp_path / "out/training"
+    with pytest.raises(StoreError, match="Permission denied"):
+        train(request(tmp_path), print)
+    rows = [f"{epoch},1,1,0.1,{epoch}" for epoch in range(9)]
+    (work / "metrics.csv").write_text("\n".join(["epoch,training_loss,validation_loss,learning_rate,elapsed_s", *rows]))
+    before = {path.name: path.stat().st_mtime_ns for path in work.iterdir()}
+    with pytest.raises(SettingsError, match="--max-epochs 8: 9 epochs are trained already"):
+        train(request(tmp_path, max_epochs=8), print)
+    assert {path.name: path.stat().st_mtime_ns for path in work.iterdir()} == before
+
+
+def test_a_training_that_is_refused_leaves_no_folder(tmp_path, somewhere):
+    for split in ("train", "val"):
+        write_pair(tmp_path, split, (20, 40, 100))
+        imwrite(tmp_path / f"{split}_seg.ome.tif", np.zeros((20, 40, 100), np.uint8), metadata={"axes": "ZYX"})
+    rows = [f"{split}_raw.ome.tif,{split}_seg.ome.tif,{split}" for split in ("train", "val")]
+    manifest = write_manifest(tmp_path, "raw, seg, split", *rows)
+    with pytest.raises(SourceError, match="the labels of every image for train are empty"):
+        train(replace(request(tmp_path), manifest=manifest), print)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, somewhere):
