@@ -156,8 +156,14 @@ def test_a_plate_or_field_of_one_task_is_published_by_join(source, tiny_bundle, 
     settings = parse_settings({"model": str(tiny_bundle), **OPTIONS, "block": "24,64,96"})
     alone, target = tmp_path / "a.zarr", tmp_path / "b.zarr"
     assert segment(str(source), str(alone), settings, client=client).status == "done"
-    record_plans(str(source), str(target), settings)
-    assert megaseg("join", target)[0] == 3
+    options = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", value)]
+    arguments = (source, target, "--model", tiny_bundle, *options, "--block", "24,64,96", "--record")
+    code, output = megaseg("plan", *arguments)
+    assert code == 0
+    assert f"megaseg task {target} volume" in output.splitlines()[-1], "the next command"
+    code, output = megaseg("join", target)
+    assert code == 3
+    assert f"megaseg task {target} volume" in output.splitlines()[-1]
     assert megaseg("task", target, "volume", "--share", "1/8")[0] == 0
     assert megaseg("join", target)[0] == 3
     assert megaseg("task", target, "volume", "--share", "8/8")[0] == 0

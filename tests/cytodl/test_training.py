@@ -64,6 +64,7 @@ def test_a_gpu_that_is_not_there_is_a_wrong_request(manifest, start, tmp_path):
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 2
     assert json.loads(out.splitlines()[-1])["error"].startswith("--accelerator gpu: cyto-dl's environment sees none")
+    assert not (tmp_path / "out").exists()
 
 
 def test_killed_and_interrupted_it_goes_on_and_ends_by_itself(manifest, start, tmp_path):
@@ -79,6 +80,7 @@ def test_killed_and_interrupted_it_goes_on_and_ends_by_itself(manifest, start, t
     process = megaseg(*command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     again = read_until_epoch(process)
     assert again["epoch"] in (begun, begun + 1)  # the row is written just before the checkpoint
+    assert again["epoch"] > 1, "what was told was saved"
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -89,6 +91,7 @@ def test_killed_and_interrupted_it_goes_on_and_ends_by_itself(manifest, start, t
     epochs = [event for event in told if event["event"] == "epoch"]
     first = epochs[0]["epoch"]
     assert first in (begun, begun + 1)
+    assert first > again["epoch"], "what was told was saved"
     assert (told[-1]["stopped"], told[-1]["status"]) == ("patience", "done")
     rows = epochs_of(out)
     assert [int(row["epoch"]) for row in rows] == list(range(len(rows)))
