@@ -1,5 +1,7 @@
 """Promise 7: what a worker needs at its peak stays below what the plan projects."""
 
+import re
+
 import pytest
 
 from megaseg_dask.run import plan_runs, segment
@@ -38,12 +40,16 @@ def test_a_block_that_needs_too_much_is_refused_and_a_smaller_one_is_chosen(tmp_
     [(tight, _)] = plan_runs(str(source), str(tmp_path / "b.zarr"), parse_settings({**options, "memory": "1.15GB"}))
     assert not tight.is_one_task
     assert max(tight.projected_bytes.values()) <= 1.15e9
-    with pytest.raises(SettingsError, match="raise --memory"):
+    with pytest.raises(SettingsError, match="leave out --block"):
         plan_runs(
             str(source),
             str(tmp_path / "c.zarr"),
             parse_settings({**options, "memory": "1.15GB", "block": "96,256,384"}),
         )
+    with pytest.raises(SettingsError, match="no block needs less than") as raised:
+        plan_runs(str(source), str(tmp_path / "d.zarr"), parse_settings({**options, "memory": "300MB"}))
+    least = re.search(r"less than ([\d.]+) GB", str(raised.value))[1]
+    plan_runs(str(source), str(tmp_path / "d.zarr"), parse_settings({**options, "memory": f"{least}GB"}))
 
 
 def test_large_chunks_of_the_source_are_part_of_the_projection(tmp_path, tiny_bundle):

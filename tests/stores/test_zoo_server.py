@@ -370,9 +370,7 @@ def test_what_is_no_bundle_gets_no_name(relay, bucket):
     put(bucket, "page.zip", b"<html>Not here</html>")
     put(bucket, "empty.zip", b"")
     for name in ("page", "empty"):
-        with pytest.raises(
-            BundleError, match=rf"^s3://public/{name}.zip: {name}.zip is not a checkpoint.*it was removed"
-        ):
+        with pytest.raises(BundleError, match=rf"^s3://public/{name}.zip: {name}.zip is not a zip.*it was removed"):
             zoo.fetch(name)
     assert (left_behind(), cache.cached_names()) == ([], [])
     for name in ("page", "empty"):
