@@ -263,6 +263,12 @@ def _changes(
             "callbacks.model_checkpoint.dirpath": str(work / STATES),
             # By default within an epoch, which would then be learnt again.
             "callbacks.model_checkpoint.save_on_train_epoch_end": True,
+            # What it calls last is the last that was the best; so each epoch is kept by a callback of its own.
+            "callbacks.model_checkpoint.save_last": False,
+            "callbacks.last": {
+                "_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": str(work / STATES),
+                "filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False,
+            },
             "callbacks.early_stopping.patience": recipe.patience,
             "checkpoint.ckpt_path": str(start) if start else None,
             "checkpoint.weights_only": bool(start) and start != last,
