@@ -34,7 +34,7 @@ def test_the_table_of_a_gpu_runs_on_a_cpu():
         assert case["dice_with_fp32"] >= 0.99
         assert len(case["top_kernels"]) == 10
         assert min(case["steady_s"], case["fraction_of_peak"]) > 0
-    assert found["zarr_to_zarr"]["fields_per_s"] > 0
+    assert min(job["fields_per_s"] for job in found["zarr_to_zarr"].values()) > 0
 
 
 def test_the_benchmark_of_zarr_runs():
