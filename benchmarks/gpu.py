@@ -62,9 +62,10 @@ def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         models = {"MegaSeg_v1's network": str(write_untrained(Path(folder), size.filters)), "light": "starter"}
         for name, model in models.items():
+            bundle = load(model)[1]
             for overlap in (0.0, 0.25):
                 for precision in size.precisions:
-                    found = measure_field(size, load(model)[1], overlap, precision, compiled)
+                    found = measure_field(size, bundle, overlap, precision, compiled)
                     found["fraction_of_peak"] = round(found["flop"] / found["steady_s"] / peak, 4)
                     cases[f"{name}, overlap {overlap}, {precision}"] = found
             jobs[name] = measure_job(size, model)

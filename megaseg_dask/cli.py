@@ -19,8 +19,8 @@ from megaseg_dask.console import (
     print_evaluation,
     print_findings,
     print_plan,
-    print_recorded,
     print_result,
+    print_status,
     reporter,
 )
 from megaseg_dask.exits import INTERRUPTED, WRONG_REQUEST, Json, echo_error
@@ -130,6 +130,7 @@ def plan(
         settings = settings_of(options)
         from megaseg_dask.models.zoo import reporting
         from megaseg_dask.run import estimate_time, plan_runs
+        from megaseg_dask.run import status as run_status
         from megaseg_dask.single import record_plans
 
         # Stdout has the plan alone.
@@ -147,9 +148,8 @@ def plan(
         else:
             for summary in summaries:
                 print_plan(summary)
-            for recorded, journal in runs if record else ():
-                stages = [s.name for s in recorded.stages if journal.done(s.name).sum() < s.n_tasks]
-                print_recorded(recorded, target, stages)
+            for run in run_status(target, settings.label_name) if record else ():
+                print_status(run, target)
 
 
 @app.command()

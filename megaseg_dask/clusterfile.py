@@ -104,8 +104,7 @@ class Cluster(_Strict):
         if isinstance(self.options.get("walltime"), int):
             # SLURM would take the seconds that YAML makes of 12:00:00 for minutes.
             raise ValueError('options.walltime: write it in quotes, such as "12:00:00"; YAML makes a number of it')
-        if "memory" in self.options and self.kind in BATCH:
-            _job_bytes(self.options["memory"])
+        self.memory_bytes()  # options.memory is read here too, so that what is wrong with it is told with its file
         if self.wall_s and (self.lifetime or 0) + (self.lifetime_stagger or 0) >= self.wall_s:
             raise ValueError("lifetime: has to end before options.walltime, lifetime_stagger included")
         return self

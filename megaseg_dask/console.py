@@ -139,7 +139,8 @@ def print_status(run: Any, target: str) -> None:
         typer.echo("All tasks are done; megaseg join, or the same segment command, publishes what they wrote.")
     elif not run.done:
         typer.echo("Run the same segment command again, or its tasks, to go on:")
-        typer.echo(f"  {_task_command(target, pending[0], run.label_name)}")
+        named = "" if run.label_name == "megaseg" else f" --label-name {run.label_name}"
+        typer.echo(f"  megaseg task {target} {pending[0]}{named}")
 
 
 def print_plan(summary: dict[str, Any]) -> None:
@@ -178,21 +179,6 @@ def print_plan(summary: dict[str, Any]) -> None:
     print_rows(rows)
     for number, text in enumerate(missing[:_MOST_FAILURES]):
         print_rows({"" if number else "missing": text})
-
-
-def print_recorded(plan: Any, target: str, pending: Sequence[str]) -> None:
-    """Say where a plan was recorded, and which stage of it is next."""
-    name = plan.options.label_name
-    join = f"megaseg join {target}{_named(name)}"
-    print_rows({"recorded": plan.run, "next": _task_command(target, pending[0], name) if pending else join})
-
-
-def _task_command(target: str, stage: str, label_name: str) -> str:
-    return f"megaseg task {target} {stage}{_named(label_name)}"
-
-
-def _named(label_name: str) -> str:
-    return "" if label_name == "megaseg" else f" --label-name {label_name}"
 
 
 def print_demo(demo: Any) -> None:

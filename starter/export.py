@@ -23,7 +23,7 @@ def export(run: Path, bundle: Path, epoch: int) -> Path:
         average = torch.load(run / "last.pt", weights_only=True)["average"]
         weights = {name.removeprefix("module."): value for name, value in average.items() if name != "n_averaged"}
     else:
-        weights = dict(load_bundle(run).weights)
+        weights = load_bundle(run).weights
     patch_shape = STAGES[-1][2]
     spec = NetworkSpec(filters=FILTERS)
     return save_bundle(bundle, spec, weights, patch_shape=patch_shape, overlap=0.25, epoch=epoch, half=True)

@@ -27,7 +27,7 @@ VALIDATION_SHAPE = (64, 128, 128)
 _KINDS = (*KINDS, "nuclei", "nuclei", "nuclei")
 # One real stack among many simulations: so many distorted copies of it, and so often what validates.
 _TIMES_REAL, _TIMES_VALIDATING = 20, 3
-_PLANES = {"train": slice(0, 118), "val": slice(118, 182)}
+_PLANES = slice(0, 118), slice(118, 182)
 
 
 def write_images(folder: Path, n: int, first_seed: int, idr0062: Path | None = None) -> Path:
@@ -43,7 +43,7 @@ def write_images(folder: Path, n: int, first_seed: int, idr0062: Path | None = N
     if idr0062 is not None:
         image = imread(idr0062 / "6001240_L1_DAPI.ome.tif")
         mask = imread(idr0062 / "6001240_L1_labels_GT61.ome.tif") > 0
-        known, held = ((image[planes], mask[planes]) for planes in _PLANES.values())
+        known, held = ((image[planes], mask[planes]) for planes in _PLANES)
         rows += [[*_write(folder, f"idr0062_{i}", *distort(*known, rng)), "train"] for i in range(_TIMES_REAL)]
         rows += [[*_write(folder, "idr0062_val", *held), "val"]] * _TIMES_VALIDATING
     manifest = folder / "images.csv"

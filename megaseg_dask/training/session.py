@@ -80,34 +80,26 @@ def train(request: Request, emit: Emit) -> Trained:
         _require_more_epochs(work, recipe)
     with _removed_if_refused(out), _writing(out):
         work.mkdir(parents=True, exist_ok=True)
-        return _train(request, recipe, begin, examples, python, out, identity, emit)
-
-
-def _train(
-    request: Request, recipe: Recipe, begin: Bundle | None, examples: list[Example], python: Path, out: Path,
-    identity: dict[str, Any], emit: Emit,
-) -> Trained:  # fmt: skip
-    work = out / WORK
-    with held(Location.of(work)):
-        if request.overwrite:
-            _clear(out)
-        record = _read_record(work) or identity
-        ends = {"max_epochs": recipe.max_epochs, "max_time": request.max_time}
-        done = record.get("done")
-        # More epochs or more time do not change what a training that ran out of patience has become.
-        is_there = (out / "checkpoints").is_dir()
-        if done and is_there and (record["ends"] == ends or done["stopped"] == "patience"):
-            return Trained(**done | {"already_done": True})
-        _write_record(work, identity)
-        counts = write_examples(examples, work / "data")
-        changes = _changes(request, recipe, begin, work, counts)
-        finished = run_inside(python, changes, work, recipe, emit)
-        result = _publish(out, recipe, request, finished, counts)
-        fields = {key: value for key, value in result.fields().items() if key != "already_done"}
-        _write_record(work, identity | {"ends": ends, "done": fields})
-        for name in ("cache", "data"):
-            shutil.rmtree(work / name, ignore_errors=True)
-        return result
+        with held(Location.of(work)):
+            if request.overwrite:
+                _clear(out)
+            record = _read_record(work) or identity
+            ends = {"max_epochs": recipe.max_epochs, "max_time": request.max_time}
+            done = record.get("done")
+            # More epochs or more time do not change what a training that ran out of patience has become.
+            is_there = (out / "checkpoints").is_dir()
+            if done and is_there and (record["ends"] == ends or done["stopped"] == "patience"):
+                return Trained(**done | {"already_done": True})
+            _write_record(work, identity)
+            counts = write_examples(examples, work / "data")
+            changes = _changes(request, recipe, begin, work, counts)
+            finished = run_inside(python, changes, work, recipe, emit)
+            result = _publish(out, recipe, request, finished, counts)
+            fields = {key: value for key, value in result.fields().items() if key != "already_done"}
+            _write_record(work, identity | {"ends": ends, "done": fields})
+            for name in ("cache", "data"):
+                shutil.rmtree(work / name, ignore_errors=True)
+            return result
 
 
 @contextmanager
