@@ -21,10 +21,11 @@ test: $(VENV)/.installed  ## Every promise, fast
 test-slow: $(VENV)/.installed  ## What takes longer: kills, large volumes, servers
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
-check: $(VENV)/.installed  ## Lint and types
+check: $(VENV)/.installed  ## Lint, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(VENV)/.installed  ## Build the pages into site/, strictly and offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

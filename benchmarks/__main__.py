@@ -11,10 +11,15 @@ SMALL = (40, 160, 160)
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a field of 40×160×160; nothing is kept")
+    parser.add_argument(
+        "--small", action="store_true", help="a field of 40×160×160; nothing is kept"
+    )
     if parser.parse_args().small:
         print(field.measure(SMALL), script.measure(SMALL), gpu.measure(gpu.TINY))
-        print(io.measure(SMALL, repeats=1), timeline.measure(SMALL, n_fields=4, paces=(0.1,))["worker"])
+        print(
+            io.measure(SMALL, repeats=1),
+            timeline.measure(SMALL, n_fields=4, paces=(0.1,))["worker"],
+        )
         return
     keep("field", field.measure())
     keep("script", script.measure())

@@ -27,14 +27,14 @@ from monai.transforms import NormalizeIntensity
 
 from benchmarks.machine import describe, keep
 from benchmarks.scale import cluster
-from megaseg_dask.demo import write_sample
-from megaseg_dask.geometry import PatchGrid
+from megaseg_dask.algorithms.geometry import PatchGrid
 from megaseg_dask.models import NetworkSpec, build_network
-from megaseg_dask.models.zoo import load
-from megaseg_dask.run import plan_runs, segment
-from megaseg_dask.settings import parse_settings
-from megaseg_dask.simulation import simulate
+from megaseg_dask.models.registry import load
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import plan_runs, segment
 from megaseg_dask.stores import Location
+from megaseg_dask.tools.demo import write_sample
+from megaseg_dask.tools.simulation import simulate
 
 PUBLISHED_SHAPE = (65, 624, 924)
 
@@ -53,7 +53,9 @@ CASES = {
     "openvino, kernels of AVX2": Case({"engine": "openvino"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
     "openvino, bf16": Case({"engine": "openvino", "precision": "bf16"}),
     "openvino, patch auto": Case({"engine": "openvino", "patch": "auto"}),
-    "openvino, bf16, patch auto": Case({"engine": "openvino", "precision": "bf16", "patch": "auto"}),
+    "openvino, bf16, patch auto": Case(
+        {"engine": "openvino", "precision": "bf16", "patch": "auto"}
+    ),
 }
 
 # Writes the seconds of each forward pass of a worker to a file.
@@ -81,7 +83,7 @@ timed(TorchEngine)
 
 def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") -> dict[str, Any]:
     """Return seconds of MONAI and of each case, their ratios, and how far the scores are apart."""
-    from megaseg_dask.engines.openvino import has_bfloat16
+    from megaseg_dask.inference.openvino import has_bfloat16
 
     machine = describe()
     made = simulate(0, shape)
@@ -89,7 +91,9 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "field.zarr"
         write_sample(Location.of(source), made.image, made.mask.astype(np.uint16))
-        [(plan, _)] = plan_runs(str(source), f"{folder}/none.zarr", parse_settings({"model": model}))
+        [(plan, _)] = plan_runs(
+            str(source), f"{folder}/none.zarr", parse_settings({"model": model})
+        )
         monai, expected = _run_monai(made.image, model, plan.patch_grid)
         nnunet = _run_nnunet(made.image, model, plan.patch_grid, expected)
         for name, case in CASES.items():
@@ -111,18 +115,28 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
     }
 
 
-def _run_monai(image: np.ndarray, model: str, grid: PatchGrid) -> tuple[tuple[float, float], np.ndarray]:
+def _run_monai(
+    image: np.ndarray, model: str, grid: PatchGrid
+) -> tuple[tuple[float, float], np.ndarray]:
     """Return wall and processor seconds, and the scores."""
     before = cpu_s()
     wall_s, scores = predict_by_monai(image, model, grid.patch_shape, grid.overlap)
     return (wall_s, cpu_s() - before), scores
 
 
-def _run(source: Path, targets: Path, case: Case, model: str, expected: np.ndarray) -> dict[str, Any]:
+def _run(
+    source: Path, targets: Path, case: Case, model: str, expected: np.ndarray
+) -> dict[str, Any]:
     options = {"model": model, **case.options}
-    exact, log, folder = f"{targets}-float32.zarr", Path(f"{targets}.passes"), Path(f"{targets}.workers")
+    exact, log, folder = (
+        f"{targets}-float32.zarr",
+        Path(f"{targets}.passes"),
+        Path(f"{targets}.workers"),
+    )
     folder.mkdir()
-    with cluster(folder, 1, TIMED_ENGINE.replace("LOG", repr(str(log))), environment=case.environment) as running:
+    with cluster(
+        folder, 1, TIMED_ENGINE.replace("LOG", repr(str(log))), environment=case.environment
+    ) as running:
         # The first run of a worker holds its imports and the compilation of the network; those after it are the pace.
         started = time.perf_counter()
         of_first = parse_settings({**options, "scores_dtype": "float32", "outputs": "scores"})
@@ -158,17 +172,26 @@ def _compare(scores: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     one, other = scores > 0.5, expected > 0.5
     return {
         "largest_difference": float(np.abs(scores - expected).max()),
-        "dice_with_monai": round(float(2 * (one & other).sum() / max(one.sum() + other.sum(), 1)), 6),
+        "dice_with_monai": round(
+            float(2 * (one & other).sum() / max(one.sum() + other.sum(), 1)), 6
+        ),
     }
 
 
-def _run_nnunet(image: np.ndarray, model: str, grid: PatchGrid, expected: np.ndarray) -> dict[str, Any]:
+def _run_nnunet(
+    image: np.ndarray, model: str, grid: PatchGrid, expected: np.ndarray
+) -> dict[str, Any]:
     if importlib.util.find_spec("nnunetv2") is None:
         return {"failed": "nnunetv2 is not installed"}
     before = cpu_s()
     took_s, n_windows, scores = predict_by_nnunet(image, model, grid)
     spent_s = cpu_s() - before
-    return {"wall_s": round(took_s, 1), "cpu_s": round(spent_s, 1), "windows": n_windows, **_compare(scores, expected)}
+    return {
+        "wall_s": round(took_s, 1),
+        "cpu_s": round(spent_s, 1),
+        "windows": n_windows,
+        **_compare(scores, expected),
+    }
 
 
 def cpu_s() -> float:
@@ -178,20 +201,29 @@ def cpu_s() -> float:
     return float(sum(times.user + times.system for times in used))
 
 
-def predict_by_monai(image: np.ndarray, model: str, patch_shape: Any, overlap: Any) -> tuple[float, np.ndarray]:
+def predict_by_monai(
+    image: np.ndarray, model: str, patch_shape: Any, overlap: Any
+) -> tuple[float, np.ndarray]:
     """Return the seconds and the scores of MONAI's own loop over the whole volume."""
     network = build_network(load(model)[1])
     started = time.perf_counter()
     normalised = NormalizeIntensity(channel_wise=True)(image[None].astype(np.float32))
     with torch.inference_mode():
         logits = sliding_window_inference(
-            torch.as_tensor(np.asarray(normalised))[None], patch_shape, 1, network, overlap=overlap, mode="gaussian"
+            torch.as_tensor(np.asarray(normalised))[None],
+            patch_shape,
+            1,
+            network,
+            overlap=overlap,
+            mode="gaussian",
         )
         scores = torch.sigmoid(logits)[0, 0].numpy()
     return time.perf_counter() - started, scores
 
 
-def predict_by_nnunet(image: np.ndarray, model: str, grid: PatchGrid) -> tuple[float, int, np.ndarray]:
+def predict_by_nnunet(
+    image: np.ndarray, model: str, grid: PatchGrid
+) -> tuple[float, int, np.ndarray]:
     """Return the seconds, windows and scores of nnU-Net's own predictor, given our network.
 
     As many windows, of the same size and weights; at equal distances, where MONAI pushes the last ones back.
@@ -200,9 +232,12 @@ def predict_by_nnunet(image: np.ndarray, model: str, grid: PatchGrid) -> tuple[f
 
     step = 1 - grid.overlap[0]
     predictor = nnUNetPredictor(
-        tile_step_size=step, use_mirroring=False, device=torch.device("cpu"), perform_everything_on_device=False,
+        tile_step_size=step,
+        use_mirroring=False,
+        device=torch.device("cpu"),
+        perform_everything_on_device=False,
         allow_tqdm=False,
-    )  # fmt: skip
+    )
     predictor.network = build_network(load(model)[1])
     # What a trained nnU-Net reads from its plans: no more of them is asked while it predicts.
     predictor.configuration_manager = SimpleNamespace(patch_size=list(grid.patch_shape))
@@ -212,7 +247,9 @@ def predict_by_nnunet(image: np.ndarray, model: str, grid: PatchGrid) -> tuple[f
     tensor = torch.as_tensor(np.asarray(normalised))
     n_windows = len(predictor._internal_get_sliding_window_slicers(tensor.shape[1:]))
     with torch.inference_mode():
-        scores = torch.sigmoid(predictor.predict_sliding_window_return_logits(tensor).float())[0].numpy()
+        scores = torch.sigmoid(predictor.predict_sliding_window_return_logits(tensor).float())[
+            0
+        ].numpy()
     return time.perf_counter() - started, n_windows, scores
 
 
@@ -221,7 +258,14 @@ def write_untrained(folder: Path, filters: tuple[int, ...]) -> Path:
     torch.manual_seed(0)
     network = DynUNet(spatial_dims=3, **asdict(NetworkSpec(filters=filters)))
     path = folder / f"filters-{'-'.join(map(str, filters))}.ckpt"
-    torch.save({"state_dict": {f"backbone.{name}": values for name, values in network.state_dict().items()}}, path)
+    torch.save(
+        {
+            "state_dict": {
+                f"backbone.{name}": values for name, values in network.state_dict().items()
+            }
+        },
+        path,
+    )
     return path
 
 

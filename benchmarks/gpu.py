@@ -21,18 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.field import PUBLISHED_SHAPE, write_untrained
 from benchmarks.machine import describe, keep
 from benchmarks.scale import write_series
-from megaseg_dask.blending import window
-from megaseg_dask.engines.pytorch import DeviceEngine
+from megaseg_dask.algorithms.blending import window
+from megaseg_dask.algorithms.geometry import Box, PatchGrid, Shape
+from megaseg_dask.algorithms.normalization import Normalisation
 from megaseg_dask.events import Event, Progress
-from megaseg_dask.geometry import Box, PatchGrid, Shape
-from megaseg_dask.inference import Preparation
-from megaseg_dask.intensity import Normalisation
+from megaseg_dask.inference.engine import Preparation
+from megaseg_dask.inference.pytorch import DeviceEngine
 from megaseg_dask.models import Bundle, NetworkSpec, build_network
-from megaseg_dask.models.preprocessing import Step
-from megaseg_dask.models.zoo import load
-from megaseg_dask.run import segment
-from megaseg_dask.settings import parse_settings
-from megaseg_dask.simulation import simulate
+from megaseg_dask.models.cytodl.transforms import Step
+from megaseg_dask.models.registry import load
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import segment
+from megaseg_dask.tools.simulation import simulate
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,17 @@ class Size:
     batches: tuple[int, ...]
 
 
-FULL = Size("cuda", PUBLISHED_SHAPE, (64, 128, 128), NetworkSpec().filters, 8192, 2**31, 16,
-            ("bf16", "fp16"), (1, 2, 4, 8))  # fmt: skip
+FULL = Size(
+    "cuda",
+    PUBLISHED_SHAPE,
+    (64, 128, 128),
+    NetworkSpec().filters,
+    8192,
+    2**31,
+    16,
+    ("bf16", "fp16"),
+    (1, 2, 4, 8),
+)
 TINY = Size("cpu", (24, 40, 48), (16, 32, 32), (8, 8, 16, 16, 16), 256, 2**20, 2, ("bf16",), (1, 2))
 
 
@@ -60,7 +69,10 @@ def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
     peak, bandwidth = measure_peak(size), measure_copy(size)
     cases, jobs = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        models = {"MegaSeg_v1's network": str(write_untrained(Path(folder), size.filters)), "light": "starter"}
+        models = {
+            "MegaSeg_v1's network": str(write_untrained(Path(folder), size.filters)),
+            "light": "starter",
+        }
         for name, model in models.items():
             bundle = load(model)[1]
             for overlap in (0.0, 0.25):
@@ -81,12 +93,16 @@ def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
     }
 
 
-def measure_field(size: Size, bundle: Bundle, overlap: float, precision: str, compiled: bool) -> dict[str, Any]:
+def measure_field(
+    size: Size, bundle: Bundle, overlap: float, precision: str, compiled: bool
+) -> dict[str, Any]:
     """Return seconds of one field from host to host: the first one, and the quickest of those that follow."""
     image = simulate(0, size.field).image[None]
     grid = PatchGrid(size.field, size.patch, (overlap,) * 3)
     weights, core = window(size.patch), Box.of(size.field)
-    prepare = Preparation((Step("zscore"),), (Normalisation(float(image.mean()), float(image.std())),))
+    prepare = Preparation(
+        (Step("zscore"),), (Normalisation(float(image.mean()), float(image.std())),)
+    )
 
     def run(engine: DeviceEngine, batch: int) -> tuple[np.ndarray, np.ndarray]:
         (found,) = engine.predict_block(image, core, grid, prepare, batch, weights)
@@ -111,7 +127,9 @@ def measure_field(size: Size, bundle: Bundle, overlap: float, precision: str, co
         "cold_s": round(cold_s, 3),
         "steady_s": round(steady[best], 4),
         "steady_s_by_batch": {str(batch): round(seconds, 4) for batch, seconds in steady.items()},
-        "dice_with_fp32": round(float(2 * (mask & half_mask).sum() / max(int(mask.sum()) + half_mask.sum(), 1)), 6),
+        "dice_with_fp32": round(
+            float(2 * (mask & half_mask).sum() / max(int(mask.sum()) + half_mask.sum(), 1)), 6
+        ),
         "largest_difference_of_255": int(np.abs(exact.astype(int) - half).max()),
         "top_kernels": top_kernels(lambda: run(engine, best), size.device),
     }
@@ -119,7 +137,9 @@ def measure_field(size: Size, bundle: Bundle, overlap: float, precision: str, co
 
 def open_engine(bundle: Bundle, size: Size, precision: str, compiled: bool = False) -> DeviceEngine:
     """Return an engine whose blocks stay on the device."""
-    return DeviceEngine(bundle, device=size.device, precision=precision, threads=1, compiled=compiled)
+    return DeviceEngine(
+        bundle, device=size.device, precision=precision, threads=1, compiled=compiled
+    )
 
 
 def measure_peak(size: Size) -> float:
@@ -165,14 +185,20 @@ def top_kernels(work: Callable[[], Any], device: str) -> list[dict[str, Any]]:
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    ) as recorded:
         work()
         synchronise()
     key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = sorted(recorded.key_averages(), key=lambda event: getattr(event, key), reverse=True)
     total = sum(getattr(event, key) for event in events) or 1
     return [
-        {"kernel": event.key[:80], "calls": event.count, "share": round(getattr(event, key) / total, 3)}
+        {
+            "kernel": event.key[:80],
+            "calls": event.count,
+            "share": round(getattr(event, key) / total, 3),
+        }
         for event in events[:10]
     ]
 
@@ -191,17 +217,29 @@ def measure_job(size: Size, model: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         write_series(Path(folder) / "series.zarr", image)
-        settings = parse_settings({"model": model, "device": size.device, "engine": "torch", "workers": 1,
-                                   "patch": size.patch})  # fmt: skip
+        settings = parse_settings(
+            {
+                "model": model,
+                "device": size.device,
+                "engine": "torch",
+                "workers": 1,
+                "patch": size.patch,
+            }
+        )
         segment(f"{folder}/series.zarr", f"{folder}/out.zarr", settings, emit=note)
-    return {"fields": size.n_fields, "fields_per_s": round((len(done) - 1) / max(done[-1] - done[0], 1e-9), 3)}
+    return {
+        "fields": size.n_fields,
+        "fields_per_s": round((len(done) - 1) / max(done[-1] - done[0], 1e-9), 3),
+    }
 
 
 def main() -> None:
     """Measure, and keep the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="on a CPU, in seconds; nothing is kept")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, whose first field takes minutes")
+    parser.add_argument(
+        "--compile", action="store_true", help="with torch.compile, whose first field takes minutes"
+    )
     options = parser.parse_args()
     if options.tiny:
         print(measure(TINY, compiled=options.compile))

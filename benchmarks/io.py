@@ -23,7 +23,7 @@ from scipy.ndimage import gaussian_filter
 
 from benchmarks.field import PUBLISHED_SHAPE
 from benchmarks.machine import describe, keep
-from megaseg_dask.simulation import simulate
+from megaseg_dask.tools.simulation import simulate
 
 Array = NDArray[Any]
 
@@ -57,7 +57,11 @@ def products(shape: tuple[int, ...]) -> dict[str, Array]:
     made = simulate(0, shape)
     scores = np.rint(255 * gaussian_filter(made.mask.astype(np.float32), 1)).astype(np.uint8)
     labels = cc3d.connected_components(made.mask, connectivity=6)
-    return {"image": made.image.astype(np.uint16), "scores": scores, "labels": labels.astype(np.uint32)}
+    return {
+        "image": made.image.astype(np.uint16),
+        "scores": scores,
+        "labels": labels.astype(np.uint32),
+    }
 
 
 def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, repeats: int = 3) -> dict[str, Any]:
@@ -70,12 +74,17 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, repeats: int = 3) -> dict[
             for kind, values in arrays.items()
         }
         of_chunks = {
-            kind: {chunk: trial.run(values, chunks=_fit(extents, shape)) for chunk, extents in CHUNKS.items()}
+            kind: {
+                chunk: trial.run(values, chunks=_fit(extents, shape))
+                for chunk, extents in CHUNKS.items()
+            }
             for kind, values in arrays.items()
         }
         sharded = {kind: trial.run(values, shards=SHARD) for kind, values in arrays.items()}
         pipelines = {
-            f"{pipeline}, {store}, {threads} threads": trial.run(arrays["image"], pipeline, store, threads)
+            f"{pipeline}, {store}, {threads} threads": trial.run(
+                arrays["image"], pipeline, store, threads
+            )
             for pipeline in PIPELINES
             if importlib.util.find_spec(pipeline)
             for store in ("zarr's LocalStore", "obstore")
@@ -99,16 +108,26 @@ class Trial:
         self.folder, self.repeats = folder, repeats
 
     def run(
-        self, values: Array, pipeline: str = "zarr", store: str = "zarr's LocalStore", threads: int | None = None,
+        self,
+        values: Array,
+        pipeline: str = "zarr",
+        store: str = "zarr's LocalStore",
+        threads: int | None = None,
         **how: Any,
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, float]:
         """Return megabytes a second written and read, and how many times smaller the array is on disk."""
         settings = {"codec_pipeline.path": PIPELINES[pipeline], "threading.max_workers": threads}
-        how = {"chunks": _fit(CHUNK, values.shape), "compressors": CODECS["zstd 1, checksum (ours)"], **how}
+        how = {
+            "chunks": _fit(CHUNK, values.shape),
+            "compressors": CODECS["zstd 1, checksum (ours)"],
+            **how,
+        }
         path = self.folder / "array.zarr"
         with zarr.config.set(settings):
             where = _store(path, store)
-            array = zarr.create_array(where, shape=values.shape, dtype=values.dtype, overwrite=True, **how)
+            array = zarr.create_array(
+                where, shape=values.shape, dtype=values.dtype, overwrite=True, **how
+            )
 
             def write() -> None:
                 array[...] = values

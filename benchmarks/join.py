@@ -25,9 +25,9 @@ import numpy as np
 import psutil
 
 from benchmarks.machine import describe, keep
-from megaseg_dask import labelling
-from megaseg_dask.geometry import BlockGrid, Shape
-from megaseg_dask.memory import peak_bytes, release, reset_peak
+from megaseg_dask.algorithms import components
+from megaseg_dask.algorithms.geometry import BlockGrid, Shape
+from megaseg_dask.plan.memory import peak_bytes, release, reset_peak
 
 T = TypeVar("T")
 
@@ -45,27 +45,35 @@ TILE, TILE_BLOCK = (64, 64, 64), (8, 8, 8)
 # -- our path, without files
 
 
-def label_blocks(labels: np.ndarray, mask: np.ndarray, block: Shape, connectivity: int) -> labelling.Fragments:
+def label_blocks(
+    labels: np.ndarray, mask: np.ndarray, block: Shape, connectivity: int
+) -> components.Fragments:
     """Write provisional ids of each block into ``labels``, and return the fragments of all blocks."""
     tables = []
     for core in BlockGrid(mask.shape, block):
-        found = labelling.label_block(mask[core.slices], connectivity)
+        found = components.label_block(mask[core.slices], connectivity)
         labels[core.slices] = found
-        tables.append(labelling.list_fragments(found, core, mask.shape))
-    return labelling.Fragments(np.concatenate([t.first for t in tables]), np.concatenate([t.size for t in tables]))
+        tables.append(components.list_fragments(found, core, mask.shape))
+    return components.Fragments(
+        np.concatenate([t.first for t in tables]), np.concatenate([t.size for t in tables])
+    )
 
 
-def pair_blocks(labels: np.ndarray, block: Shape, connectivity: int) -> tuple[np.ndarray, np.ndarray]:
+def pair_blocks(
+    labels: np.ndarray, block: Shape, connectivity: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs of rows that touch across any seam, int64, and where each block's rows start."""
     grid = BlockGrid(labels.shape, block)
-    offsets = labelling.offsets_of([int(labels[core.slices].max()) for core in grid])
+    offsets = components.offsets_of([int(labels[core.slices].max()) for core in grid])
     pairs = [np.empty((0, 2), np.int64)]
     for i, core in enumerate(grid):
-        here = labelling.boundary_planes(labels[core.slices])
+        here = components.boundary_planes(labels[core.slices])
         for j, direction in grid.iter_forward_neighbours(i, connectivity):
-            near, far = labelling.seam_keys(direction)
-            boxes = labelling.plane_box(core, near), labelling.plane_box(grid[j], far)
-            found = labelling.pair_across_seam(here[near], boxes[0], labels[boxes[1].slices], boxes[1], connectivity)
+            near, far = components.seam_keys(direction)
+            boxes = components.plane_box(core, near), components.plane_box(grid[j], far)
+            found = components.pair_across_seam(
+                here[near], boxes[0], labels[boxes[1].slices], boxes[1], connectivity
+            )
             pairs.append(found.astype(np.int64) + np.array([offsets[i], offsets[j]]) - 1)
     return np.concatenate(pairs), offsets
 
@@ -78,13 +86,19 @@ def label_ours(mask: np.ndarray, block: int) -> tuple[np.ndarray, dict[str, floa
     clock.append(time.perf_counter())
     pairs, offsets = pair_blocks(labels, (block,) * 3, 1)
     clock.append(time.perf_counter())
-    final = labelling.join_fragments(fragments, pairs)
+    final = components.join_fragments(fragments, pairs)
     clock.append(time.perf_counter())
     for i, core in enumerate(BlockGrid(mask.shape, (block,) * 3)):
         table = final[offsets[i] : offsets[i + 1]]
-        labels[core.slices] = labelling.relabel(labels[core.slices], table, labels.dtype)
+        labels[core.slices] = components.relabel(labels[core.slices], table, labels.dtype)
     clock.append(time.perf_counter())
-    seconds = dict(zip(("label_s", "seams_s", "join_s", "relabel_s"), np.diff(clock).round(2).tolist(), strict=True))
+    seconds = dict(
+        zip(
+            ("label_s", "seams_s", "join_s", "relabel_s"),
+            np.diff(clock).round(2).tolist(),
+            strict=True,
+        )
+    )
     return labels, {"n_fragments": len(fragments), "n_pairs": len(pairs), **seconds}
 
 
@@ -148,7 +162,12 @@ def measure_labels(variant: str, path: Path, block: int) -> dict[str, Any]:
     """Label a saved mask; memory is what comes on top of the mask."""
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_CPU_S, LIMIT_CPU_S + 5))
-    label = {"ours": label_ours, "dask_image": label_dask_image, "whole": label_whole, "cc3d": label_cc3d}[variant]
+    label = {
+        "ours": label_ours,
+        "dask_image": label_dask_image,
+        "whole": label_whole,
+        "cc3d": label_cc3d,
+    }[variant]
     mask = np.load(path)
     label(mask[:16, :16, :16], 8)  # what the libraries load stays out of the measurement
     release()
@@ -169,7 +188,7 @@ class Tile:
     """A random mask, its fragments, and their pairs: within the tile, and from it to one just like it below."""
 
     mask: np.ndarray
-    fragments: labelling.Fragments
+    fragments: components.Fragments
     within: np.ndarray
     below: np.ndarray
 
@@ -184,35 +203,43 @@ class Tile:
         n = len(both) // 2
         pairs = pairs[pairs[:, 0] < n]
         inside = pairs[:, 1] < n
-        return cls(mask, labelling.Fragments(both.first[:n], both.size[:n]), pairs[inside], pairs[~inside])
+        return cls(
+            mask, components.Fragments(both.first[:n], both.size[:n]), pairs[inside], pairs[~inside]
+        )
 
-    def stack(self, n_tiles: int) -> tuple[labelling.Fragments, np.ndarray]:
+    def stack(self, n_tiles: int) -> tuple[components.Fragments, np.ndarray]:
         """Return fragments and pairs of this many tiles, stacked along z."""
         n, tiles = len(self.fragments), np.arange(n_tiles)[:, None]
         first = self.fragments.first + tiles.astype(np.uint64) * np.uint64(self.mask.size)
-        pairs = np.empty((n_tiles * (len(self.within) + len(self.below)) - len(self.below), 2), np.int64)
+        pairs = np.empty(
+            (n_tiles * (len(self.within) + len(self.below)) - len(self.below), 2), np.int64
+        )
         middle = n_tiles * len(self.within)
         np.add(self.within, tiles[..., None] * n, out=pairs[:middle].reshape(n_tiles, -1, 2))
-        np.add(self.below, tiles[:-1, ..., None] * n, out=pairs[middle:].reshape(n_tiles - 1, -1, 2))
-        return labelling.Fragments(first.ravel(), np.tile(self.fragments.size, n_tiles)), pairs
+        np.add(
+            self.below, tiles[:-1, ..., None] * n, out=pairs[middle:].reshape(n_tiles - 1, -1, 2)
+        )
+        return components.Fragments(first.ravel(), np.tile(self.fragments.size, n_tiles)), pairs
 
 
 def measure_table(kind: str, n_fragments: int) -> dict[str, Any]:
     """Join a table alone; memory includes the table, the pairs and the ids."""
     tile = Tile.of(kind)
-    labelling.join_fragments(*tile.stack(2))  # what the libraries load stays out of the measurement
+    components.join_fragments(
+        *tile.stack(2)
+    )  # what the libraries load stays out of the measurement
     release()
     before = psutil.Process().memory_info().rss
     fragments, pairs = tile.stack(-(-n_fragments // len(tile.fragments)))
     release()
-    final, spent = spend(lambda: labelling.join_fragments(fragments, pairs, min_size=2))
+    final, spent = spend(lambda: components.join_fragments(fragments, pairs, min_size=2))
     return {
         "n_fragments": len(fragments),
         "n_pairs": len(pairs),
         "n_objects_of_2_voxels": int(final.max()),
         **spent,
         "peak_bytes": peak_bytes() - before,
-        "projected_bytes": labelling.join_bytes(len(fragments), len(pairs)),
+        "projected_bytes": components.join_bytes(len(fragments), len(pairs)),
         "input_bytes": sum(a.nbytes for a in (fragments.first, fragments.size, pairs)),
     }
 
@@ -227,8 +254,10 @@ def require_exact_tables(kind: str) -> None:
     tile = Tile.of(kind)
     fragments, pairs = tile.stack(3)
     expected = label(np.concatenate([tile.mask] * 3), connectivity=TABLES[kind][1])
-    final = labelling.join_fragments(fragments, pairs)
-    assert np.array_equal(final, expected.ravel()[fragments.first]), f"{kind}: ids are not scikit-image's"
+    final = components.join_fragments(fragments, pairs)
+    assert np.array_equal(final, expected.ravel()[fragments.first]), (
+        f"{kind}: ids are not scikit-image's"
+    )
 
 
 def random_mask(kind: str, extent: int) -> np.ndarray:
@@ -250,7 +279,9 @@ def run_fresh(*arguments: object) -> dict[str, Any]:
     if done.returncode == -signal.SIGXCPU:
         return {"failed": f"no result after {LIMIT_CPU_S} s of processor time"}
     if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+        return {
+            "failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        }
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -278,7 +309,10 @@ def measure(
     n_fragments: tuple[int, ...] = (10**6, 10**7, 10**8),
 ) -> dict[str, Any]:
     """Return seconds and peak memory of all variants on both kinds of mask, and of joins of growing tables."""
-    machine = {**describe(), **{name: version(name) for name in ("dask-image", "scikit-image", "scipy")}}
+    machine = {
+        **describe(),
+        **{name: version(name) for name in ("dask-image", "scikit-image", "scipy")},
+    }
     for kind in TABLES:
         require_exact_tables(kind)
     return {

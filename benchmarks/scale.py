@@ -24,14 +24,14 @@ import psutil
 import zarr
 
 from benchmarks.machine import RESULTS, describe, keep
-from megaseg_dask.cluster import CONFIG, WORKER_ENVIRONMENT
-from megaseg_dask.demo import read_sample, write_sample
-from megaseg_dask.journal import Journal
-from megaseg_dask.ngff.plates import Acquisition, Field, Plate, write_plate
-from megaseg_dask.run import plan_runs, segment
-from megaseg_dask.settings import parse_settings
-from megaseg_dask.simulation import simulate
+from megaseg_dask.ngff.plate import Acquisition, Field, Plate, write_plate
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.cluster.workers import CONFIG, WORKER_ENVIRONMENT
+from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.runner import plan_runs, segment
 from megaseg_dask.stores import Location
+from megaseg_dask.tools.demo import read_sample, write_sample
+from megaseg_dask.tools.simulation import simulate
 
 # What a worker runs in place of the network, and in place of everything.
 EMPTY_ENGINE = """
@@ -53,7 +53,9 @@ def write_volume(path: Path, grid_shape: tuple[int, ...]) -> Path:
     tile = simulate(0, CHUNK_SHAPE).image.astype(np.uint16)
     shape = tuple(c * n for c, n in zip(CHUNK_SHAPE, grid_shape, strict=True))
     group = zarr.open_group(path, mode="w")
-    array = group.create_array("0", shape=shape, chunks=CHUNK_SHAPE, dtype="uint16", dimension_names=list("zyx"))
+    array = group.create_array(
+        "0", shape=shape, chunks=CHUNK_SHAPE, dtype="uint16", dimension_names=list("zyx")
+    )
     array[tuple(map(slice, CHUNK_SHAPE))] = tile
     first = path / "0/c/0/0/0"
     for place in np.ndindex(*grid_shape):
@@ -64,7 +66,10 @@ def write_volume(path: Path, grid_shape: tuple[int, ...]) -> Path:
     axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"]
     scale = [{"type": "scale", "scale": [1.0, 1.0, 1.0]}]
     datasets = [{"path": "0", "coordinateTransformations": scale}]
-    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"name": "large", "axes": axes, "datasets": datasets}]}
+    group.attrs["ome"] = {
+        "version": "0.5",
+        "multiscales": [{"name": "large", "axes": axes, "datasets": datasets}],
+    }
     return path
 
 
@@ -80,8 +85,11 @@ def cluster(
     # Dask loads it twice in a worker, and what is wrapped once too often counts double.
     once = "import sys\nif not hasattr(sys, 'is_preloaded'):\n    sys.is_preloaded = True\n"
     (folder / "preload.py").write_text(once + textwrap.indent(preload, "    "))
-    keys = {f"DASK_{k.replace('.', '__').replace('-', '_').upper()}": str(v) for k, v in CONFIG.items()
-            if "preload" not in k and "pre-spawn" not in k}  # fmt: skip
+    keys = {
+        f"DASK_{k.replace('.', '__').replace('-', '_').upper()}": str(v)
+        for k, v in CONFIG.items()
+        if "preload" not in k and "pre-spawn" not in k
+    }
     variables = {
         **os.environ,
         **(environment or {}),
@@ -89,13 +97,38 @@ def cluster(
         **keys,
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
-               "--scheduler-file", str(folder / "scheduler.json"), "--no-dashboard"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--scheduler-file",
+        str(folder / "scheduler.json"),
+        "--no-dashboard",
+    ]
     quiet = {"env": variables, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     processes = [subprocess.Popen(command, **quiet)]  # type: ignore[call-overload]
-    command = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(folder / "scheduler.json"),
-               "--nthreads", str(n_threads), "--memory-limit", "0", "--no-dashboard", "--nworkers", str(n_workers),
-               "--preload", str(folder / "preload.py"), "--local-directory", str(folder)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_worker",
+        "--scheduler-file",
+        str(folder / "scheduler.json"),
+        "--nthreads",
+        str(n_threads),
+        "--memory-limit",
+        "0",
+        "--no-dashboard",
+        "--nworkers",
+        str(n_workers),
+        "--preload",
+        str(folder / "preload.py"),
+        "--local-directory",
+        str(folder),
+    ]
     processes.append(subprocess.Popen(command, **quiet))  # type: ignore[call-overload]
     sizes: dict[str, Any] = {"scheduler": 0, "client": 0, "over_time": []}
     stopped = threading.Event()
@@ -177,17 +210,28 @@ def measure_tasks(n_per_axis: int, outputs: str) -> dict[str, Any]:
         "after_a_third_mb": [_mb(n) for n in sizes["over_time"][third][1:]],
         "at_the_end_mb": [_mb(n) for n in sizes["over_time"][-1][1:]],
         "journal_segments": len(segments),
-        "journal_mb": _mb(sum(s.stat().st_size for s in segments)) if segments[0].exists() else None,
+        "journal_mb": _mb(sum(s.stat().st_size for s in segments))
+        if segments[0].exists()
+        else None,
     }
 
 
-def measure_volume(grid_shape: tuple[int, ...], memory: str, n_workers: int = 1, **options: Any) -> dict[str, Any]:
+def measure_volume(
+    grid_shape: tuple[int, ...], memory: str, n_workers: int = 1, **options: Any
+) -> dict[str, Any]:
     """Segment a large volume with an empty engine within a memory budget; compare peaks with the projection."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write_volume(folder / "volume.zarr", grid_shape)
         # An engine that does nothing gives the image itself: at a middling score it is noise, of 36 million fragments.
-        fixed = {"model": "starter", "engine": "torch", "threads": 1, "memory": memory, "overlap": 0, "threshold": 0.95}
+        fixed = {
+            "model": "starter",
+            "engine": "torch",
+            "threads": 1,
+            "memory": memory,
+            "overlap": 0,
+            "threshold": 0.95,
+        }
         settings = parse_settings({**fixed, **options})
         target = str(folder / "out.zarr")
         [(plan, _)] = plan_runs(str(source), target, settings)
@@ -216,7 +260,10 @@ def measure_volume(grid_shape: tuple[int, ...], memory: str, n_workers: int = 1,
         "stage_s": {stage: round(timing.seconds, 1) for stage, timing in timings.items()},
         "peak_gb": {stage: round(peak / 1e9, 3) for stage, peak in result.peak_bytes.items()},
         "projected_gb": {stage: round(peak / 1e9, 3) for stage, peak in projected.items()},
-        "within": all(peak <= projected[stage] <= plan.memory_bytes for stage, peak in result.peak_bytes.items()),
+        "within": all(
+            peak <= projected[stage] <= plan.memory_bytes
+            for stage, peak in result.peak_bytes.items()
+        ),
         "client_peak_mb": _mb(sizes["client"]),
         "scheduler_peak_mb": _mb(sizes["scheduler"]),
     }
@@ -226,7 +273,11 @@ def write_screen(folder: Path, n_fields: int, shape: tuple[int, ...] = (16, 64, 
     """Write a plate of so many equal small fields; their chunks are links to one file."""
     fields = [Field("A", str(1 + i // 10), str(i % 10), 0) for i in range(n_fields)]
     columns = tuple(str(1 + i) for i in range(-(-n_fields // 10)))
-    write_plate(Location.of(folder), Plate("0.5", "screen", ("A",), columns, tuple(fields), (Acquisition(0),)), "0.5")
+    write_plate(
+        Location.of(folder),
+        Plate("0.5", "screen", ("A",), columns, tuple(fields), (Acquisition(0),)),
+        "0.5",
+    )
     image = simulate(0, shape).image.astype(np.uint16)
     write_sample(Location.of(folder / fields[0].path), image, np.zeros(shape, np.uint16))
     first = folder / fields[0].path
@@ -245,16 +296,29 @@ def measure_fields(n_fields: int = 2000) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, target = write_screen(folder / "screen.zarr", n_fields), str(folder / "out.zarr")
-        settings = parse_settings({"model": "starter", "engine": "torch", "threads": 1, "overlap": 0,
-                                   "patch": "16,64,64", "outputs": "labels,scores,measurements"})  # fmt: skip
+        settings = parse_settings(
+            {
+                "model": "starter",
+                "engine": "torch",
+                "threads": 1,
+                "overlap": 0,
+                "patch": "16,64,64",
+                "outputs": "labels,scores,measurements",
+            }
+        )
         started = time.perf_counter()
         [(plan, _)] = plan_runs(str(source), target, settings)
         plan_s = time.perf_counter() - started
         times: list[float] = []
         with cluster(folder, 2, EMPTY_ENGINE) as running:
             started = time.perf_counter()
-            result = segment(str(source), target, settings, client=running["client"],
-                             emit=lambda event: times.append(time.perf_counter()))  # fmt: skip
+            result = segment(
+                str(source),
+                target,
+                settings,
+                client=running["client"],
+                emit=lambda event: times.append(time.perf_counter()),
+            )
             wall_s, sizes = time.perf_counter() - started, running["sizes"]
         assert result.status == "done", result
     third = len(sizes["over_time"]) // 3
@@ -275,23 +339,41 @@ def measure_fields(n_fields: int = 2000) -> dict[str, Any]:
 def measure_plate() -> dict[str, Any]:
     """Time a plate of 2×3 wells × 2 fields × 3 timepoints × 2 channels of real nuclei, and its fields one by one."""
     nuclei, shape = read_sample()[0], (24, 64, 72)
-    rng, fields = np.random.default_rng(0), [Field(r, c, n, 0) for r in "AB" for c in "123" for n in "01"]
+    rng, fields = (
+        np.random.default_rng(0),
+        [Field(r, c, n, 0) for r in "AB" for c in "123" for n in "01"],
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plate = Plate("0.5", "screen", ("A", "B"), ("1", "2", "3"), tuple(fields), (Acquisition(0),))
+        plate = Plate(
+            "0.5", "screen", ("A", "B"), ("1", "2", "3"), tuple(fields), (Acquisition(0),)
+        )
         write_plate(Location.of(folder / "screen.zarr"), plate, "0.5")
         for field in fields:
             starts = [
-                [int(rng.integers(n - m + 1)) for n, m in zip(nuclei.shape, shape, strict=True)] for _ in range(6)
+                [int(rng.integers(n - m + 1)) for n, m in zip(nuclei.shape, shape, strict=True)]
+                for _ in range(6)
             ]
             crops = [nuclei[z : z + 24, y : y + 64, x : x + 72] for z, y, x in starts]
             write_series(folder / "screen.zarr" / field.path, np.stack(crops).reshape(3, 2, *shape))
-        settings = parse_settings({"model": "starter", "threads": 1, "channel": "0,1", "patch": "32,64,64",
-                                   "outputs": "labels,scores,measurements"})  # fmt: skip
+        settings = parse_settings(
+            {
+                "model": "starter",
+                "threads": 1,
+                "channel": "0,1",
+                "patch": "32,64,64",
+                "outputs": "labels,scores,measurements",
+            }
+        )
 
         def timed(source: Path, target: str) -> float:
             started = time.perf_counter()
-            assert segment(str(source), str(folder / target), settings, client=running["client"]).status == "done"
+            assert (
+                segment(
+                    str(source), str(folder / target), settings, client=running["client"]
+                ).status
+                == "done"
+            )
             return time.perf_counter() - started
 
         paces = {}
@@ -302,7 +384,10 @@ def measure_plate() -> dict[str, Any]:
                 plate_s = timed(folder / "screen.zarr", f"plate-{n}.zarr")
                 paces[f"{n} worker{'s' * (n > 1)}"] = round(len(fields) * 6 / plate_s, 2)
                 if n == 2:
-                    alone_s = [timed(folder / "screen.zarr" / f.path, f"{i}.zarr") for i, f in enumerate(fields)]
+                    alone_s = [
+                        timed(folder / "screen.zarr" / f.path, f"{i}.zarr")
+                        for i, f in enumerate(fields)
+                    ]
     return {
         "volumes": len(fields) * 6,
         "volume_shape": shape,
@@ -316,8 +401,13 @@ def measure_plate() -> dict[str, Any]:
 def write_series(path: Path, image: Any) -> None:
     """Write an image of ``(t, c, z, y, x)``."""
     group, axes = zarr.open_group(path, mode="w"), "tczyx"
-    array = group.create_array("0", shape=image.shape, chunks=(1, 1, *image.shape[2:]), dtype=image.dtype,
-                               dimension_names=list(axes))  # fmt: skip
+    array = group.create_array(
+        "0",
+        shape=image.shape,
+        chunks=(1, 1, *image.shape[2:]),
+        dtype=image.dtype,
+        dimension_names=list(axes),
+    )
     array[...] = image
     types = {"t": "time", "c": "channel"}
     listed = [{"name": axis, "type": types.get(axis, "space")} for axis in axes]

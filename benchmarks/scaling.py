@@ -26,11 +26,13 @@ import numpy as np
 
 from benchmarks.machine import describe, keep
 from benchmarks.scale import CHUNK_SHAPE, cluster, write_volume
-from megaseg_dask import dispatch, tasks
-from megaseg_dask.cluster import CONFIG, joining
-from megaseg_dask.journal import Journal
-from megaseg_dask.run import plan_runs, segment
-from megaseg_dask.settings import parse_settings
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run import dispatcher
+from megaseg_dask.run.cluster import worker_plugin
+from megaseg_dask.run.cluster.workers import CONFIG
+from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.runner import plan_runs, segment
+from megaseg_dask.run.tasks import worker
 
 WORKERS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -61,7 +63,9 @@ class Machine:
     jitter: float = 0.1
 
 
-def simulate(loads: Sequence[Load], n_workers: int, machine: Machine, seed: int = 0) -> dict[str, Any]:
+def simulate(
+    loads: Sequence[Load], n_workers: int, machine: Machine, seed: int = 0
+) -> dict[str, Any]:
     """Return wall time, what workers, scheduler and store were busy with, of stages one after the other."""
     rng, clock, busy, hub_busy, peak = np.random.default_rng(seed), 0.0, 0.0, 0.0, 0.0
     stage_s = {}
@@ -79,7 +83,9 @@ def simulate(loads: Sequence[Load], n_workers: int, machine: Machine, seed: int 
         "workers_busy": round(busy / (clock * n_workers), 3),
         "scheduler_busy": round(hub_busy / clock, 3),
         "store_requests_per_s": round(peak),
-        "store_gb_per_s": round(sum(load.n_bytes * load.n_tasks for load in loads) / clock / 1e9, 2),
+        "store_gb_per_s": round(
+            sum(load.n_bytes * load.n_tasks for load in loads) / clock / 1e9, 2
+        ),
         "stage_s": stage_s,
     }
 
@@ -89,7 +95,9 @@ def _task_s(load: Load, n_busy: int, machine: Machine) -> float:
     return max(load.compute_s, moved) if machine.overlapped else load.compute_s + moved
 
 
-def _run_stage(load: Load, n_workers: int, machine: Machine, rng: Any, clock: float) -> tuple[float, float, float]:
+def _run_stage(
+    load: Load, n_workers: int, machine: Machine, rng: Any, clock: float
+) -> tuple[float, float, float]:
     """Run one stage from ``clock`` on; return when it ends, and how long workers and scheduler were busy."""
     task_s = _task_s(load, min(n_workers, load.n_tasks), machine)
     waiting, queued, n_left = n_workers, deque[int](), load.n_tasks
@@ -104,8 +112,8 @@ def _run_stage(load: Load, n_workers: int, machine: Machine, rng: Any, clock: fl
 
     def refill(now: float) -> None:
         nonlocal n_left, n_running, hub_free, hub_busy
-        while n_left and n_running < dispatch.window_of(n_workers):
-            size = min(dispatch.group_size_of(mean or None, n_left, n_workers), n_left)
+        while n_left and n_running < dispatcher.window_of(n_workers):
+            size = min(dispatcher.group_size_of(mean or None, n_left, n_workers), n_left)
             n_left, n_running = n_left - size, n_running + 1
             hub_free = max(hub_free, now) + machine.group_cost_s / 2
             hub_busy += machine.group_cost_s / 2
@@ -128,7 +136,9 @@ def _run_stage(load: Load, n_workers: int, machine: Machine, rng: Any, clock: fl
         while queued and waiting:
             waiting -= 1
             size = queued.popleft()
-            took = task_s * size * max(1 + machine.jitter * rng.standard_normal() / np.sqrt(size), 0.1)
+            took = (
+                task_s * size * max(1 + machine.jitter * rng.standard_normal() / np.sqrt(size), 0.1)
+            )
             busy += took
             push(now + took, "ended", size)
     return now, busy, hub_busy
@@ -148,7 +158,11 @@ def plate() -> list[Load]:
     voxels = float(np.prod(FIELD_SHAPE))
     # Source uint16 in chunks of 2 MiB; scores and labels in one shard a level, 0.5 of their bytes after compression.
     n_requests = voxels * 2 / 2**21 + 2 * 3 * 2
-    return [Load("volume", 384 * 9 * 100, FIELD_S, voxels * 2 + voxels * (1 + 4) * 1.15 * 0.5, n_requests)]
+    return [
+        Load(
+            "volume", 384 * 9 * 100, FIELD_S, voxels * 2 + voxels * (1 + 4) * 1.15 * 0.5, n_requests
+        )
+    ]
 
 
 def light_sheet(cores: int = 8) -> list[Load]:
@@ -194,9 +208,9 @@ def sleeping(task_s: float) -> Iterator[None]:
 
     # Workers are processes elsewhere, and tasks of one process take turns; here all of them are in this one.
     with (
-        mock.patch.object(tasks, "run_task", sleep),
-        mock.patch.object(tasks, "_places", return_value=nullcontext()),
-        mock.patch.object(joining, "describe", _describe),
+        mock.patch.object(worker, "run_task", sleep),
+        mock.patch.object(worker, "_places", return_value=nullcontext()),
+        mock.patch.object(worker_plugin, "describe", _describe),
     ):
         yield
 
@@ -210,18 +224,35 @@ def run_sleeping(n_per_axis: int, task_s: float, n_workers: int = 64) -> dict[st
     """Run about the cube of ``n_per_axis`` sleeping tasks by the real client, scheduler and journal."""
     from distributed import Client, LocalCluster
 
-    with tempfile.TemporaryDirectory() as name, dask.config.set({**CONFIG, "distributed.worker.preload": []}):
-        source = write_volume(Path(name) / "volume.zarr", tuple(-(-n_per_axis * 16 // c) for c in CHUNK_SHAPE))
+    with (
+        tempfile.TemporaryDirectory() as name,
+        dask.config.set({**CONFIG, "distributed.worker.preload": []}),
+    ):
+        source = write_volume(
+            Path(name) / "volume.zarr", tuple(-(-n_per_axis * 16 // c) for c in CHUNK_SHAPE)
+        )
         import zarr
 
         zarr.open_array(source / "0", mode="r+").resize((n_per_axis * 16,) * 3)
-        settings = parse_settings({"model": "starter", "engine": "torch", "threads": 1, "block": "16,16,16",
-                                   "outputs": "scores", "overlap": 0})  # fmt: skip
+        settings = parse_settings(
+            {
+                "model": "starter",
+                "engine": "torch",
+                "threads": 1,
+                "block": "16,16,16",
+                "outputs": "scores",
+                "overlap": 0,
+            }
+        )
         target = str(Path(name) / "out.zarr")
         [(plan, _)] = plan_runs(str(source), target, settings)
         with (
             LocalCluster(
-                n_workers=n_workers, threads_per_worker=1, processes=False, memory_limit=0, dashboard_address=None
+                n_workers=n_workers,
+                threads_per_worker=1,
+                processes=False,
+                memory_limit=0,
+                dashboard_address=None,
             ) as own,
             Client(own) as client,
             sleeping(task_s),
@@ -242,7 +273,10 @@ def run_sleeping(n_per_axis: int, task_s: float, n_workers: int = 64) -> dict[st
 
 def calibrate(n_per_axis: int = 8) -> float:
     """Return what client and scheduler take for a group, from tasks of no length that go one by one."""
-    with mock.patch.object(dispatch, "_GROUP_S", 0.0), mock.patch.object(dispatch, "_GROUP_COST_S", 0.0):
+    with (
+        mock.patch.object(dispatcher, "_GROUP_S", 0.0),
+        mock.patch.object(dispatcher, "_GROUP_COST_S", 0.0),
+    ):
         found = run_sleeping(n_per_axis, 0.0)
     return float(found["wall_s"] / found["tasks"])
 
@@ -250,8 +284,16 @@ def calibrate(n_per_axis: int = 8) -> float:
 def compare_sleeping(n_per_axis: int, task_s: float, group_cost_s: float) -> dict[str, Any]:
     """Compare a run of sleeping tasks with what the simulation says of it."""
     found = run_sleeping(n_per_axis, task_s)
-    expected = simulate([Load("segment", found["tasks"], task_s)], found["workers"], Machine(group_cost_s, jitter=0.0))
-    return {**found, "simulated_s": expected["wall_s"], "ratio": round(found["wall_s"] / expected["wall_s"], 2)}
+    expected = simulate(
+        [Load("segment", found["tasks"], task_s)],
+        found["workers"],
+        Machine(group_cost_s, jitter=0.0),
+    )
+    return {
+        **found,
+        "simulated_s": expected["wall_s"],
+        "ratio": round(found["wall_s"] / expected["wall_s"], 2),
+    }
 
 
 def compare_network(n_workers: int, group_cost_s: float) -> dict[str, Any]:
@@ -259,18 +301,32 @@ def compare_network(n_workers: int, group_cost_s: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, target = write_volume(folder / "volume.zarr", (1, 1, 1)), str(folder / "out.zarr")
-        settings = parse_settings({"model": "starter", "engine": "torch", "threads": 1, "overlap": 0,
-                                   "patch": "32,64,64", "block": "64,64,64"})  # fmt: skip
+        settings = parse_settings(
+            {
+                "model": "starter",
+                "engine": "torch",
+                "threads": 1,
+                "overlap": 0,
+                "patch": "32,64,64",
+                "block": "64,64,64",
+            }
+        )
         [(plan, _)] = plan_runs(str(source), target, settings)
         with cluster(folder, n_workers, "") as running:
-            segment(str(source), str(folder / "first.zarr"), settings, client=running["client"])  # opens the network
+            segment(
+                str(source), str(folder / "first.zarr"), settings, client=running["client"]
+            )  # opens the network
             result = segment(str(source), target, settings, client=running["client"])
         timings = Journal.read(plan).timings
     loads = [Load(s.name, s.n_tasks, timings[s.name].seconds / s.n_tasks) for s in plan.stages]
     expected = simulate(loads, n_workers, Machine(group_cost_s, jitter=0.0))
-    return {"workers": n_workers, "stage_s": {load.stage: round(load.compute_s, 3) for load in loads},
-            "wall_s": round(result.wall_s, 2), "simulated_s": expected["wall_s"],
-            "ratio": round(result.wall_s / expected["wall_s"], 2)}  # fmt: skip
+    return {
+        "workers": n_workers,
+        "stage_s": {load.stage: round(load.compute_s, 3) for load in loads},
+        "wall_s": round(result.wall_s, 2),
+        "simulated_s": expected["wall_s"],
+        "ratio": round(result.wall_s / expected["wall_s"], 2),
+    }
 
 
 def table(loads: Sequence[Load], machine: Machine, price: float) -> list[dict[str, Any]]:
@@ -282,8 +338,8 @@ def table(loads: Sequence[Load], machine: Machine, price: float) -> list[dict[st
 def _in_small_groups(loads: Sequence[Load], machine: Machine, price: float) -> list[dict[str, Any]]:
     """Return the table with groups of half a second and 512 of them in flight, whatever the number of workers."""
     with (
-        mock.patch.object(dispatch, "_GROUP_COST_S", 0.0),
-        mock.patch.object(dispatch, "window_of", lambda n: min(max(8, 4 * n), 512)),
+        mock.patch.object(dispatcher, "_GROUP_COST_S", 0.0),
+        mock.patch.object(dispatcher, "window_of", lambda n: min(max(8, 4 * n), 512)),
     ):
         return table(loads, machine, price)
 
@@ -305,7 +361,12 @@ def measure(price: float = 3.0) -> dict[str, Any]:
         "load": [round(n, 1) for n in os.getloadavg()],
         "group_cost_s": round(group_cost_s, 5),
         "checks": checks,
-        "assumed": {**asdict(machine), "price_per_gpu_hour": price, "field_s": FIELD_S, "network_s": NETWORK_S},
+        "assumed": {
+            **asdict(machine),
+            "price_per_gpu_hour": price,
+            "field_s": FIELD_S,
+            "network_s": NETWORK_S,
+        },
         "plate": table(plate(), machine, price),
         "plate_with_fast_store": table(plate(), fast, price),
         "plate_with_fast_store_in_small_groups": _in_small_groups(plate(), fast, price),

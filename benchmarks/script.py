@@ -24,13 +24,13 @@ from skimage.measure import label as label_whole
 
 from benchmarks.field import PUBLISHED_SHAPE, predict_by_monai
 from benchmarks.machine import describe
-from megaseg_dask.demo import write_sample
 from megaseg_dask.models import build_network
-from megaseg_dask.models.zoo import load
-from megaseg_dask.run import plan_runs, segment
-from megaseg_dask.settings import parse_settings
-from megaseg_dask.simulation import simulate
+from megaseg_dask.models.registry import load
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import plan_runs, segment
 from megaseg_dask.stores import Location
+from megaseg_dask.tools.demo import write_sample
+from megaseg_dask.tools.simulation import simulate
 
 PATCH, OVERLAP, DEPTH = (64, 128, 128), 0.25, (0, 32, 32)
 
@@ -44,7 +44,9 @@ def run_script(source: Path, target: Path, model: str, block: tuple[int, ...]) -
     def predict(values: np.ndarray) -> np.ndarray:
         patch = torch.as_tensor((values - mean) / std)[None, None]
         with torch.inference_mode():
-            logits = sliding_window_inference(patch, PATCH, 1, network, overlap=OVERLAP, mode="gaussian")
+            logits = sliding_window_inference(
+                patch, PATCH, 1, network, overlap=OVERLAP, mode="gaussian"
+            )
         return torch.sigmoid(logits)[0, 0].numpy()
 
     scores = image.map_overlap(
@@ -54,8 +56,16 @@ def run_script(source: Path, target: Path, model: str, block: tuple[int, ...]) -
     # One block at a time: each forward pass takes all cores.
     with dask.config.set(scheduler="single-threaded"):
         write_image(scores, group, axes="zyx", storage_options={"chunks": (65, 128, 128)})
-    labels, n = label(da.from_zarr(str(target / "0" if (target / "0").exists() else target / "s0")) > 0.5)
-    write_labels(labels.astype("uint32"), group, "cells", axes="zyx", storage_options={"chunks": (65, 128, 128)})
+    labels, n = label(
+        da.from_zarr(str(target / "0" if (target / "0").exists() else target / "s0")) > 0.5
+    )
+    write_labels(
+        labels.astype("uint32"),
+        group,
+        "cells",
+        axes="zyx",
+        storage_options={"chunks": (65, 128, 128)},
+    )
     int(n)
 
 
@@ -65,9 +75,17 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
     made = simulate(0, shape)
     block = (shape[0], -(-shape[1] // 2), -(-shape[2] // 2))
     with tempfile.TemporaryDirectory() as folder:
-        source, ours, theirs = (Path(folder) / name for name in ("field.zarr", "ours.zarr", "theirs.zarr"))
+        source, ours, theirs = (
+            Path(folder) / name for name in ("field.zarr", "ours.zarr", "theirs.zarr")
+        )
         write_sample(Location.of(source), made.image, made.mask.astype(np.uint16))
-        options = {"model": model, "scores_dtype": "float32", "patch": PATCH, "overlap": OVERLAP, "block": block}
+        options = {
+            "model": model,
+            "scores_dtype": "float32",
+            "patch": PATCH,
+            "overlap": OVERLAP,
+            "block": block,
+        }
         settings = parse_settings(options)
         [(plan, _)] = plan_runs(str(source), str(ours), settings)
         _, expected = predict_by_monai(made.image, model, PATCH, OVERLAP)
@@ -94,7 +112,16 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
         "script_s": round(theirs_s, 1),
         "ratio": round(theirs_s / ours_s, 2),
         "objects_unsplit": n_true,
-        **{f"objects_{name}": int(label_whole(s > 0.5, connectivity=1).max()) for name, s in found.items()},
-        **{f"largest_difference_{name}": float(np.abs(s - expected).max()) for name, s in found.items()},
-        **{f"voxels_differ_{name}": int(((s > 0.5) != (expected > 0.5)).sum()) for name, s in found.items()},
+        **{
+            f"objects_{name}": int(label_whole(s > 0.5, connectivity=1).max())
+            for name, s in found.items()
+        },
+        **{
+            f"largest_difference_{name}": float(np.abs(s - expected).max())
+            for name, s in found.items()
+        },
+        **{
+            f"voxels_differ_{name}": int(((s > 0.5) != (expected > 0.5)).sum())
+            for name, s in found.items()
+        },
     }

@@ -21,19 +21,63 @@ Rows = Iterable[Iterable[object]]
 def field(found: dict[str, Any]) -> str:
     """Return the table of one field: each engine against MONAI."""
     windows, monai_s = found["windows"], found["monai_s"]
-    rows = [["MONAI `sliding_window_inference`, eager", windows, f"{monai_s / windows:.2f}", monai_s, 1, "", 1, 0]]
+    rows = [
+        [
+            "MONAI `sliding_window_inference`, eager",
+            windows,
+            f"{monai_s / windows:.2f}",
+            monai_s,
+            1,
+            "",
+            1,
+            0,
+        ]
+    ]
     nnunet = found.get("nnunet", {})
     if "wall_s" in nnunet:
         pace = f"{nnunet['wall_s'] / nnunet['windows']:.2f}"
-        rows.append(["nnU-Net v2's predictor, windows elsewhere", nnunet["windows"], pace, nnunet["wall_s"],
-                     _ratio(monai_s, nnunet["wall_s"]), "", *_agreement(nnunet)])  # fmt: skip
+        rows.append(
+            [
+                "nnU-Net v2's predictor, windows elsewhere",
+                nnunet["windows"],
+                pace,
+                nnunet["wall_s"],
+                _ratio(monai_s, nnunet["wall_s"]),
+                "",
+                *_agreement(nnunet),
+            ]
+        )
     for name, case in found["ours"].items():
-        agreement = _agreement(case) if case["patches"] == windows else ["other windows, another answer", ""]
+        agreement = (
+            _agreement(case)
+            if case["patches"] == windows
+            else ["other windows, another answer", ""]
+        )
         share = f"{100 * case['share_not_inference']:.0f} %"
-        rows.append([f"ours, {name}", case["patches"], f"{case['patch_s']:.2f}", case["task_s"],
-                     _ratio(monai_s, case["task_s"]), share, *agreement])  # fmt: skip
-    return _table(["", "windows", "s a window", "s in all", "MONAI ÷ it", "not inference", "Dice with MONAI",
-                   "largest difference"], rows)  # fmt: skip
+        rows.append(
+            [
+                f"ours, {name}",
+                case["patches"],
+                f"{case['patch_s']:.2f}",
+                case["task_s"],
+                _ratio(monai_s, case["task_s"]),
+                share,
+                *agreement,
+            ]
+        )
+    return _table(
+        [
+            "",
+            "windows",
+            "s a window",
+            "s in all",
+            "MONAI ÷ it",
+            "not inference",
+            "Dice with MONAI",
+            "largest difference",
+        ],
+        rows,
+    )
 
 
 def codecs(found: dict[str, Any]) -> str:
@@ -44,7 +88,9 @@ def codecs(found: dict[str, Any]) -> str:
 def chunks(found: dict[str, Any]) -> str:
     """Return what chunks of different size write and read."""
     ours = "shards of 66×375×464 (ours)"
-    return _by_kind({kind: {**by, ours: found[ours][kind]} for kind, by in found["chunks"].items()}, "chunks")
+    return _by_kind(
+        {kind: {**by, ours: found[ours][kind]} for kind, by in found["chunks"].items()}, "chunks"
+    )
 
 
 def pipelines(found: dict[str, Any]) -> str:
@@ -59,7 +105,10 @@ def timeline(found: dict[str, Any]) -> str:
         [name, case["fields_per_s"], f"{100 * case['inference_busy']:.0f} %", case["median_wait_s"]]
         for name, case in found["worker"].items()
     ]
-    return _table(["inference of a field, tasks in hand", "fields/s", "engine busy", "it waits, median s"], rows)
+    return _table(
+        ["inference of a field, tasks in hand", "fields/s", "engine busy", "it waits, median s"],
+        rows,
+    )
 
 
 def volumes(found: dict[str, Any]) -> str:
@@ -68,20 +117,57 @@ def volumes(found: dict[str, Any]) -> str:
     for case in (found[name] for name in ("volume_8gb", "volume_64gb")):
         peak, projected = max(case["peak_gb"].values()), max(case["projected_gb"].values())
         shape = "×".join(map(str, case["shape"]))
-        rows.append([f"{shape}, {case['source_gb']} GB", case["memory_gb"], case["workers"], projected, peak,
-                     case["wall_s"], case["mvoxels_per_s"]])  # fmt: skip
-    return _table(["volume", "`--memory`, GB", "workers", "projected", "measured peak", "seconds", "Mvoxel/s"], rows)
+        rows.append(
+            [
+                f"{shape}, {case['source_gb']} GB",
+                case["memory_gb"],
+                case["workers"],
+                projected,
+                peak,
+                case["wall_s"],
+                case["mvoxels_per_s"],
+            ]
+        )
+    return _table(
+        [
+            "volume",
+            "`--memory`, GB",
+            "workers",
+            "projected",
+            "measured peak",
+            "seconds",
+            "Mvoxel/s",
+        ],
+        rows,
+    )
 
 
 def many(found: dict[str, Any]) -> str:
     """Return runs of very many tasks that do nothing."""
     rows = [
-        [name, f"{case['tasks']:,}", f"{case['tasks_per_s']:,}", case["client_mb"]["peak"], case["scheduler_peak_mb"],
-         case["already_done_s"]]
-        for name, case in (("all stages", found["all_stages"]), ("one large stage", found["one_stage"]))
-    ]  # fmt: skip
+        [
+            name,
+            f"{case['tasks']:,}",
+            f"{case['tasks_per_s']:,}",
+            case["client_mb"]["peak"],
+            case["scheduler_peak_mb"],
+            case["already_done_s"],
+        ]
+        for name, case in (
+            ("all stages", found["all_stages"]),
+            ("one large stage", found["one_stage"]),
+        )
+    ]
     return _table(
-        ["empty tasks", "n", "tasks/s", "client, peak MB", "scheduler, peak MB", "finished run again, s"], rows
+        [
+            "empty tasks",
+            "n",
+            "tasks/s",
+            "client, peak MB",
+            "scheduler, peak MB",
+            "finished run again, s",
+        ],
+        rows,
     )
 
 
@@ -91,9 +177,22 @@ def labels(found: dict[str, Any]) -> str:
     for kind, by_shape in found["labels"].items():
         for shape, case in by_shape.items():
             n = case["ours"]["n_objects"]
-            rows.append([f"{kind}, {shape.replace('x', '×')}", f"{n:,}", *map(_took, map(case.get, _VARIANTS))])
+            rows.append(
+                [
+                    f"{kind}, {shape.replace('x', '×')}",
+                    f"{n:,}",
+                    *map(_took, map(case.get, _VARIANTS)),
+                ]
+            )
     return _table(
-        ["mask", "objects", "ours, blocks of 128³", "dask-image, same blocks", "scikit-image, whole", "cc3d, whole"],
+        [
+            "mask",
+            "objects",
+            "ours, blocks of 128³",
+            "dask-image, same blocks",
+            "scikit-image, whole",
+            "cc3d, whole",
+        ],
         rows,
     )
 
@@ -101,33 +200,59 @@ def labels(found: dict[str, Any]) -> str:
 def joins(found: dict[str, Any]) -> str:
     """Return joins of tables of fragments."""
     rows = [
-        [f"{case['n_fragments']:,}", f"{case['n_pairs']:,}", case["wall_s"], round(case["peak_bytes"] / 1e9, 2),
-         round(case["projected_bytes"] / 1e9, 2)]
+        [
+            f"{case['n_fragments']:,}",
+            f"{case['n_pairs']:,}",
+            case["wall_s"],
+            round(case["peak_bytes"] / 1e9, 2),
+            round(case["projected_bytes"] / 1e9, 2),
+        ]
         for case in found["join"]["faces"]
-    ]  # fmt: skip
+    ]
     return _table(["fragments", "pairs", "seconds", "peak, GB", "projected, GB"], rows)
 
 
 def whole_job(found: dict[str, Any]) -> str:
     """Return the whole job against a script of dask, dask-image and ome-zarr."""
     rows = [
-        [name, found[f"{who}_s"], f"{found[f'objects_{who}']:,} of {found['objects_unsplit']:,}",
-         f"{found[f'voxels_differ_{who}']:,}", f"{found[f'largest_difference_{who}']:.1g}"]
+        [
+            name,
+            found[f"{who}_s"],
+            f"{found[f'objects_{who}']:,} of {found['objects_unsplit']:,}",
+            f"{found[f'voxels_differ_{who}']:,}",
+            f"{found[f'largest_difference_{who}']:.1g}",
+        ]
         for who, name in (("ours", f"ours, {found['engine']}"), ("script", "the script"))
-    ]  # fmt: skip
-    return _table(["", "seconds", "objects, of the unsplit", "voxels of the mask that differ", "largest difference"],
-                  rows)  # fmt: skip
+    ]
+    return _table(
+        [
+            "",
+            "seconds",
+            "objects, of the unsplit",
+            "voxels of the mask that differ",
+            "largest difference",
+        ],
+        rows,
+    )
 
 
 def plate(found: dict[str, Any]) -> str:
     """Return plates: many small fields, and real nuclei by one and two workers."""
     fields, case = found["fields"], found["plate"]
-    sizes = [fields[f"scheduler_and_client_{when}_mb"][1] for when in ("after_a_third", "at_the_end")]
+    sizes = [
+        fields[f"scheduler_and_client_{when}_mb"][1] for when in ("after_a_third", "at_the_end")
+    ]
     rows = [
-        [f"{fields['fields']} fields of 16×64×64, empty engine, 2 workers", fields["fields_per_s"], *sizes],
-        *([f"{case['volumes']} volumes of 24×64×72, `starter`, {name}", pace, "", ""]
-          for name, pace in case["volumes_per_s"].items()),
-    ]  # fmt: skip
+        [
+            f"{fields['fields']} fields of 16×64×64, empty engine, 2 workers",
+            fields["fields_per_s"],
+            *sizes,
+        ],
+        *(
+            [f"{case['volumes']} volumes of 24×64×72, `starter`, {name}", pace, "", ""]
+            for name, pace in case["volumes_per_s"].items()
+        ),
+    ]
     return _table(["plate", "volumes/s", "client after a third, MB", "at the end"], rows)
 
 
@@ -164,7 +289,9 @@ def _table(head: list[str], rows: Rows) -> str:
 
 
 def _by_kind(found: dict[str, dict[str, Any]], what: str) -> str:
-    rows = [[name, *(_speed(by[name]) for by in found.values())] for name in next(iter(found.values()))]
+    rows = [
+        [name, *(_speed(by[name]) for by in found.values())] for name in next(iter(found.values()))
+    ]
     return _table([what, *(f"{kind}: write / read, MB/s (× smaller)" for kind in found)], rows)
 
 
@@ -183,7 +310,11 @@ def _agreement(case: dict[str, Any]) -> list[str]:
 def _took(case: dict[str, Any] | None) -> str:
     if case is None:
         return "had failed before"
-    return case["failed"] if "failed" in case else f"{case['wall_s']} s, {case['peak_bytes'] / 1e9:.2f} GB"
+    return (
+        case["failed"]
+        if "failed" in case
+        else f"{case['wall_s']} s, {case['peak_bytes'] / 1e9:.2f} GB"
+    )
 
 
 def fill() -> None:

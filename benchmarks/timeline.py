@@ -20,10 +20,10 @@ import numpy as np
 from benchmarks.field import PUBLISHED_SHAPE
 from benchmarks.machine import RESULTS, describe, keep
 from benchmarks.scale import cluster, write_series
-from megaseg_dask import plan
-from megaseg_dask.run import segment
-from megaseg_dask.settings import parse_settings
-from megaseg_dask.simulation import simulate
+from megaseg_dask.plan import plan
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import segment
+from megaseg_dask.tools.simulation import simulate
 
 # What a worker does in place of inference, and who notes when.
 PRELOAD = """
@@ -84,7 +84,9 @@ noting(levels, "downsample", "downsample")
 
 
 def measure(
-    shape: tuple[int, ...] = PUBLISHED_SHAPE, n_fields: int = 12, paces: tuple[float, ...] = (0.25, 1.5)
+    shape: tuple[int, ...] = PUBLISHED_SHAPE,
+    n_fields: int = 12,
+    paces: tuple[float, ...] = (0.25, 1.5),
 ) -> dict[str, Any]:
     """Return fields per second, and how busy the engine is, with one task in hand and with three, at some paces."""
     machine, made = describe(), simulate(0, shape)
@@ -98,19 +100,36 @@ def measure(
             folder = Path(name) / case
             folder.mkdir()
             found[case], events = run(source, folder, n_tasks, field_s)
-    return {"machine": machine, "shape": shape, "fields": n_fields, "worker": found, "trace": events}
+    return {
+        "machine": machine,
+        "shape": shape,
+        "fields": n_fields,
+        "worker": found,
+        "trace": events,
+    }
 
 
-def run(source: Path, folder: Path, n_tasks: int, field_s: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run(
+    source: Path, folder: Path, n_tasks: int, field_s: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Segment a timelapse with so many tasks in hand; return what it took, and the events of the trace."""
     log = folder / "events.jsonl"
     preload = PRELOAD
-    filled = {"n_tasks": n_tasks, "field_s": field_s, "log!r": repr(str(log)),
-              "mask!r": repr(str(folder.parent / "mask.npy"))}  # fmt: skip
+    filled = {
+        "n_tasks": n_tasks,
+        "field_s": field_s,
+        "log!r": repr(str(log)),
+        "mask!r": repr(str(folder.parent / "mask.npy")),
+    }
     for key, value in filled.items():
         preload = preload.replace(f"{{{key}}}", str(value))
-    settings = parse_settings({"model": "starter", "engine": "torch", "threads": 1, "overlap": 0, "memory": "16GB"})
-    with mock.patch.dict(plan.TASKS_AT_ONCE, {"cpu": n_tasks}), cluster(folder, 1, preload, n_tasks) as running:
+    settings = parse_settings(
+        {"model": "starter", "engine": "torch", "threads": 1, "overlap": 0, "memory": "16GB"}
+    )
+    with (
+        mock.patch.dict(plan.TASKS_AT_ONCE, {"cpu": n_tasks}),
+        cluster(folder, 1, preload, n_tasks) as running,
+    ):
         started = time.perf_counter()
         result = segment(str(source), str(folder / "out.zarr"), settings, client=running["client"])
         wall_s = time.perf_counter() - started
@@ -138,14 +157,22 @@ def keep_both(found: dict[str, Any]) -> None:
     """Keep the result, and the trace beside it."""
     events = found.pop("trace")
     first = min(event["ts"] for event in events)
-    text = json.dumps({"traceEvents": [{**e, "ts": round(e["ts"] - first), "dur": round(e["dur"])} for e in events]})
+    text = json.dumps(
+        {
+            "traceEvents": [
+                {**e, "ts": round(e["ts"] - first), "dur": round(e["dur"])} for e in events
+            ]
+        }
+    )
     (RESULTS / "timeline.trace.json").write_text(text + "\n")
     keep("timeline", found)
 
 
 def main() -> None:
     """Measure, and keep."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     keep_both(measure())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import xarray
 
 import megaseg_dask
-from megaseg_dask.demo import read_sample
+from megaseg_dask.tools.demo import read_sample
 
 BLOCK = (60, 128, 128)
 
@@ -19,7 +19,11 @@ BLOCK = (60, 128, 128)
 def scores(image: np.ndarray, block: tuple[int, ...] | None = None) -> np.ndarray:
     """Predict an image ``(z, y, x)`` with the starter model."""
     array = xarray.DataArray(image, dims=["z", "y", "x"])
-    return megaseg_dask.predict(array, "starter", block=block or image.shape, threads=1).compute().values
+    return (
+        megaseg_dask.predict(array, "starter", block=block or image.shape, threads=1)
+        .compute()
+        .values
+    )
 
 
 def main() -> None:
@@ -36,16 +40,23 @@ def main() -> None:
     for name, found in (("in blocks", split), ("a simple loop", loop)):
         masks = [values > 0.5 for values in (whole, found)]
         dice = 2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum())
-        print(f"{name}: largest difference {np.abs(found - whole).max():.3g}, Dice of the masks {dice:.4f}")  # noqa: T201
+        print(
+            f"{name}: largest difference {np.abs(found - whole).max():.3g}, Dice of the masks {dice:.4f}"
+        )
     z = image.shape[0] // 2
     figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
     axes[0].imshow(image[z], cmap="gray")
     axes[0].set_title("image")
     axes[1].imshow(whole[z], cmap="viridis", vmin=0, vmax=1)
     axes[1].set_title("scores, whole")
-    for axis, found, title in ((axes[2], split, "in blocks − whole"), (axes[3], loop, "a simple loop − whole")):
+    for axis, found, title in (
+        (axes[2], split, "in blocks − whole"),
+        (axes[3], loop, "a simple loop − whole"),
+    ):
         shown = axis.imshow(found[z] - whole[z], cmap="PuOr", vmin=-1, vmax=1)
-        axis.set_title(f"{title}\nlargest difference {np.abs(found - whole).max():.2g}", fontsize=10)
+        axis.set_title(
+            f"{title}\nlargest difference {np.abs(found - whole).max():.2g}", fontsize=10
+        )
     for axis in axes:
         axis.set_axis_off()
     for axis in axes[1:]:

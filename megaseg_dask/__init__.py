@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from megaseg_dask.events import Result
-    from megaseg_dask.xarrays import open_image, predict
+    from megaseg_dask.lazy import open_image, predict
 
 __all__ = ["open_image", "predict", "segment"]
 
@@ -26,10 +26,12 @@ def segment(
     starting workers. Raises :class:`~megaseg_dask.errors.MegasegError` for a
     request that cannot be carried out; tasks that failed are named in the result.
     """
-    from megaseg_dask import run
-    from megaseg_dask.settings import parse_settings
+    from megaseg_dask.plan.settings import parse_settings
+    from megaseg_dask.run import runner
 
-    return run.segment(str(source), str(target), parse_settings({"model": model, **settings}), client=client)
+    return runner.segment(
+        str(source), str(target), parse_settings({"model": model, **settings}), client=client
+    )
 
 
 if not TYPE_CHECKING:
@@ -38,6 +40,6 @@ if not TYPE_CHECKING:
         # xarray and Dask's arrays take a second to import; nobody who only segments pays for it.
         if name not in ("open_image", "predict"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from megaseg_dask import xarrays
+        from megaseg_dask import lazy
 
-        return getattr(xarrays, name)
+        return getattr(lazy, name)

@@ -1,6 +1,6 @@
 """``python -m megaseg_dask`` is ``megaseg``."""
 
-from megaseg_dask.cli import main
+from megaseg_dask.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -24,9 +24,9 @@ import torch
 from monai.inferers import sliding_window_inference
 from skimage.filters import gaussian, threshold_local, threshold_otsu
 
-from megaseg_dask.evaluate import evaluate
+from megaseg_dask.algorithms.matching import evaluate
 from megaseg_dask.models import Bundle, build_network, load_bundle
-from megaseg_dask.simulation import KINDS, simulate
+from megaseg_dask.tools.simulation import KINDS, simulate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUCLEI = ("cells3d_nuclei_labels/nuclei.tif", "cells3d_nuclei_labels/nuclei_label.tif")
@@ -86,7 +86,11 @@ def real_images(data: Path) -> Iterator[tuple[str, Array, Array | None]]:
     """Yield the labelled stacks, and LaminB1 without labels, as far as they are there."""
     import tifffile
 
-    for name, files in {"nuclei": NUCLEI, "idr0062 DAPI": DAPI, "idr0062 LaminB1": (LAMIN,)}.items():
+    for name, files in {
+        "nuclei": NUCLEI,
+        "idr0062 DAPI": DAPI,
+        "idr0062 LaminB1": (LAMIN,),
+    }.items():
         if all((data / file).is_file() for file in files):
             image, *truth = (tifffile.imread(data / file) for file in files)
             yield name, image, truth[0] > 0 if truth else None
@@ -98,13 +102,18 @@ def hard_images() -> Iterator[tuple[str, Array, Array]]:
     """Yield simulations at signal-to-noise ratios of 1.5 to 3, uneven and of mixed contrast."""
     for number, kind in enumerate(KINDS):
         # An image whose field holds next to nothing says nothing about a method.
-        made = (simulate(HARD_SEED + 1000 * number + i, HARD_SHAPE, kind, difficulty=1) for i in range(1000))
+        made = (
+            simulate(HARD_SEED + 1000 * number + i, HARD_SHAPE, kind, difficulty=1)
+            for i in range(1000)
+        )
         full = (one for one in made if one.mask.mean() > 0.002)
         for one, _ in zip(full, range(N_HARD), strict=False):
             yield f"hard {kind}", one.image, one.mask
 
 
-def compare(methods: dict[str, Method], data: Path, pictures: Path | None) -> dict[str, dict[str, float]]:
+def compare(
+    methods: dict[str, Method], data: Path, pictures: Path | None
+) -> dict[str, dict[str, float]]:
     """Return {row: {method: mean Dice}}; rows are the real stacks and the kinds of hard simulation."""
     scores: dict[str, dict[str, list[float]]] = {}
     for name, image, truth in [*real_images(data), *hard_images()]:
@@ -120,7 +129,10 @@ def compare(methods: dict[str, Method], data: Path, pictures: Path | None) -> di
                 row.append(evaluate(mask, truth).dice)
         if pictures is not None and len(scores.get(name, {}).get("starter", [0])) == 1:
             draw(pictures / f"{name.replace(' ', '_')}.png", image, truth, masks["starter"])
-    return {name: {m: round(float(np.mean(v)), 4) for m, v in row.items()} for name, row in scores.items()}
+    return {
+        name: {m: round(float(np.mean(v)), 4) for m, v in row.items()}
+        for name, row in scores.items()
+    }
 
 
 def draw(file: Path, image: Array, truth: Array | None, mask: Array) -> None:
@@ -131,7 +143,10 @@ def draw(file: Path, image: Array, truth: Array | None, mask: Array) -> None:
     shown = (np.clip((image - low) / max(high - low, 1), 0, 1) * 255).astype(np.uint8)
     stacks = [shown, *(m * np.uint8(255) for m in (truth, mask) if m is not None)]
     slices = np.linspace(0.1, 0.9, 5) * len(image)
-    rows = [np.hstack([*(s[int(z)] for z in slices), _tall(s[:, s.shape[1] // 2], s.shape[1])]) for s in stacks]
+    rows = [
+        np.hstack([*(s[int(z)] for z in slices), _tall(s[:, s.shape[1] // 2], s.shape[1])])
+        for s in stacks
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
     iio.imwrite(file, np.vstack(rows))
 
@@ -144,15 +159,26 @@ def machine() -> dict[str, Any]:
     """Describe where this ran."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = {"torch": torch.__version__, "monai": monai.__version__, "python": platform.python_version()}
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
+    versions = {
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "python": platform.python_version(),
+    }
     return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
 
 
 def main() -> None:
     """Read the command line, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, default=REPOSITORY / "megaseg_dask" / "models" / "starter")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--bundle", type=Path, default=REPOSITORY / "megaseg_dask" / "models" / "starter"
+    )
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--json", type=Path, help="for example benchmarks/results/starter.json")
     parser.add_argument("--pictures", type=Path, help="a folder for PNGs to look at")
@@ -160,17 +186,29 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bundle = load_bundle(args.bundle)
-    thresholds: dict[str, Method] = {"Otsu": otsu, "Otsu, sm.": otsu_smoothed, "local": local, "local 3D": local_3d}
+    thresholds: dict[str, Method] = {
+        "Otsu": otsu,
+        "Otsu, sm.": otsu_smoothed,
+        "local": local,
+        "local 3D": local_3d,
+    }
     methods = {"starter": starter(bundle), **thresholds}
     rows = compare(methods, args.data, args.pictures)
     hard = [row for name, row in rows.items() if name.startswith("hard")]
-    rows["hard, mean of kinds"] = {m: round(float(np.mean([row[m] for row in hard])), 4) for m in methods}
+    rows["hard, mean of kinds"] = {
+        m: round(float(np.mean([row[m] for row in hard])), 4) for m in methods
+    }
     print(f"\n{'Dice':24}" + "".join(f"{method:>10}" for method in methods))
     for name, row in rows.items():
         print(f"{name:24}" + "".join(f"{row[method]:10.3f}" for method in methods))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {"patch": bundle.patch_shape, "overlap": bundle.overlap, "hard_shape": HARD_SHAPE, "n_hard": N_HARD}
+        settings = {
+            "patch": bundle.patch_shape,
+            "overlap": bundle.overlap,
+            "hard_shape": HARD_SHAPE,
+            "n_hard": N_HARD,
+        }
         result = {"bundle": bundle.digest, "settings": settings, "dice": rows, "machine": machine()}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -21,16 +21,24 @@ def export(run: Path, bundle: Path, epoch: int) -> Path:
     """Return the path of the checkpoint that was written."""
     if (run / "last.pt").exists():
         average = torch.load(run / "last.pt", weights_only=True)["average"]
-        weights = {name.removeprefix("module."): value for name, value in average.items() if name != "n_averaged"}
+        weights = {
+            name.removeprefix("module."): value
+            for name, value in average.items()
+            if name != "n_averaged"
+        }
     else:
         weights = load_bundle(run).weights
     patch_shape = STAGES[-1][2]
     spec = NetworkSpec(filters=FILTERS)
-    return save_bundle(bundle, spec, weights, patch_shape=patch_shape, overlap=0.25, epoch=epoch, half=True)
+    return save_bundle(
+        bundle, spec, weights, patch_shape=patch_shape, overlap=0.25, epoch=epoch, half=True
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--epoch", type=int, default=1)

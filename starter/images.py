@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 from tifffile import imread, imwrite
 
-from megaseg_dask.simulation import KINDS, simulate
+from megaseg_dask.tools.simulation import KINDS, simulate
 
 Array = np.ndarray
 
@@ -38,13 +38,18 @@ def write_images(folder: Path, n: int, first_seed: int, idr0062: Path | None = N
     for i in range(n):
         split = "train" if i < n * 6 / 7 else "val"
         shape = SHAPE if split == "train" else VALIDATION_SHAPE
-        made = simulate(first_seed + i, shape, _KINDS[i % len(_KINDS)], difficulty=rng.uniform(0, 1))
+        made = simulate(
+            first_seed + i, shape, _KINDS[i % len(_KINDS)], difficulty=rng.uniform(0, 1)
+        )
         rows.append([*_write(folder, f"{i:03d}", made.image, made.mask), split])
     if idr0062 is not None:
         image = imread(idr0062 / "6001240_L1_DAPI.ome.tif")
         mask = imread(idr0062 / "6001240_L1_labels_GT61.ome.tif") > 0
         known, held = ((image[planes], mask[planes]) for planes in _PLANES)
-        rows += [[*_write(folder, f"idr0062_{i}", *distort(*known, rng)), "train"] for i in range(_TIMES_REAL)]
+        rows += [
+            [*_write(folder, f"idr0062_{i}", *distort(*known, rng)), "train"]
+            for i in range(_TIMES_REAL)
+        ]
         rows += [[*_write(folder, "idr0062_val", *held), "val"]] * _TIMES_VALIDATING
     manifest = folder / "images.csv"
     with manifest.open("w", newline="") as file:
@@ -60,7 +65,10 @@ def distort(image: Array, mask: Array, rng: np.random.Generator) -> tuple[Array,
     values = ndimage.zoom(image[turned].transpose(axes).astype(np.float32), factors, order=1)
     inside = ndimage.zoom(mask[turned].transpose(axes), factors, order=0)
     # At least a patch; what is beyond the stack is its mirror.
-    beyond = [(0, max(0, least - extent)) for least, extent in zip(VALIDATION_SHAPE, values.shape, strict=True)]
+    beyond = [
+        (0, max(0, least - extent))
+        for least, extent in zip(VALIDATION_SHAPE, values.shape, strict=True)
+    ]
     values, inside = (np.pad(stack, beyond, "symmetric") for stack in (values, inside))
     low, high = values.min(), values.max()
     values = ((values - low) / (high - low)) ** rng.uniform(0.6, 1.5)
@@ -77,10 +85,16 @@ def _write(folder: Path, name: str, image: Array, mask: Array) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--n", type=int, default=56)
     parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--idr0062", type=Path, help="folder of the labelled stack of idr0062, to train on half of it")
+    parser.add_argument(
+        "--idr0062",
+        type=Path,
+        help="folder of the labelled stack of idr0062, to train on half of it",
+    )
     args = parser.parse_args()
     write_images(args.folder, args.n, args.first_seed, args.idr0062)

@@ -2,7 +2,7 @@
 
     nice -n 19 python starter/train.py RUN_FOLDER --steps 3600
 
-Nothing but `megaseg_dask.simulation` feeds it. Each image is z-scored as a
+Nothing but `megaseg_dask.tools.simulation` feeds it. Each image is z-scored as a
 whole before patches are cut, as inference does. Checkpoints (network, its
 moving average, Adam) go to RUN_FOLDER every few minutes; the same command
 continues from the last one. `starter/export.py` makes the bundle.
@@ -25,7 +25,7 @@ from monai.losses import GeneralizedDiceFocalLoss
 from monai.networks.nets import DynUNet
 from scipy import ndimage
 
-from megaseg_dask.simulation import KINDS, simulate
+from megaseg_dask.tools.simulation import KINDS, simulate
 
 FILTERS = (8, 16, 24, 32, 48)
 IMAGE_SHAPE = (64, 208, 208)
@@ -65,12 +65,16 @@ class Pool:
     def renew(self) -> None:
         """Simulate one image, distort and normalise it."""
         kind = str(self.rng.choice(KINDS, p=WEIGHTS / WEIGHTS.sum()))
-        made = simulate(self.first_seed + self.made, IMAGE_SHAPE, kind, difficulty=self.rng.uniform(0, 1))
+        made = simulate(
+            self.first_seed + self.made, IMAGE_SHAPE, kind, difficulty=self.rng.uniform(0, 1)
+        )
         image, mask = self.distort(made.image.astype(np.float32), made.mask)
         self.made += 1
         inside = np.flatnonzero(mask)
         inside = self.rng.choice(inside, 2000) if len(inside) else inside
-        self.images.append((((image - image.mean()) / image.std()).astype(np.float32), mask, inside))
+        self.images.append(
+            (((image - image.mean()) / image.std()).astype(np.float32), mask, inside)
+        )
         self.images = self.images[-self.size :]
 
     def distort(self, image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +106,9 @@ class Pool:
     def batch(self, n: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return n patches and their truth, float32 (n, 1, z, y, x)."""
         images, masks = zip(*(self.patch(shape) for _ in range(n)), strict=True)
-        return torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(np.stack(masks)[:, None]).float()
+        return torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(
+            np.stack(masks)[:, None]
+        ).float()
 
 
 def forward(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -140,17 +146,23 @@ def held_out() -> list[tuple[str, torch.Tensor, np.ndarray]]:
     return images
 
 
-def validate(network: torch.nn.Module, images: list[tuple[str, torch.Tensor, np.ndarray]]) -> dict[str, float]:
+def validate(
+    network: torch.nn.Module, images: list[tuple[str, torch.Tensor, np.ndarray]]
+) -> dict[str, float]:
     """Dice of each held-out image."""
     scores = {}
     with torch.inference_mode():
         for name, image, truth in images:
             mask = forward(network, image)[0, 0].numpy() > 0
-            scores[name] = round(float(2 * (mask & truth).sum() / max(mask.sum() + truth.sum(), 1)), 3)
+            scores[name] = round(
+                float(2 * (mask & truth).sum() / max(mask.sum() + truth.sum(), 1)), 3
+            )
     return scores
 
 
-def train(folder: Path, steps: int, rate: float, seed: int, start: Path | None, every_s: float) -> None:
+def train(
+    folder: Path, steps: int, rate: float, seed: int, start: Path | None, every_s: float
+) -> None:
     """Run or continue a training; one JSON line of progress goes to the log at each checkpoint."""
     torch.manual_seed(seed)
     network = build().to(memory_format=torch.channels_last_3d)
@@ -169,7 +181,9 @@ def train(folder: Path, steps: int, rate: float, seed: int, start: Path | None, 
         step, made, minutes = state["step"], state["made"], state["minutes"]
     elif start is not None:
         weights = torch.load(start, weights_only=True)["average"]
-        network.load_state_dict({k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"})
+        network.load_state_dict(
+            {k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"}
+        )
     pool = Pool(np.random.default_rng([seed, step]), first_seed=seed * 10**6, made=made)
     for _ in range(12):
         pool.renew()
@@ -179,7 +193,9 @@ def train(folder: Path, steps: int, rate: float, seed: int, start: Path | None, 
         n, shape = next((n, shape) for end, n, shape in STAGES if step < end * steps)
         # Cosine decay after a short warm-up; Adam and the loss are the published recipe's.
         warm = min(1.0, (step + 1) / 50)
-        optimizer.param_groups[0]["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
+        optimizer.param_groups[0]["lr"] = (
+            rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
+        )
         if step % 2 == 0:
             pool.renew()
         x, y = pool.batch(n, shape)
@@ -201,7 +217,9 @@ def train(folder: Path, steps: int, rate: float, seed: int, start: Path | None, 
             scores = validate(average, images)
             state = {"network": network, "average": average, "optimizer": optimizer}
             state = {name: part.state_dict() for name, part in state.items()}
-            torch.save(state | {"step": step, "made": pool.made, "minutes": spent}, folder / "last.part")
+            torch.save(
+                state | {"step": step, "made": pool.made, "minutes": spent}, folder / "last.part"
+            )
             (folder / "last.part").replace(saved)
             line = {
                 "step": step,
@@ -217,13 +235,17 @@ def train(folder: Path, steps: int, rate: float, seed: int, start: Path | None, 
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--start", type=Path, help="weights to start from: the last.pt of another run")
+    parser.add_argument(
+        "--start", type=Path, help="weights to start from: the last.pt of another run"
+    )
     parser.add_argument("--every", type=float, default=180, help="seconds between checkpoints")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.cluster.faults import Haunted
-from tests.unit.bundles import write_checkpoint
+from tests.fixtures.bundles import write_checkpoint
+from tests.fixtures.faults import Haunted
 
 # Shared machines stall: a clock says nothing about a law.
 # In CI the same examples each time: luck must not stop a change. `HYPOTHESIS_PROFILE=attack` looks for new ones.
 settings.register_profile("megaseg", deadline=None, max_examples=60)
 settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
 settings.register_profile("attack", deadline=None, max_examples=2000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "megaseg"))
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "megaseg")
+)
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -39,11 +41,15 @@ def client():
     import dask
     from distributed import Client, LocalCluster
 
-    from megaseg_dask.cluster import CONFIG
+    from megaseg_dask.run.cluster.workers import CONFIG
 
     with dask.config.set(CONFIG):
         cluster = LocalCluster(
-            n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+            n_workers=2,
+            threads_per_worker=1,
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+            host="127.0.0.1",
         )
         with Client(cluster) as client:
             yield client
@@ -63,9 +69,11 @@ def shared_data() -> Path:
 @pytest.fixture
 def haunted(tmp_path, monkeypatch) -> Haunted:
     """Let the workers that a run starts do what :class:`Haunted` says."""
-    from megaseg_dask import cluster
+    from megaseg_dask.run.cluster import workers
 
     (tmp_path / "haunted").mkdir()
     haunted = Haunted(tmp_path / "haunted")
-    monkeypatch.setitem(cluster.CONFIG, "distributed.worker.preload", [cluster.WORKER_PRELOAD, haunted.preload])
+    monkeypatch.setitem(
+        workers.CONFIG, "distributed.worker.preload", [workers.WORKER_PRELOAD, haunted.preload]
+    )
     return haunted

@@ -42,14 +42,20 @@ def test_the_benchmark_of_zarr_runs():
 
     found = measure((40, 160, 160), repeats=1)
     assert set(found["codecs"]) == {"image", "scores", "labels"}
-    assert all(case["times_smaller"] > 1 for name, case in found["codecs"]["labels"].items() if name != "none")
+    assert all(
+        case["times_smaller"] > 1
+        for name, case in found["codecs"]["labels"].items()
+        if name != "none"
+    )
 
 
 def test_the_timeline_shows_one_inference_at_a_time():
     from benchmarks.timeline import measure
 
     found = measure((24, 100, 120), n_fields=6, paces=(0.1,))
-    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in found["trace"] if e["name"] == "inference")
+    spans = sorted(
+        (e["ts"], e["ts"] + e["dur"]) for e in found["trace"] if e["name"] == "inference"
+    )
     assert len(spans) == 6
     assert all(before[1] <= after[0] for before, after in pairwise(spans))
     assert found["worker"]["0.1 s, 3 in hand"]["fields_per_s"] > 0

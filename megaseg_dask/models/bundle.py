@@ -39,7 +39,9 @@ class Step:
         names = STEPS.get(self.name)
         if names is None or len(names) != len(self.numbers) or not all(map(isfinite, self.numbers)):
             expected = ", ".join(f"{name}{numbers}" for name, numbers in STEPS.items())
-            raise BundleError(f"preprocessing step {self.name}{self.numbers}: expected one of {expected}, finite")
+            raise BundleError(
+                f"preprocessing step {self.name}{self.numbers}: expected one of {expected}, finite"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,9 @@ def content_digest(bundle: Bundle) -> str:
     if bundle.preprocessing != Preprocessing():
         settings.append([(step.name, step.numbers) for step in bundle.preprocessing.steps])
     if not is_plain(bundle.network, bundle.heads) or bundle.heads[0].activation != "sigmoid":
-        settings.append([(h.name, h.channels, h.first, h.n_blocks, h.activation) for h in bundle.heads])
+        settings.append(
+            [(h.name, h.channels, h.first, h.n_blocks, h.activation) for h in bundle.heads]
+        )
     digest = sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(bundle.weights.items()):
         digest.update(json.dumps([name, list(tensor.shape)]).encode())

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from megaseg_dask.errors import BundleError, SettingsError, StoreError
 from megaseg_dask.models.bundle import Bundle
-from megaseg_dask.models.cytodl import load_bundle
-from megaseg_dask.models.files import layout_of, parts_of
-from megaseg_dask.models.guards import open_zip, short
+from megaseg_dask.models.cytodl.files import layout_of, parts_of
+from megaseg_dask.models.cytodl.read import load_bundle
+from megaseg_dask.models.cytodl.safe_loading import open_zip, short
 
 HOME = "MEGASEG_HOME"
 RECORD = "record.json"
@@ -39,19 +39,27 @@ def home() -> Path:
             return Path.home() / "Library/Caches/megaseg"
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaseg"
     except RuntimeError as error:
-        raise SettingsError(f"no home directory is known here; set {HOME} to a folder for models") from error
+        raise SettingsError(
+            f"no home directory is known here; set {HOME} to a folder for models"
+        ) from error
 
 
 def is_name(text: str) -> bool:
     """Tell whether a model may be called so: its name is a folder's, and no path or file."""
-    return bool(_NAME.fullmatch(text)) and not text.endswith((".", *FORMS)) and text.casefold() != "starter"
+    return (
+        bool(_NAME.fullmatch(text))
+        and not text.endswith((".", *FORMS))
+        and text.casefold() != "starter"
+    )
 
 
 def require_name(text: str) -> None:
     """Raise BundleError unless a model may be called so."""
     if not is_name(text):
-        raise BundleError(f"a model cannot be called {short(text)}: expected up to 64 letters, digits, '.', '-' and "
-                          "'_', not the name of a .zip or .ckpt, and not starter")  # fmt: skip
+        raise BundleError(
+            f"a model cannot be called {short(text)}: expected up to 64 letters, digits, '.', '-' and "
+            "'_', not the name of a .zip or .ckpt, and not starter"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,9 @@ def read_record(name: str) -> Record | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}; set {HOME} to a folder of yours") from error
+        raise BundleError(
+            f"{path} cannot be read: {error.strerror}; set {HOME} to a folder of yours"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is damaged; {_again(name)}") from error
     return record
@@ -100,7 +110,11 @@ def read_record(name: str) -> Record | None:
 def cached_names() -> list[str]:
     """Names of the models in the cache, sorted."""
     with suppress(OSError):
-        return sorted(path.name for path in (home() / "models").iterdir() if is_name(path.name) and path.is_dir())
+        return sorted(
+            path.name
+            for path in (home() / "models").iterdir()
+            if is_name(path.name) and path.is_dir()
+        )
     return []
 
 
@@ -110,16 +124,23 @@ def load_cached(record: Record, checkpoint: str | None = None) -> Bundle:
         raise BundleError(f"{record.path} is not there, but its record is; {_again(record.name)}")
     bundle = load_bundle(record.path, checkpoint)
     # The bundle's digest is of the checkpoint that is taken by itself; of another, the file's must do.
-    kind, found, recorded = ("digest", bundle.digest, record.digest) if checkpoint is None else (
-                            "SHA-256", sha256_of(record.path), record.sha256)  # fmt: skip
+    kind, found, recorded = (
+        ("digest", bundle.digest, record.digest)
+        if checkpoint is None
+        else ("SHA-256", sha256_of(record.path), record.sha256)
+    )
     if found != recorded:
-        raise BundleError(f"{record.path} has {kind} {found[:12]}, its record says {recorded[:12]}; "
-                          f"{_again(record.name)}")  # fmt: skip
+        raise BundleError(
+            f"{record.path} has {kind} {found[:12]}, its record says {recorded[:12]}; "
+            f"{_again(record.name)}"
+        )
     return bundle
 
 
 def _again(name: str) -> str:
-    return f"get it again with `megaseg models fetch {name} --overwrite`, or import with --overwrite"
+    return (
+        f"get it again with `megaseg models fetch {name} --overwrite`, or import with --overwrite"
+    )
 
 
 @contextmanager
@@ -131,14 +152,22 @@ def writing(what: str) -> Iterator[None]:
         raise
     except OSError as error:
         cause = error.strerror or str(error)
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError):
-            raise SettingsError(f"{what} cannot be written to {home()}: {cause}; set {HOME} to a folder that can be "
-                                "written") from error  # fmt: skip
-        raise StoreError(f"{what} cannot be written to {home()}: {cause}; make room there, or set {HOME} to another "
-                         "folder, and run the same command again") from error  # fmt: skip
+        if isinstance(
+            error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError
+        ):
+            raise SettingsError(
+                f"{what} cannot be written to {home()}: {cause}; set {HOME} to a folder that can be "
+                "written"
+            ) from error
+        raise StoreError(
+            f"{what} cannot be written to {home()}: {cause}; make room there, or set {HOME} to another "
+            "folder, and run the same command again"
+        ) from error
 
 
-def install(name: str, form: str, fill: Callable[[Path], None], *, source: str, version: str = "") -> Record:
+def install(
+    name: str, form: str, fill: Callable[[Path], None], *, source: str, version: str = ""
+) -> Record:
     """Give a bundle its name in the cache, in place of one that has it; returns its record.
 
     ``fill`` puts its file where it is told. Raises BundleError, and leaves what
@@ -152,8 +181,16 @@ def install(name: str, form: str, fill: Callable[[Path], None], *, source: str, 
             path = staging / f"{name}{form}"
             fill(path)
             bundle = _load_whole(path)
-            record = Record(name, path.name, source, sha256_of(path), path.stat().st_size, bundle.digest,
-                            datetime.now(UTC).isoformat(timespec="seconds"), version)  # fmt: skip
+            record = Record(
+                name,
+                path.name,
+                source,
+                sha256_of(path),
+                path.stat().st_size,
+                bundle.digest,
+                datetime.now(UTC).isoformat(timespec="seconds"),
+                version,
+            )
             (staging / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
             for file in (path, staging / RECORD):
                 _sync(file)
@@ -211,14 +248,18 @@ def sha256_of(path: Path, algorithm: str = "sha256") -> str:
         return file_digest(file, algorithm).hexdigest()
 
 
-def import_bundle(path: Path, name: str, *, checkpoint: str | None = None, overwrite: bool = False) -> Record:
+def import_bundle(
+    path: Path, name: str, *, checkpoint: str | None = None, overwrite: bool = False
+) -> Record:
     """Copy a bundle into the cache under a name: a zip or .ckpt as it is, of a folder what is needed to run it.
 
     Raises BundleError if the name is taken and not to be overwritten, or it is no bundle.
     """
     require_name(name)
     if not overwrite and folder_of(name).exists():
-        raise BundleError(f"{name} is in the cache already; choose another name, or pass --overwrite to replace it")
+        raise BundleError(
+            f"{name} is in the cache already; choose another name, or pass --overwrite to replace it"
+        )
     if not path.exists():
         raise BundleError(f"{path} does not exist; give a bundle's folder, its zip or a .ckpt")
     # What is wrong with it is said of the path that was given.

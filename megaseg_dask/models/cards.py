@@ -13,8 +13,10 @@ from megaseg_dask.models.bundle import Bundle
 
 MINIMUM_SHAPE = (16, 16, 16)  # published, of both MegaSegs: smaller volumes are refused
 
-_ALLEN = "Allen Institute for Cell Science; its terms are not in the bundle, see where it publishes: " \
-         "https://allencell.github.io/allencell-segmenter-ml and https://www.allencell.org"  # fmt: skip
+_ALLEN = (
+    "Allen Institute for Cell Science; its terms are not in the bundle, see where it publishes: "
+    "https://allencell.github.io/allencell-segmenter-ml and https://www.allencell.org"
+)
 _SHARED = {
     "task": "structure-agnostic 3D segmentation, one channel in, one out",
     "loss": "generalized Dice focal loss (monai.losses.GeneralizedDiceFocalLoss)",
@@ -22,11 +24,11 @@ _SHARED = {
     "epochs": "1000 at most; stopped when the validation loss had not improved for 100",
     "training data": "2600 open images of hiPSC lines, 100x spinning-disk confocal, z, y, x 55–75, 600–624, 900–924",
     "structures": "actin bundles, ER (SERCA2, SEC61 beta), adherens junctions, desmosomes, gap junctions, myosin, "
-                  "nuclear pores, endosomes, nuclear speckles, Golgi, tight junctions, mitochondria",
+    "nuclear pores, endosomes, nuclear speckles, Golgi, tight junctions, mitochondria",
     "made with": "cyto-dl 1.7.1, torch 2.4.0, one A100",
     "minimum input": "16,16,16 (z, y, x)",
     "licence": _ALLEN,
-}  # fmt: skip
+}
 
 # By name, the published table of each model.
 PUBLISHED_CARDS: Mapping[str, Mapping[str, str]] = {
@@ -59,7 +61,11 @@ def card_of(name: str, path: Path, bundle: Bundle) -> dict[str, Any]:
         "preprocessing": str(bundle.preprocessing),
         "precision": bundle.precision,
         "heads": [head.name for head in bundle.heads],
-        **{f"heads.{head.name}.{key}": getattr(head, key) for head in bundle.heads for key in asdict(head)},
+        **{
+            f"heads.{head.name}.{key}": getattr(head, key)
+            for head in bundle.heads
+            for key in asdict(head)
+        },
     }
     published = PUBLISHED_CARDS.get(name)
     licence = _OURS if name == "starter" else published["licence"] if published else _UNKNOWN

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megaseg_dask.errors import BundleError, StoreError
 from megaseg_dask.models.cache import home, sha256_of, writing
-from megaseg_dask.stores import Depot, Entry
+from megaseg_dask.models.depot import Depot, Entry
 
 PIECE_BYTES = 4 * 2**20
 MAX_BYTES = 8 * 2**30
@@ -47,8 +47,10 @@ def turn(name: str, tell: Callable[[int], None]) -> Iterator[None]:
                 before, since = n_bytes, time.monotonic()
                 tell(n_bytes)
             if time.monotonic() - since > WAIT_S:
-                raise StoreError(f"{name} is being fetched by another process, which received nothing for {WAIT_S:.0f} "
-                                 "s; end that one, and run the same command again")  # fmt: skip
+                raise StoreError(
+                    f"{name} is being fetched by another process, which received nothing for {WAIT_S:.0f} "
+                    "s; end that one, and run the same command again"
+                )
             time.sleep(_POLL_S)
         yield
     finally:
@@ -62,12 +64,16 @@ def _locked(lock: int, part: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        raise StoreError(f"the file system of {part.parent} has no locks ({error.strerror}); set MEGASEG_HOME to a "
-                         "folder on a local disk, or import the model there") from error  # fmt: skip
+        raise StoreError(
+            f"the file system of {part.parent} has no locks ({error.strerror}); set MEGASEG_HOME to a "
+            "folder on a local disk, or import the model there"
+        ) from error
     return True
 
 
-def download(depot: Depot, entry: Entry, name: str, tell: Callable[[int], None], sha256: str | None = None) -> Path:
+def download(
+    depot: Depot, entry: Entry, name: str, tell: Callable[[int], None], sha256: str | None = None
+) -> Path:
     """Fetch what is not here yet of an object, and check the whole; returns the file, which the caller moves away.
 
     ``tell`` hears how many bytes are here, now and after each piece. Raises
@@ -103,7 +109,11 @@ def _begin(part: Path, entry: Entry) -> None:
     known = {"source": entry.url, "version": entry.version, "n_bytes": entry.n_bytes}
     with suppress(OSError, ValueError):
         # Without a version nobody can tell.
-        if entry.version and json.loads(note.read_bytes()) == known and part.stat().st_size <= entry.n_bytes:
+        if (
+            entry.version
+            and json.loads(note.read_bytes()) == known
+            and part.stat().st_size <= entry.n_bytes
+        ):
             return
     note.unlink(missing_ok=True)
     part.write_bytes(b"")
@@ -111,8 +121,13 @@ def _begin(part: Path, entry: Entry) -> None:
 
 
 def _require_whole(part: Path, entry: Entry, sha256: str | None) -> None:
-    for algorithm, expected, who in (("md5", entry.md5, "the store says"), ("sha256", sha256, "--sha256 says")):
+    for algorithm, expected, who in (
+        ("md5", entry.md5, "the store says"),
+        ("sha256", sha256, "--sha256 says"),
+    ):
         found = sha256_of(part, algorithm) if expected else None
         if expected and found != expected.lower():
-            raise BundleError(f"{entry.url}: what was received has {algorithm.upper()} {found}, {who} {expected}; it "
-                              "was removed, fetch it again")  # fmt: skip
+            raise BundleError(
+                f"{entry.url}: what was received has {algorithm.upper()} {found}, {who} {expected}; it "
+                "was removed, fetch it again"
+            )

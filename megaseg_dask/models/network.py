@@ -56,7 +56,9 @@ class NetworkSpec:
                 f"{self.upsample_kernel_size}, or the output has another shape than the input"
             )
         if any(size % 2 == 0 for kernel in self.kernel_size for size in kernel):
-            raise BundleError(f"kernel_size {self.kernel_size}: even sizes shift the image; only odd ones are run")
+            raise BundleError(
+                f"kernel_size {self.kernel_size}: even sizes shift the image; only odd ones are run"
+            )
         if min(self.in_channels, self.out_channels, *self.filters, *chain(*self.strides)) < 1:
             raise BundleError(f"channels, filters and strides must be positive: {self}")
 
@@ -91,7 +93,9 @@ class NetworkSpec:
         )
 
 
-def _conv_shape(shapes: Mapping[str, tuple[int, ...]], layer: str) -> tuple[int, int, int, int, int]:
+def _conv_shape(
+    shapes: Mapping[str, tuple[int, ...]], layer: str
+) -> tuple[int, int, int, int, int]:
     key = f"{layer}.conv.weight"
     if key not in shapes:
         raise BundleError(f"the weights are not of a DynUNet, which alone is run: no {key}")
@@ -126,30 +130,45 @@ def require_name(name: object) -> None:
     """Raise BundleError unless a head may be called so: its name becomes a part of paths."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w -]{0,63}", name):
         shown = one_line(name) if isinstance(name, str) else type(name).__name__
-        raise BundleError(f"a task head is called {shown!r}; expected up to 64 letters, digits, spaces, - and _")
+        raise BundleError(
+            f"a task head is called {shown!r}; expected up to 64 letters, digits, spaces, - and _"
+        )
 
 
 def is_plain(network: NetworkSpec, heads: Sequence[Head]) -> bool:
     """Whether the backbone's output is the model's."""
-    return [(head.first, head.channels, head.n_blocks) for head in heads] == [(0, network.out_channels, None)]
+    return [(head.first, head.channels, head.n_blocks) for head in heads] == [
+        (0, network.out_channels, None)
+    ]
 
 
-def assemble(network: NetworkSpec, heads: Sequence[Head], weights: "Mapping[str, torch.Tensor]") -> "torch.nn.Module":
+def assemble(
+    network: NetworkSpec, heads: Sequence[Head], weights: "Mapping[str, torch.Tensor]"
+) -> "torch.nn.Module":
     """The network that maps (n, in_channels, z, y, x) to the logits of all heads, one after the other."""
     import torch
 
-    parts = {prefix: _filled(layers, state) for prefix, layers, state in _parts(network, heads, weights)}
+    parts = {
+        prefix: _filled(layers, state) for prefix, layers, state in _parts(network, heads, weights)
+    }
 
     class Heads(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.backbone = parts[""]
-            self.layers = torch.nn.ModuleList(parts.get(_prefix(head), torch.nn.Identity()) for head in heads)
+            self.layers = torch.nn.ModuleList(
+                parts.get(_prefix(head), torch.nn.Identity()) for head in heads
+            )
 
         def forward(self, patches: torch.Tensor) -> torch.Tensor:
             features = self.backbone(patches)
-            outputs = ((head, layers(features)) for head, layers in zip(heads, self.layers, strict=True))
-            return torch.cat([output[:, head.first : head.first + head.channels] for head, output in outputs], dim=1)
+            outputs = (
+                (head, layers(features)) for head, layers in zip(heads, self.layers, strict=True)
+            )
+            return torch.cat(
+                [output[:, head.first : head.first + head.channels] for head, output in outputs],
+                dim=1,
+            )
 
     model = parts[""] if is_plain(network, heads) else Heads()
     return model.eval().requires_grad_(False)
@@ -170,7 +189,9 @@ def fit_weights(
     }
 
 
-def with_aliases(network: NetworkSpec, weights: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+def with_aliases(
+    network: NetworkSpec, weights: "Mapping[str, torch.Tensor]"
+) -> "dict[str, torch.Tensor]":
     """``weights`` under every key of the network's state dict; aliases share their tensor."""
     return {key: weights[name] for key, name in _names(_skeleton(network)).items()}
 
@@ -220,12 +241,16 @@ def _layers(spec: NetworkSpec, head: Head) -> "torch.nn.Module":
     width, n_blocks = spec.out_channels, head.n_blocks or 0
     with torch.device("meta"):
         blocks = [UnetResBlock(3, width, width, 3, 1, "INSTANCE") for _ in range(n_blocks)]
-        return torch.nn.Sequential(torch.nn.Identity(), *blocks, UnetOutBlock(3, width, head.channels))
+        return torch.nn.Sequential(
+            torch.nn.Identity(), *blocks, UnetOutBlock(3, width, head.channels)
+        )
 
 
 def _filled(network: "torch.nn.Module", state: "Mapping[str, torch.Tensor]") -> "torch.nn.Module":
     weights = _fit(network, state)
-    network.load_state_dict({key: weights[name] for key, name in _names(network).items()}, assign=True)
+    network.load_state_dict(
+        {key: weights[name] for key, name in _names(network).items()}, assign=True
+    )
     return network
 
 
@@ -236,13 +261,17 @@ def _names(network: "torch.nn.Module") -> dict[str, str]:
     return {key: first.setdefault(id(parameter), key) for key, parameter in parameters}
 
 
-def _fit(network: "torch.nn.Module", state: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+def _fit(
+    network: "torch.nn.Module", state: "Mapping[str, torch.Tensor]"
+) -> "dict[str, torch.Tensor]":
     names = _names(network)
     _require_keys(missing=set(names.values()) - set(state), unexpected=set(state) - set(names))
     weights = {key: _float32(key, state[key], like) for key, like in network.named_parameters()}
     for key in set(state) - set(weights):
         if not _float32(key, state[key], weights[names[key]]).equal(weights[names[key]]):
-            raise BundleError(f"{key} and {names[key]} are one parameter but hold different values; {FETCH}")
+            raise BundleError(
+                f"{key} and {names[key]} are one parameter but hold different values; {FETCH}"
+            )
     return weights
 
 
@@ -250,7 +279,9 @@ def _require_keys(*, missing: set[str], unexpected: set[str]) -> None:
     found = {"missing": missing, "unexpected": unexpected}
     problems = [f"{len(keys)} {kind} ({first_few(keys)})" for kind, keys in found.items() if keys]
     if problems:
-        raise BundleError(f"the weights do not fit the network, keys: {', '.join(problems)}; {FETCH}")
+        raise BundleError(
+            f"the weights do not fit the network, keys: {', '.join(problems)}; {FETCH}"
+        )
 
 
 def one_line(text: object, n: int = 80) -> str:
@@ -268,11 +299,15 @@ def _float32(key: str, tensor: "torch.Tensor", like: "torch.Tensor") -> "torch.T
     import torch
 
     if tensor.shape != like.shape:
-        raise BundleError(f"{key} has shape {tuple(tensor.shape)}, the network needs {tuple(like.shape)}; {FETCH}")
+        raise BundleError(
+            f"{key} has shape {tuple(tensor.shape)}, the network needs {tuple(like.shape)}; {FETCH}"
+        )
     require_stored(key, tensor)
     values = tensor.detach().to(torch.float32).contiguous()
     if not values.isfinite().all():
-        raise BundleError(f"{key} holds NaN or infinity; the training diverged, take an earlier checkpoint")
+        raise BundleError(
+            f"{key} holds NaN or infinity; the training diverged, take an earlier checkpoint"
+        )
     return values
 
 
@@ -281,7 +316,11 @@ def require_stored(key: str, tensor: "torch.Tensor") -> None:
     import torch
 
     # A view of few stored values can claim any shape; a file must hold what it claims.
-    plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_floating_point()
+    plain = (
+        tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and tensor.is_floating_point()
+    )
     if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
         kind = f"{tensor.dtype}, {tensor.layout}, {tuple(tensor.shape)}"
         raise BundleError(f"{one_line(key)} is not a plain tensor of floats ({kind}); {FETCH}")
@@ -302,7 +341,9 @@ def require_patch(network: NetworkSpec, patch_shape: tuple[int, ...]) -> None:
 
 
 def _takes(multiple: Triple, patch_shape: tuple[int, ...]) -> bool:
-    fits = len(patch_shape) == 3 and all(size % step == 0 for size, step in zip(patch_shape, multiple, strict=True))
+    fits = len(patch_shape) == 3 and all(
+        size % step == 0 for size, step in zip(patch_shape, multiple, strict=True)
+    )
     return fits and min(patch_shape) > 0 and prod(patch_shape) > prod(multiple)
 
 

@@ -30,8 +30,14 @@ PROVENANCE = "megaseg"
 _GROUP_ROWS = 2**17
 _BATCH_ROWS, _READ_BYTES = 2**16, 2**20
 
-_PLACE = {"plate": "string", "well": "string", "field": "string", "timepoint": "int32", "channel": "int32",
-          "output": "string"}  # fmt: skip
+_PLACE = {
+    "plate": "string",
+    "well": "string",
+    "field": "string",
+    "timepoint": "int32",
+    "channel": "int32",
+    "output": "string",
+}
 _MEASURED = {
     "label": "int64",
     "volume_voxels": "int64",
@@ -46,13 +52,17 @@ _MEASURED = {
 
 
 def _schema(columns: Mapping[str, str]) -> pa.Schema:
-    return pa.schema([pa.field(n, pa.type_for_alias(t), nullable=t == "string") for n, t in columns.items()])
+    return pa.schema(
+        [pa.field(n, pa.type_for_alias(t), nullable=t == "string") for n, t in columns.items()]
+    )
 
 
 # People script against these columns: they may be joined by others, but never change.
 RUN_SCHEMA = _schema(_PLACE | _MEASURED)
 # An image knows its own place in a plate, and each of its label images has a table of its own.
-IMAGE_SCHEMA = _schema({n: t for n, t in (_PLACE | _MEASURED).items() if n not in ("plate", "well", "field", "output")})
+IMAGE_SCHEMA = _schema(
+    {n: t for n, t in (_PLACE | _MEASURED).items() if n not in ("plate", "well", "field", "output")}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +81,11 @@ class Place:
 
 
 def write_parquet(
-    folder: Location, key: str, volumes: Iterable[tuple[Place, Columns]], *, schema: pa.Schema = RUN_SCHEMA
+    folder: Location,
+    key: str,
+    volumes: Iterable[tuple[Place, Columns]],
+    *,
+    schema: pa.Schema = RUN_SCHEMA,
 ) -> int:
     """Write the rows of all volumes, in the order given, into one Parquet file; return their number.
 
@@ -143,7 +157,9 @@ def read_ngio_table(image: Location, name: str) -> list[tuple[int, int, Columns]
     if data is None:
         return []
     table = pq.read_table(pa.BufferReader(data))
-    places = dict.fromkeys(zip(table["timepoint"].to_pylist(), table["channel"].to_pylist(), strict=True))
+    places = dict.fromkeys(
+        zip(table["timepoint"].to_pylist(), table["channel"].to_pylist(), strict=True)
+    )
     found: list[tuple[int, int, Columns]] = []
     for t, c in places:
         rows = table.filter((pc.field("timepoint") == t) & (pc.field("channel") == c))
@@ -157,7 +173,9 @@ def remove_own_table(image: Location, name: str) -> None:
     if _is_own_table(image, name):
         (tables / name).remove()
         group = tables.open_group()
-        listed = [other for other in cast("list[str]", group.attrs.get("tables", [])) if other != name]
+        listed = [
+            other for other in cast("list[str]", group.attrs.get("tables", [])) if other != name
+        ]
         tables.write_group("0.4" if group.metadata.zarr_format == 2 else "0.5", {"tables": listed})
 
 
@@ -173,7 +191,9 @@ def require_own_table(image: Location, name: str) -> None:
     """Raise :class:`TargetError` if an image has a table of this name that this package did not write."""
     where = image / "tables" / name
     if _is_own_table(image, name) is False:
-        raise TargetError(f"{where} is a table that megaseg did not write, and is never replaced; choose another name")
+        raise TargetError(
+            f"{where} is a table that megaseg did not write, and is never replaced; choose another name"
+        )
 
 
 def _iter_groups(volumes: Iterable[tuple[Place, Columns]], schema: pa.Schema) -> Iterator[pa.Table]:
@@ -193,7 +213,10 @@ def _iter_groups(volumes: Iterable[tuple[Place, Columns]], schema: pa.Schema) ->
 def _table(place: Place, columns: Columns, schema: pa.Schema) -> pa.Table:
     """Return the rows of one volume."""
     n_rows = len(columns["label"])
-    here = {n: pa.repeat(pa.scalar(v, pa.type_for_alias(_PLACE[n])), n_rows) for n, v in asdict(place).items()}
+    here = {
+        n: pa.repeat(pa.scalar(v, pa.type_for_alias(_PLACE[n])), n_rows)
+        for n, v in asdict(place).items()
+    }
     measured = {name: pa.array(values) for name, values in columns.items()}
     return pa.table([(here | measured)[name] for name in schema.names], schema=schema)
 

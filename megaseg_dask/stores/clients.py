@@ -15,10 +15,10 @@ import obstore.exceptions
 from obstore.store import AzureStore, HTTPStore, S3Store
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.stores.addresses import S3, WEB, azure_names, scheme_of
+from megaseg_dask.stores.access import StoreOptions
+from megaseg_dask.stores.address import S3, WEB, azure_names, scheme_of
 from megaseg_dask.stores.environment import azure_config, s3_config
 from megaseg_dask.stores.failures import cause_of
-from megaseg_dask.stores.options import StoreOptions
 
 Client = S3Store | AzureStore | HTTPStore
 
@@ -32,10 +32,22 @@ _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 10.0
 
 # Storage options that every client knows; the others configure one kind of store.
 _CONNECTION = {
-    "allow_http", "allow_invalid_certificates", "connect_timeout", "http1_only", "http2_only", "pool_idle_timeout",
-    "pool_max_idle_per_host", "proxy_ca_certificate", "proxy_excludes", "proxy_url", "randomize_addresses",
-    "read_timeout", "root_certificate", "timeout", "user_agent",
-}  # fmt: skip
+    "allow_http",
+    "allow_invalid_certificates",
+    "connect_timeout",
+    "http1_only",
+    "http2_only",
+    "pool_idle_timeout",
+    "pool_max_idle_per_host",
+    "proxy_ca_certificate",
+    "proxy_excludes",
+    "proxy_url",
+    "randomize_addresses",
+    "read_timeout",
+    "root_certificate",
+    "timeout",
+    "user_agent",
+}
 _RETRYING = {"max_retries", "retry_timeout"}
 
 
@@ -62,10 +74,14 @@ def client_of(root: str, options: StoreOptions, *, anonymous: bool, patient: boo
     except (obstore.exceptions.BaseError, ValueError, TypeError, OSError) as error:
         if isinstance(error, SettingsError):
             raise
-        raise SettingsError(f"{root} cannot be opened: {cause_of(error)}; see --storage-option") from error
+        raise SettingsError(
+            f"{root} cannot be opened: {cause_of(error)}; see --storage-option"
+        ) from error
 
 
-def _waits(given: Mapping[str, str], connection: Mapping[str, Any], endpoint: str, *, patient: bool) -> dict[str, Any]:
+def _waits(
+    given: Mapping[str, str], connection: Mapping[str, Any], endpoint: str, *, patient: bool
+) -> dict[str, Any]:
     """Return how long to wait for an answer, and for how long to ask again."""
     connection = {**(_PATIENT if patient else _IMPATIENT), **connection}
     if endpoint.startswith("http://"):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.stores.addresses import AZURE, S3
+from megaseg_dask.stores.address import AZURE, S3
 
 _METADATA_SERVICE = ("169.254.169.254", 80)
 _METADATA_S = 1.0
@@ -26,43 +26,64 @@ _DEFAULT_REGION = "us-east-1"
 
 # Any of these names credentials of S3 that the client finds by itself.
 _S3_CREDENTIALS = (
-    "AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE", "AWS_METADATA_ENDPOINT",
-)  # fmt: skip
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_SKIP_SIGNATURE",
+    "AWS_METADATA_ENDPOINT",
+)
 _AZURE_CREDENTIALS = re.compile(
     "AZURE_(STORAGE_)?(ACCOUNT_KEY|ACCESS_KEY|MASTER_KEY|SAS_KEY|SAS_TOKEN|TOKEN|CLIENT_ID|FEDERATED_TOKEN_FILE|"
     "USE_AZURE_CLI|MSI_ENDPOINT|IDENTITY_ENDPOINT|SKIP_SIGNATURE|USE_EMULATOR)"
 )
 
 
-def s3_config(bucket: str, given: Mapping[str, Any], endpoint: str | None, anonymous: bool) -> dict[str, Any]:
+def s3_config(
+    bucket: str, given: Mapping[str, Any], endpoint: str | None, anonymous: bool
+) -> dict[str, Any]:
     """Return the configuration of a bucket's client.
 
     Raises :class:`SettingsError` if there are no credentials to be found.
     """
     profile = _profile()
     config: dict[str, Any] = dict(given)
-    endpoint = endpoint or _first(config.get("endpoint"), environ.get("AWS_ENDPOINT_URL_S3"),
-                                  environ.get("AWS_ENDPOINT_URL"), profile.get("endpoint_url"))  # fmt: skip
+    endpoint = endpoint or _first(
+        config.get("endpoint"),
+        environ.get("AWS_ENDPOINT_URL_S3"),
+        environ.get("AWS_ENDPOINT_URL"),
+        profile.get("endpoint_url"),
+    )
     if endpoint:
         # Under both names: of the variables, the second would win over the first.
         config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
     config["region"] = (
-        _first(config.get("region"), environ.get("AWS_REGION"), environ.get("AWS_DEFAULT_REGION"),
-               profile.get("region"))
+        _first(
+            config.get("region"),
+            environ.get("AWS_REGION"),
+            environ.get("AWS_DEFAULT_REGION"),
+            profile.get("region"),
+        )
         or (None if endpoint else _region_of(bucket))
         or _DEFAULT_REGION
-    )  # fmt: skip
+    )
     if anonymous:
         config["skip_signature"] = True
-    elif not (any(map(environ.get, _S3_CREDENTIALS)) or {"access_key_id", "skip_signature"} & set(config)):
-        config |= _profile_keys(profile) or _require_machine_credentials(f"s3://{bucket}", "AWS_ACCESS_KEY_ID and "
-                                                                         "AWS_SECRET_ACCESS_KEY")  # fmt: skip
+    elif not (
+        any(map(environ.get, _S3_CREDENTIALS)) or {"access_key_id", "skip_signature"} & set(config)
+    ):
+        config |= _profile_keys(profile) or _require_machine_credentials(
+            f"s3://{bucket}", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     return config
 
 
 def azure_config(
-    container: str, account: str | None, given: Mapping[str, Any], endpoint: str | None, anonymous: bool
+    container: str,
+    account: str | None,
+    given: Mapping[str, Any],
+    endpoint: str | None,
+    anonymous: bool,
 ) -> dict[str, Any]:
     """Return the configuration of a container's client.
 
@@ -74,12 +95,19 @@ def azure_config(
     if account:
         config["account_name"] = account
     if not (config.get("account_name") or environ.get("AZURE_STORAGE_ACCOUNT_NAME")):
-        raise SettingsError(f"az://{container}: set AZURE_STORAGE_ACCOUNT_NAME to the storage account that holds it")
+        raise SettingsError(
+            f"az://{container}: set AZURE_STORAGE_ACCOUNT_NAME to the storage account that holds it"
+        )
     if anonymous:
         config["skip_signature"] = True
-    elif not (set(config) & {"account_key", "sas_key", "token", "client_id", "skip_signature", "use_azure_cli"}
-              or any(map(_AZURE_CREDENTIALS.fullmatch, environ))):  # fmt: skip
-        _require_machine_credentials(f"az://{container}", "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN")
+    elif not (
+        set(config)
+        & {"account_key", "sas_key", "token", "client_id", "skip_signature", "use_azure_cli"}
+        or any(map(_AZURE_CREDENTIALS.fullmatch, environ))
+    ):
+        _require_machine_credentials(
+            f"az://{container}", "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN"
+        )
     return config
 
 
@@ -87,7 +115,9 @@ def has_credentials(scheme: str) -> bool:
     """Tell whether the environment or the files of the AWS command line hold credentials; asks no network."""
     if scheme == S3:
         return any(map(environ.get, _S3_CREDENTIALS)) or "aws_access_key_id" in _profile()
-    return scheme == AZURE and (any(map(_AZURE_CREDENTIALS.fullmatch, environ)) or bool(_connection_string()))
+    return scheme == AZURE and (
+        any(map(_AZURE_CREDENTIALS.fullmatch, environ)) or bool(_connection_string())
+    )
 
 
 def _first(*values: str | None) -> str | None:
@@ -113,10 +143,15 @@ def _profile() -> dict[str, str]:
 
 
 def _profile_keys(profile: Mapping[str, str]) -> dict[str, str]:
-    names = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key",
-             "aws_session_token": "session_token"}  # fmt: skip
+    names = {
+        "aws_access_key_id": "access_key_id",
+        "aws_secret_access_key": "secret_access_key",
+        "aws_session_token": "session_token",
+    }
     keys = {ours: profile[theirs] for theirs, ours in names.items() if theirs in profile}
-    if not keys and {"sso_session", "sso_start_url", "role_arn", "credential_process"} & set(profile):
+    if not keys and {"sso_session", "sso_start_url", "role_arn", "credential_process"} & set(
+        profile
+    ):
         raise SettingsError(
             "the AWS profile in use logs in through another service; put its keys into the environment with "
             '`eval "$(aws configure export-credentials --format env)"`'
@@ -133,7 +168,9 @@ def _require_machine_credentials(root: str, variables: str) -> dict[str, str]:
             return {}
     except OSError:
         pass
-    raise SettingsError(f"{root}: no credentials were found; set {variables}, or pass --anon if the data are public")
+    raise SettingsError(
+        f"{root}: no credentials were found; set {variables}, or pass --anon if the data are public"
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -154,6 +191,10 @@ def _connection_string() -> dict[str, str]:
     """Return what a connection string of Azure says, in the client's own names."""
     parts = environ.get("AZURE_STORAGE_CONNECTION_STRING", "").split(";")
     pairs = dict(part.split("=", 1) for part in parts if "=" in part)
-    names = {"AccountName": "account_name", "AccountKey": "account_key", "BlobEndpoint": "endpoint",
-             "SharedAccessSignature": "sas_key"}  # fmt: skip
+    names = {
+        "AccountName": "account_name",
+        "AccountKey": "account_key",
+        "BlobEndpoint": "endpoint",
+        "SharedAccessSignature": "sas_key",
+    }
     return {ours: pairs[theirs] for theirs, ours in names.items() if theirs in pairs}

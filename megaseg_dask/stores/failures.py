@@ -11,20 +11,48 @@ from dataclasses import dataclass
 import obstore.exceptions
 
 from megaseg_dask.errors import MegasegError
-from megaseg_dask.stores import options
-from megaseg_dask.stores.addresses import AZURE, GOOGLE, LOCAL, S3, WEB, scheme_of
+from megaseg_dask.stores import access
+from megaseg_dask.stores.address import AZURE, GOOGLE, LOCAL, S3, WEB, scheme_of
 
 # What fsspec's file systems raise comes from the libraries below them.
-_CLIENT_LIBRARIES = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "paramiko",
-                     "requests", "s3fs", "smbprotocol", "urllib3"}  # fmt: skip
+_CLIENT_LIBRARIES = {
+    "adlfs",
+    "aiobotocore",
+    "aiohttp",
+    "azure",
+    "botocore",
+    "fsspec",
+    "gcsfs",
+    "google",
+    "paramiko",
+    "requests",
+    "s3fs",
+    "smbprotocol",
+    "urllib3",
+}
 
 # What a store answers: by its code, which S3 and Azure send, or by the status of HTTP.
 _ANSWERS: list[tuple[str, str, set[str], set[int]]] = [
     ("bucket", "there is no such bucket", {"NoSuchBucket", "ContainerNotFound"}, set()),
     ("key", "the store does not know the access key", {"InvalidAccessKeyId"}, set()),
-    ("key", "the secret does not fit the access key", {"SignatureDoesNotMatch", "AuthenticationFailed"}, set()),
-    ("key", "the credentials have expired", {"ExpiredToken", "TokenRefreshRequired", "RequestExpired"}, set()),
-    ("region", "the bucket is in another region", {"PermanentRedirect", "AuthorizationHeaderMalformed"}, {301, 307}),
+    (
+        "key",
+        "the secret does not fit the access key",
+        {"SignatureDoesNotMatch", "AuthenticationFailed"},
+        set(),
+    ),
+    (
+        "key",
+        "the credentials have expired",
+        {"ExpiredToken", "TokenRefreshRequired", "RequestExpired"},
+        set(),
+    ),
+    (
+        "region",
+        "the bucket is in another region",
+        {"PermanentRedirect", "AuthorizationHeaderMalformed"},
+        {301, 307},
+    ),
     ("denied", "access denied", {"AccessDenied", "AuthorizationFailure"}, {401, 403}),
     ("busy", "the store is too busy", {"SlowDown", "ServerBusy"}, {429, 503}),
 ]
@@ -33,7 +61,11 @@ _SILENCE = [
     ("key", "the secret is not one", r"Invalid Access Key"),
     ("credentials", "no credentials were found", r"DefaultCredentialsError|NoCredentials"),
     ("region", "the bucket is in another region", r"redirect without LOCATION"),
-    ("denied", "access denied", r"^PermissionDenied|^Unauthenticated|Forbidden|Anonymous caller|AccessDenied"),
+    (
+        "denied",
+        "access denied",
+        r"^PermissionDenied|^Unauthenticated|Forbidden|Anonymous caller|AccessDenied",
+    ),
     (
         "protocol",
         "the endpoint speaks http where https was asked for, or the reverse",
@@ -41,9 +73,17 @@ _SILENCE = [
     ),
     ("certificate", "its certificate is not trusted", r"[Cc]ertificate|UnknownIssuer"),
     ("refused", "connection refused", r"Connection ?[Rr]efused|Connect call failed"),
-    ("host", "unknown host", r"dns error|Name or service not known|getaddrinfo|nodename nor servname"),
+    (
+        "host",
+        "unknown host",
+        r"dns error|Name or service not known|getaddrinfo|nodename nor servname",
+    ),
     ("time", "no answer in time", r"TimedOut|kind: Timeout|[Tt]imed out|TimeoutError"),
-    ("lost", "the connection broke", r"kind: (Connect|Request|Decode|Interrupted)|ClientConnectorError|Disconnected"),
+    (
+        "lost",
+        "the connection broke",
+        r"kind: (Connect|Request|Decode|Interrupted)|ClientConnectorError|Disconnected",
+    ),
 ]
 _KINDS_OF_REQUEST = {"bucket", "key", "credentials", "region", "denied", "protocol", "unsupported"}
 
@@ -52,7 +92,10 @@ _VARIABLES = {
     AZURE: "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
     GOOGLE: "GOOGLE_APPLICATION_CREDENTIALS",
 }
-_ENDPOINTS = {S3: "--endpoint (or AWS_ENDPOINT_URL)", AZURE: "AZURE_STORAGE_ACCOUNT_NAME (or --endpoint)"}
+_ENDPOINTS = {
+    S3: "--endpoint (or AWS_ENDPOINT_URL)",
+    AZURE: "AZURE_STORAGE_ACCOUNT_NAME (or --endpoint)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +168,9 @@ def understand(error: BaseException) -> Cause:
 def _status_of(error: BaseException, text: str) -> int | None:
     found = re.search(r"status code: (\d{3})", text)
     # The libraries below fsspec keep it in one attribute or another.
-    status = str(found[1] if found else getattr(error, "status", None) or getattr(error, "code", None))
+    status = str(
+        found[1] if found else getattr(error, "status", None) or getattr(error, "code", None)
+    )
     return int(status) if re.fullmatch(r"[1-5]\d\d", status) else None
 
 
@@ -141,7 +186,10 @@ def _host_of(text: str) -> str:
 
 def _answer_of(text: str) -> str:
     """Return status and message of an answer that means nothing in particular."""
-    status, message = re.search(r"status code: (\d{3}[^:<\n]*)", text), re.search(r"<Message>([^\n<]+)", text)
+    status, message = (
+        re.search(r"status code: (\d{3}[^:<\n]*)", text),
+        re.search(r"<Message>([^\n<]+)", text),
+    )
     return ": ".join(found[1].strip() for found in (status, message) if found)
 
 
@@ -151,11 +199,16 @@ def _first_line(error: BaseException) -> str:
 
 def _next_step(kind: str, verb: str, url: str) -> str:
     scheme = scheme_of(url)
-    variables, endpoint = _VARIABLES.get(scheme, "the credentials"), _ENDPOINTS.get(scheme, "the address")
-    anonymous = ", or pass --anon if the data are public" if verb in ("read", "list", "open") else ""
+    variables, endpoint = (
+        _VARIABLES.get(scheme, "the credentials"),
+        _ENDPOINTS.get(scheme, "the address"),
+    )
+    anonymous = (
+        ", or pass --anon if the data are public" if verb in ("read", "list", "open") else ""
+    )
     if scheme in WEB and kind == "denied":
         return "data behind a login cannot be read; copy them, or ask for a bucket's address"
-    if kind in ("denied", "credentials") and options.current().is_anonymous(url):
+    if kind in ("denied", "credentials") and access.current().is_anonymous(url):
         return f"it is not public: leave out --anon, and set {variables}"
     return {
         "bucket": f"check its name and {endpoint}",
@@ -174,6 +227,6 @@ def _next_step(kind: str, verb: str, url: str) -> str:
 
 def _without_secrets(words: str) -> str:
     """Blank out what a message might repeat of the credentials that were used."""
-    for secret in options.secrets():
+    for secret in access.secrets():
         words = words.replace(secret, "***")
     return words

@@ -12,10 +12,10 @@ import fsspec.core
 import zarr.storage
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.stores.addresses import GOOGLE, scheme_of
+from megaseg_dask.stores.access import StoreOptions
+from megaseg_dask.stores.address import GOOGLE, scheme_of
+from megaseg_dask.stores.backend import Folder
 from megaseg_dask.stores.failures import require_bucket
-from megaseg_dask.stores.folders import Folder
-from megaseg_dask.stores.options import StoreOptions
 
 
 def open_foreign(url: str, options: StoreOptions) -> Folder:
@@ -131,7 +131,9 @@ def _fsspec_options(url: str, options: StoreOptions) -> tuple[tuple[str, Any], .
         step = "pip install 'megaseg-dask[gcs]'" if scheme == GOOGLE else "install that package"
         raise SettingsError(f"{url} cannot be opened yet: {error}; {step}") from error
     except ValueError as error:
-        raise SettingsError(f"{url}: {scheme}:// is no kind of store that is known; use a path, s3://, gs://, az:// or "
-                            "https://") from error  # fmt: skip
+        raise SettingsError(
+            f"{url}: {scheme}:// is no kind of store that is known; use a path, s3://, gs://, az:// or "
+            "https://"
+        ) from error
     # What was listed before is not what is there now.
     return (("use_listings_cache", False), *sorted(given.items()))

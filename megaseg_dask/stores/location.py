@@ -20,17 +20,17 @@ import zarr
 import zarr.storage
 
 from megaseg_dask.errors import MegasegError, SourceError, StoreError, TargetError
-from megaseg_dask.stores import addresses, disks, options
+from megaseg_dask.stores import access, address, local
+from megaseg_dask.stores.access import StoreOptions
+from megaseg_dask.stores.backend import Folder
 from megaseg_dask.stores.clients import client_of
 from megaseg_dask.stores.failures import explain, is_store_failure
-from megaseg_dask.stores.folders import Folder
 from megaseg_dask.stores.foreign import open_foreign
-from megaseg_dask.stores.objects import open_objects
-from megaseg_dask.stores.options import StoreOptions
+from megaseg_dask.stores.object_store import open_objects
 
 ZARR_FORMAT = {"0.4": 2, "0.5": 3}
 # The others, Google among them, are open only to those who installed a package for them.
-_KNOWN = (addresses.LOCAL, addresses.S3, addresses.AZURE, *addresses.WEB)
+_KNOWN = (address.LOCAL, address.S3, address.AZURE, *address.WEB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +40,19 @@ class Location:
     url: str
 
     @classmethod
-    def of(cls, address: str | Path) -> "Location":
+    def of(cls, text: str | Path) -> "Location":
         """Return the location of a path or URL, in the one spelling that is compared.
 
         Raises :class:`SettingsError` for an address that cannot be opened.
         """
-        location = cls(addresses.normalise(address))
-        if addresses.scheme_of(location.url) not in _KNOWN:
+        location = cls(address.normalise(text))
+        if address.scheme_of(location.url) not in _KNOWN:
             # Whether fsspec knows the scheme, and its package is installed.
             location._folder()
         return location
 
     def __truediv__(self, name: str) -> "Location":
-        return Location(addresses.join(self.url, name))
+        return Location(address.join(self.url, name))
 
     def __str__(self) -> str:
         return self.url
@@ -62,12 +62,12 @@ class Location:
     @property
     def is_local(self) -> bool:
         """Tell whether this is a folder of a file system of this machine."""
-        return addresses.scheme_of(self.url) == addresses.LOCAL
+        return address.scheme_of(self.url) == address.LOCAL
 
     @property
     def is_listable(self) -> bool:
         """Tell whether the store lists what it has; a web server does not."""
-        return addresses.scheme_of(self.url) not in addresses.WEB
+        return address.scheme_of(self.url) not in address.WEB
 
     @property
     def path(self) -> Path:
@@ -79,7 +79,7 @@ class Location:
     @property
     def basename(self) -> str:
         """Last part of the address."""
-        return addresses.last_part(self.url)
+        return address.last_part(self.url)
 
     @property
     def name(self) -> str:
@@ -89,7 +89,7 @@ class Location:
     @property
     def parent(self) -> "Location":
         """The folder that this one is in."""
-        return Location(addresses.parent_of(self.url))
+        return Location(address.parent_of(self.url))
 
     def sibling(self, suffix: str) -> "Location":
         """Return the location beside this one whose name has ``suffix`` appended."""
@@ -111,10 +111,10 @@ class Location:
 
     def _folder(self, *, patient: bool = True) -> Folder:
         if self.is_local:
-            return disks.open_disk(self.path)
-        if addresses.scheme_of(self.url) in _KNOWN:
-            return open_objects(self.url, options.current(), patient=patient and options.is_patient())
-        return open_foreign(self.url, options.current())
+            return local.open_disk(self.path)
+        if address.scheme_of(self.url) in _KNOWN:
+            return open_objects(self.url, access.current(), patient=patient and access.is_patient())
+        return open_foreign(self.url, access.current())
 
     def exists(self) -> bool:
         """Tell whether anything is there: a folder, or what is below a prefix."""
@@ -146,7 +146,9 @@ class Location:
     def require_readable(self) -> None:
         """Raise :class:`SourceError` if nothing is there or it may not be read, :class:`StoreError` for no answer."""
         if not self.probe():
-            raise SourceError(f"{self} does not exist{self.hint()}; check the {'path' if self.is_local else 'address'}")
+            raise SourceError(
+                f"{self} does not exist{self.hint()}; check the {'path' if self.is_local else 'address'}"
+            )
 
     def hint(self) -> str:
         """Return words about what is beside a local folder that is not there, if its name is nearly the same."""
@@ -159,18 +161,25 @@ class Location:
     def require_writable(self) -> None:
         """Raise :class:`TargetError` if nothing could be created here and beside it; writes nothing that stays."""
         if self.is_local:
-            disks.require_writable(self.path)
+            local.require_writable(self.path)
             return
         if self.parent == self:
-            raise TargetError(f"{self} is a whole bucket; name a folder in it, such as {self}/cells.zarr")
+            raise TargetError(
+                f"{self} is a whole bucket; name a folder in it, such as {self}/cells.zarr"
+            )
         # The run folder stands beside the target.
-        name, folder = f"{self.basename}.megaseg-probe-{uuid.uuid4().hex[:8]}", self.parent._folder(patient=False)
+        name, folder = (
+            f"{self.basename}.megaseg-probe-{uuid.uuid4().hex[:8]}",
+            self.parent._folder(patient=False),
+        )
         with naming(self, "write", TargetError):
             created = [folder.create(name, b"") for _ in range(2)]
             folder.delete(name)
         if created != [True, False]:
-            raise TargetError(f"{self} is on a store that replaces what it is asked to create only if it is not there "
-                              "(If-None-Match), so two runs could not be kept apart; choose another")  # fmt: skip
+            raise TargetError(
+                f"{self} is on a store that replaces what it is asked to create only if it is not there "
+                "(If-None-Match), so two runs could not be kept apart; choose another"
+            )
 
     # -- small objects
 
@@ -222,12 +231,12 @@ class Location:
         """Flush what was written here to stable storage; an object store has done so when it answers."""
         if self.is_local:
             with naming(self, "write"):
-                disks.sync(self.path)
+                local.sync(self.path)
 
     def sweep_partial(self) -> int:
         """Remove what interrupted writes of arrays left below a local folder; return how many there were."""
         with naming(self, "remove"):
-            return disks.sweep_partial(self.path) if self.is_local else 0
+            return local.sweep_partial(self.path) if self.is_local else 0
 
     # -- arrays
 
@@ -239,7 +248,9 @@ class Location:
     def open_group(self) -> zarr.Group:
         """Open the group here for reading; raises what zarr raises."""
         # Consolidated metadata may be older than the attributes they repeat.
-        return zarr.open_group(self._folder().arrays(read_only=True), mode="r", use_consolidated=False)
+        return zarr.open_group(
+            self._folder().arrays(read_only=True), mode="r", use_consolidated=False
+        )
 
     def ome_attributes(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return all attributes of the group here, and the OME metadata among them (0.5 has them under ``ome``)."""
@@ -249,16 +260,22 @@ class Location:
     def open_array(self, *, writable: bool = False) -> zarr.Array[Any]:
         """Open the array here; raises :class:`FileNotFoundError` if there is none."""
         with naming(self, "open"):
-            return zarr.open_array(self._folder().arrays(read_only=not writable), mode="r+" if writable else "r")
+            return zarr.open_array(
+                self._folder().arrays(read_only=not writable), mode="r+" if writable else "r"
+            )
 
     def require_version(self, version: str) -> None:
         """Raise :class:`TargetError` if a group of another Zarr format is here: each reader would see half of it."""
         format_ = ZARR_FORMAT[version]
         if self.size(".zgroup" if format_ == 3 else "zarr.json") is not None:
-            raise TargetError(f"{self} is a Zarr v{5 - format_} group, and OME-Zarr {version} is stored as "
-                              f"v{format_}; choose the other version with --ome-zarr")  # fmt: skip
+            raise TargetError(
+                f"{self} is a Zarr v{5 - format_} group, and OME-Zarr {version} is stored as "
+                f"v{format_}; choose the other version with --ome-zarr"
+            )
 
-    def write_group(self, version: str, attributes: Mapping[str, object], *, replace: bool = False) -> None:
+    def write_group(
+        self, version: str, attributes: Mapping[str, object], *, replace: bool = False
+    ) -> None:
         """Create the group if it is not there, and set these of its attributes, or these alone.
 
         See :meth:`require_version`.
@@ -275,9 +292,16 @@ class Location:
             return
         there = self._read_json("zarr.json")
         if there.get("node_type") == "array":
-            raise TargetError(f"{self} is an array, and cannot become a group; choose another target")
+            raise TargetError(
+                f"{self} is an array, and cannot become a group; choose another target"
+            )
         kept = {} if replace else there.get("attributes") or {}
-        node = {"zarr_format": 3, "node_type": "group", **there, "attributes": {**kept, **attributes}}
+        node = {
+            "zarr_format": 3,
+            "node_type": "group",
+            **there,
+            "attributes": {**kept, **attributes},
+        }
         if node != there:
             self.put("zarr.json", _json(node))
 
@@ -286,7 +310,9 @@ class Location:
         try:
             found = json.loads(self.get(key) or b"{}")
         except ValueError as error:
-            raise TargetError(f"{self}/{key} is damaged ({error}); mend it, or choose another target") from error
+            raise TargetError(
+                f"{self}/{key} is damaged ({error}); mend it, or choose another target"
+            ) from error
         return found if isinstance(found, dict) else {}
 
 
@@ -309,7 +335,9 @@ def naming(location: Location, verb: str, kind: type[MegasegError] | None = None
     try:
         yield
     except Exception as error:
-        if isinstance(error, MegasegError) or not (isinstance(error, OSError) or is_store_failure(error)):
+        if isinstance(error, MegasegError) or not (
+            isinstance(error, OSError) or is_store_failure(error)
+        ):
             raise
         # Whoever opens something knows best what it means that nothing is there.
         if isinstance(error, FileNotFoundError) and verb == "open":
@@ -331,7 +359,7 @@ def cached_array(location: Location, *, writable: bool = False) -> zarr.Array[An
 
 def configure(given: StoreOptions) -> None:
     """Set how this process opens stores; what was opened otherwise is forgotten."""
-    if options.set_current(given):
+    if access.set_current(given):
         forget()
 
 

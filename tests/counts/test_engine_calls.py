@@ -6,14 +6,15 @@ import time
 import pytest
 import zarr
 
-from megaseg_dask import inference, products
-from megaseg_dask.engines.pytorch import TorchEngine
-from megaseg_dask.ngff.volumes import Volume
-from megaseg_dask.run import segment
-from megaseg_dask.settings import parse_settings
-from megaseg_dask.single import record_plans, run_tasks
-from tests.images import blobs, write_image
-from tests.unit.bundles import write_checkpoint
+from megaseg_dask.inference import engine
+from megaseg_dask.inference.pytorch import TorchEngine
+from megaseg_dask.ngff.volume import Volume
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run import workspace
+from megaseg_dask.run.job_array import record_plans, run_tasks
+from megaseg_dask.run.runner import segment
+from tests.fixtures.bundles import write_checkpoint
+from tests.fixtures.images import blobs, write_image
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(TorchEngine, "__call__", count)
     monkeypatch.setattr(Volume, "read", read)
-    inference.open_engine.cache_clear()
+    engine.open_engine.cache_clear()
     return counts
 
 
@@ -48,29 +49,43 @@ def test_forward_passes_reads_and_intermediate_data_are_those_of_the_plan(
 ):
     image = blobs((24, 64, 96))
     source = write_image(tmp_path / "image.zarr", image)
-    settings = parse_settings({"model": str(tiny_bundle), "engine": "torch", "threads": 1, "block": block, **options})
+    settings = parse_settings(
+        {"model": str(tiny_bundle), "engine": "torch", "threads": 1, "block": block, **options}
+    )
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     for stage in plan.stages:
         assert not run_tasks(plan, stage.name, range(stage.n_tasks)).failures
     summary = plan.summary()
     assert counted["forward"] == round(summary["redundancy"] * summary["patches"])
     assert counted["read_voxels"] * image.itemsize == summary["bytes_read"]
-    arrays = map(zarr.open_array, (path.parent for path in (tmp_path / "out.zarr.run").rglob("zarr.json")))
+    arrays = map(
+        zarr.open_array, (path.parent for path in (tmp_path / "out.zarr.run").rglob("zarr.json"))
+    )
     assert sum(array.nbytes for array in arrays) == summary["bytes_intermediate"]
 
 
-@pytest.mark.parametrize(("n_models", "tta", "n_passes"), [(1, True, 8), (2, False, 2), (2, True, 16)])
-def test_averages_pass_each_patch_as_often_as_they_average(n_models, tta, n_passes, tmp_path, counted):
-    models = [str(write_checkpoint(tmp_path / f"{seed}.ckpt", seed=seed)) for seed in range(n_models)]
+@pytest.mark.parametrize(
+    ("n_models", "tta", "n_passes"), [(1, True, 8), (2, False, 2), (2, True, 16)]
+)
+def test_averages_pass_each_patch_as_often_as_they_average(
+    n_models, tta, n_passes, tmp_path, counted
+):
+    models = [
+        str(write_checkpoint(tmp_path / f"{seed}.ckpt", seed=seed)) for seed in range(n_models)
+    ]
     source = write_image(tmp_path / "image.zarr", blobs((16, 48, 48)))
-    settings = parse_settings({"model": models, "tta": tta, "engine": "torch", "threads": 1, "outputs": "scores"})
+    settings = parse_settings(
+        {"model": models, "tta": tta, "engine": "torch", "threads": 1, "outputs": "scores"}
+    )
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     assert not run_tasks(plan, "volume", [0]).failures
     assert counted["forward"] == n_passes * plan.summary()["patches"]
     assert counted["read_voxels"] == 16 * 48 * 48
 
 
-def test_a_second_run_computes_nothing_and_a_resumed_one_only_what_is_missing(tmp_path, tiny_bundle, client):
+def test_a_second_run_computes_nothing_and_a_resumed_one_only_what_is_missing(
+    tmp_path, tiny_bundle, client
+):
     source = write_image(tmp_path / "image.zarr", blobs((24, 64, 96)))
     settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": "24,32,48"})
     undisturbed, interrupted = tmp_path / "a.zarr", tmp_path / "b.zarr"
@@ -91,7 +106,9 @@ def test_a_second_run_computes_nothing_and_a_resumed_one_only_what_is_missing(tm
     assert again.already_done
 
 
-def test_lost_intermediate_data_are_computed_again_not_taken_for_background(tmp_path, tiny_bundle, client):
+def test_lost_intermediate_data_are_computed_again_not_taken_for_background(
+    tmp_path, tiny_bundle, client
+):
     source = write_image(tmp_path / "image.zarr", blobs((24, 64, 96)))
     settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "block": "24,32,48"})
     undisturbed, robbed = tmp_path / "a.zarr", tmp_path / "b.zarr"
@@ -105,7 +122,7 @@ def test_lost_intermediate_data_are_computed_again_not_taken_for_background(tmp_
         segment(str(source), str(robbed), settings, client=client, emit=interrupt)
     while any(client.processing().values()):
         time.sleep(0.1)  # workers finish the tasks in hand
-    shutil.rmtree(tmp_path / "b.zarr.run/megaseg" / products.WORK)
+    shutil.rmtree(tmp_path / "b.zarr.run/megaseg" / workspace.WORK)
     assert segment(str(source), str(robbed), settings, client=client).status == "done"
     assert contents(robbed) == contents(undisturbed)
 

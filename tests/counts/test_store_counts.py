@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from zarr.storage import LocalStore, ObjectStore
 
-from megaseg_dask import inference
-from megaseg_dask.engines.pytorch import TorchEngine
-from megaseg_dask.ngff.plates import Field, Plate, write_plate
-from megaseg_dask.ngff.volumes import Volume
-from megaseg_dask.settings import parse_settings
-from megaseg_dask.single import record_plans, run_tasks
+from megaseg_dask.inference import engine
+from megaseg_dask.inference.pytorch import TorchEngine
+from megaseg_dask.ngff.plate import Field, Plate, write_plate
+from megaseg_dask.ngff.volume import Volume
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.job_array import record_plans, run_tasks
 from megaseg_dask.stores import Location, cached_array
-from tests.images import blobs, write_image
+from tests.fixtures.images import blobs, write_image
 from tests.stores.conftest import _environment, folder, s3, s3_server  # noqa: F401
 
 KEPT = Path(__file__).parent / "counts.json"
@@ -38,7 +38,9 @@ SCENARIOS = {
 
 @pytest.fixture
 def counts(monkeypatch):
-    found = dict.fromkeys(("store_reads", "store_writes", "bytes_read", "bytes_written", "forward_passes"), 0)
+    found = dict.fromkeys(
+        ("store_reads", "store_writes", "bytes_read", "bytes_written", "forward_passes"), 0
+    )
 
     def count(cls, method, note):
         original = getattr(cls, method)
@@ -58,7 +60,11 @@ def counts(monkeypatch):
     count(TorchEngine, "__call__", lambda *_: add("forward_passes"))
     count(Volume, "write", lambda _, box, values, *__: add("bytes_written", values.nbytes))
     # Of the array itself: what a codec makes of it differs from version to version.
-    count(Volume, "read", lambda self, box: add("bytes_read", box.size * cached_array(self.location).dtype.itemsize))
+    count(
+        Volume,
+        "read",
+        lambda self, box: add("bytes_read", box.size * cached_array(self.location).dtype.itemsize),
+    )
     return found
 
 
@@ -66,7 +72,9 @@ def write_source(name: str, where: Path) -> Path:
     if "plate" not in name:
         return write_image(where / "image.zarr", blobs((24, 64, 96)))
     fields = tuple(Field(row, "1", field) for row in "AB" for field in "01")
-    write_plate(Location.of(where / "plate.zarr"), Plate("0.5", "screen", ("A", "B"), ("1",), fields), "0.5")
+    write_plate(
+        Location.of(where / "plate.zarr"), Plate("0.5", "screen", ("A", "B"), ("1",), fields), "0.5"
+    )
     for n, field in enumerate(fields):
         write_image(where / "plate.zarr" / field.path, blobs((24, 40, 48), seed=n))
     return where / "plate.zarr"
@@ -78,10 +86,12 @@ def test_a_run_asks_its_store_as_often_as_it_did(name, tmp_path, tiny_bundle, co
     if "bucket" in name:
         request.getfixturevalue("s3")
         target = f"{request.getfixturevalue('folder')}/out.zarr"
-    settings = parse_settings({"model": str(tiny_bundle), "engine": "torch", "threads": 1, **SCENARIOS[name]})
+    settings = parse_settings(
+        {"model": str(tiny_bundle), "engine": "torch", "threads": 1, **SCENARIOS[name]}
+    )
     [plan] = record_plans(str(source), target, settings)
     for again in range(1 + (name == "a finished run again")):
-        inference.open_engine.cache_clear()
+        engine.open_engine.cache_clear()
         cached_array.cache_clear()
         counts.update(dict.fromkeys(counts, 0))
         for stage in plan.stages:

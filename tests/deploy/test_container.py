@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zarr
 
-from tests.images import blobs, write_image
+from tests.fixtures.images import blobs, write_image
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy/container/Dockerfile"
@@ -23,7 +23,9 @@ _OF_CONTAINERS = ("useradd",)
 def steps(variant: str) -> list[tuple[str, str]]:
     """Return the instructions of the stages that one variant goes through, with its arguments filled in."""
     text = re.sub(r"\\\n", " ", DOCKERFILE.read_text())
-    lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    lines = [
+        line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")
+    ]
     found: list[tuple[str, str]] = []
     arguments, is_ours = {"VARIANT": variant}, True
     for word, rest in lines:
@@ -41,12 +43,25 @@ def steps(variant: str) -> list[tuple[str, str]]:
 def test_each_step_runs_and_what_it_makes_segments_an_image(tmp_path):
     source, home = tmp_path / "src", tmp_path / "opt/megaseg"
     source.mkdir()
-    environment = {"PATH": f"{home}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
-    environment |= {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "REQUESTS_"))}
+    environment = {
+        "PATH": f"{home}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+    }
+    environment |= {
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith(("PIP_", "SSL_", "REQUESTS_"))
+    }
 
     def run(command: str, **more) -> str:
         done = subprocess.run(
-            ["bash", "-euc", command], cwd=source, env=environment, capture_output=True, text=True, timeout=1500, **more
+            ["bash", "-euc", command],
+            cwd=source,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+            **more,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         return done.stdout
@@ -57,12 +72,16 @@ def test_each_step_runs_and_what_it_makes_segments_an_image(tmp_path):
             for name in names:
                 place = source / target
                 if (ROOT / name).is_dir():
-                    shutil.copytree(ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__"))
+                    shutil.copytree(
+                        ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__")
+                    )
                 else:
                     shutil.copy(ROOT / name, place)
         elif word == "RUN" and not rest.startswith(_OF_CONTAINERS):
             # Whatever index this machine's pip is set to stands for those of the Dockerfile.
-            command = re.sub(r"--(extra-)?index-url \S+", "", rest).replace("/opt/megaseg", str(home))
+            command = re.sub(r"--(extra-)?index-url \S+", "", rest).replace(
+                "/opt/megaseg", str(home)
+            )
             run(f"{sys.executable} {command[7:]}" if command.startswith("python ") else command)
 
     # As the container's user does, away from the sources.

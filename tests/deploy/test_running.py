@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megaseg_dask.run import segment
-from megaseg_dask.settings import parse_settings
-from tests.cluster.slurm import running_slurm
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import segment
 from tests.counts.test_engine_calls import contents
-from tests.images import blobs, write_image
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.slurm import running_slurm
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OPTIONS = {"threads": 1, "block": "24,32,32", "overlap": 0}
@@ -62,7 +62,10 @@ class Rendered:
         container = self.containers[name]
         written = {entry["name"]: entry["value"] for entry in container["env"]}
         known = {**self.variables, **written}
-        words = [re.sub(r"\$\((\w+)\)", lambda found: known[found[1]], word) for word in container["args"]]
+        words = [
+            re.sub(r"\$\((\w+)\)", lambda found: known[found[1]], word)
+            for word in container["args"]
+        ]
         for old, new in self.places.items():
             words = [word.replace(old, new) for word in words]
             written = {key: value.replace(old, new) for key, value in written.items()}
@@ -71,7 +74,9 @@ class Rendered:
     @contextmanager
     def started(self, name: str) -> Iterator[subprocess.Popen]:
         words, environment = self.command(name)
-        process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             yield process
         finally:
@@ -85,20 +90,35 @@ class Rendered:
 def test_what_the_containers_run(source, expected, tiny_bundle, tmp_path):
     port, dashboard, target = str(free_port()), str(free_port()), tmp_path / "out.zarr"
     places = {
-        "megaseg-scheduler:8786": f"127.0.0.1:{port}", "0.0.0.0": "127.0.0.1", "8786": port,
+        "megaseg-scheduler:8786": f"127.0.0.1:{port}",
+        "0.0.0.0": "127.0.0.1",
+        "8786": port,
         ":8787": f"127.0.0.1:{dashboard}",
-        "s3://screens/plate.zarr": str(source), "s3://results/plate.zarr": str(target), "MegaSeg_v1": str(tiny_bundle),
-        "DNA": "0", "cuda": "cpu", "24GB": "4GB", "/scratch": str(tmp_path / "scratch"),
-    }  # fmt: skip
+        "s3://screens/plate.zarr": str(source),
+        "s3://results/plate.zarr": str(target),
+        "MegaSeg_v1": str(tiny_bundle),
+        "DNA": "0",
+        "cuda": "cpu",
+        "24GB": "4GB",
+        "/scratch": str(tmp_path / "scratch"),
+    }
     (tmp_path / "scratch").mkdir()
     # As the operator does.
-    variables = {"DASK_WORKER_NAME": "megaseg-default-worker-1", "DASK_SCHEDULER_ADDRESS": f"tcp://127.0.0.1:{port}"}
+    variables = {
+        "DASK_WORKER_NAME": "megaseg-default-worker-1",
+        "DASK_SCHEDULER_ADDRESS": f"tcp://127.0.0.1:{port}",
+    }
     rendered = Rendered(places, variables)
     with rendered.started("scheduler") as scheduler, rendered.started("worker") as worker:
         words, environment = rendered.command("client")
         fixed = [word for key, value in OPTIONS.items() for word in (f"--{key}", str(value))]
         done = subprocess.run(
-            [*words, *fixed], env=environment, capture_output=True, text=True, timeout=600, check=False
+            [*words, *fixed],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert (scheduler.poll(), worker.poll()) == (None, None)
@@ -111,14 +131,26 @@ def test_what_the_containers_run(source, expected, tiny_bundle, tmp_path):
 
 def test_job_arrays_in_slurm(source, expected, tiny_bundle, tmp_path):
     target = tmp_path / "out.zarr"
-    options = ["--model", str(tiny_bundle), *(w for k, v in OPTIONS.items() for w in (f"--{k}", str(v)))]
+    options = [
+        "--model",
+        str(tiny_bundle),
+        *(w for k, v in OPTIONS.items() for w in (f"--{k}", str(v))),
+    ]
     asked = "--cpus-per-task=1 --mem=1G --time=00:20:00"
     with running_slurm(tmp_path / "slurm", n_nodes=2) as slurm:
-        environment = {**slurm.env, "PATH": f"{BIN}:{slurm.env['PATH']}", "SHARES": "4", "GPU": asked, "CPU": asked}
+        environment = {
+            **slurm.env,
+            "PATH": f"{BIN}:{slurm.env['PATH']}",
+            "SHARES": "4",
+            "GPU": asked,
+            "CPU": asked,
+        }
 
         def submit() -> str:
             command = [DEPLOY / "slurm/array.sh", source, target, *options]
-            done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(
+                command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+            )
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid, cheapest_patch, steps
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.geometry import BlockGrid, Box, PatchGrid, cheapest_patch, steps
 
 extents = st.integers(1, 30)
 shapes = st.tuples(extents, extents, extents)
@@ -36,7 +36,9 @@ def test_overlapping_blocks_are_those_that_share_a_voxel(volume_shape, block_sha
 
 
 @given(shapes, shapes, overlaps, shapes)
-def test_patches_of_blocks_are_counted_and_read_boxes_hold_them(volume_shape, patch_shape, overlap, block_shape):
+def test_patches_of_blocks_are_counted_and_read_boxes_hold_them(
+    volume_shape, patch_shape, overlap, block_shape
+):
     grid = PatchGrid(volume_shape, patch_shape, overlap)
     volume, n = Box.of(volume_shape), 0
     for core in BlockGrid(volume_shape, block_shape):
@@ -54,7 +56,9 @@ def test_patches_of_blocks_are_counted_and_read_boxes_hold_them(volume_shape, pa
 @given(shapes, shapes, st.sampled_from([1, 2, 3]))
 def test_each_pair_of_touching_blocks_comes_up_once(volume_shape, block_shape, connectivity):
     grid = BlockGrid(volume_shape, block_shape)
-    pairs = [(i, j) for i in range(len(grid)) for j, _ in grid.iter_forward_neighbours(i, connectivity)]
+    pairs = [
+        (i, j) for i in range(len(grid)) for j, _ in grid.iter_forward_neighbours(i, connectivity)
+    ]
     assert len(pairs) == len(set(pairs))
     assert all(i < j for i, j in pairs)
     position = {i: np.array(grid.position(i)) for i in range(len(grid))}

@@ -15,8 +15,8 @@ from numpy.testing import assert_array_equal
 from skimage.measure import label
 from skimage.morphology import remove_small_holes
 
-from megaseg_dask import labelling
-from megaseg_dask.geometry import BlockGrid, Box
+from megaseg_dask.algorithms import components
+from megaseg_dask.algorithms.geometry import BlockGrid, Box
 
 extents = st.integers(1, 14)
 shapes = st.tuples(extents, extents, extents)
@@ -41,7 +41,10 @@ def masks(draw) -> np.ndarray:
     kind = draw(st.sampled_from(["sparse", "medium", "dense", "snake", "empty", "full"]))
     if kind == "snake":
         return snake(shape, rng)
-    return rng.random(shape) < {"sparse": 0.05, "medium": 0.3, "dense": 0.7, "empty": 0.0, "full": 1.1}[kind]
+    return (
+        rng.random(shape)
+        < {"sparse": 0.05, "medium": 0.3, "dense": 0.7, "empty": 0.0, "full": 1.1}[kind]
+    )
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Labelled:
     cores: dict[int, Box]
     blocks: dict[int, np.ndarray]
     offsets: np.ndarray
-    fragments: labelling.Fragments
+    fragments: components.Fragments
     pairs: list[np.ndarray]
 
     def write(self, table, dtype) -> np.ndarray:
@@ -60,7 +63,7 @@ class Labelled:
         for i, core in self.cores.items():
             if i in self.blocks:
                 part = table[self.offsets[i] : self.offsets[i + 1]]
-                result[core.slices] = labelling.relabel(self.blocks[i], part, np.dtype(dtype))
+                result[core.slices] = components.relabel(self.blocks[i], part, np.dtype(dtype))
         return result
 
 
@@ -68,23 +71,30 @@ def label_blocks(mask, block_shape, connectivity, missing=frozenset()) -> Labell
     """The stages ``label`` and ``seams`` without their files; a missing block has no fragments and no seams."""
     grid = BlockGrid(mask.shape, block_shape)
     there = {i: core for i, core in enumerate(grid) if i not in missing}
-    blocks = {i: labelling.label_block(mask[core.slices], connectivity) for i, core in there.items()}
-    tables = {i: labelling.list_fragments(blocks[i], core, mask.shape) for i, core in there.items()}
-    planes = {i: labelling.boundary_planes(block) for i, block in blocks.items()}
-    offsets = labelling.offsets_of([len(tables.get(i, ())) for i in range(len(grid))])
+    blocks = {
+        i: components.label_block(mask[core.slices], connectivity) for i, core in there.items()
+    }
+    tables = {
+        i: components.list_fragments(blocks[i], core, mask.shape) for i, core in there.items()
+    }
+    planes = {i: components.boundary_planes(block) for i, block in blocks.items()}
+    offsets = components.offsets_of([len(tables.get(i, ())) for i in range(len(grid))])
     pairs = []
     for i, core in there.items():
         for j, direction in grid.iter_forward_neighbours(i, connectivity):
             if j in missing:
                 continue
-            near, far = labelling.seam_keys(direction)
-            found = labelling.pair_across_seam(
-                planes[i][near], labelling.plane_box(core, near),
-                planes[j][far], labelling.plane_box(grid[j], far), connectivity,
-            )  # fmt: skip
+            near, far = components.seam_keys(direction)
+            found = components.pair_across_seam(
+                planes[i][near],
+                components.plane_box(core, near),
+                planes[j][far],
+                components.plane_box(grid[j], far),
+                connectivity,
+            )
             pairs.append(found.astype(np.int64) + np.array([offsets[i], offsets[j]]) - 1)
     none = np.empty(0, np.uint64)
-    fragments = labelling.Fragments(
+    fragments = components.Fragments(
         np.concatenate([none, *(table.first for table in tables.values())]),
         np.concatenate([none, *(table.size for table in tables.values())]),
     )
@@ -94,7 +104,9 @@ def label_blocks(mask, block_shape, connectivity, missing=frozenset()) -> Labell
 def label_by_blocks(mask, block_shape, connectivity, min_size=0, missing=frozenset()) -> np.ndarray:
     """The staged path without its files: label, seams, join, relabel."""
     found = label_blocks(mask, block_shape, connectivity, missing)
-    return found.write(labelling.join_fragments(found.fragments, found.pairs, min_size=min_size), np.uint32)
+    return found.write(
+        components.join_fragments(found.fragments, found.pairs, min_size=min_size), np.uint32
+    )
 
 
 @st.composite
@@ -139,7 +151,7 @@ def test_holes_are_those_of_the_whole_mask(mask, connectivity, max_size, data):
     """Also with blocks missing: there is nothing to fill in them, and no background that goes through them."""
     block_shape, missing, gone = data.draw(cuts(mask.shape))
     found = label_blocks(~mask, block_shape, connectivity, missing)
-    table = labelling.fill_table(found.fragments, found.pairs, max_size)
+    table = components.fill_table(found.fragments, found.pairs, max_size)
     expected = remove_small_holes(mask | gone, connectivity=connectivity, max_size=max_size)
     assert_array_equal(found.write(table, np.uint8) > 0, expected & ~mask & ~gone)
 
@@ -150,38 +162,44 @@ def test_a_hole_is_filled_up_to_its_size_and_at_the_border_too():
     mask[0, 0, :3] = False  # 3 voxels at the border
     for max_size, n_left in ((2, 7), (3, 4), (4, 0)):
         found = label_blocks(~mask, (2, 3, 3), 1)
-        table = labelling.fill_table(found.fragments, found.pairs, max_size)
+        table = components.fill_table(found.fragments, found.pairs, max_size)
         assert np.count_nonzero(~mask & (found.write(table, np.uint8) == 0)) == n_left
 
 
 @given(masks(), shapes, connectivities, st.integers(1, 20), st.randoms())
-def test_a_join_does_not_depend_on_its_batches_or_the_order_of_pairs(mask, block_shape, connectivity, batch, random):
+def test_a_join_does_not_depend_on_its_batches_or_the_order_of_pairs(
+    mask, block_shape, connectivity, batch, random
+):
     found = label_blocks(mask, block_shape, connectivity)
-    expected = labelling.join_fragments(found.fragments, found.pairs, min_size=2)
+    expected = components.join_fragments(found.fragments, found.pairs, min_size=2)
     shuffled = random.sample(found.pairs, len(found.pairs))
-    with mock.patch.object(labelling, "JOIN_BATCH", batch):
-        assert_array_equal(labelling.join_fragments(found.fragments, iter(shuffled), min_size=2), expected)
+    with mock.patch.object(components, "JOIN_BATCH", batch):
+        assert_array_equal(
+            components.join_fragments(found.fragments, iter(shuffled), min_size=2), expected
+        )
         table = np.concatenate([np.empty((0, 2), np.int64), *shuffled])
-        assert_array_equal(labelling.join_fragments(found.fragments, table, min_size=2), expected)
+        assert_array_equal(components.join_fragments(found.fragments, table, min_size=2), expected)
 
 
 def test_a_chain_of_joins_each_below_the_last():
     """Every batch gives the root of the batch before a new root: the longest paths there are."""
     n = 500
-    fragments = labelling.Fragments(np.arange(n, dtype=np.uint64)[::-1].copy(), np.ones(n, np.uint64))
+    fragments = components.Fragments(
+        np.arange(n, dtype=np.uint64)[::-1].copy(), np.ones(n, np.uint64)
+    )
     pairs = np.stack([np.arange(n - 1), np.arange(1, n)], axis=1)
-    with mock.patch.object(labelling, "JOIN_BATCH", 1):
-        assert_array_equal(labelling.join_fragments(fragments, pairs, min_size=n), np.ones(n))
-        assert not labelling.join_fragments(fragments, pairs, min_size=n + 1).any()
+    with mock.patch.object(components, "JOIN_BATCH", 1):
+        assert_array_equal(components.join_fragments(fragments, pairs, min_size=n), np.ones(n))
+        assert not components.join_fragments(fragments, pairs, min_size=n + 1).any()
 
 
 def test_rows_are_counted_in_as_many_bits_as_they_need():
-    assert labelling.join_bytes(2**32 - 1, 0) < 31 * 2**32 < labelling.join_bytes(2**32, 0)
+    assert components.join_bytes(2**32 - 1, 0) < 31 * 2**32 < components.join_bytes(2**32, 0)
     found = label_blocks(np.ones((4, 4, 4), bool), (2, 2, 2), 1)
-    expected = labelling.join_fragments(found.fragments, found.pairs)
+    expected = components.join_fragments(found.fragments, found.pairs)
     assert expected.dtype == np.uint32
-    with mock.patch.object(labelling, "_rows_dtype", return_value=np.dtype(np.uint64)):
-        wide = labelling.join_fragments(found.fragments, found.pairs)
+    with mock.patch.object(components, "_rows_dtype", return_value=np.dtype(np.uint64)):
+        wide = components.join_fragments(found.fragments, found.pairs)
     assert wide.dtype == np.uint64
     assert_array_equal(wide, expected)
 
@@ -190,9 +208,11 @@ def test_rows_are_counted_in_as_many_bits_as_they_need():
 def test_a_join_stays_within_its_projection(n_fragments):
     command = [sys.executable, "-m", "benchmarks.join", "table", "corners", str(n_fragments)]
     root = Path(__file__).parents[2]
-    found = json.loads(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
+    found = json.loads(
+        subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+    )
     assert found["n_fragments"] >= n_fragments
-    assert found["peak_bytes"] <= labelling.join_bytes(found["n_fragments"], found["n_pairs"])
+    assert found["peak_bytes"] <= components.join_bytes(found["n_fragments"], found["n_pairs"])
 
 
 @pytest.mark.parametrize("connectivity", [1, 2, 3])
@@ -208,7 +228,7 @@ def test_a_larger_volume(connectivity, density):
 def test_a_block_of_as_many_objects_as_there_can_be(shape, connectivity):
     mask = np.zeros(shape, bool)
     mask[::2, ::2, ::2] = True
-    labels = labelling.label_block(mask, connectivity)
+    labels = components.label_block(mask, connectivity)
     assert_array_equal(labels[mask], np.arange(1, mask.sum() + 1))
 
 
@@ -228,7 +248,7 @@ def test_ids_beyond_32_bits_in_the_raster_index():
     labels = np.zeros((2, 2, 2), np.uint32)
     labels[1, 1, 1] = 1
     core = Box((2**12 - 2,) * 3, (2**12,) * 3)
-    assert int(labelling.list_fragments(labels, core, volume_shape).first[0]) == 2**36 - 1
-    assert labelling.label_dtype(volume_shape) == np.uint64
-    assert labelling.label_dtype((2, 2**16, 2**16)) == np.uint64
-    assert labelling.label_dtype((1, 2**16, 2**16)) == np.uint32
+    assert int(components.list_fragments(labels, core, volume_shape).first[0]) == 2**36 - 1
+    assert components.label_dtype(volume_shape) == np.uint64
+    assert components.label_dtype((2, 2**16, 2**16)) == np.uint64
+    assert components.label_dtype((1, 2**16, 2**16)) == np.uint32

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
-from megaseg_dask import measurements
+from megaseg_dask.algorithms import measurements
+from megaseg_dask.algorithms.geometry import BlockGrid, Box
+from megaseg_dask.algorithms.measurements import Sums, measure_block, merge, to_columns
 from megaseg_dask.errors import DataError
-from megaseg_dask.geometry import BlockGrid, Box
-from megaseg_dask.measurements import Sums, measure_block, merge, to_columns
 
 INTEGERS = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", ">u2", ">i4", "?"]
 SPACING = (0.29, 0.108333, 0.108333)
@@ -34,7 +34,9 @@ def volumes(draw, dtype=None, elements=None):
     labels = np.array([0, *ids], np.uint64)[which]
     if max(ids) < 2**32 and draw(st.booleans()):
         labels = labels.astype(np.uint32)
-    return labels, draw(hnp.arrays(dtype or draw(st.sampled_from(INTEGERS)), shape, elements=elements))
+    return labels, draw(
+        hnp.arrays(dtype or draw(st.sampled_from(INTEGERS)), shape, elements=elements)
+    )
 
 
 block_shapes = st.tuples(*[st.integers(1, 7)] * 3)
@@ -91,7 +93,10 @@ def test_integer_tables_are_exact(volume, block_shape):
         for i, axis in enumerate("zyx"):
             centroid = float(Fraction(int(places[:, i].sum()), n))
             expected |= {f"centroid_{axis}": centroid, f"centroid_{axis}_um": centroid * SPACING[i]}
-            expected |= {f"bbox_{axis}_start": places[:, i].min(), f"bbox_{axis}_stop": places[:, i].max() + 1}
+            expected |= {
+                f"bbox_{axis}_start": places[:, i].min(),
+                f"bbox_{axis}_stop": places[:, i].max() + 1,
+            }
         assert {name: values[row] for name, values in found.items() if name != "label"} == expected
 
 
@@ -106,11 +111,25 @@ def test_float_tables_agree_to_the_stated_tolerance(dtype, data, block_shape, sl
     for row, label in enumerate(expected["label"].tolist()):
         values = image[labels == label].astype(np.float64)
         for table in (found, expected):
-            assert_allclose(table["intensity_sum"][row], math.fsum(values), rtol=0, atol=1e-12 * np.abs(values).sum())
-            assert_allclose(table["intensity_mean"][row], values.mean(), rtol=0, atol=1e-12 * np.abs(values).max())
-            assert_allclose(table["intensity_std"][row], values.std(), rtol=0, atol=1e-12 * np.abs(values).max())
+            assert_allclose(
+                table["intensity_sum"][row],
+                math.fsum(values),
+                rtol=0,
+                atol=1e-12 * np.abs(values).sum(),
+            )
+            assert_allclose(
+                table["intensity_mean"][row],
+                values.mean(),
+                rtol=0,
+                atol=1e-12 * np.abs(values).max(),
+            )
+            assert_allclose(
+                table["intensity_std"][row], values.std(), rtol=0, atol=1e-12 * np.abs(values).max()
+            )
     approximate = {"intensity_mean", "intensity_std", "intensity_sum"}
-    assert_same(*({n: v for n, v in table.items() if n not in approximate} for table in (found, expected)))
+    assert_same(
+        *({n: v for n, v in table.items() if n not in approximate} for table in (found, expected))
+    )
 
 
 def test_float_sums_in_one_order_are_one_result():
@@ -171,7 +190,9 @@ def test_an_object_over_many_blocks_and_ids_beyond_32_bits():
 def test_an_object_touches_the_volumes_border_not_a_blocks():
     labels = np.zeros((8, 8, 8), np.uint32)
     labels[3:5, 3:5, 3:5] = 1
-    for label, place in enumerate([(0, 4, 6), (7, 2, 2), (2, 0, 2), (4, 7, 6), (6, 4, 0), (6, 6, 7)], 2):
+    for label, place in enumerate(
+        [(0, 4, 6), (7, 2, 2), (2, 0, 2), (4, 7, 6), (6, 4, 0), (6, 6, 7)], 2
+    ):
         labels[place] = label
     found = to_columns(merge(measure_parts(labels, labels, (4, 4, 4))), labels.shape, SPACING)
     assert found["touches_border"].tolist() == [False] + [True] * 6
@@ -220,7 +241,9 @@ def test_many_small_parts_are_held_as_their_objects():
 
 @pytest.mark.parametrize("dtype", ["u2", "u4", "f4"])
 def test_memory_does_not_grow_with_the_block(dtype):
-    labels = np.kron(np.arange(1, 129, dtype=np.uint32).reshape(8, 4, 4), np.ones((16, 32, 32), np.uint32))
+    labels = np.kron(
+        np.arange(1, 129, dtype=np.uint32).reshape(8, 4, 4), np.ones((16, 32, 32), np.uint32)
+    )
     image = np.random.default_rng(0).integers(0, 2**16, labels.shape).astype(dtype)
     peaks = []
     for n_planes in (32, 128):

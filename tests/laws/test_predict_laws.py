@@ -14,10 +14,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import megaseg_dask
 from megaseg_dask.models import build_network, load_bundle
-from megaseg_dask.run import segment
-from megaseg_dask.settings import parse_settings
-from tests.images import blobs, write_image
-from tests.unit.bundles import OVERLAP, PATCH_SHAPE, one_thread
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import segment
+from tests.fixtures.bundles import OVERLAP, PATCH_SHAPE, one_thread
+from tests.fixtures.images import blobs, write_image
 
 SHAPE = (24, 40, 70)
 CASES = {
@@ -40,7 +40,9 @@ def whole(volume, tiny_bundle):
 
 
 def lazily(values, bundle, dims="zyx", **options):
-    return megaseg_dask.predict(xarray.DataArray(values, dims=list(dims)), str(bundle), threads=1, **options)
+    return megaseg_dask.predict(
+        xarray.DataArray(values, dims=list(dims)), str(bundle), threads=1, **options
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -48,7 +50,9 @@ def test_scores_are_those_of_the_command(name, tmp_path, tiny_bundle, client):
     case = {"shape": SHAPE, "dtype": "uint16", "version": "0.5", "axes": "zyx", **CASES[name]}
     values = blobs(case["shape"], dtype=case["dtype"])
     values = values.transpose(["zyx".index(axis) for axis in case["axes"]])
-    source = write_image(tmp_path / "image.zarr", values, axes=case["axes"], version=case["version"])
+    source = write_image(
+        tmp_path / "image.zarr", values, axes=case["axes"], version=case["version"]
+    )
     common = {"threads": 1, "block": (16, 32, 64), "overlap": 0.25}
     run = parse_settings({"model": str(tiny_bundle), "scores_dtype": "float32", **common})
     assert segment(str(source), str(tmp_path / "out.zarr"), run, client=client).status == "done"
@@ -80,7 +84,9 @@ def test_a_part_has_the_statistics_of_the_whole(volume, whole, tiny_bundle):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_many_tasks_at_once_share_one_engine(volume, tiny_bundle, threads):
     image = xarray.DataArray(volume, dims=["z", "y", "x"])
-    scores = megaseg_dask.predict(image, str(tiny_bundle), threads=threads, overlap=0, block=(24, 20, 20))
+    scores = megaseg_dask.predict(
+        image, str(tiny_bundle), threads=threads, overlap=0, block=(24, 20, 20)
+    )
     with dask.config.set(scheduler="threads", num_workers=8):
         at_once = scores.values
     with dask.config.set(scheduler="synchronous"):
@@ -98,7 +104,12 @@ def test_scores_equal_monai(volume, whole, tiny_bundle):
     normalised = NormalizeIntensity(channel_wise=True)(volume[None])
     with one_thread(), torch.inference_mode():
         logits = sliding_window_inference(
-            torch.as_tensor(normalised)[None], PATCH_SHAPE, 1, network, overlap=OVERLAP, mode="gaussian"
+            torch.as_tensor(normalised)[None],
+            PATCH_SHAPE,
+            1,
+            network,
+            overlap=OVERLAP,
+            mode="gaussian",
         )
     assert_allclose(whole, torch.sigmoid(logits)[0, 0].numpy(), atol=1e-5)
 
@@ -111,6 +122,10 @@ def test_each_timepoint_and_channel_is_a_volume_of_its_own(dims, tiny_bundle):
     assert scores.dims == tuple(dims)
     names = {d.lower(): d for d in dims}
     one = {names["t"]: 1, names["c"]: 0}
-    volume = xarray.DataArray(values, dims=list(dims)).isel(one).transpose(*[names[d] for d in "zyx"])
+    volume = (
+        xarray.DataArray(values, dims=list(dims)).isel(one).transpose(*[names[d] for d in "zyx"])
+    )
     expected = megaseg_dask.predict(volume, str(tiny_bundle), threads=1)
-    assert_array_equal(scores.isel(one).transpose(*[names[d] for d in "zyx"]).values, expected.values)
+    assert_array_equal(
+        scores.isel(one).transpose(*[names[d] for d in "zyx"]).values, expected.values
+    )

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.testing import assert_array_equal
 
-from megaseg_dask.geometry import BlockGrid, Box
-from megaseg_dask.ngff.pyramids import Step, default_level_shapes, downsample, integer_factor
+from megaseg_dask.algorithms.geometry import BlockGrid, Box
+from megaseg_dask.algorithms.pyramids import Step, default_level_shapes, downsample, integer_factor
 
 small_ids = st.integers(0, 3)
 shapes = st.tuples(*[st.integers(1, 9)] * 3)
@@ -23,7 +23,9 @@ def fine_and_coarse(draw, elements=small_ids, dtype="uint32"):
     coarse = []
     for n in fine:
         factor = draw(st.integers(1, 4))
-        coarse.append(draw(st.sampled_from([max(n // factor, 1), -(-n // factor), draw(st.integers(1, n))])))
+        coarse.append(
+            draw(st.sampled_from([max(n // factor, 1), -(-n // factor), draw(st.integers(1, n))]))
+        )
     return draw(arrays(dtype, fine, elements=elements)), tuple(coarse)
 
 
@@ -78,7 +80,9 @@ def test_the_largest_ids_survive(case):
 @settings(deadline=None)
 def test_stored_scores_are_averaged_and_rounded_half_to_even(case):
     values, coarse = case
-    expected = by_hand(values, coarse, lambda voxels: round(Fraction(int(voxels.sum(dtype=int)), voxels.size)))
+    expected = by_hand(
+        values, coarse, lambda voxels: round(Fraction(int(voxels.sum(dtype=int)), voxels.size))
+    )
     assert_array_equal(whole(values, coarse, mode=False), expected)
 
 
@@ -93,7 +97,9 @@ def test_float_scores_are_averaged(case):
 @given(
     st.one_of(
         fine_and_coarse().map(lambda case: (*case, True)),
-        fine_and_coarse(elements=st.floats(0, 1, width=32), dtype="float32").map(lambda case: (*case, False)),
+        fine_and_coarse(elements=st.floats(0, 1, width=32), dtype="float32").map(
+            lambda case: (*case, False)
+        ),
     ),
     shapes,
 )

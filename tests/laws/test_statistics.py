@@ -8,12 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from megaseg_dask.algorithms.geometry import Box
+from megaseg_dask.algorithms.normalization import (
+    Counts,
+    Moments,
+    Normalisation,
+    measure,
+    merge_statistics,
+)
 from megaseg_dask.errors import DataError
-from megaseg_dask.geometry import Box
-from megaseg_dask.intensity import Counts, Moments, Normalisation, measure, merge_statistics
 
 DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", ">u2", ">i4"]
-integers = st.sampled_from(DTYPES).flatmap(lambda d: hnp.arrays(d, hnp.array_shapes(min_dims=1, max_dims=3)))
+integers = st.sampled_from(DTYPES).flatmap(
+    lambda d: hnp.arrays(d, hnp.array_shapes(min_dims=1, max_dims=3))
+)
 
 
 @given(integers)
@@ -42,7 +50,10 @@ def test_a_large_array_of_the_largest_numbers_is_exact():
     assert found.total_squares == int(np.count_nonzero(values)) * (2**16 - 1) ** 2
 
 
-@given(hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-1e6, 1e6, width=32)), st.integers(1, 40))
+@given(
+    hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-1e6, 1e6, width=32)),
+    st.integers(1, 40),
+)
 def test_float_moments_merge_to_those_of_the_whole(values, n):
     parts = np.array_split(values, n)
     found = merge_statistics(Moments.of(p) for p in parts)
@@ -69,11 +80,15 @@ def test_a_voxel_that_is_no_number_is_named_or_left_out(bad):
     assert Normalisation.of(found)(values)[2, 3, 1] == 0
 
 
-@pytest.mark.parametrize(("dtype", "offset"), [("i8", 2**52), ("i8", -(2**52)), ("u4", 2**31), ("f8", 1e12)])
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [("i8", 2**52), ("i8", -(2**52)), ("u4", 2**31), ("f8", 1e12)]
+)
 def test_a_large_offset_does_not_blur_the_image(dtype, offset):
     image = np.random.default_rng(0).integers(0, 4000, (8, 9, 10))
     shifted = image.astype(dtype) + np.array(offset, dtype)
-    plain, moved = (Normalisation.of(measure(v, Box.of(v.shape)))(v) for v in (image.astype("u2"), shifted))
+    plain, moved = (
+        Normalisation.of(measure(v, Box.of(v.shape)))(v) for v in (image.astype("u2"), shifted)
+    )
     np.testing.assert_allclose(moved, plain, atol=2e-3)
 
 

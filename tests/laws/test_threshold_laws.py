@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage import filters
 
-from megaseg_dask import thresholds
+from megaseg_dask.algorithms import thresholds
+from megaseg_dask.algorithms.thresholds import METHODS, find_threshold, merge_tables, tabulate
 from megaseg_dask.errors import DataError
-from megaseg_dask.thresholds import METHODS, find_threshold, merge_tables, tabulate
 
 HISTOGRAM_METHODS = METHODS[:-1]
 
@@ -74,8 +74,12 @@ def at_edges(draw):
     """Return values on scikit-image's bin edges and on the floats next to them."""
     low, high = sorted(draw(st.tuples(*[st.floats(-100, 100, width=32)] * 2)))
     edges = np.linspace(np.float32(low), np.float32(high), 257, dtype=np.float32)
-    beside = np.nextafter(edges[draw(st.lists(st.integers(0, 256), min_size=1))], draw(st.sampled_from([-1e9, 1e9])))
-    inside = np.clip(np.append(beside, edges[draw(st.lists(st.integers(0, 256), min_size=1))]), low, high)
+    beside = np.nextafter(
+        edges[draw(st.lists(st.integers(0, 256), min_size=1))], draw(st.sampled_from([-1e9, 1e9]))
+    )
+    inside = np.clip(
+        np.append(beside, edges[draw(st.lists(st.integers(0, 256), min_size=1))]), low, high
+    )
     return np.concatenate([edges[[0, -1]], inside]).astype(np.float32)
 
 
@@ -186,16 +190,24 @@ def test_a_constant_volume(value, method):
 
 def test_one_mode_has_no_minimum_and_the_message_says_what_to_do():
     values = np.sqrt(np.arange(100_000, dtype=np.float32))
-    with pytest.raises(DataError, match=r"minimum finds no threshold .* no two modes; pass --threshold"):
+    with pytest.raises(
+        DataError, match=r"minimum finds no threshold .* no two modes; pass --threshold"
+    ):
         found_in([values], "minimum")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_modes_are_told_apart(method):
     rng = np.random.default_rng(1)
-    values = np.append(rng.normal(-6, 1, 30_000), rng.normal(6, 1, 10_000)).astype(np.float32).reshape(40, 50, 20)
+    values = (
+        np.append(rng.normal(-6, 1, 30_000), rng.normal(6, 1, 10_000))
+        .astype(np.float32)
+        .reshape(40, 50, 20)
+    )
     threshold = found_in([values[:7], values[7:]], method)
-    assert (values > np.float32(threshold)).sum() == pytest.approx(10_000, rel=0.2)  # yen prefers rare values
+    assert (values > np.float32(threshold)).sum() == pytest.approx(
+        10_000, rel=0.2
+    )  # yen prefers rare values
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -217,7 +229,9 @@ def test_a_peak_of_many_billions_does_not_overflow():
     low, high = float(values.min()), float(values.max())
     counts = tabulate(values, low, high, "triangle")["counts"]
     for times in 10 ** np.arange(6, 13):
-        assert find_threshold({"counts": counts * times}, low, high, "triangle") == expected(values, "triangle")
+        assert find_threshold({"counts": counts * times}, low, high, "triangle") == expected(
+            values, "triangle"
+        )
 
 
 def test_a_volume_constant_but_for_one_voxel_in_a_billion_has_no_li():

@@ -10,7 +10,7 @@ from skimage.measure import label
 from skimage.metrics import contingency_table
 from skimage.segmentation import relabel_sequential
 
-from megaseg_dask.evaluate import THRESHOLDS, Contingency, evaluate
+from megaseg_dask.algorithms.matching import THRESHOLDS, Contingency, evaluate
 
 
 def dense_ious(predicted, true):
@@ -86,4 +86,6 @@ def test_the_table_is_scikit_images(images):
     predicted, true = images
     table, theirs = Contingency.of(predicted, true), contingency_table(predicted, true).tocoo()
     ours = zip(table.predicted.tolist(), table.true.tolist(), table.voxels.tolist(), strict=True)
-    assert set(ours) == set(zip(theirs.row.tolist(), theirs.col.tolist(), theirs.data.tolist(), strict=True))
+    assert set(ours) == set(
+        zip(theirs.row.tolist(), theirs.col.tolist(), theirs.data.tolist(), strict=True)
+    )

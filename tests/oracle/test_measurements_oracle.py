@@ -8,19 +8,29 @@ from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 from skimage.measure import label, regionprops_table
 
-from megaseg_dask.geometry import BlockGrid
-from megaseg_dask.measurements import measure_block, merge, to_columns
-from tests.images import blobs
+from megaseg_dask.algorithms.geometry import BlockGrid
+from megaseg_dask.algorithms.measurements import measure_block, merge, to_columns
+from tests.fixtures.images import blobs
 
 SPACING = (0.5, 0.25, 0.2)
 
 PROPERTIES = (
-    "label", "area", "centroid", "bbox", "intensity_mean", "intensity_min", "intensity_max", "intensity_std"
-)  # fmt: skip
+    "label",
+    "area",
+    "centroid",
+    "bbox",
+    "intensity_mean",
+    "intensity_min",
+    "intensity_max",
+    "intensity_std",
+)
 
 
 def measure_split(labels, image, block_shape):
-    parts = (measure_block(labels[c.slices], image[c.slices], c) for c in BlockGrid(labels.shape, block_shape))
+    parts = (
+        measure_block(labels[c.slices], image[c.slices], c)
+        for c in BlockGrid(labels.shape, block_shape)
+    )
     return to_columns(merge(parts), labels.shape, SPACING)
 
 
@@ -29,7 +39,9 @@ def assert_agrees(labels, image, block_shape):
     # In float64: scikit-image takes mean and standard deviation in the image's own precision.
     exact = image.astype(np.float64)
     expected = regionprops_table(labels.astype(np.int64), exact, properties=PROPERTIES)
-    in_um = regionprops_table(labels.astype(np.int64), properties=("area", "centroid"), spacing=SPACING)
+    in_um = regionprops_table(
+        labels.astype(np.int64), properties=("area", "centroid"), spacing=SPACING
+    )
     assert_array_equal(found["label"], expected["label"])
     assert_array_equal(found["volume_voxels"], expected["area"])
     assert_allclose(found["volume_um3"], in_um["area"], rtol=1e-12)
@@ -44,11 +56,22 @@ def assert_agrees(labels, image, block_shape):
     scale = 1e-12 * np.maximum(np.abs(found["intensity_min"]), np.abs(found["intensity_max"]))
     for name in ("intensity_mean", "intensity_std"):
         assert (np.abs(found[name] - expected[name]) <= scale).all()
-    assert_allclose(found["intensity_sum"], expected["intensity_mean"] * expected["area"], rtol=1e-12, atol=1e-6)
+    assert_allclose(
+        found["intensity_sum"], expected["intensity_mean"] * expected["area"], rtol=1e-12, atol=1e-6
+    )
 
 
 # What the blobs, up to about 2800, are multiplied with.
-FACTORS = {"u1": 0.08, "i1": -0.04, "u2": 20.0, "i2": -10.0, "u4": 1e6, "i4": -5e5, "f4": -0.37, "f8": 1e-3}
+FACTORS = {
+    "u1": 0.08,
+    "i1": -0.04,
+    "u2": 20.0,
+    "i2": -10.0,
+    "u4": 1e6,
+    "i4": -5e5,
+    "f4": -0.37,
+    "f8": 1e-3,
+}
 
 
 @pytest.mark.parametrize("dtype", FACTORS)

@@ -11,34 +11,52 @@ from monai.inferers.utils import _get_scan_interval
 from monai.transforms import NormalizeIntensity
 from numpy.testing import assert_allclose, assert_array_equal
 
-from megaseg_dask.blending import sigmoid, window
-from megaseg_dask.geometry import BlockGrid, Box, PatchGrid
-from megaseg_dask.inference import Preparation, predict_block
-from megaseg_dask.intensity import PARTITION_SHAPE, Normalisation, measure, merge_statistics
+from megaseg_dask.algorithms.blending import sigmoid, window
+from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid
+from megaseg_dask.algorithms.normalization import (
+    PARTITION_SHAPE,
+    Normalisation,
+    measure,
+    merge_statistics,
+)
+from megaseg_dask.inference.engine import Preparation, predict_block
 from megaseg_dask.models import Step
 
 extents = st.integers(1, 90)
 overlaps = st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.625])
 
 
-@given(st.tuples(extents, extents, extents), st.tuples(*[st.integers(6, 40)] * 3), st.tuples(*[overlaps] * 3))
+@given(
+    st.tuples(extents, extents, extents),
+    st.tuples(*[st.integers(6, 40)] * 3),
+    st.tuples(*[overlaps] * 3),
+)
 def test_patches_lie_where_monai_puts_them(volume_shape, patch_shape, overlap):
     grid = PatchGrid(volume_shape, patch_shape, overlap)
     padded = tuple(map(max, volume_shape, patch_shape))
     interval = _get_scan_interval(padded, patch_shape, 3, overlap)
     expected = dense_patch_slices(padded, patch_shape, interval)
-    found = [patch.shifted(grid.padding).slices for patch in grid.iter_touching(Box.of(volume_shape))]
+    found = [
+        patch.shifted(grid.padding).slices for patch in grid.iter_touching(Box.of(volume_shape))
+    ]
     assert found == expected
     assert len(grid) == len(expected)
 
 
 @given(st.tuples(*[st.integers(1, 48)] * 3))
 def test_window_equals_monai(patch_shape):
-    assert_allclose(window(patch_shape), compute_importance_map(patch_shape, mode="gaussian").numpy(), rtol=2e-6)
-    assert_array_equal(window(patch_shape, "constant"), compute_importance_map(patch_shape, mode="constant").numpy())
+    assert_allclose(
+        window(patch_shape), compute_importance_map(patch_shape, mode="gaussian").numpy(), rtol=2e-6
+    )
+    assert_array_equal(
+        window(patch_shape, "constant"),
+        compute_importance_map(patch_shape, mode="constant").numpy(),
+    )
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "uint32", "float32", "float64", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["uint8", "uint16", "int16", "int32", "uint32", "float32", "float64", "float16"]
+)
 def test_normalisation_equals_monai(dtype):
     rng = np.random.default_rng(1)
     values = (rng.gamma(2.0, 12.0, (70, 90, 80)) + 5).astype(dtype)
@@ -78,9 +96,14 @@ class Blur:
 
 @settings(max_examples=40)
 @given(
-    st.tuples(*[st.integers(3, 40)] * 3), st.tuples(*[st.integers(1, 40)] * 3), st.tuples(*[overlaps] * 3), st.data()
+    st.tuples(*[st.integers(3, 40)] * 3),
+    st.tuples(*[st.integers(1, 40)] * 3),
+    st.tuples(*[overlaps] * 3),
+    st.data(),
 )
-def test_any_block_shape_gives_monais_logits_and_the_same_bits(volume_shape, block_shape, overlap, data):
+def test_any_block_shape_gives_monais_logits_and_the_same_bits(
+    volume_shape, block_shape, overlap, data
+):
     patch_shape = data.draw(st.tuples(*[st.sampled_from([4, 8, 16])] * 3))
     rng = np.random.default_rng(0)
     volume = rng.normal(10, 3, volume_shape).astype(np.float32)

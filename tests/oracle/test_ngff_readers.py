@@ -13,9 +13,9 @@ import pytest
 import zarr
 from numpy.testing import assert_allclose, assert_array_equal
 
-from megaseg_dask.run import segment
-from megaseg_dask.settings import parse_settings
-from tests.images import blobs, write_image
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import segment
+from tests.fixtures.images import blobs, write_image
 
 SCALE = {"t": 60.0, "c": 1.0, "z": 0.29, "y": 0.108, "x": 0.108}
 UNITS = {"t": "second", **dict.fromkeys("zyx", "micrometer")}
@@ -40,18 +40,29 @@ WHOLE, HALF_DOWN, HALF_UP, ODD = (16, 33, 275), (16, 16, 137), (16, 17, 138), (1
 SPLIT = {"block": (16, 16, 64)}
 CASES = {
     "0.5 sharded, levels rounded down": Case("zyx", "0.5", [WHOLE, HALF_DOWN], [WHOLE, HALF_DOWN]),
-    "0.5 in blocks, levels rounded up": Case("tzyx", "0.5", [WHOLE, HALF_UP], [WHOLE, HALF_UP], SPLIT),
-    "0.5 of one channel, no pyramid": Case("tczyx", "0.5", [WHOLE], [WHOLE, HALF_UP], {"channel": 1}),
-    "0.4 in blocks, levels rounded down": Case("zyx", "0.4", [WHOLE, HALF_DOWN], [WHOLE, HALF_DOWN], SPLIT),
+    "0.5 in blocks, levels rounded up": Case(
+        "tzyx", "0.5", [WHOLE, HALF_UP], [WHOLE, HALF_UP], SPLIT
+    ),
+    "0.5 of one channel, no pyramid": Case(
+        "tczyx", "0.5", [WHOLE], [WHOLE, HALF_UP], {"channel": 1}
+    ),
+    "0.4 in blocks, levels rounded down": Case(
+        "zyx", "0.4", [WHOLE, HALF_DOWN], [WHOLE, HALF_DOWN], SPLIT
+    ),
     "0.4 over time, no pyramid": Case("tzyx", "0.4", [WHOLE], [WHOLE, HALF_UP]),
-    "0.4, levels of no whole factor": Case("czyx", "0.4", [WHOLE, ODD], [WHOLE, ODD], {"channel": 0}),
-}  # fmt: skip
+    "0.4, levels of no whole factor": Case(
+        "czyx", "0.4", [WHOLE, ODD], [WHOLE, ODD], {"channel": 0}
+    ),
+}
 LABELS = ("megaseg", "megaseg_mask")
 
 
 def source_of(folder: Path, case: Case) -> Path:
     extents = {"t": 2, "c": 2}
-    levels = [blobs(tuple({**extents, **dict(zip("zyx", s, strict=True))}[a] for a in case.axes)) for s in case.sources]
+    levels = [
+        blobs(tuple({**extents, **dict(zip("zyx", s, strict=True))}[a] for a in case.axes))
+        for s in case.sources
+    ]
     return write_image(folder / "source.zarr", *levels, axes=case.axes, scale=SCALE)
 
 
@@ -65,7 +76,12 @@ def run(source: Path, target: Path, bundle: Path, client, **options) -> None:
 def written(request, tmp_path_factory, tiny_bundle, client) -> tuple[Case, Path]:
     """A segmented image with scores, labels and mask."""
     case, folder = request.param, tmp_path_factory.mktemp("written")
-    options = {"ome_zarr": case.version, "outputs": "labels,scores,mask", "threshold": 0.45, **case.options}
+    options = {
+        "ome_zarr": case.version,
+        "outputs": "labels,scores,mask",
+        "threshold": 0.45,
+        **case.options,
+    }
     run(source_of(folder, case), folder / "target.zarr", tiny_bundle, client, **options)
     return case, folder / "target.zarr"
 
@@ -86,13 +102,21 @@ def expected_shape(case: Case, level: int) -> tuple[int, ...]:
 def expected_scale(case: Case, level: int) -> list[float]:
     """The source states the scale of its levels; the levels we add halve."""
     factors = [round(n / m) for n, m in zip(WHOLE, case.expected[level], strict=True)]
-    return [SCALE["t"]] * (len(case.target_axes) - 3) + [SCALE[a] * f for a, f in zip("zyx", factors, strict=True)]
+    return [SCALE["t"]] * (len(case.target_axes) - 3) + [
+        SCALE[a] * f for a, f in zip("zyx", factors, strict=True)
+    ]
 
 
 def test_there_is_something_to_compare(written):
     case, target = written
-    scores, labels, mask = ([array[...] for array in arrays(image, case)] for image in images(target))
-    assert [array.dtype for array in (scores[0], labels[0], mask[0])] == ["uint8", "uint32", "uint8"]
+    scores, labels, mask = (
+        [array[...] for array in arrays(image, case)] for image in images(target)
+    )
+    assert [array.dtype for array in (scores[0], labels[0], mask[0])] == [
+        "uint8",
+        "uint32",
+        "uint8",
+    ]
     assert labels[0].max() > 1
     for of_level in zip(scores, labels, mask, strict=True):
         assert all(array.any() for array in of_level)
@@ -111,7 +135,9 @@ def test_arrays_are_stored_as_the_version_asks(written):
             assert set(unit[:-3]) <= {1}
             if case.version == "0.5":
                 assert array.metadata.dimension_names == tuple(case.target_axes)
-                assert (array.shards is not None) == ("block" not in case.options and array.shape[-1] > 128)
+                assert (array.shards is not None) == (
+                    "block" not in case.options and array.shape[-1] > 128
+                )
             else:
                 assert array.metadata.dimension_separator == "/"
 
@@ -133,7 +159,9 @@ def test_ome_zarr_models_finds_every_group_valid(written):
     listed = labels.attributes.labels if case.version == "0.4" else labels.attributes.ome.labels
     assert sorted(listed) == sorted(LABELS)
     for name in LABELS:
-        label = package.image_label.ImageLabel.from_zarr(zarr.open_group(target / "labels" / name, mode="r"))
+        label = package.image_label.ImageLabel.from_zarr(
+            zarr.open_group(target / "labels" / name, mode="r")
+        )
         ome = label.attributes if case.version == "0.4" else label.attributes.ome
         assert ome.image_label.source.image == "../../"
 
@@ -158,8 +186,13 @@ def test_ngio_reads_the_same(written):
     assert container.level_paths == [str(i) for i in range(len(case.expected))]
     assert sorted(container.list_labels()) == sorted(LABELS)
     for level in range(len(case.expected)):
-        opened = [container.get_image(path=str(level)), *(container.get_label(n, path=str(level)) for n in LABELS)]
-        for image, array in zip(opened, (arrays(i, case)[level] for i in images(target)), strict=True):
+        opened = [
+            container.get_image(path=str(level)),
+            *(container.get_label(n, path=str(level)) for n in LABELS),
+        ]
+        for image, array in zip(
+            opened, (arrays(i, case)[level] for i in images(target)), strict=True
+        ):
             assert image.shape == expected_shape(case, level)
             assert_array_equal(image.get_as_numpy(), array[...])
             size = image.pixel_size
@@ -174,13 +207,19 @@ def test_ome_zarr_py_reads_the_same(written):
 
     case, target = written
     nodes = list(Reader(parse_url(target))())
-    found = {Path(str(node.zarr.path if hasattr(node.zarr, "path") else node.zarr)).name: node for node in nodes}
+    found = {
+        Path(str(node.zarr.path if hasattr(node.zarr, "path") else node.zarr)).name: node
+        for node in nodes
+    }
     for image in images(target):
         node = found[image.name]
         assert [axis["name"] for axis in node.metadata["axes"]] == list(case.target_axes)
         for level, (data, array) in enumerate(zip(node.data, arrays(image, case), strict=True)):
             assert_array_equal(data.compute(), array[...])
-            assert_allclose(node.metadata["coordinateTransformations"][level][0]["scale"], expected_scale(case, level))
+            assert_allclose(
+                node.metadata["coordinateTransformations"][level][0]["scale"],
+                expected_scale(case, level),
+            )
 
 
 def test_bioio_reads_the_same(written):
@@ -204,7 +243,9 @@ def test_bioio_reads_the_same(written):
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     # zarr writes a group's .zgroup again, with the same bytes, when it sets attributes.
-    times = {name: 0 if name == "labels/.zgroup" else p.stat().st_mtime_ns for name, p in files.items()}
+    times = {
+        name: 0 if name == "labels/.zgroup" else p.stat().st_mtime_ns for name, p in files.items()
+    }
     return {name: (p.read_bytes(), times[name]) for name, p in files.items()}
 
 
@@ -212,16 +253,24 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
 def labelled_source(request, tmp_path) -> tuple[str, Path]:
     """An image that somebody labelled before, with attributes of their own."""
     version = request.param
-    path = write_image(tmp_path / "source.zarr", blobs((16, 33, 40)), axes="zyx", version=version, scale=SCALE)
+    path = write_image(
+        tmp_path / "source.zarr", blobs((16, 33, 40)), axes="zyx", version=version, scale=SCALE
+    )
     group = zarr.open_group(path, mode="r+")
     group.attrs["vendor"] = {"serial": 7}
-    write_image(path / "labels/cells", np.ones((16, 33, 40), "uint16"), version=version, scale=SCALE)
+    write_image(
+        path / "labels/cells", np.ones((16, 33, 40), "uint16"), version=version, scale=SCALE
+    )
     cells = zarr.open_group(path / "labels/cells", mode="r+")
     # ngio 1.1 takes no label image of 0.4 without this entry, which the specification only recommends.
     cells.attrs.update({"image-label": {"version": "0.4"}} if version == "0.4" else {})
     zarr_format = 2 if version == "0.4" else 3
     labels = zarr.open_group(path / "labels", mode="a", zarr_format=zarr_format)
-    labels.attrs.update({"labels": ["cells"]} if version == "0.4" else {"ome": {"version": "0.5", "labels": ["cells"]}})
+    labels.attrs.update(
+        {"labels": ["cells"]}
+        if version == "0.4"
+        else {"ome": {"version": "0.5", "labels": ["cells"]}}
+    )
     return version, path
 
 
@@ -248,8 +297,20 @@ def test_labels_in_place_twice_and_under_another_name(labelled_source, tiny_bund
     version, path = labelled_source
     before = snapshot(path)
     for name, options in (("a", {}), ("b", {}), ("a", {"overwrite": True, "min_size": 10})):
-        run(path, path, tiny_bundle, client, outputs="labels", ome_zarr=version, label_name=name, **options)
+        run(
+            path,
+            path,
+            tiny_bundle,
+            client,
+            outputs="labels",
+            ome_zarr=version,
+            label_name=name,
+            **options,
+        )
     attributes = zarr.open_group(path / "labels", mode="r").attrs.asdict()
     assert sorted(attributes.get("ome", attributes)["labels"]) == ["a", "b", "cells"]
     after = snapshot(path)
-    assert {name for name, state in before.items() if after[name] != state} <= {"labels/.zattrs", "labels/zarr.json"}
+    assert {name for name, state in before.items() if after[name] != state} <= {
+        "labels/.zattrs",
+        "labels/zarr.json",
+    }

@@ -22,8 +22,8 @@ import pytest
 import zarr
 
 from megaseg_dask.errors import SourceError
-from megaseg_dask.ngff.images import read_image
-from megaseg_dask.ngff.plates import read_plate
+from megaseg_dask.ngff.image import read_image
+from megaseg_dask.ngff.plate import read_plate
 from megaseg_dask.stores import Location
 from tests.conftest import SHARED
 
@@ -48,7 +48,9 @@ class Example:
     def suite(self) -> str:
         top, second = self.name.split("/")[:2]
         if top.startswith("ngff_spec"):
-            what = {"+z": ", with a z axis", "ap": ", rows and columns exchanged back"}.get(self.name[-2:], "")
+            what = {"+z": ", with a z axis", "ap": ", rows and columns exchanged back"}.get(
+                self.name[-2:], ""
+            )
             return f"specification {top.removeprefix('ngff_spec_').replace('main', '0.6rc0')}{what}"
         return f"{top.replace('_', '-')} {second}"
 
@@ -56,7 +58,9 @@ class Example:
 def load(path: Path) -> Any:
     """Read JSON with comments, as the specification's examples have them."""
     text = path.read_text()
-    bare = re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', lambda m: m[1] or "", text, flags=re.DOTALL)
+    bare = re.sub(
+        r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', lambda m: m[1] or "", text, flags=re.DOTALL
+    )
     try:
         return json.loads(re.sub(r",(\s*[\]}])", r"\1", bare))
     except ValueError:
@@ -66,7 +70,9 @@ def load(path: Path) -> Any:
 def iter_examples() -> Iterator[Example]:
     for path in sorted(ROOT.rglob("*")):
         name = path.relative_to(ROOT).as_posix()
-        if path.name != ".zattrs" and (path.suffix != ".json" or path.name == ".config.json" or "/schemas/" in name):
+        if path.name != ".zattrs" and (
+            path.suffix != ".json" or path.name == ".config.json" or "/schemas/" in name
+        ):
             continue
         if name.startswith("yaozarrs/broken/") and path.parent.name != "broken_v05.ome.zarr":
             continue  # One broken store, judged as a whole.
@@ -74,7 +80,9 @@ def iter_examples() -> Iterator[Example]:
         if isinstance(data, dict) and data.get("node_type") == "array":
             continue
         if "_suite.json" not in name:
-            yield from variants(example_of(name.removesuffix("/zarr.json").removesuffix("/.zattrs"), data, path))
+            yield from variants(
+                example_of(name.removesuffix("/zarr.json").removesuffix("/.zattrs"), data, path)
+            )
             continue
         names = Counter()
         for case in data["tests"]:
@@ -93,7 +101,11 @@ def example_of(name: str, data: Any, path: Path, valid: bool | None = None) -> E
     kinds = ("plate", "well", "multiscales", "image-label", "omero")
     kind = next((key for key in kinds if key in ome), "image" if "image" in path.name else "other")
     v2 = "ome" not in data and not re.search("v0[56]|ngff_spec_(0.5|main)|v0.5", name)
-    said = name.endswith("/labels") or not re.search("invalid|broken", name, re.I) if valid is None else valid
+    said = (
+        name.endswith("/labels") or not re.search("invalid|broken", name, re.I)
+        if valid is None
+        else valid
+    )
     return Example(name, data, kind, said, 2 if v2 else 3, path.parent)
 
 
@@ -102,7 +114,9 @@ def variants(example: Example) -> Iterator[Example]:
     yield example
     data = copy.deepcopy(example.data)
     if example.kind == "multiscales" and re.match(r"ngff_spec_0\.[45]/", example.name):
-        entries = [entry for entry in data.get("ome", data)["multiscales"] if y_of(entry) is not None]
+        entries = [
+            entry for entry in data.get("ome", data)["multiscales"] if y_of(entry) is not None
+        ]
         for entry in entries:
             add_z(entry, y_of(entry))
         if entries:
@@ -176,7 +190,9 @@ def write_levels(folder: Path, example: Example, data: Any) -> None:
                 shutil.copy(own, folder / path)
             else:
                 shape = (4,) * len(entry.get("axes", "zyx"))
-                zarr.create_array(folder / path, shape=shape, dtype="u1", zarr_format=example.zarr_format)
+                zarr.create_array(
+                    folder / path, shape=shape, dtype="u1", zarr_format=example.zarr_format
+                )
 
 
 def plate_around(example: Example) -> dict:
@@ -456,7 +472,8 @@ def page() -> str:
         reasons[f"{said} {kind}"][reason] += 1
     columns = ("valid accepted", "valid refused", "invalid refused", "invalid tolerated")
     lines = [
-        f"| {' | '.join([suite, *(str(of_suite[c] or '–') for c in columns)])} |" for suite, of_suite in counts.items()
+        f"| {' | '.join([suite, *(str(of_suite[c] or '–') for c in columns)])} |"
+        for suite, of_suite in counts.items()
     ]
     total = [str(sum(of_suite[c] for of_suite in counts.values())) for c in columns]
     return INTRODUCTION.format(

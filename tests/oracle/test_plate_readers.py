@@ -15,13 +15,21 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
+from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import SourceError
-from megaseg_dask.geometry import Box
-from megaseg_dask.ngff.images import read_image
-from megaseg_dask.ngff.plates import Acquisition, Field, Plate, is_plate, read_plate, select_fields, write_plate
-from megaseg_dask.ngff.volumes import Volume
+from megaseg_dask.ngff.image import read_image
+from megaseg_dask.ngff.plate import (
+    Acquisition,
+    Field,
+    Plate,
+    is_plate,
+    read_plate,
+    select_fields,
+    write_plate,
+)
+from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.stores import Location
-from tests.images import blobs, write_image
+from tests.fixtures.images import blobs, write_image
 
 BOTH = pytest.mark.parametrize("version", ["0.4", "0.5"])
 SHAPE = (4, 12, 10)
@@ -30,7 +38,12 @@ PLATE = Plate(
     "screen",
     ("A", "B", "C"),
     ("1", "2", "03"),
-    (Field("C", "03", "0", 7), Field("A", "1", "0", 7), Field("A", "1", "1", 8), Field("A", "2", "5")),
+    (
+        Field("C", "03", "0", 7),
+        Field("A", "1", "0", 7),
+        Field("A", "1", "1", 8),
+        Field("A", "2", "5"),
+    ),
     (Acquisition(7, "morning"), Acquisition(8)),
 )
 
@@ -60,13 +73,19 @@ def test_ome_zarr_models_finds_plate_wells_and_images_valid(written):
     plate = package.hcs.HCS.from_zarr(group)
     listing = plate.ome_attributes.plate
     assert (listing.name, listing.version, listing.field_count) == ("screen", version, 2)
-    assert [(row.name, column.name) for row, column in zip(listing.rows, listing.columns, strict=True)] == [
-        ("A", "1"), ("B", "2"), ("C", "03")
-    ]  # fmt: skip
-    assert [(a.id, a.name, a.maximumfieldcount) for a in listing.acquisitions] == [(7, "morning", 1), (8, None, 1)]
+    assert [
+        (row.name, column.name) for row, column in zip(listing.rows, listing.columns, strict=True)
+    ] == [("A", "1"), ("B", "2"), ("C", "03")]
+    assert [(a.id, a.name, a.maximumfieldcount) for a in listing.acquisitions] == [
+        (7, "morning", 1),
+        (8, None, 1),
+    ]
     found = []
     for well, group in zip(listing.wells, plate.well_groups, strict=True):
-        assert well.path == f"{listing.rows[well.rowIndex].name}/{listing.columns[well.columnIndex].name}"
+        assert (
+            well.path
+            == f"{listing.rows[well.rowIndex].name}/{listing.columns[well.columnIndex].name}"
+        )
         images = group.ome_attributes.well.images
         found += [Field(*well.path.split("/"), image.path, image.acquisition) for image in images]
         # Each was validated as an image on the way.
@@ -87,7 +106,9 @@ def test_ngio_opens_it(written):
         paths = plate.images_paths(acquisition=acquisition, max_workers=1)
         assert paths == [field.path for field in PLATE.fields if field.acquisition == acquisition]
     for field in PLATE.fields:
-        image = plate.get_image(row=field.row, column=field.column, image_path=field.name).get_image()
+        image = plate.get_image(
+            row=field.row, column=field.column, image_path=field.name
+        ).get_image()
         assert_array_equal(image.get_as_numpy(), pixels(field))
 
 
@@ -102,7 +123,9 @@ def test_ome_zarr_py_stitches_it(tmp_path):
         for field in fields:
             write_image(path / field.path, pixels(field), version=version)
         write_plate(
-            Location.of(path), Plate("0.5", "p", ("A", "B"), ("1", "2"), tuple(fields), (Acquisition(7),)), version
+            Location.of(path),
+            Plate("0.5", "p", ("A", "B"), ("1", "2"), tuple(fields), (Acquisition(7),)),
+            version,
         )
         node = next(iter(Reader(parse_url(path))()))
         stitched = node.data[0].compute()
@@ -122,7 +145,9 @@ def test_a_choice_of_fields_is_a_plate_too(written):
     write_plate(Location.of(target), part, version)
     plate = ome_zarr_models.open_ome_zarr(zarr.open_group(target, mode="r"), version=version)
     assert [well.path for well in plate.ome_attributes.plate.wells] == ["A/1"]
-    assert [[image.path for image in well.ome_attributes.well.images] for well in plate.well_groups] == [["1"]]
+    assert [
+        [image.path for image in well.ome_attributes.well.images] for well in plate.well_groups
+    ] == [["1"]]
 
 
 # -- theirs
@@ -138,7 +163,9 @@ def read_fields(location: Location, plate: Plate) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize(("name", "version"), [("hcs_bf2raw_v04.zarr", "0.4"), ("hcs_resaved_v05.zarr", "0.5")])
+@pytest.mark.parametrize(
+    ("name", "version"), [("hcs_bf2raw_v04.zarr", "0.4"), ("hcs_resaved_v05.zarr", "0.5")]
+)
 def test_plates_of_bioformats2raw(shared_data, name, version):
     location = Location.of(shared_data / "omezarr/pixels" / name)
     assert is_plate(location)
@@ -159,49 +186,92 @@ def test_plates_of_ngio(tmp_path, version):
     import ngio
 
     wells = [
-        ngio.ImageInWellPath(row="B", column=3, path="0", acquisition_id=1, acquisition_name="first"),
-        ngio.ImageInWellPath(row="A", column=12, path="0", acquisition_id=1, acquisition_name="first"),
+        ngio.ImageInWellPath(
+            row="B", column=3, path="0", acquisition_id=1, acquisition_name="first"
+        ),
+        ngio.ImageInWellPath(
+            row="A", column=12, path="0", acquisition_id=1, acquisition_name="first"
+        ),
         ngio.ImageInWellPath(row="A", column=12, path="0_registered", acquisition_id=2),
         ngio.ImageInWellPath(row="A", column=12, path="5"),
     ]
     with warnings.catch_warnings():
         # Of the underscore that Fractal's tasks give to what they derive.
         warnings.simplefilter("ignore")
-        ngio.create_empty_plate(tmp_path / "p.zarr", name="mine", images=wells, ngff_version=version)
+        ngio.create_empty_plate(
+            tmp_path / "p.zarr", name="mine", images=wells, ngff_version=version
+        )
     location = Location.of(tmp_path / "p.zarr")
     plate = read_plate(location)
-    assert (plate.version, plate.name, plate.rows, plate.columns) == (version, "mine", ("A", "B"), ("03", "12"))
+    assert (plate.version, plate.name, plate.rows, plate.columns) == (
+        version,
+        "mine",
+        ("A", "B"),
+        ("03", "12"),
+    )
     assert {(f.path, f.acquisition) for f in plate.fields} == {
-        ("B/03/0", 1), ("A/12/0", 1), ("A/12/0_registered", 2), ("A/12/5", None)
-    }  # fmt: skip
+        ("B/03/0", 1),
+        ("A/12/0", 1),
+        ("A/12/0_registered", 2),
+        ("A/12/5", None),
+    }
     assert plate.acquisitions == (Acquisition(1, "first"), Acquisition(2))
     write_plate(Location.of(tmp_path / "ours.zarr"), plate, version)
-    assert ngio.open_ome_zarr_plate(tmp_path / "ours.zarr", mode="r").images_paths(max_workers=1) == [
-        field.path for field in plate.fields
-    ]
+    assert ngio.open_ome_zarr_plate(tmp_path / "ours.zarr", mode="r").images_paths(
+        max_workers=1
+    ) == [field.path for field in plate.fields]
 
 
 def make_iohub_plate(path: Path, version: str) -> dict[str, np.ndarray]:
     """Write what iohub 0.3.11 writes, as measured; it needs Python 3.12, so it is not installed here."""
-    voxels = {place: blobs((1, 2, *SHAPE), seed=i) for i, place in enumerate(("A/1/0", "A/1/1", "H/12/000000"))}
+    voxels = {
+        place: blobs((1, 2, *SHAPE), seed=i)
+        for i, place in enumerate(("A/1/0", "A/1/1", "H/12/000000"))
+    }
     rows, columns = [{"name": "A"}, {"name": "H"}], [{"name": "1"}, {"name": "12"}]
     wells = [{"path": w, "rowIndex": i, "columnIndex": i} for i, w in enumerate(("A/1", "H/12"))]
-    plate = {"version": version, "acquisitions": [{"id": 0}], "rows": rows, "columns": columns, "wells": wells}
+    plate = {
+        "version": version,
+        "acquisitions": [{"id": 0}],
+        "rows": rows,
+        "columns": columns,
+        "wells": wells,
+    }
 
     def group(place: str, attributes: dict) -> zarr.Group:
         made = zarr.open_group(path / place, mode="a", zarr_format={"0.4": 2, "0.5": 3}[version])
-        made.attrs.put({"ome": {**attributes, "version": version}} if attributes and version == "0.5" else attributes)
+        made.attrs.put(
+            {"ome": {**attributes, "version": version}}
+            if attributes and version == "0.5"
+            else attributes
+        )
         return made
 
     group("", {"plate": plate})
     for well, names in (("A/1", "01"), ("H/12", ["000000"])):
         group(well[0], {})
-        group(well, {"well": {"version": version, "images": [{"acquisition": 0, "path": n} for n in names]}})
-    kinds = {"T": ("time", "second"), "C": ("channel", None), **dict.fromkeys("ZYX", ("space", "micrometer"))}
+        group(
+            well,
+            {
+                "well": {
+                    "version": version,
+                    "images": [{"acquisition": 0, "path": n} for n in names],
+                }
+            },
+        )
+    kinds = {
+        "T": ("time", "second"),
+        "C": ("channel", None),
+        **dict.fromkeys("ZYX", ("space", "micrometer")),
+    }
     axes = [{"name": a, "type": t, **({"unit": u} if u else {})} for a, (t, u) in kinds.items()]
     for place, data in voxels.items():
         scale = {"type": "scale", "scale": [1.0] * 5}
-        entry = {"version": version, "axes": axes, "datasets": [{"path": "0", "coordinateTransformations": [scale]}]}
+        entry = {
+            "version": version,
+            "axes": axes,
+            "datasets": [{"path": "0", "coordinateTransformations": [scale]}],
+        }
         omero = {"version": version, "id": 0, "channels": [{"label": "DAPI"}, {"label": "GFP"}]}
         image = group(place, {"multiscales": [{**entry, "name": place[4:]}], "omero": omero})
         options = {"dimension_names": list("TCZYX")} if version == "0.5" else {}
@@ -252,7 +322,10 @@ def test_plates_of_public_archives(shared_data, name, fields, n_missing):
     plate = read_plate(Location.of(shared_data / METADATA / name))
     assert sorted(field.path for field in plate.fields) == fields
     assert len(plate.missing) == n_missing
-    assert all(reason.startswith("the plate lists this well, but there is no ") for _, reason in plate.missing)
+    assert all(
+        reason.startswith("the plate lists this well, but there is no ")
+        for _, reason in plate.missing
+    )
 
 
 def test_a_plate_of_many_acquisitions(shared_data, tmp_path):

@@ -6,7 +6,7 @@ import uuid
 import pytest
 
 from megaseg_dask.stores import StoreOptions, configure, forget
-from tests.stores.servers import KEY, SECRET, S3Server, find_weed
+from tests.fixtures.servers import KEY, SECRET, S3Server, find_weed
 
 
 @pytest.fixture(autouse=True)

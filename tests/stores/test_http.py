@@ -7,15 +7,15 @@ import pytest
 import tornado.web
 from numpy.testing import assert_array_equal
 
+from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import SettingsError, SourceError, StoreError, TargetError
-from megaseg_dask.geometry import Box
-from megaseg_dask.ngff.images import digest_of, read_image, sample_of
-from megaseg_dask.ngff.volumes import Volume
-from megaseg_dask.run import plan_runs
-from megaseg_dask.settings import parse_settings
+from megaseg_dask.ngff.image import digest_of, read_image, sample_of
+from megaseg_dask.ngff.volume import Volume
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import plan_runs
 from megaseg_dask.stores import Location, StoreOptions, cached_array, configure
-from tests.images import blobs, write_image
-from tests.stores.servers import free_port, plain_server, range_server, web_server
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.servers import free_port, plain_server, range_server, web_server
 
 SHAPE = (9, 20, 17)
 SHARDED = {"chunks": (2, 5, 4), "shards": (4, 10, 12)}
@@ -88,7 +88,10 @@ def test_a_server_without_parts_of_files_cannot_serve_parts_of_shards(folder, pl
         volume.read(PART)
     message = str(caught.value)
     assert "\n" not in message
-    assert "the server does not answer requests for a part of an object; sharded arrays need that" in message
+    assert (
+        "the server does not answer requests for a part of an object; sharded arrays need that"
+        in message
+    )
 
 
 def test_nothing_there_is_told(folder, server, plain):
@@ -113,8 +116,12 @@ def test_what_is_no_image_is_named(folder, server):
 
 def test_nothing_is_written_or_listed(folder, server):
     location = Location.of(server) / "cells.zarr"
-    for write in (lambda: location.put("a", b""), lambda: location.create("a", b""), lambda: location.delete("a"),
-                  location.remove):  # fmt: skip
+    for write in (
+        lambda: location.put("a", b""),
+        lambda: location.create("a", b""),
+        lambda: location.delete("a"),
+        location.remove,
+    ):
         with pytest.raises(StoreError, match="for reading only; write to a folder, s3://"):
             write()
     with pytest.raises(TargetError, match="for reading only"):
@@ -162,7 +169,9 @@ def test_answers_of_a_server_that_does_not_serve(status, kind, words):
 
 def test_nobody_there_and_nobody_answering():
     port = free_port()
-    with pytest.raises(StoreError, match=f"connection refused .127.0.0.1:{port}.; check that the store is running"):
+    with pytest.raises(
+        StoreError, match=f"connection refused .127.0.0.1:{port}.; check that the store is running"
+    ):
         read_image(Location.of(f"http://127.0.0.1:{port}/cells.zarr"))
     configure(StoreOptions(options=(("timeout", "1"), ("read_timeout", "1"))))
     with socket.socket() as deaf:
@@ -188,7 +197,9 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(address):
     assert "pass-word" not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["https://h/a?b=1", "https://h/a#b", "https://", "http:///a", "https://h/a/../b"])
+@pytest.mark.parametrize(
+    "address", ["https://h/a?b=1", "https://h/a#b", "https://", "http:///a", "https://h/a/../b"]
+)
 def test_addresses_that_are_no_folder_are_refused(address):
     with pytest.raises(SettingsError):
         Location.of(address)
@@ -198,4 +209,8 @@ def test_nothing_is_written_to_a_web_server(server, folder, tmp_path):
     write_image(folder / "cells.zarr", blobs(SHAPE))
     for target in (f"{server}/out.zarr", f"{server}/cells.zarr"):
         with pytest.raises(SettingsError, match="nothing can be written to a web server"):
-            plan_runs(f"{server}/cells.zarr", target, parse_settings({"model": "starter", "outputs": "labels"}))
+            plan_runs(
+                f"{server}/cells.zarr",
+                target,
+                parse_settings({"model": "starter", "outputs": "labels"}),
+            )

@@ -6,13 +6,13 @@ from urllib.parse import urlsplit
 import pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
-from megaseg_dask.report import write_report
-from megaseg_dask.run import segment
-from megaseg_dask.settings import parse_settings
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
-from megaseg_dask.view.scenes import Gallery
-from megaseg_dask.view.server import Server
-from tests.images import blobs, write_image
+from megaseg_dask.tools.report.write import write_report
+from megaseg_dask.tools.view.gallery import Gallery
+from megaseg_dask.tools.view.server import Server
+from tests.fixtures.images import blobs, write_image
 from tests.stores.test_runs import upload
 
 pytestmark = pytest.mark.slow
@@ -21,8 +21,13 @@ pytestmark = pytest.mark.slow
 def test_report_and_viewer_of_a_run_in_a_bucket(s3, folder, tmp_path, tiny_bundle):
     local = write_image(tmp_path / "image.zarr", blobs((40, 60, 90)), chunks=(20, 30, 45))
     source, target = upload(local, f"{folder}/image.zarr"), f"{folder}/out.zarr"
-    options = {"model": str(tiny_bundle), "threads": 1, "block": "20,30,50", "overlap": 0,
-               "outputs": "labels,scores,measurements"}  # fmt: skip
+    options = {
+        "model": str(tiny_bundle),
+        "threads": 1,
+        "block": "20,30,50",
+        "overlap": 0,
+        "outputs": "labels,scores,measurements",
+    }
     assert segment(source, target, parse_settings(options)).status == "done"
 
     place = write_report(target)

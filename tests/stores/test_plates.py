@@ -11,12 +11,12 @@ import zarr
 from numpy.testing import assert_allclose, assert_array_equal
 from skimage.measure import regionprops_table
 
-from megaseg_dask.ngff.plates import Acquisition, Field, Plate, read_plate, write_plate
-from megaseg_dask.run import segment
-from megaseg_dask.settings import parse_settings
+from megaseg_dask.ngff.plate import Acquisition, Field, Plate, read_plate, write_plate
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
-from tests.images import write_image
-from tests.stores.servers import range_server
+from tests.fixtures.images import write_image
+from tests.fixtures.servers import range_server
 from tests.stores.test_runs import arrays, upload
 
 
@@ -33,8 +33,14 @@ def deepen(plate: Path, n: int) -> None:
             values, v2 = array[...], group.metadata.zarr_format == 2
             layout = {"chunk_key_encoding": {"name": "v2", "separator": "/"}} if v2 else {}
             deep = np.repeat(values, n, axis=2)
-            new = group.create_array(name, shape=deep.shape, dtype=deep.dtype, chunks=deep.shape, overwrite=True,
-                                     **({**layout} if v2 else {"dimension_names": list("tczyx")}))  # fmt: skip
+            new = group.create_array(
+                name,
+                shape=deep.shape,
+                dtype=deep.dtype,
+                chunks=deep.shape,
+                overwrite=True,
+                **({**layout} if v2 else {"dimension_names": list("tczyx")}),
+            )
             new[...] = deep
 
 
@@ -48,7 +54,9 @@ def test_plates_of_other_programs_in_both_versions(shared_data, tmp_path, option
         shutil.copytree(shared_data / "omezarr/pixels" / name, plate)
         deepen(plate, 16)
         target = tmp_path / f"out-{version}.zarr"
-        wanted = parse_settings({**options, "channel": "0,2", "ome_zarr": version, "threshold": "otsu"})
+        wanted = parse_settings(
+            {**options, "channel": "0,2", "ome_zarr": version, "threshold": "otsu"}
+        )
         result = segment(str(plate), str(target), wanted, client=client)
         assert result.status == "done", result.failures
         model = {"0.4": ome_zarr_models.v04.HCS, "0.5": ome_zarr_models.v05.HCS}[version]
@@ -87,7 +95,9 @@ def screen(cells, tmp_path) -> Path:
     for field in fields:
         crops = []
         for _ in range(6):
-            z, y, x = (int(rng.integers(0, n - m)) for n, m in zip(cells.shape, (24, 64, 72), strict=True))
+            z, y, x = (
+                int(rng.integers(0, n - m)) for n, m in zip(cells.shape, (24, 64, 72), strict=True)
+            )
             crops.append(cells[z : z + 24, y : y + 64, x : x + 72])
         image = np.stack(crops).reshape(3, 2, 24, 64, 72)
         write_image(folder / field.path, image, axes="tczyx", channels=["nuclei", "again"])
@@ -101,7 +111,12 @@ def test_a_plate_of_real_cells(where, screen, tmp_path, options, request, client
         folder = request.getfixturevalue("s3") and request.getfixturevalue("folder")
         source, target = upload(screen, f"{folder}/screen.zarr"), f"{folder}/out.zarr"
     settings = parse_settings(
-        {**options, "channel": "nuclei,again", "outputs": "labels,scores,measurements", "threshold": "otsu"}
+        {
+            **options,
+            "channel": "nuclei,again",
+            "outputs": "labels,scores,measurements",
+            "threshold": "otsu",
+        }
     )
     # Workers of a bucket are started with its credentials in their environment.
     result = segment(source, target, settings, client=client if where == "disk" else None)
@@ -115,7 +130,10 @@ def test_a_plate_of_real_cells(where, screen, tmp_path, options, request, client
     table = pq.read_table(local).to_pandas()
     # Two fields by themselves, and their rows.
     for field in (fields[0], fields[-1]):
-        here, image = arrays(f"{target}/{field.path}"), zarr.open_group(screen / field.path, mode="r")["0"][...]
+        here, image = (
+            arrays(f"{target}/{field.path}"),
+            zarr.open_group(screen / field.path, mode="r")["0"][...],
+        )
         for c, channel in enumerate(["nuclei", "again"]):
             alone = str(tmp_path / f"{field.path.replace('/', '-')}-{c}.zarr")
             single = parse_settings({**options, "channel": channel, "threshold": "otsu"})
@@ -124,10 +142,16 @@ def test_a_plate_of_real_cells(where, screen, tmp_path, options, request, client
             assert_array_equal(here[f"labels/megaseg_{channel}/0"], expected["labels/megaseg/0"])
             assert_array_equal(here["0"][:, c], expected["0"])
             for t in range(3):
-                rows = table[(table.well == field.well) & (table.field == field.name) & (table.timepoint == t)]
+                rows = table[
+                    (table.well == field.well)
+                    & (table.field == field.name)
+                    & (table.timepoint == t)
+                ]
                 rows = rows[rows.channel == c]
                 measured = regionprops_table(
-                    here[f"labels/megaseg_{channel}/0"][t], image[t, c], properties=("label", "area", "intensity_mean")
+                    here[f"labels/megaseg_{channel}/0"][t],
+                    image[t, c],
+                    properties=("label", "area", "intensity_mean"),
                 )
                 assert_array_equal(rows.label, measured["label"])
                 assert_array_equal(rows.volume_voxels, measured["area"])
@@ -140,9 +164,16 @@ def test_an_image_by_the_address_that_the_idr_gives(shared_data, tmp_path, optio
     shutil.copytree(shared_data / "omezarr/pixels/5d_dataset_v4.ome.zarr", served / "6001240.zarr")
     settings = parse_settings({**options, "channel": "1", "time": "1:3"})
     with range_server(tmp_path) as url:
-        result = segment(f"{url}/zarr/v0.4/idr0062A/6001240.zarr", str(tmp_path / "out.zarr"), settings, client=client)
+        result = segment(
+            f"{url}/zarr/v0.4/idr0062A/6001240.zarr",
+            str(tmp_path / "out.zarr"),
+            settings,
+            client=client,
+        )
     assert result.status == "done", result.failures
-    local = segment(str(served / "6001240.zarr"), str(tmp_path / "local.zarr"), settings, client=client)
+    local = segment(
+        str(served / "6001240.zarr"), str(tmp_path / "local.zarr"), settings, client=client
+    )
     assert local.status == "done"
     found, expected = arrays(str(tmp_path / "out.zarr")), arrays(str(tmp_path / "local.zarr"))
     assert found["0"].shape == (2, 16, 64, 64)

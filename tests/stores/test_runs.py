@@ -8,13 +8,13 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
-from megaseg_dask.cli import main
+from megaseg_dask.cli.app import main
 from megaseg_dask.errors import MegasegError, StoreError
-from megaseg_dask.run import segment, status
-from megaseg_dask.settings import parse_settings
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import segment, status
 from megaseg_dask.stores import Location
-from tests.images import blobs, write_image
-from tests.stores.servers import KEY, SECRET, range_server
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.servers import KEY, SECRET, range_server
 
 SHAPE = (40, 60, 90)
 
@@ -33,12 +33,20 @@ def arrays(where: str) -> dict[str, np.ndarray]:
     with warnings.catch_warnings():
         # The rows of a table lie in a group, where ngio has them, and are no Zarr node.
         warnings.filterwarnings("ignore", "Object at table.parquet")
-        return {path: a[...] for path, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
+        return {
+            path: a[...] for path, a in group.members(max_depth=None) if isinstance(a, zarr.Array)
+        }
 
 
 @pytest.fixture
 def options(tiny_bundle):
-    return {"model": str(tiny_bundle), "threads": 1, "block": "20,30,50", "overlap": 0, "outputs": "labels,scores,mask"}
+    return {
+        "model": str(tiny_bundle),
+        "threads": 1,
+        "block": "20,30,50",
+        "overlap": 0,
+        "outputs": "labels,scores,mask",
+    }
 
 
 @pytest.fixture
@@ -116,7 +124,9 @@ def test_a_store_that_is_gone_is_waited_for_once_and_told_once(own_s3, folder, i
     assert segment(source, target, parse_settings(options)).status == "done"
 
 
-def test_commands_on_a_target_take_the_options_of_its_store(s3_server, folder, image, options, monkeypatch, capsys):
+def test_commands_on_a_target_take_the_options_of_its_store(
+    s3_server, folder, image, options, monkeypatch, capsys
+):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
 
@@ -125,7 +135,10 @@ def test_commands_on_a_target_take_the_options_of_its_store(s3_server, folder, i
             main([str(argument) for argument in arguments])
         return int(ended.value.code)
 
-    store, target = ("--endpoint", s3_server.url, "--storage-option", "region=us-east-1"), f"{folder}/out.zarr"
+    store, target = (
+        ("--endpoint", s3_server.url, "--storage-option", "region=us-east-1"),
+        f"{folder}/out.zarr",
+    )
     fixed = ("--model", options["model"], "--threads", "1", "--overlap", "0", "--block", "20,30,50")
     assert megaseg("plan", image, target, *fixed, *store, "--record") == 0
     assert megaseg("task", target, "measure", "999", *store) == 2

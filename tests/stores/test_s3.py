@@ -11,17 +11,32 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
-from megaseg_dask.errors import DataError, MegasegError, SettingsError, SourceError, StoreError, TargetError
-from megaseg_dask.geometry import BlockGrid, Box
-from megaseg_dask.layout import write_layout
-from megaseg_dask.ngff.images import digest_of, read_image, sample_of
-from megaseg_dask.ngff.volumes import Volume, create_array
+from megaseg_dask.algorithms.chunking import write_layout
+from megaseg_dask.algorithms.geometry import BlockGrid, Box
+from megaseg_dask.errors import (
+    DataError,
+    MegasegError,
+    SettingsError,
+    SourceError,
+    StoreError,
+    TargetError,
+)
+from megaseg_dask.ngff.image import digest_of, read_image, sample_of
+from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.stores import Location, StoreOptions, cached_array, configure, forget
-from tests.images import blobs, write_image
-from tests.stores.servers import KEY, READER_KEY, READER_SECRET, SECRET, free_port
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.servers import KEY, READER_KEY, READER_SECRET, SECRET, free_port
 
 SHAPE = (9, 20, 17)
-ODD_NAMES = ["plain.zarr", "with space.zarr", "a#b%20ü.zarr", "x?y&z=1", "[q]", "semi;colon", "日本.ome.zarr"]
+ODD_NAMES = [
+    "plain.zarr",
+    "with space.zarr",
+    "a#b%20ü.zarr",
+    "x?y&z=1",
+    "[q]",
+    "semi;colon",
+    "日本.ome.zarr",
+]
 SECRETS = (SECRET, READER_SECRET, "wrong-secret")
 
 # Seconds instead of minutes.
@@ -53,7 +68,11 @@ def test_objects_by_any_name(s3, folder, name):
     location.put("empty", b"")
     assert location.exists()
     assert location.is_folder()
-    assert (location.get("plan/0.json"), location.size("plan.json"), location.get("absent")) == (b"{}", 3, None)
+    assert (location.get("plan/0.json"), location.size("plan.json"), location.get("absent")) == (
+        b"{}",
+        3,
+        None,
+    )
     assert (location.head("plan.json", 2), location.head("plan.json", 99)) == (b"[1", b"[1]")
     assert (location.head("empty", 9), location.head("absent", 9)) == (b"", None)
     assert location.keys("") == ["empty", "plan.json", "plan/0.json"]
@@ -102,12 +121,18 @@ def test_an_object_of_many_parts_is_whole(s3, folder):
     assert not location.create("other", b"")
     assert location.size("other") == len(data)
     one_chunk = {"shape": (len(data),), "chunks": (len(data),), "compressors": None}
-    zarr.create_array((location / "0").arrays, dtype="u1", **one_chunk)[...] = np.frombuffer(data, "u1")
+    zarr.create_array((location / "0").arrays, dtype="u1", **one_chunk)[...] = np.frombuffer(
+        data, "u1"
+    )
     assert cached_array(location / "0")[...].tobytes() == data
 
 
 def test_of_eight_that_create_one_succeeds(s3, folder):
-    location, keys, start = Location.of(folder), [f"lease-{i}" for i in range(6)], threading.Barrier(48)
+    location, keys, start = (
+        Location.of(folder),
+        [f"lease-{i}" for i in range(6)],
+        threading.Barrier(48),
+    )
 
     def create(number: int) -> tuple[str, bool]:
         start.wait()
@@ -142,8 +167,13 @@ STORED = {
 @pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
 def test_an_image_reads_as_it_does_from_a_disk(s3, folder, stored, tmp_path):
     data = blobs(SHAPE)
-    path = write_image(tmp_path / "image.zarr", data, blobs((5, 10, 9)), **{"chunks": (4, 7, 5), **stored})
-    here, there = Location.of(path), Location.of(s3.upload(path, "private", folder.removeprefix("s3://private/")))
+    path = write_image(
+        tmp_path / "image.zarr", data, blobs((5, 10, 9)), **{"chunks": (4, 7, 5), **stored}
+    )
+    here, there = (
+        Location.of(path),
+        Location.of(s3.upload(path, "private", folder.removeprefix("s3://private/"))),
+    )
     image = read_image(there)
     assert image == read_image(here)
     assert digest_of(there, image) == digest_of(here, image)
@@ -153,7 +183,9 @@ def test_an_image_reads_as_it_does_from_a_disk(s3, folder, stored, tmp_path):
         assert_array_equal(volume.read(box), data[box.slices])
 
 
-@pytest.mark.parametrize(("version", "block"), [("0.4", (4, 8, 8)), ("0.5", (4, 8, 8)), ("0.5", (128, 256, 256))])
+@pytest.mark.parametrize(
+    ("version", "block"), [("0.4", (4, 8, 8)), ("0.5", (4, 8, 8)), ("0.5", (128, 256, 256))]
+)
 def test_arrays_are_written_and_read_back(s3, folder, version, block, tmp_path):
     image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
     location, data = Location.of(f"{folder}/out.zarr"), blobs(SHAPE, dtype="uint32")
@@ -169,7 +201,9 @@ def test_arrays_are_written_and_read_back(s3, folder, version, block, tmp_path):
             volume.write(box, data[box.slices])
         assert_array_equal(volume.read(Box.of(SHAPE)), data)
     assert location.open_group().attrs["answer"] == 42
-    assert location.children() == sorted(["0", *([".zattrs", ".zgroup"] if version == "0.4" else ["zarr.json"])])
+    assert location.children() == sorted(
+        ["0", *([".zattrs", ".zgroup"] if version == "0.4" else ["zarr.json"])]
+    )
     location.write_group(version, {"other": 1})
     assert location.ome_attributes()[0] == {"answer": 42, "other": 1}
     with pytest.raises(TargetError, match="choose the other version"):
@@ -190,9 +224,15 @@ def test_a_corrupt_chunk_is_damaged_data_and_no_failing_store(s3, folder, tmp_pa
         (lambda location: None, "does not exist; check the address"),
         (lambda location: location.put("notes.txt", b"x"), "is a folder with notes.txt"),
         (lambda location: location.parent.put(location.basename, b"II*\0"), "is a TIFF file"),
-        (lambda location: location.put("zarr.json", b"{"), "a Zarr group whose metadata cannot be read"),
+        (
+            lambda location: location.put("zarr.json", b"{"),
+            "a Zarr group whose metadata cannot be read",
+        ),
         (lambda location: location.write_group("0.5", {}), "is a Zarr group without multiscales"),
-        (lambda location: zarr.create_array(location.arrays, shape=(4,), dtype="u1"), "is a single Zarr array"),
+        (
+            lambda location: zarr.create_array(location.arrays, shape=(4,), dtype="u1"),
+            "is a single Zarr array",
+        ),
     ],
 )
 def test_what_is_no_image_is_named(s3, folder, make, found):
@@ -219,23 +259,85 @@ def probe(location: Location) -> None:
 
 
 REFUSED = {
-    "wrong key, read": (("nobody", SECRET), "private", look, SourceError,
-                        "does not know the access key (InvalidAccessKeyId); check AWS_ACCESS_KEY_ID"),
-    "wrong key, write": (("nobody", SECRET), "private", write, StoreError, "does not know the access key"),
-    "wrong key, probe": (("nobody", SECRET), "private", probe, TargetError, "does not know the access key"),
-    "wrong secret, read": ((KEY, "wrong-secret"), "private", look, SourceError,
-                           "the secret does not fit the access key (SignatureDoesNotMatch); check AWS_ACCESS_KEY_ID"),
-    "wrong secret, write": ((KEY, "wrong-secret"), "private", write, StoreError, "the secret does not fit"),
-    "wrong secret, probe": ((KEY, "wrong-secret"), "private", probe, TargetError, "the secret does not fit"),
-    "reader, write": ((READER_KEY, READER_SECRET), "private", write, StoreError, "access denied (AccessDenied); check"),
-    "reader, probe": ((READER_KEY, READER_SECRET), "private", probe, TargetError,
-                      "access denied (AccessDenied); check whether AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY may "
-                      "write it"),
-    "missing bucket, read": ((KEY, SECRET), "no-such-bucket", look, SourceError,
-                             "there is no such bucket (NoSuchBucket); check its name and --endpoint"),
-    "missing bucket, write": ((KEY, SECRET), "no-such-bucket", write, StoreError, "there is no such bucket"),
-    "missing bucket, probe": ((KEY, SECRET), "no-such-bucket", probe, TargetError, "there is no such bucket"),
-}  # fmt: skip
+    "wrong key, read": (
+        ("nobody", SECRET),
+        "private",
+        look,
+        SourceError,
+        "does not know the access key (InvalidAccessKeyId); check AWS_ACCESS_KEY_ID",
+    ),
+    "wrong key, write": (
+        ("nobody", SECRET),
+        "private",
+        write,
+        StoreError,
+        "does not know the access key",
+    ),
+    "wrong key, probe": (
+        ("nobody", SECRET),
+        "private",
+        probe,
+        TargetError,
+        "does not know the access key",
+    ),
+    "wrong secret, read": (
+        (KEY, "wrong-secret"),
+        "private",
+        look,
+        SourceError,
+        "the secret does not fit the access key (SignatureDoesNotMatch); check AWS_ACCESS_KEY_ID",
+    ),
+    "wrong secret, write": (
+        (KEY, "wrong-secret"),
+        "private",
+        write,
+        StoreError,
+        "the secret does not fit",
+    ),
+    "wrong secret, probe": (
+        (KEY, "wrong-secret"),
+        "private",
+        probe,
+        TargetError,
+        "the secret does not fit",
+    ),
+    "reader, write": (
+        (READER_KEY, READER_SECRET),
+        "private",
+        write,
+        StoreError,
+        "access denied (AccessDenied); check",
+    ),
+    "reader, probe": (
+        (READER_KEY, READER_SECRET),
+        "private",
+        probe,
+        TargetError,
+        "access denied (AccessDenied); check whether AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY may "
+        "write it",
+    ),
+    "missing bucket, read": (
+        (KEY, SECRET),
+        "no-such-bucket",
+        look,
+        SourceError,
+        "there is no such bucket (NoSuchBucket); check its name and --endpoint",
+    ),
+    "missing bucket, write": (
+        (KEY, SECRET),
+        "no-such-bucket",
+        write,
+        StoreError,
+        "there is no such bucket",
+    ),
+    "missing bucket, probe": (
+        (KEY, SECRET),
+        "no-such-bucket",
+        probe,
+        TargetError,
+        "there is no such bucket",
+    ),
+}
 
 
 @pytest.mark.parametrize(("keys", "bucket", "act", "kind", "words"), REFUSED.values(), ids=REFUSED)
@@ -264,7 +366,9 @@ def test_a_reader_reads_and_array_writes_say_why_not(s3, folder, monkeypatch, tm
     one_line(caught, f"cannot remove {location}: access denied")
 
 
-def test_a_public_bucket_is_read_without_credentials_and_nothing_else_is(s3_server, monkeypatch, tmp_path):
+def test_a_public_bucket_is_read_without_credentials_and_nothing_else_is(
+    s3_server, monkeypatch, tmp_path
+):
     path = write_image(tmp_path / "image.zarr", blobs(SHAPE), chunks=(2, 5, 4), shards=(4, 10, 12))
     public = Location.of(s3_server.upload(path, "public", "cells.zarr"))
     private = Location.of(s3_server.upload(path, "private", "cells.zarr"))
@@ -284,20 +388,27 @@ def test_a_public_bucket_is_read_without_credentials_and_nothing_else_is(s3_serv
     configure(StoreOptions.parse(s3_server.url, anon=True, source=private.url))
     with pytest.raises(SourceError) as caught:
         read_image(private)
-    one_line(caught, "access denied (AccessDenied); it is not public: leave out --anon, and set AWS_ACCESS_KEY_ID")
+    one_line(
+        caught,
+        "access denied (AccessDenied); it is not public: leave out --anon, and set AWS_ACCESS_KEY_ID",
+    )
 
 
 # -- options and processes
 
 
-def _read_elsewhere(data: bytes, options: StoreOptions, results: "multiprocessing.Queue[object]") -> None:
+def _read_elsewhere(
+    data: bytes, options: StoreOptions, results: "multiprocessing.Queue[object]"
+) -> None:
     configure(options)
     location: Location = pickle.loads(data)
     results.put((location.get("a"), float(location.__truediv__("0").open_array()[...].sum())))
 
 
 def test_a_location_travels_and_carries_no_secret(s3, folder, monkeypatch):
-    options = StoreOptions.parse(s3.url, storage_options=[f"secret_access_key={SECRET}", f"access_key_id={KEY}"])
+    options = StoreOptions.parse(
+        s3.url, storage_options=[f"secret_access_key={SECRET}", f"access_key_id={KEY}"]
+    )
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     configure(options)
@@ -349,7 +460,11 @@ def test_the_endpoint_of_the_command_line_wins(s3, monkeypatch):
 
 
 def test_options_of_another_scheme_are_left_alone(s3):
-    configure(StoreOptions.parse(storage_options=["gs.token=anon", "az.account_name=x", "s3.region=eu-west-1"]))
+    configure(
+        StoreOptions.parse(
+            storage_options=["gs.token=anon", "az.account_name=x", "s3.region=eu-west-1"]
+        )
+    )
     Location.of("s3://private/schemes").put("a", b"1")
 
 
@@ -363,8 +478,12 @@ def test_nobody_at_the_endpoint_is_told_at_once(s3, monkeypatch):
         started = time.monotonic()
         with pytest.raises(StoreError) as caught:
             act(Location.of("s3://private/some/cells.zarr"))
-        one_line(caught, "s3://private/some/cells.zarr", f"connection refused (127.0.0.1:{port}); check that the "
-                 "store is running, and --endpoint (or AWS_ENDPOINT_URL)")  # fmt: skip
+        one_line(
+            caught,
+            "s3://private/some/cells.zarr",
+            f"connection refused (127.0.0.1:{port}); check that the "
+            "store is running, and --endpoint (or AWS_ENDPOINT_URL)",
+        )
         assert time.monotonic() - started < 10
 
 
@@ -385,7 +504,9 @@ def test_wrong_endpoints_are_named(s3, monkeypatch, endpoint, words):
 def test_a_server_that_restarts_is_waited_for(own_s3, tmp_path):
     location = Location.of("s3://private/run")
     image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
-    create_array(location / "0", image, 0, "uint16", write_layout(SHAPE, (4, 8, 8), sharded=True), "0.5")
+    create_array(
+        location / "0", image, 0, "uint16", write_layout(SHAPE, (4, 8, 8), sharded=True), "0.5"
+    )
     volume = Volume(location / "0", image.axis_names)
     volume.write(Box.of(SHAPE), blobs(SHAPE))
     location.put("before", b"1")
@@ -394,12 +515,20 @@ def test_a_server_that_restarts_is_waited_for(own_s3, tmp_path):
         read = pool.submit(volume.read, Box.of(SHAPE))
         wrote = pool.submit(volume.write, Box.of(SHAPE), blobs(SHAPE))
         put, got = pool.submit(location.put, "during", b"2"), pool.submit(location.get, "before")
-        created, listed = pool.submit(location.create, "lease", b"3"), pool.submit(location.keys, "")
+        created, listed = (
+            pool.submit(location.create, "lease", b"3"),
+            pool.submit(location.keys, ""),
+        )
         # Later than a client's own patience, which ends after about two seconds.
         time.sleep(6)
         own_s3.start()
         assert_array_equal(read.result(), blobs(SHAPE))
-        assert (wrote.result(), put.result(), got.result(), created.result()) == (None, None, b"1", True)
+        assert (wrote.result(), put.result(), got.result(), created.result()) == (
+            None,
+            None,
+            b"1",
+            True,
+        )
         assert "before" in listed.result()
     assert location.get("during") == b"2"
 
@@ -420,7 +549,12 @@ def test_a_server_that_hangs_is_given_up(own_s3):
             started = time.monotonic()
             with pytest.raises(StoreError) as caught:
                 act()
-            one_line(caught, f"cannot {verb} s3://private/run", "no answer in time (127.0.0.1:", "check the network")
+            one_line(
+                caught,
+                f"cannot {verb} s3://private/run",
+                "no answer in time (127.0.0.1:",
+                "check the network",
+            )
             assert time.monotonic() - started < 10
     assert location.get("a") == b"1"
 
@@ -428,7 +562,9 @@ def test_a_server_that_hangs_is_given_up(own_s3):
 # -- a bucket that is lost
 
 
-@pytest.mark.parametrize("options", [{}, {"version": "0.4"}, {"chunks": (2, 5, 4), "shards": (4, 10, 12)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"version": "0.4"}, {"chunks": (2, 5, 4), "shards": (4, 10, 12)}]
+)
 def test_a_bucket_that_vanishes_is_no_background(s3, options, tmp_path):
     path = write_image(tmp_path / "image.zarr", blobs(SHAPE), **options)
     location = Location.of(s3.upload(path, s3.make_bucket("vanishing"), "cells.zarr"))

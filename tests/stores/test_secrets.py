@@ -3,20 +3,35 @@
 import json
 
 from megaseg_dask.stores import Location, StoreOptions, configure
-from tests.images import blobs, write_image
-from tests.stores.servers import KEY, SECRET
+from tests.cli.test_cli import megaseg
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.servers import KEY, SECRET
 from tests.stores.test_runs import upload
-from tests.unit.test_cli import megaseg
 
 
-def test_a_secret_of_the_command_line_is_written_nowhere(s3, folder, tiny_bundle, tmp_path, monkeypatch):
-    source = upload(write_image(tmp_path / "image.zarr", blobs((20, 40, 60))), f"{folder}/image.zarr")
+def test_a_secret_of_the_command_line_is_written_nowhere(
+    s3, folder, tiny_bundle, tmp_path, monkeypatch
+):
+    source = upload(
+        write_image(tmp_path / "image.zarr", blobs((20, 40, 60))), f"{folder}/image.zarr"
+    )
     target = f"{folder}/out.zarr"
     # The environment has none, so the options alone lead to the data, in the client and in its workers.
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     options = ["--storage-option", f"access_key_id={KEY},secret_access_key={SECRET}"]
-    run = ["--model", tiny_bundle, "--threads", "1", "--overlap", "0", "--workers", "2", "--json", *options]
+    run = [
+        "--model",
+        tiny_bundle,
+        "--threads",
+        "1",
+        "--overlap",
+        "0",
+        "--workers",
+        "2",
+        "--json",
+        *options,
+    ]
     ended = megaseg("segment", source, target, *run)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout.splitlines()[-1])["status"] == "done"
@@ -24,9 +39,18 @@ def test_a_secret_of_the_command_line_is_written_nowhere(s3, folder, tiny_bundle
     reported = megaseg("report", target, "--out", report, *options)
     assert reported.returncode == 0, reported.stderr
 
-    texts = {"stdout": ended.stdout, "stderr": ended.stderr, "report": report.read_text(), "said": reported.stderr}
+    texts = {
+        "stdout": ended.stdout,
+        "stderr": ended.stderr,
+        "report": report.read_text(),
+        "said": reported.stderr,
+    }
     assert [name for name, text in texts.items() if SECRET in text] == []
-    configure(StoreOptions.parse(s3.url, storage_options=[options[1].split(",")[0], options[1].split(",")[1]]))
+    configure(
+        StoreOptions.parse(
+            s3.url, storage_options=[options[1].split(",")[0], options[1].split(",")[1]]
+        )
+    )
     written = Location.of(folder)
     keys = [key for key in written.keys("") if not key.startswith("image.zarr/")]
     assert any(key.startswith("out.zarr.run/megaseg/journal/") for key in keys)

@@ -1,0 +1,1 @@
+"""Pure: integers and arrays. No files, no cluster, no torch."""

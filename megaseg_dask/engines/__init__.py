@@ -1,1 +1,0 @@
-"""What runs the network; each engine is one file."""

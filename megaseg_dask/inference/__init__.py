@@ -1,0 +1,1 @@
+"""A bundle on a device, applied to a block."""

@@ -1,0 +1,1 @@
+"""Bundles in the forms that cyto-dl leaves on a disk."""

@@ -1,0 +1,1 @@
+"""Settings become a plan: pure, printable, recorded."""

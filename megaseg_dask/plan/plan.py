@@ -1,0 +1,417 @@
+"""The plan of a run: what is computed, by which tasks of which stages, and at what cost.
+
+A plan is a value: it prints, it is JSON, and two plans with one fingerprint
+give the same output. Tasks are numbered per stage, volume by volume.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from megaseg_dask.algorithms.chunking import Layout, write_layout
+from megaseg_dask.algorithms.components import label_dtype
+from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid, Shape
+from megaseg_dask.algorithms.normalization import PARTITION_SHAPE
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.inference.engine import EngineSpec, ModelRef
+from megaseg_dask.ngff.image import Image
+from megaseg_dask.ngff.plate import Plate
+from megaseg_dask.plan.memory import Sizes, project
+from megaseg_dask.plan.settings import Settings
+from megaseg_dask.stores import Location
+
+# On a GPU one task computes, while another reads and a third one labels, compresses and writes. A CPU computes in all
+# of its cores anyway: there it would be memory for nothing.
+TASKS_AT_ONCE = {"cuda": 3}
+
+# Stages with one task a volume, whatever its blocks.
+_WHOLE_VOLUME = ("volume", "cutoff", "holes-join", "join", "table")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedVolume:
+    """One image, timepoint and channel: the unit of normalisation and labelling.
+
+    A network of several inputs takes several channels at once. ``image`` is the
+    path of a field below its plate; ``target_t`` and ``target_c`` are the places in
+    the output of its first, or only, output.
+    """
+
+    t: int
+    channels: tuple[int, ...]
+    target_t: int
+    target_c: int = 0
+    image: str = ""
+
+    @property
+    def c(self) -> int:
+        """The channel, or the first of several."""
+        return self.channels[0]
+
+
+class Output(NamedTuple):
+    """One output of the network, of one volume, by their numbers: it has scores, a mask and labels of its own."""
+
+    volume: int
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Tasks that may run in any order once those of the same volume in the stage before are done.
+
+    A ``local`` stage needs only the same block of the stage before: a block
+    that was mended redoes nothing of its neighbours.
+    """
+
+    name: str
+    n_tasks: int
+    per_volume: int
+    local: bool = False
+
+
+class Plan(BaseModel):
+    """Everything that the tasks of a run need to know; recorded as JSON in the run folder."""
+
+    model_config = ConfigDict(frozen=True, ignored_types=(cached_property,))
+
+    source: str
+    target: str
+    run: str
+    source_image: Image
+    target_image: Image
+    source_digest: str
+    source_sample: str
+    source_chunk_bytes: int
+    n_source_chunks: int
+    volumes: tuple[PlannedVolume, ...]
+    # What the label image of each channel of the target has after its name; nothing where there is only one.
+    suffixes: tuple[str, ...] = ("",)
+    plate: Plate | None = None
+    model: ModelRef
+    engine: EngineSpec
+    options: Settings
+    memory_bytes: int
+    n_parameters: int
+    first_filters: int
+    # What `--patch auto` takes, for who asks what it would save.
+    auto_patch: Shape
+
+    # -- geometry
+
+    @property
+    def volume_shape(self) -> Shape:
+        """Voxels ``(z, y, x)`` of each volume, or of its ROI."""
+        return self.target_image.volume_shape()
+
+    @property
+    def region(self) -> Box:
+        """The voxels of the source that are segmented: all of a volume, or the ROI."""
+        if self.options.roi is None:
+            return Box.of(self.source_image.volume_shape())
+        start, stop = zip(*self.options.roi, strict=True)
+        return Box(start, stop)
+
+    @property
+    def label_image(self) -> Image:
+        """Metadata of a label image: those of the scores without channels."""
+        return self.target_image.without_channels()
+
+    @property
+    def block_shape(self) -> Shape:
+        """Voxels of a block's core."""
+        assert self.options.block is not None
+        return self.options.block
+
+    @cached_property
+    def patch_grid(self) -> PatchGrid:
+        """The network's patches over a volume, of which a ROI is only a part."""
+        assert isinstance(self.options.patch, tuple)
+        assert self.options.overlap is not None
+        return PatchGrid(self.source_image.volume_shape(), self.options.patch, self.options.overlap)
+
+    def block_grid(self, level: int = 0) -> BlockGrid:
+        """Return the blocks of a level; their cores are whole write units."""
+        return BlockGrid(self.target_image.volume_shape(level), self.block_shape)
+
+    @property
+    def is_one_task(self) -> bool:
+        """Tell whether a volume fits one block, and so runs as one task."""
+        # The statistics of a ROI are those of its volume, which may be of any size.
+        return len(self.block_grid()) == 1 and (
+            self.options.roi is None or self.measure_level is None
+        )
+
+    @property
+    def tasks_at_once(self) -> int:
+        """Tasks that a worker has in hand, each on a thread of its own; one at a time computes."""
+        return TASKS_AT_ONCE.get(self.engine.device, 1)
+
+    @property
+    def measure_level(self) -> int | None:
+        """Level of the source whose voxels give the normalisation; ``None`` if the settings give it."""
+        match self.options.normalization:
+            case None:
+                return 0
+            case str(text):
+                return int(text.removeprefix("level:")) - self.options.level
+        return None
+
+    @property
+    def measure_grid(self) -> BlockGrid:
+        """What each task of ``measure`` reads: about a block, but whole parts of the fixed partition."""
+        parts = (max(b // p, 1) * p for b, p in zip(self.block_shape, PARTITION_SHAPE, strict=True))
+        return BlockGrid(self.source_image.volume_shape(self.measure_level or 0), tuple(parts))
+
+    def layout(self, level: int) -> Layout:
+        """Return chunk and write unit of a level, ``(z, y, x)``."""
+        shape = self.target_image.volume_shape(level)
+        return write_layout(shape, self.block_shape, sharded=self.options.ome_zarr == "0.5")
+
+    # -- work
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in order, with their number of tasks over all volumes."""
+        return tuple(
+            Stage(name, per_volume * len(self.volumes), per_volume, local)
+            for name, per_volume, local in self._stages()
+        )
+
+    def _stages(self) -> Iterator[tuple[str, int, bool]]:
+        if self.is_one_task:
+            yield "volume", 1, False
+            return
+        options, n = self.options, len(self.block_grid())
+        if self.measure_level is not None:
+            yield "measure", len(self.measure_grid), False
+        yield "segment", n, False
+        if self.has_mask:
+            if options.is_automatic:
+                yield from (("histogram", n, True), ("cutoff", 1, False), ("threshold", n, False))
+            if options.fill_holes:
+                yield from (
+                    ("holes", n, True),
+                    ("holes-seams", n, False),
+                    ("holes-join", 1, False),
+                    ("fill", n, False),
+                )
+        if "labels" in options.outputs:
+            yield from (
+                ("label", n, True),
+                ("seams", n, False),
+                ("join", 1, False),
+                ("relabel", n, False),
+            )
+            if "measurements" in options.outputs:
+                yield from (("measurements", n, True), ("table", 1, False))
+        for level in range(1, len(self.target_image.levels)):
+            yield f"downsample-{level}", len(self.block_grid(level)), False
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The outputs that are images; measurements are a table."""
+        return tuple(kind for kind in self.options.outputs if kind != "measurements")
+
+    @property
+    def intermediates(self) -> dict[str, str]:
+        """Kind and dtype of the arrays in the run folder while a volume of several blocks is worked on."""
+        if self.is_one_task or not self.has_mask:
+            return {}
+        options = self.options
+        wanted = [
+            ("mask", "uint8", True),
+            ("unfilled", "uint8", options.fill_holes),
+            ("holes", "uint32", options.fill_holes),
+            ("logits", "float32", options.is_automatic),
+            ("fragments", "uint32", "labels" in options.outputs),
+        ]
+        return {kind: dtype for kind, dtype, used in wanted if used and kind not in self.arrays}
+
+    @property
+    def has_mask(self) -> bool:
+        """Tell whether scores are turned into a mask."""
+        return bool({"labels", "mask"} & set(self.options.outputs))
+
+    def stage(self, name: str) -> Stage:
+        """Return a stage; raises :class:`SettingsError` that lists those there are."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise SettingsError(
+            f"no stage {name} in this run; it has {', '.join(s.name for s in self.stages)}"
+        )
+
+    def grid(self, stage: str) -> BlockGrid | None:
+        """Return the blocks that the tasks of a stage are about; ``None`` where a task is about a whole volume."""
+        if stage == "measure":
+            return self.measure_grid
+        if stage.startswith("downsample-"):
+            return self.block_grid(int(stage.removeprefix("downsample-")))
+        return None if stage in _WHOLE_VOLUME else self.block_grid()
+
+    def outputs_of(self, volume: int) -> list[Output]:
+        """Return the outputs of a volume, in the order of the network's."""
+        return [Output(volume, number) for number in range(len(self.model.outputs))]
+
+    def target_channel(self, output: Output) -> int:
+        """Return the channel of the target that an output is."""
+        return self.volumes[output.volume].target_c + output.number
+
+    def split_index(self, stage: str, index: int) -> tuple[int, int]:
+        """Return the number of a task's volume, and the task's number in that volume."""
+        return divmod(index, self.stage(stage).per_volume)
+
+    # -- identity and cost
+
+    @property
+    def determinants(self) -> dict[str, object]:
+        """All that determines the output, as JSON values: never an address, a time or a worker."""
+        return {
+            "source": self.source_digest,
+            "model": self.model.digest,
+            **self.options.result_options(),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of :attr:`determinants`."""
+        return hashlib.sha256(json.dumps(self.determinants, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def projected_bytes(self) -> dict[str, int]:
+        """Peak memory of a worker in each stage."""
+        options = self.options
+        return project(
+            Sizes(
+                volume_shape=self.volume_shape,
+                block_shape=self.block_shape,
+                measure_shape=self.measure_grid.block_shape,
+                patch_grid=self.patch_grid,
+                offset=self.region.start,
+                first_filters=self.first_filters,
+                n_parameters=self.n_parameters,
+                batch=self.engine.batch,
+                engine=self.engine.engine,
+                on_host=self.engine.device == "cpu",
+                at_once=self.tasks_at_once,
+                chunk_bytes=self.source_chunk_bytes,
+                n_chunks=self.n_source_chunks,
+                source_bytes=np.dtype(self.source_image.dtype).itemsize,
+                scores_bytes=np.dtype(options.scores_dtype).itemsize,
+                label_bytes=label_dtype(self.volume_shape).itemsize,
+                fills_holes=bool(options.fill_holes and self.has_mask),
+                is_automatic=options.is_automatic and self.has_mask,
+                n_inputs=self.model.in_channels,
+                n_outputs=len(self.model.outputs),
+                n_models=len(self.model.bundles),
+                is_averaged=self.engine.tta or len(self.model.bundles) > 1,
+            )
+        )
+
+    def with_block(self, block: Shape) -> "Plan":
+        """Return the same plan with other blocks."""
+        options = self.options.model_copy(update={"block": block})
+        # A constructed copy leaves the cached grids and projections of the old block behind.
+        return Plan.model_construct(**{**dict(self), "options": options})
+
+    def summary(self) -> dict[str, object]:
+        """Return what ``megaseg plan`` shows, as JSON values."""
+        grid = self.patch_grid
+        voxels, n_patches = math.prod(self.volume_shape), grid.count_touching(self.region)
+        n_predicted = grid.count_predicted(self.block_shape, self.region)
+        auto = PatchGrid(grid.volume_shape, self.auto_patch, grid.overlap)
+        item = np.dtype(self.source_image.dtype).itemsize
+        # Statistics take one more read, except where a volume is read once for all.
+        measured = (
+            0
+            if self.is_one_task or self.measure_level is None
+            else math.prod(self.measure_grid.volume_shape)
+        )
+        read = (grid.count_read(self.block_shape, self.region) + measured) * self.model.in_channels
+        if "measurements" in self.options.outputs and not self.is_one_task:
+            read += voxels
+        sizes = {
+            "labels": label_dtype(self.volume_shape).itemsize,
+            "mask": 1,
+            "scores": np.dtype(self.options.scores_dtype).itemsize,
+        }
+        n_images = len({volume.image for volume in self.volumes})
+        written = n_images * sum(math.prod(v.shape) for v in self.target_image.levels)
+        return {
+            "source": self.source,
+            "target": self.target,
+            "fingerprint": self.fingerprint,
+            "volumes": len(self.volumes),
+            "volume_shape": self.volume_shape,
+            "fields": len({volume.image for volume in self.volumes}) if self.plate else None,
+            # Of a plate: what it lists and does not have, and why; such a run will end as failed.
+            "missing": dict(self.plate.missing) if self.plate else {},
+            "dtype": self.source_image.dtype,
+            "model": {
+                "name": self.model.name,
+                "digest": self.model.digest,
+                "parameters": self.n_parameters,
+                "outputs": self.model.outputs,
+            },
+            "engine": asdict(self.engine),
+            "patch_shape": self.options.patch,
+            "overlap": self.options.overlap,
+            "patches": n_patches,
+            "patch_voxels_per_voxel": round(n_patches * math.prod(grid.patch_shape) / voxels, 2),
+            "auto_patch_shape": self.auto_patch,
+            "auto_patch_voxels_per_voxel": round(
+                len(auto) * math.prod(auto.patch_shape) / voxels, 2
+            ),
+            "block_shape": self.block_shape,
+            "blocks": len(self.block_grid()),
+            "redundancy": round(n_predicted / n_patches, 3),
+            "bytes_read": read * item * len(self.volumes),
+            "read_amplification": round(read / voxels / self.model.in_channels, 2),
+            "bytes_written": written * sum(sizes[name] for name in self.arrays),
+            # Of one volume: they are removed when it is finished.
+            "bytes_intermediate": voxels
+            * len(self.model.outputs)
+            * sum(map(_itemsize, self.intermediates.values())),
+            "label_dtype": str(label_dtype(self.volume_shape)),
+            "memory_bytes": self.memory_bytes,
+            "projected_bytes": self.projected_bytes,
+            "stages": {s.name: s.n_tasks for s in self.stages},
+            "options": self.options.result_options(),
+        }
+
+
+def _itemsize(dtype: str) -> int:
+    return np.dtype(dtype).itemsize
+
+
+def run_folder(target: Location, label_name: str) -> Location:
+    """Return where the plan, the journal and intermediate data of a run live."""
+    return runs_folder(target) / label_name
+
+
+def iter_run_folders(target: Location, label_name: str) -> Iterator[Location]:
+    """Yield where the runs of one label name live, without end: a plate is done in one run or several."""
+    yield run_folder(target, label_name)
+    for number in count(2):
+        # No label name holds a plus.
+        yield run_folder(target, f"{label_name}+{number}")
+
+
+def run_names(label_name: str) -> re.Pattern[str]:
+    """Return what the names of these folders look like."""
+    return re.compile(rf"{re.escape(label_name)}(\+\d+)?")
+
+
+def runs_folder(target: Location) -> Location:
+    """Return what holds the run folders of a target, and its lease: all runs write its scores and metadata."""
+    return target.sibling(".run")

@@ -1,0 +1,68 @@
+"""How Dask has to be set for our workers, and how processes that somebody else starts get these settings."""
+
+from typing import Any
+
+import dask
+
+# Read by libraries as they load, so set before a worker starts; worth a factor of 2 and of 4 (docs/decisions.md).
+WORKER_ENVIRONMENT = {
+    # A forward pass frees and allocates gigabytes: keep them, rather than return and fault them in each time. One
+    # arena, because glibc gives other arenas, which threads get, heaps of at most 64 MB.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+    # Threads that spin at a barrier hold up each other as soon as another process wants a core.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+# Ctrl-C reaches every process of a terminal: the client alone answers it, and ends its workers. What fails in a
+# worker comes back to the client, which says so once and in one line.
+WORKER_PRELOAD = """
+import logging
+import signal
+
+def dask_setup(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+"""
+
+# A worker that sends no sign of life for so long is given up; a call that holds the interpreter may be silent a while.
+WORKER_TIMEOUT_S = 120.0
+
+# What a scheduler decides, whoever started it.
+SCHEDULER_CONFIG = {
+    # A worker never holds a second task in waiting, so a task that kills it takes no neighbour along.
+    "distributed.scheduler.worker-saturation": 1.0,
+    # We count attempts ourselves, and tell who dies for its neighbour from who killed the worker.
+    "distributed.scheduler.allowed-failures": 0,
+}
+
+CONFIG = {
+    **SCHEDULER_CONFIG,
+    "distributed.scheduler.worker-ttl": f"{WORKER_TIMEOUT_S}s",
+    "distributed.worker.multiprocessing-method": "spawn",
+    # The plan bounds memory; Dask must not pause or spill a worker that does what was planned.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.admin.tick.limit": "30s",
+    "distributed.worker.preload": [WORKER_PRELOAD],
+    **{
+        f"distributed.nanny.pre-spawn-environ.{name}": value
+        for name, value in WORKER_ENVIRONMENT.items()
+    },
+}
+
+
+def inherited() -> dict[str, str]:
+    """Return the environment variable by which a Dask process elsewhere takes over :data:`CONFIG`, and nothing else.
+
+    Dask's own mechanism would hand on the whole configuration of this process, credentials included. What a worker
+    elsewhere logs goes to its job's output, and may be all there is to find out why it ended.
+    """
+    nested: dict[str, Any] = {}
+    dask.config.set(
+        {key: value for key, value in CONFIG.items() if key != "distributed.worker.preload"},
+        config=nested,
+    )
+    return {"DASK_INTERNAL_INHERIT_CONFIG": dask.config.serialize(nested)}

@@ -1,0 +1,359 @@
+"""Starting workers: one small function per kind of cluster, each by the library that exists for it."""
+
+import importlib
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megaseg_dask.errors import EngineError, MegasegError, SettingsError
+from megaseg_dask.plan.cluster_spec import Cluster, TlsFiles, nearest
+from megaseg_dask.plan.plan import TASKS_AT_ONCE
+from megaseg_dask.run.cluster.dask_config import inherited
+
+# On loopback: a dashboard asks nobody who he is, whatever the rest is protected by.
+_DASHBOARD = "127.0.0.1:0"
+
+# kind: class of dask-jobqueue, and the command by which jobs are submitted.
+_BATCH = {
+    "slurm": ("SLURMCluster", "sbatch"),
+    "pbs": ("PBSCluster", "qsub"),
+    "lsf": ("LSFCluster", "bsub"),
+    "sge": ("SGECluster", "qsub"),
+}
+_ROLES = ("client", "scheduler", "worker")
+# Decided by the rest of the file, or by us.
+_OURS = {
+    "n_workers",
+    "security",
+    "asynchronous",
+    "loop",
+    "self",
+    "scheduler",
+    "job_cls",
+    "scheduler_cls",
+}
+
+# Workers end within seconds, on a busy machine within a minute.
+_CLOSE_S = 90.0
+
+
+@contextmanager
+def started(wanted: Cluster) -> Iterator[Any]:
+    """Yield Dask's cluster object with the first workers on their way, and give all of it back.
+
+    Raises :class:`SettingsError` for what cannot be started, with the reason that the batch system gives.
+    """
+    with ExitStack() as stack:
+        try:
+            cluster = _KINDS[wanted.kind](wanted, stack)
+        except (MegasegError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise _explained(wanted, error) from error
+        # On a busy machine workers may take longer to end than Dask waits; what they did is done.
+        stack.callback(_close, cluster)
+        _scale(wanted, cluster)
+        yield cluster
+
+
+def _close(cluster: Any) -> None:
+    # A job that could not be submitted has a status that Dask does not expect at the end. A nanny whose worker hung may
+    # wait for ever: the run is over by then, and what is left ends with this process.
+    with suppress(TimeoutError, OSError, AssertionError):
+        cluster.close(timeout=_CLOSE_S)
+
+
+def _scale(wanted: Cluster, cluster: Any) -> None:
+    n = wanted.workers or (max(wanted.adaptive.minimum, 1) if wanted.adaptive else None)
+    if n is None or wanted.kind == "local":
+        return
+    cluster.scale(n)
+    if wanted.kind in _BATCH:
+        # Dask submits in the background.
+        async def submitted() -> None:
+            await cluster
+
+        cluster.sync(submitted)
+        if refused := cluster.job_cls.refused:
+            raise _explained(wanted, refused[0])
+
+
+def require_queued(wanted: Cluster, cluster: Any) -> None:
+    """Raise :class:`SettingsError` if all jobs have ended before a worker joined: waiting longer is in vain."""
+    jobs = (
+        [str(job.job_id) for job in cluster.workers.values() if job.job_id]
+        if wanted.kind == "slurm"
+        else []
+    )
+    if not jobs:
+        return
+    command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"]
+    # An error is about jobs that are long over, or a moment of no answer.
+    queue = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not queue.stdout.split() and (queue.returncode == 0 or "Invalid job id" in queue.stderr):
+        raise SettingsError(
+            f"kind slurm: jobs {', '.join(jobs)} ended before their workers joined; look at their "
+            "output (options: log_directory)"
+        )
+
+
+def adapt(wanted: Cluster, cluster: Any) -> None:
+    """Let Dask choose the number of workers from now on, if the file says so."""
+    if wanted.adaptive:
+        # Not none at all while a run goes on: the next task would wait for a queue.
+        cluster.adapt(minimum=max(wanted.adaptive.minimum, 1), maximum=wanted.adaptive.maximum)
+
+
+def security_of(wanted: Cluster) -> Any:
+    """Return the certificates of a cluster: made for it, from files, or ``None``; raises :class:`SettingsError`."""
+    from distributed import Security
+
+    if isinstance(files := wanted.tls, TlsFiles):
+        ca_file, cert, key = (
+            str(path.expanduser().absolute()) for path in (files.ca_file, files.cert, files.key)
+        )
+        named = {f"tls_{role}_cert": cert for role in _ROLES} | {
+            f"tls_{role}_key": key for role in _ROLES
+        }
+        return Security(tls_ca_file=ca_file, require_encryption=True, **named)
+    if not wanted.encrypted:
+        return None
+    try:
+        return Security.temporary()
+    except ImportError as error:
+        raise SettingsError(
+            "tls: certificates are made by cryptography, which is not installed: "
+            "pip install 'megaseg-dask[jobqueue]', or set tls: false"
+        ) from error
+
+
+# -- one function per kind
+
+
+def _local(wanted: Cluster, _: ExitStack) -> Any:
+    from distributed import LocalCluster, Nanny, Worker
+
+    options = {**_local_options(wanted), **_options(wanted, LocalCluster, Nanny, Worker)}
+    return LocalCluster(n_workers=wanted.workers or 1, **options)
+
+
+def _local_options(wanted: Cluster) -> dict[str, Any]:
+    # One thread per worker: a task already uses all threads that the plan gives a forward pass.
+    return {
+        "threads_per_worker": 1,
+        "processes": True,
+        "memory_limit": 0,
+        "dashboard_address": _DASHBOARD,
+        "host": "127.0.0.1",
+        "security": security_of(wanted),
+    }
+
+
+def _cuda(wanted: Cluster, _: ExitStack) -> Any:
+    from distributed import LocalCluster, Nanny, Worker
+
+    from megaseg_dask.inference.pytorch import cuda_devices
+    from megaseg_dask.run.cluster.gpus import GpuCluster, visible_devices
+
+    n = len(cuda_devices())
+    if not n:
+        raise SettingsError(
+            "--device cuda: PyTorch sees no GPU here; run megaseg doctor, or use --device cpu"
+        )
+    most = wanted.workers or (wanted.adaptive.maximum if wanted.adaptive else n)
+    if most > n:
+        raise SettingsError(
+            f"{most} workers: there are {n} GPUs here, and a worker has one for itself"
+        )
+    # One thread computes, while others read and write.
+    threads = {"threads_per_worker": TASKS_AT_ONCE["cuda"]}
+    options = {**_local_options(wanted), **threads, **_options(wanted, LocalCluster, Nanny, Worker)}
+    cluster = GpuCluster(visible_devices(n), **options)
+    if not wanted.workers and not wanted.adaptive:
+        cluster.scale(n)
+    return cluster
+
+
+def _batch(wanted: Cluster, stack: ExitStack) -> Any:
+    name, _ = _BATCH[wanted.kind]
+    library = _library("dask_jobqueue", "jobqueue")
+    cls = getattr(library, name)
+    options = _options(wanted, cls, *_ancestors(cls.job_cls))
+    exports = [f"export {key}={value}" for key, value in inherited().items()]
+    # Of two the last counts: a task uses all cores of its worker.
+    arguments = [
+        "--nthreads",
+        _n_threads(wanted),
+        "--no-dashboard",
+        *options.get("worker_extra_args", ()),
+    ]
+    return cls(
+        n_workers=0,
+        job_cls=_outspoken(cls.job_cls),
+        security=_in_files(security_of(wanted), options.pop("shared_temp_directory", "."), stack),
+        **{
+            "processes": 1,
+            **options,
+            "job_script_prologue": [*exports, *options.get("job_script_prologue", ())],
+            "worker_extra_args": arguments,
+            "scheduler_options": {
+                "dashboard_address": _DASHBOARD,
+                **options.get("scheduler_options", {}),
+            },
+        },
+    )
+
+
+def _outspoken(job_cls: Any) -> Any:
+    """Return the class of a job that keeps what the batch system says against it; Dask would log it and go on."""
+
+    class Outspoken(job_cls):  # type: ignore[misc]  # known when it is called
+        refused: ClassVar[list[Exception]] = []
+
+        async def start(self) -> None:
+            try:
+                await super().start()
+            except (RuntimeError, OSError) as error:
+                # Without its traceback, which would keep this object from being forgotten.
+                self.refused.append(type(error)(*error.args))
+                self.status = Status.running
+
+        async def close(self) -> None:
+            await super().close()
+            self.status = Status.closed
+
+    from distributed.core import Status
+
+    return Outspoken
+
+
+def _n_threads(wanted: Cluster) -> str:
+    """Return how many tasks a worker takes at once, as an option of Dask's command."""
+    return str(TASKS_AT_ONCE.get(wanted.device or "cpu", 1))
+
+
+def _in_files(security: Any, folder: str, stack: ExitStack) -> Any:
+    """Put certificates that were made for a cluster where its jobs read them, which begin in the folder of the command.
+
+    The library would do so too, with files that it closes when nobody knows.
+    """
+    if security is None or "\n" not in security.tls_ca_file:
+        return security
+    to = Path(
+        stack.enter_context(
+            tempfile.TemporaryDirectory(prefix=".megaseg-", dir=Path(folder).expanduser())
+        )
+    )
+    for name in (
+        "tls_ca_file",
+        *(f"tls_{role}_{part}" for role in _ROLES for part in ("cert", "key")),
+    ):
+        # The folder is its owner's alone.
+        (to / name).write_text(getattr(security, name))
+        setattr(security, name, str((to / name).absolute()))
+    return security
+
+
+def _kubernetes(wanted: Cluster, _: ExitStack) -> Any:
+    library = _library("dask_kubernetes.operator", "kubernetes")
+    options = _options(wanted, library.KubeCluster, library.make_cluster_spec)
+    made = {
+        key: options.pop(key)
+        for key in inspect.signature(library.make_cluster_spec).parameters
+        if key in options
+    }
+    spec = options.pop("custom_cluster_spec", None) or kubernetes_spec(
+        n_workers=wanted.workers or 1, n_threads=_n_threads(wanted), **made
+    )
+    return library.KubeCluster(custom_cluster_spec=spec, quiet=True, **options)
+
+
+def kubernetes_spec(
+    name: str = "megaseg",
+    *,
+    env: Mapping[str, str] | None = None,
+    worker_command: Iterable[str] | str = (),
+    n_threads: str = "1",
+    **options: Any,
+) -> dict[str, Any]:
+    """Return the DaskCluster resource: our settings in the environment, and no GPU for the scheduler."""
+    command = worker_command or ["dask", "worker", "--nthreads", n_threads]
+    library = _library("dask_kubernetes.operator", "kubernetes")
+    spec: dict[str, Any] = library.make_cluster_spec(
+        name, env={**inherited(), **(env or {})}, worker_command=command, **options
+    )
+    (container,) = spec["spec"]["scheduler"]["spec"]["containers"]
+    # The operator's own maker gives the scheduler what a worker gets.
+    for kind, amounts in list((container.get("resources") or {}).items()):
+        container["resources"] = {
+            **container["resources"],
+            kind: {key: amount for key, amount in amounts.items() if not key.endswith("/gpu")},
+        }
+    return spec
+
+
+_KINDS: dict[str, Callable[[Cluster, ExitStack], Any]] = {
+    "local": _local,
+    "cuda": _cuda,
+    "kubernetes": _kubernetes,
+    **dict.fromkeys(_BATCH, _batch),
+}
+
+
+# -- options of the libraries, and what they say
+
+
+def _library(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0].replace("_", "-")
+        raise SettingsError(
+            f"this kind of cluster needs {package}: pip install 'megaseg-dask[{extra}]'"
+        ) from error
+
+
+def _ancestors(cls: type) -> Iterator[Any]:
+    # Each class of the library passes on what it does not know itself.
+    yield from (
+        parent for parent in cls.__mro__ if "__init__" in vars(parent) and parent is not object
+    )
+    yield from _cluster_class().__mro__[:1]
+
+
+def _cluster_class() -> Any:
+    return _library("dask_jobqueue.core", "jobqueue").JobQueueCluster
+
+
+def _options(wanted: Cluster, *takers: Any) -> dict[str, Any]:
+    """Return the options of the file; raises :class:`SettingsError` for one that the library does not take."""
+    known = (
+        {name for taker in takers for name in inspect.signature(taker).parameters}
+        - _OURS
+        - {"args", "kwargs"}
+    )
+    for key in wanted.options:
+        if key not in known:
+            raise SettingsError(f"options: {wanted.kind} takes no {key}{nearest(key, known)}")
+    return dict(wanted.options)
+
+
+def _explained(wanted: Cluster, error: Exception) -> MegasegError:
+    """Return an error of a library or of a batch system as one line."""
+    if wanted.is_local:
+        return EngineError(
+            f"workers could not start ({error}); in a script, put its calls under `if __name__ == '__main__':`"
+        )
+    if isinstance(error, FileNotFoundError) and wanted.kind in _BATCH:
+        command = _BATCH[wanted.kind][1]
+        return SettingsError(
+            f"kind {wanted.kind}: there is no {command} here; run this where jobs are submitted"
+        )
+    found = re.search(r"stderr:\n(.+)", str(error), re.DOTALL)
+    reason = " ".join((found[1] if found else str(error) or type(error).__name__).split())
+    return SettingsError(f"kind {wanted.kind}: {reason}")

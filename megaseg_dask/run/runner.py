@@ -1,0 +1,446 @@
+"""Carry out a plan: what the journal lacks goes to the workers, what they finish goes to the journal.
+
+What the journal holds is never computed again, and the final state is derived
+from it: a run in which something failed ends as failed, names it, and records
+in the output which boxes are missing.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any
+
+from megaseg_dask.concurrency import at_once
+from megaseg_dask.errors import MegasegError, SettingsError, TargetError
+from megaseg_dask.events import Event, Failure, Result, RunStatus, Started, joined
+from megaseg_dask.inference.engine import measure_patch_s
+from megaseg_dask.models.registry import reporting
+from megaseg_dask.plan.plan import Plan, run_names, runs_folder
+from megaseg_dask.plan.planner import make_plan
+from megaseg_dask.plan.plate_parts import Part, read_parts
+from megaseg_dask.plan.settings import Settings
+from megaseg_dask.run import workspace
+from megaseg_dask.run.cluster.workers import Workers, connect
+from megaseg_dask.run.dispatcher import Dispatcher, GroupSize
+from megaseg_dask.run.journal import FOLDER as journal_folder
+from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.lease import Held, held
+from megaseg_dask.run.log import logged
+from megaseg_dask.run.pace import Pace
+from megaseg_dask.run.schedule import Flow, iter_flows
+from megaseg_dask.run.target import ownership, publish
+from megaseg_dask.run.target.tables import remove_tables, require_own_tables, write_tables
+from megaseg_dask.run.tasks import worker
+from megaseg_dask.run.tasks.worker import Outcome
+from megaseg_dask.stores import Location, StoreOptions, configure, lose_patience
+
+Emit = Callable[[Event], None]
+
+# So many failures of a store in a row are a full disk or a lost store, not a chunk: stop, so that the next run resumes.
+STORE_IS_LOST = 5
+# Between two events of one stage.
+_PROGRESS_S = 0.2
+
+
+def plan_runs(source: str, target: str, settings: Settings) -> list[tuple[Plan, Journal]]:
+    """Return the plans to carry out and what earlier runs of them finished; writes nothing.
+
+    It is one plan, but for a plate whose fields are of several forms or were planned at several times. Raises
+    :class:`TargetError` if the target holds another run, or is not ours.
+    """
+    configure(store_options(source, settings))
+    # Before all else: a store that is not there is asked only once.
+    to = Location.of(target)
+    if not to.is_listable:
+        raise SettingsError(
+            f"{to}: nothing can be written to a web server; choose a folder or a bucket as TARGET"
+        )
+    to.probe(TargetError)
+    parts = read_parts(
+        Location.of(source), to, settings, ownership.read_parts(to, settings.label_name)
+    )
+    return [_plan_run(source, target, settings, part) for part in parts]
+
+
+def _plan_run(source: str, target: str, settings: Settings, part: Part) -> tuple[Plan, Journal]:
+    plan = make_plan(source, target, settings, part)
+    if part.recorded is not None:
+        ownership.require_same(plan, part.recorded)
+        if ownership.is_present(plan):
+            return plan, Journal.read(plan)
+    for other in part.others:
+        ownership.require_alike(plan, other)
+    # Nothing is done in arrays that are not there, whatever a record beside them says.
+    ownership.require_free(plan, is_joining=bool(part.others))
+    require_own_tables(plan)
+    return plan, Journal.of(plan)
+
+
+def store_options(source: str | None, settings: Settings) -> StoreOptions:
+    """Return how the stores of a run are opened; raises :class:`SettingsError`."""
+    return StoreOptions.parse(
+        settings.endpoint, settings.anon, settings.storage_option or (), source
+    )
+
+
+def estimate_time(plan: Plan) -> dict[str, Any]:
+    """Return seconds of a patch, from forward passes on this machine, and of all patches on one worker like it."""
+    try:
+        patch_s = measure_patch_s(plan.model, plan.engine, plan.patch_grid.patch_shape)
+    except MegasegError as error:
+        return {"patch_s": None, "projected_s": None, "time_unknown": str(error)}
+    n_patches = plan.patch_grid.count_predicted(plan.block_shape) * len(plan.volumes)
+    return {"patch_s": patch_s, "projected_s": round(patch_s * n_patches, 1)}
+
+
+def segment(
+    source: str, target: str, settings: Settings, *, client: Any = None, emit: Emit = lambda _: None
+) -> Result:
+    """Segment ``source`` into ``target``; resumes what an earlier run of the same plan left undone.
+
+    ``client`` is a Dask client to use instead of starting workers. Raises
+    :class:`MegasegError`; a run in which tasks failed returns a result that names them.
+    """
+    with reporting(emit):
+        runs = plan_runs(source, target, settings)
+    if any(journal.result is None for _, journal in runs):
+        plan = runs[0][0]
+        own = Workers(client, plan.engine.engine, plan.engine.device, emit)
+        with connect(plan, emit) if client is None else nullcontext(own) as workers:
+            # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
+            workers.greet()
+            with held(runs_folder(Location(plan.target))) as lease:
+                # Again: another client may have worked on it until now.
+                runs = plan_runs(source, target, settings)
+                result = _carry_out(runs, workers, lease, emit, store_options(source, settings))
+    else:
+        result = joined([already_done(plan, journal) for plan, journal in runs])
+    emit(result)
+    return result
+
+
+def already_done(plan: Plan, journal: Journal) -> Result:
+    """Return the result of a run that was complete before."""
+    # A run that was killed in its last moment left them.
+    ownership.remove_work(plan)
+    warnings = list((journal.result or {}).get("warnings", []))
+    failures = [failure.as_dict() for failure in _unread(plan)]
+    n_objects = None if failures else _n_objects(plan, journal)
+    status = "failed" if failures else "done"
+    return Result(
+        status,
+        plan.target,
+        n_objects,
+        0.0,
+        already_done=True,
+        failures=failures,
+        warnings=warnings,
+        run=plan.run,
+    )
+
+
+def _carry_out(
+    runs: list[tuple[Plan, Journal]],
+    workers: Workers,
+    lease: Held,
+    emit: Emit,
+    options: StoreOptions,
+) -> Result:
+    """Record what is to be done, all of it before any of it is, and do it."""
+    to_do = [(plan, journal) for plan, journal in runs if journal.result is None]
+    if runs[0][0].options.overwrite:
+        ownership.forget_replaced([plan for plan, _ in runs])
+    for plan, journal in to_do:
+        begin(plan, journal)
+    results = []
+    first = runs[0][0]
+    with workers.ready(first.model, Location(first.run), options):
+        for plan, journal in runs:
+            is_done = journal.result is not None
+            results.append(
+                already_done(plan, journal)
+                if is_done
+                else run_plan(plan, journal, workers, lease, emit)
+            )
+    return joined(results)
+
+
+def _unread(plan: Plan) -> list[Failure]:
+    """Return what is listed in a plate and cannot be read, and so has no task that could fail."""
+    missing = plan.plate.missing if plan.plate is not None else ()
+    return [Failure("plan", i, path, "", reason) for i, (path, reason) in enumerate(missing)]
+
+
+def status(target: str, label_name: str | None = None) -> list[RunStatus]:
+    """Return how the runs on a target stand, of one label name or of all, from their journals alone.
+
+    Raises :class:`TargetError` if no run is recorded there.
+    """
+    Location.of(target).probe(TargetError)
+    folder = runs_folder(Location.of(target))
+    wanted = run_names(label_name).fullmatch if label_name else bool
+    names = [name for name in folder.children() if wanted(name) and (folder / name).is_folder()]
+    plans = {name: ownership.read_recorded(folder / name) for name in names}
+    found = [_status_of(name, plan) for name, plan in plans.items() if plan is not None]
+    if not found:
+        named = f" of the name {label_name}" if label_name else ""
+        raise TargetError(
+            f"no run{named} is recorded at {folder}{Location.of(target).hint()}; start one with megaseg segment"
+        )
+    return found
+
+
+def _status_of(name: str, plan: Plan) -> RunStatus:
+    journal = Journal.read(plan)
+    return RunStatus(
+        label_name=name,
+        # A record beside nothing is a record of nothing.
+        done=journal.result is not None and ownership.is_present(plan),
+        stages={s.name: (int(journal.done(s.name).sum()), s.n_tasks) for s in plan.stages},
+        failures=[
+            *map(dict, journal.failed.values()),
+            *(failure.fields() for failure in _unread(plan)),
+        ],
+    )
+
+
+def begin(plan: Plan, journal: Journal) -> None:
+    """Record the plan, then create its arrays, anew until a task is done.
+
+    In that order a run killed in between finds its record and goes on, and a
+    target without a record is not ours.
+    """
+    run = Location(plan.run)
+    if journal.n_done == 0:
+        for stale in (journal_folder, workspace.WORK, workspace.VOLUMES, workspace.SUMS):
+            (run / stale).remove()
+    run.put(ownership.PLAN, plan.model_dump_json(indent=1).encode())
+    if journal.n_done == 0:
+        ownership.clear(plan)
+        if plan.options.overwrite:
+            remove_tables(plan)
+        ownership.create(plan)
+    else:
+        reopen(plan)
+    publish.refresh_consolidated(plan)
+
+
+def reopen(plan: Plan) -> None:
+    """Take back what was published of a run that goes on, and remove what was being written when it was interrupted."""
+    publish.withdraw(plan)
+    for place in (*(group.location(plan) for group in workspace.groups(plan)), Location(plan.run)):
+        place.sweep_partial()
+
+
+def run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit: Emit) -> Result:
+    """Run what the journal lacks, and publish what there is; the next run goes on with what failed."""
+    with logged(plan) as log:
+
+        def tell(event: Event) -> None:
+            log.note(event)
+            emit(event)
+
+        result = replace(_run_plan(plan, journal, workers, lease, tell), log=log.url)
+        log.note(result)
+        return result
+
+
+def _run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit: Emit) -> Result:
+    started = time.monotonic()
+    n_tasks = sum(stage.n_tasks for stage in plan.stages)
+    emit(Started(plan.target, n_tasks, journal.n_done, _dashboard(workers.client)))
+    for failure in _unread(plan):
+        emit(failure)
+
+    def sync() -> None:
+        lease.require()
+        Location(plan.target).sync()
+
+    journal.sync = sync
+    runner = _Runner(plan, journal, workers, lease, emit)
+    with journal.flushed(), journal.session(workers.record):
+        runner.run()
+        lease.require()
+        return conclude(plan, journal, started, is_published=not runner.store_is_lost)
+
+
+def conclude(plan: Plan, journal: Journal, started: float, *, is_published: bool = True) -> Result:
+    """Publish what there is once all tasks were tried, and record the end of a run in which none failed."""
+    failures = [Failure(**failure) for failure in journal.failed.values()] + _unread(plan)
+    found = _found(plan, journal)
+    if any(found) and is_published:
+        missing = [
+            worker.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)
+        ]
+        publish.publish(plan, found, missing)
+        if "measurements" in plan.options.outputs:
+            write_tables(plan)
+        publish.refresh_consolidated(plan)
+    warnings = _doubts(plan, found, journal)
+    if not failures:
+        journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})
+        ownership.remove_work(plan)
+    return Result(
+        status="failed" if failures else "done",
+        target=plan.target,
+        n_objects=None if failures else _n_objects(plan, journal),
+        wall_s=round(time.monotonic() - started, 3),
+        failures=[failure.as_dict() for failure in failures],
+        warnings=warnings,
+        peak_bytes={
+            name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks
+        },
+        run=plan.run,
+    )
+
+
+def _dashboard(client: Any) -> str | None:
+    """Return where to watch the workers; Dask's page says nothing without bokeh."""
+    return client.dashboard_link if find_spec("bokeh") else None
+
+
+def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
+    """Return statistics and threshold of each volume; nothing of one that is missing as a whole."""
+    if plan.is_one_task:
+        return list(map(dict, journal.by_index("volume")))
+    missing = {
+        plan.split_index(stage, index)[0] for stage, index in journal.failed if stage == "measure"
+    }
+    return at_once(
+        lambda v: {} if v in missing else workspace.read_state(plan, v), range(len(plan.volumes))
+    )
+
+
+def _doubts(plan: Plan, found: list[dict[str, Any]], journal: Journal) -> list[str]:
+    """Name volumes whose result means nothing, although it is what the network says; and batches that shrank."""
+    pairs = zip(plan.volumes, found, strict=True)
+    doubts = [
+        f"{worker.volume_name(v)} is constant: what is found in it means nothing"
+        for v, s in pairs
+        if any(channel["std"] == 0 for channel in s.get("statistics", ()))
+    ]
+    first, last = ("volume", "volume") if plan.is_one_task else ("measure", "segment")
+    first = last if plan.measure_level != 0 else first
+    if n_absent := sum(s.get("absent", 0) for s in journal.summaries(first)):
+        doubts.append(
+            f"{n_absent} chunks of the source are not there, and were read as its fill value"
+        )
+    shrunk = [s["batch"] for s in journal.summaries(last) if "batch" in s]
+    if shrunk:
+        doubts.append(
+            f"a device ran out of memory: {len(shrunk)} tasks went in batches down to {min(shrunk)}, not "
+            f"{plan.engine.batch}, which may change the last bits; choose a smaller --batch"
+        )
+    return doubts
+
+
+def _n_objects(plan: Plan, journal: Journal) -> int | None:
+    if "labels" not in plan.options.outputs:
+        return None
+    summaries = journal.summaries("volume" if plan.is_one_task else "join")
+    return sum(
+        int(found["n_objects"]) for summary in summaries for found in summary[workspace.BY_OUTPUT]
+    )
+
+
+@dataclass
+class _Runner:
+    """Feeds the dispatcher with tasks that may start, and the journal with what became of them."""
+
+    plan: Plan
+    journal: Journal
+    workers: Workers
+    lease: Held
+    emit: Emit
+    store_is_lost: bool = False
+    _active: list[Flow] = field(default_factory=list)
+    _seen: dict[str, Pace] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Run all volumes; a stage of one does not wait for another volume."""
+        self._upcoming = iter_flows(self.plan, self.journal)
+        dispatcher = Dispatcher(
+            self.workers,
+            self.plan.run,
+            self.plan.fingerprint,
+            self.lease.id,
+            self.plan.options.retries,
+            self.plan.options.timeout,
+            self.emit,
+        )
+        n_in_a_row = 0
+        for stage, outcome in dispatcher.outcomes(self._ready):
+            self.lease.require()
+            if not outcome.error:
+                n_in_a_row = 0
+                self.journal.add(
+                    stage, outcome.index, outcome.summary, outcome.seconds, outcome.peak_bytes
+                )
+                self._seen[stage].n_done += 1
+            else:
+                n_in_a_row += outcome.is_infrastructure
+                self._fail(stage, outcome)
+                self._seen[stage].n_failed += 1
+            self._show(stage)
+            self._settle(stage, outcome.index)
+            if n_in_a_row >= STORE_IS_LOST or (
+                outcome.is_infrastructure and not self._stores_answer()
+            ):
+                self.store_is_lost = True
+                lose_patience()
+                return
+
+    def _ready(self, size: GroupSize) -> tuple[str, Any]:
+        """Return tasks of the first volume that has some; volumes begin only when those before leave workers idle."""
+        while True:
+            for flow in self._active:
+                if flow.n_ready:
+                    stage = flow.stage.name
+                    if stage not in self._seen:
+                        self._begin_stage(flow)
+                    return flow.take(size(stage, flow.n_ready))
+            following = next(self._upcoming, None)
+            if following is None:
+                return "", ()
+            if not following.is_over:
+                self._active.append(following)
+
+    def _settle(self, stage: str, index: int) -> None:
+        volume = self.plan.split_index(stage, index)[0] if not self.plan.is_one_task else 0
+        flow = next(f for f in self._active if f.volume == volume)
+        flow.settle()
+        if flow.is_over:
+            self._active.remove(flow)
+            if self.journal.is_complete(volume) and not self.plan.is_one_task:
+                # What is finished needs no more than its outputs: disks are not filled by volumes that are done.
+                # Recorded first: a kill in between would leave a volume to be relabelled, and nothing to relabel.
+                self.journal.flush()
+                workspace.work_folder(self.plan, volume).remove()
+
+    def _begin_stage(self, flow: Flow) -> None:
+        stage = flow.stage
+        self._seen[stage.name] = Pace.of(self.plan, stage, int(self.journal.done(stage.name).sum()))
+        # A first block may take minutes: show the stage before it is done.
+        self.emit(self._seen[stage.name].progress())
+
+    def _show(self, stage: str) -> None:
+        pace = self._seen[stage]
+        if (
+            pace.n_ended in (pace.n_before + 1, pace.n_tasks)
+            or time.monotonic() - pace.shown > _PROGRESS_S
+        ):
+            self.emit(pace.progress())
+
+    def _stores_answer(self) -> bool:
+        """Ask source and target once: a task that waited for one in vain need not be followed by others that do."""
+        try:
+            return Location(self.plan.source).probe() and Location(self.plan.target).probe()
+        except MegasegError:
+            return False
+
+    def _fail(self, stage: str, outcome: Outcome) -> None:
+        failure = worker.failure_of(self.plan, stage, outcome)
+        self.journal.add_failure(stage, outcome.index, failure.fields())
+        self.emit(failure)

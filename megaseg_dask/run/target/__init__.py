@@ -1,0 +1,1 @@
+"""What a run writes at its target: ownership, arrays, metadata and tables."""

@@ -1,0 +1,178 @@
+"""One function per stage: it reads what the stage before wrote, and writes its own objects.
+
+A task gets its plan's address and its number, and returns a small summary;
+no voxel travels through the scheduler. A task may run twice: it then writes
+the same voxels to the same places.
+"""
+
+import functools
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from megaseg_dask.algorithms.geometry import Box
+from megaseg_dask.errors import MegasegError, StoreError, TaskError
+from megaseg_dask.events import Failure
+from megaseg_dask.plan.memory import peak_bytes, release, reset_peak
+from megaseg_dask.plan.plan import Output, Plan, PlannedVolume
+from megaseg_dask.run.tasks import components, measurements, pyramids, scores, whole_volume
+from megaseg_dask.run.workspace import BY_OUTPUT, holding
+from megaseg_dask.stores import Location, cached_array
+
+_OF_VOLUMES: dict[str, Callable[[Plan, int, int], dict[str, Any]]] = {
+    "volume": whole_volume.segment_volume,
+    "measure": scores.measure_block,
+    "segment": scores.segment_block,
+}
+_OF_OUTPUTS: dict[str, Callable[[Plan, Output, int], dict[str, Any]]] = {
+    "histogram": scores.tabulate_block,
+    "cutoff": scores.find_cutoff,
+    "threshold": scores.threshold_block,
+    "holes": partial(components.label_block, of=components.HOLES),
+    "holes-seams": partial(components.pair_seams, of=components.HOLES),
+    "holes-join": components.join_holes,
+    "fill": components.fill_block,
+    "label": components.label_block,
+    "seams": components.pair_seams,
+    "join": components.join_objects,
+    "relabel": components.relabel_block,
+    "measurements": measurements.measure_objects,
+    "table": measurements.collect_objects,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a task ended: its summary, or the error in one line and whether another attempt may help."""
+
+    index: int
+    summary: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    error: str = ""
+    is_infrastructure: bool = False
+    details: str = ""
+
+
+@functools.lru_cache(maxsize=1)
+def load_plan(run: str, fingerprint: str) -> Plan:
+    """Read the plan of a run, once per process; raises :class:`TaskError` if it is another by now."""
+    # Arrays of an earlier run may have been replaced by others at the same place.
+    cached_array.cache_clear()
+    plan = Plan.model_validate_json(Location(run).get("plan.json") or b"{}")
+    if plan.fingerprint != fingerprint:
+        raise TaskError(f"{run}/plan.json was replaced by another plan while this run was going on")
+    return plan
+
+
+@functools.lru_cache(maxsize=1)
+def enter_stage(stage: str) -> None:
+    """Once per stage and process: what the last stage held is not this one's memory."""
+    release()
+    reset_peak()
+
+
+def run_task(plan: Plan, stage: str, index: int) -> dict[str, Any]:
+    """Run one task of a plan and return its summary."""
+    volume, number = plan.split_index(stage, index)
+    if stage in _OF_VOLUMES:
+        return _OF_VOLUMES[stage](plan, volume, number)
+    name, _, level = stage.rpartition("-")
+    of_output = (
+        partial(pyramids.downsample_block, level=int(level))
+        if name == "downsample"
+        else _OF_OUTPUTS[stage]
+    )
+    summaries = [of_output(plan, output, number) for output in plan.outputs_of(volume)]
+    return {BY_OUTPUT: summaries} if any(summaries) else {}
+
+
+def run_tasks(
+    run: str, fingerprint: str, lease_id: str | None, stage: str, indices: list[int]
+) -> list[Outcome]:
+    """Run tasks of a recorded plan, one after the other, for the client that holds the lease; what workers call."""
+    plan = load_plan(run, fingerprint)
+    with holding(lease_id):
+        return [_attempt_in_turn(plan, stage, index) for index in indices]
+
+
+def _attempt_in_turn(plan: Plan, stage: str, index: int) -> Outcome:
+    # However many threads a worker has, its memory is that of as many tasks as the plan projects.
+    with _places(plan.tasks_at_once):
+        return attempt(plan, stage, index)
+
+
+@functools.cache
+def _places(n: int) -> threading.Semaphore:
+    return threading.Semaphore(n)
+
+
+def attempt(plan: Plan, stage: str, index: int) -> Outcome:
+    """Run one task of a plan, and tell how it ended."""
+    enter_stage(stage)
+    started = time.perf_counter()
+    try:
+        summary = run_task(plan, stage, index)
+    except Exception as error:
+        # As text: an exception of a library may not survive the way to the client.
+        details = "" if isinstance(error, MegasegError) else traceback.format_exc()
+        return Outcome(
+            index,
+            error=describe(error),
+            is_infrastructure=is_infrastructure(error),
+            details=details,
+        )
+    return Outcome(index, summary, round(time.perf_counter() - started, 4), peak_bytes())
+
+
+def failure_of(plan: Plan, stage: str, outcome: Outcome) -> Failure:
+    """Return the event that names a failed task: its volume, its box, its error."""
+    planned = plan.volumes[plan.split_index(stage, outcome.index)[0]]
+    box = str(task_box(plan, stage, outcome.index))
+    return Failure(stage, outcome.index, volume_name(planned), box, outcome.error, outcome.details)
+
+
+def volume_name(planned: PlannedVolume) -> str:
+    """Return field, timepoint and channel of a volume, for messages."""
+    return f"{planned.image} t={planned.t} c={planned.c}".strip()
+
+
+def describe(error: BaseException) -> str:
+    """Return one line for an error: ours as they are, others with their class."""
+    if isinstance(error, MegasegError) and not isinstance(error, TaskError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def is_infrastructure(error: BaseException) -> bool:
+    """Tell whether another attempt may help: a store or connection that failed, not a bug or bad data."""
+    return isinstance(error, StoreError | ConnectionError | TimeoutError)
+
+
+def task_box(plan: Plan, stage: str, index: int) -> Box:
+    """Return the voxels that a task is about, at its level."""
+    _, number = plan.split_index(stage, index)
+    grid = plan.grid(stage)
+    return grid[number] if grid else Box.of(plan.volume_shape)
+
+
+def missing_box(plan: Plan, stage: str, index: int) -> dict[str, Any]:
+    """Return what is missing in the output because a task failed, as JSON values: volume, level and box."""
+    volume, _ = plan.split_index(stage, index)
+    planned = plan.volumes[volume]
+    level = int(stage.removeprefix("downsample-")) if stage.startswith("downsample-") else 0
+    # Without statistics nothing of a volume can be predicted.
+    box = Box.of(plan.volume_shape) if stage == "measure" else task_box(plan, stage, index)
+    where = {"image": planned.image} if planned.image else {}
+    return {
+        **where,
+        "t": planned.t,
+        "c": planned.c,
+        "level": level,
+        "start": list(box.start),
+        "stop": list(box.stop),
+    }

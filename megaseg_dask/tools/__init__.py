@@ -1,0 +1,1 @@
+"""Before and after a run: report, viewer, training, doctor, evaluation, demo."""

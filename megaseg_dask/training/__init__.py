@@ -1,6 +1,0 @@
-"""Training through cyto-dl: recipes, images and labels in, a bundle with its model card out."""
-
-from megaseg_dask.training.environment import install
-from megaseg_dask.training.session import Request, train
-
-__all__ = ["Request", "install", "train"]

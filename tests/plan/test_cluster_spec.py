@@ -1,0 +1,293 @@
+"""Cluster files: what they say, what is refused in one line, and what each kind asks its library for."""
+
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.plan.cluster_spec import Cluster, cluster_of, read_cluster
+from megaseg_dask.plan.planner import memory_of
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.cluster import start
+from megaseg_dask.run.cluster.versions import compare
+
+JOB = {"cores": 8, "memory": "32GB", "interface": "lo"}
+
+
+def read(tmp_path: Path, text: str) -> Cluster:
+    (tmp_path / "cluster.yaml").write_text(text)
+    return read_cluster(str(tmp_path / "cluster.yaml"))
+
+
+REFUSED = [
+    ("", "expected keys and values"),
+    ("- kind", "expected keys and values"),
+    ("kind: [slurm", "while parsing a flow sequence"),
+    ("kind: slrum", "kind: must be 'local', 'cuda', 'scheduler', 'slurm'"),
+    ("workers: 3", "kind: Field required"),
+    ("kind: slurm\nworker: 3", "no such key: worker; did you mean workers?"),
+    ("kind: slurm\nadaptive: {max: 3}", "no such key: adaptive.max; did you mean maximum?"),
+    ("kind: slurm\nadaptive: {minimum: 3, maximum: 2}", "adaptive: maximum 2 is below minimum 3"),
+    ("kind: slurm\nworkers: 0", "workers: must be greater than 0"),
+    ("kind: slurm\nworkers: 2\nadaptive: {maximum: 2}", "workers and adaptive: give one of them"),
+    ("kind: slurm\nlifetime: soon", "lifetime: expected a time such as 55m"),
+    (
+        "kind: slurm\nlifetime: 5m\nlifetime_stagger: 5m",
+        "lifetime_stagger: has to be less than lifetime",
+    ),
+    (
+        'kind: slurm\nlifetime: 1h\noptions: {walltime: "01:00:00"}',
+        "has to end before options.walltime",
+    ),
+    ("kind: slurm\noptions: {walltime: 12:00:00}", "options.walltime: write it in quotes"),
+    ("kind: slurm\noptions: {memory: 8 bananas}", "options.memory 8 bananas: "),
+    ("kind: slurm\ntls: maybe", "tls: expected true, false, or the files ca_file, cert and key"),
+    ("kind: slurm\ntls: {ca_fil: a}", "no such key: tls.ca_fil; did you mean ca_file?"),
+    ("kind: scheduler", "address is where the scheduler"),
+    ("kind: local\naddress: tcp://a:1", "address is where the scheduler"),
+    (
+        "kind: scheduler\naddress: tcp://a:1\nworkers: 2",
+        "workers: whoever started the scheduler decides that",
+    ),
+    ("kind: scheduler\naddress: tls://a:1\ntls: true", "name ca_file, cert and key"),
+    (
+        "kind: scheduler\naddress: tls://a:1\ntls: {ca_file: /no, cert: /no, key: /no}",
+        "tls: /no is not there",
+    ),
+    ("kind: kubernetes\ntls: true", "the operator encrypts nothing"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), REFUSED, ids=[text.replace("\n", ", ") for text, _ in REFUSED]
+)
+def test_what_makes_no_sense_is_one_line(text, message, tmp_path):
+    with pytest.raises(SettingsError) as raised:
+        read(tmp_path, text)
+    assert message in str(raised.value)
+    assert str(raised.value).startswith(f"--cluster {tmp_path / 'cluster.yaml'}: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_and_two_addresses_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml: No such file"):
+        read_cluster(str(tmp_path / "nowhere.yaml"))
+    with pytest.raises(SettingsError, match="--scheduler and --cluster: give one of them"):
+        cluster_of(parse_settings({"scheduler": "tcp://a:1", "cluster": "a.yaml"}))
+
+
+def test_the_plan_follows_from_what_a_job_has(tmp_path):
+    found = read(
+        tmp_path,
+        "kind: slurm\ndevice: cuda\noptions: {cores: 8, memory: 32GB, processes: 2, walltime: '1:40:00'}",
+    )
+    assert found.defaults() == {"device": "cuda", "threads": 4}
+    assert found.memory_bytes() == 12_800_000_000
+    assert found.lifetime_s == (5100.0, 300.0)
+    options = {"cluster": str(tmp_path / "cluster.yaml")}
+    assert memory_of(parse_settings(options), found) == 12_800_000_000
+    with pytest.raises(SettingsError, match=r"may plan with 12\.8 GB"):
+        memory_of(parse_settings({**options, "memory": "13GB"}), found)
+    assert read(tmp_path, "kind: local").defaults() == {}
+
+
+def test_the_command_line_goes_before_the_file(tmp_path):
+    read(tmp_path, "kind: slurm\nadaptive: {maximum: 5}")
+    found = cluster_of(parse_settings({"cluster": str(tmp_path / "cluster.yaml"), "workers": 3}))
+    assert (found.workers, found.adaptive) == (3, None)
+
+
+# kind: its directive for cores, and for memory.
+SCRIPTS = {
+    "slurm": "#SBATCH --cpus-per-task=8",
+    "pbs": "ncpus=8:mem=30GB",
+    "lsf": "#BSUB -n 8",
+    "sge": "#$ -N dask-worker",
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_job_runs_one_task_at_a_time_with_our_settings_over_tls(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ExitStack() as stack:
+        cluster = start._batch(Cluster(kind=kind, workers=2, options=JOB), stack)
+        stack.callback(cluster.close)
+        script = cluster.job_script()
+        assert SCRIPTS[kind] in script
+        assert script.rpartition("--nthreads")[2].split()[0] == "1", "the last one counts"
+        assert "export DASK_INTERNAL_INHERIT_CONFIG=" in script
+        assert cluster.scheduler_address.startswith("tls://")
+        assert cluster.dashboard_link.startswith("http://127.0.0.1:")
+        (folder,) = tmp_path.glob(".megaseg-*")
+        assert folder.stat().st_mode & 0o77 == 0, "others could read the key"
+        assert f"--tls-key {folder}/" in script
+        assert "PRIVATE KEY" not in script
+    assert not list(tmp_path.glob(".megaseg-*"))
+
+
+@pytest.mark.parametrize("kind", ["local", "slurm", "kubernetes"])
+def test_options_that_a_library_does_not_take_are_refused(kind):
+    with (
+        pytest.raises(SettingsError, match=f"options: {kind} takes no local_directry"),
+        ExitStack() as stack,
+    ):
+        start._KINDS[kind](Cluster(kind=kind, options={"local_directry": "/scratch"}), stack)
+
+
+def test_where_no_jobs_are_submitted_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    wanted = Cluster(kind="pbs", workers=1, tls=False, options=JOB)
+    with (
+        pytest.raises(SettingsError, match="kind pbs: there is no qsub here"),
+        start.started(wanted),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "extra"),
+    [
+        ("dask_jobqueue", "lsf", "jobqueue"),
+        ("dask_kubernetes.operator", "kubernetes", "kubernetes"),
+    ],
+)
+def test_a_library_that_is_not_installed_is_one_line(module, kind, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with (
+        pytest.raises(SettingsError, match=rf"pip install 'megaseg-dask\[{extra}\]'"),
+        start.started(Cluster(kind=kind)),
+    ):
+        pass
+
+
+def test_only_kubernetes_workers_get_gpus_and_all_get_our_settings():
+    resources = {"limits": {"nvidia.com/gpu": "1", "memory": "32G"}}
+    spec = start.kubernetes_spec(
+        "cells", image="registry.example.org/megaseg", resources=resources, env={"A": "b"}
+    )
+    (scheduler,) = spec["spec"]["scheduler"]["spec"]["containers"]
+    (worker,) = spec["spec"]["worker"]["spec"]["containers"]
+    assert scheduler["resources"] == {"limits": {"memory": "32G"}}
+    assert worker["resources"] == resources
+    assert worker["args"][:4] == ["dask", "worker", "--nthreads", "1"]
+    for container in (scheduler, worker):
+        assert {"A", "DASK_INTERNAL_INHERIT_CONFIG"} == {
+            variable["name"] for variable in container["env"]
+        }
+
+
+def test_kubernetes_up_to_the_first_call_of_its_server(monkeypatch, tmp_path):
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "c",
+        "users": [{"name": "u", "user": {}}],
+    }
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    code = """
+import sys
+from megaseg_dask.cluster.kinds import started
+from megaseg_dask.clusterfile import Cluster
+from megaseg_dask.errors import SettingsError
+try:
+    with started(Cluster(kind="kubernetes", workers=1)):
+        pass
+except SettingsError as error:
+    sys.exit(str(error))
+"""
+    environment = {**os.environ, "KUBECONFIG": str(tmp_path / "config")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "kind kubernetes: " in done.stderr
+    assert "connect" in done.stderr.lower()
+
+
+MINE = {
+    "python": "3.11.7.final.0",
+    "megaseg-dask": "0.1.0",
+    "dask": "2026.7.1",
+    "distributed": "2026.7.1",
+    "torch": "2.13.0+cpu",
+    "openvino": "2026.4.1",
+    "monai": "1.6.1",
+    "numpy": "2.4.6",
+    "zarr": "3.1.6",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "refused"),
+    [
+        ("megaseg-dask", "0.1.1", True),
+        ("megaseg-dask", None, True),
+        ("python", "3.12.1.final.0", True),
+        ("python", "3.11.9.final.0", False),
+        ("distributed", "2026.8.0", True),
+        ("torch", "2.12.0+cpu", True),
+        ("torch", "2.13.0+cu126", False),
+        ("openvino", None, False),
+        ("monai", "1.5.0", True),
+        ("numpy", "2.3.0", False),
+        ("zarr", "2.18.0", True),
+    ],
+)
+def test_versions_that_matter_are_refused(name, version, refused):
+    theirs = {**MINE, name: version}
+    if refused:
+        with pytest.raises(SettingsError, match=rf"a worker has (no )?{name}"):
+            list(compare(MINE, theirs, "torch", "a worker"))
+        return
+    notes = list(compare(MINE, theirs, "torch", "a worker"))
+    assert notes == (["a worker has numpy 2.3.0, this client has 2.4.6"] if name == "numpy" else [])
+    assert list(compare(MINE, {**MINE, name: version}, "torch", "the scheduler")) == []
+
+
+def test_a_network_that_openvino_runs_needs_it_everywhere():
+    with pytest.raises(SettingsError, match="a worker has no openvino"):
+        list(compare(MINE, {**MINE, "openvino": None}, "openvino", "a worker"))
+
+
+def test_workers_on_gpus_up_to_where_cuda_is_asked_for():
+    from megaseg_dask.inference.pytorch import cuda_devices
+
+    if n := len(cuda_devices()):
+        with (
+            pytest.raises(SettingsError, match=f"{n + 1} workers: there are {n} GPUs here"),
+            ExitStack() as stack,
+        ):
+            start._cuda(Cluster(kind="cuda", workers=n + 1), stack)
+        return
+    with (
+        pytest.raises(SettingsError, match="PyTorch sees no GPU here"),
+        start.started(Cluster(kind="cuda")),
+    ):
+        pass
+
+
+def test_what_is_set_for_a_run_leaves_the_defaults_of_dask_behind():
+    """Dask's defaults come with an import, and would go with what was set around it."""
+    code = """
+from megaseg_dask import cluster
+from megaseg_dask.errors import SettingsError
+import types, dask
+from megaseg_dask.settings import parse_settings
+options = parse_settings({"scheduler": "tcp://127.0.0.1:1"})
+plan = types.SimpleNamespace(options=options, engine=types.SimpleNamespace(device="cpu"))
+cluster.START_S = 1
+try:
+    with cluster.connect(plan):
+        pass
+except SettingsError:
+    pass
+dask.config.get("distributed.comm.tls.ciphers")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,291 @@
+"""Clusters that this machine can be: a scheduler and workers started apart over TLS, pinned workers, local ones."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from distributed import Client, Security
+
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.events import Joined
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.cluster import worker_plugin
+from megaseg_dask.run.cluster.gpus import GpuCluster, visible_devices
+from megaseg_dask.run.cluster.workers import Workers
+from megaseg_dask.run.runner import segment
+from megaseg_dask.stores import Location, StoreOptions
+from tests.faults.test_faults import arrays, assert_same
+from tests.fixtures.images import blobs, write_image
+
+
+class Apart:
+    """A Dask scheduler and workers as somebody else starts them: other processes, certificates in files."""
+
+    def __init__(self, folder: Path) -> None:
+        made = Security.temporary()
+        self.tls = {
+            "ca_file": folder / "ca.pem",
+            "cert": folder / "cert.pem",
+            "key": folder / "key.pem",
+        }
+        for name, text in zip(
+            self.tls, (made.tls_ca_file, made.tls_client_cert, made.tls_client_key), strict=True
+        ):
+            self.tls[name].write_text(text)
+        self.folder, self.processes = folder, []
+        self.start(
+            "dask_scheduler",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--protocol",
+            "tls",
+            "--scheduler-file",
+            str(folder / "scheduler.json"),
+            "--no-dashboard",
+        )
+        deadline = time.monotonic() + 60
+        while (
+            not (folder / "scheduler.json").exists() or not (folder / "scheduler.json").read_text()
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        self.address = json.loads((folder / "scheduler.json").read_text())["address"]
+
+    def start(self, program: str, *options: str, path: str = "") -> subprocess.Popen:
+        """Start one of Dask's programs; what lies at ``path`` is found before all else."""
+        files = [f"--tls-{name.replace('_', '-')}={file}" for name, file in self.tls.items()]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([path, *sys.path] if path else sys.path),
+        }
+        command = [sys.executable, "-m", f"distributed.cli.{program}", *files, *options]
+        with (self.folder / f"{program}.log").open("a") as log:
+            # Elsewhere: what an editable installation left in this folder would be found before all else.
+            started = subprocess.Popen(
+                command, env=environment, cwd=self.folder, stdout=log, stderr=log
+            )
+            self.processes.append(started)
+        return self.processes[-1]
+
+    def worker(self, name: str, path: str = "") -> subprocess.Popen:
+        scratch = ["--local-directory", str(self.folder / "scratch")]
+        options = [
+            "--nthreads",
+            "1",
+            "--memory-limit",
+            "0",
+            "--no-dashboard",
+            "--name",
+            name,
+            *scratch,
+        ]
+        return self.start("dask_worker", self.address, *options, path=path)
+
+    def client(self) -> Client:
+        files = {f"tls_client_{name}": str(self.tls[name]) for name in ("cert", "key")}
+        security = Security(tls_ca_file=str(self.tls["ca_file"]), require_encryption=True, **files)
+        return Client(self.address, security=security, timeout=60)
+
+    @contextmanager
+    def while_there(self, process: subprocess.Popen, n: int):
+        """Wait until there are ``n`` workers, and end this one afterwards."""
+        with self.client() as client:
+            client.wait_for_workers(n, timeout=60)
+            yield client
+            _end(process)
+            while len(client.nthreads()) >= n:
+                time.sleep(0.1)
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    apart = Apart(tmp_path_factory.mktemp("apart"))
+    apart.worker("first")
+    yield apart
+    for process in reversed(apart.processes):
+        _end(process)
+
+
+@pytest.fixture
+def other_version(tmp_path) -> str:
+    """A folder in which this package is said to be of another version."""
+    folder = tmp_path / "other/megaseg_dask-0.0.1.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: megaseg-dask\nVersion: 0.0.1\n")
+    return str(folder.parent)
+
+
+@pytest.fixture
+def request_of(tmp_path, tiny_bundle):
+    source = write_image(tmp_path / "image.zarr", blobs((20, 40, 100)), chunks=(20, 40, 50))
+
+    def make(target: str, **options):
+        options = {
+            "engine": "torch",
+            "threads": 1,
+            "block": "20,40,50",
+            "overlap": 0,
+            "model": str(tiny_bundle),
+            **options,
+        }
+        return str(source), str(tmp_path / target), parse_settings(options)
+
+    return make
+
+
+@pytest.fixture
+def shared(apart, tmp_path) -> str:
+    """The cluster file of that scheduler."""
+    path = tmp_path / "shared.yaml"
+    files = {name: str(file) for name, file in apart.tls.items()}
+    path.write_text(yaml.safe_dump({"kind": "scheduler", "address": apart.address, "tls": files}))
+    return str(path)
+
+
+def test_a_scheduler_started_apart_over_tls(
+    apart, shared, request_of, client, tiny_bundle, tmp_path
+):
+    source, expected, settings = request_of("expected.zarr")
+    assert segment(source, expected, settings, client=client).status == "done"
+
+    # The bundle is gone as soon as the run began: workers have it from beside the run.
+    bundle = tmp_path / "gone.ckpt"
+    bundle.write_bytes(tiny_bundle.read_bytes())
+    events = []
+
+    def hear(event) -> None:
+        events.append(event)
+        if event.kind == "started":
+            bundle.unlink()
+
+    source, target, settings = request_of("out.zarr", model=str(bundle), cluster=shared)
+    result = segment(source, target, settings, emit=hear)
+    assert result.status == "done", result.failures
+    assert_same(arrays(result.target), arrays(expected))
+    assert [event.name for event in events if event.kind == "worker"] == ["first"]
+    # Its scheduler has Dask's defaults, which is said.
+    notices = [event.text for event in events if event.kind == "notice"]
+    assert any("worker-saturation 1.1, not 1.0" in text for text in notices), notices
+    assert not (Path(result.run) / "bundles").exists()
+    # It is not ours to end, and is left as it was: without our options, which may be secret.
+    with apart.client() as other:
+        assert len(other.nthreads()) == 1
+        assert not other.run_on_scheduler(
+            lambda dask_scheduler: worker_plugin.NAME in dask_scheduler.worker_plugins
+        )
+
+
+def test_a_scheduler_with_certificates_is_not_talked_to_without(apart, request_of, tmp_path):
+    source, target, settings = request_of("out.zarr", scheduler=apart.address)
+    with pytest.raises(SettingsError, match=r"tls://.*certificates in a cluster file"):
+        segment(source, target, settings)
+    assert not Path(target).exists()
+
+
+def test_a_worker_of_another_version_is_refused(apart, shared, request_of, other_version):
+    source, target, settings = request_of("out.zarr", cluster=shared)
+    with (
+        apart.while_there(apart.worker("other", other_version), 2),
+        pytest.raises(
+            SettingsError, match=r"worker tls://\S+ has megaseg-dask 0.0.1, this client has"
+        ),
+    ):
+        segment(source, target, settings)
+    assert not Path(target).exists()
+
+
+def test_a_worker_of_another_version_that_comes_late_is_sent_away(
+    apart, request_of, other_version, tmp_path
+):
+    with apart.client() as client:
+        events = []
+        workers = Workers(client, emit=events.append)
+        workers.greet()
+        with workers.ready(_NoModel, Location.of(tmp_path / "run"), StoreOptions()):
+            other = apart.worker("other", other_version)
+            good = apart.worker("second")
+            deadline = time.monotonic() + 60
+            while other.poll() is None or len(client.nthreads()) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            workers.look(2)
+        _end(good)
+    assert {event.name for event in events if event.kind == "worker"} == {"first", "second"}
+    assert [
+        e.text
+        for e in events
+        if "was sent away: it has megaseg-dask 0.0.1" in getattr(e, "text", "")
+    ]
+
+
+class _NoModel:
+    bundles = ()
+
+
+def test_each_gpu_worker_sees_one_device_also_after_it_was_lost(monkeypatch):
+    """Without a GPU: devices are names in an environment, which is where CUDA reads them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c")
+    devices = visible_devices(2)
+    assert devices == ["GPU-a", "GPU-b"]
+    options = {
+        "threads_per_worker": 1,
+        "memory_limit": 0,
+        "dashboard_address": "127.0.0.1:0",
+        "host": "127.0.0.1",
+    }
+
+    def seen(client) -> set:
+        return set(client.run(lambda: __import__("os").environ["CUDA_VISIBLE_DEVICES"]).values())
+
+    with GpuCluster(devices, **options) as cluster, Client(cluster) as client:
+        cluster.scale(2)
+        client.wait_for_workers(2, timeout=60)
+        assert seen(client) == {"GPU-a", "GPU-b"}
+        cluster.scale(1)
+        while len(client.nthreads()) > 1:
+            time.sleep(0.05)
+        cluster.scale(2)
+        client.wait_for_workers(2, timeout=60)
+        assert seen(client) == {"GPU-a", "GPU-b"}
+
+
+def test_two_workers_on_one_gpu_are_refused(client):
+    workers = Workers(client)
+    for name in ("one", "two"):
+        workers.joined[name] = Joined(name, name, "host", 8, 0, "NVIDIA H100", "GPU-a")
+    with pytest.raises(SettingsError, match="workers one and two share GPU GPU-a on host"):
+        workers._require_own_devices({"one", "two"})
+    workers._require_own_devices({"one"})
+
+
+@pytest.mark.parametrize(
+    "how_many",
+    ["workers: 1", pytest.param("adaptive: {minimum: 1, maximum: 2}", marks=pytest.mark.slow)],
+)
+def test_local_workers_over_tls(how_many, request_of, tmp_path):
+    path = tmp_path / "local.yaml"
+    path.write_text(f"kind: local\ntls: true\n{how_many}\n")
+    source, target, settings = request_of("out.zarr", cluster=str(path))
+    events = []
+    result = segment(source, target, settings, emit=events.append)
+    assert result.status == "done", result.failures
+    addresses = [event.address for event in events if event.kind == "worker"]
+    assert addresses
+    assert all(address.startswith("tls://127.0.0.1") for address in addresses)

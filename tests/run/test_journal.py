@@ -1,0 +1,200 @@
+"""The journal: what it says is done is done, for this plan and no other."""
+
+import json
+
+import pytest
+
+from megaseg_dask.errors import StoreError
+from megaseg_dask.plan.plan import Stage
+from megaseg_dask.run.journal import FOLDER, Journal
+from megaseg_dask.stores import Location
+
+PLAN = "0123abcd"
+STAGES = (
+    Stage("measure", 2, 1),
+    Stage("segment", 1000, 500),
+    Stage("label", 1000, 500, local=True),
+)
+
+
+def read(run: Location, plan: str = PLAN) -> Journal:
+    return Journal(run, plan, STAGES).replayed()
+
+
+def done(run: Location, stage: str = "segment") -> list[int]:
+    return read(run).done(stage).nonzero()[0].tolist()
+
+
+@pytest.fixture
+def run(tmp_path) -> Location:
+    return Location(str(tmp_path / "out.zarr.run/megaseg"))
+
+
+def segments(run: Location) -> list[str]:
+    return [key.removeprefix(f"{FOLDER}/") for key in run.keys(FOLDER)]
+
+
+def write(run: Location, *indices: int, plan: str = PLAN, stage: str = "segment") -> Journal:
+    """A run that goes on from what is there, finishes some tasks and stops."""
+    journal = read(run, plan)
+    with journal.flushed():
+        for index in indices:
+            journal.add(stage, index, {"n": index})
+    return journal
+
+
+def test_nothing_is_done_where_nothing_is(run):
+    journal = read(run)
+    assert (journal.n_done, journal.result, journal.summaries("segment")) == (0, None, [])
+    assert not journal.done("segment")[0]
+
+
+def test_what_was_recorded_is_read_back_in_the_order_of_tasks(run):
+    write(run, 7, 0, 3)
+    write(run, 1, stage="label")
+    journal = read(run)
+    assert journal.n_done == 4
+    assert journal.summaries("segment") == [{"n": 0}, {"n": 3}, {"n": 7}]
+    assert journal.done("label")[1]
+    assert not journal.done("label")[0]
+
+
+def test_segments_are_new_objects_and_never_appended(run):
+    write(run, 0)
+    first = run.get(f"{FOLDER}/00000000.jsonl")
+    write(run, 1)
+    assert segments(run) == ["00000000.jsonl", "00000001.jsonl"]
+    assert run.get(f"{FOLDER}/00000000.jsonl") == first
+
+
+def test_a_missing_segment_leaves_its_number_unused(run):
+    for index in range(3):
+        write(run, index)
+    (run.path / FOLDER / "00000001.jsonl").unlink()
+    write(run, 5)
+    assert segments(run) == ["00000000.jsonl", "00000002.jsonl", "00000003.jsonl"]
+    assert done(run) == [0, 2, 5]
+
+
+def test_another_plans_record_counts_for_nothing(run):
+    write(run, 0, 1, plan="another")
+    journal = write(run, 5)
+    assert journal.n_done == 1
+    assert done(run) == [5]
+    assert segments(run) == ["00000000.jsonl", "00000001.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"\x00" * 100, b'{"plan": "0123', b"[1]\n", b'{"stage": "segment", "index": 9}']
+)
+def test_a_torn_segment_counts_for_nothing(damage, run):
+    write(run, 0)
+    write(run, 1)
+    run.put(f"{FOLDER}/00000001.jsonl", damage)
+    assert done(run) == [0]
+
+
+def test_a_cut_segment_counts_for_nothing(run):
+    write(run, 0, 1, 2)
+    whole = run.get(f"{FOLDER}/00000000.jsonl")
+    run.put(f"{FOLDER}/00000000.jsonl", whole[:-3])
+    assert read(run).n_done == 0
+
+
+def test_other_files_in_its_folder_are_left_alone(run):
+    write(run, 0)
+    run.put(f"{FOLDER}/.DS_Store", b"\x00\x01")
+    run.put(f"{FOLDER}/notes/00000007.jsonl", b"{}")
+    write(run, 1)
+    assert read(run).n_done == 2
+    assert "00000001.jsonl" in segments(run)
+
+
+def test_what_is_finished_reaches_the_store_when_a_run_is_interrupted(run):
+    def interrupted() -> None:
+        with read(run).flushed() as journal:
+            journal.add("segment", 4, {})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert read(run).done("segment")[4]
+
+
+def test_records_are_gathered_into_few_segments(run):
+    write(run, *range(1000))
+    assert len(segments(run)) <= 2
+    assert read(run).n_done == 1000
+
+
+def test_the_result_is_the_last_word(run):
+    journal = write(run, 0)
+    journal.finish({"n_objects": 12})
+    assert read(run).result == {"n_objects": 12}
+    assert read(run, "another").result is None
+
+
+def test_a_segment_that_could_not_be_written_is_kept_for_the_next_try(run, monkeypatch):
+    journal = read(run)
+    journal.add("segment", 3, {})
+
+    def full(*_: object) -> None:
+        raise StoreError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Location, "create", full)
+        with pytest.raises(StoreError):
+            journal.flush()
+    journal.flush()
+    assert read(run).done("segment")[3]
+
+
+def test_segments_are_lines_that_people_can_read(run):
+    write(run, 2)
+    lines = (run.get(f"{FOLDER}/00000000.jsonl") or b"").decode().splitlines()
+    assert list(map(json.loads, lines)) == [
+        {"plan": PLAN},
+        {"stage": "segment", "index": 2, "s": 0.0, "peak": 0, "summary": {"n": 2}},
+    ]
+
+
+def test_what_was_undone_is_not_done_and_its_failures_are_forgotten(run):
+    journal = write(run, 0, 499, 500, 999)
+    journal.add_failure("segment", 3, {"error": "gone"})
+    journal.add_failure("segment", 600, {"error": "gone"})
+    journal.undo(["segment"], 0)
+    assert done(run) == [500, 999]
+    assert read(run).summaries("segment") == [{"n": 500}, {"n": 999}]
+    assert list(read(run).failed) == [("segment", 600)]
+
+
+def test_a_task_that_succeeds_is_no_failure_any_more(run):
+    journal = write(run, 0)
+    journal.add_failure("segment", 3, {"error": "gone"})
+    journal.flush()
+    assert ("segment", 3) in read(run).failed
+    write(run, 3)
+    assert not read(run).failed
+
+
+def test_a_volume_is_complete_when_all_its_stages_are(run):
+    journal = write(run, *range(500))
+    write(run, *range(500), stage="label")
+    journal = write(run, 0, stage="measure")
+    assert journal.is_complete(0)
+    assert not journal.is_complete(1)
+    assert journal.summaries("segment", 1) == []
+
+
+def test_a_million_finished_tasks_weigh_a_megabyte(run):
+    journal = Journal(run, PLAN, (Stage("segment", 10**6, 10**6),))
+    assert journal.done("segment").nbytes == 10**6
+
+
+def test_data_are_made_durable_before_the_journal_speaks_of_them(run):
+    order = []
+    journal = Journal(run, PLAN, STAGES, sync=lambda: order.append(len(segments(run))))
+    journal.add("segment", 1, {})
+    journal.flush()
+    assert order == [0]
+    assert segments(run) == ["00000000.jsonl"]

@@ -1,0 +1,173 @@
+"""Whose data stand at a target: a run touches what it made, and knows it again; all else it refuses."""
+
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+from numpy.testing import assert_array_equal
+
+from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.ngff.plate import Field, Plate, write_plate
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import segment
+from megaseg_dask.stores import Location
+from tests.fixtures.images import blobs, write_image
+
+SHAPE = (20, 40, 50)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_bundle, client):
+    source = write_image(tmp_path / "image.zarr", blobs(SHAPE))
+
+    def call(target="out.zarr", source=source, **options):
+        settings = parse_settings(
+            {"model": str(tiny_bundle), "threads": 1, "overlap": 0, **options}
+        )
+        result = segment(str(source), str(tmp_path / target), settings, client=client)
+        assert result.status == "done", result.failures
+        return result
+
+    return call
+
+
+def test_an_image_put_where_a_run_had_been_is_never_removed(run, tmp_path):
+    run()
+    shutil.move(tmp_path / "out.zarr", tmp_path / "kept.zarr")
+    raw = blobs(SHAPE, seed=9)
+    write_image(tmp_path / "out.zarr", raw)
+    for overwrite in (False, True):
+        with pytest.raises(TargetError, match="did not write"):
+            run(overwrite=overwrite)
+    assert_array_equal(zarr.open_group(tmp_path / "out.zarr")["0"][...], raw)
+
+
+def test_another_image_of_the_same_form_is_not_already_done(run, tmp_path):
+    run()
+    other = write_image(tmp_path / "other.zarr", blobs(SHAPE, seed=5))
+    with pytest.raises(TargetError, match="is another image"):
+        run(source=other)
+    moved = shutil.copytree(tmp_path / "image.zarr", tmp_path / "moved.zarr")
+    assert run(source=moved).already_done
+
+
+@pytest.mark.parametrize(("before", "after"), [("0.4", "0.5"), ("0.5", "0.4")])
+def test_another_version_overwrites(run, tmp_path, before, after):
+    run(ome_zarr=before)
+    expected = zarr.open_group(tmp_path / "out.zarr")["labels/megaseg/0"][...]
+    run(ome_zarr=after, overwrite=True)
+    assert_array_equal(zarr.open_group(tmp_path / "out.zarr")["labels/megaseg/0"][...], expected)
+    assert (
+        zarr.open_group(tmp_path / "out.zarr").metadata.zarr_format == {"0.4": 2, "0.5": 3}[after]
+    )
+
+
+def test_another_version_is_refused_before_anything_is_removed_where_other_labels_stay(
+    run, tmp_path
+):
+    run(ome_zarr="0.4")
+    shutil.copytree(tmp_path / "out.zarr/labels/megaseg", tmp_path / "out.zarr/labels/by-hand")
+    with pytest.raises(TargetError, match="Zarr v2"):
+        run(ome_zarr="0.5", overwrite=True)
+    assert zarr.open_group(tmp_path / "out.zarr")["labels/megaseg/0"].shape == SHAPE
+
+
+def test_runs_of_two_label_names_share_the_scores_and_know_it(run, tmp_path):
+    run(label_name="a")
+    with pytest.raises(TargetError, match="exists"):
+        run(label_name="b", threshold=0.7)
+    run(label_name="b", threshold=0.7, overwrite=True)
+    with pytest.raises(TargetError):
+        run(label_name="a")
+    with pytest.raises(SettingsError, match="_mask"):
+        run(label_name="a_mask")
+
+
+def test_labels_alone_are_a_target_of_their_own(run, tmp_path):
+    run(outputs="labels")
+    assert run(outputs="labels").already_done
+    shutil.rmtree(tmp_path / "out.zarr.run")
+    with pytest.raises(TargetError, match="without the record"):
+        run(outputs="labels")
+    run(outputs="labels", overwrite=True)
+
+
+def test_labels_in_place_have_the_levels_of_the_image(run, tmp_path):
+    image = write_image(tmp_path / "wide.zarr", blobs((16, 40, 600)))
+    settings = {"outputs": "labels", "source": image}
+    run("wide.zarr", **settings)
+    group = zarr.open_group(image)
+    assert sorted(group["labels/megaseg"].array_keys()) == ["0"]
+    assert run("wide.zarr", **settings).already_done
+
+
+@pytest.mark.parametrize("value", [1e200, 3e38])
+def test_a_voxel_that_overflows_the_network_is_a_failure(tmp_path, tiny_bundle, client, value):
+    image = blobs(SHAPE).astype(np.float64)
+    image[3, 4, 5] = value
+    source = write_image(tmp_path / "image.zarr", image)
+    settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "overlap": 0})
+    result = segment(str(source), str(tmp_path / "out.zarr"), settings, client=client)
+    if value > 1e100:
+        assert result.status == "failed"
+        assert "rescale" in result.failures[0]["error"]
+    else:
+        assert result.status == "done"
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata", "ignore:Object at")
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_readers_of_consolidated_metadata_see_what_is_there(run, tmp_path, version):
+    image = write_image(tmp_path / "cells.zarr", blobs(SHAPE), version=version)
+    zarr.consolidate_metadata(image)
+    run("cells.zarr", source=image, outputs="labels,measurements")
+    zarr.consolidate_metadata(
+        image
+    )  # as another program does, which changes the order of the entries
+    run("cells.zarr", source=image, outputs="labels,mask", label_name="b")
+    found, stored = zarr.open_consolidated(image), zarr.open_group(image, use_consolidated=False)
+    for path in ("0", "labels/megaseg/0", "labels/b/0", "labels/b_mask/0"):
+        assert_array_equal(found[path][...], stored[path][...])
+    for path in ("", "labels", "labels/megaseg", "labels/b", "tables/megaseg"):
+        assert (found[path] if path else found).attrs.asdict() == (
+            stored[path] if path else stored
+        ).attrs.asdict()
+    run("cells.zarr", source=image, outputs="labels", label_name="b", overwrite=True)
+    assert "b_mask" in zarr.open_consolidated(image)["labels"], (
+        "what the new run does not write is left alone"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata", "ignore:Object at")
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_plate_tells_of_labels_in_one_of_its_fields(run, tmp_path, version):
+    plate = Plate(version, "screen", ("A",), ("1",), (Field("A", "1", "0"),))
+    write_plate(Location.of(tmp_path / "screen.zarr"), plate, version)
+    image = write_image(tmp_path / "screen.zarr/A/1/0", blobs(SHAPE), version=version)
+    zarr.consolidate_metadata(tmp_path / "screen.zarr")
+    run("screen.zarr/A/1/0", source=image, outputs="labels")
+    found = zarr.open_consolidated(tmp_path / "screen.zarr")["A/1/0"]
+    assert_array_equal(
+        found["labels/megaseg/0"][...], zarr.open_array(image / "labels/megaseg/0")[...]
+    )
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_what_was_measured_in_labels_goes_with_them(run, tmp_path, version):
+    options = {"ome_zarr": version, "threshold": 0.4}
+    run(outputs="labels,scores,measurements", **options)
+    table, group = tmp_path / "out.zarr.measurements.parquet", tmp_path / "out.zarr/tables"
+    assert table.exists()
+    assert (group / "megaseg/table.parquet").exists()
+    run(outputs="labels,scores", overwrite=True, **options)
+    assert not table.exists()
+    assert not (group / "megaseg").exists()
+    assert zarr.open_group(group, mode="r").attrs["tables"] == []
+
+
+def test_a_group_that_repeats_nothing_is_left_so(run, tmp_path):
+    image = write_image(tmp_path / "cells.zarr", blobs(SHAPE))
+    before = (image / "zarr.json").read_bytes()
+    run("cells.zarr", source=image, outputs="labels")
+    assert (image / "zarr.json").read_bytes() == before

@@ -1,0 +1,145 @@
+"""What a run says: few lines for a long night, bars on a terminal, colours only where they are wanted."""
+
+import contextlib
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from megaseg_dask.events import Failure, Notice, Progress, Started
+from megaseg_dask.messages import Narrator, duration, progress_line, size_text
+
+
+def progress(
+    n_done: int, *, n_tasks: int = 100, n_failed: int = 0, stage: str = "segment"
+) -> Progress:
+    return Progress(stage, n_done, n_tasks, 20.0, 3.1e6, 80.0, n_failed, "blocks", 1.5)
+
+
+def test_a_line_has_speeds_failures_and_the_time_left():
+    line = progress_line(progress(20, n_failed=2).as_dict())
+    assert (
+        line
+        == "segment: 20/100 tasks, 20.0 s, 1.5 blocks/s, 3.1 Mvoxel/s, 2 failed, about 80 s left"
+    )
+    # What failed does not come any more.
+    assert "left" not in progress_line(progress(98, n_failed=2).as_dict())
+
+
+def test_twelve_hours_are_some_hundred_lines():
+    """Ten stages at once, an event of each every fifth of a second."""
+    now = [0.0]
+    narrator, n, n_first_hour = Narrator(clock=lambda: now[0]), 0, 0
+    for second in range(12 * 3600):
+        for stage in range(10):
+            now[0] = second + stage / 10
+            n += len(narrator.lines(progress(1, stage=f"stage-{stage}")))
+        n_first_hour += n if second == 3599 else 0
+    assert 100 < n < 400
+    assert n_first_hour > n / 4
+
+
+def test_the_end_of_a_stage_is_always_told():
+    narrator = Narrator(least_s=1e9)
+    assert narrator.lines(progress(0)) == []
+    assert narrator.lines(progress(98, n_failed=1)) == []
+    assert len(narrator.lines(progress(98, n_failed=2))) == 1
+
+
+@pytest.mark.parametrize(
+    "event", [Failure("segment", 1, "A/1/0", "0:1", "why"), Notice("a worker was lost")]
+)
+def test_of_thousands_of_failures_the_first_are_told(event):
+    narrator = Narrator()
+    lines = [line for _ in range(1000) for line in narrator.lines(event)]
+    assert len(lines) < 60
+    assert "further" in lines[-1]
+
+
+def test_a_scheduler_without_a_dashboard_has_none():
+    assert Narrator().lines(Started("out.zarr", 5, 2)) == ["5 tasks, 2 of them done before"]
+
+
+def test_words():
+    assert [duration(s) for s in (5, 89, 200, 7300)] == ["5 s", "89 s", "3 min", "2 h 2 min"]
+    assert [size_text(n) for n in (12, 1234, 5.5e9, 2e12)] == ["12 B", "1.23 kB", "5.5 GB", "2 TB"]
+
+
+SCRIPT = """
+from megaseg_dask.console import reporter
+from megaseg_dask.events import Failure, Progress
+with reporter({json}, {quiet}) as emit:
+    for n in range(4):
+        emit(Progress("segment", n, 4, 2.0, 3e6, 1.0, 1 if n else 0, "blocks", 2.0))
+    emit(Failure("segment", 3, "the image", "0:1", "[red]not markup[/red]"))
+"""
+
+
+def shown(
+    *, terminal: bool, json: bool = False, quiet: bool = False, **environment: str
+) -> tuple[str, str]:
+    """What a process writes to stdout, and to stderr: a pipe or a real terminal."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "160", "TERM": "xterm-256color", **environment}
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(json=json, quiet=quiet)],
+        stdout=subprocess.PIPE,
+        stderr=slave if terminal else subprocess.PIPE,
+        env=environment,
+    ) as process:
+        os.close(slave)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0
+        if terminal:
+            err = read_all(master)
+    os.close(master)
+    return out.decode(), (err or b"").decode()
+
+
+def read_all(master: int) -> bytes:
+    """What a terminal got; one that nobody writes to any more is at its end, which Linux calls an error."""
+    found = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(master, 2**16):
+            found += part
+    return found
+
+
+def test_a_terminal_gets_bars():
+    out, err = shown(terminal=True)
+    assert out == ""
+    assert "━" in err
+    assert "2 blocks/s · 3 Mvoxel/s" in err
+    assert "1 failed" in err
+    assert "[red]not markup[/red]" in err
+    assert "\x1b[3" in err
+
+
+def test_a_narrow_terminal_keeps_the_numbers():
+    _, err = shown(terminal=True, COLUMNS="60")
+    assert "4/4" in err or "3/4" in err
+    assert "1 failed" in err
+    assert "Mvoxel" not in err
+
+
+def test_no_color_is_bars_without_colours():
+    _, err = shown(terminal=True, NO_COLOR="1")
+    assert "━" in err
+    assert "\x1b[3" not in err
+
+
+@pytest.mark.parametrize("asked", [{"terminal": False}, {"terminal": True, "TERM": "dumb"}])
+def test_elsewhere_lines_without_any_escape(asked):
+    _, err = shown(**asked)
+    assert "\x1b" not in err
+    assert "FAILED segment the image box 0:1: [red]not markup[/red]" in err
+    assert "segment: 3/4 tasks" in err
+
+
+def test_for_scripts_and_in_silence():
+    out, err = shown(terminal=True, json=True)
+    assert err == ""
+    assert out.count('"event": "progress"') == 4
+    assert shown(terminal=True, quiet=True) == ("", "")

@@ -1,0 +1,95 @@
+"""Label images on a store, compared block by block, as whole arrays are."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from megaseg_dask.algorithms import matching
+from megaseg_dask.cli.app import app
+from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.stores import Location
+from megaseg_dask.tools import evaluate
+from tests.fixtures.images import write_image
+
+
+def labels(seed: int, shape=(20, 70, 90)) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 9, tuple(-(-n // 10) for n in shape))
+    return np.kron(coarse, np.ones((10,) * len(shape), int))[tuple(map(slice, shape))].astype(
+        np.uint32
+    )
+
+
+@pytest.fixture
+def pair(tmp_path):
+    ours, truth = (
+        labels(1),
+        np.where(np.random.default_rng(0).random((20, 70, 90)) < 0.9, labels(1), 0),
+    )
+    return (
+        write_image(tmp_path / "ours.zarr", ours),
+        write_image(tmp_path / "truth.zarr", truth.astype(np.uint16)),
+        matching.evaluate(ours, truth),
+    )
+
+
+def test_blocks_give_the_scores_of_the_whole(pair, monkeypatch):
+    monkeypatch.setattr(evaluate, "_BLOCK_SHAPE", (7, 32, 41))
+    ours, truth, expected = pair
+    assert evaluate.evaluate_images(Location.of(ours), Location.of(truth)) == expected
+
+
+def test_an_object_is_known_by_timepoint_and_id(tmp_path):
+    first, second = labels(1), labels(2)
+    ours = write_image(tmp_path / "ours.zarr", np.stack([first, second]), axes="tzyx")
+    truth = write_image(
+        tmp_path / "truth.zarr", np.stack([first, second]).astype("u2"), axes="tzyx"
+    )
+    found = evaluate.evaluate_images(Location.of(ours), Location.of(truth))
+    assert found.n_true == sum(len(np.unique(v)) - (0 in v) for v in (first, second))
+    assert found.mean_average_precision == 1
+
+
+def test_the_command_prints_a_table_json_or_csv(pair):
+    ours, truth, expected = pair
+    run = CliRunner().invoke
+    table = run(app, ["evaluate", str(ours), str(truth)])
+    assert table.exit_code == 0
+    assert f"{expected.dice:.4f}" in table.output
+    found = json.loads(run(app, ["evaluate", str(ours), str(truth), "--json"]).stdout)
+    assert found["dice"] == expected.dice
+    assert len(found["matchings"]) == 10
+    csv = run(app, ["evaluate", str(ours), str(truth), "--csv"]).stdout.splitlines()
+    assert len(csv) == 11
+    assert len({line.count(",") for line in csv}) == 1
+
+
+def test_images_that_cannot_be_compared_are_refused(pair, tmp_path):
+    ours, _, _ = pair
+    other = write_image(tmp_path / "other.zarr", labels(1, (20, 70, 80)))
+    floats = write_image(tmp_path / "floats.zarr", labels(1).astype("f4"))
+    with pytest.raises(SourceError, match="shapes"):
+        evaluate.evaluate_images(Location.of(ours), Location.of(other))
+    with pytest.raises(SourceError, match="labels are integers"):
+        evaluate.evaluate_images(Location.of(ours), Location.of(floats))
+    with pytest.raises(SourceError, match="does not exist"):
+        evaluate.find_labels(str(tmp_path / "nothing.zarr"))
+
+
+def test_a_label_image_is_found_in_its_image_or_asked_for(pair, tmp_path):
+    import zarr
+
+    ours, _, _ = pair
+    assert evaluate.find_labels(str(ours)) == Location.of(ours)
+    for name in ("cells", "nuclei"):
+        write_image(ours / "labels" / name, labels(1))
+    zarr.open_group(ours / "labels").attrs["ome"] = {
+        "version": "0.5",
+        "labels": ["cells", "nuclei"],
+    }
+    with pytest.raises(SettingsError, match="cells, nuclei; choose one with --label"):
+        evaluate.find_labels(str(ours))
+    assert evaluate.find_labels(str(ours), "nuclei") == Location.of(ours) / "labels/nuclei"
+    with pytest.raises(SettingsError, match="no label image mito"):
+        evaluate.find_labels(str(ours), "mito")

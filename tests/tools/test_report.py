@@ -1,0 +1,259 @@
+"""The report: one file that opens offline, numbers that the outputs have, and a check of seams that finds faults."""
+
+import json
+import shlex
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from numpy.testing import assert_array_equal
+from typer.testing import CliRunner
+
+from megaseg_dask.algorithms.geometry import Box
+from megaseg_dask.cli.app import app
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.runner import plan_runs, segment
+from megaseg_dask.tools.report.page import Page, render
+from megaseg_dask.tools.report.sampling import choose_view, spread, whole_or_middle
+from megaseg_dask.tools.report.survey import Run, survey
+from megaseg_dask.tools.report.write import find_plans, write_report
+from tests.fixtures.images import blobs, write_image
+from tests.run.test_plates import plate  # noqa: F401
+
+
+class Parsed(HTMLParser):
+    """What a page asks for, and whether its elements close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids, self.links, self.open, self.text, self.without_alt = Counter(), set(), [], "", 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.ids.update([found["id"]] if "id" in found else [])
+        self.links |= {found[name] for name in ("href", "src") if name in found}
+        self.without_alt += tag == "img" and not found.get("alt")
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def options(tiny_bundle) -> dict[str, object]:
+    return {"model": str(tiny_bundle), "threads": 1, "overlap": 0, "retries": 0}
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory, options, client) -> tuple[Path, Path]:
+    """An image in 2x2x2 blocks, and what became of it."""
+    folder = tmp_path_factory.mktemp("split")
+    source = write_image(folder / "image.zarr", blobs((40, 64, 100)))
+    wanted = {
+        **options,
+        "block": "20,24,50",
+        "outputs": "labels,scores,measurements",
+        "min_size": 5,
+    }
+    result = segment(str(source), str(folder / "out.zarr"), parse_settings(wanted), client=client)
+    assert result.status == "done", result.failures
+    return source, folder / "out.zarr"
+
+
+def page_of(target: Path) -> Page:
+    return Page(find_plans(str(target)))
+
+
+def test_one_file_that_needs_nothing_else(split):
+    _, target = split
+    place = write_report(str(target))
+    assert place.url == f"{target}.report.html"
+    text = Path(place.url).read_text()
+    page = Parsed(text)
+    assert not page.open
+    assert page.without_alt == 0
+    assert max(page.ids.values()) == 1
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "<script" not in text
+    # How it was made: versions, every setting, what it said, and how long the network was thought to need.
+    assert "torch 2" in page.text
+    assert "connectivity" in page.text
+    assert "out.zarr.run/megaseg/log/0001.txt" in page.text
+    segment_row = next(row for row in page_of(target).stages if row.name == "segment")
+    assert segment_row.projected_s > 0
+
+
+def test_numbers_are_those_of_the_outputs(split):
+    _, target = split
+    labels = zarr.open_group(target, mode="r")["labels/megaseg/0"][...]
+    scores = zarr.open_group(target, mode="r")["0"][...]
+    page = page_of(target)
+    facts = page.survey.volumes[0]
+    assert facts.objects == page.n_objects == labels.max()
+    assert facts.foreground == pytest.approx((labels > 0).mean())
+    assert facts.mean_score == pytest.approx(scores.mean() / 255)
+    assert page.survey.sizes.sum() == labels.max()
+    assert page.survey.scores.sum() == scores.size
+    assert page.wall_s > 0
+    assert all(0 < stage.peak_bytes <= stage.projected_bytes for stage in page.stages)
+    (plan,) = find_plans(str(target))
+    # Without the table the same is found in the labels.
+    bare = plan.model_copy(
+        update={"options": plan.options.model_copy(update={"outputs": ("labels", "scores")})}
+    )
+    seen = survey([Run(bare, Journal.read(plan))])
+    assert_array_equal(seen.sizes, page.survey.sizes)
+    assert seen.volumes[0].foreground == pytest.approx(facts.foreground)
+
+
+def test_the_command_has_the_fingerprint_of_the_run(split):
+    source, target = split
+    page = page_of(target)
+    (command,) = page.commands
+    words = shlex.split(command)
+    assert words[:4] == ["megaseg", "segment", str(source), str(target)]
+    names = [word.removeprefix("--").replace("-", "_") for word in words[4::2]]
+    ((plan, journal),) = plan_runs(
+        *words[2:4], parse_settings(dict(zip(names, words[5::2], strict=True)))
+    )
+    assert plan.fingerprint == page.plan.fingerprint
+    assert journal.result is not None
+
+
+def test_seams_are_like_the_inside(split):
+    page = page_of(split[1])
+    assert page.seams.n_looked_at == page.seams.n_faces == 6 + 8 + 6
+    assert page.seams.n_contacts > 0
+    assert page.seams.n_broken == 0
+    assert {compared.verdict for _, _, compared in page.seam_rows} == {"inside"}
+    assert "none of them has" in " ".join(Parsed(render(page.plans)).text.split())
+
+
+@pytest.mark.parametrize("fault", ["labels", "scores", "cut"])
+def test_a_fault_at_a_seam_is_found(fault, split, tmp_path):
+    """What a wrong split would leave: other ids, another scale, or background in one block."""
+    import shutil
+
+    good = split[1]
+    target = tmp_path / "out.zarr"
+    shutil.copytree(good, target)
+    plan = find_plans(str(good))[0].model_copy(update={"target": str(target)})
+    block = (slice(0, 20), slice(24, 48), slice(0, 50))
+    array = zarr.open_group(target, mode="r+")["0" if fault == "scores" else "labels/megaseg/0"]
+    values = array[block]
+    wrong = {"labels": np.where(values, values + 7, 0), "scores": values // 4, "cut": values * 0}
+    array[block] = wrong[fault].astype(values.dtype)
+    page = Page([plan])
+    assert (page.seams.n_broken > 0) == (fault == "labels")
+    told = {what for _, what, compared in page.seam_rows if compared.verdict == "more"}
+    assert told == {"labels": set(), "scores": {"score step"}, "cut": {"objects end"}}[fault]
+
+
+def test_faces_where_patches_meet_are_compared_with_such_places(split, options, tmp_path, client):
+    """Without overlap, scores step from patch to patch, in one block as well as at its faces."""
+    wanted = parse_settings({**options, "block": "40,64,32"})
+    assert (
+        segment(str(split[0]), str(tmp_path / "out.zarr"), wanted, client=client).status == "done"
+    )
+    page = page_of(tmp_path / "out.zarr")
+    (profile,) = page.seams.profiles
+    assert profile.n_on_borders == profile.n_faces == 3
+    step = profile.compare("step")
+    assert step.at > step.mean
+    assert step.verdict in ("patches", "inside")
+
+
+def test_a_plate_with_failures(plate, options, tmp_path, client):  # noqa: F811
+    import shutil
+
+    shutil.rmtree(plate / "B/2/1")
+    for chunk in (p for p in (plate / "A/2/0/0").rglob("0/*") if p.is_file()):
+        chunk.write_bytes(b"nothing")
+    wanted = parse_settings({**options, "channel": "dna,actin"})
+    assert segment(str(plate), str(tmp_path / "out.zarr"), wanted, client=client).status == "failed"
+    page = page_of(tmp_path / "out.zarr")
+    assert page.status == "failed"
+    failed = [f.name for f in page.survey.volumes if f.failures]
+    assert failed == [f"A/2/0 t={t} {channel}" for t in (0, 1) for channel in ("dna", "actin")]
+    text = render(page.plans)
+    found = Parsed(text)
+    assert {link[1:] for link in found.links if link.startswith("#")} <= set(found.ids)
+    assert "B/2/1" in found.text
+    assert "is corrupt" in found.text
+    for chart in (
+        "Objects dna",
+        "Failed dna",
+        "Foreground actin",
+        "Mean score over time",
+        "Scores of voxels",
+    ):
+        assert chart in found.text
+    # A cell of the map for each field and metric and channel, and for what is not there.
+    assert len(page.plate_maps) == 8
+    assert text.count('href="#m0"') == 8
+
+
+def test_a_name_from_a_plate_is_text_not_markup(options, tmp_path, client):
+    source = write_image(
+        tmp_path / "image.zarr", blobs((1, 16, 40, 44)), axes="czyx", channels=["<b onclick=x>"]
+    )
+    group = zarr.open_group(source, mode="r+")
+    ome = dict(group.attrs["ome"])
+    ome["multiscales"][0]["name"] = "<script>alert(1)</script>"
+    group.attrs["ome"] = ome
+    assert (
+        segment(
+            str(source), str(tmp_path / "out.zarr"), parse_settings(options), client=client
+        ).status
+        == "done"
+    )
+    text = Path(write_report(str(tmp_path / "out.zarr")).url).read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "so there is no seam" in text
+
+
+def test_the_source_may_be_gone(split, tmp_path):
+    plan = find_plans(str(split[1]))[0].model_copy(update={"source": str(tmp_path / "gone.zarr")})
+    text = render([plan])
+    assert text.count("cannot be read") == 2
+
+
+def test_what_is_read_is_bounded(split):
+    (plan,) = find_plans(str(split[1]))
+    for budget in (10, 1000, 10**6):
+        window = whole_or_middle(plan, budget)
+        assert window in Box.of(plan.volume_shape)
+    assert choose_view(plan, Box.of(plan.volume_shape), 10**6).level == 0
+    assert spread(3, 5) == [0, 1, 2]
+    assert spread(10**6, 3) == [0, round(999_999 / 2), 999_999]
+
+
+def test_wrong_requests(split, tmp_path, options):
+    source, target = split
+    run = CliRunner().invoke
+    nothing = run(app, ["report", str(source)])
+    assert nothing.exit_code == 2
+    assert "no run is recorded" in nothing.output
+    assert not Path(f"{source}.report.html").exists()
+    out = tmp_path / "here.html"
+    done = run(app, ["report", str(target), "--out", str(out), "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.output.splitlines()[-1])["report"] == str(out)
+    assert out.exists()
+    other = run(app, ["report", str(target), "--label-name", "other"])
+    assert other.exit_code == 2

@@ -1,0 +1,225 @@
+"""The viewer's server: objects in parts, to the one who has the address alone; and what a scene is made of."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest
+
+from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.ngff.plate import Field, Plate, write_plate
+from megaseg_dask.stores import Location
+from megaseg_dask.tools.view.gallery import Gallery
+from megaseg_dask.tools.view.neuroglancer_state import changed, described, keep_looks, state_of
+from megaseg_dask.tools.view.server import Server
+from megaseg_dask.tools.view.viewer import view
+from tests.fixtures.images import blobs, write_image
+
+
+def ask(folder: Path | str, *requests: tuple[str, dict]) -> list[tuple[int, dict, bytes]]:
+    """Start a server of one folder, send requests below its address, and return the answers."""
+
+    async def run():
+        server = Server(lambda _: {"told": 1}, lambda wanted: {"changed": wanted["n"] + 1})
+        server.friend = "http://127.0.0.1:1"
+        try:
+            base = server.publish(Location.of(folder))
+            assert server.publish(Location.of(folder)) == base
+            return [await send(server, base, path, options) for path, options in requests]
+        finally:
+            server.close()
+
+    async def send(server, base, path, options):
+        url = path.format(data=base, page=server.url, host=server.host)
+        answer = await AsyncHTTPClient().fetch(HTTPRequest(url, **options), raise_error=False)
+        return answer.code, dict(answer.headers), answer.body
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data/c/0").mkdir(parents=True)
+    (tmp_path / "data/c/0/1").write_bytes(bytes(range(100)))
+    (tmp_path / "secret").write_bytes(b"secret")
+    return tmp_path / "data"
+
+
+PARTS = [
+    ("bytes=0-9", 0, 10),
+    ("bytes=90-", 90, 100),
+    ("bytes=-7", 93, 100),
+    ("bytes=95-400", 95, 100),
+]
+
+
+@pytest.mark.parametrize(("wanted", "start", "stop"), PARTS)
+def test_parts(folder, wanted, start, stop):
+    ((code, headers, body),) = ask(folder, ("{data}/c/0/1", {"headers": {"Range": wanted}}))
+    assert (code, body) == (206, bytes(range(start, stop)))
+    assert headers["Content-Range"] == f"bytes {start}-{stop - 1}/100"
+    assert headers["Access-Control-Allow-Origin"] == "http://127.0.0.1:1"
+
+
+def test_whole_head_missing_and_beyond(folder):
+    whole, head, missing, directory, beyond = ask(
+        folder,
+        ("{data}/c/0/1", {}),
+        ("{data}/c/0/1", {"method": "HEAD"}),
+        ("{data}/c/0/2", {}),
+        ("{data}/c/0", {}),
+        ("{data}/c/0/1", {"headers": {"Range": "bytes=100-"}}),
+    )
+    assert whole[::2] == (200, bytes(range(100)))
+    assert (head[0], head[1]["Content-Length"], head[2]) == (200, "100", b"")
+    assert missing[0] == 404
+    # A browser that may not read the answer would take it for a lost server.
+    assert missing[1]["Access-Control-Allow-Origin"] == "http://127.0.0.1:1"
+    assert directory[0] in (404, 502)
+    assert beyond[0] == 416
+
+
+def test_nobody_else_and_nothing_else(folder):
+    answers = ask(
+        folder,
+        ("{data}/../secret", {}),
+        ("{data}/%2e%2e/secret", {}),
+        ("{data}/c/../../secret", {}),
+        ("{data}/%2Fetc/passwd", {}),
+        ("{data}/..%5csecret", {}),
+        ("http://{host}/state", {}),
+        ("http://{host}/", {}),
+        ("http://{host}/data/0/c/0/1", {}),
+        ("{page}/data/1/c/0/1", {}),
+        ("{data}/c/0/1", {"headers": {"Host": "evil.example:80"}}),
+        ("{page}/state", {"headers": {"Host": "localhost.evil.example"}}),
+        ("{page}/state", {"method": "POST", "body": "no json"}),
+        ("{page}/state", {"method": "POST", "body": "{{}}"}),
+    )
+    assert [code for code, _, _ in answers] == [404] * 9 + [403] * 2 + [400] * 2
+    assert not any(b"secret" in body and b"html" not in body for _, _, body in answers)
+
+
+def test_the_page_and_its_questions(folder):
+    page, told, done = ask(
+        folder,
+        ("{page}/", {}),
+        ("{page}/state", {}),
+        ("{page}/state", {"method": "POST", "body": '{"n": 1}'}),
+    )
+    assert b"<script>" in page[2]
+    assert "http://127.0.0.1:1" in page[1]["Content-Security-Policy"]
+    assert b"http://" not in page[2]
+    assert b"https://" not in page[2]
+    assert json.loads(told[2]) == {"told": 1}
+    assert json.loads(done[2]) == {"changed": 2}
+
+
+def test_channels_without_colours_are_not_shown_to_neuroglancer(tmp_path):
+    image = write_image(tmp_path / "a.zarr", blobs((1, 16, 20, 24)), axes="czyx", channels=["DNA"])
+    ((_, _, body),) = ask(image, ("{data}/zarr.json", {}))
+    served, stored = (
+        json.loads(body)["attributes"]["ome"],
+        json.loads((image / "zarr.json").read_text())["attributes"]["ome"],
+    )
+    assert "omero" in stored
+    assert served == {name: part for name, part in stored.items() if name != "omero"}
+
+
+@pytest.fixture(params=["0.4", "0.5"])
+def image(request, tmp_path):
+    path = write_image(
+        tmp_path / "cells.zarr",
+        np.stack(
+            [[blobs((16, 40, 44), seed=10 * t + c) + 100 * c for c in range(2)] for t in range(3)]
+        ),
+        axes="tczyx",
+        version=request.param,
+        scale={"t": 30.0, "z": 0.5, "y": 0.2, "x": 0.2},
+        channels=["DNA", "actin"],
+    )
+    write_image(
+        path / "labels/nuclei",
+        np.ones((3, 16, 40, 44), np.uint8),
+        axes="tzyx",
+        version=request.param,
+    )
+    labels = zarr.open_group(
+        path / "labels", mode="a", zarr_format=2 if request.param == "0.4" else 3
+    )
+    labels.attrs.update(
+        {"labels": ["nuclei"]} if request.param == "0.4" else {"ome": {"labels": ["nuclei"]}}
+    )
+    return path
+
+
+def test_a_scene_of_an_image_with_labels(image):
+    gallery = Gallery(str(image))
+    scene = gallery.scene("")
+    assert [layer.name for layer in scene.layers] == ["DNA", "actin", "labels nuclei"]
+    assert scene.extents == {"x": 44, "y": 40, "z": 16, "t": 3}
+    assert scene.dimensions["z"] == (pytest.approx(5e-7), "m")
+    assert scene.dimensions["t"] == (30.0, "s")
+    low, high = scene.layers[0].limits
+    assert 0 <= low < high <= blobs((16, 40, 44)).max()
+    state = state_of(scene, lambda layer: f"http://here/{layer.name}")
+    driver = {"0.4": "zarr2", "0.5": "zarr3"}[scene.layers[0].image.version]
+    assert [layer["source"] for layer in state["layers"]] == [
+        f"http://here/{name}/|{driver}:" for name in ("DNA", "actin", "labels nuclei")
+    ]
+    assert [layer.get("localPosition") for layer in state["layers"]] == [[0], [1], None]
+    json.dumps(state)
+
+
+def test_controls_change_what_they_name_and_nothing_else(image):
+    scene = Gallery(str(image)).scene("")
+    before = state_of(scene, lambda _: "")
+    wanted = {
+        "position": {"z": 3, "t": 2, "q": 9},
+        "layers": {
+            "DNA": {"visible": False, "range": [1, 2]},
+            "labels nuclei": {"opacity": 0.9},
+            "none": {"opacity": 1},
+        },
+        "layout": "4panel",
+        "selectedLayer": "DNA",
+    }
+    after = changed(before, wanted)
+    told = described(scene, after)
+    assert {axis["name"]: axis["at"] for axis in told["axes"]} == {"z": 3, "t": 2}
+    assert [layer["visible"] for layer in told["layers"]] == [False, True, True]
+    assert told["layers"][0]["range"] == [1, 2]
+    assert told["layers"][2]["opacity"] == 0.9
+    assert told["layout"] == "4panel"
+    assert after.keys() == before.keys()
+    assert changed(before, {"layout": "javascript:"})["layout"] == "xy"
+    fresh = state_of(scene, lambda _: "")
+    keep_looks(after, fresh)
+    assert [layer["visible"] for layer in fresh["layers"]] == [False, True, True]
+
+
+def test_a_plate_has_its_fields_and_what_is_broken_is_left_out(tmp_path):
+    fields = tuple(Field("A", column, "0") for column in "12")
+    write_plate(
+        Location.of(tmp_path / "p.zarr"), Plate("0.5", "screen", ("A",), ("1", "2"), fields), "0.5"
+    )
+    write_image(tmp_path / "p.zarr/A/1/0", blobs((16, 20, 24)))
+    gallery = Gallery(str(tmp_path / "p.zarr"))
+    assert gallery.fields == ["A/1/0", "A/2/0"]
+    assert gallery.scene("A/1/0").layers[0].name == "image"
+    with pytest.raises(SourceError, match="A/2/0"):
+        gallery.scene("A/2/0")
+
+
+def test_wrong_requests(tmp_path, monkeypatch, image):
+    with pytest.raises(SourceError, match="does not exist"):
+        Gallery(str(tmp_path / "nothing.zarr"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="no OME-Zarr image"):
+        Gallery(str(tmp_path / "empty")).scene("")
+    monkeypatch.setitem(__import__("sys").modules, "neuroglancer", None)
+    with pytest.raises(SettingsError, match=r"megaseg-dask\[view\]"):
+        view(str(image), None, print)
