@@ -61,8 +61,8 @@ CASES = {
 # Writes the seconds of each forward pass of a worker to a file.
 TIMED_ENGINE = """
 import time
-from megaseg_dask.engines.openvino import OpenVinoEngine
-from megaseg_dask.engines.pytorch import TorchEngine
+from megaseg_dask.inference.openvino import OpenVinoEngine
+from megaseg_dask.inference.pytorch import TorchEngine
 
 def timed(cls):
     predict = cls.__call__

@@ -35,11 +35,11 @@ from megaseg_dask.tools.simulation import simulate
 
 # What a worker runs in place of the network, and in place of everything.
 EMPTY_ENGINE = """
-from megaseg_dask.engines.pytorch import TorchEngine
+from megaseg_dask.inference.pytorch import TorchEngine
 TorchEngine.__call__ = lambda self, patches: patches
 """
 EMPTY_TASKS = """
-import megaseg_dask.tasks as tasks
+import megaseg_dask.run.tasks.worker as tasks
 counts = {"n": 8, "total": 8, "total_squares": 16, "minimum": 0, "maximum": 2}
 known = {"measure": {"parts": [[[0, counts]]]}, "join": {"by_output": [{"n_objects": 0}]}}
 tasks.run_task = lambda plan, stage, index: known.get(stage, {})

@@ -29,9 +29,10 @@ from megaseg_dask.tools.simulation import simulate
 PRELOAD = """
 import functools, json, os, threading, time
 import numpy as np
-from megaseg_dask import plan, products
-from megaseg_dask.engines import pytorch
-from megaseg_dask.tasks import levels, scores, whole
+from megaseg_dask.plan import plan
+from megaseg_dask.run import workspace
+from megaseg_dask.inference import pytorch
+from megaseg_dask.run.tasks import pyramids, scores, whole_volume
 
 plan.TASKS_AT_ONCE["cpu"] = {n_tasks}
 MASK = np.load({mask!r}).view(np.uint8)
@@ -75,11 +76,11 @@ def noting(module, name, kind):
 
 
 noting(scores, "read_channels", "read")
-noting(whole, "_measure", "statistics")
+noting(whole_volume, "_measure", "statistics")
 noting(SleepingEngine, "predict_block", "inference")
-noting(whole, "_label", "label")
-noting(products, "write", "write")
-noting(levels, "downsample", "downsample")
+noting(whole_volume, "_label", "label")
+noting(workspace, "write", "write")
+noting(pyramids, "downsample", "downsample")
 """
 
 

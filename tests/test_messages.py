@@ -68,7 +68,7 @@ def test_words():
 
 
 SCRIPT = """
-from megaseg_dask.console import reporter
+from megaseg_dask.cli.console import reporter
 from megaseg_dask.events import Failure, Progress
 with reporter({json}, {quiet}) as emit:
     for n in range(4):

@@ -22,7 +22,7 @@ STAGES = "measure segment histogram cutoff threshold holes holes-seams holes-joi
 # The command, with the workers that the tests watch.
 _COMMAND = """
 import sys
-from megaseg_dask import cluster
+from megaseg_dask.run import cluster
 from megaseg_dask.cli import main
 
 if __name__ == "__main__":

@@ -192,9 +192,9 @@ def test_a_killed_fetch_goes_on_where_it_stopped(relay, megaseg_zip):
     size = megaseg_zip.stat().st_size
     relay.bytes_per_s = 1_500_000
     script = f"""
-from megaseg_dask.models import download, zoo
+from megaseg_dask.models import download, registry
 download.PIECE_BYTES = {PIECE}
-zoo.fetch("MegaSeg_v1")
+registry.fetch("MegaSeg_v1")
 """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
     part = download.part_of("MegaSeg_v1")

@@ -193,8 +193,8 @@ def test_kubernetes_up_to_the_first_call_of_its_server(monkeypatch, tmp_path):
     (tmp_path / "config").write_text(yaml.safe_dump(config))
     code = """
 import sys
-from megaseg_dask.cluster.kinds import started
-from megaseg_dask.clusterfile import Cluster
+from megaseg_dask.run.cluster.start import started
+from megaseg_dask.plan.cluster_spec import Cluster
 from megaseg_dask.errors import SettingsError
 try:
     with started(Cluster(kind="kubernetes", workers=1)):
@@ -276,10 +276,10 @@ def test_workers_on_gpus_up_to_where_cuda_is_asked_for():
 def test_what_is_set_for_a_run_leaves_the_defaults_of_dask_behind():
     """Dask's defaults come with an import, and would go with what was set around it."""
     code = """
-from megaseg_dask import cluster
+from megaseg_dask.run import cluster
 from megaseg_dask.errors import SettingsError
 import types, dask
-from megaseg_dask.settings import parse_settings
+from megaseg_dask.plan.settings import parse_settings
 options = parse_settings({"scheduler": "tcp://127.0.0.1:1"})
 plan = types.SimpleNamespace(options=options, engine=types.SimpleNamespace(device="cpu"))
 cluster.START_S = 1

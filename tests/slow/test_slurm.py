@@ -24,7 +24,7 @@ SHAPE = (40, 80, 100)
 _SLOWLY = """
 import time
 
-import megaseg_dask.tasks as tasks
+import megaseg_dask.run.tasks.worker as tasks
 
 run_task = getattr(tasks.run_task, "real", tasks.run_task)
 

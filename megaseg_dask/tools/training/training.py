@@ -175,9 +175,10 @@ def _identity(
     """What may not change between a training and its continuation; when it ends, and where it runs, may."""
     fields = {key: value for key, value in asdict(recipe).items() if key != "max_epochs"}
     start = begin.digest if begin else None
-    return json.loads(
-        json.dumps({"recipe": fields, "from": start, "examples": digest_of(examples)})
-    )  # type: ignore[no-any-return]
+    identity = {"recipe": fields, "from": start, "examples": digest_of(examples)}
+    # As JSON has it: what is compared later was read from JSON.
+    as_json: dict[str, Any] = json.loads(json.dumps(identity))
+    return as_json
 
 
 def _require_ours(out: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
