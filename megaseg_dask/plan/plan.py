@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import count
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
 from megaseg_dask.algorithms.chunking import Layout, write_layout
 from megaseg_dask.algorithms.components import label_dtype
@@ -35,6 +35,16 @@ TASKS_AT_ONCE = {"cuda": 3}
 
 # Stages with one task a volume, whatever its blocks.
 _WHOLE_VOLUME = ("volume", "cutoff", "holes-join", "join", "table")
+
+
+def _parse_location(value: object) -> object:
+    return Location(value) if isinstance(value, str) else value
+
+
+# A location is recorded as the text of its address.
+RecordedLocation = Annotated[
+    Location, BeforeValidator(_parse_location), PlainSerializer(str, return_type=str)
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +94,9 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, ignored_types=(cached_property,))
 
-    source: str
-    target: str
-    run: str
+    source: RecordedLocation
+    target: RecordedLocation
+    run: RecordedLocation
     source_image: Image
     target_image: Image
     source_digest: str
@@ -348,8 +358,8 @@ class Plan(BaseModel):
         n_images = len({volume.image for volume in self.volumes})
         written = n_images * sum(math.prod(v.shape) for v in self.target_image.levels)
         return {
-            "source": self.source,
-            "target": self.target,
+            "source": self.source.url,
+            "target": self.target.url,
             "fingerprint": self.fingerprint,
             "volumes": len(self.volumes),
             "volume_shape": self.volume_shape,

@@ -87,9 +87,9 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     settings = settings.filled(asdict(engine))
     assert settings.overlap is not None
     plan = Plan(
-        source=where.url,
-        target=to.url,
-        run=part.run.url,
+        source=where,
+        target=to,
+        run=part.run,
         source_image=image,
         target_image=replace(
             _cropped(image, settings, where)

@@ -61,14 +61,14 @@ def read_parts(
     if not settings.overwrite:
         for plan in mine:
             _require_all(known[plan.run], images, plate, target)
-            chosen.append((Location(plan.run), known[plan.run], plan))
+            chosen.append((plan.run, known[plan.run], plan))
     begun = {path for _, paths, _ in chosen for path in paths}
     forms: dict[Image, list[str]] = {}
     for path in images:
         if path not in begun:
             forms.setdefault(_form(images[path]), []).append(path)
     taken = {plan.run for plan in (others if settings.overwrite else recorded)}
-    free = (folder for folder in folders if folder.url not in taken)
+    free = (folder for folder in folders if folder not in taken)
     chosen += [(next(free), paths, None) for paths in forms.values()]
     fields = {field.path: field for field in plate.fields}
     # What is made anew replaces a run as a whole, unless only some of its fields are chosen: then the others stay.

@@ -17,6 +17,7 @@ from megaseg_dask.errors import ClusterError
 from megaseg_dask.events import Event, Notice
 from megaseg_dask.run.cluster.workers import Workers
 from megaseg_dask.run.tasks.worker import Outcome, is_infrastructure, run_tasks
+from megaseg_dask.stores import Location
 
 # Enough groups in flight that no worker waits for the client, few enough that memory stays flat.
 _LEAST_WINDOW, _MOST_WINDOW, _PER_WORKER = 8, 512, 4
@@ -62,7 +63,7 @@ class Dispatcher:
     """Runs tasks of one run on its workers."""
 
     workers: Workers
-    run: str
+    run: Location
     fingerprint: str
     lease_id: str | None
     retries: int
@@ -269,7 +270,7 @@ class Dispatcher:
 
 
 def _run_here(
-    run: str, fingerprint: str, lease_id: str | None, stage: str, indices: list[int]
+    run: Location, fingerprint: str, lease_id: str | None, stage: str, indices: list[int]
 ) -> Any:
     """Run a group on this worker, and tell which worker it is."""
     from distributed import get_worker

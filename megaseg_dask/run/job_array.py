@@ -56,7 +56,7 @@ def record_plans(source: str, target: str, settings: Settings) -> list[Plan]:
         for plan, journal in runs:
             if journal.result is None:
                 begin(plan, journal)
-                journal.sync = Location(plan.target).sync
+                journal.sync = plan.target.sync
                 with journal.flushed():
                     # Each flow makes room for its volume, and undoes what has to be done again, as it begins.
                     for _ in () if plan.is_one_task else iter_flows(plan, journal):
@@ -127,10 +127,10 @@ def run_tasks(plan: Plan, stage: str, indices: Sequence[int], emit: Emit = lambd
     Raises :class:`SettingsError` if the stages before are not finished, and :class:`TargetError` if a client, or a
     task of another stage, works on the run.
     """
-    planned, run = plan.stage(stage), Location(plan.run)
+    planned, run = plan.stage(stage), plan.run
     with shared(run.parent, run.name, stage) as lease:
         journal = Journal.read(plan, writer=uuid.uuid4().hex)
-        journal.sync = Location(plan.target).sync
+        journal.sync = plan.target.sync
         with journal.flushed(), workspace.holding(lease.id):
             left = _left_of(plan, journal, planned, indices)
             n_before = int(journal.done(stage)[list(indices)].sum())
@@ -246,7 +246,7 @@ def _join(plan: Plan, lease: Held, emit: Emit) -> Result | None:
     if journal.result is not None:
         return already_done(plan, journal)
     reopen(plan)
-    journal.sync = Location(plan.target).sync
+    journal.sync = plan.target.sync
     with journal.flushed(), journal.session():
         volumes = [0] if plan.is_one_task else range(len(plan.volumes))
         # Each of them, also after one that has to wait.

@@ -84,7 +84,7 @@ class Journal:
     @classmethod
     def of(cls, plan: Plan, writer: str = "") -> "Journal":
         """Return the empty journal of a plan."""
-        return cls(Location(plan.run), plan.fingerprint, plan.stages, writer)
+        return cls(plan.run, plan.fingerprint, plan.stages, writer)
 
     @classmethod
     def read(cls, plan: Plan, writer: str = "") -> "Journal":

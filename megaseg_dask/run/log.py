@@ -17,7 +17,6 @@ from megaseg_dask.errors import MegasegError
 from megaseg_dask.events import Event, Result
 from megaseg_dask.messages import Narrator, result_line
 from megaseg_dask.plan.plan import Plan
-from megaseg_dask.stores import Location
 
 FOLDER = "log"
 # Written at most so often, and in a long run each time a hundredth of it is over.
@@ -30,7 +29,7 @@ class RunLog:
     """The text of one session; ``url`` is where it is, empty if it could not be written."""
 
     def __init__(self, plan: Plan) -> None:
-        self._run = Location(plan.run)
+        self._run = plan.run
         self._narrator = Narrator()
         self._lines: list[str] = []
         self._key, self._is_new = "", False

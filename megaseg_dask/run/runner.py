@@ -111,7 +111,7 @@ def segment(
         with connect(plan, emit) if client is None else nullcontext(own) as workers:
             # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
             workers.greet()
-            with held(runs_folder(Location(plan.target))) as lease:
+            with held(runs_folder(plan.target)) as lease:
                 # Again: another client may have worked on it until now.
                 runs = plan_runs(source, target, settings)
                 result = _carry_out(runs, workers, lease, emit, store_options(source, settings))
@@ -131,13 +131,13 @@ def already_done(plan: Plan, journal: Journal) -> Result:
     status = "failed" if failures else "done"
     return Result(
         status,
-        plan.target,
+        plan.target.url,
         n_objects,
         0.0,
         already_done=True,
         failures=failures,
         warnings=warnings,
-        run=plan.run,
+        run=plan.run.url,
     )
 
 
@@ -156,7 +156,7 @@ def _carry_out(
         begin(plan, journal)
     results = []
     first = runs[0][0]
-    with workers.ready(first.model, Location(first.run), options):
+    with workers.ready(first.model, first.run, options):
         for plan, journal in runs:
             is_done = journal.result is not None
             results.append(
@@ -212,7 +212,7 @@ def begin(plan: Plan, journal: Journal) -> None:
     In that order a run killed in between finds its record and goes on, and a
     target without a record is not ours.
     """
-    run = Location(plan.run)
+    run = plan.run
     if journal.n_done == 0:
         for stale in (journal_folder, workspace.WORK, workspace.VOLUMES, workspace.SUMS):
             (run / stale).remove()
@@ -230,7 +230,7 @@ def begin(plan: Plan, journal: Journal) -> None:
 def reopen(plan: Plan) -> None:
     """Take back what was published of a run that goes on, and remove what was being written when it was interrupted."""
     publish.withdraw(plan)
-    for place in (*(group.location(plan) for group in workspace.groups(plan)), Location(plan.run)):
+    for place in (*(group.location(plan) for group in workspace.groups(plan)), plan.run):
         place.sweep_partial()
 
 
@@ -250,13 +250,13 @@ def run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit: 
 def _run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit: Emit) -> Result:
     started = time.monotonic()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
-    emit(Started(plan.target, n_tasks, journal.n_done, _dashboard(workers.client)))
+    emit(Started(plan.target.url, n_tasks, journal.n_done, _dashboard(workers.client)))
     for failure in _unread(plan):
         emit(failure)
 
     def sync() -> None:
         lease.require()
-        Location(plan.target).sync()
+        plan.target.sync()
 
     journal.sync = sync
     runner = _Runner(plan, journal, workers, lease, emit)
@@ -284,7 +284,7 @@ def conclude(plan: Plan, journal: Journal, started: float, *, is_published: bool
         ownership.remove_work(plan)
     return Result(
         status="failed" if failures else "done",
-        target=plan.target,
+        target=plan.target.url,
         n_objects=None if failures else _n_objects(plan, journal),
         wall_s=round(time.monotonic() - started, 3),
         failures=[failure.as_dict() for failure in failures],
@@ -292,7 +292,7 @@ def conclude(plan: Plan, journal: Journal, started: float, *, is_published: bool
         peak_bytes={
             name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks
         },
-        run=plan.run,
+        run=plan.run.url,
     )
 
 
@@ -436,7 +436,7 @@ class _Runner:
     def _stores_answer(self) -> bool:
         """Ask source and target once: a task that waited for one in vain need not be followed by others that do."""
         try:
-            return Location(self.plan.source).probe() and Location(self.plan.target).probe()
+            return self.plan.source.probe() and self.plan.target.probe()
         except MegasegError:
             return False
 

@@ -49,7 +49,7 @@ _holder: ContextVar[str | None] = ContextVar("holder", default=None)
 def sources(plan: Plan, volume: int, level: int = 0) -> list[Volume]:
     """Return the channels of one volume of the source, at a level counted from the one that is segmented."""
     planned = plan.volumes[volume]
-    location = Location(plan.source) / planned.image / plan.source_image.levels[level].path
+    location = plan.source / planned.image / plan.source_image.levels[level].path
     return [
         Volume(location, plan.source_image.axis_names, t=planned.t, c=c) for c in planned.channels
     ]
@@ -79,7 +79,7 @@ class Group:
 
     def parent(self, plan: Plan) -> Location:
         """Return the image that it is, or belongs to."""
-        return Location(plan.target) / self.image
+        return plan.target / self.image
 
     def location(self, plan: Plan) -> Location:
         """Return where its levels are."""
@@ -118,7 +118,7 @@ def places(plan: Plan, image: str) -> list[Location]:
         place / str(level) for place in groups_ for level in range(len(plan.target_image.levels))
     ]
     has_labels = any(kind != "scores" for kind in plan.arrays)
-    return groups_ + arrays + [Location(plan.target) / image / "labels"] * has_labels
+    return groups_ + arrays + [plan.target / image / "labels"] * has_labels
 
 
 def first_mask(plan: Plan) -> str:
@@ -128,7 +128,7 @@ def first_mask(plan: Plan) -> str:
 
 def work_folder(plan: Plan, volume: int) -> Location:
     """Return where the intermediate data of one volume live."""
-    return Location(plan.run) / f"{WORK}/{volume}"
+    return plan.run / f"{WORK}/{volume}"
 
 
 def output_folder(plan: Plan, output: Output) -> Location:
@@ -139,12 +139,12 @@ def output_folder(plan: Plan, output: Output) -> Location:
 def save_sums(plan: Plan, output: Output, data: bytes) -> None:
     """Write the sums of an output's objects where they wait for the tables that they become."""
     require_holder(plan)
-    Location(plan.run).put(_sums_key(output), data)
+    plan.run.put(_sums_key(output), data)
 
 
 def read_sums(plan: Plan, output: Output) -> bytes | None:
     """Read what :func:`save_sums` wrote, if it did."""
-    return Location(plan.run).get(_sums_key(output))
+    return plan.run.get(_sums_key(output))
 
 
 def _sums_key(output: Output) -> str:
@@ -244,7 +244,7 @@ def read_ahead(read: Callable[[K], T], keys: Sequence[K], ahead: int) -> Iterato
 
 def read_state(plan: Plan, volume: int) -> State:
     """Return what is known of a whole volume: of its channels, its outputs, its missing blocks."""
-    data = Location(plan.run).get(f"{VOLUMES}/{volume}.json")
+    data = plan.run.get(f"{VOLUMES}/{volume}.json")
     if data is None:
         raise TaskError(
             f"{plan.run}/{VOLUMES}/{volume}.json is missing; an earlier stage has to run first"
@@ -261,7 +261,7 @@ def read_known(plan: Plan, output: Output) -> State:
 
 def write_state(plan: Plan, volume: int, state: State) -> None:
     """Write what is known of a whole volume; only the client of the run does."""
-    Location(plan.run).put(f"{VOLUMES}/{volume}.json", json.dumps(state).encode())
+    plan.run.put(f"{VOLUMES}/{volume}.json", json.dumps(state).encode())
 
 
 # -- writing
@@ -287,7 +287,7 @@ def require_holder(plan: Plan) -> None:
     """Raise :class:`TaskError` if the client that sent this task does not hold the run any more."""
     expected = _holder.get()
     if expected is not None:
-        found = lease.read(runs_folder(Location(plan.target)), expected)
+        found = lease.read(runs_folder(plan.target), expected)
         if found is None or found.id != expected:
             raise TaskError(
                 f"{plan.run} is no longer the run of the client that sent this task; nothing was written"

@@ -253,7 +253,7 @@ def test_a_process_that_stood_still_and_was_taken_for_gone_writes_nothing(
     source, settings, tmp_path, monkeypatch
 ):
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
-    where = runs_folder(Location(plan.target))
+    where = runs_folder(plan.target)
 
     def sleep(plan, stage, index, original=worker.run_task):
         for lease_id in shared_ids(where):

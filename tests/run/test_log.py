@@ -77,7 +77,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(
     assert segment(str(source), str(target), wanted(tiny_bundle), client=client).status == "done"
     plan = read_recorded(runs_folder(Location.of(target)) / "megaseg")
     assert plan is not None
-    folder = Path(plan.run) / "log"
+    folder = plan.run.path / "log"
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()

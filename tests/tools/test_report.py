@@ -17,6 +17,7 @@ from megaseg_dask.cli.app import app
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import plan_runs, segment
+from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.page import Page, render
 from megaseg_dask.tools.report.sampling import choose_view, spread, whole_or_middle
 from megaseg_dask.tools.report.survey import Run, survey
@@ -151,7 +152,7 @@ def test_a_fault_at_a_seam_is_found(fault, split, tmp_path):
     good = split[1]
     target = tmp_path / "out.zarr"
     shutil.copytree(good, target)
-    plan = find_plans(str(good))[0].model_copy(update={"target": str(target)})
+    plan = find_plans(str(good))[0].model_copy(update={"target": Location.of(target)})
     block = (slice(0, 20), slice(24, 48), slice(0, 50))
     array = zarr.open_group(target, mode="r+")["0" if fault == "scores" else "labels/megaseg/0"]
     values = array[block]
@@ -228,7 +229,9 @@ def test_a_name_from_a_plate_is_text_not_markup(options, tmp_path, client):
 
 
 def test_the_source_may_be_gone(split, tmp_path):
-    plan = find_plans(str(split[1]))[0].model_copy(update={"source": str(tmp_path / "gone.zarr")})
+    plan = find_plans(str(split[1]))[0].model_copy(
+        update={"source": Location.of(tmp_path / "gone.zarr")}
+    )
     text = render([plan])
     assert text.count("cannot be read") == 2
 

@@ -60,11 +60,11 @@ def read_parts(target: Location, label_name: str) -> list[Plan]:
 def forget_replaced(plans: Sequence[Plan]) -> None:
     """Remove the records of runs whose fields are made anew by others: these plans replace them."""
     replaced = {image for plan in plans for image in images(plan)}
-    for earlier in read_parts(Location(plans[0].target), plans[0].options.label_name):
+    for earlier in read_parts(plans[0].target, plans[0].options.label_name):
         if earlier.run not in {plan.run for plan in plans} and not replaced.isdisjoint(
             images(earlier)
         ):
-            Location(earlier.run).remove()
+            earlier.run.remove()
 
 
 def require_alike(plan: Plan, other: Plan) -> None:
@@ -121,7 +121,7 @@ def _short(value: object) -> str:
 def is_present(plan: Plan) -> bool:
     """Tell whether the arrays of a recorded run are still there: a missing one would read as background."""
     arrays = at_once(lambda group: (group.location(plan) / "0").exists(), groups(plan))
-    if is_whole_plate(plan) and provenance_at(Location(plan.target)) is None:
+    if is_whole_plate(plan) and provenance_at(plan.target) is None:
         return False
     return all(arrays) and all(_is_ours(plan, place) for place in marked(plan)[:_MOST_LOOKED_AT])
 
@@ -145,9 +145,9 @@ def require_free(plan: Plan, *, is_joining: bool = False) -> None:
     A run that is joining others adds fields to their plate.
     """
     # Somebody who agreed to --overwrite once, and was interrupted, need not agree again.
-    recorded = Location(plan.run).get(PLAN) is not None
+    recorded = plan.run.get(PLAN) is not None
     is_within = is_in_place(plan) or is_joining
-    places = [g.location(plan) for g in groups(plan)] if is_within else [Location(plan.target)]
+    places = [g.location(plan) for g in groups(plan)] if is_within else [plan.target]
     at_once(lambda where: _require_free_place(plan, where, recorded), places)
     at_once(lambda image: _require_one_version(plan, image), images(plan))
 
@@ -163,7 +163,7 @@ def _require_free_place(plan: Plan, where: Location, recorded: bool) -> None:
         )
     ours = recorded and (provenance_at(where) is None or _is_ours(plan, where))
     # Of a plate, the root is of all its runs.
-    ours = ours or (recorded and is_whole_plate(plan) and where == Location(plan.target))
+    ours = ours or (recorded and is_whole_plate(plan) and where == plan.target)
     if not (ours or plan.options.overwrite):
         raise TargetError(
             f"{where} exists, without the record of a run; choose {_elsewhere(plan)}, or pass --overwrite"
@@ -188,7 +188,7 @@ def _is_foreign(location: Location) -> bool:
 
 def _require_one_version(plan: Plan, image: str) -> None:
     """Raise :class:`TargetError` if what stays at an image is stored in another Zarr format: one holds all."""
-    parent, version = Location(plan.target) / image, plan.target_image.version
+    parent, version = plan.target / image, plan.target_image.version
     labels = parent / "labels"
     others = _folders(labels) - {g.name(plan) for g in groups_of(plan, image) if g.kind != "scores"}
     staying = ([labels] if others else []) + ([parent] if "scores" not in plan.arrays else [])
@@ -198,7 +198,7 @@ def _require_one_version(plan: Plan, image: str) -> None:
 
 def clear(plan: Plan) -> None:
     """Remove what the plan would write at the target; nothing else."""
-    if Location(plan.target).exists():
+    if plan.target.exists():
         at_once(lambda image: _clear_image(plan, image), images(plan))
 
 
@@ -235,7 +235,7 @@ def create(plan: Plan) -> None:
     if is_whole_plate(plan):
         list_fields(plan, own=False)
     else:
-        Location(plan.target).write_group(version, {} if is_in_place(plan) else mark)
+        plan.target.write_group(version, {} if is_in_place(plan) else mark)
     # The fields of a plate are alike: the first is made with care, and its metadata are copied.
     first, *others = images(plan)
     _create_image(plan, first)
@@ -243,7 +243,7 @@ def create(plan: Plan) -> None:
 
     def copy(image: str) -> None:
         for key, data in template.items():
-            (Location(plan.target) / image).put(key, data)
+            (plan.target / image).put(key, data)
 
     at_once(copy, others)
 
@@ -276,7 +276,7 @@ def _create_image(plan: Plan, image: str) -> None:
 
 def _metadata_of(plan: Plan, image: str) -> dict[str, bytes]:
     """Return the metadata objects of what the run made of one image, by key below it."""
-    parent, found = Location(plan.target) / image, {}
+    parent, found = plan.target / image, {}
     for place in places(plan, image):
         for name in METADATA:
             if (data := place.get(name)) is not None:
@@ -287,4 +287,4 @@ def _metadata_of(plan: Plan, image: str) -> dict[str, bytes]:
 def remove_work(plan: Plan) -> None:
     """Remove intermediate data; the plan, the journal and what was found in the volumes stay."""
     for name in (WORK, SUMS):
-        (Location(plan.run) / name).remove()
+        (plan.run / name).remove()

@@ -25,7 +25,7 @@ PROVENANCE = "megaseg"
 
 def is_in_place(plan: Plan) -> bool:
     """Tell whether labels go into the source, whose own group and image are not ours."""
-    return Location(plan.target).is_same(Location(plan.source))
+    return plan.target.is_same(plan.source)
 
 
 def is_whole_plate(plan: Plan) -> bool:
@@ -35,7 +35,7 @@ def is_whole_plate(plan: Plan) -> bool:
 
 def marked(plan: Plan) -> list[Location]:
     """Return the groups that carry the provenance of a run; that of a plate belongs to all of its runs."""
-    root = [] if is_in_place(plan) or plan.plate is not None else [Location(plan.target)]
+    root = [] if is_in_place(plan) or plan.plate is not None else [plan.target]
     return list(dict.fromkeys([*root, *(group.location(plan) for group in groups(plan))]))
 
 
@@ -104,13 +104,13 @@ def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[st
     if is_whole_plate(plan):
         list_fields(plan, own=True, missing_boxes=missing_boxes)
     elif "scores" not in plan.arrays and plan.plate is None and not is_in_place(plan):
-        Location(plan.target).write_group(version, provenance_of(""))
+        plan.target.write_group(version, provenance_of(""))
 
 
 def list_fields(plan: Plan, *, own: bool, missing_boxes: Sequence[dict[str, Any]] = ()) -> None:
     """Keep the listing of a plate: with the fields of this run or without, and with those that others finished."""
     assert plan.plate is not None
-    root, version, mine = Location(plan.target), plan.target_image.version, set(images(plan))
+    root, version, mine = plan.target, plan.target_image.version, set(images(plan))
     there = read_plate(root) if is_plate(root) else replace(plan.plate, fields=())
     others = replace(there, fields=tuple(field for field in there.fields if field.path not in mine))
     if not (own or others.fields):
@@ -126,7 +126,7 @@ def list_fields(plan: Plan, *, own: bool, missing_boxes: Sequence[dict[str, Any]
 
 def refresh_consolidated(plan: Plan) -> None:
     """Let groups that repeat the metadata of all below them, mostly in sources, tell of what this run wrote."""
-    root = Location(plan.target)
+    root = plan.target
     fields = plan.plate.fields if is_whole_plate(plan) and plan.plate else ()
     wells = [root, *(root / part for field in fields for part in (field.row, field.well))]
     written = {image: places(plan, image) + _tables(plan, image) for image in images(plan)}
@@ -157,7 +157,7 @@ def _refresh(group: Location, below: list[Location]) -> None:
 def _tables(plan: Plan, image: str) -> list[Location]:
     if "measurements" not in plan.options.outputs:
         return []
-    tables = Location(plan.target) / image / "tables"
+    tables = plan.target / image / "tables"
     return [
         tables,
         *(tables / group.name(plan) for group in groups_of(plan, image) if group.kind == "labels"),

@@ -33,7 +33,7 @@ _WRITERS = 8
 
 def table_location(plan: Plan) -> Location:
     """Return the address of the run's Parquet file."""
-    return Location(plan.target).sibling(SUFFIX)
+    return plan.target.sibling(SUFFIX)
 
 
 def require_own_tables(plan: Plan) -> None:
@@ -86,7 +86,7 @@ def _label_groups(plan: Plan) -> list[Group]:
 
 def _rows_of_others(plan: Plan) -> Iterator[tuple[Place, Columns]]:
     """Yield what other runs measured in other fields of the same plate, from the tables beside their labels."""
-    parts = read_parts(Location(plan.target), plan.options.label_name) if plan.plate else []
+    parts = read_parts(plan.target, plan.options.label_name) if plan.plate else []
     others = [
         other
         for other in parts

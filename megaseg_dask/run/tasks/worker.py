@@ -59,11 +59,11 @@ class Outcome:
 
 
 @functools.lru_cache(maxsize=1)
-def load_plan(run: str, fingerprint: str) -> Plan:
+def load_plan(run: Location, fingerprint: str) -> Plan:
     """Read the plan of a run, once per process; raises :class:`TaskError` if it is another by now."""
     # Arrays of an earlier run may have been replaced by others at the same place.
     cached_array.cache_clear()
-    plan = Plan.model_validate_json(Location(run).get("plan.json") or b"{}")
+    plan = Plan.model_validate_json(run.get("plan.json") or b"{}")
     if plan.fingerprint != fingerprint:
         raise TaskError(f"{run}/plan.json was replaced by another plan while this run was going on")
     return plan
@@ -92,7 +92,7 @@ def run_task(plan: Plan, stage: str, index: int) -> dict[str, Any]:
 
 
 def run_tasks(
-    run: str, fingerprint: str, lease_id: str | None, stage: str, indices: list[int]
+    run: Location, fingerprint: str, lease_id: str | None, stage: str, indices: list[int]
 ) -> list[Outcome]:
     """Run tasks of a recorded plan, one after the other, for the client that holds the lease; what workers call."""
     plan = load_plan(run, fingerprint)

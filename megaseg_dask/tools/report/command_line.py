@@ -18,7 +18,7 @@ def commands_of(plans: Sequence[Plan]) -> list[str]:
 
 
 def _command_of(plan: Plan, without: Sequence[str]) -> str:
-    words = ["megaseg", "segment", plan.source, plan.target]
+    words = ["megaseg", "segment", plan.source.url, plan.target.url]
     for name, field in Settings.model_fields.items():
         value = getattr(plan.options, name)
         if (

@@ -20,7 +20,6 @@ from megaseg_dask.run import log, workspace
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import estimate_time
 from megaseg_dask.run.target import publish
-from megaseg_dask.stores import Location
 from megaseg_dask.tools.report import charts
 from megaseg_dask.tools.report.charts import Cell, Line, Mark, number
 from megaseg_dask.tools.report.command_line import commands_of
@@ -402,11 +401,7 @@ class Page:
     @property
     def logs(self) -> list[str]:
         """Return the addresses of what the runs said."""
-        return [
-            f"{plan.run}/{key}"
-            for plan in self.plans
-            for key in Location(plan.run).keys(log.FOLDER)
-        ]
+        return [f"{plan.run}/{key}" for plan in self.plans for key in plan.run.keys(log.FOLDER)]
 
     # -- timings
 

@@ -21,7 +21,6 @@ from megaseg_dask.run import workspace
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.target.tables import table_location
 from megaseg_dask.run.workspace import VOLUMES
-from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.sampling import (
     UNREADABLE,
     choose_view,
@@ -189,9 +188,7 @@ def _of(output: Output, known: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _state(plan: Plan, volume: int) -> Mapping[str, Any]:
-    state: Mapping[str, Any] = json.loads(
-        Location(plan.run).get(f"{VOLUMES}/{volume}.json") or b"{}"
-    )
+    state: Mapping[str, Any] = json.loads(plan.run.get(f"{VOLUMES}/{volume}.json") or b"{}")
     return state
 
 

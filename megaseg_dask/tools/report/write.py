@@ -20,7 +20,7 @@ def write_report(target: str, out: str | None = None, label_name: str | None = N
     Raises :class:`TargetError` if no run is recorded there, :class:`SettingsError` if several are and none is named.
     """
     plans = find_plans(target, label_name)
-    place = Location.of(out) if out else Location(plans[0].target).sibling(SUFFIX)
+    place = Location.of(out) if out else plans[0].target.sibling(SUFFIX)
     place.parent.put(place.basename, render(plans).encode())
     return place
 

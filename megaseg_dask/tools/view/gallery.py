@@ -120,7 +120,7 @@ class Gallery:
         plans = [plan for plan in self.plans if field in workspace.images(plan)]
         for plan in plans:
             channels = {c for volume in plan.volumes for c in volume.channels}
-            yield from _image_layers(Location(plan.source) / field, wanted=channels)
+            yield from _image_layers(plan.source / field, wanted=channels)
             scale = 255.0 if plan.options.scores_dtype == "uint8" else 1.0
             for group in workspace.groups_of(plan, field):
                 image = _try_read(group.location(plan))
