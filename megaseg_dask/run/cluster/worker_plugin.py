@@ -31,7 +31,8 @@ def make_plugin(
     """
     from distributed import WorkerPlugin
 
-    topic, package = NAME, f"{__package__}.joining"
+    topic = NAME
+    module = __name__
 
     class Joining(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         name = topic
@@ -50,12 +51,12 @@ def make_plugin(
                     worker.log_event(topic, {"notice": text})
                     worker.loop.add_callback(worker.close, reason="megaseg-version")
                     return
-            importlib.import_module(package).join(worker, options, bundles, lifetime_s)
+            importlib.import_module(module).join(worker, options, bundles, lifetime_s)
 
         def teardown(self, worker: Any) -> None:
             import importlib
 
-            importlib.import_module(package).leave(worker)
+            importlib.import_module(module).leave(worker)
 
     return Joining()
 
