@@ -2,11 +2,12 @@
 
 Each voxel sums the same operands in the same order in every block that owns
 it, so the logits are equal bit for bit at any block shape. All arithmetic is
-float32 on contiguous arrays, as in MONAI's ``sliding_window_inference``.
+float32, as in MONAI's ``sliding_window_inference``.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +16,29 @@ from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.errors import EngineError
 
 Float32 = NDArray[np.float32]
+A = TypeVar("A")
 
 # Voxels that fit the cache of a core.
 _SLAB = 2**17
 
 # MONAI's defaults: sigma is an eighth of the patch, weights never fall below a thousandth.
 _SIGMA_SCALE = 0.125
-_LEAST_WEIGHT = 1e-3
+_MIN_WEIGHT = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLibrary(Generic[A]):
+    """The two functions that NumPy and PyTorch do not share as operators."""
+
+    zeros: Callable[[Shape], A]  # float32, on the device of the predictions
+    isfinite: Callable[[A], A]
+
+
+def _zeros(shape: Shape) -> Float32:
+    return np.zeros(shape, np.float32)
+
+
+NUMPY = ArrayLibrary(_zeros, np.isfinite)
 
 
 def window(patch_shape: Shape, mode: str = "gaussian") -> Float32:
@@ -36,36 +53,48 @@ def window(patch_shape: Shape, mode: str = "gaussian") -> Float32:
         offset = np.arange(extent, dtype=np.float32) - np.float32((extent - 1) / 2)
         sigma = extent * _SIGMA_SCALE
         weights = weights[..., None] * np.exp(offset**2 / np.float32(-2 * sigma**2))
-    return np.maximum(weights, max(float(weights.min()), _LEAST_WEIGHT), dtype=np.float32)
+    min_weight = max(float(weights.min()), _MIN_WEIGHT)
+    return np.maximum(weights, min_weight, dtype=np.float32)
 
 
-def blend(predictions: Iterable[tuple[Box, Float32]], core: Box, weights: Float32) -> Float32:
+def blend(
+    predictions: Iterable[tuple[Box, A]], core: Box, weights: A, library: ArrayLibrary[A]
+) -> A:
     """Blend patch logits ``(channels, *patch)`` into the core's logits ``(channels, *core)``.
 
-    ``predictions`` must come in grid order. Raises :class:`EngineError` if a
-    voxel of the core got no weight, or no number: it would pass for background.
+    ``predictions`` come in grid order. They and ``weights``, ``(z, y, x)``, are
+    float32 arrays of ``library``, all on one device.
+
+    Raises:
+        EngineError: A voxel of the core got no weight, or a logit that is not
+            finite; it would pass for background.
     """
-    total: Float32 | None = None
-    weight_sum = np.zeros(core.shape, np.float32)
+    total: Any = None
+    weight_sum: Any = library.zeros(core.shape)
+    window: Any = weights
     # Grid order, not arrival order: float addition does not commute to the last bit.
-    for patch, logits in predictions:
+    for patch, prediction in predictions:
+        logits: Any = prediction
         if total is None:
-            total = np.zeros((len(logits), *core.shape), np.float32)
+            total = library.zeros((len(logits), *core.shape))
         shared = patch & core
-        inside_patch, inside_core = shared.within(patch).slices, shared.within(core).slices
-        weight_sum[inside_core] += weights[inside_patch]
-        for channel, logit in zip(total, logits, strict=True):
-            channel[inside_core] += logit[inside_patch] * weights[inside_patch]
+        inside_patch = shared.within(patch).slices
+        inside_core = shared.within(core).slices
+        weight_sum[inside_core] += window[inside_patch]
+        total[:, *inside_core] += logits[:, *inside_patch] * window[inside_patch]
     if total is None or not weight_sum.all():
         raise EngineError(
             f"block {core} has voxels that no patch covers; the patch grid skips voxels"
         )
     total /= weight_sum
-    if not np.isfinite(total).all():
+    finite: Any = library.isfinite(total)
+    if not finite.all():
         raise EngineError(
-            f"the network gave NaN or infinity in block {core}; the image's extremes may overflow it"
+            f"the network gave NaN or infinity in block {core}; "
+            "the image's extremes may overflow it"
         )
-    return total
+    blended: A = total
+    return blended
 
 
 def sigmoid(logits: Float32) -> Float32:
@@ -84,11 +113,12 @@ def in_slabs(
 ) -> NDArray[Any]:
     """Return ``function`` of each voxel, as ``dtype``.
 
-    What is in between stays in the cache, rather than in fresh memory of the size of the volume.
+    Intermediate arrays stay in the cache: each is a slab, not the size of the volume.
     """
     result = np.empty(values.shape, dtype)
-    flat, found = values.reshape(-1), result.reshape(-1)
-    for start in range(0, flat.size, _SLAB):
+    flat_values = values.reshape(-1)
+    flat_result = result.reshape(-1)
+    for start in range(0, flat_values.size, _SLAB):
         slab = slice(start, start + _SLAB)
-        found[slab] = function(flat[slab])
+        flat_result[slab] = function(flat_values[slab])
     return result

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from megaseg_dask.algorithms.blending import blend, window
+from megaseg_dask.algorithms.blending import NUMPY, blend, window
 from megaseg_dask.algorithms.geometry import Box, PatchGrid, Shape
 from megaseg_dask.algorithms.normalization import Normalisation
 from megaseg_dask.errors import BundleError, EngineError, SettingsError
@@ -380,7 +380,10 @@ def predict_block(
     read_box = grid.read_box(core)
     patches = ((p, cut_patch(values, read_box, p, prepare)) for p in grid.iter_touching(core))
     return blend(
-        _predict(patches, engine, batch), core, cached_window(grid.patch_shape, window_mode)
+        _predict(patches, engine, batch),
+        core,
+        cached_window(grid.patch_shape, window_mode),
+        NUMPY,
     )
 
 
