@@ -1,6 +1,9 @@
-"""What a run tells while it works: small records, for a terminal, a log or a script alike."""
+"""Records of what a run does: for a terminal, a log or a script alike.
 
-from collections.abc import Sequence
+An event is a small frozen value. Who listens chooses by its type; scripts get
+its JSON form, in which the key ``event`` holds the kind.
+"""
+
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
@@ -11,18 +14,14 @@ class Event:
 
     kind: ClassVar[str] = "event"
 
-    def as_dict(self) -> dict[str, object]:
-        """Return JSON values, with the kind under ``event``."""
+    def to_json(self) -> dict[str, object]:
+        """Return the fields as JSON values, after the kind under ``event``."""
         return {"event": self.kind, **asdict(self)}
-
-    def fields(self) -> dict[str, object]:
-        """Return what it was made from."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Started(Event):
-    """A run began, or went on from an earlier one."""
+    """A run began, or continues an earlier one."""
 
     kind: ClassVar[str] = "started"
     target: str
@@ -33,7 +32,7 @@ class Started(Event):
 
 @dataclass(frozen=True, slots=True)
 class Progress(Event):
-    """A stage began, or a task of it ended; ``unit`` is what people count: fields, volumes, blocks."""
+    """A stage began, or one of its tasks ended; ``unit`` is fields, volumes or blocks."""
 
     kind: ClassVar[str] = "progress"
     stage: str
@@ -46,10 +45,15 @@ class Progress(Event):
     unit: str = ""
     units_per_s: float = 0.0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether every task of the stage has finished or failed."""
+        return self.n_done + self.n_failed >= self.n_tasks
+
 
 @dataclass(frozen=True, slots=True)
 class Fetching(Event):
-    """A part of a model was received; ``n_bytes`` counts those that an earlier attempt left."""
+    """Bytes of a model were received; ``n_bytes`` includes those of an earlier attempt."""
 
     kind: ClassVar[str] = "fetching"
     model: str
@@ -62,7 +66,7 @@ class Fetching(Event):
 
 @dataclass(frozen=True, slots=True)
 class Failure(Event):
-    """A task failed for good in this run; ``details`` is the traceback of what looks like a bug."""
+    """A task that this run gives up; ``details`` is the traceback of a probable bug."""
 
     kind: ClassVar[str] = "failure"
     stage: str
@@ -75,7 +79,7 @@ class Failure(Event):
 
 @dataclass(frozen=True, slots=True)
 class Notice(Event):
-    """Something went wrong that the run deals with by itself: a worker that was lost, a task that is tried again."""
+    """A problem that the run recovers from: a lost worker, a task that is retried."""
 
     kind: ClassVar[str] = "notice"
     text: str
@@ -83,7 +87,7 @@ class Notice(Event):
 
 @dataclass(frozen=True, slots=True)
 class Joined(Event):
-    """A worker joined the run: where it is and what it has; ``device`` and ``uuid`` if it computes on a GPU."""
+    """A worker joined the run; ``device`` and ``uuid`` are set if it computes on a GPU."""
 
     kind: ClassVar[str] = "worker"
     name: str
@@ -105,7 +109,7 @@ class Result(Event):
     n_objects: int | None
     wall_s: float
     already_done: bool = False
-    failures: list[dict[str, object]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     run: str = ""
@@ -113,36 +117,13 @@ class Result(Event):
 
     @property
     def exit_code(self) -> int:
-        """What the command line ends with."""
-        return 1 if self.failures else 0
+        """Exit code of the command line: 1 if a task failed, else 0."""
+        return int(bool(self.failures))
 
-    def as_dict(self) -> dict[str, object]:
-        """Return JSON values, the exit code among them."""
-        return {**Event.as_dict(self), "exit_code": self.exit_code}
-
-
-def joined(results: Sequence[Result]) -> Result:
-    """Return the one result of a request that took several runs; ``run`` and ``log`` are of the first that failed."""
-    if len(results) == 1:
-        return results[0]
-    named = next((result for result in results if result.failures), results[0])
-    failures = [failure for result in results for failure in result.failures]
-    counts = [result.n_objects for result in results if result.n_objects is not None]
-    peaks: dict[str, int] = {}
-    for stage, peak in (item for result in results for item in result.peak_bytes.items()):
-        peaks[stage] = max(peak, peaks.get(stage, 0))
-    return Result(
-        status="failed" if failures else "done",
-        target=results[0].target,
-        n_objects=sum(counts) if len(counts) == len(results) else None,
-        wall_s=round(sum(result.wall_s for result in results), 3),
-        already_done=all(result.already_done for result in results),
-        failures=failures,
-        warnings=[warning for result in results for warning in result.warnings],
-        peak_bytes=peaks,
-        run=named.run,
-        log=named.log,
-    )
+    def to_json(self) -> dict[str, object]:
+        """Return the fields as JSON values; each failure with its kind, and the exit code."""
+        failures = [failure.to_json() for failure in self.failures]
+        return {**Event.to_json(self), "failures": failures, "exit_code": self.exit_code}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +157,17 @@ class Trained(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunStatus(Event):
-    """How a run stands: finished and planned tasks of each stage, and what failed."""
+    """Finished and planned tasks of each stage of a run, and its failures."""
 
     kind: ClassVar[str] = "status"
     label_name: str
     done: bool
     stages: dict[str, tuple[int, int]]
-    failures: list[dict[str, object]]
+    failures: list[Failure]
 
     @property
     def exit_code(self) -> int:
-        """0 done, 1 something failed, 3 work is pending."""
-        return 0 if self.done else 1 if self.failures else 3
+        """0 if all is done, 1 if something failed, 3 if work is pending."""
+        if self.done:
+            return 0
+        return 1 if self.failures else 3

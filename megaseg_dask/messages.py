@@ -1,178 +1,195 @@
-"""Which events of a run are worth a line, and in which words: for a terminal that is no terminal, and for the log.
+"""Text for people: events, durations, sizes and names, each on one line.
 
-A night has a hundred thousand tasks. So a stage tells how it gets on ever more
-seldom, and of many failures the first are told: an hour or a night is some
-hundred lines, and what is left out is in the journal.
+A night has a hundred thousand tasks. A stage therefore gets a line ever less
+often, and only the first failures get one: an hour or a night is some hundred
+lines. What is left out is in the journal.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 
-from megaseg_dask.events import Event
+from megaseg_dask.events import Epoch, Event, Failure, Fetching, Notice, Progress, Result, Started
 
-Fields = Mapping[str, Any]
+# The pause between two lines of a stage: at least five seconds, and a thirtieth of the run so far.
+_MIN_PAUSE_S = 5.0
+_PAUSE_SHARE = 1 / 30
+_MAX_FAILURES = 20
+_MAX_NOTICES = 50
 
-# A line every five seconds at first, and then each time a thirtieth of what passed is over.
-_LEAST_S, _SHARE = 5.0, 1 / 30
-_MOST_FAILURES, _MOST_NOTICES = 20, 50
+# -- events as lines
 
 
 class Narrator:
-    """Words events, and keeps silent where that says no less."""
+    """Turn events into log lines, rate-limited per stage."""
 
     def __init__(
-        self, least_s: float = _LEAST_S, clock: Callable[[], float] = time.monotonic
+        self, min_pause_s: float = _MIN_PAUSE_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._least_s, self._clock, self._began = least_s, clock, clock()
-        self._told: dict[str, float] = {}
-        self._n: dict[str, int] = {"failure": 0, "notice": 0}
+        self._min_pause_s = min_pause_s
+        self._clock = clock
+        self._began = clock()
+        self._last_line: dict[str, float] = {}
+        self._n_failures = 0
+        self._n_notices = 0
 
     def lines(self, event: Event) -> list[str]:
-        """Return what there is to say of an event; often nothing."""
-        fields = event.as_dict()
-        match event.kind:
-            case "started":
-                return [started_line(fields)]
-            case "epoch":
-                return [epoch_line(fields)]
-            case "notice":
-                return self._capped(
-                    "notice", str(fields["text"]), _MOST_NOTICES, "further such lines are left out"
-                )
-            case "failure":
-                line, more = (
-                    failure_line(fields),
-                    "further failures are not shown here; megaseg status lists them",
-                )
-                return self._capped("failure", line, _MOST_FAILURES, more)
-            case "fetching":
-                over = fields["n_bytes"] == fields["total_bytes"]
-                return (
-                    [fetching_line(fields)] if self._is_due(str(fields["model"]), over=over) else []
-                )
-            case "progress":
-                over = is_over(fields)
-                return (
-                    [progress_line(fields)] if self._is_due(str(fields["stage"]), over=over) else []
-                )
+        """Return the lines for an event; may be empty."""
+        match event:
+            case Started():
+                return [started_line(event)]
+            case Epoch():
+                return [epoch_line(event)]
+            case Notice():
+                self._n_notices += 1
+                more = "further such lines are left out"
+                return _first_lines(event.text, self._n_notices, _MAX_NOTICES, more)
+            case Failure():
+                self._n_failures += 1
+                more = "further failures are not shown here; megaseg status lists them"
+                return _first_lines(failure_line(event), self._n_failures, _MAX_FAILURES, more)
+            case Fetching():
+                is_over = event.n_bytes == event.total_bytes
+                return [fetching_line(event)] if self._is_due(event.model, is_over) else []
+            case Progress():
+                return [progress_line(event)] if self._is_due(event.stage, event.is_over) else []
         return []
 
-    def _capped(self, kind: str, line: str, most: int, more: str) -> list[str]:
-        self._n[kind] += 1
-        return [line] if self._n[kind] <= most else [more] if self._n[kind] == most + 1 else []
-
-    def _is_due(self, what: str, *, over: bool) -> bool:
-        """Tell whether it is time for a line; stages that run at once share the lines among them."""
+    def _is_due(self, subject: str, is_over: bool) -> bool:
+        """Return whether a stage or download gets a line now; those that run at once take turns."""
         now = self._clock()
-        last = self._told.setdefault(what, now)
-        pause = max(self._least_s, (now - self._began) * _SHARE) * len(self._told)
-        if over or now - last > pause:
-            self._told[what] = now
-            return True
-        return False
+        last_line = self._last_line.setdefault(subject, now)
+        pause = max(self._min_pause_s, (now - self._began) * _PAUSE_SHARE)
+        is_due = is_over or now - last_line > pause * len(self._last_line)
+        if is_due:
+            self._last_line[subject] = now
+        return is_due
 
 
-def is_over(fields: Fields) -> bool:
-    """Tell whether nothing is left of a stage."""
-    return bool(fields["n_done"] + fields["n_failed"] >= fields["n_tasks"])
+def _first_lines(line: str, number: int, max_number: int, more: str) -> list[str]:
+    """Return the line of an event by its number: after the last allowed one ``more``, once."""
+    if number <= max_number:
+        return [line]
+    return [more] if number == max_number + 1 else []
 
 
-def started_line(fields: Fields) -> str:
-    """Say how much there is to do."""
-    n = fields["n_tasks"]
-    resumed = f", {fields['n_done']} of them done before" if fields["n_done"] else ""
-    dashboard = f"; dashboard {fields['dashboard']}" if fields["dashboard"] else ""
-    return f"{n} {'task' if n == 1 else 'tasks'}{resumed}{dashboard}"
+def started_line(event: Started) -> str:
+    """Return how many tasks a run has."""
+    line = count(event.n_tasks, "task")
+    if event.n_done:
+        line += f", {event.n_done} of them done before"
+    if event.dashboard:
+        line += f"; dashboard {event.dashboard}"
+    return line
 
 
-def progress_line(fields: Fields) -> str:
-    """Say how a stage gets on."""
-    parts = [
-        f"{fields['stage']}: {fields['n_done']}/{fields['n_tasks']} tasks",
-        f"{fields['elapsed_s']:.1f} s",
-        *rates(fields),
-        failed_text(fields),
-        left_text(fields),
+def progress_line(event: Progress) -> str:
+    """Return the state of a stage: tasks, time, rates, failures and the time left."""
+    words = [
+        f"{event.stage}: {event.n_done}/{event.n_tasks} tasks",
+        f"{event.elapsed_s:.1f} s",
+        *rates(event),
+        failed_text(event),
+        left_text(event),
     ]
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, words))
 
 
-def rates(fields: Fields) -> list[str]:
-    """Return the speeds of a stage, in blocks or fields and in voxels; none before there is one."""
-    found = (
-        [f"{fields['units_per_s']:.3g} {fields['unit']}/s"]
-        if fields["unit"] and fields["units_per_s"]
-        else []
-    )
-    found += [f"{fields['voxels_per_s'] / 1e6:.3g} Mvoxel/s"] if fields["voxels_per_s"] else []
-    return found
+def rates(event: Progress) -> list[str]:
+    """Return the speed of a stage in its unit and in voxels; empty before the first task ends."""
+    texts = []
+    if event.unit and event.units_per_s:
+        texts.append(f"{event.units_per_s:.3g} {event.unit}/s")
+    if event.voxels_per_s:
+        texts.append(f"{event.voxels_per_s / 1e6:.3g} Mvoxel/s")
+    return texts
 
 
-def failed_text(fields: Fields) -> str:
-    """Return how many tasks of a stage failed so far."""
-    return f"{fields['n_failed']} failed" if fields["n_failed"] else ""
+def failed_text(event: Progress) -> str:
+    """Return how many tasks of a stage failed; empty if none did."""
+    return f"{event.n_failed} failed" if event.n_failed else ""
 
 
-def left_text(fields: Fields) -> str:
-    """Return the time that is left; nothing where it is not known, or over."""
-    return (
-        f"about {duration(fields['left_s'])} left"
-        if fields["left_s"] and not is_over(fields)
-        else ""
-    )
+def left_text(event: Progress) -> str:
+    """Return the time left; empty if it is unknown or the stage is over."""
+    if not event.left_s or event.is_over:
+        return ""
+    return f"about {duration(event.left_s)} left"
 
 
-def failure_line(fields: Fields) -> str:
-    """Name what failed, and why."""
-    return f"FAILED {fields['stage']} {fields['volume']} box {fields['box']}: {fields['error']}"
+def failure_line(failure: Failure) -> str:
+    """Return the task that failed, and the cause."""
+    return f"FAILED {failure.stage} {failure.volume} box {failure.box}: {failure.error}"
 
 
-def epoch_line(fields: Fields) -> str:
-    """Say how a training gets on."""
-    training, validation = (
-        "not a number" if fields[key] is None else f"{fields[key]:.4f}"
-        for key in ("training_loss", "validation_loss")
-    )
-    best = (
-        "the best so far"
-        if fields["best_epoch"] == fields["epoch"]
-        else f"best was epoch {fields['best_epoch']}"
-    )
-    epoch = f"epoch {fields['epoch']} ({fields['epoch'] + 1} of {fields['max_epochs']})"
+def epoch_line(event: Epoch) -> str:
+    """Return the losses of an epoch, and the best epoch."""
+    training = _loss_text(event.training_loss)
+    validation = _loss_text(event.validation_loss)
+    is_best = event.best_epoch == event.epoch
+    best = "the best so far" if is_best else f"best was epoch {event.best_epoch}"
+    epoch = f"epoch {event.epoch} ({event.epoch + 1} of {event.max_epochs})"
     return f"{epoch}: loss {training}, validation {validation}, {best}"
 
 
-def fetching_line(fields: Fields) -> str:
-    """Say how much of a model is there."""
-    received = f"{size_text(fields['n_bytes'])} of {size_text(fields['total_bytes'])}"
-    return f"fetching {fields['model']} from {fields['source']}: {received}"
+def _loss_text(loss: float | None) -> str:
+    return "not a number" if loss is None else f"{loss:.4f}"
 
 
-def result_line(fields: Fields) -> str:
-    """Say how a run ended."""
-    n = len(fields["failures"])
-    objects = "" if fields["n_objects"] is None else f", {fields['n_objects']} objects"
-    failed = f", {n} {'failure' if n == 1 else 'failures'}" if n else ""
-    return f"{fields['status']} after {fields['wall_s']:.1f} s{objects}{failed}"
+def fetching_line(event: Fetching) -> str:
+    """Return how much of a model is received."""
+    received = f"{size_text(event.n_bytes)} of {size_text(event.total_bytes)}"
+    return f"fetching {event.model} from {event.source}: {received}"
+
+
+def result_line(result: Result) -> str:
+    """Return how a run ended."""
+    line = f"{result.status} after {result.wall_s:.1f} s"
+    if result.n_objects is not None:
+        line += f", {result.n_objects} objects"
+    if result.failures:
+        line += f", {count(len(result.failures), 'failure')}"
+    return line
+
+
+# -- numbers and names as text
+
+
+def count(n: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people read it."""
+    """Return a time in seconds, minutes, or hours and minutes."""
     hours, minutes = divmod(round(seconds / 60), 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min"
-        if seconds > 90
-        else f"{seconds:.0f} s"
-    )
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
-def size_text(n: float) -> str:
-    """Return a number of bytes as people read it."""
+def size_text(n_bytes: float) -> str:
+    """Return a number of bytes in the largest unit below it."""
     for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
+def one_line(text: object, max_length: int = 80) -> str:
+    """Return foreign text for a message: cut, on one line, and without control characters."""
+    words = str(text)[:max_length].split()
+    return "".join(c if c.isprintable() else "?" for c in " ".join(words))
+
+
+def first_few(names: Iterable[object], max_names: int = 3) -> str:
+    """Return the first names in alphabetical order, and ``…`` if there are more."""
+    listed = sorted(map(one_line, names))
+    more = ["…"] if len(listed) > max_names else []
+    return ", ".join(listed[:max_names] + more)
+
+
+def closest(word: str, words: Iterable[str]) -> str | None:
+    """Return the most similar of some words, for "did you mean"; ``None`` if none is similar."""
+    return next(iter(get_close_matches(word, list(words), n=1)), None)

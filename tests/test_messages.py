@@ -19,13 +19,13 @@ def progress(
 
 
 def test_a_line_has_speeds_failures_and_the_time_left():
-    line = progress_line(progress(20, n_failed=2).as_dict())
+    line = progress_line(progress(20, n_failed=2))
     assert (
         line
         == "segment: 20/100 tasks, 20.0 s, 1.5 blocks/s, 3.1 Mvoxel/s, 2 failed, about 80 s left"
     )
     # What failed does not come any more.
-    assert "left" not in progress_line(progress(98, n_failed=2).as_dict())
+    assert "left" not in progress_line(progress(98, n_failed=2))
 
 
 def test_twelve_hours_are_some_hundred_lines():
@@ -42,7 +42,7 @@ def test_twelve_hours_are_some_hundred_lines():
 
 
 def test_the_end_of_a_stage_is_always_told():
-    narrator = Narrator(least_s=1e9)
+    narrator = Narrator(min_pause_s=1e9)
     assert narrator.lines(progress(0)) == []
     assert narrator.lines(progress(98, n_failed=1)) == []
     assert len(narrator.lines(progress(98, n_failed=2))) == 1

@@ -14,7 +14,8 @@ from typing import Any
 
 import typer
 
-from megaseg_dask.events import Event
+from megaseg_dask.events import Event, Fetching
+from megaseg_dask.events import Progress as StageProgress
 from megaseg_dask.messages import (
     Narrator,
     duration,
@@ -34,7 +35,7 @@ _BAR = 12
 def reporter(as_json: bool, quiet: bool) -> Iterator[Callable[[Event], None]]:
     """Yield a function that shows events: JSON lines, progress bars on a terminal, or plain lines."""
     if as_json:
-        yield lambda event: typer.echo(json.dumps(event.as_dict()))
+        yield lambda event: typer.echo(json.dumps(event.to_json()))
     elif quiet:
         yield lambda event: None
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -80,23 +81,17 @@ def _bars() -> Iterator[Callable[[Event], None]]:
             progress.update(bars[name], completed=n, total=total, rate=rate)
 
         def show(event: Event) -> None:
-            fields: dict[str, Any] = event.as_dict()
-            if event.kind == "progress":
-                words = left_text(fields), failed_text(fields), *rates(fields)
-                draw(str(fields["stage"]), fields["n_done"], fields["n_tasks"], *words)
-            elif event.kind == "fetching":
-                received, total = (
-                    round(fields[key] / 1e6, 1) for key in ("n_bytes", "total_bytes")
-                )
-                draw(
-                    str(fields["model"]),
-                    received,
-                    total,
-                    f"MB, {float(fields['bytes_per_s']) / 1e6:.3g} MB/s",
-                )
-            else:
-                for line in narrator.lines(event):
-                    progress.console.print(line, markup=False, highlight=False)
+            match event:
+                case StageProgress():
+                    words = left_text(event), failed_text(event), *rates(event)
+                    draw(event.stage, event.n_done, event.n_tasks, *words)
+                case Fetching():
+                    received = round(event.n_bytes / 1e6, 1)
+                    total = round(event.total_bytes / 1e6, 1)
+                    draw(event.model, received, total, f"MB, {event.bytes_per_s / 1e6:.3g} MB/s")
+                case _:
+                    for line in narrator.lines(event):
+                        progress.console.print(line, markup=False, highlight=False)
 
         yield show
 

@@ -132,7 +132,7 @@ def _show(target: str, label_name: str | None, json_: bool) -> int:
     found = run_status(target, label_name)
     for run in found:
         if json_:
-            typer.echo(json.dumps(run.as_dict()))
+            typer.echo(json.dumps(run.to_json()))
         else:
             print_status(run, target)
     worst = max((run.exit_code for run in found), key=[0, PENDING, 1].index)

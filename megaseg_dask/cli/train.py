@@ -143,7 +143,7 @@ def train(
         with reporter(json_, quiet) as emit:
             trained = training.train(request, emit)
         if json_:
-            typer.echo(json.dumps(trained.as_dict()))
+            typer.echo(json.dumps(trained.to_json()))
         else:
             print_training(trained)
 

@@ -13,6 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, TypeAlias
 
 from megaseg_dask.errors import BundleError, SettingsError
+from megaseg_dask.messages import first_few, one_line
 
 # torch takes a second to import; nobody who only reads a NetworkSpec pays for it.
 if TYPE_CHECKING:
@@ -282,17 +283,6 @@ def _require_keys(*, missing: set[str], unexpected: set[str]) -> None:
         raise BundleError(
             f"the weights do not fit the network, keys: {', '.join(problems)}; {FETCH}"
         )
-
-
-def one_line(text: object, n: int = 80) -> str:
-    """Foreign text for a message: cut to ``n`` characters, and nothing in it moves the cursor."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(f"{text!s:.{n}}".split()))
-
-
-def first_few(names: Iterable[object], n: int = 3) -> str:
-    """The first names of many, for a message of one line."""
-    listed = sorted(map(one_line, names))
-    return ", ".join(listed[:n]) + (", …" if len(listed) > n else "")
 
 
 def _float32(key: str, tensor: "torch.Tensor", like: "torch.Tensor") -> "torch.Tensor":

@@ -14,13 +14,13 @@ from pathlib import Path, PurePosixPath
 
 from megaseg_dask.errors import BundleError, MegasegError
 from megaseg_dask.events import Event, Fetching
+from megaseg_dask.messages import first_few, one_line
 from megaseg_dask.models import cache
 from megaseg_dask.models.bundle import Bundle
 from megaseg_dask.models.cache import FORMS, Record, is_name, read_record
 from megaseg_dask.models.cytodl.read import load_bundle
 from megaseg_dask.models.depot import Depot, Entry
 from megaseg_dask.models.download import discard, download, turn
-from megaseg_dask.models.network import first_few, one_line
 from megaseg_dask.stores import Location
 
 # Name → object in the public bucket, where its name is known.

@@ -5,7 +5,6 @@ It is data for the plan too: threads, device and memory of a worker are those of
 its job, not of the machine on which the command is typed.
 """
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.messages import closest
 from megaseg_dask.plan.memory import BUDGET_SHARE
 from megaseg_dask.plan.parsing import parse_bytes, parse_duration
 from megaseg_dask.plan.settings import Positive, Settings
@@ -236,8 +236,8 @@ def _problem(error: ValidationError) -> str:
 
 def nearest(name: str, known: Any) -> str:
     """Return the advice that ends a line about an unknown name."""
-    found = get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]}?" if found else f"; there are {', '.join(sorted(known))}"
+    found = closest(name, known)
+    return f"; did you mean {found}?" if found else f"; there are {', '.join(sorted(known))}"
 
 
 def _one_line(error: Exception) -> str:

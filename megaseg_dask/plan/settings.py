@@ -8,7 +8,6 @@ and where the work is done, and may differ when a run resumes.
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,6 +22,7 @@ from pydantic import (
 )
 
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.messages import closest
 from megaseg_dask.plan.parsing import (
     THRESHOLDS,
     parse_bytes,
@@ -386,11 +386,9 @@ def parse_settings(values: Mapping[str, object]) -> Settings:
 
 
 def _nearest(name: str) -> str:
-    found = get_close_matches(name.replace("-", "_"), Settings.model_fields, n=1)
+    found = closest(name.replace("-", "_"), Settings.model_fields)
     return (
-        f"; did you mean {found[0]}?"
-        if found
-        else f"; there are {', '.join(Settings.model_fields)}"
+        f"; did you mean {found}?" if found else f"; there are {', '.join(Settings.model_fields)}"
     )
 
 

@@ -10,10 +10,10 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from megaseg_dask.errors import SettingsError, TargetError
-from megaseg_dask.events import Event, Failure, Progress, Result, joined
+from megaseg_dask.events import Event, Failure, Progress, Result
 from megaseg_dask.plan.plan import Plan, Stage, run_folder, runs_folder
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run import workspace
@@ -24,6 +24,7 @@ from megaseg_dask.run.runner import (
     already_done,
     begin,
     conclude,
+    join_results,
     plan_runs,
     reopen,
     store_options,
@@ -167,7 +168,7 @@ def _run_left(
         n_lost = n_lost + 1 if outcome.is_infrastructure else 0
         if outcome.error:
             failure = worker.failure_of(plan, stage.name, outcome)
-            journal.add_failure(stage.name, index, failure.fields())
+            journal.add_failure(stage.name, index, asdict(failure))
             ran.failures.append(failure)
             emit(failure)
         else:
@@ -236,7 +237,7 @@ def join_run(target: str, label_name: str, emit: Emit = lambda _: None) -> Resul
     finished = [result for result in results if result is not None]
     if len(finished) < len(results):
         return None
-    result = joined(finished)
+    result = join_results(finished)
     emit(result)
     return result
 

@@ -56,7 +56,7 @@ class RunLog:
         if isinstance(event, Result):
             for warning in event.warnings:
                 self._add(f"warning: {warning}")
-            self._add(result_line(event.as_dict()))
+            self._add(result_line(event))
         now = time.monotonic()
         if now - self._written > max(_LEAST_S, (now - self._began) * _SHARE):
             self.write()

@@ -6,15 +6,16 @@ in the output which boxes are missing.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 from megaseg_dask.concurrency import at_once
 from megaseg_dask.errors import MegasegError, SettingsError, TargetError
-from megaseg_dask.events import Event, Failure, Result, RunStatus, Started, joined
+from megaseg_dask.events import Event, Failure, Result, RunStatus, Started
 from megaseg_dask.inference.engine import measure_patch_s
 from megaseg_dask.models.registry import reporting
 from megaseg_dask.plan.plan import Plan, run_names, runs_folder
@@ -116,7 +117,7 @@ def segment(
                 runs = plan_runs(source, target, settings)
                 result = _carry_out(runs, workers, lease, emit, store_options(source, settings))
     else:
-        result = joined([already_done(plan, journal) for plan, journal in runs])
+        result = join_results([already_done(plan, journal) for plan, journal in runs])
     emit(result)
     return result
 
@@ -126,7 +127,7 @@ def already_done(plan: Plan, journal: Journal) -> Result:
     # A run that was killed in its last moment left them.
     ownership.remove_work(plan)
     warnings = list((journal.result or {}).get("warnings", []))
-    failures = [failure.as_dict() for failure in _unread(plan)]
+    failures = _unread(plan)
     n_objects = None if failures else _n_objects(plan, journal)
     status = "failed" if failures else "done"
     return Result(
@@ -164,7 +165,48 @@ def _carry_out(
                 if is_done
                 else run_plan(plan, journal, workers, lease, emit)
             )
-    return joined(results)
+    return join_results(results)
+
+
+def join_results(results: Sequence[Result]) -> Result:
+    """Return the one result of a request that took several runs.
+
+    Its ``run`` and ``log`` are those of the first run that failed, else of the first.
+    """
+    if len(results) == 1:
+        return results[0]
+    failed = [result for result in results if result.failures]
+    shown = failed[0] if failed else results[0]
+    return Result(
+        status="failed" if failed else "done",
+        target=shown.target,
+        n_objects=_sum_objects(results),
+        wall_s=round(sum(result.wall_s for result in results), 3),
+        already_done=all(result.already_done for result in results),
+        failures=list(chain.from_iterable(result.failures for result in results)),
+        warnings=list(chain.from_iterable(result.warnings for result in results)),
+        peak_bytes=_highest_peaks(results),
+        run=shown.run,
+        log=shown.log,
+    )
+
+
+def _sum_objects(results: Sequence[Result]) -> int | None:
+    """Return the objects of all runs; ``None`` if one of them did not count its objects."""
+    total = 0
+    for result in results:
+        if result.n_objects is None:
+            return None
+        total += result.n_objects
+    return total
+
+
+def _highest_peaks(results: Sequence[Result]) -> dict[str, int]:
+    peaks: dict[str, int] = {}
+    for result in results:
+        for stage, peak in result.peak_bytes.items():
+            peaks[stage] = max(peak, peaks.get(stage, 0))
+    return peaks
 
 
 def _unread(plan: Plan) -> list[Failure]:
@@ -200,8 +242,8 @@ def _status_of(name: str, plan: Plan) -> RunStatus:
         done=journal.result is not None and ownership.is_present(plan),
         stages={s.name: (int(journal.done(s.name).sum()), s.n_tasks) for s in plan.stages},
         failures=[
-            *map(dict, journal.failed.values()),
-            *(failure.fields() for failure in _unread(plan)),
+            *(Failure(**failure) for failure in journal.failed.values()),
+            *_unread(plan),
         ],
     )
 
@@ -287,7 +329,7 @@ def conclude(plan: Plan, journal: Journal, started: float, *, is_published: bool
         target=plan.target.url,
         n_objects=None if failures else _n_objects(plan, journal),
         wall_s=round(time.monotonic() - started, 3),
-        failures=[failure.as_dict() for failure in failures],
+        failures=failures,
         warnings=warnings,
         peak_bytes={
             name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks
@@ -442,5 +484,5 @@ class _Runner:
 
     def _fail(self, stage: str, outcome: Outcome) -> None:
         failure = worker.failure_of(self.plan, stage, outcome)
-        self.journal.add_failure(stage, outcome.index, failure.fields())
+        self.journal.add_failure(stage, outcome.index, asdict(failure))
         self.emit(failure)

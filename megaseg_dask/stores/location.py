@@ -5,7 +5,6 @@ how its store is opened is set once per process. Errors name the address, the
 cause and the next step.
 """
 
-import difflib
 import functools
 import json
 import re
@@ -20,6 +19,7 @@ import zarr
 import zarr.storage
 
 from megaseg_dask.errors import MegasegError, SourceError, StoreError, TargetError
+from megaseg_dask.messages import closest
 from megaseg_dask.stores import access, address, local
 from megaseg_dask.stores.access import StoreOptions
 from megaseg_dask.stores.backend import Folder
@@ -155,8 +155,8 @@ class Location:
         if not self.is_local or self.exists() or not self.parent.exists():
             return ""
         beside = [name for name in self.parent.children() if not name.endswith(".run")]
-        found = difflib.get_close_matches(self.basename, beside, n=1)
-        return f" ({found[0]} is there)" if found else ""
+        found = closest(self.basename, beside)
+        return f" ({found} is there)" if found else ""
 
     def require_writable(self) -> None:
         """Raise :class:`TargetError` if nothing could be created here and beside it; writes nothing that stays."""

@@ -55,7 +55,7 @@ def run_demo(folder: Path, emit: Emit) -> Demo:
     settings = parse_settings({"model": "starter", "min_size": _MIN_SIZE})
     result = segment(source.url, target.url, settings, emit=emit)
     if result.failures:
-        raise TaskError(str(result.failures[0]["error"]))
+        raise TaskError(result.failures[0].error)
     evaluation = evaluate_images(target / "labels/megaseg", source / "labels/truth")
     picture = folder / "nuclei.png"
     whole, axes = Box.of(image.shape), ("z", "y", "x")

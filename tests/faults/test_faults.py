@@ -68,13 +68,13 @@ def test_a_block_that_kills_workers_is_named_and_the_rest_is_finished(
     events = []
     result = segment(source, target, settings, emit=events.append)
     assert (result.status, result.exit_code) == ("failed", 1)
-    assert [(f["stage"], f["index"]) for f in result.failures] == [("segment", 5)], result.failures
+    assert [(f.stage, f.index) for f in result.failures] == [("segment", 5)], result.failures
     notices = [event.text for event in events if event.kind == "notice"]
     assert any(
         "segment 5: its worker died or hung; it runs again, with nothing beside it" in n
         for n in notices
     )
-    assert "died or hung (attempt 3)" in result.failures[0]["error"]
+    assert "died or hung (attempt 3)" in result.failures[0].error
     assert haunted.calls["segment", 5] == 3
     # Its neighbours are finished, in their first attempts or, where they were blamed, in later ones.
     (run,) = status(target)
@@ -105,11 +105,11 @@ def test_a_block_that_still_fails_redoes_no_more_than_it_must(request_of, haunte
     source, target, settings = request_of(workers=1, retries=0)
     haunted.poison("segment", 3, "bug")
     first = segment(source, target, settings)
-    assert first.failures[0]["error"] == "ZeroDivisionError: a bug"
-    assert "Traceback" in first.failures[0]["details"]
+    assert first.failures[0].error == "ZeroDivisionError: a bug"
+    assert "Traceback" in first.failures[0].details
     haunted.forget()
     again = segment(source, target, settings)
-    assert [f["index"] for f in again.failures] == [3]
+    assert [f.index for f in again.failures] == [3]
     assert [task for task in haunted.calls if task[0] == "segment"] == [("segment", 3)]
     assert haunted.n_forward == 0
 
@@ -144,7 +144,7 @@ def test_a_stage_that_fails_is_named_and_mended(
     haunted.poison(stage, 0, "bug")
     settings = parse_settings({**options, "workers": 1})
     result = segment(str(source), target, settings)
-    assert [f["stage"] for f in result.failures] == [stage]
+    assert [f.stage for f in result.failures] == [stage]
     assert provenance(target)["missing_boxes"]
     labels = arrays(target).get("labels/megaseg/0")
     if stage in ("seams", "join"):
@@ -164,7 +164,7 @@ def test_timepoints_that_failed_do_not_hold_back_the_others(tmp_path, tiny_bundl
     )
     haunted.poison("volume", 1, "bug")
     result = segment(str(source), str(tmp_path / "out.zarr"), settings)
-    assert [f["volume"] for f in result.failures] == ["t=1 c=0"]
+    assert [f.volume for f in result.failures] == ["t=1 c=0"]
     found = arrays(tmp_path / "out.zarr")["labels/megaseg/0"]
     assert [bool(volume.any()) for volume in found] == [True, False, True]
     missing = provenance(tmp_path / "out.zarr")["missing_boxes"]
@@ -209,6 +209,6 @@ def test_numbers_that_float64_cannot_hold_fail_their_volume_and_no_other(
     _, target, settings = request_of()
     result = segment(str(source), target, settings, client=client)
     assert result.status == "failed"
-    assert {(f["stage"], f["volume"]) for f in result.failures} == {("measure", "t=1 c=0")}
-    assert "2^53" in str(result.failures[0]["error"])
+    assert {(f.stage, f.volume) for f in result.failures} == {("measure", "t=1 c=0")}
+    assert "2^53" in str(result.failures[0].error)
     assert arrays(target)["labels/megaseg/0"][0].any()

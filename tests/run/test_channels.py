@@ -205,7 +205,7 @@ def test_a_number_missing_in_one_channel_is_background_in_all(image, two_in, tmp
         parse_settings({"model": str(two_in), "channel": "0,1"}),
         client=client,
     )
-    assert "(4, 7, 8) is nan" in refused.failures[0]["error"]
+    assert "(4, 7, 8) is nan" in refused.failures[0].error
 
 
 RANGE = {"a_min": 200, "a_max": 1500, "b_min": -1.5, "b_max": 2.0, "clip": True}

@@ -131,7 +131,7 @@ def test_a_nan_that_nobody_measured_is_still_an_error(block, tmp_path, tiny_bund
         str(source), str(tmp_path / "out.zarr"), parse_settings(options), client=client
     )
     assert result.status == "failed"
-    assert "(3, 4, 5) is nan" in result.failures[0]["error"]
+    assert "(3, 4, 5) is nan" in result.failures[0].error
 
 
 @pytest.mark.parametrize("block", [ONE, MANY])

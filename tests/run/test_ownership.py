@@ -111,7 +111,7 @@ def test_a_voxel_that_overflows_the_network_is_a_failure(tmp_path, tiny_bundle, 
     result = segment(str(source), str(tmp_path / "out.zarr"), settings, client=client)
     if value > 1e100:
         assert result.status == "failed"
-        assert "rescale" in result.failures[0]["error"]
+        assert "rescale" in result.failures[0].error
     else:
         assert result.status == "done"
 

@@ -181,7 +181,7 @@ def test_integers_without_an_exact_float_fail_on_both_paths(tmp_path, tiny_bundl
     for name, block in [("whole", {}), ("staged", {"block": "16,20,20"})]:
         settings = parse_settings({**options, **block})
         result = segment(str(source), str(tmp_path / f"{name}.zarr"), settings, client=client)
-        assert "subtract the offset" in result.failures[0]["error"]
+        assert "subtract the offset" in result.failures[0].error
 
 
 def test_a_constant_volume_is_called_meaningless(tmp_path, tiny_bundle, client):

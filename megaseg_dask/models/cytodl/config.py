@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from megaseg_dask.errors import BundleError
+from megaseg_dask.messages import one_line
 from megaseg_dask.models.cytodl.safe_loading import short
-from megaseg_dask.models.network import one_line
 
 Fixed: TypeAlias = Mapping[str, tuple[object, ...]]
 

@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 from megaseg_dask.errors import BundleError
+from megaseg_dask.messages import first_few, one_line
 from megaseg_dask.models.cytodl import safe_loading
 from megaseg_dask.models.cytodl.safe_loading import Unsafe, open_zip, short
-from megaseg_dask.models.network import first_few, one_line
 
 Place: TypeAlias = Path | zipfile.Path
 

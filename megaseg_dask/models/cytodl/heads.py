@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megaseg_dask.errors import BundleError
+from megaseg_dask.messages import first_few, one_line
 from megaseg_dask.models.cytodl.config import Fixed, Source, Statement, class_name, require_known
 from megaseg_dask.models.cytodl.safe_loading import short
-from megaseg_dask.models.network import HEADS, Head, NetworkSpec, first_few, one_line, require_name
+from megaseg_dask.models.network import HEADS, Head, NetworkSpec, require_name
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.errors import BundleError
+from megaseg_dask.messages import first_few
 from megaseg_dask.models.bundle import Bundle, content_digest, require_runnable
 from megaseg_dask.models.cytodl.config import (
     REFERENCE,
@@ -31,7 +32,6 @@ from megaseg_dask.models.network import (
     HEADS,
     NetworkSpec,
     Triple,
-    first_few,
     fit_weights,
     require_stored,
     with_aliases,

@@ -19,7 +19,7 @@ from reprlib import Repr
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.models.network import one_line
+from megaseg_dask.messages import one_line
 
 if TYPE_CHECKING:
     import yaml

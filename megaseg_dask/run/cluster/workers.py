@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import dask
@@ -82,7 +82,7 @@ class Workers:
 
     def record(self) -> dict[str, Any]:
         """Return what the run folder keeps of its workers: hosts and devices, as JSON values."""
-        return {"workers": [worker.fields() for worker in self.joined.values()]}
+        return {"workers": [asdict(worker) for worker in self.joined.values()]}
 
     # -- as a run begins and ends
 

@@ -2,11 +2,11 @@
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megaseg_dask.errors import ClusterError
-from megaseg_dask.events import Event, Joined, Result, Started
+from megaseg_dask.events import Event, Joined, Notice, Result, Started
 from megaseg_dask.plan.cluster_spec import read_cluster
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
@@ -38,15 +38,15 @@ class Seen:
                 self.dashboard = event.dashboard
             case Result():
                 self.result = event
-            case _ if event.kind == "notice":
-                self.notes.append(str(event.fields()["text"]))
+            case Notice():
+                self.notes.append(event.text)
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         return {
             "kind": self.kind,
             "target": self.target,
-            "workers": [worker.fields() for worker in self.workers],
+            "workers": [asdict(worker) for worker in self.workers],
             "notes": self.notes,
             "dashboard": self.dashboard,
             "block_s": self.result.wall_s if self.result else None,
@@ -81,5 +81,5 @@ def check_cluster(
     finally:
         folder.remove()
     if result.failures:
-        raise ClusterError(f"{file}: the worker joined and failed: {result.failures[0]['error']}")
+        raise ClusterError(f"{file}: the worker joined and failed: {result.failures[0].error}")
     return seen

@@ -101,7 +101,8 @@ def train(request: Request, emit: Emit) -> Trained:
             changes = _changes(request, recipe, begin, work, counts)
             finished = run_inside(python, changes, work, recipe, emit)
             result = _publish(out, recipe, request, finished, counts)
-            fields = {key: value for key, value in result.fields().items() if key != "already_done"}
+            fields = asdict(result)
+            del fields["already_done"]
             _write_record(work, identity | {"ends": ends, "done": fields})
             for name in ("cache", "data"):
                 shutil.rmtree(work / name, ignore_errors=True)
