@@ -32,7 +32,7 @@ from megaseg_dask.models import NetworkSpec, build_network
 from megaseg_dask.models.registry import load
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import plan_runs, segment
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, open_array
 from megaseg_dask.tools.demo import write_sample
 from megaseg_dask.tools.simulation import simulate
 
@@ -165,7 +165,7 @@ def _run(
             }
 
         best = min((again(f"{targets}-{n}.zarr") for n in range(2)), key=lambda run: run["wall_s"])
-    return {**best, **_compare(np.asarray((Location.of(exact) / "0").open_array()[...]), expected)}
+    return {**best, **_compare(np.asarray(open_array(Location.of(exact) / "0")[...]), expected)}
 
 
 def _compare(scores: np.ndarray, expected: np.ndarray) -> dict[str, float]:

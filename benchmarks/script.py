@@ -28,7 +28,7 @@ from megaseg_dask.models import build_network
 from megaseg_dask.models.registry import load
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import plan_runs, segment
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, open_array
 from megaseg_dask.tools.demo import write_sample
 from megaseg_dask.tools.simulation import simulate
 
@@ -98,7 +98,7 @@ def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, model: str = "starter") ->
         group = zarr.open_group(theirs, mode="r")
         level = group["0"] if "0" in group else group["s0"]
         found = {
-            "ours": np.asarray((Location.of(ours) / "0").open_array()[...]),
+            "ours": np.asarray(open_array(Location.of(ours) / "0")[...]),
             "script": np.asarray(level[...]),
         }
     n_true = int(label_whole(expected > 0.5, connectivity=1).max())

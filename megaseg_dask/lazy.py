@@ -44,6 +44,7 @@ from megaseg_dask.inference.engine import (
     resolve_engine,
 )
 from megaseg_dask.models.cards import MINIMUM_SHAPE
+from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import SPATIAL, Image, read_image
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.planner import open_models
@@ -103,7 +104,7 @@ def _label_names(location: Location) -> list[str]:
     labels = location / "labels"
     if labels.size("zarr.json") is None and labels.size(".zgroup") is None:
         return []
-    return list(map(str, labels.ome_attributes()[1].get("labels") or ()))
+    return list(map(str, read_ome(labels).get("labels") or ()))
 
 
 def _level(location: Location, image: Image, number: int) -> xarray.Dataset:

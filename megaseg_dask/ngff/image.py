@@ -21,13 +21,13 @@ from pydantic import ValidationError
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, Shape
 from megaseg_dask.algorithms.pyramids import default_level_shapes
 from megaseg_dask.errors import SourceError, StoreError
+from megaseg_dask.ngff.group import ZARR_FORMAT, ome_of, open_group, read_attributes
 from megaseg_dask.stores import (
     METADATA,
-    ZARR_FORMAT,
     Location,
     cause_of,
     is_store_failure,
-    ome_of,
+    open_array,
     store_error,
 )
 
@@ -230,15 +230,15 @@ def read_image(location: Location) -> Image:
 
 def digest_of(location: Location, image: Image) -> str:
     """Return a digest of what identifies a source: its metadata, shapes and dtypes, not its address."""
-    levels = [(location / level.path).open_array() for level in image.levels]
-    attributes, _ = location.ome_attributes()
+    levels = [open_array(location / level.path) for level in image.levels]
+    attributes = read_attributes(location)
     identity = [attributes, [[list(a.shape), str(a.dtype), list(a.chunks)] for a in levels]]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sample_of(location: Location) -> str:
     """Return a digest of the beginnings of some stored objects of an array: tells two images of one form apart."""
-    array = location.open_array()
+    array = open_array(location)
     grid = BlockGrid(array.shape, array.shards or array.chunks)
     digest = hashlib.sha256()
     for number in sorted({round(i * (len(grid) - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)}):
@@ -252,7 +252,7 @@ def open_ome_group(location: Location, wanted: str) -> tuple[zarr.Group, dict[st
     # A first, impatient look: a wrong address or key is told at once, and in the store's own words.
     location.require_readable()
     try:
-        group = location.open_group()
+        group = open_group(location)
         return group, ome_of(group.attrs.asdict())
     except Exception as error:
         if not location.is_local and is_store_failure(error):
@@ -287,7 +287,7 @@ def _describe_place(location: Location, error: Exception) -> str:
             f"a {kind} file".replace("  ", " ") + " (convert it, with bioformats2raw for instance)"
         )
     with suppress(Exception):
-        location.open_array()
+        open_array(location)
         return f"a single Zarr array (name the folder of its image, perhaps {location.parent})"
     # What is on a web server is not listed.
     names = (
@@ -403,7 +403,7 @@ def _compose(
 
 def _open_level(location: Location, path: str) -> zarr.Array[Any]:
     try:
-        return (location / path).open_array()
+        return open_array(location / path)
     except StoreError:
         raise
     except FileNotFoundError as error:

@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 from megaseg_dask.concurrency import at_once
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
+from megaseg_dask.ngff.group import ZARR_FORMAT, ome_of, write_group
 from megaseg_dask.ngff.image import describe_group, open_ome_group, require_known_version
-from megaseg_dask.stores import ZARR_FORMAT, Location, cause_of, ome_of
+from megaseg_dask.stores import Location, cause_of
 from megaseg_dask.stores.failures import understand
 
 _METADATA_KEY = {2: ".zattrs", 3: "zarr.json"}
@@ -395,7 +396,7 @@ def write_plate(location: Location, plate: Plate, version: str) -> None:
     }
     checked = _model(version).model_validate(listing).model_dump(exclude_none=True)
     rows = dict.fromkeys(field.row for field in plate.fields)
-    at_once(lambda row: (location / row).write_group(version, {}), rows)
+    at_once(lambda row: write_group(location / row, version, {}), rows)
     at_once(lambda well: _write_part(location / well, version, "well", _images(wells[well])), wells)
     _write_part(location, version, "plate", checked)
 
@@ -415,8 +416,8 @@ def _images(fields: list[Field]) -> dict[str, Any]:
 
 def _write_part(location: Location, version: str, name: str, part: dict[str, Any]) -> None:
     if version == "0.4":
-        location.write_group(version, {name: {**part, "version": version}})
+        write_group(location, version, {name: {**part, "version": version}})
     else:
         there = (_read_attributes(location, _METADATA_KEY[ZARR_FORMAT[version]]) or {}).get("ome")
         kept = there if isinstance(there, dict) else {}
-        location.write_group(version, {"ome": {**kept, "version": version, name: part}})
+        write_group(location, version, {"ome": {**kept, "version": version, name: part}})

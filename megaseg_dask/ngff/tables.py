@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from megaseg_dask.errors import StoreError, TargetError
+from megaseg_dask.ngff.group import open_group, require_version, write_group
 from megaseg_dask.stores import Location, naming
 
 Columns = Mapping[str, NDArray[Any]]
@@ -127,12 +128,13 @@ def write_ngio_table(
     it is complete. Raises :class:`TargetError` if a table of that name is
     there that has no provenance of this package, or an image of another version.
     """
-    image.require_version(version)
+    require_version(image, version)
     require_own_table(image, name)
     tables = image / "tables"
     # First the rows, then what makes a reader look for them.
     write_parquet(tables / name, "table.parquet", volumes, schema=IMAGE_SCHEMA)
-    (tables / name).write_group(
+    write_group(
+        tables / name,
         version,
         {
             "type": "feature_table",
@@ -146,9 +148,9 @@ def write_ngio_table(
         },
     )
     # Unlike the list of labels, that of tables is no OME metadata: in both versions it stands by itself.
-    tables.write_group(version, {})
-    listed = cast("list[str]", tables.open_group().attrs.get("tables", []))
-    tables.write_group(version, {"tables": [*listed, *({name} - set(listed))]})
+    write_group(tables, version, {})
+    listed = cast("list[str]", open_group(tables).attrs.get("tables", []))
+    write_group(tables, version, {"tables": [*listed, *({name} - set(listed))]})
 
 
 def read_ngio_table(image: Location, name: str) -> list[tuple[int, int, Columns]]:
@@ -172,11 +174,11 @@ def remove_own_table(image: Location, name: str) -> None:
     tables = image / "tables"
     if _is_own_table(image, name):
         (tables / name).remove()
-        group = tables.open_group()
+        group = open_group(tables)
         listed = [
             other for other in cast("list[str]", group.attrs.get("tables", [])) if other != name
         ]
-        tables.write_group("0.4" if group.metadata.zarr_format == 2 else "0.5", {"tables": listed})
+        write_group(tables, "0.4" if group.metadata.zarr_format == 2 else "0.5", {"tables": listed})
 
 
 def _is_own_table(image: Location, name: str) -> bool | None:
@@ -184,7 +186,7 @@ def _is_own_table(image: Location, name: str) -> bool | None:
     where = image / "tables" / name
     if not any(where.size(key) is not None for key in ("zarr.json", ".zgroup")):
         return None
-    return PROVENANCE in where.open_group().attrs
+    return PROVENANCE in open_group(where).attrs
 
 
 def require_own_table(image: Location, name: str) -> None:

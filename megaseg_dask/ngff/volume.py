@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.chunking import Layout
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, Shape
 from megaseg_dask.errors import DataError, MegasegError, StoreError
+from megaseg_dask.ngff.group import ZARR_FORMAT
 from megaseg_dask.ngff.image import SPATIAL, Image
 from megaseg_dask.stores import (
-    ZARR_FORMAT,
     Location,
     cached_array,
     cause_of,
     is_store_failure,
     store_error,
+    zarr_store,
 )
 
 Array = NDArray[Any]
@@ -219,7 +220,7 @@ def create_array(
     chunks, unit = per_axis(layout.chunk_shape), per_axis(layout.write_unit)
     v3 = ZARR_FORMAT[version] == 3
     zarr.create_array(
-        location.arrays,
+        zarr_store(location, read_only=False),
         shape=image.levels[level].shape,
         chunks=chunks,
         shards=unit if v3 and unit != chunks else None,

@@ -29,7 +29,7 @@ from megaseg_dask.plan.memory import BUDGET_SHARE
 from megaseg_dask.plan.plan import Plan, PlannedVolume, run_folder
 from megaseg_dask.plan.plate_parts import Part
 from megaseg_dask.plan.settings import Settings
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, open_array
 
 DEFAULT_MEMORY_BYTES = 8 * 10**9
 # How all parts of a plate are predicted; the block follows from each one's shape.
@@ -74,7 +74,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     cluster = cluster_of(settings)
     settings = settings.filled(cluster.defaults())
     level = where / paths[0] / image.levels[0].path
-    array = level.open_array()
+    array = open_array(level)
     settings, model, bundles = open_models(settings, image.volume_shape())
     inputs = _choose_inputs(channels, model.in_channels, settings.channel, where)
     names = _target_names(image, inputs, model.outputs)

@@ -2,22 +2,13 @@
 
 from megaseg_dask.concurrency import at_once
 from megaseg_dask.stores.access import StoreOptions, is_secret, lose_patience
+from megaseg_dask.stores.arrays import cached_array, configure, forget, open_array, zarr_store
 from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.failures import cause_of, is_store_failure
-from megaseg_dask.stores.location import (
-    ZARR_FORMAT,
-    Location,
-    cached_array,
-    configure,
-    forget,
-    naming,
-    ome_of,
-    store_error,
-)
+from megaseg_dask.stores.location import Location, naming, store_error
 
 __all__ = [
     "METADATA",
-    "ZARR_FORMAT",
     "Location",
     "StoreOptions",
     "at_once",
@@ -29,6 +20,7 @@ __all__ = [
     "is_store_failure",
     "lose_patience",
     "naming",
-    "ome_of",
+    "open_array",
     "store_error",
+    "zarr_store",
 ]

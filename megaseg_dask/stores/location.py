@@ -1,34 +1,25 @@
-"""Where data live: one address for arrays and for small objects, on a disk or in an object store.
+"""Where data live: addresses, and small objects below them, on a disk or in an object store.
 
 A :class:`Location` is an address and nothing else, so it travels to workers;
 how its store is opened is set once per process. Errors name the address, the
 cause and the next step.
 """
 
-import functools
-import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-import zarr
-import zarr.storage
 
 from megaseg_dask.errors import MegasegError, SourceError, StoreError, TargetError
 from megaseg_dask.messages import closest
 from megaseg_dask.stores import access, address, local
-from megaseg_dask.stores.access import StoreOptions
 from megaseg_dask.stores.backend import Folder
-from megaseg_dask.stores.clients import client_of
 from megaseg_dask.stores.failures import explain, is_store_failure
 from megaseg_dask.stores.foreign import open_foreign
 from megaseg_dask.stores.object_store import open_objects
 
-ZARR_FORMAT = {"0.4": 2, "0.5": 3}
 # The others, Google among them, are open only to those who installed a package for them.
 _KNOWN = (address.LOCAL, address.S3, address.AZURE, *address.WEB)
 
@@ -48,7 +39,7 @@ class Location:
         location = cls(address.normalise(text))
         if address.scheme_of(location.url) not in _KNOWN:
             # Whether fsspec knows the scheme, and its package is installed.
-            location._folder()
+            location.backend()
         return location
 
     def __truediv__(self, name: str) -> "Location":
@@ -109,7 +100,8 @@ class Location:
 
     # -- what is there
 
-    def _folder(self, *, patient: bool = True) -> Folder:
+    def backend(self, *, patient: bool = True) -> Folder:
+        """Return what reaches the store; its errors are those of the system or of a client."""
         if self.is_local:
             return local.open_disk(self.path)
         if address.scheme_of(self.url) in _KNOWN:
@@ -119,12 +111,12 @@ class Location:
     def exists(self) -> bool:
         """Tell whether anything is there: a folder, or what is below a prefix."""
         with naming(self, "read"):
-            return self._folder().exists()
+            return self.backend().exists()
 
     def is_folder(self) -> bool:
         """Tell whether there is anything below this address."""
         with naming(self, "read"):
-            return self._folder().is_folder()
+            return self.backend().is_folder()
 
     def children(self) -> list[str]:
         """Return the names of the folders and objects right below, sorted; none if there is no such folder.
@@ -132,7 +124,7 @@ class Location:
         Raises :class:`StoreError` on a web server, which lists nothing.
         """
         with naming(self, "list"):
-            return self._folder().children()
+            return self.backend().children()
 
     def probe(self, kind: type[MegasegError] = SourceError) -> bool:
         """Ask once whether anything is there, without the patience of later requests.
@@ -141,7 +133,7 @@ class Location:
         :class:`StoreError` if the store does not answer.
         """
         with naming(self, "read", kind):
-            return self._folder(patient=False).exists()
+            return self.backend(patient=False).exists()
 
     def require_readable(self) -> None:
         """Raise :class:`SourceError` if nothing is there or it may not be read, :class:`StoreError` for no answer."""
@@ -170,7 +162,7 @@ class Location:
         # The run folder stands beside the target.
         name, folder = (
             f"{self.basename}.megaseg-probe-{uuid.uuid4().hex[:8]}",
-            self.parent._folder(patient=False),
+            self.parent.backend(patient=False),
         )
         with naming(self, "write", TargetError):
             created = [folder.create(name, b"") for _ in range(2)]
@@ -186,27 +178,27 @@ class Location:
     def put(self, key: str, data: bytes, *, patient: bool = True) -> None:
         """Write one object, whole or not at all. Without patience, a store that is silent is asked once."""
         with naming(self / key, "write"):
-            self._folder(patient=patient).put(key, data)
+            self.backend(patient=patient).put(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write one object unless there is one; tell whether it was written. Of several writers one succeeds."""
         with naming(self / key, "write"):
-            return self._folder().create(key, data)
+            return self.backend().create(key, data)
 
     def delete(self, key: str) -> None:
         """Remove one object; none there is no error."""
         with naming(self / key, "remove"):
-            self._folder().delete(key)
+            self.backend().delete(key)
 
     def get(self, key: str, *, patient: bool = True) -> bytes | None:
         """Read one object; ``None`` if there is none. Without patience, a store that is silent is asked once."""
         with naming(self / key, "read"):
-            return self._folder(patient=patient).get(key)
+            return self.backend(patient=patient).get(key)
 
     def size(self, key: str) -> int | None:
         """Return the bytes of one object; ``None`` if there is none."""
         with naming(self / key, "read"):
-            return self._folder().size(key)
+            return self.backend().size(key)
 
     def head(self, key: str, n_bytes: int) -> bytes | None:
         """Read the beginning of one object; ``None`` if there is none."""
@@ -215,17 +207,17 @@ class Location:
     def part(self, key: str, start: int, stop: int) -> bytes | None:
         """Read bytes ``start:stop`` of one object, fewer if it ends before; ``None`` if there is none."""
         with naming(self / key, "read"):
-            return self._folder().part(key, start, stop)
+            return self.backend().part(key, start, stop)
 
     def keys(self, prefix: str) -> list[str]:
         """Return the keys below a folder, sorted."""
         with naming(self / prefix, "list"):
-            return self._folder().keys(prefix)
+            return self.backend().keys(prefix)
 
     def remove(self) -> None:
         """Remove the folder and all below it; nothing there is no error."""
         with naming(self, "remove"):
-            self._folder().remove()
+            self.backend().remove()
 
     def sync(self) -> None:
         """Flush what was written here to stable storage; an object store has done so when it answers."""
@@ -237,93 +229,6 @@ class Location:
         """Remove what interrupted writes of arrays left below a local folder; return how many there were."""
         with naming(self, "remove"):
             return local.sweep_partial(self.path) if self.is_local else 0
-
-    # -- arrays
-
-    @property
-    def arrays(self) -> zarr.storage.StoreLike:
-        """The zarr store rooted here."""
-        return self._folder().arrays(read_only=False)
-
-    def open_group(self) -> zarr.Group:
-        """Open the group here for reading; raises what zarr raises."""
-        # Consolidated metadata may be older than the attributes they repeat.
-        return zarr.open_group(
-            self._folder().arrays(read_only=True), mode="r", use_consolidated=False
-        )
-
-    def ome_attributes(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return all attributes of the group here, and the OME metadata among them (0.5 has them under ``ome``)."""
-        attributes = cast(dict[str, Any], self.open_group().attrs.asdict())
-        return attributes, ome_of(attributes)
-
-    def open_array(self, *, writable: bool = False) -> zarr.Array[Any]:
-        """Open the array here; raises :class:`FileNotFoundError` if there is none."""
-        with naming(self, "open"):
-            return zarr.open_array(
-                self._folder().arrays(read_only=not writable), mode="r+" if writable else "r"
-            )
-
-    def require_version(self, version: str) -> None:
-        """Raise :class:`TargetError` if a group of another Zarr format is here: each reader would see half of it."""
-        format_ = ZARR_FORMAT[version]
-        if self.size(".zgroup" if format_ == 3 else "zarr.json") is not None:
-            raise TargetError(
-                f"{self} is a Zarr v{5 - format_} group, and OME-Zarr {version} is stored as "
-                f"v{format_}; choose the other version with --ome-zarr"
-            )
-
-    def write_group(
-        self, version: str, attributes: Mapping[str, object], *, replace: bool = False
-    ) -> None:
-        """Create the group if it is not there, and set these of its attributes, or these alone.
-
-        See :meth:`require_version`.
-        """
-        self.require_version(version)
-        # As JSON: of thousands of groups, each then costs one request to read and one to write.
-        if ZARR_FORMAT[version] == 2:
-            if self.size(".zgroup") is None:
-                self.put(".zgroup", _json({"zarr_format": 2}))
-            kept = self._read_json(".zattrs")
-            written: dict[str, Any] = {**({} if replace else kept), **attributes}
-            if written != kept:
-                self.put(".zattrs", _json(written))
-            return
-        there = self._read_json("zarr.json")
-        if there.get("node_type") == "array":
-            raise TargetError(
-                f"{self} is an array, and cannot become a group; choose another target"
-            )
-        kept = {} if replace else there.get("attributes") or {}
-        node = {
-            "zarr_format": 3,
-            "node_type": "group",
-            **there,
-            "attributes": {**kept, **attributes},
-        }
-        if node != there:
-            self.put("zarr.json", _json(node))
-
-    def _read_json(self, key: str) -> dict[str, Any]:
-        """Return the object of a metadata file, empty if there is none; :class:`TargetError` if it is damaged."""
-        try:
-            found = json.loads(self.get(key) or b"{}")
-        except ValueError as error:
-            raise TargetError(
-                f"{self}/{key} is damaged ({error}); mend it, or choose another target"
-            ) from error
-        return found if isinstance(found, dict) else {}
-
-
-def _json(value: Mapping[str, object]) -> bytes:
-    return json.dumps(value, indent=1).encode()
-
-
-def ome_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the OME metadata among the attributes of a group: all of them, or in 0.5 those under ``ome``."""
-    ome = attributes.get("ome", attributes)
-    return dict(ome) if isinstance(ome, Mapping) else {}
 
 
 @contextmanager
@@ -349,21 +254,3 @@ def naming(location: Location, verb: str, kind: type[MegasegError] | None = None
 def store_error(location: Location, verb: str, error: BaseException) -> StoreError:
     """Return the error that names URL, cause and next step."""
     return StoreError(explain(location.url, verb, error)[1])
-
-
-@functools.lru_cache(maxsize=64)
-def cached_array(location: Location, *, writable: bool = False) -> zarr.Array[Any]:
-    """Open an array once per process: opening costs more than reading a small chunk."""
-    return location.open_array(writable=writable)
-
-
-def configure(given: StoreOptions) -> None:
-    """Set how this process opens stores; what was opened otherwise is forgotten."""
-    if access.set_current(given):
-        forget()
-
-
-def forget() -> None:
-    """Forget opened stores and arrays, such as after credentials in the environment changed."""
-    client_of.cache_clear()
-    cached_array.cache_clear()

@@ -17,6 +17,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.matching import Evaluation
 from megaseg_dask.errors import SettingsError, TargetError, TaskError
 from megaseg_dask.events import Result
+from megaseg_dask.ngff.group import write_group
 from megaseg_dask.ngff.image import Axis, Image, Level, image_attributes, versioned
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.plan.settings import parse_settings
@@ -97,10 +98,10 @@ def write_sample(location: Location, image: NDArray[np.uint16], truth: NDArray[n
     axes = tuple(Axis(name, "space", "micrometer") for name in "zyx")
     described = Image("0.5", "nuclei", axes, (level,), "uint16")
     labels = location / "labels"
-    location.write_group("0.5", {})
-    labels.write_group("0.5", versioned({"labels": ["truth"]}, "0.5"))
+    write_group(location, "0.5", {})
+    write_group(labels, "0.5", versioned({"labels": ["truth"]}, "0.5"))
     for group, values in ((location, image), (labels / "truth", truth)):
-        group.write_group("0.5", image_attributes(described, label=values is truth))
+        write_group(group, "0.5", image_attributes(described, label=values is truth))
         create_array(
             group / "0",
             described,

@@ -10,6 +10,7 @@ import numpy as np
 from megaseg_dask.algorithms.geometry import BlockGrid
 from megaseg_dask.algorithms.matching import Contingency, Evaluation, evaluate_contingency
 from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.stores import Location
@@ -28,7 +29,7 @@ def find_labels(address: str, name: str | None = None) -> Location:
     if not location.exists():
         raise SourceError(f"{location} does not exist{location.hint()}; check the path")
     labels = location / "labels"
-    names = (labels.ome_attributes()[1].get("labels") or []) if labels.exists() else []
+    names = (read_ome(labels).get("labels") or []) if labels.exists() else []
     if not names:
         return location
     if name is None and len(names) > 1:
@@ -42,7 +43,7 @@ def find_labels(address: str, name: str | None = None) -> Location:
 
 def is_label_image(location: Location) -> bool:
     """Tell whether an image says that its voxels are ids of objects."""
-    return "image-label" in location.ome_attributes()[1]
+    return "image-label" in read_ome(location)
 
 
 def evaluate_images(predicted: Location, truth: Location) -> Evaluation:

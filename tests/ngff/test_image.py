@@ -16,6 +16,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCode
 from megaseg_dask.algorithms.chunking import write_layout
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.errors import DataError, SourceError, StoreError
+from megaseg_dask.ngff.group import write_group
 from megaseg_dask.ngff.image import digest_of, image_attributes, read_image
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.stores import Location, cached_array
@@ -741,5 +742,5 @@ def test_attributes_are_read_back_as_the_same_image(tmp_path, axes):
     for version in ("0.4", "0.5"):
         path = tmp_path / version
         write_image(path, *levels, axes=axes, version=version)
-        Location.of(path).write_group(version, image_attributes(replace(image, version=version)))
+        write_group(Location.of(path), version, image_attributes(replace(image, version=version)))
         assert read_image(Location.of(path)) == replace(image, version=version)

@@ -11,6 +11,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.measurements import measure_block, to_columns
 from megaseg_dask.errors import StoreError, TargetError
 from megaseg_dask.ngff import tables
+from megaseg_dask.ngff.group import write_group
 from megaseg_dask.ngff.image import versioned
 from megaseg_dask.ngff.tables import (
     IMAGE_SCHEMA,
@@ -194,7 +195,7 @@ def labelled(request, tmp_path):
     label.attrs.update(
         described if version == "0.4" else {"ome": {**label.attrs["ome"], "image-label": {}}}
     )
-    Location.of(path / "labels").write_group(version, versioned({"labels": ["nuclei"]}, version))
+    write_group(Location.of(path / "labels"), version, versioned({"labels": ["nuclei"]}, version))
     return version, Location.of(path)
 
 
@@ -281,8 +282,8 @@ def test_other_tables_stay_and_our_own_is_replaced(labelled):
 
     version, image = labelled
     tables = Location.of(image.path / "tables")
-    tables.write_group(version, {"tables": ["rois"]})
-    (tables / "rois").write_group(version, {"type": "roi_table"})
+    write_group(tables, version, {"tables": ["rois"]})
+    write_group(tables / "rois", version, {"type": "roi_table"})
     for n_objects in (3, 5):
         write_table(image, version, [(Place(0, 0), measured(n_objects))])
     container = ngio.open_ome_zarr_container(image.path, mode="r")

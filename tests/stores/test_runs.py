@@ -10,6 +10,7 @@ from numpy.testing import assert_array_equal
 
 from megaseg_dask.cli.app import main
 from megaseg_dask.errors import MegasegError, StoreError
+from megaseg_dask.ngff.group import open_group
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment, status
 from megaseg_dask.stores import Location
@@ -29,7 +30,7 @@ def upload(folder, where: str) -> str:
 
 
 def arrays(where: str) -> dict[str, np.ndarray]:
-    group = Location.of(where).open_group()
+    group = open_group(Location.of(where))
     with warnings.catch_warnings():
         # The rows of a table lie in a group, where ngio has them, and are no Zarr node.
         warnings.filterwarnings("ignore", "Object at table.parquet")

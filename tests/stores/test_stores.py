@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megaseg_dask.concurrency import at_once
 from megaseg_dask.errors import SettingsError, StoreError, TargetError
+from megaseg_dask.ngff.group import open_group, read_attributes, read_ome, write_group
 from megaseg_dask.stores import (
     Location,
     StoreOptions,
@@ -24,7 +25,9 @@ from megaseg_dask.stores import (
     cause_of,
     configure,
     environment,
+    open_array,
 )
+from megaseg_dask.stores.address import normalise
 
 ODD_NAMES = [
     "plain.zarr",
@@ -53,8 +56,8 @@ def test_any_folder_name_keeps_objects_and_arrays(tmp_path, name):
     assert location.get("plan/0.json") == b"{}"
     assert location.size("plan/0.json") == 2
     assert location.keys("plan") == ["plan/0.json"]
-    location.write_group("0.5", {"answer": 42})
-    assert location.open_group().attrs["answer"] == 42
+    write_group(location, "0.5", {"answer": 42})
+    assert open_group(location).attrs["answer"] == 42
 
 
 def test_what_is_not_there_reads_as_nothing_and_is_not_made(tmp_path):
@@ -124,7 +127,7 @@ def test_addresses_that_cannot_be_opened_are_refused(address, words):
         Location.of(address)
     assert "hush" not in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert address.normalise("sftp://me@host/a/") == "sftp://me@host/a"
+    assert normalise("sftp://me@host/a/") == "sftp://me@host/a"
 
 
 @pytest.mark.parametrize(
@@ -193,8 +196,8 @@ def test_location_travels_and_sibling_stands_beside(tmp_path):
     "access",
     [
         lambda location: location.get("zarr.json"),
-        lambda location: location.open_array(),
-        lambda location: location.write_group("0.5", {"a": 1}),
+        lambda location: open_array(location),
+        lambda location: write_group(location, "0.5", {"a": 1}),
     ],
 )
 def test_errors_name_the_object_and_the_cause_in_one_line(tmp_path, access):
@@ -212,7 +215,7 @@ def test_a_file_in_the_way_of_a_write_is_named(tmp_path):
     for write in (
         lambda: Location.of(tmp_path).put("file/plan.json", b"1"),
         lambda: Location.of(tmp_path / "file").put("plan.json", b"1"),
-        lambda: Location.of(tmp_path / "file/group").write_group("0.5", {}),
+        lambda: write_group(Location.of(tmp_path / "file/group"), "0.5", {}),
     ):
         with pytest.raises(StoreError, match="file"):
             write()
@@ -220,7 +223,7 @@ def test_a_file_in_the_way_of_a_write_is_named(tmp_path):
 
 def test_an_absent_array_is_not_a_store_that_failed(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
-        Location.of(tmp_path / "absent").open_array()
+        open_array(Location.of(tmp_path / "absent"))
     assert not isinstance(caught.value, StoreError)
 
 
@@ -230,23 +233,23 @@ def test_an_absent_array_is_not_a_store_that_failed(tmp_path):
 @pytest.mark.parametrize(("version", "zarr_format"), [("0.4", 2), ("0.5", 3)])
 def test_group_is_created_once_and_then_kept(tmp_path, version, zarr_format):
     location = Location.of(tmp_path / "image.zarr")
-    location.write_group(version, {"kept": 1, "ome": {"a": 1}})
-    location.write_group(version, {"ome": {"b": 2}})
+    write_group(location, version, {"kept": 1, "ome": {"a": 1}})
+    write_group(location, version, {"ome": {"b": 2}})
     group = zarr.open_group(location.url, mode="r")
     assert group.metadata.zarr_format == zarr_format
     assert group.attrs.asdict() == {"kept": 1, "ome": {"b": 2}}
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in location.path.iterdir()}
-    location.write_group(version, {})
+    write_group(location, version, {})
     assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in location.path.iterdir()}
 
 
 @pytest.mark.parametrize(("there", "wanted"), [("0.4", "0.5"), ("0.5", "0.4")])
 def test_a_group_never_gets_two_formats(tmp_path, there, wanted):
     location = Location.of(tmp_path)
-    location.write_group(there, {})
+    write_group(location, there, {})
     before = sorted(tmp_path.iterdir())
     with pytest.raises(TargetError, match=f"OME-Zarr {wanted}"):
-        location.write_group(wanted, {})
+        write_group(location, wanted, {})
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -255,14 +258,15 @@ def test_stale_consolidated_metadata_are_not_believed(tmp_path):
     group.attrs["multiscales"] = "old"
     zarr.consolidate_metadata(tmp_path, zarr_format=2)
     zarr.open_group(tmp_path, use_consolidated=False).attrs["multiscales"] = "new"
-    _, ome = Location.of(tmp_path).ome_attributes()
+    ome = read_ome(Location.of(tmp_path))
     assert ome["multiscales"] == "new"
 
 
 @pytest.mark.parametrize("ome", ["text", 3, None, ["list"]])
 def test_foreign_ome_attributes_of_another_type(tmp_path, ome):
-    Location.of(tmp_path).write_group("0.5", {"ome": ome})
-    assert Location.of(tmp_path).ome_attributes() == ({"ome": ome}, {})
+    write_group(Location.of(tmp_path), "0.5", {"ome": ome})
+    assert read_attributes(Location.of(tmp_path)) == {"ome": ome}
+    assert read_ome(Location.of(tmp_path)) == {}
 
 
 def test_arrays_are_opened_once_per_process(tmp_path):
@@ -532,9 +536,9 @@ def test_a_group_is_not_made_of_an_array_or_of_damaged_metadata(tmp_path):
     zarr.create_array(tmp_path / "array", shape=(4,), dtype="u1")
     before = (tmp_path / "array/zarr.json").read_bytes()
     with pytest.raises(TargetError, match="is an array"):
-        Location.of(tmp_path / "array").write_group("0.5", {"a": 1})
+        write_group(Location.of(tmp_path / "array"), "0.5", {"a": 1})
     assert (tmp_path / "array/zarr.json").read_bytes() == before
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/zarr.json").write_text("{")
     with pytest.raises(TargetError, match="is damaged"):
-        Location.of(tmp_path / "torn").write_group("0.5", {})
+        write_group(Location.of(tmp_path / "torn"), "0.5", {})

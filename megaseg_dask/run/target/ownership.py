@@ -10,6 +10,7 @@ from typing import Any
 from megaseg_dask.algorithms import components
 from megaseg_dask.concurrency import at_once
 from megaseg_dask.errors import TargetError
+from megaseg_dask.ngff.group import read_attributes, require_version, write_group
 from megaseg_dask.ngff.volume import create_array
 from megaseg_dask.plan.plan import Plan, run_names, runs_folder
 from megaseg_dask.run.target.publish import (
@@ -179,7 +180,7 @@ def _is_foreign(location: Location) -> bool:
     if provenance_at(location) is not None:
         return False
     try:
-        attributes, _ = location.ome_attributes()
+        attributes = read_attributes(location)
     except Exception:
         return True
     # A bare group may be one whose mark was not yet written when its run was killed.
@@ -193,7 +194,7 @@ def _require_one_version(plan: Plan, image: str) -> None:
     others = _folders(labels) - {g.name(plan) for g in groups_of(plan, image) if g.kind != "scores"}
     staying = ([labels] if others else []) + ([parent] if "scores" not in plan.arrays else [])
     for place in staying:
-        place.require_version(version)
+        require_version(place, version)
 
 
 def clear(plan: Plan) -> None:
@@ -235,7 +236,7 @@ def create(plan: Plan) -> None:
     if is_whole_plate(plan):
         list_fields(plan, own=False)
     else:
-        plan.target.write_group(version, {} if is_in_place(plan) else mark)
+        write_group(plan.target, version, {} if is_in_place(plan) else mark)
     # The fields of a plate are alike: the first is made with care, and its metadata are copied.
     first, *others = images(plan)
     _create_image(plan, first)
@@ -258,9 +259,9 @@ def _create_image(plan: Plan, image: str) -> None:
     for group in groups_of(plan, image):
         place = group.location(plan)
         if group.kind != "scores":
-            (group.parent(plan) / "labels").write_group(version, {})
+            write_group(group.parent(plan) / "labels", version, {})
         if not (is_in_place(plan) and group.kind == "scores"):
-            place.write_group(version, mark)
+            write_group(place, version, mark)
         written = plan.target_image if group.kind == "scores" else plan.label_image
         for level in range(len(written.levels)):
             with naming(place / str(level), "create"):

@@ -13,7 +13,12 @@ from typing import Any
 
 from megaseg_dask.concurrency import at_once
 from megaseg_dask.errors import SourceError, StoreError
-from megaseg_dask.ngff.group import refresh
+from megaseg_dask.ngff.group import (
+    read_attributes,
+    read_ome,
+    update_consolidated,
+    write_group,
+)
 from megaseg_dask.ngff.image import image_attributes, open_ome_group, versioned
 from megaseg_dask.ngff.plate import is_plate, join_plates, read_plate, write_plate
 from megaseg_dask.plan.plan import Plan, PlannedVolume
@@ -47,7 +52,7 @@ def mark_of(plan: Plan) -> dict[str, str]:
 def provenance_at(group: Location) -> dict[str, Any] | None:
     """Return what a run left at a group, its mark or its provenance, if it did."""
     try:
-        found: dict[str, Any] | None = group.ome_attributes()[0].get(PROVENANCE)
+        found: dict[str, Any] | None = read_attributes(group).get(PROVENANCE)
     except Exception:
         return None
     return found
@@ -58,7 +63,7 @@ def withdraw(plan: Plan) -> None:
 
     def withdraw_group(place: Location) -> None:
         if provenance_at(place) != mark_of(plan):
-            place.write_group(plan.target_image.version, {PROVENANCE: mark_of(plan)}, replace=True)
+            write_group(place, plan.target_image.version, {PROVENANCE: mark_of(plan)}, replace=True)
 
     def withdraw_image(image: str) -> None:
         for group in groups_of(plan, image):
@@ -96,7 +101,7 @@ def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[st
         # Labels first: whoever sees the image then sees all of it.
         for group in groups_of(plan, image):
             attributes = scores if group.kind == "scores" else labels
-            group.location(plan).write_group(version, {**attributes, **provenance})
+            write_group(group.location(plan), version, {**attributes, **provenance})
             if group.kind != "scores":
                 list_labels(plan, group.parent(plan) / "labels", add=group.name(plan))
 
@@ -104,7 +109,7 @@ def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[st
     if is_whole_plate(plan):
         list_fields(plan, own=True, missing_boxes=missing_boxes)
     elif "scores" not in plan.arrays and plan.plate is None and not is_in_place(plan):
-        plan.target.write_group(version, provenance_of(""))
+        write_group(plan.target, version, provenance_of(""))
 
 
 def list_fields(plan: Plan, *, own: bool, missing_boxes: Sequence[dict[str, Any]] = ()) -> None:
@@ -114,14 +119,14 @@ def list_fields(plan: Plan, *, own: bool, missing_boxes: Sequence[dict[str, Any]
     there = read_plate(root) if is_plate(root) else replace(plan.plate, fields=())
     others = replace(there, fields=tuple(field for field in there.fields if field.path not in mine))
     if not (own or others.fields):
-        root.write_group(version, {PROVENANCE: mark_of(plan)}, replace=True)
+        write_group(root, version, {PROVENANCE: mark_of(plan)}, replace=True)
         return
     earlier = (provenance_at(root) or {}).get("missing_boxes", [])
     boxes = [box for box in earlier if box.get("image") not in mine] + list(missing_boxes)
     write_plate(
         root, join_plates(plan.plate if own else replace(plan.plate, fields=()), others), version
     )
-    root.write_group(version, {PROVENANCE: {**provenance_by(plan, []), "missing_boxes": boxes}})
+    write_group(root, version, {PROVENANCE: {**provenance_by(plan, []), "missing_boxes": boxes}})
 
 
 def refresh_consolidated(plan: Plan) -> None:
@@ -149,7 +154,7 @@ def _above(image: Location) -> list[Location]:
 
 
 def _refresh(group: Location, below: list[Location]) -> None:
-    refresh(
+    update_consolidated(
         group, list(dict.fromkeys(place.url.removeprefix(group.url).strip("/") for place in below))
     )
 
@@ -166,10 +171,11 @@ def _tables(plan: Plan, image: str) -> list[Location]:
 
 def list_labels(plan: Plan, labels: Location, *, add: str = "", remove: str = "") -> None:
     """Keep the list of label images in a ``labels`` group, which viewers go by."""
-    version, (_, ome) = plan.target_image.version, labels.ome_attributes()
+    version = plan.target_image.version
+    ome = read_ome(labels)
     names = [n for n in ome.get("labels") or [] if n not in (add, remove)] + ([add] if add else [])
     listed = versioned({"labels": names}, version)
-    labels.write_group(version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
+    write_group(labels, version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
 
 
 def provenance_by(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from markupsafe import Markup
 
 from megaseg_dask.concurrency import at_once
+from megaseg_dask.ngff.group import read_attributes
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run import log, workspace
 from megaseg_dask.run.journal import Journal
@@ -382,7 +383,7 @@ class Page:
         """Return the versions that the first finished output names; none where nothing is finished."""
         for group in islice(workspace.groups(self.plan), _MOST_SAMPLES):
             try:
-                made_by = group.location(self.plan).ome_attributes()[0].get(publish.PROVENANCE, {})
+                made_by = read_attributes(group.location(self.plan)).get(publish.PROVENANCE, {})
             except Exception:  # whatever zarr says of a group that is not there
                 continue
             if versions := made_by.get("versions"):

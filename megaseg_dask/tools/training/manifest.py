@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.errors import MegasegError, SettingsError, SourceError
+from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.plate import is_plate, read_plate
 from megaseg_dask.ngff.volume import Volume
@@ -114,7 +115,7 @@ def read_examples(manifest: str, channel: str | None, label: str | None) -> list
 
 def _label_names(image: Location) -> list[str]:
     labels = image / "labels"
-    return list(labels.ome_attributes()[1].get("labels") or []) if labels.exists() else []
+    return list(read_ome(labels).get("labels") or []) if labels.exists() else []
 
 
 def _of_image(

@@ -13,6 +13,7 @@ import numpy as np
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, SourceError, TargetError
+from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate
 from megaseg_dask.ngff.volume import Volume
@@ -170,7 +171,7 @@ def _try_read(location: Location) -> Image | None:
 
 def _label_names(image: Location) -> list[str]:
     try:
-        listed = (image / "labels").ome_attributes()[1].get("labels")
+        listed = read_ome(image / "labels").get("labels")
     except Exception:
         return []  # an image without labels
     return [str(name) for name in listed or []]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megaseg_dask.stores import ZARR_FORMAT
+from megaseg_dask.ngff.group import ZARR_FORMAT
 from megaseg_dask.tools.view.gallery import Layer, Scene
 
 State = dict[str, Any]
