@@ -1,19 +1,40 @@
-"""Many requests at once: of the time that a store takes to answer, most goes by in waiting."""
+"""Requests in threads: while a store answers one, others are on their way.
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+Reading one object takes milliseconds, mostly waiting; one at a time, a million
+objects would take an hour.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_THREADS = 32
+_MAX_THREADS = 32
+_MAX_READERS = 16
 
 
-def at_once(function: Callable[[T], R], items: Iterable[T], n_threads: int = _THREADS) -> list[R]:
-    """Call a function for each item, many at a time, and return the results in the order of the items.
+def map_threaded(
+    function: Callable[[T], R], items: Iterable[T], n_threads: int = _MAX_THREADS
+) -> list[R]:
+    """Call a function for each item in threads and return the results in the order of the items.
 
-    The first error ends it: what had not begun by then is not done.
+    The first error is raised; calls that have not begun by then are not made.
     """
     with ThreadPoolExecutor(n_threads) as pool:
         return list(pool.map(function, items))
+
+
+def read_ahead(read: Callable[[T], R], keys: Iterable[T], n_ahead: int) -> Iterator[tuple[T, R]]:
+    """Yield each key with the result of ``read``, in order; ``n_ahead`` results exist at most."""
+    with ThreadPoolExecutor(min(n_ahead, _MAX_READERS)) as pool:
+        pending: deque[tuple[T, Future[R]]] = deque()
+        for key in keys:
+            pending.append((key, pool.submit(read, key)))
+            if len(pending) == n_ahead:
+                oldest, result = pending.popleft()
+                yield oldest, result.result()
+        for key, result in pending:
+            yield key, result.result()

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import zarr
 
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError
 from megaseg_dask.stores import METADATA, Location, zarr_store
 
@@ -153,7 +153,7 @@ def _update_entries(group: Location, record: dict[str, Any], names: Mapping[str,
     entries = record.get("metadata")
     if not isinstance(entries, dict):
         return False
-    for name, data in zip(names.values(), at_once(group.get, names), strict=True):
+    for name, data in zip(names.values(), map_threaded(group.get, names), strict=True):
         entries.pop(name, None)
         if data is not None:
             # What a node repeats of the nodes below it is not repeated again.

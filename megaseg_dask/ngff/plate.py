@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.ngff.group import ZARR_FORMAT, ome_of, write_group
 from megaseg_dask.ngff.image import describe_group, open_ome_group, require_known_version
@@ -149,7 +149,7 @@ def read_plate(location: Location) -> Plate:
     read = partial(_read_well, location, _METADATA_KEY[group.metadata.zarr_format])
     try:
         plate, wells = _parse_listing(version, str(listing.get("name") or location.name), listing)
-        found = list(zip(wells, at_once(read, wells), strict=True))
+        found = list(zip(wells, map_threaded(read, wells), strict=True))
         fields = tuple(
             field for _, of_well in found if not isinstance(of_well, str) for field in of_well
         )
@@ -396,8 +396,10 @@ def write_plate(location: Location, plate: Plate, version: str) -> None:
     }
     checked = _model(version).model_validate(listing).model_dump(exclude_none=True)
     rows = dict.fromkeys(field.row for field in plate.fields)
-    at_once(lambda row: write_group(location / row, version, {}), rows)
-    at_once(lambda well: _write_part(location / well, version, "well", _images(wells[well])), wells)
+    map_threaded(lambda row: write_group(location / row, version, {}), rows)
+    map_threaded(
+        lambda well: _write_part(location / well, version, "well", _images(wells[well])), wells
+    )
     _write_part(location, version, "plate", checked)
 
 

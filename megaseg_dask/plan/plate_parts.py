@@ -8,7 +8,7 @@ or can be read only later, make new parts.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate, select_fields
@@ -108,7 +108,7 @@ def _read_fields(source: Location, settings: Settings) -> tuple[Plate, dict[str,
     if not plate.fields:
         listed = "; ".join(f"{path}: {reason}" for path, reason in plate.missing[:3])
         raise SourceError(f"{source} has no field that can be read ({listed})")
-    found = at_once(lambda field: _try_image(source / field.path), plate.fields)
+    found = map_threaded(lambda field: _try_image(source / field.path), plate.fields)
     images = {f.path: i for f, i in zip(plate.fields, found, strict=True) if isinstance(i, Image)}
     broken = tuple(
         (f.path, str(i))

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import StoreError
 from megaseg_dask.plan.plan import Plan, Stage
 from megaseg_dask.stores import Location, lose_patience
@@ -101,7 +101,7 @@ class Journal:
         self._n_segments = max(numbers.values(), default=-1) + 1
         keys = sorted(numbers, key=lambda key: (numbers[key], key))
         for i in range(0, len(keys), _AT_ONCE):
-            for data in at_once(self.run.get, keys[i : i + _AT_ONCE]):
+            for data in map_threaded(self.run.get, keys[i : i + _AT_ONCE]):
                 self._read_segment(data or b"")
         return self
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import StoreError, TargetError
 from megaseg_dask.stores import Location
 
@@ -189,7 +189,7 @@ def _acquire(run: Location, lease: Lease) -> None:
 
 def _require_none(run: Location, lease_ids: list[str], doing: str) -> None:
     """Raise :class:`TargetError` if somebody has one of these leases; remove those of processes that are gone."""
-    found = dict(zip(lease_ids, at_once(lambda i: read(run, i), lease_ids), strict=True))
+    found = dict(zip(lease_ids, map_threaded(lambda i: read(run, i), lease_ids), strict=True))
     holders = {i: holder for i, holder in found.items() if holder is not None}
     if alive := _find_alive(run, holders):
         raise TargetError(f"{alive} is {doing} {run}; wait for it, or end it, and try again")
@@ -208,7 +208,7 @@ def _find_alive(run: Location, holders: Mapping[str, Lease]) -> Lease | None:
     patience = time.monotonic() + _PATIENCE * beat_s
     while silent and time.monotonic() < patience:
         time.sleep(min(beat_s, BEAT_S) / 2)
-        now = dict(zip(silent, at_once(lambda i: read(run, i), list(silent)), strict=True))
+        now = dict(zip(silent, map_threaded(lambda i: read(run, i), list(silent)), strict=True))
         for lease_id, holder in now.items():
             if holder is not None and holder != silent[lease_id]:
                 return holder

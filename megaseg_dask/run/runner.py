@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import MegasegError, SettingsError, TargetError
 from megaseg_dask.events import Event, Failure, Result, RunStatus, Started
 from megaseg_dask.inference.engine import measure_patch_s
@@ -350,7 +350,7 @@ def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
     missing = {
         plan.split_index(stage, index)[0] for stage, index in journal.failed if stage == "measure"
     }
-    return at_once(
+    return map_threaded(
         lambda v: {} if v in missing else workspace.read_state(plan, v), range(len(plan.volumes))
     )
 

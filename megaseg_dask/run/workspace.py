@@ -7,13 +7,11 @@ given up, and wakes up late, finds another client's plan in its place.
 import io
 import json
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +26,6 @@ from megaseg_dask.stores import Location
 
 Array = NDArray[Any]
 State = dict[str, Any]
-K = TypeVar("K")
-T = TypeVar("T")
 
 WORK = "work"
 VOLUMES = "volumes"
@@ -37,7 +33,6 @@ SUMS = "sums"
 # Where summaries of tasks, and the state of a volume, keep what is known of each output.
 BY_OUTPUT = "by_output"
 
-_MOST_READERS = 16
 
 # The id of the lease under which this process works for a client; none in a process that works by itself.
 _holder: ContextVar[str | None] = ContextVar("holder", default=None)
@@ -224,22 +219,6 @@ def _get(plan: Plan, output: Output, name: str) -> bytes:
     if data is None:
         raise TaskError(f"{folder}/{name} is missing; an earlier stage has to run first")
     return data
-
-
-def read_ahead(read: Callable[[K], T], keys: Sequence[K], ahead: int) -> Iterator[tuple[K, T]]:
-    """Yield each key with what ``read`` gives for it, in order, with ``ahead`` of them in memory or on their way.
-
-    A store answers a request after milliseconds; one at a time, a million objects would take an hour.
-    """
-    with ThreadPoolExecutor(min(ahead, _MOST_READERS)) as pool:
-        coming: deque[tuple[K, Future[T]]] = deque()
-        for key in keys:
-            coming.append((key, pool.submit(read, key)))
-            if len(coming) == ahead:
-                first, found = coming.popleft()
-                yield first, found.result()
-        for key, found in coming:
-            yield key, found.result()
 
 
 def read_state(plan: Plan, volume: int) -> State:

@@ -1,6 +1,5 @@
 """Stores: where data live and how they are opened, on disks, in object stores and on web servers."""
 
-from megaseg_dask.concurrency import at_once
 from megaseg_dask.stores.access import StoreOptions, is_secret, lose_patience
 from megaseg_dask.stores.arrays import cached_array, configure, forget, open_array, zarr_store
 from megaseg_dask.stores.backend import METADATA
@@ -11,7 +10,6 @@ __all__ = [
     "METADATA",
     "Location",
     "StoreOptions",
-    "at_once",
     "cached_array",
     "cause_of",
     "configure",

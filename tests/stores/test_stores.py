@@ -15,7 +15,7 @@ import zarr
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, StoreError, TargetError
 from megaseg_dask.ngff.group import open_group, read_attributes, read_ome, write_group
 from megaseg_dask.stores import (
@@ -520,7 +520,7 @@ def test_target_and_the_folder_beside_it_are_both_probed(tmp_path, monkeypatch, 
 
 
 def test_many_at_once_keep_their_order_and_end_at_the_first_error():
-    assert at_once(lambda n: n * n, range(100)) == [n * n for n in range(100)]
+    assert map_threaded(lambda n: n * n, range(100)) == [n * n for n in range(100)]
     begun = []
 
     def fail(n: int) -> None:
@@ -528,7 +528,7 @@ def test_many_at_once_keep_their_order_and_end_at_the_first_error():
         raise ValueError(n)
 
     with pytest.raises(ValueError, match="0"):
-        at_once(fail, range(10_000), 2)
+        map_threaded(fail, range(10_000), 2)
     assert len(begun) < 10_000
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megaseg_dask.algorithms import components
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError
 from megaseg_dask.ngff.group import read_attributes, require_version, write_group
 from megaseg_dask.ngff.volume import create_array
@@ -54,7 +54,9 @@ def read_parts(target: Location, label_name: str) -> list[Plan]:
     runs = runs_folder(target)
     names = sorted(filter(run_names(label_name).fullmatch, runs.children()), key=len)
     return [
-        plan for plan in at_once(lambda name: read_recorded(runs / name), names) if plan is not None
+        plan
+        for plan in map_threaded(lambda name: read_recorded(runs / name), names)
+        if plan is not None
     ]
 
 
@@ -121,7 +123,7 @@ def _short(value: object) -> str:
 
 def is_present(plan: Plan) -> bool:
     """Tell whether the arrays of a recorded run are still there: a missing one would read as background."""
-    arrays = at_once(lambda group: (group.location(plan) / "0").exists(), groups(plan))
+    arrays = map_threaded(lambda group: (group.location(plan) / "0").exists(), groups(plan))
     if is_whole_plate(plan) and provenance_at(plan.target) is None:
         return False
     return all(arrays) and all(_is_ours(plan, place) for place in marked(plan)[:_MOST_LOOKED_AT])
@@ -149,8 +151,8 @@ def require_free(plan: Plan, *, is_joining: bool = False) -> None:
     recorded = plan.run.get(PLAN) is not None
     is_within = is_in_place(plan) or is_joining
     places = [g.location(plan) for g in groups(plan)] if is_within else [plan.target]
-    at_once(lambda where: _require_free_place(plan, where, recorded), places)
-    at_once(lambda image: _require_one_version(plan, image), images(plan))
+    map_threaded(lambda where: _require_free_place(plan, where, recorded), places)
+    map_threaded(lambda image: _require_one_version(plan, image), images(plan))
 
 
 def _require_free_place(plan: Plan, where: Location, recorded: bool) -> None:
@@ -200,7 +202,7 @@ def _require_one_version(plan: Plan, image: str) -> None:
 def clear(plan: Plan) -> None:
     """Remove what the plan would write at the target; nothing else."""
     if plan.target.exists():
-        at_once(lambda image: _clear_image(plan, image), images(plan))
+        map_threaded(lambda image: _clear_image(plan, image), images(plan))
 
 
 def _clear_image(plan: Plan, image: str) -> None:
@@ -246,7 +248,7 @@ def create(plan: Plan) -> None:
         for key, data in template.items():
             (plan.target / image).put(key, data)
 
-    at_once(copy, others)
+    map_threaded(copy, others)
 
 
 def _create_image(plan: Plan, image: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SourceError, StoreError
 from megaseg_dask.ngff.group import (
     read_attributes,
@@ -70,8 +70,8 @@ def withdraw(plan: Plan) -> None:
             if group.kind != "scores" and provenance_at(group.location(plan)) != mark_of(plan):
                 list_labels(plan, group.parent(plan) / "labels", remove=group.name(plan))
 
-    at_once(withdraw_image, images(plan))
-    at_once(withdraw_group, marked(plan))
+    map_threaded(withdraw_image, images(plan))
+    map_threaded(withdraw_group, marked(plan))
     if is_whole_plate(plan):
         list_fields(plan, own=False)
 
@@ -105,7 +105,7 @@ def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[st
             if group.kind != "scores":
                 list_labels(plan, group.parent(plan) / "labels", add=group.name(plan))
 
-    at_once(publish_image, images(plan))
+    map_threaded(publish_image, images(plan))
     if is_whole_plate(plan):
         list_fields(plan, own=True, missing_boxes=missing_boxes)
     elif "scores" not in plan.arrays and plan.plate is None and not is_in_place(plan):
@@ -137,7 +137,7 @@ def refresh_consolidated(plan: Plan) -> None:
     written = {image: places(plan, image) + _tables(plan, image) for image in images(plan)}
     _refresh(root, [*wells, *(place for of_image in written.values() for place in of_image)])
     if is_in_place(plan):
-        at_once(lambda image: _refresh(root / image, written[image]), filter(None, written))
+        map_threaded(lambda image: _refresh(root / image, written[image]), filter(None, written))
         for above in _above(root):
             _refresh(above, [root, *written.get("", [])])
 

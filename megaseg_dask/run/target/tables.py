@@ -7,7 +7,7 @@ from importlib.metadata import version
 from itertools import chain
 
 from megaseg_dask.algorithms.measurements import Sums, to_columns
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded, read_ahead
 from megaseg_dask.ngff.tables import (
     Columns,
     Place,
@@ -20,7 +20,7 @@ from megaseg_dask.ngff.tables import (
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run.target.ownership import read_parts
 from megaseg_dask.run.target.publish import is_in_place
-from megaseg_dask.run.workspace import Group, groups, read_ahead, read_sums, unpack
+from megaseg_dask.run.workspace import Group, groups, read_sums, unpack
 from megaseg_dask.stores import Location
 
 SUFFIX = ".measurements.parquet"
@@ -39,7 +39,7 @@ def table_location(plan: Plan) -> Location:
 def require_own_tables(plan: Plan) -> None:
     """Raise :class:`TargetError` if an image has a table of our name that somebody else made."""
     if "measurements" in plan.options.outputs:
-        at_once(
+        map_threaded(
             lambda group: require_own_table(group.parent(plan), group.name(plan)),
             _label_groups(plan),
         )
@@ -49,7 +49,7 @@ def remove_tables(plan: Plan) -> None:
     """Remove what was measured in labels that this run makes anew."""
     if not is_in_place(plan):
         table_location(plan).parent.delete(table_location(plan).basename)
-    at_once(
+    map_threaded(
         lambda group: remove_own_table(group.parent(plan), group.name(plan)), _label_groups(plan)
     )
 
@@ -77,7 +77,7 @@ def write_tables(plan: Plan) -> None:
             group.parent(plan), version_, name, rows, label_name=name, provenance=made_by
         )
 
-    at_once(write_table, _label_groups(plan), _WRITERS)
+    map_threaded(write_table, _label_groups(plan), _WRITERS)
 
 
 def _label_groups(plan: Plan) -> list[Group]:

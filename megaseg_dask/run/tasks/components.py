@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms import components
+from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.plan.memory import IDLE_BYTES
 from megaseg_dask.plan.plan import Output, Plan
@@ -114,7 +115,7 @@ def _read_fragments(
     present, folder = _present(plan, output), workspace.output_folder(plan, output)
     counts = np.zeros(len(plan.block_grid()), np.int64)
     # From the sizes of the objects: what is read then goes where it belongs, and is in memory once.
-    for number, size in workspace.read_ahead(
+    for number, size in read_ahead(
         lambda n: folder.size(f"{of.folder}/fragments/{n}") or 0, present, _READ_AHEAD
     ):
         counts[number] = size // _FRAGMENT_BYTES
@@ -126,7 +127,7 @@ def _read_fragments(
             f"may use {plan.memory_bytes / 1e9:.1f} GB: run the same command again with more --memory"
         )
     table = np.empty((2, offsets[-1]), np.uint64)
-    for number, rows in workspace.read_ahead(
+    for number, rows in read_ahead(
         lambda n: workspace.load_rows(plan, output, f"{of.folder}/fragments/{n}", 2),
         present,
         _READ_AHEAD,
@@ -139,7 +140,7 @@ def _iter_pairs(
     plan: Plan, output: Output, of: Components, present: list[int], offsets: NDArray[np.int64]
 ) -> Iterator[NDArray[np.int64]]:
     """Yield the pairs of each block's seams, as rows of the volume's table."""
-    for number, (neighbour, here, there) in workspace.read_ahead(
+    for number, (neighbour, here, there) in read_ahead(
         lambda n: workspace.load_rows(plan, output, f"{of.folder}/seams/{n}", 3),
         present,
         _READ_AHEAD,
@@ -162,7 +163,7 @@ def _write_tables(
 
     # Threads of a pool know nothing of the run's holder, unless they are told.
     context = copy_context()
-    for _ in workspace.read_ahead(
+    for _ in read_ahead(
         lambda n: context.copy().run(write, n), _present(plan, output), _READ_AHEAD
     ):
         pass

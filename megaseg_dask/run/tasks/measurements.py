@@ -5,6 +5,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.measurements import Sums, measure_block, merge
+from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run import workspace
 
@@ -29,7 +30,7 @@ def collect_objects(plan: Plan, output: Output, _: int) -> dict[str, Any]:
     """Add the sums of all blocks, in grid order, and write those of the volume."""
     missing = set(workspace.read_state(plan, output.volume)["missing"])
     blocks = [number for number in range(len(plan.block_grid())) if number not in missing]
-    parts = workspace.read_ahead(
+    parts = read_ahead(
         lambda n: Sums(**workspace.load(plan, output, f"sums/{n}.npz")),
         blocks,
         _READ_AHEAD,

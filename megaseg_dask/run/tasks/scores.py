@@ -21,6 +21,7 @@ from megaseg_dask.algorithms.normalization import (
     merge_statistics,
     require_finite,
 )
+from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.errors import DataError
 from megaseg_dask.inference.engine import (
     BlockEngine,
@@ -272,7 +273,7 @@ def find_cutoff(plan: Plan, output: Output, _: int) -> Summary:
     """Find the threshold of a volume from the tables of its blocks."""
     missing = set(workspace.read_state(plan, output.volume)["missing"])
     blocks = [n for n in range(len(plan.block_grid())) if n not in missing]
-    tables = workspace.read_ahead(
+    tables = read_ahead(
         lambda n: workspace.load(plan, output, f"histograms/{n}.npz"), blocks, TABLES_READ_AHEAD
     )
     merged = thresholds.merge_tables(table for _, table in tables)

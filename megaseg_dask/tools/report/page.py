@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.ngff.group import read_attributes
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run import log, workspace
@@ -205,7 +205,7 @@ class Page:
     def seam_pictures(self) -> list[Thumbnail]:
         """Show one face of each axis, that with most objects across."""
         faces = list(self.seams.best.values()) if self.seams else []
-        return list(chain(*at_once(seam_pictures, faces, _DRAWERS)))
+        return list(chain(*map_threaded(seam_pictures, faces, _DRAWERS)))
 
     # -- plates, times, distributions
 
@@ -353,7 +353,7 @@ class Page:
         return list(
             zip(
                 chosen,
-                at_once(lambda f: thumbnails(f.run.plan, f.output, f.name), chosen, _DRAWERS),
+                map_threaded(lambda f: thumbnails(f.run.plan, f.output, f.name), chosen, _DRAWERS),
                 strict=True,
             )
         )

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run.workspace import product
 from megaseg_dask.tools.report.sampling import UNREADABLE
@@ -180,7 +180,7 @@ def check_seams(volumes: Sequence[tuple[Plan, Sequence[Output]]]) -> Seams | Non
 
     for first in range(0, len(faces), _AT_A_TIME):
         some = faces[first : first + _AT_A_TIME]
-        for face, counted in zip(some, at_once(look, some, 4), strict=True):
+        for face, counted in zip(some, map_threaded(look, some, 4), strict=True):
             if counted is None:
                 unread += 1
                 continue

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.blending import sigmoid
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
-from megaseg_dask.concurrency import at_once
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.ngff.tables import iter_columns
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run import workspace
@@ -165,7 +165,7 @@ def _read_journal(run: Run, volumes: Sequence[Facts]) -> None:
         states: Mapping[int, Mapping[str, Any]] = dict(enumerate(summaries))
     else:
         chosen = spread(len(plan.volumes), _MOST_VOLUMES)
-        states = dict(zip(chosen, at_once(lambda v: _state(plan, v), chosen), strict=True))
+        states = dict(zip(chosen, map_threaded(lambda v: _state(plan, v), chosen), strict=True))
     fixed = plan.options.threshold
     for facts in volumes:
         if (state := states.get(facts.output.volume)) is None:
@@ -261,7 +261,7 @@ def _look(
             volumes[number].failures.append(f"report: {error}")
             return None
 
-    for counts in at_once(try_look, chosen, _READERS):
+    for counts in map_threaded(try_look, chosen, _READERS):
         if counts is not None:
             sizes += counts
     if "labels" in plan.arrays and not skip_sizes:
@@ -314,7 +314,7 @@ def _sample_scores(plan: Plan, of_run: Sequence[Facts], found: Survey, share: in
         return np.histogram(values, edges)[0]
 
     before = np.zeros(SCORE_BINS, np.int64) if found.scores is None else found.scores
-    found.scores = sum(at_once(count, samples, _READERS), before)
+    found.scores = sum(map_threaded(count, samples, _READERS), before)
     if len(samples) < len(good) * len(grid):
         found.notes.append(
             f"The histogram of scores is of {len(samples)} boxes of full resolution."
