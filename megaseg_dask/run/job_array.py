@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Event, Failure, Progress, Result
@@ -18,7 +18,7 @@ from megaseg_dask.plan.plan import Plan, Stage, run_folder, runs_folder
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run import workspace
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.lease import Held, held, shared
+from megaseg_dask.run.lease import Held, Leases
 from megaseg_dask.run.runner import (
     STORE_IS_LOST,
     already_done,
@@ -28,6 +28,7 @@ from megaseg_dask.run.runner import (
     plan_runs,
     reopen,
     store_options,
+    synced_by,
 )
 from megaseg_dask.run.schedule import Flow, iter_flows
 from megaseg_dask.run.target import ownership, publish
@@ -50,14 +51,14 @@ def record_plans(source: str, target: str, settings: Settings) -> list[Plan]:
     :func:`megaseg_dask.segment` would raise for the same request.
     """
     configure(store_options(source, settings))
-    with held(runs_folder(Location.of(target))):
-        runs = plan_runs(source, target, settings)
+    where = Location.of(target)
+    with Leases(runs_folder(where)).hold() as lease:
+        runs = plan_runs(source, target, settings, synced_by(lease, where))
         if settings.overwrite:
             ownership.forget_replaced([plan for plan, _ in runs])
         for plan, journal in runs:
             if journal.result is None:
                 begin(plan, journal)
-                journal.sync = plan.target.sync
                 with journal.flushed():
                     # Each flow makes room for its volume, and undoes what has to be done again, as it begins.
                     for _ in () if plan.is_one_task else iter_flows(plan, journal):
@@ -129,9 +130,9 @@ def run_tasks(plan: Plan, stage: str, indices: Sequence[int], emit: Emit = lambd
     task of another stage, works on the run.
     """
     planned, run = plan.stage(stage), plan.run
-    with shared(run.parent, run.name, stage) as lease:
-        journal = Journal.read(plan, writer=uuid.uuid4().hex)
-        journal.sync = plan.target.sync
+    with Leases(run.parent).share(run.name, stage) as lease:
+        sync = synced_by(lease, plan.target)
+        journal = Journal.read(plan, uuid.uuid4().hex, sync)
         with journal.flushed(), workspace.holding(lease.id):
             left = _left_of(plan, journal, planned, indices)
             n_before = int(journal.done(stage)[list(indices)].sum())
@@ -168,7 +169,7 @@ def _run_left(
         n_lost = n_lost + 1 if outcome.is_infrastructure else 0
         if outcome.error:
             failure = worker.failure_of(plan, stage.name, outcome)
-            journal.add_failure(stage.name, index, asdict(failure))
+            journal.add_failure(failure)
             ran.failures.append(failure)
             emit(failure)
         else:
@@ -232,7 +233,7 @@ def join_run(target: str, label_name: str, emit: Emit = lambda _: None) -> Resul
     where = Location.of(target)
     where.probe(TargetError)
     read_plan(target, label_name)
-    with held(runs_folder(where)) as lease, workspace.holding(lease.id):
+    with Leases(runs_folder(where)).hold() as lease, workspace.holding(lease.id):
         results = [_join(plan, lease, emit) for plan in ownership.read_parts(where, label_name)]
     finished = [result for result in results if result is not None]
     if len(finished) < len(results):
@@ -243,11 +244,11 @@ def join_run(target: str, label_name: str, emit: Emit = lambda _: None) -> Resul
 
 
 def _join(plan: Plan, lease: Held, emit: Emit) -> Result | None:
-    journal, started = Journal.read(plan), time.monotonic()
+    journal = Journal.read(plan, sync=synced_by(lease, plan.target))
+    started = time.monotonic()
     if journal.result is not None:
         return already_done(plan, journal)
     reopen(plan)
-    journal.sync = plan.target.sync
     with journal.flushed(), journal.session():
         volumes = [0] if plan.is_one_task else range(len(plan.volumes))
         # Each of them, also after one that has to wait.

@@ -1,109 +1,91 @@
 """The log of a run: a short text in its folder for each client that worked on it.
 
-Object stores cannot append, so the text of a session is written anew as it
-grows, whole, under a number of its own; a kill loses seconds of it. It is for
-people: the journal knows more, and nothing ever reads a log. What cannot be
-logged stops no run.
+Object stores cannot append, so the text of a session is written whole again as
+it grows, under its own number; a kill loses seconds of it. It is for people:
+the journal holds more, and the package never reads a log. A log that cannot be
+written stops no run.
 """
 
-import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib.metadata import version
 
 from megaseg_dask.errors import MegasegError
 from megaseg_dask.events import Event, Result
 from megaseg_dask.messages import Narrator, result_line
-from megaseg_dask.plan.plan import Plan
+from megaseg_dask.stores import Location
 
 FOLDER = "log"
-# Written at most so often, and in a long run each time a hundredth of it is over.
-_LEAST_S, _SHARE = 5.0, 0.01
-
-Emit = Callable[[Event], None]
+# The text is written at most this often, and in a long run after each hundredth of its time.
+_MIN_PAUSE_S = 5.0
+_PAUSE_SHARE = 0.01
 
 
 class RunLog:
-    """The text of one session; ``url`` is where it is, empty if it could not be written."""
+    """The text of one session."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._run = plan.run
+    def __init__(self, run: Location, head: Sequence[str]) -> None:
+        """Create the text with the lines of its head, under the next free number."""
+        self._run = run
         self._narrator = Narrator()
-        self._lines: list[str] = []
-        self._key, self._is_new = "", False
-        self._began = self._written = time.monotonic()
-        engine = plan.engine
-        self._add(
-            f"megaseg-dask {version('megaseg-dask')} on {platform.node()}: {plan.source} to {plan.target}"
-        )
-        self._add(
-            f"{plan.model.name} {plan.model.digest[:16]}, {engine.engine} {engine.precision} on "
-            f"{engine.device}, plan {plan.fingerprint[:16]}"
-        )
-        self._try(self._create)
+        self._lines = [_stamped(line) for line in head]
+        self._key = ""
+        self._began_s = time.monotonic()
+        self._written_s = self._began_s
+        with suppress(MegasegError):
+            self._key = self._create()
 
-    @property
-    def url(self) -> str:
-        """Address of the text."""
-        return (self._run / self._key).url if self._key else ""
-
-    def note(self, event: Event) -> None:
-        """Add what there is to say of an event, and write it if it is time."""
-        for line in self._narrator.lines(event):
-            self._add(line)
-        if isinstance(event, Result):
-            for warning in event.warnings:
-                self._add(f"warning: {warning}")
-            self._add(result_line(event))
-        now = time.monotonic()
-        if now - self._written > max(_LEAST_S, (now - self._began) * _SHARE):
-            self.write()
-
-    def say(self, text: str) -> None:
-        """Add a line, and write."""
-        self._add(text)
-        self.write()
-
-    def write(self) -> None:
-        """Write what is new."""
-        if self._key and self._is_new:
-            # Nobody waits for a log: the journal, and the tasks, do that for the run.
-            self._try(lambda: self._run.put(self._key, self._text(), patient=False))
-
-    def _add(self, line: str) -> None:
-        self._lines.append(
-            f"{datetime.now().astimezone().isoformat(timespec='seconds')} {' '.join(line.split())}"
-        )
-        self._is_new = True
-
-    def _create(self) -> None:
-        """Take the next number that is free: a client that stood still keeps its own."""
+    def _create(self) -> str:
         number = len(self._run.keys(FOLDER)) + 1
         while not self._run.create(f"{FOLDER}/{number:04d}.txt", self._text()):
             number += 1
-        self._key = f"{FOLDER}/{number:04d}.txt"
+        return f"{FOLDER}/{number:04d}.txt"
 
-    def _try(self, write: Callable[[], None]) -> None:
-        # If the store is lost, the run will say so; if it comes back, the next piece has all of the text.
-        with suppress(MegasegError):
-            write()
-            self._is_new = False
-        self._written = time.monotonic()
+    @property
+    def url(self) -> str:
+        """Address of the text; empty if it could not be created."""
+        return (self._run / self._key).url if self._key else ""
+
+    def note(self, event: Event) -> None:
+        """Add the lines of an event, and write the text if it is time."""
+        self._lines += map(_stamped, self._narrator.lines(event))
+        if isinstance(event, Result):
+            warnings = [f"warning: {warning}" for warning in event.warnings]
+            self._lines += map(_stamped, [*warnings, result_line(event)])
+        now = time.monotonic()
+        if now - self._written_s > max(_MIN_PAUSE_S, (now - self._began_s) * _PAUSE_SHARE):
+            self.write()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Write the last lines: the error that stopped the session, if one did."""
+        if error is not None:
+            self._lines.append(_stamped(f"stopped: {str(error) or type(error).__name__}"))
+        self.write()
+
+    def write(self) -> None:
+        """Write the text, if the store answers at once: the next time it is written whole again."""
+        if self._key:
+            with suppress(MegasegError):
+                self._run.put(self._key, self._text(), patient=False)
+        self._written_s = time.monotonic()
 
     def _text(self) -> bytes:
         return ("\n".join(self._lines) + "\n").encode()
 
 
+def _stamped(line: str) -> str:
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    return f"{now} {' '.join(line.split())}"
+
+
 @contextmanager
-def logged(plan: Plan) -> Iterator[RunLog]:
-    """Open a log for this session, which tells how that ended, however it does."""
-    log = RunLog(plan)
+def logged(run: Location, head: Sequence[str]) -> Iterator[RunLog]:
+    """Open the log of a session; it ends with the session, also with one that is stopped."""
+    log = RunLog(run, head)
     try:
         yield log
     except BaseException as error:
-        log.say(f"stopped: {str(error) or type(error).__name__}")
+        log.end(error)
         raise
-    finally:
-        log.write()
+    log.end()

@@ -5,10 +5,12 @@ from it: a run in which something failed ends as failed, names it, and records
 in the output which boxes are missing.
 """
 
+import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
 from typing import Any
@@ -27,10 +29,11 @@ from megaseg_dask.run.cluster.workers import Workers, connect
 from megaseg_dask.run.dispatcher import Dispatcher, GroupSize
 from megaseg_dask.run.journal import FOLDER as journal_folder
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.lease import Held, held
+from megaseg_dask.run.lease import Held, Leases, Timing
 from megaseg_dask.run.log import logged
 from megaseg_dask.run.pace import Pace
 from megaseg_dask.run.schedule import Flow, iter_flows
+from megaseg_dask.run.state import Ending, TaskSummary, VolumeState
 from megaseg_dask.run.target import ownership, publish
 from megaseg_dask.run.target.tables import remove_tables, require_own_tables, write_tables
 from megaseg_dask.run.tasks import worker
@@ -38,15 +41,22 @@ from megaseg_dask.run.tasks.worker import Outcome
 from megaseg_dask.stores import Location, StoreOptions, configure, lose_patience
 
 Emit = Callable[[Event], None]
+Sync = Callable[[], None]
 
-# So many failures of a store in a row are a full disk or a lost store, not a chunk: stop, so that the next run resumes.
+# After this many store failures in a row the disk is full or the store is gone, which is more than
+# one chunk: stop, and let the next run resume.
 STORE_IS_LOST = 5
+LEASE_TIMING = Timing()
 # Between two events of one stage.
 _PROGRESS_S = 0.2
 
 
-def plan_runs(source: str, target: str, settings: Settings) -> list[tuple[Plan, Journal]]:
+def plan_runs(
+    source: str, target: str, settings: Settings, sync: Sync = lambda: None
+) -> list[tuple[Plan, Journal]]:
     """Return the plans to carry out and what earlier runs of them finished; writes nothing.
+
+    The journals call ``sync`` before they write.
 
     It is one plan, but for a plate whose fields are of several forms or were planned at several times. Raises
     :class:`TargetError` if the target holds another run, or is not ours.
@@ -62,21 +72,23 @@ def plan_runs(source: str, target: str, settings: Settings) -> list[tuple[Plan, 
     parts = read_parts(
         Location.of(source), to, settings, ownership.read_parts(to, settings.label_name)
     )
-    return [_plan_run(source, target, settings, part) for part in parts]
+    return [_plan_run(source, target, settings, part, sync) for part in parts]
 
 
-def _plan_run(source: str, target: str, settings: Settings, part: Part) -> tuple[Plan, Journal]:
+def _plan_run(
+    source: str, target: str, settings: Settings, part: Part, sync: Sync
+) -> tuple[Plan, Journal]:
     plan = make_plan(source, target, settings, part)
     if part.recorded is not None:
         ownership.require_same(plan, part.recorded)
         if ownership.is_present(plan):
-            return plan, Journal.read(plan)
+            return plan, Journal.read(plan, sync=sync)
     for other in part.others:
         ownership.require_alike(plan, other)
     # Nothing is done in arrays that are not there, whatever a record beside them says.
     ownership.require_free(plan, is_joining=bool(part.others))
     require_own_tables(plan)
-    return plan, Journal.of(plan)
+    return plan, Journal.of(plan, sync=sync)
 
 
 def store_options(source: str | None, settings: Settings) -> StoreOptions:
@@ -112,9 +124,9 @@ def segment(
         with connect(plan, emit) if client is None else nullcontext(own) as workers:
             # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
             workers.greet()
-            with held(runs_folder(plan.target)) as lease:
+            with Leases(runs_folder(plan.target), LEASE_TIMING).hold() as lease:
                 # Again: another client may have worked on it until now.
-                runs = plan_runs(source, target, settings)
+                runs = plan_runs(source, target, settings, synced_by(lease, plan.target))
                 result = _carry_out(runs, workers, lease, emit, store_options(source, settings))
     else:
         result = join_results([already_done(plan, journal) for plan, journal in runs])
@@ -122,11 +134,21 @@ def segment(
     return result
 
 
+def synced_by(lease: Held, target: Location) -> Sync:
+    """Return what a journal of a target calls before it writes: the lease is held, data are safe."""
+
+    def sync() -> None:
+        lease.require()
+        target.sync()
+
+    return sync
+
+
 def already_done(plan: Plan, journal: Journal) -> Result:
     """Return the result of a run that was complete before."""
     # A run that was killed in its last moment left them.
     ownership.remove_work(plan)
-    warnings = list((journal.result or {}).get("warnings", []))
+    warnings = journal.result.warnings if journal.result else []
     failures = _unread(plan)
     n_objects = None if failures else _n_objects(plan, journal)
     status = "failed" if failures else "done"
@@ -242,7 +264,7 @@ def _status_of(name: str, plan: Plan) -> RunStatus:
         done=journal.result is not None and ownership.is_present(plan),
         stages={s.name: (int(journal.done(s.name).sum()), s.n_tasks) for s in plan.stages},
         failures=[
-            *(Failure(**failure) for failure in journal.failed.values()),
+            *journal.failed.values(),
             *_unread(plan),
         ],
     )
@@ -276,9 +298,20 @@ def reopen(plan: Plan) -> None:
         place.sweep_partial()
 
 
+def _head_of(plan: Plan) -> list[str]:
+    """Return the first lines of a log."""
+    engine = plan.engine
+    release = version("megaseg-dask")
+    return [
+        f"megaseg-dask {release} on {platform.node()}: {plan.source} to {plan.target}",
+        f"{plan.model.name} {plan.model.digest[:16]}, {engine.engine} {engine.precision} on "
+        f"{engine.device}, plan {plan.fingerprint[:16]}",
+    ]
+
+
 def run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit: Emit) -> Result:
     """Run what the journal lacks, and publish what there is; the next run goes on with what failed."""
-    with logged(plan) as log:
+    with logged(plan.run, _head_of(plan)) as log:
 
         def tell(event: Event) -> None:
             log.note(event)
@@ -296,13 +329,8 @@ def _run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit:
     for failure in _unread(plan):
         emit(failure)
 
-    def sync() -> None:
-        lease.require()
-        plan.target.sync()
-
-    journal.sync = sync
     runner = _Runner(plan, journal, workers, lease, emit)
-    with journal.flushed(), journal.session(workers.record):
+    with journal.flushed(), journal.session(workers.joined.values):
         runner.run()
         lease.require()
         return conclude(plan, journal, started, is_published=not runner.store_is_lost)
@@ -310,19 +338,19 @@ def _run_plan(plan: Plan, journal: Journal, workers: Workers, lease: Held, emit:
 
 def conclude(plan: Plan, journal: Journal, started: float, *, is_published: bool = True) -> Result:
     """Publish what there is once all tasks were tried, and record the end of a run in which none failed."""
-    failures = [Failure(**failure) for failure in journal.failed.values()] + _unread(plan)
-    found = _found(plan, journal)
-    if any(found) and is_published:
+    failures = [*journal.failed.values(), *_unread(plan)]
+    states = read_states(plan, journal)
+    if any(states) and is_published:
         missing = [
             worker.missing_box(plan, stage, index) for stage, index in sorted(journal.failed)
         ]
-        publish.publish(plan, found, missing)
+        publish.publish(plan, states, missing)
         if "measurements" in plan.options.outputs:
             write_tables(plan)
         publish.refresh_consolidated(plan)
-    warnings = _doubts(plan, found, journal)
+    warnings = _doubts(plan, states, journal)
     if not failures:
-        journal.finish({"n_objects": _n_objects(plan, journal), "warnings": warnings})
+        journal.finish(Ending(_n_objects(plan, journal), warnings))
         ownership.remove_work(plan)
     return Result(
         status="failed" if failures else "done",
@@ -343,37 +371,46 @@ def _dashboard(client: Any) -> str | None:
     return client.dashboard_link if find_spec("bokeh") else None
 
 
-def _found(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
-    """Return statistics and threshold of each volume; nothing of one that is missing as a whole."""
+def read_states(plan: Plan, journal: Journal) -> list[VolumeState | None]:
+    """Return the state of each volume; ``None`` for one that is missing as a whole."""
     if plan.is_one_task:
-        return list(map(dict, journal.by_index("volume")))
-    missing = {
+        return list(map(_state_of, journal.by_index("volume")))
+    unmeasured = {
         plan.split_index(stage, index)[0] for stage, index in journal.failed if stage == "measure"
     }
-    return map_threaded(
-        lambda v: {} if v in missing else workspace.read_state(plan, v), range(len(plan.volumes))
-    )
+
+    def read(volume: int) -> VolumeState | None:
+        return None if volume in unmeasured else workspace.read_state(plan, volume)
+
+    return map_threaded(read, range(len(plan.volumes)))
 
 
-def _doubts(plan: Plan, found: list[dict[str, Any]], journal: Journal) -> list[str]:
-    """Name volumes whose result means nothing, although it is what the network says; and batches that shrank."""
-    pairs = zip(plan.volumes, found, strict=True)
-    doubts = [
-        f"{worker.volume_name(v)} is constant: what is found in it means nothing"
-        for v, s in pairs
-        if any(channel["std"] == 0 for channel in s.get("statistics", ()))
-    ]
+def _state_of(summary: TaskSummary | None) -> VolumeState | None:
+    if summary is None:
+        return None
+    return VolumeState(statistics=summary.statistics, by_output=summary.by_output)
+
+
+def _doubts(plan: Plan, states: list[VolumeState | None], journal: Journal) -> list[str]:
+    """Name volumes whose segmentation is meaningless; count absent chunks and smaller batches."""
+    doubts = []
+    for planned, state in zip(plan.volumes, states, strict=True):
+        if state and any(channel.std == 0 for channel in state.statistics):
+            name = worker.volume_name(planned)
+            doubts.append(f"{name} is constant; its segmentation is meaningless")
     first, last = ("volume", "volume") if plan.is_one_task else ("measure", "segment")
     first = last if plan.measure_level != 0 else first
-    if n_absent := sum(s.get("absent", 0) for s in journal.summaries(first)):
+    n_absent = sum(summary.absent for summary in journal.summaries(first))
+    if n_absent:
         doubts.append(
             f"{n_absent} chunks of the source are not there, and were read as its fill value"
         )
-    shrunk = [s["batch"] for s in journal.summaries(last) if "batch" in s]
+    shrunk = [summary.batch for summary in journal.summaries(last) if summary.batch]
     if shrunk:
         doubts.append(
-            f"a device ran out of memory: {len(shrunk)} tasks went in batches down to {min(shrunk)}, not "
-            f"{plan.engine.batch}, which may change the last bits; choose a smaller --batch"
+            f"a device ran out of memory: {len(shrunk)} tasks went in batches down to "
+            f"{min(shrunk)}, not {plan.engine.batch}, which may change the last bits; "
+            "choose a smaller --batch"
         )
     return doubts
 
@@ -382,9 +419,8 @@ def _n_objects(plan: Plan, journal: Journal) -> int | None:
     if "labels" not in plan.options.outputs:
         return None
     summaries = journal.summaries("volume" if plan.is_one_task else "join")
-    return sum(
-        int(found["n_objects"]) for summary in summaries for found in summary[workspace.BY_OUTPUT]
-    )
+    outputs = chain.from_iterable(summary.by_output for summary in summaries)
+    return sum(output.n_objects or 0 for output in outputs)
 
 
 @dataclass
@@ -484,5 +520,5 @@ class _Runner:
 
     def _fail(self, stage: str, outcome: Outcome) -> None:
         failure = worker.failure_of(self.plan, stage, outcome)
-        self.journal.add_failure(stage, outcome.index, asdict(failure))
+        self.journal.add_failure(failure)
         self.emit(failure)

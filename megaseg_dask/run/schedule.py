@@ -8,11 +8,12 @@ together with what was computed in their absence.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
 
 from megaseg_dask.plan.plan import Output, Plan, Stage
 from megaseg_dask.run import workspace
 from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.tasks import scores
 
 # Stages whose tasks are about one block each; where one fails, that block is missing.
@@ -137,35 +138,35 @@ class Flow:
             }
         )
 
-    def state(self) -> workspace.State:
+    def state(self) -> VolumeState:
         """Return what the tasks of the current stage have to know of the whole volume."""
-        state: dict[str, Any] = {
-            "missing": self.missing(before=self.stage),
-            "outputs": self._outputs(),
-        }
+        state = VolumeState(
+            missing=tuple(self.missing(before=self.stage)), outputs=tuple(self._outputs())
+        )
         if self.stage.name == "measure":
             return state
-        state["statistics"] = scores.describe_volume(self._plan, self._summaries("measure"))
-        state[workspace.BY_OUTPUT] = [
-            self._known_of(output) for output in self._plan.outputs_of(self.volume)
-        ]
-        return state
-
-    def _known_of(self, output: Output) -> workspace.State:
-        """Return extremes and threshold of an output, as far as they are known and needed."""
-        extremes, cutoffs = (
-            [
-                s[workspace.BY_OUTPUT][output.number]
-                for s in self._summaries(stage)
-                if workspace.BY_OUTPUT in s
-            ]
-            for stage in ("segment", "cutoff")
+        return replace(
+            state,
+            statistics=scores.describe_volume(self._plan, self._summaries("measure")),
+            by_output=tuple(map(self._state_of, self._plan.outputs_of(self.volume))),
         )
-        return {**scores.merge_extremes(extremes), **(cutoffs[0] if cutoffs else {})}
 
-    def _summaries(self, stage: str) -> list[Any]:
-        has = any(s.name == stage for s in self._plan.stages)
-        return list(self._journal.summaries(stage, self.volume)) if has else []
+    def _state_of(self, output: Output) -> OutputState:
+        """Return extremes and threshold of an output, as far as they are known and needed."""
+        extremes = self._of_output("segment", output)
+        cutoffs = self._of_output("cutoff", output)
+        threshold = cutoffs[0].threshold if cutoffs else None
+        return replace(scores.merge_extremes(extremes), threshold=threshold)
+
+    def _of_output(self, stage: str, output: Output) -> list[OutputState]:
+        """Return what the finished tasks of a stage tell of an output."""
+        summaries = self._summaries(stage)
+        return [s.by_output[output.number] for s in summaries if s.by_output]
+
+    def _summaries(self, stage: str) -> list[TaskSummary]:
+        if stage not in (s.name for s in self._plan.stages):
+            return []
+        return self._journal.summaries(stage, self.volume)
 
     def _outputs(self) -> list[str]:
         """Return the outputs that there are of this volume."""

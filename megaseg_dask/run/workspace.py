@@ -21,17 +21,15 @@ from megaseg_dask.errors import TaskError
 from megaseg_dask.ngff.image import SPATIAL, Axis, Image, Level
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.plan.plan import Output, Plan, runs_folder
-from megaseg_dask.run import lease
+from megaseg_dask.run.lease import Leases
+from megaseg_dask.run.state import OutputState, VolumeState
 from megaseg_dask.stores import Location
 
 Array = NDArray[Any]
-State = dict[str, Any]
 
 WORK = "work"
 VOLUMES = "volumes"
 SUMS = "sums"
-# Where summaries of tasks, and the state of a volume, keep what is known of each output.
-BY_OUTPUT = "by_output"
 
 
 # The id of the lease under which this process works for a client; none in a process that works by itself.
@@ -221,26 +219,25 @@ def _get(plan: Plan, output: Output, name: str) -> bytes:
     return data
 
 
-def read_state(plan: Plan, volume: int) -> State:
+def read_state(plan: Plan, volume: int) -> VolumeState:
     """Return what is known of a whole volume: of its channels, its outputs, its missing blocks."""
     data = plan.run.get(f"{VOLUMES}/{volume}.json")
     if data is None:
         raise TaskError(
             f"{plan.run}/{VOLUMES}/{volume}.json is missing; an earlier stage has to run first"
         )
-    state: State = json.loads(data)
-    return state
+    return VolumeState.from_json(json.loads(data))
 
 
-def read_known(plan: Plan, output: Output) -> State:
+def read_known(plan: Plan, output: Output) -> OutputState:
     """Return what is known of one output of a whole volume: extremes of its logits, and its threshold."""
-    known: State = read_state(plan, output.volume)[BY_OUTPUT][output.number]
-    return known
+    by_output = read_state(plan, output.volume).by_output
+    return by_output[output.number] if by_output else OutputState()
 
 
-def write_state(plan: Plan, volume: int, state: State) -> None:
+def write_state(plan: Plan, volume: int, state: VolumeState) -> None:
     """Write what is known of a whole volume; only the client of the run does."""
-    plan.run.put(f"{VOLUMES}/{volume}.json", json.dumps(state).encode())
+    plan.run.put(f"{VOLUMES}/{volume}.json", json.dumps(state.to_json()).encode())
 
 
 # -- writing
@@ -266,7 +263,7 @@ def require_holder(plan: Plan) -> None:
     """Raise :class:`TaskError` if the client that sent this task does not hold the run any more."""
     expected = _holder.get()
     if expected is not None:
-        found = lease.read(runs_folder(plan.target), expected)
+        found = Leases(runs_folder(plan.target)).read(expected)
         if found is None or found.id != expected:
             raise TaskError(
                 f"{plan.run} is no longer the run of the client that sent this task; nothing was written"

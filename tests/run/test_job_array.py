@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 
 from megaseg_dask.cli.app import app
 from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.events import Failure
 from megaseg_dask.plan.plan import Stage, runs_folder
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run import lease
 from megaseg_dask.run.job_array import choose_indices, record_plans, run_tasks
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.lease import Lease, held, shared, shared_ids
+from megaseg_dask.run.lease import Lease, Leases, Timing, key_of
 from megaseg_dask.run.runner import segment
+from megaseg_dask.run.state import TaskSummary
 from megaseg_dask.run.tasks import worker
 from megaseg_dask.stores import Location
 from tests.counts.test_engine_calls import contents
@@ -107,7 +108,7 @@ def test_many_processes_a_stage_give_the_arrays_of_one_client(source, expected, 
     # A segment for each process and stage, whatever it did; and those of the joins.
     segments = list((tmp_path / "out.zarr.run/megaseg/journal").iterdir())
     assert len([s for s in segments if "-" in s.name]) <= N_PROCESSES * len(stages)
-    assert not shared_ids(runs_folder(Location(target)))
+    assert not Leases(runs_folder(Location(target))).shared_ids()
 
 
 def test_what_an_interrupted_process_finished_is_not_done_again(
@@ -203,61 +204,68 @@ def test_a_plate_or_field_of_one_task_is_published_by_join(source, tiny_bundle, 
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch) -> Location:
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "SHARED_BEAT_S", 0.1)
-    return Location.of(tmp_path / "out.zarr.run")
+def leases(tmp_path) -> Leases:
+    run = Location.of(tmp_path / "out.zarr.run")
+    return Leases(run, Timing(beat_s=0.1, shared_beat_s=0.1))
 
 
-def test_tasks_of_one_stage_share_a_run_and_exclude_all_others(run):
+def test_tasks_of_one_stage_share_a_run_and_exclude_all_others(leases):
     with (
-        shared(run, "megaseg", "segment") as first,
-        shared(run, "megaseg", "segment"),
-        shared(run, "other", "label"),
+        leases.share("megaseg", "segment") as first,
+        leases.share("megaseg", "segment"),
+        leases.share("other", "label"),
     ):
         with (
             pytest.raises(TargetError, match=f"process {os.getpid()} .* is running tasks of"),
-            held(run),
+            leases.hold(),
         ):
             pass
-        assert lease.read(run) is None
+        assert leases.read() is None
         with (
             pytest.raises(TargetError, match="is running another stage of"),
-            shared(run, "megaseg", "label"),
+            leases.share("megaseg", "label"),
         ):
             pass
         time.sleep(0.3)
         first.require()
-    assert not shared_ids(run)
+    assert not leases.shared_ids()
     with (
-        held(run),
+        leases.hold(),
         pytest.raises(TargetError, match="is writing"),
-        shared(run, "megaseg", "segment"),
+        leases.share("megaseg", "segment"),
     ):
         pass
-    with shared(run, "megaseg", "label"):
+    with leases.share("megaseg", "label"):
         pass
 
 
-def test_processes_that_are_gone_hold_up_nobody_for_long(run):
+def test_processes_that_are_gone_hold_up_nobody_for_long(leases, monkeypatch):
     for n in range(50):
         gone = Lease(f"megaseg/segment/{n:032x}", "node17", n)
-        run.put(lease._key(gone.id), lease._encode(gone))
-    began = time.monotonic()
-    with shared(run, "megaseg", "label"):
-        assert len(shared_ids(run)) == 1
-    assert time.monotonic() - began < 5
+        leases.folder.put(key_of(gone.id), gone.to_json())
+    pauses = []
+    sleep = time.sleep
+
+    def note(seconds: float) -> None:
+        pauses.append(seconds)
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", note)
+    with leases.share("megaseg", "label"):
+        assert len(leases.shared_ids()) == 1
+    # All of them are watched together.
+    assert sum(pauses) < 2 * 6 * 0.1
 
 
 def test_a_process_that_stood_still_and_was_taken_for_gone_writes_nothing(
     source, settings, tmp_path, monkeypatch
 ):
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
-    where = runs_folder(plan.target)
+    leases = Leases(runs_folder(plan.target))
 
     def sleep(plan, stage, index, original=worker.run_task):
-        for lease_id in shared_ids(where):
-            where.delete(lease._key(lease_id))
+        for lease_id in leases.shared_ids():
+            leases.folder.delete(key_of(lease_id))
         return original(plan, stage, index)
 
     run_tasks(plan, "measure", [0])
@@ -321,16 +329,16 @@ def test_a_journal_of_several_writers(tmp_path):
 
     first, second = journal("aa"), journal("bb")
     for index, writer in ((0, first), (1, second), (2, first)):
-        writer.add("segment", index, {"n": index})
+        writer.add("segment", index, TaskSummary(absent=index + 1))
         writer.flush()
-    second.add_failure("segment", 0, {"error": "tried it at the same time"})
+    second.add_failure(Failure("segment", 0, "t=0", "", "tried it at the same time"))
     second.flush()
     assert run.keys("journal") == ["journal/00000000-aa.jsonl", "journal/00000000-bb.jsonl"]
-    assert journal().summaries("segment") == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert journal().summaries("segment") == [TaskSummary(absent=n) for n in (1, 2, 3)]
     assert not journal().failed
     client = journal()
     client.undo(["segment"], 0)
     third = journal("00")
-    third.add("segment", 5, {})
+    third.add("segment", 5, TaskSummary())
     third.flush()
     assert journal().done("segment").nonzero()[0].tolist() == [5]

@@ -4,9 +4,19 @@ import json
 
 import pytest
 
+from megaseg_dask.algorithms.normalization import Counts, Moments
 from megaseg_dask.errors import StoreError
+from megaseg_dask.events import Failure
 from megaseg_dask.plan.plan import Stage
 from megaseg_dask.run.journal import FOLDER, Journal
+from megaseg_dask.run.state import (
+    ChannelStatistics,
+    Ending,
+    OutputState,
+    PartStatistics,
+    TaskSummary,
+    VolumeState,
+)
 from megaseg_dask.stores import Location
 
 PLAN = "0123abcd"
@@ -19,6 +29,14 @@ STAGES = (
 
 def read(run: Location, plan: str = PLAN) -> Journal:
     return Journal(run, plan, STAGES).replayed()
+
+
+def told(index: int) -> TaskSummary:
+    return TaskSummary(absent=index + 1)
+
+
+def failure(index: int) -> Failure:
+    return Failure("segment", index, "t=0", "", "gone")
 
 
 def done(run: Location, stage: str = "segment") -> list[int]:
@@ -39,7 +57,7 @@ def write(run: Location, *indices: int, plan: str = PLAN, stage: str = "segment"
     journal = read(run, plan)
     with journal.flushed():
         for index in indices:
-            journal.add(stage, index, {"n": index})
+            journal.add(stage, index, told(index))
     return journal
 
 
@@ -54,7 +72,7 @@ def test_what_was_recorded_is_read_back_in_the_order_of_tasks(run):
     write(run, 1, stage="label")
     journal = read(run)
     assert journal.n_done == 4
-    assert journal.summaries("segment") == [{"n": 0}, {"n": 3}, {"n": 7}]
+    assert journal.summaries("segment") == [told(0), told(3), told(7)]
     assert journal.done("label")[1]
     assert not journal.done("label")[0]
 
@@ -113,7 +131,7 @@ def test_other_files_in_its_folder_are_left_alone(run):
 def test_what_is_finished_reaches_the_store_when_a_run_is_interrupted(run):
     def interrupted() -> None:
         with read(run).flushed() as journal:
-            journal.add("segment", 4, {})
+            journal.add("segment", 4, TaskSummary())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -129,14 +147,14 @@ def test_records_are_gathered_into_few_segments(run):
 
 def test_the_result_is_the_last_word(run):
     journal = write(run, 0)
-    journal.finish({"n_objects": 12})
-    assert read(run).result == {"n_objects": 12}
+    journal.finish(Ending(n_objects=12))
+    assert read(run).result == Ending(12)
     assert read(run, "another").result is None
 
 
 def test_a_segment_that_could_not_be_written_is_kept_for_the_next_try(run, monkeypatch):
     journal = read(run)
-    journal.add("segment", 3, {})
+    journal.add("segment", 3, TaskSummary())
 
     def full(*_: object) -> None:
         raise StoreError("no space left")
@@ -154,23 +172,23 @@ def test_segments_are_lines_that_people_can_read(run):
     lines = (run.get(f"{FOLDER}/00000000.jsonl") or b"").decode().splitlines()
     assert list(map(json.loads, lines)) == [
         {"plan": PLAN},
-        {"stage": "segment", "index": 2, "s": 0.0, "peak": 0, "summary": {"n": 2}},
+        {"stage": "segment", "index": 2, "s": 0.0, "peak": 0, "summary": {"absent": 3}},
     ]
 
 
 def test_what_was_undone_is_not_done_and_its_failures_are_forgotten(run):
     journal = write(run, 0, 499, 500, 999)
-    journal.add_failure("segment", 3, {"error": "gone"})
-    journal.add_failure("segment", 600, {"error": "gone"})
+    journal.add_failure(failure(3))
+    journal.add_failure(failure(600))
     journal.undo(["segment"], 0)
     assert done(run) == [500, 999]
-    assert read(run).summaries("segment") == [{"n": 500}, {"n": 999}]
+    assert read(run).summaries("segment") == [told(500), told(999)]
     assert list(read(run).failed) == [("segment", 600)]
 
 
 def test_a_task_that_succeeds_is_no_failure_any_more(run):
     journal = write(run, 0)
-    journal.add_failure("segment", 3, {"error": "gone"})
+    journal.add_failure(failure(3))
     journal.flush()
     assert ("segment", 3) in read(run).failed
     write(run, 3)
@@ -194,7 +212,24 @@ def test_a_million_finished_tasks_weigh_a_megabyte(run):
 def test_data_are_made_durable_before_the_journal_speaks_of_them(run):
     order = []
     journal = Journal(run, PLAN, STAGES, sync=lambda: order.append(len(segments(run))))
-    journal.add("segment", 1, {})
+    journal.add("segment", 1, TaskSummary())
     journal.flush()
     assert order == [0]
     assert segments(run) == ["00000000.jsonl"]
+
+
+def test_of_a_summary_only_what_it_tells_is_kept():
+    output = OutputState(low=0.0, threshold=1.5)
+    part = PartStatistics(3, Moments(2, 0.5, 0.1, 0.0, 1.0))
+    counts = PartStatistics(0, Counts(2, 3, 5, 1, 2))
+    summary = TaskSummary(
+        parts=((part,), (counts,)),
+        batch=2,
+        statistics=(ChannelStatistics(0.5, 0.0),),
+        by_output=(OutputState(), output),
+    )
+    assert TaskSummary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
+    assert TaskSummary(by_output=(OutputState(), OutputState())).to_json() == {}
+    state = VolumeState((1, 4), ("scores",), summary.statistics, summary.by_output)
+    assert VolumeState.from_json(json.loads(json.dumps(state.to_json()))) == state
+    assert state.present(6) == [0, 2, 3, 5]

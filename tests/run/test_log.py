@@ -82,7 +82,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(
         file.unlink()
     folder.rmdir()
     folder.write_text("in the way")
-    log = RunLog(plan)
-    log.say("anything")
+    log = RunLog(plan.run, ["anything"])
+    log.end()
     assert log.url == ""
     assert folder.read_text() == "in the way"

@@ -188,4 +188,4 @@ def test_a_constant_volume_is_called_meaningless(tmp_path, tiny_bundle, client):
     source = write_image(tmp_path / "image.zarr", np.full((16, 32, 40), 7, np.uint8))
     settings = parse_settings({"model": str(tiny_bundle), "threads": 1})
     result = segment(str(source), str(tmp_path / "out.zarr"), settings, client=client)
-    assert result.warnings == ["t=0 c=0 is constant: what is found in it means nothing"]
+    assert result.warnings == ["t=0 c=0 is constant; its segmentation is meaningless"]

@@ -22,7 +22,8 @@ from megaseg_dask.ngff.group import (
 from megaseg_dask.ngff.image import image_attributes, open_ome_group, versioned
 from megaseg_dask.ngff.plate import is_plate, join_plates, read_plate, write_plate
 from megaseg_dask.plan.plan import Plan, PlannedVolume
-from megaseg_dask.run.workspace import BY_OUTPUT, groups, groups_of, images, places
+from megaseg_dask.run.state import ChannelStatistics, OutputState, VolumeState
+from megaseg_dask.run.workspace import groups, groups_of, images, places
 from megaseg_dask.stores import Location
 
 PROVENANCE = "megaseg"
@@ -76,15 +77,17 @@ def withdraw(plan: Plan) -> None:
         list_fields(plan, own=False)
 
 
-def publish(plan: Plan, found: list[dict[str, Any]], missing_boxes: list[dict[str, Any]]) -> None:
+def publish(
+    plan: Plan, states: Sequence[VolumeState | None], missing_boxes: list[dict[str, Any]]
+) -> None:
     """Write the metadata that make the finished arrays an image, its labels and their provenance.
 
-    ``found`` holds for each volume the statistics of its channels, and of its
-    outputs the thresholds that were searched; ``missing_boxes`` what no task could write.
+    ``states`` has a state of each volume, ``None`` where all of it is missing; ``missing_boxes``
+    are the boxes that no task could write.
     """
     version = plan.target_image.version
     known, missing = defaultdict(list), defaultdict(list)
-    for volume, of_volume in zip(plan.volumes, found, strict=True):
+    for volume, of_volume in zip(plan.volumes, states, strict=True):
         known[volume.image].append((volume, of_volume))
     for box in missing_boxes:
         missing[box.get("image", "")].append({k: v for k, v in box.items() if k != "image"})
@@ -178,7 +181,9 @@ def list_labels(plan: Plan, labels: Location, *, add: str = "", remove: str = ""
     write_group(labels, version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
 
 
-def provenance_by(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]]) -> dict[str, Any]:
+def provenance_by(
+    plan: Plan, found: Sequence[tuple[PlannedVolume, VolumeState | None]]
+) -> dict[str, Any]:
     """Return all that determines the result and nothing else: no times, hosts or workers.
 
     Without what was found in the volumes, which a run knows at its end, for comparison.
@@ -197,27 +202,26 @@ def provenance_by(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]])
     outputs = plan.model.outputs
 
     def per_channel(*names: str) -> list[dict[str, Any]]:
-        return [
-            {"t": v.t, "c": c, **{name: statistics.get(name) for name in names}}
-            for v, known in found
-            for c, statistics in zip(
-                v.channels, known.get("statistics") or [{}] * len(v.channels), strict=True
-            )
-        ]
+        rows = []
+        for volume, state in found:
+            of_channels: Sequence[ChannelStatistics | None] = state.statistics if state else ()
+            for i, c in enumerate(volume.channels):
+                statistics = of_channels[i] if of_channels else None
+                values = {name: getattr(statistics, name, None) for name in names}
+                rows.append({"t": volume.t, "c": c, **values})
+        return rows
 
-    def per_output(name: str) -> list[dict[str, Any]]:
-        return [
-            {
-                "t": v.t,
-                "c": v.c,
-                **({"output": output} if len(outputs) > 1 else {}),
-                name: values.get(name),
-            }
-            for v, known in found
-            for output, values in zip(
-                outputs, known.get(BY_OUTPUT) or [{}] * len(outputs), strict=True
-            )
-        ]
+    def thresholds() -> list[dict[str, Any]]:
+        rows = []
+        for volume, state in found:
+            by_output = state.by_output if state else ()
+            for i, output in enumerate(outputs):
+                row: dict[str, Any] = {"t": volume.t, "c": volume.c}
+                if len(outputs) > 1:
+                    row["output"] = output
+                row["threshold"] = (by_output[i] if by_output else OutputState()).threshold
+                rows.append(row)
+        return rows
 
     return {
         "model": {
@@ -228,9 +232,7 @@ def provenance_by(plan: Plan, found: list[tuple[PlannedVolume, dict[str, Any]]])
         "settings": settings,
         "engine": engine,
         "normalization": per_channel("mean", "std"),
-        "threshold": per_output("threshold")
-        if plan.options.is_automatic and plan.has_mask
-        else threshold,
+        "threshold": thresholds() if plan.options.is_automatic and plan.has_mask else threshold,
         "source": {
             "digest": plan.source_digest,
             "shape": source.levels[0].shape,

@@ -19,9 +19,9 @@ from megaseg_dask.errors import SettingsError
 from megaseg_dask.plan.memory import IDLE_BYTES
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run import workspace
+from megaseg_dask.run.state import OutputState
 
 Array = NDArray[Any]
-Summary = dict[str, Any]
 
 # First voxel and size of a fragment, 64 bits each.
 _FRAGMENT_BYTES = 16
@@ -46,7 +46,9 @@ OBJECTS = Components("objects", "fragments", inverted=False)
 HOLES = Components("holes", "holes", inverted=True)
 
 
-def label_block(plan: Plan, output: Output, number: int, *, of: Components = OBJECTS) -> Summary:
+def label_block(
+    plan: Plan, output: Output, number: int, *, of: Components = OBJECTS
+) -> OutputState:
     """Label one block by itself; write its provisional ids, boundary planes and fragment table."""
     core = plan.block_grid()[number]
     mask = workspace.product(plan, of.mask(plan), output).read(core)
@@ -59,13 +61,13 @@ def label_block(plan: Plan, output: Output, number: int, *, of: Components = OBJ
     workspace.save_rows(
         plan, output, f"{of.folder}/fragments/{number}", np.stack([fragments.first, fragments.size])
     )
-    return {}
+    return OutputState()
 
 
-def pair_seams(plan: Plan, output: Output, number: int, *, of: Components = OBJECTS) -> Summary:
+def pair_seams(plan: Plan, output: Output, number: int, *, of: Components = OBJECTS) -> OutputState:
     """Write which fragments of a block touch which of its later neighbours: neighbour, id here, id there."""
     grid, connectivity = plan.block_grid(), plan.options.connectivity
-    missing = set(workspace.read_state(plan, output.volume)["missing"])
+    missing = set(workspace.read_state(plan, output.volume).missing)
     here, rows = (
         workspace.load(plan, output, f"{of.folder}/planes/{number}.npz"),
         [np.empty((3, 0), np.uint64)],
@@ -84,28 +86,27 @@ def pair_seams(plan: Plan, output: Output, number: int, *, of: Components = OBJE
         )
         rows.append(np.insert(pairs, 0, neighbour, axis=1).astype(np.uint64).T)
     workspace.save_rows(plan, output, f"{of.folder}/seams/{number}", np.concatenate(rows, axis=1))
-    return {}
+    return OutputState()
 
 
-def join_objects(plan: Plan, output: Output, _: int) -> Summary:
+def join_objects(plan: Plan, output: Output, _: int) -> OutputState:
     """Join all fragments of an output into objects, and write the final id of each fragment."""
     fragments, pairs, offsets = _read_fragments(plan, output, OBJECTS)
     final = components.join_fragments(fragments, pairs, min_size=plan.options.min_size)
     _write_tables(plan, output, OBJECTS, final, offsets)
-    return {"n_objects": int(final.max(initial=0)), "n_fragments": len(fragments)}
+    return OutputState(n_objects=int(final.max(initial=0)), n_fragments=len(fragments))
 
 
-def join_holes(plan: Plan, output: Output, _: int) -> Summary:
+def join_holes(plan: Plan, output: Output, _: int) -> OutputState:
     """Join the background's fragments, and write which belong to holes small enough to fill."""
     fragments, pairs, offsets = _read_fragments(plan, output, HOLES)
     small = components.fill_table(fragments, pairs, plan.options.fill_holes)
     _write_tables(plan, output, HOLES, small.view(np.uint8), offsets)
-    return {"n_fragments": len(fragments)}
+    return OutputState(n_fragments=len(fragments))
 
 
 def _present(plan: Plan, output: Output) -> list[int]:
-    missing = set(workspace.read_state(plan, output.volume)["missing"])
-    return [number for number in range(len(plan.block_grid())) if number not in missing]
+    return workspace.read_state(plan, output.volume).present(len(plan.block_grid()))
 
 
 def _read_fragments(
@@ -169,7 +170,7 @@ def _write_tables(
         pass
 
 
-def fill_block(plan: Plan, output: Output, number: int) -> Summary:
+def fill_block(plan: Plan, output: Output, number: int) -> OutputState:
     """Write the mask of one block with its small holes filled."""
     core = plan.block_grid()[number]
     mask = workspace.product(plan, "unfilled", output).read(core)
@@ -177,14 +178,14 @@ def fill_block(plan: Plan, output: Output, number: int) -> Summary:
     (small,) = workspace.load_rows(plan, output, f"holes/tables/{number}", 1)
     filled = components.relabel(holes, small, np.dtype(np.uint8))
     workspace.write(plan, "mask", output, core, mask | filled)
-    return {}
+    return OutputState()
 
 
-def relabel_block(plan: Plan, output: Output, number: int) -> Summary:
+def relabel_block(plan: Plan, output: Output, number: int) -> OutputState:
     """Write the final ids of one block to the target."""
     core = plan.block_grid()[number]
     provisional = workspace.product(plan, "fragments", output).read(core)
     (table,) = workspace.load_rows(plan, output, f"objects/tables/{number}", 1)
     labels = components.relabel(provisional, table, components.label_dtype(plan.volume_shape))
     workspace.write(plan, "labels", output, core, labels)
-    return {}
+    return OutputState()

@@ -11,6 +11,7 @@ from megaseg_dask.algorithms.pyramids import Step, downsample
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run import workspace
+from megaseg_dask.run.state import OutputState
 
 Array = NDArray[Any]
 
@@ -18,16 +19,16 @@ Array = NDArray[Any]
 _DOWNSAMPLE_SHAPE = (64, 512, 512)
 
 
-def downsample_block(plan: Plan, output: Output, number: int, *, level: int) -> dict[str, Any]:
+def downsample_block(plan: Plan, output: Output, number: int, *, level: int) -> OutputState:
     """Compute one block of a coarser level of every product, one write unit at a time."""
     step, block = _step(plan, level), plan.block_grid(level)[number]
     units = BlockGrid(step.coarse_shape, plan.layout(level).write_unit)
-    for kind in workspace.read_state(plan, output.volume)["outputs"]:
+    for kind in workspace.read_state(plan, output.volume).outputs:
         below = workspace.product(plan, kind, output, level - 1)
         for box in (units.core(p) & block for p in units.iter_overlapping(block)):
             values = _coarser(below, box, step, mode=kind != "scores")
             workspace.write(plan, kind, output, box, values, level)
-    return {}
+    return OutputState()
 
 
 def _step(plan: Plan, level: int) -> Step:

@@ -1,8 +1,9 @@
 """Stages about scores: measure, segment, and the threshold of each volume where it is found from all of it."""
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.algorithms.normalization import (
     PARTITION_SHAPE,
     Counts,
-    Moments,
     Normalisation,
     Statistics,
     measure,
@@ -36,10 +36,10 @@ from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.memory import TABLES_READ_AHEAD
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run import workspace
+from megaseg_dask.run.state import ChannelStatistics, OutputState, PartStatistics, TaskSummary
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
-Summary = dict[str, Any]
 
 # Held by the one of a worker's threads that computes; meanwhile others read the next block and write the last one.
 _device = threading.Lock()
@@ -48,16 +48,18 @@ _device = threading.Lock()
 # -- statistics
 
 
-def measure_block(plan: Plan, volume: int, number: int) -> Summary:
+def measure_block(plan: Plan, volume: int, number: int) -> TaskSummary:
     """Sum intensities of each channel; floats keep one entry per part of the partition, integers add up to one."""
-    box, n_absent, parts = plan.measure_grid[number], 0, []
+    box = plan.measure_grid[number]
+    n_absent = 0
+    parts = []
     for channel in workspace.sources(plan, volume, plan.measure_level or 0):
         values = channel.read(box)
         n_absent += channel.count_absent(box, values)
         parts.append(measure_parts(plan, values, box))
         # What cannot be normalised is said of this block, rather than of the run.
         describe_statistics(plan, parts[-1])
-    return {"parts": parts, **_told(absent=n_absent)}
+    return TaskSummary(parts=tuple(parts), absent=n_absent)
 
 
 def read_channels(channels: Sequence[Volume], box: Box) -> Array:
@@ -65,18 +67,14 @@ def read_channels(channels: Sequence[Volume], box: Box) -> Array:
     return stack([channel.read(box) for channel in channels])
 
 
-def count_absent(channels: Sequence[Volume], box: Box, values: Array) -> Summary:
-    """Return how many stored objects of the source are absent in a box, if any are; ``values`` is what was read."""
-    return _told(absent=sum(c.count_absent(box, v) for c, v in zip(channels, values, strict=True)))
+def count_absent(channels: Sequence[Volume], box: Box, values: Array) -> int:
+    """Return how many stored objects of the source are absent in a box, whose ``values`` were read."""
+    pairs = zip(channels, values, strict=True)
+    return sum(channel.count_absent(box, read) for channel, read in pairs)
 
 
-def _told(**counts: int | None) -> Summary:
-    """Return those of the counts that there is something to say of."""
-    return {name: n for name, n in counts.items() if n}
-
-
-def measure_parts(plan: Plan, values: Array, box: Box) -> list[tuple[int, dict[str, Any]]]:
-    """Return place and statistics of a channel's parts of the fixed partition inside ``box``, as JSON values."""
+def measure_parts(plan: Plan, values: Array, box: Box) -> tuple[PartStatistics, ...]:
+    """Return the statistics of a channel's parts of the fixed partition inside ``box``."""
     partition = BlockGrid(plan.measure_grid.volume_shape, PARTITION_SHAPE)
     places = list(partition.iter_overlapping(box))
     ignore = plan.options.nan_to_background
@@ -87,43 +85,39 @@ def measure_parts(plan: Plan, values: Array, box: Box) -> list[tuple[int, dict[s
     if isinstance(parts[0], Counts):
         parts = [merge_statistics(parts)]
     order = map(partition.index, places)
-    return [(place, asdict(part)) for place, part in zip(order, parts, strict=False)]
+    return tuple(map(PartStatistics, order, parts))
 
 
-def merge_parts(plan: Plan, parts: Iterable[tuple[int, Mapping[str, Any]]]) -> Statistics:
+def merge_parts(parts: Iterable[PartStatistics]) -> Statistics:
     """Add up statistics of a channel in the partition's grid order."""
-    kind = Moments if plan.source_image.dtype.startswith("float") else Counts
-    return merge_statistics(kind(**fields) for _, fields in sorted(parts, key=lambda part: part[0]))
+    in_order = sorted(parts, key=lambda part: part.place)
+    return merge_statistics(part.statistics for part in in_order)
 
 
-def describe_statistics(
-    plan: Plan, parts: Iterable[tuple[int, Mapping[str, Any]]]
-) -> dict[str, float | None]:
+def describe_statistics(plan: Plan, parts: Iterable[PartStatistics]) -> ChannelStatistics:
     """Return mean, std, minimum and maximum of a channel; the last two are unknown where the settings give the rest."""
     if isinstance(given := plan.options.normalization, tuple):
-        return {"mean": given[0], "std": given[1], "minimum": None, "maximum": None}
-    found = merge_parts(plan, parts)
+        return ChannelStatistics(*given)
+    found = merge_parts(parts)
     # JSON has no infinity, which is the minimum of a volume without one finite voxel.
     low, high = (found.minimum, found.maximum) if found.n else (0.0, 0.0)
-    return {**asdict(Normalisation.of(found)), "minimum": low, "maximum": high}
+    return ChannelStatistics(**asdict(Normalisation.of(found)), minimum=low, maximum=high)
 
 
-def describe_volume(
-    plan: Plan, summaries: Sequence[Mapping[str, Any]]
-) -> list[dict[str, float | None]]:
-    """Return the statistics of each channel of a volume, from what measuring its blocks gave."""
-    return [
-        describe_statistics(
-            plan, [part for summary in summaries for part in summary["parts"][channel]]
-        )
-        for channel in range(plan.model.in_channels)
-    ]
+def describe_volume(plan: Plan, summaries: Sequence[TaskSummary]) -> tuple[ChannelStatistics, ...]:
+    """Return the statistics of each channel of a volume, from the summaries of its ``measure`` tasks."""
+
+    def describe(channel: int) -> ChannelStatistics:
+        of_blocks = (summary.parts[channel] for summary in summaries)
+        return describe_statistics(plan, chain.from_iterable(of_blocks))
+
+    return tuple(map(describe, range(plan.model.in_channels)))
 
 
 # -- scores
 
 
-def segment_block(plan: Plan, volume: int, number: int) -> Summary:
+def segment_block(plan: Plan, volume: int, number: int) -> TaskSummary:
     """Predict one block and write its core's scores, and its mask or, for an automatic threshold, its logits."""
     core = plan.block_grid()[number]
     place = core.shifted(plan.region.start)
@@ -131,29 +125,29 @@ def segment_block(plan: Plan, volume: int, number: int) -> Summary:
     values = read_channels(channels, read_box)
     # Who measures the volume counts them; here nobody does.
     absent = (
-        {}
+        0
         if plan.measure_level == 0
         else count_absent(channels, place, values[:, *place.within(read_box).slices])
     )
-    predicted = predict(plan, values, place, workspace.read_state(plan, volume)["statistics"])
+    predicted = predict(plan, values, place, workspace.read_state(plan, volume).statistics)
     for output, logits in zip(plan.outputs_of(volume), predicted, strict=True):
         for kind, array in scores_of(plan, logits).items():
             workspace.write(plan, kind, output, core, array)
-    summary = {**absent, **shrunk_batch(plan)}
+    by_output: tuple[OutputState, ...] = ()
     if "logits" in plan.intermediates:
-        summary[workspace.BY_OUTPUT] = [
+        by_output = tuple(
             extremes_of(found) for found in predicted if isinstance(found, np.ndarray)
-        ]
-    return summary
+        )
+    return TaskSummary(absent=absent, batch=shrunk_batch(plan), by_output=by_output)
 
 
-def shrunk_batch(plan: Plan) -> Summary:
-    """Return the batch that this worker's engine came down to when its device ran out of memory, if it did."""
-    return _told(batch=open_engine(plan.model, plan.engine).largest_batch)
+def shrunk_batch(plan: Plan) -> int | None:
+    """Return the batch of this worker's engine after its device was out of memory, or ``None``."""
+    return open_engine(plan.model, plan.engine).largest_batch
 
 
 def predict(
-    plan: Plan, values: Array, core: Box, statistics: Iterable[Mapping[str, Any]]
+    plan: Plan, values: Array, core: Box, statistics: Iterable[ChannelStatistics]
 ) -> list[Float32 | dict[str, Array]]:
     """Return the logits of a core for each output, in the source's voxels; ``values`` are those of its read box.
 
@@ -165,7 +159,7 @@ def predict(
         # Nobody has looked at every voxel yet, and the network would take a NaN for the mean.
         for channel in values:
             require_finite(channel, read_box)
-    zscores = tuple(Normalisation(found["mean"], found["std"]) for found in statistics)
+    zscores = tuple(Normalisation(found.mean, found.std) for found in statistics)
     prepare = Preparation(plan.model.steps, zscores)
     with _device:
         engine = open_engine(plan.model, plan.engine)
@@ -233,67 +227,67 @@ def as_stored(scores: Float32, dtype: str) -> Array:
 # -- a threshold for each volume
 
 
-def extremes_of(logits: Float32) -> Summary:
+def extremes_of(logits: Float32) -> OutputState:
     """Return lowest and highest logit of a block; nothing if it has no number."""
     known = logits[~np.isnan(logits)] if np.isnan(logits.min(initial=0)) else logits
-    return {"low": float(known.min()), "high": float(known.max())} if known.size else {}
+    if not known.size:
+        return OutputState()
+    return OutputState(low=float(known.min()), high=float(known.max()))
 
 
-def merge_extremes(of_blocks: Iterable[Mapping[str, Any]]) -> Summary:
+def merge_extremes(of_blocks: Sequence[OutputState]) -> OutputState:
     """Return lowest and highest logit of a volume from those of its blocks."""
-    known = [s for s in of_blocks if "low" in s]
-    return (
-        {"low": min(s["low"] for s in known), "high": max(s["high"] for s in known)}
-        if known
-        else {}
-    )
+    lows = [block.low for block in of_blocks if block.low is not None]
+    highs = [block.high for block in of_blocks if block.high is not None]
+    return OutputState(low=min(lows, default=None), high=max(highs, default=None))
 
 
-def tabulate_block(plan: Plan, output: Output, number: int) -> Summary:
+def tabulate_block(plan: Plan, output: Output, number: int) -> OutputState:
     """Write the table of one block's logits over the range of the whole volume."""
     logits = workspace.product(plan, "logits", output).read(plan.block_grid()[number])
     table = tabulate(plan, logits, workspace.read_known(plan, output))
     workspace.save(plan, output, f"histograms/{number}.npz", table)
-    return {}
+    return OutputState()
 
 
-def tabulate(plan: Plan, logits: Float32, extremes: Mapping[str, Any]) -> thresholds.Table:
+def tabulate(plan: Plan, logits: Float32, extremes: OutputState) -> thresholds.Table:
     """Return the table of logits that the threshold is found from."""
-    if "low" not in extremes:
+    if extremes.low is None or extremes.high is None:
         raise DataError(
             "no voxel of the volume is a number, so it has no threshold; give one with --threshold"
         )
     known = logits[~np.isnan(logits)] if plan.options.nan_to_background else logits.ravel()
-    return thresholds.tabulate(
-        known, extremes["low"], extremes["high"], str(plan.options.threshold)
-    )
+    return thresholds.tabulate(known, extremes.low, extremes.high, str(plan.options.threshold))
 
 
-def find_cutoff(plan: Plan, output: Output, _: int) -> Summary:
+def find_cutoff(plan: Plan, output: Output, _: int) -> OutputState:
     """Find the threshold of a volume from the tables of its blocks."""
-    missing = set(workspace.read_state(plan, output.volume)["missing"])
-    blocks = [n for n in range(len(plan.block_grid())) if n not in missing]
+    blocks = workspace.read_state(plan, output.volume).present(len(plan.block_grid()))
     tables = read_ahead(
         lambda n: workspace.load(plan, output, f"histograms/{n}.npz"), blocks, TABLES_READ_AHEAD
     )
     merged = thresholds.merge_tables(table for _, table in tables)
-    return {"threshold": cutoff_of(plan, merged, workspace.read_known(plan, output))}
+    cutoff = cutoff_of(plan, merged, workspace.read_known(plan, output))
+    return OutputState(threshold=cutoff)
 
 
-def cutoff_of(plan: Plan, table: thresholds.Table, extremes: Mapping[str, Any]) -> float:
+def cutoff_of(plan: Plan, table: thresholds.Table, extremes: OutputState) -> float:
     """Return the threshold of a volume: a logit."""
+    assert extremes.low is not None
+    assert extremes.high is not None
     return thresholds.find_threshold(
-        table, extremes["low"], extremes["high"], str(plan.options.threshold)
+        table, extremes.low, extremes.high, str(plan.options.threshold)
     )
 
 
-def threshold_block(plan: Plan, output: Output, number: int) -> Summary:
+def threshold_block(plan: Plan, output: Output, number: int) -> OutputState:
     """Write the mask of one block from its logits and the volume's threshold."""
     core = plan.block_grid()[number]
     logits = workspace.product(plan, "logits", output).read(core)
-    mask = above(logits, workspace.read_known(plan, output)["threshold"])
-    workspace.write(plan, workspace.first_mask(plan), output, core, mask)
-    return {}
+    cutoff = workspace.read_known(plan, output).threshold
+    assert cutoff is not None
+    workspace.write(plan, workspace.first_mask(plan), output, core, above(logits, cutoff))
+    return OutputState()
 
 
 def above(logits: Float32, cutoff: float) -> NDArray[np.uint8]:

@@ -10,12 +10,13 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.measurements import measure_block
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run import workspace
+from megaseg_dask.run.state import ChannelStatistics, OutputState, TaskSummary
 from megaseg_dask.run.tasks import measurements, pyramids, scores
 
 Array = NDArray[Any]
 
 
-def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
+def segment_volume(plan: Plan, volume: int, _: int) -> TaskSummary:
     """Do all stages of one volume."""
     channels, read_box = workspace.sources(plan, volume), plan.patch_grid.read_box(plan.region)
     values = scores.read_channels(channels, read_box)
@@ -24,32 +25,31 @@ def segment_volume(plan: Plan, volume: int, _: int) -> dict[str, Any]:
     predicted = scores.predict(plan, values, plan.region, statistics)
     intensity = values[0][plan.region.within(read_box).slices]
     # Logits leave the list as they are used: nothing else holds them.
-    by_output = [
+    by_output = tuple(
         _finish(plan, output, predicted.pop(0), intensity) for output in plan.outputs_of(volume)
-    ]
-    return {
-        "statistics": statistics,
-        **absent,
-        **scores.shrunk_batch(plan),
-        workspace.BY_OUTPUT: by_output,
-    }
+    )
+    return TaskSummary(
+        statistics=statistics,
+        absent=absent,
+        batch=scores.shrunk_batch(plan),
+        by_output=by_output,
+    )
 
 
 def _finish(
     plan: Plan, output: Output, logits: scores.Float32 | dict[str, Array], intensity: Array
-) -> dict[str, Any]:
+) -> OutputState:
     """Write scores, mask, labels and measurements of one output; return its threshold and number of objects."""
-    whole, found, summary = (
-        Box.of(plan.volume_shape),
-        scores.scores_of(plan, logits),
-        dict[str, Any](),
-    )
+    whole = Box.of(plan.volume_shape)
+    found = scores.scores_of(plan, logits)
+    threshold = None
+    n_objects = None
     if plan.has_mask and plan.options.is_automatic:
         values = found.pop("logits")
         extremes = scores.extremes_of(values)
         table = scores.tabulate(plan, values, extremes)
-        summary["threshold"] = scores.cutoff_of(plan, table, extremes)
-        found["mask"] = scores.above(values, summary["threshold"])
+        threshold = scores.cutoff_of(plan, table, extremes)
+        found["mask"] = scores.above(values, threshold)
         del values
     elif plan.has_mask:
         found["mask"] = found.pop(workspace.first_mask(plan))
@@ -57,24 +57,23 @@ def _finish(
     if plan.has_mask and plan.options.fill_holes:
         found["mask"] = _fill(plan, found["mask"], whole)
     if "labels" in plan.options.outputs:
-        found["labels"], summary["n_objects"] = _label(plan, found["mask"], whole)
+        found["labels"], n_objects = _label(plan, found["mask"], whole)
     if "measurements" in plan.options.outputs:
         measurements.write_sums(plan, output, measure_block(found["labels"], intensity, whole))
     for kind in plan.arrays:
         workspace.write(plan, kind, output, whole, found[kind])
         pyramids.write_coarser_levels(plan, output, kind, found[kind])
-    return summary
+    return OutputState(threshold=threshold, n_objects=n_objects)
 
 
-def _measure(plan: Plan, volume: int, values: Array) -> list[dict[str, float | None]]:
+def _measure(plan: Plan, volume: int, values: Array) -> tuple[ChannelStatistics, ...]:
     if plan.measure_level is None:
         return scores.describe_volume(plan, ())
     box = Box.of(plan.measure_grid.volume_shape)
     if plan.measure_level:
         values = scores.read_channels(workspace.sources(plan, volume, plan.measure_level), box)
-    return scores.describe_volume(
-        plan, [{"parts": [scores.measure_parts(plan, channel, box) for channel in values]}]
-    )
+    parts = tuple(scores.measure_parts(plan, channel, box) for channel in values)
+    return scores.describe_volume(plan, [TaskSummary(parts=parts)])
 
 
 def _label(plan: Plan, mask: Array, whole: Box) -> tuple[Array, int]:

@@ -19,16 +19,17 @@ from megaseg_dask.errors import MegasegError, StoreError, TaskError
 from megaseg_dask.events import Failure
 from megaseg_dask.plan.memory import peak_bytes, release, reset_peak
 from megaseg_dask.plan.plan import Output, Plan, PlannedVolume
+from megaseg_dask.run.state import OutputState, TaskSummary
 from megaseg_dask.run.tasks import components, measurements, pyramids, scores, whole_volume
-from megaseg_dask.run.workspace import BY_OUTPUT, holding
+from megaseg_dask.run.workspace import holding
 from megaseg_dask.stores import Location, cached_array
 
-_OF_VOLUMES: dict[str, Callable[[Plan, int, int], dict[str, Any]]] = {
+_OF_VOLUMES: dict[str, Callable[[Plan, int, int], TaskSummary]] = {
     "volume": whole_volume.segment_volume,
     "measure": scores.measure_block,
     "segment": scores.segment_block,
 }
-_OF_OUTPUTS: dict[str, Callable[[Plan, Output, int], dict[str, Any]]] = {
+_OF_OUTPUTS: dict[str, Callable[[Plan, Output, int], OutputState]] = {
     "histogram": scores.tabulate_block,
     "cutoff": scores.find_cutoff,
     "threshold": scores.threshold_block,
@@ -50,7 +51,7 @@ class Outcome:
     """How a task ended: its summary, or the error in one line and whether another attempt may help."""
 
     index: int
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: TaskSummary = field(default_factory=TaskSummary)
     seconds: float = 0.0
     peak_bytes: int = 0
     error: str = ""
@@ -76,7 +77,7 @@ def enter_stage(stage: str) -> None:
     reset_peak()
 
 
-def run_task(plan: Plan, stage: str, index: int) -> dict[str, Any]:
+def run_task(plan: Plan, stage: str, index: int) -> TaskSummary:
     """Run one task of a plan and return its summary."""
     volume, number = plan.split_index(stage, index)
     if stage in _OF_VOLUMES:
@@ -87,8 +88,8 @@ def run_task(plan: Plan, stage: str, index: int) -> dict[str, Any]:
         if name == "downsample"
         else _OF_OUTPUTS[stage]
     )
-    summaries = [of_output(plan, output, number) for output in plan.outputs_of(volume)]
-    return {BY_OUTPUT: summaries} if any(summaries) else {}
+    outputs = plan.outputs_of(volume)
+    return TaskSummary(by_output=tuple(of_output(plan, output, number) for output in outputs))
 
 
 def run_tasks(

@@ -15,11 +15,13 @@ import numpy as np
 from markupsafe import Markup
 
 from megaseg_dask.concurrency import map_threaded
+from megaseg_dask.events import Failure
 from megaseg_dask.ngff.group import read_attributes
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run import log, workspace
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import estimate_time
+from megaseg_dask.run.state import Session
 from megaseg_dask.run.target import publish
 from megaseg_dask.tools.report import charts
 from megaseg_dask.tools.report.charts import Cell, Line, Mark, number
@@ -119,12 +121,12 @@ class Page:
         return [plan.summary() for plan in self.plans]
 
     @property
-    def failed(self) -> list[Mapping[str, Any]]:
+    def failed(self) -> list[Failure]:
         """Return the tasks that failed last and were not mended since."""
         return [failure for run in self.runs for failure in run.journal.failed.values()]
 
     @property
-    def sessions(self) -> list[Mapping[str, Any]]:
+    def sessions(self) -> list[Session]:
         """Return when clients worked on the target, as far as they recorded it."""
         return [session for run in self.runs for session in run.journal.sessions]
 
@@ -137,7 +139,7 @@ class Page:
     def warnings(self) -> list[str]:
         """Return what the run warned of."""
         return [
-            text for run in self.runs for text in (run.journal.result or {}).get("warnings", [])
+            text for run in self.runs if run.journal.result for text in run.journal.result.warnings
         ]
 
     @property
@@ -154,7 +156,7 @@ class Page:
     @property
     def wall_s(self) -> float:
         """Seconds that clients worked on the run, as far as they recorded it."""
-        return float(sum(session["wall_s"] for session in self.sessions))
+        return float(sum(session.wall_s for session in self.sessions))
 
     @property
     def n_odd(self) -> int:
@@ -165,7 +167,7 @@ class Page:
     def absent(self) -> int:
         """Chunks of the source that are not there."""
         return sum(
-            summary.get("absent", 0)
+            summary.absent
             for run in self.runs
             for stage in {stage.name for stage in run.plan.stages}
             & {"volume", "measure", "segment"}

@@ -4,7 +4,6 @@ The journal and the table of measurements are exact, and read first; what they
 lack is looked at in the outputs, within a budget of voxels for the whole run.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +14,13 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.blending import sigmoid
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.concurrency import map_threaded
+from megaseg_dask.errors import TaskError
 from megaseg_dask.ngff.tables import iter_columns
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run import workspace
 from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.target.tables import table_location
-from megaseg_dask.run.workspace import VOLUMES
 from megaseg_dask.tools.report.sampling import (
     UNREADABLE,
     choose_view,
@@ -156,13 +156,13 @@ def _read_journal(run: Run, volumes: Sequence[Facts]) -> None:
     stage = "volume" if plan.is_one_task else "join"
     summaries = journal.by_index(stage) if stage in {s.name for s in plan.stages} else []
     for facts in volumes if summaries else ():
-        facts.objects = _of(facts.output, summaries[facts.output.volume]).get("n_objects")
+        facts.objects = _of(facts.output, summaries[facts.output.volume]).n_objects
     for (name, index), failure in sorted(journal.failed.items()):
         volume, _ = plan.split_index(name, index)
         for facts in volumes[volume * len(plan.model.outputs) :][: len(plan.model.outputs)]:
-            facts.failures.append(f"{name} {failure['box']}: {failure['error']}")
+            facts.failures.append(f"{name} {failure.box}: {failure.error}")
     if plan.is_one_task:
-        states: Mapping[int, Mapping[str, Any]] = dict(enumerate(summaries))
+        states: Mapping[int, VolumeState | TaskSummary | None] = dict(enumerate(summaries))
     else:
         chosen = spread(len(plan.volumes), _MOST_VOLUMES)
         states = dict(zip(chosen, map_threaded(lambda v: _state(plan, v), chosen), strict=True))
@@ -170,10 +170,11 @@ def _read_journal(run: Run, volumes: Sequence[Facts]) -> None:
     for facts in volumes:
         if (state := states.get(facts.output.volume)) is None:
             continue
-        # Of several channels the first.
-        statistics = (state.get("statistics") or [{}])[0]
-        facts.mean, facts.std = statistics.get("mean"), statistics.get("std")
-        found = _of(facts.output, state).get("threshold")
+        if state.statistics:
+            # Of several channels the first.
+            facts.mean = state.statistics[0].mean
+            facts.std = state.statistics[0].std
+        found = _of(facts.output, state).threshold
         if not isinstance(fixed, str):
             facts.threshold = fixed
         elif found is not None:
@@ -181,15 +182,18 @@ def _read_journal(run: Run, volumes: Sequence[Facts]) -> None:
             facts.threshold = float(sigmoid(np.float32(found).reshape(1))[0])
 
 
-def _of(output: Output, known: Mapping[str, Any]) -> Mapping[str, Any]:
+def _of(output: Output, known: VolumeState | TaskSummary | None) -> OutputState:
     """Return what a summary or a state has of one output."""
-    by_output: Sequence[Mapping[str, Any]] = known.get(workspace.BY_OUTPUT, ())
-    return by_output[output.number] if by_output else {}
+    if known is None or not known.by_output:
+        return OutputState()
+    return known.by_output[output.number]
 
 
-def _state(plan: Plan, volume: int) -> Mapping[str, Any]:
-    state: Mapping[str, Any] = json.loads(plan.run.get(f"{VOLUMES}/{volume}.json") or b"{}")
-    return state
+def _state(plan: Plan, volume: int) -> VolumeState | None:
+    try:
+        return workspace.read_state(plan, volume)
+    except TaskError:
+        return None
 
 
 # -- the table

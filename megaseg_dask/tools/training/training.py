@@ -25,7 +25,7 @@ from megaseg_dask.events import Trained
 from megaseg_dask.models import Bundle, Preprocessing, load_bundle, require_patch, save_bundle
 from megaseg_dask.models.network import is_plain
 from megaseg_dask.models.registry import load
-from megaseg_dask.run.lease import held
+from megaseg_dask.run.lease import Leases
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.training.card import write_card
 from megaseg_dask.tools.training.cytodl_process import Emit, run_inside
@@ -86,7 +86,7 @@ def train(request: Request, emit: Emit) -> Trained:
         _require_more_epochs(work, recipe)
     with _removed_if_refused(out), _writing(out):
         work.mkdir(parents=True, exist_ok=True)
-        with held(Location.of(work)):
+        with Leases(Location.of(work)).hold():
             if request.overwrite:
                 _clear(out)
             record = _read_record(work) or identity

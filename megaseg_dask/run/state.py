@@ -1,0 +1,186 @@
+"""What is known of volumes and told by tasks: small values that the journal and the run folder keep as JSON.
+
+Each value has one JSON form, made by ``to_json`` and read by ``from_json``. A
+field without a value is left out of it, so the record of a million tasks with
+nothing to tell stays small.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megaseg_dask.algorithms.normalization import Counts, Moments, Statistics
+from megaseg_dask.events import Joined
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PartStatistics:
+    """Statistics of one part of the fixed partition of a volume; ``place`` is its index in grid order."""
+
+    place: int
+    statistics: Statistics
+
+    def to_json(self) -> list[Any]:
+        """Return a list of two: the place, and the fields of the statistics."""
+        return [self.place, asdict(self.statistics)]
+
+    @classmethod
+    def from_json(cls, value: Sequence[Any]) -> "PartStatistics":
+        """Return the value that :meth:`to_json` wrote."""
+        place, fields = value
+        kind = Counts if "total" in fields else Moments
+        return cls(place, kind(**fields))
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStatistics:
+    """Statistics of one channel of a volume; extremes are ``None`` where the settings give mean and std."""
+
+    mean: float
+    std: float
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputState:
+    """What is known of one output of the network, of a block or of a whole volume.
+
+    ``low`` and ``high`` are the extremes of its logits, and ``threshold`` is a
+    logit; all are ``None`` where the threshold is given, or where no voxel is a number.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    threshold: float | None = None
+    n_objects: int | None = None
+    n_fragments: int | None = None
+
+    def to_json(self) -> Json:
+        """Return the fields that have a value."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSummary:
+    """What a finished task tells: most tasks tell nothing.
+
+    ``parts`` are the statistics of each channel, by parts of the volume;
+    ``statistics`` those of each channel of a whole volume. ``absent`` counts
+    chunks that the source lacks. ``batch`` is the batch that a device ran with
+    after it was out of memory.
+    """
+
+    parts: tuple[tuple[PartStatistics, ...], ...] = ()
+    absent: int = 0
+    batch: int | None = None
+    statistics: tuple[ChannelStatistics, ...] = ()
+    by_output: tuple[OutputState, ...] = ()
+
+    def to_json(self) -> Json:
+        """Return the fields that have a value."""
+        fields: Json = {
+            "parts": [[part.to_json() for part in parts] for parts in self.parts],
+            "absent": self.absent,
+            "batch": self.batch,
+            "statistics": [asdict(channel) for channel in self.statistics],
+            "by_output": outputs_to_json(self.by_output),
+        }
+        return {name: value for name, value in fields.items() if value}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "TaskSummary":
+        """Return the value that :meth:`to_json` wrote."""
+        return cls(
+            parts=tuple(
+                tuple(map(PartStatistics.from_json, parts)) for parts in value.get("parts", ())
+            ),
+            absent=value.get("absent", 0),
+            batch=value.get("batch"),
+            statistics=statistics_from_json(value),
+            by_output=outputs_from_json(value),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeState:
+    """What the tasks of a stage have to know of a whole volume.
+
+    ``missing`` are the numbers of the blocks that failed in an earlier stage,
+    ``outputs`` the kinds of arrays that the volume will have. Statistics are
+    empty until the volume is measured.
+    """
+
+    missing: tuple[int, ...] = ()
+    outputs: tuple[str, ...] = ()
+    statistics: tuple[ChannelStatistics, ...] = ()
+    by_output: tuple[OutputState, ...] = ()
+
+    def to_json(self) -> Json:
+        """Return JSON values."""
+        return {
+            "missing": list(self.missing),
+            "outputs": list(self.outputs),
+            "statistics": [asdict(channel) for channel in self.statistics],
+            "by_output": outputs_to_json(self.by_output),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "VolumeState":
+        """Return the value that :meth:`to_json` wrote."""
+        return cls(
+            missing=tuple(value["missing"]),
+            outputs=tuple(value["outputs"]),
+            statistics=statistics_from_json(value),
+            by_output=outputs_from_json(value),
+        )
+
+    def present(self, n_blocks: int) -> list[int]:
+        """Return the numbers of the blocks that are not missing, of ``n_blocks``."""
+        missing = set(self.missing)
+        return [number for number in range(n_blocks) if number not in missing]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The time that one client worked on a run: when it began, in seconds since 1970, and on which workers."""
+
+    began: int
+    wall_s: float
+    workers: tuple[Joined, ...] = ()
+
+    def to_json(self) -> Json:
+        """Return JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Session":
+        """Return the value that :meth:`to_json` wrote."""
+        workers = tuple(Joined(**worker) for worker in value["workers"])
+        return cls(value["began"], value["wall_s"], workers)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended in which no task failed."""
+
+    n_objects: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def statistics_from_json(value: Mapping[str, Any]) -> tuple[ChannelStatistics, ...]:
+    """Return the statistics of each channel that a state or a summary has, under ``statistics``."""
+    return tuple(ChannelStatistics(**channel) for channel in value.get("statistics", ()))
+
+
+def outputs_from_json(value: Mapping[str, Any]) -> tuple[OutputState, ...]:
+    """Return what a state or a summary has of each output, under ``by_output``."""
+    return tuple(OutputState(**output) for output in value.get("by_output", ()))
+
+
+def outputs_to_json(outputs: Iterable[OutputState]) -> list[Json]:
+    """Return the JSON form of what is known of each output; empty if nothing is known of any."""
+    values = [output.to_json() for output in outputs]
+    return values if any(values) else []
