@@ -16,12 +16,12 @@ CHUNK_SHAPE = (64, 128, 128)
 SHARD_SHAPE = (128, 512, 512)
 
 # Parts per axis that are tried when a block is chosen: 24^3 combinations take milliseconds.
-_MOST_PARTS = 24
+_MAX_PARTS = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Chunk and write unit of an array's axes ``(z, y, x)``; they are the same where there are no shards."""
+    """Chunk and write unit of an array, ``(z, y, x)``; without shards they are the same."""
 
     chunk_shape: Shape
     write_unit: Shape
@@ -31,40 +31,50 @@ def write_layout(shape: Shape, block_shape: Shape, *, sharded: bool) -> Layout:
     """Return chunks that divide the block, and write units of whole chunks that divide it too.
 
     An axis that no good chunk divides gets one chunk per block. Where one block
-    spans an axis, nobody else writes along it, and it is cut evenly: a rest of
+    spans an axis, nothing else writes along it, and it is cut evenly: a rest of
     one plane would be stored and decoded as a whole chunk.
     """
-    axes = list(zip(shape, block_shape, CHUNK_SHAPE, SHARD_SHAPE, strict=True))
-    chunk = tuple(
-        _even(n, most) if b >= n else _divisor(b, most, least=most // 4) for n, b, most, _ in axes
-    )
+    chunk = tuple(map(_chunk_extent, shape, block_shape, CHUNK_SHAPE))
     if not sharded:
         return Layout(chunk, chunk)
-    chunks_of_unit = [
-        _even(-(-n // c), max(most // c, 1)) if b >= n else _divisor(b // c, max(most // c, 1))
-        for (n, b, _, most), c in zip(axes, chunk, strict=True)
-    ]
-    return Layout(chunk, tuple(c * k for c, k in zip(chunk, chunks_of_unit, strict=True)))
+    return Layout(chunk, tuple(map(_unit_extent, shape, block_shape, chunk, SHARD_SHAPE)))
+
+
+def _chunk_extent(extent: int, block: int, max_chunk: int) -> int:
+    if block >= extent:
+        return _even(extent, max_chunk)
+    chunk = _divisor(block, max_chunk)
+    if chunk < max_chunk // 4:
+        return block
+    return chunk
+
+
+def _unit_extent(extent: int, block: int, chunk: int, max_unit: int) -> int:
+    max_chunks = max(max_unit // chunk, 1)
+    if block >= extent:
+        return chunk * _even(-(-extent // chunk), max_chunks)
+    return chunk * _divisor(block // chunk, max_chunks)
 
 
 def _even(n: int, most: int) -> int:
     """Return the extent of the fewest nearly equal parts of ``n``, none above ``most``."""
-    return -(-n // -(-n // most))
+    n_parts = -(-n // most)
+    return -(-n // n_parts)
 
 
-def _divisor(n: int, most: int, *, least: int = 1) -> int:
-    """Return the largest divisor of ``n`` up to ``most``; ``n`` itself if that is below ``least``."""
-    best = max(d for d in range(1, min(n, most) + 1) if n % d == 0)
-    return best if best >= least else n
+def _divisor(n: int, most: int) -> int:
+    """Return the largest divisor of ``n`` up to ``most``."""
+    return max(d for d in range(1, min(n, most) + 1) if n % d == 0)
 
 
 def iter_block_shapes(volume_shape: Shape) -> Iterator[Shape]:
     """Yield block shapes worth trying: whole chunks, or the whole of an axis."""
-    per_axis = []
-    for n, chunk in zip(volume_shape, CHUNK_SHAPE, strict=True):
-        chunks = math.ceil(n / chunk)
-        parts = range(1, min(chunks, _MOST_PARTS) + 1)
-        per_axis.append(
-            sorted({min(math.ceil(chunks / p) * chunk, n) for p in parts} | {min(chunk, n)})
-        )
-    yield from product(*per_axis)
+    return product(*map(_block_extents, volume_shape, CHUNK_SHAPE))
+
+
+def _block_extents(extent: int, chunk: int) -> list[int]:
+    n_chunks = math.ceil(extent / chunk)
+    extents = {min(chunk, extent)}
+    for n_parts in range(1, min(n_chunks, _MAX_PARTS) + 1):
+        extents.add(min(math.ceil(n_chunks / n_parts) * chunk, extent))
+    return sorted(extents)

@@ -30,6 +30,16 @@ class Box:
         """Return the box of a whole array."""
         return cls((0,) * len(shape), tuple(shape))
 
+    @classmethod
+    def centered(cls, shape: Sequence[int], within: Sequence[int]) -> "Box":
+        """Return the box of ``shape`` in the middle of an array of the shape ``within``.
+
+        An axis that is shorter than ``shape`` is taken whole.
+        """
+        extents = tuple(map(min, shape, within))
+        start = tuple((n - extent) // 2 for n, extent in zip(within, extents, strict=True))
+        return cls.of(extents).shifted(start)
+
     @property
     def shape(self) -> Shape:
         """Extent per axis; never negative."""
@@ -46,15 +56,18 @@ class Box:
         return tuple(map(slice, self.start, self.stop))
 
     def __and__(self, other: "Box") -> "Box":
-        return Box(tuple(map(max, self.start, other.start)), tuple(map(min, self.stop, other.stop)))
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(min, self.stop, other.stop))
+        return Box(start, stop)
 
     def __contains__(self, other: "Box") -> bool:
         return (self & other) == other
 
     def shifted(self, offset: Sequence[int]) -> "Box":
         """Return the box moved by ``offset`` voxels."""
-        move = [(a + o, b + o) for a, b, o in zip(self.start, self.stop, offset, strict=True)]
-        return Box(tuple(a for a, _ in move), tuple(b for _, b in move))
+        start = tuple(a + o for a, o in zip(self.start, offset, strict=True))
+        stop = tuple(b + o for b, o in zip(self.stop, offset, strict=True))
+        return Box(start, stop)
 
     def within(self, frame: "Box") -> "Box":
         """Return the same voxels in coordinates that start at ``frame.start``."""
@@ -66,7 +79,10 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class BlockGrid:
-    """The volume cut into blocks: their cores tile it without overlap, the last ones may be smaller."""
+    """The volume cut into blocks, whose cores tile it without overlap.
+
+    The last blocks of an axis may be smaller.
+    """
 
     volume_shape: Shape
     block_shape: Shape
@@ -88,17 +104,17 @@ class BlockGrid:
 
     def position(self, index: int) -> Shape:
         """Return the place of block ``index`` in the grid; indices run in grid (raster) order."""
-        place = []
+        reversed_position = []
         for n in reversed(self.grid_shape):
-            index, p = divmod(index, n)
-            place.append(p)
-        return tuple(reversed(place))
+            index, along_axis = divmod(index, n)
+            reversed_position.append(along_axis)
+        return tuple(reversed(reversed_position))
 
     def index(self, position: Sequence[int]) -> int:
         """Return the index of the block at a place in the grid."""
         index = 0
-        for p, n in zip(position, self.grid_shape, strict=True):
-            index = index * n + p
+        for along_axis, n in zip(position, self.grid_shape, strict=True):
+            index = index * n + along_axis
         return index
 
     def __getitem__(self, index: int) -> Box:
@@ -107,64 +123,69 @@ class BlockGrid:
     def core(self, position: Sequence[int]) -> Box:
         """Return the voxels that the block at this place owns."""
         start = tuple(p * b for p, b in zip(position, self.block_shape, strict=True))
-        return Box(
-            start, tuple(a + b for a, b in zip(start, self.block_shape, strict=True))
-        ) & Box.of(self.volume_shape)
+        return Box.of(self.block_shape).shifted(start) & Box.of(self.volume_shape)
 
     def __iter__(self) -> Iterator[Box]:
-        return map(self.core, product(*map(range, self.grid_shape)))
+        return map(self.core, np.ndindex(self.grid_shape))
 
     def morton_order(self) -> NDArray[np.int64]:
-        """Return all indices along a Z-order curve: blocks that follow each other share what they read."""
+        """Return all indices along a Z-order curve: consecutive blocks share what they read."""
         positions = np.unravel_index(np.arange(len(self), dtype=np.int64), self.grid_shape)
         code = np.zeros(len(self), np.int64)
         for bit in range(max(self.grid_shape).bit_length()):
-            for axis, place in enumerate(reversed(positions)):
-                code |= (place >> bit & 1) << (bit * len(positions) + axis)
+            for axis, along_axis in enumerate(reversed(positions)):
+                code |= (along_axis >> bit & 1) << (bit * len(positions) + axis)
         return np.argsort(code, kind="stable")
 
     def iter_overlapping(self, box: Box) -> Iterator[Shape]:
         """Yield the places of the blocks that share a voxel with ``box``, in grid order."""
-        ranges = [
-            range(a // n, -(-b // n))
-            for a, b, n in zip(box.start, box.stop, self.block_shape, strict=True)
-        ]
-        return product(*ranges)
+        axes = zip(box.start, box.stop, self.block_shape, strict=True)
+        return product(*[range(a // n, -(-b // n)) for a, b, n in axes])
 
-    def iter_forward_neighbours(self, index: int, connectivity: int) -> Iterator[tuple[int, Shape]]:
+    def iter_forward_neighbors(self, index: int, connectivity: int) -> Iterator[tuple[int, Shape]]:
         """Yield index and direction of each later block that the connectivity reaches.
 
         A direction has at most ``connectivity`` non-zero entries, the first of
         which is +1: each pair of touching blocks comes up once.
         """
-        here = self.position(index)
-        for direction in steps(len(here), connectivity):
-            if direction < (0,) * len(here):
+        position = self.position(index)
+        grid = Box.of(self.grid_shape)
+        for direction in steps(len(position), connectivity):
+            if direction < (0,) * len(position):
                 continue
-            there = tuple(map(sum, zip(here, direction, strict=True)))
-            if all(0 <= p < n for p, n in zip(there, self.grid_shape, strict=True)):
-                yield self.index(there), direction
+            neighbor = Box.of((1,) * len(position)).shifted(position).shifted(direction)
+            if neighbor in grid:
+                yield self.index(neighbor.start), direction
 
 
 def steps(ndim: int, connectivity: int) -> list[Shape]:
-    """Return the steps from a voxel to its neighbours: 6, 18 or 26 in three dimensions."""
-    return [s for s in product((-1, 0, 1), repeat=ndim) if 0 < sum(map(abs, s)) <= connectivity]
+    """Return the steps from a voxel to its neighbors: 6, 18 or 26 in three dimensions."""
+    all_steps = product((-1, 0, 1), repeat=ndim)
+    return [step for step in all_steps if 0 < sum(map(abs, step)) <= connectivity]
 
 
 def _axis_starts(extent: int, patch: int, overlap: float) -> list[int]:
-    """Return patch starts along one axis: MONAI's ``dense_patch_slices`` with ``_get_scan_interval``."""
-    if extent == patch:
-        return [0]
+    """Return the patch starts along one axis, in the volume's coordinates, ascending.
+
+    They are those of MONAI's ``dense_patch_slices`` with ``_get_scan_interval``.
+    """
+    if extent <= patch:
+        return [-_axis_padding(extent, patch)]
     stride = max(int(patch * (1 - overlap)), 1)
-    n = -(-(extent - patch) // stride) + 1
-    return [min(i * stride, extent - patch) for i in range(n)]
+    last = extent - patch
+    n_patches = -(-last // stride) + 1
+    return [min(i * stride, last) for i in range(n_patches)]
+
+
+def _axis_padding(extent: int, patch: int) -> int:
+    return max(patch - extent, 0) // 2
 
 
 @dataclass(frozen=True, slots=True)
 class PatchGrid:
     """The network's input patches over one whole volume, at MONAI's positions.
 
-    A volume smaller than the patch is padded up to it: centred, the odd voxel
+    A volume smaller than the patch is padded up to it: centered, the odd voxel
     at the end. Boxes are in the volume's coordinates, so those of a padded
     axis start below zero.
     """
@@ -185,30 +206,19 @@ class PatchGrid:
     @property
     def padding(self) -> Shape:
         """Voxels of padding before each axis."""
-        return tuple(
-            max(p - n, 0) // 2 for n, p in zip(self.volume_shape, self.patch_shape, strict=True)
-        )
+        return tuple(map(_axis_padding, self.volume_shape, self.patch_shape))
 
     @property
     def starts(self) -> tuple[list[int], ...]:
         """Patch starts per axis, in the volume's coordinates, ascending."""
-        return tuple(
-            [start - before for start in _axis_starts(max(n, p), p, o)]
-            for n, p, o, before in zip(
-                self.volume_shape, self.patch_shape, self.overlap, self.padding, strict=True
-            )
-        )
+        return tuple(map(_axis_starts, self.volume_shape, self.patch_shape, self.overlap))
 
     def __len__(self) -> int:
         return math.prod(map(len, self.starts))
 
     def _touching_starts(self, core: Box) -> list[list[int]]:
-        return [
-            [s for s in starts if s < b and s + p > a]
-            for starts, p, a, b in zip(
-                self.starts, self.patch_shape, core.start, core.stop, strict=True
-            )
-        ]
+        axes = zip(self.starts, self.patch_shape, core.start, core.stop, strict=True)
+        return [_touching(starts, patch, a, b) for starts, patch, a, b in axes]
 
     def count_touching(self, core: Box) -> int:
         """Return how many patches a block has to predict."""
@@ -217,19 +227,20 @@ class PatchGrid:
     def iter_touching(self, core: Box) -> Iterator[Box]:
         """Yield the patches that share a voxel with ``core``, in grid order."""
         for start in product(*self._touching_starts(core)):
-            yield Box(start, tuple(s + p for s, p in zip(start, self.patch_shape, strict=True)))
+            yield Box.of(self.patch_shape).shifted(start)
 
     def read_box(self, core: Box) -> Box:
-        """Return the voxels that the patches of ``core`` see: its halo included, padding excluded."""
+        """Return the voxels that the patches of ``core`` see: with its halo, without padding."""
         starts = self._touching_starts(core)
-        hull = Box(
-            tuple(s[0] for s in starts),
-            tuple(s[-1] + p for s, p in zip(starts, self.patch_shape, strict=True)),
-        )
-        return hull & Box.of(self.volume_shape)
+        first = Box.of(self.patch_shape).shifted([s[0] for s in starts])
+        last = Box.of(self.patch_shape).shifted([s[-1] for s in starts])
+        return Box(first.start, last.stop) & Box.of(self.volume_shape)
 
     def count_predicted(self, block_shape: Shape, region: Box | None = None) -> int:
-        """Return how many patches all blocks of a region, by default the volume, predict together."""
+        """Return how many patches all blocks of a region predict together.
+
+        The region is the volume unless one is given.
+        """
         return math.prod(n_patches for n_patches, _ in self._axis_totals(block_shape, region))
 
     def count_read(self, block_shape: Shape, region: Box | None = None) -> int:
@@ -238,20 +249,39 @@ class PatchGrid:
 
     def _axis_totals(self, block_shape: Shape, region: Box | None) -> Iterator[tuple[int, int]]:
         region = region or Box.of(self.volume_shape)
-        axes = zip(
+        return map(
+            _axis_totals,
             self.volume_shape,
             self.patch_shape,
             self.overlap,
             block_shape,
             region.start,
             region.stop,
-            strict=True,
         )
-        return (_axis_totals(*axis) for axis in axes)
 
 
-# A patch may be changed by so much of itself: the network was trained on one of its size.
-_NEAR = 0.25
+def _touching(starts: list[int], patch: int, start: int, stop: int) -> list[int]:
+    return [s for s in starts if s < stop and s + patch > start]
+
+
+@functools.cache
+def _axis_totals(
+    extent: int, patch: int, overlap: float, block: int, start: int, stop: int
+) -> tuple[int, int]:
+    """Return patches predicted and voxels read along one axis, by the blocks of a region.
+
+    Patches and blocks are products of axes, so a sum over all blocks is the
+    product of sums over axes: cheap for a million blocks.
+    """
+    line = PatchGrid((extent,), (patch,), (overlap,))
+    cores = [core.shifted((start,)) for core in BlockGrid((stop - start,), (block,))]
+    n_predicted = sum(map(line.count_touching, cores))
+    n_read = sum(line.read_box(core).size for core in cores)
+    return n_predicted, n_read
+
+
+# Largest relative change per axis: the network was trained at this patch size.
+_MAX_CHANGE = 0.25
 
 
 def cheapest_patch(
@@ -263,32 +293,17 @@ def cheapest_patch(
     ``patch_shape`` by a quarter at most; one that reaches over the whole volume may
     be shorter. Of equally cheap patches the nearest is taken.
     """
-
-    def cheapest(extent: int, patch: int, share: float, step: int) -> int:
-        covering = -(-extent // step) * step
-        shortest = min(patch * (1 - _NEAR), max(covering, 2 * step))
-        possible = [
-            n for n in range(2 * step, int(patch * (1 + _NEAR)) + 1, step) if n >= shortest
-        ] or [patch]
-        return min(
-            possible,
-            key=lambda n: (len(_axis_starts(max(extent, n), n, share)) * n, abs(n - patch)),
-        )
-
-    return tuple(
-        cheapest(*axis) for axis in zip(volume_shape, patch_shape, overlap, multiple, strict=True)
-    )
+    return tuple(map(_cheapest_extent, volume_shape, patch_shape, overlap, multiple))
 
 
-@functools.cache
-def _axis_totals(
-    extent: int, patch: int, overlap: float, block: int, start: int, stop: int
-) -> tuple[int, int]:
-    """Return patches predicted and voxels read along one axis, summed over the blocks from ``start`` to ``stop``.
+def _cheapest_extent(extent: int, patch: int, overlap: float, multiple: int) -> int:
+    whole_axis = -(-extent // multiple) * multiple
+    shortest = min(patch * (1 - _MAX_CHANGE), max(whole_axis, 2 * multiple))
+    longest = int(patch * (1 + _MAX_CHANGE))
+    candidates = [n for n in range(2 * multiple, longest + 1, multiple) if n >= shortest]
 
-    Patches and blocks are products of axes, so a sum over all blocks is the
-    product of sums over axes: cheap for a million blocks.
-    """
-    line = PatchGrid((extent,), (patch,), (overlap,))
-    cores = [core.shifted((start,)) for core in BlockGrid((stop - start,), (block,))]
-    return sum(map(line.count_touching, cores)), sum(line.read_box(core).size for core in cores)
+    def cost(n: int) -> tuple[int, int]:
+        n_voxels = len(_axis_starts(extent, n, overlap)) * n
+        return n_voxels, abs(n - patch)
+
+    return min(candidates, key=cost, default=patch)

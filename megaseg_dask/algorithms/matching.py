@@ -45,22 +45,25 @@ class Contingency:
     def of(cls, predicted: ArrayLike, true: ArrayLike) -> "Contingency":
         """Count the pairs of two label images (integers or bool, any equal shape).
 
-        Raises DataError for unequal shapes, other dtypes and negative ids.
+        Raises:
+            DataError: The shapes differ, an id is negative, or a dtype is no integer.
         """
-        predicted, true = np.asarray(predicted), np.asarray(true)
+        predicted = _require_labels(np.asarray(predicted))
+        true = _require_labels(np.asarray(true))
         if predicted.shape != true.shape:
             raise DataError(
                 f"predicted labels have shape {predicted.shape}, true ones {true.shape}"
             )
-        pairs = [_require_labels(predicted).ravel(), _require_labels(true).ravel()]
+        predicted = predicted.ravel()
+        true = true.ravel()
         if not predicted.size:
             return cls.none()
         # Labels come in runs along a row: sorting runs instead of voxels is far cheaper.
-        changes = (pairs[0][1:] != pairs[0][:-1]) | (pairs[1][1:] != pairs[1][:-1])
-        starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
-        lengths = np.diff(starts, append=predicted.size)
-        first, second = (ids[starts].astype(np.uint64) for ids in pairs)
-        return cls._merged(first, second, lengths.astype(np.int64))
+        starts = _run_starts(predicted, true)
+        lengths = np.diff(starts, append=predicted.size).astype(np.int64)
+        return cls._merged(
+            predicted[starts].astype(np.uint64), true[starts].astype(np.uint64), lengths
+        )
 
     def __add__(self, other: "Contingency") -> "Contingency":
         """Add the table of other voxels of the same two label images; exact, in any order."""
@@ -77,15 +80,16 @@ class Contingency:
         if not len(voxels):
             return cls.none()
         order = np.lexsort((true, predicted))
-        predicted, true = predicted[order], true[order]
-        is_first = np.concatenate(
-            [[True], (predicted[1:] != predicted[:-1]) | (true[1:] != true[:-1])]
-        )
-        return cls(
-            predicted[is_first],
-            true[is_first],
-            np.add.reduceat(voxels[order], np.flatnonzero(is_first)),
-        )
+        predicted = predicted[order]
+        true = true[order]
+        starts = _run_starts(predicted, true)
+        return cls(predicted[starts], true[starts], np.add.reduceat(voxels[order], starts))
+
+
+def _run_starts(predicted: NDArray[Any], true: NDArray[Any]) -> NDArray[np.intp]:
+    """Return where a pair differs from the one before it; the first always does."""
+    changes = (predicted[1:] != predicted[:-1]) | (true[1:] != true[:-1])
+    return np.concatenate([np.zeros(1, np.intp), np.flatnonzero(changes) + 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +131,19 @@ class Evaluation:
     matchings: tuple[Matching, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields as plain Python values, ready for JSON."""
+        """Return all fields by name, as plain Python values that are ready for JSON."""
         return asdict(self) | {"matchings": [asdict(matching) for matching in self.matchings]}
 
 
 def evaluate(
     predicted: ArrayLike, true: ArrayLike, thresholds: Sequence[float] = THRESHOLDS
 ) -> Evaluation:
-    """Compare two label images of one shape (integers, 0 is background; bool is one object)."""
+    """Compare two label images of one shape (integers, 0 is background; bool is one object).
+
+    Raises:
+        DataError: The images are no label images of one shape.
+        SettingsError: A threshold lies outside 0.5..1, or there is none.
+    """
     return evaluate_contingency(Contingency.of(predicted, true), thresholds)
 
 
@@ -143,17 +152,23 @@ def evaluate_contingency(
 ) -> Evaluation:
     """Score a whole volume's table; `evaluate` block by block ends here.
 
-    Raises SettingsError for a threshold outside 0.5..1, or none.
+    Raises:
+        SettingsError: A threshold lies outside 0.5..1, or there is none.
     """
     if not thresholds or not all(0.5 <= threshold <= 1 for threshold in thresholds):
         raise SettingsError(f"IoU thresholds must lie between 0.5 and 1, got {tuple(thresholds)}")
     matched = _matched_ious(table)
-    n_predicted, n_true = _n_objects(table.predicted), _n_objects(table.true)
-    matchings = tuple(_match(matched, threshold, n_predicted, n_true) for threshold in thresholds)
     n_matched = len(matched)
+    n_predicted = _n_objects(table.predicted)
+    n_true = _n_objects(table.true)
+    matchings = tuple(_match(matched, threshold, n_predicted, n_true) for threshold in thresholds)
     segmentation = _ratio(float(matched.sum()), n_matched)
     recognition = _ratio(2 * n_matched, n_predicted + n_true)
-    shared, in_predicted, in_true = _foreground(table)
+    is_predicted = table.predicted > 0
+    is_true = table.true > 0
+    in_predicted = int(table.voxels[is_predicted].sum())
+    in_true = int(table.voxels[is_true].sum())
+    shared = int(table.voxels[is_predicted & is_true].sum())
     return Evaluation(
         dice=_ratio(2 * shared, in_predicted + in_true),
         iou=_ratio(shared, in_predicted + in_true - shared),
@@ -172,31 +187,32 @@ def evaluate_contingency(
 
 
 def _matched_ious(table: Contingency) -> NDArray[np.float64]:
-    """IoU of every matched pair of objects, each object in one pair at most, from 0.5 upwards."""
+    """Return the IoU of each matched pair of objects, from 0.5 upwards.
+
+    Each object is in one pair at most.
+    """
     both = (table.predicted > 0) & (table.true > 0)
-    predicted, true, shared = table.predicted[both], table.true[both], table.voxels[both]
-    union = (
-        _sizes(table.predicted, table.voxels)[both]
-        + _sizes(table.true, table.voxels)[both]
-        - shared
-    )
-    ious = shared / union
+    shared = table.voxels[both]
+    n_predicted = _object_voxels(table.predicted, table.voxels)[both]
+    n_true = _object_voxels(table.true, table.voxels)[both]
+    ious = shared / (n_predicted + n_true - shared)
     candidates = np.flatnonzero(ious >= 0.5)
     # Above 0.5 an object has one partner only. At exactly 0.5 it can have two: the
     # halves that make it up, which touch no other object. Either half is then a best
     # assignment, so keeping the first pair of each object needs no solver.
-    for ids in (predicted, true):
-        candidates = candidates[np.unique(ids[candidates], return_index=True)[1]]
-    kept: NDArray[np.float64] = ious[candidates]
-    return kept
+    for ids in (table.predicted[both], table.true[both]):
+        _, first = np.unique(ids[candidates], return_index=True)
+        candidates = candidates[first]
+    matched: NDArray[np.float64] = ious[candidates]
+    return matched
 
 
-def _sizes(ids: NDArray[np.uint64], voxels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Voxels of the whole object, for each row of the table."""
+def _object_voxels(ids: NDArray[np.uint64], voxels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the voxels of the whole object, for each row of the table."""
     _, rows = np.unique(ids, return_inverse=True)
-    sizes = np.zeros(len(ids), np.int64)
-    np.add.at(sizes, rows, voxels)
-    return sizes[rows]
+    object_voxels = np.zeros(len(ids), np.int64)
+    np.add.at(object_voxels, rows, voxels)
+    return object_voxels[rows]
 
 
 def _match(
@@ -210,17 +226,10 @@ def _n_objects(ids: NDArray[np.uint64]) -> int:
     return int(np.count_nonzero(np.unique(ids)))
 
 
-def _foreground(table: Contingency) -> tuple[int, int, int]:
-    """Voxels of the foreground that both share, of the predicted one and of the true one."""
-    predicted, true = table.predicted > 0, table.true > 0
-    shared, in_predicted, in_true = (
-        int(table.voxels[rows].sum()) for rows in (predicted & true, predicted, true)
-    )
-    return shared, in_predicted, in_true
-
-
 def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole else 0.0
+    if not whole:
+        return 0.0
+    return float(part / whole)
 
 
 def _require_labels(labels: NDArray[Any]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""One normalisation per volume, from statistics that add across boxes.
+"""One normalization per volume, from statistics that add across boxes.
 
 The statistics belong to the volume, so they must not depend on how it was
 split. Integers are summed exactly, in any order. Floats are summed in float64
@@ -7,8 +7,10 @@ grid order, so the last bit does not depend on blocks, chunks or workers.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -22,15 +24,20 @@ Float32 = NDArray[np.float32]
 # Part of the result for float images: another partition may change the last bit of mean and std.
 PARTITION_SHAPE = (64, 256, 256)
 
-# 16-bit limbs in float64: products stay below 2^32, so a slab of 2^20 voxels sums below 2^53, exactly.
+# 16-bit limbs in float64: products stay below 2^32, so a slab of 2^20 voxels sums below 2^53,
+# exactly.
 _SLAB = 2**20
+_LIMB_BITS = 16
 
-_EXACT_FLOAT = 2**53
+_MAX_EXACT_FLOAT = 2**53
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Count, mean and sum of squared deviations of float values; merging follows Chan et al. 1979."""
+    """Count, mean and sum of squared deviations of float values.
+
+    Merging follows Chan et al. 1979.
+    """
 
     n: int = 0
     mean: float = 0.0
@@ -43,7 +50,8 @@ class Moments:
         """Return the moments of finite values."""
         if not values.size:
             return cls()
-        # Contiguous, and no BLAS: strides and thread counts change the order of a sum, and so its last bit.
+        # Contiguous, and no BLAS: strides and thread counts change the order of a sum, and so its
+        # last bit.
         values = np.ascontiguousarray(values)
         mean = float(values.mean(dtype=np.float64))
         squares = float(np.square(values - np.float64(mean)).sum())
@@ -65,7 +73,9 @@ class Moments:
     @property
     def std(self) -> float:
         """Population standard deviation."""
-        return math.sqrt(self.squares / self.n) if self.n else 0.0
+        if not self.n:
+            return 0.0
+        return math.sqrt(self.squares / self.n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +93,13 @@ class Counts:
         """Return the exact sums of an integer array of any width and sign."""
         if not values.size:
             return cls()
-        slabs = np.array_split(values.ravel(), -(-values.size // _SLAB))
-        totals, squares = zip(*map(_exact_sums, slabs), strict=True)
-        return cls(values.size, sum(totals), sum(squares), int(values.min()), int(values.max()))
+        total = 0
+        total_squares = 0
+        for slab in np.array_split(values.ravel(), -(-values.size // _SLAB)):
+            slab_total, slab_squares = _exact_sums(slab)
+            total += slab_total
+            total_squares += slab_squares
+        return cls(values.size, total, total_squares, int(values.min()), int(values.max()))
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -99,11 +113,16 @@ class Counts:
     @property
     def mean(self) -> float:
         """Mean, rounded once to float64."""
-        return self.total / self.n if self.n else 0.0
+        if not self.n:
+            return 0.0
+        return self.total / self.n
 
     @property
     def std(self) -> float:
-        """Population standard deviation; the variance is an exact fraction until it is rounded once."""
+        """Population standard deviation.
+
+        The variance is an exact fraction until it is rounded once.
+        """
         if not self.n:
             return 0.0
         return math.sqrt((self.n * self.total_squares - self.total**2) / self.n**2)
@@ -118,28 +137,29 @@ def _exact_sums(values: NDArray[np.integer]) -> tuple[int, int]:
         # Squares of 16 bits, added up over a slab, stay below 2^53: float64 is exact.
         exact = values.astype(np.float64)
         return int(exact.sum()), int(exact @ exact)
-    low, n = int(values.min()), values.size
-    span = int(values.max()) - low
+    low = int(values.min())
     # Differences modulo 2^64 are exact, also across the sign.
-    above = values.astype(np.uint64) - np.uint64(low % 2**64)
-    shifts = [16 * i for i in range(-(-span.bit_length() // 16))]
-    limbs = [
-        ((above >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.float64) for shift in shifts
-    ]
-    total = sum(int(limb.sum()) << shift for limb, shift in zip(limbs, shifts, strict=True))
-    squares = sum(
-        int(a @ b) << (i + j)
-        for a, i in zip(limbs, shifts, strict=True)
-        for b, j in zip(limbs, shifts, strict=True)
-    )
+    above_low = values.astype(np.uint64) - np.uint64(low % 2**64)
+    n_bits = int(above_low.max()).bit_length()
+    limbs = {
+        shift: ((above_low >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.float64)
+        for shift in range(0, n_bits, _LIMB_BITS)
+    }
+    total = sum(int(limb.sum()) << shift for shift, limb in limbs.items())
+    squares = 0
+    for shift, limb in limbs.items():
+        for other_shift, other in limbs.items():
+            squares += int(limb @ other) << (shift + other_shift)
+    n = values.size
     return total + n * low, squares + 2 * low * total + n * low * low
 
 
 def measure(values: NDArray[Any], at: Box, *, nan_to_background: bool = False) -> Statistics:
     """Return the statistics of one part of the volume, ``values`` of box ``at``.
 
-    Raises :class:`DataError` naming the first voxel that is NaN or infinite,
-    unless ``nan_to_background`` leaves such voxels out.
+    Raises:
+        DataError: A voxel is NaN or infinite; it names the first one.
+            ``nan_to_background`` leaves such voxels out instead.
     """
     if values.dtype.kind in "iu":
         return Counts.of(values)
@@ -152,60 +172,71 @@ def measure(values: NDArray[Any], at: Box, *, nan_to_background: bool = False) -
 
 
 def require_finite(values: NDArray[np.floating], at: Box) -> None:
-    """Raise :class:`DataError` naming the first voxel of box ``at`` that is NaN or infinite."""
+    """Require that all voxels of box ``at`` are finite.
+
+    Raises:
+        DataError: A voxel is NaN or infinite; it names the first one.
+    """
     finite = np.isfinite(values)
     if finite.all():
         return
     first = np.unravel_index(int(np.argmin(finite)), values.shape)
-    place = tuple(int(f) + s for f, s in zip(first, at.start, strict=True))
+    voxel = tuple(int(f) + s for f, s in zip(first, at.start, strict=True))
+    n_others = int((~finite).sum()) - 1
     raise DataError(
-        f"voxel (z, y, x) = {place} is {values[first]}, and {int((~finite).sum()) - 1} more of box {at} are not "
-        "finite; pass --nan-to-background to treat them as background, or mend the image"
+        f"voxel (z, y, x) = {voxel} is {values[first]}, and {n_others} more of box {at} are not "
+        "finite; pass --nan-to-background to treat them as background, or fix the image"
     )
 
 
 def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
-    """Add statistics in the order given, which for floats must be the partition's grid order."""
-    iterator: Iterator[Statistics] = iter(parts)
-    total = next(iterator)
-    for part in iterator:
-        total = total + part  # type: ignore[operator]  # all parts of a volume are of one kind
-    return total
+    """Add the statistics of at least one part.
+
+    For floats the order given must be the partition's grid order.
+    """
+    # All parts of a volume are of one kind.
+    return reduce(add, parts)
 
 
 @dataclass(frozen=True, slots=True)
-class Normalisation:
+class Normalization:
     """The z-score of one volume: MONAI's ``NormalizeIntensity(channel_wise=True)``."""
 
     mean: float
     std: float
 
     @classmethod
-    def of(cls, statistics: Statistics) -> "Normalisation":
-        """Return the normalisation that the statistics of the whole volume ask for."""
-        if (
-            isinstance(statistics, Counts)
-            and max(abs(statistics.minimum), abs(statistics.maximum)) > _EXACT_FLOAT
-        ):
+    def of(cls, statistics: Statistics) -> "Normalization":
+        """Return the normalization that follows from the statistics of the whole volume.
+
+        Raises:
+            DataError: Voxels are too large for float64.
+        """
+        largest = max(abs(statistics.minimum), abs(statistics.maximum))
+        if isinstance(statistics, Counts) and largest > _MAX_EXACT_FLOAT:
             raise DataError(
                 f"voxels reach {statistics.maximum}, and numbers beyond 2^53 have no exact float64; "
                 "subtract the offset of the image first"
             )
         if not math.isfinite(statistics.std):
             raise DataError(
-                f"voxels reach {statistics.maximum}: their spread overflows; rescale the image first"
+                f"voxels reach {statistics.maximum}: their spread overflows; "
+                "rescale the image first"
             )
         return cls(statistics.mean, statistics.std)
 
     def __call__(self, values: NDArray[Any]) -> Float32:
-        """Return ``(values - mean) / std`` in float32; a constant volume gives zeros, a NaN the mean."""
+        """Return ``(values - mean) / std`` in float32.
+
+        A constant volume gives zeros; a voxel that is not finite gives zero, the mean.
+        """
         # Wide numbers hold offsets that float32 would round away before they are subtracted.
-        wide = values.dtype.itemsize > 2 and values.dtype != np.float32
-        kind = np.float64 if wide else np.float32
-        centred = np.subtract(values, kind(self.mean), dtype=kind)
+        is_wide = values.dtype.itemsize > 2 and values.dtype != np.float32
+        dtype = np.float64 if is_wide else np.float32
+        centered = np.subtract(values, dtype(self.mean), dtype=dtype)
         # A std of zero divides by one, as in MONAI.
-        centred /= kind(self.std) or kind(1)
-        normalised: Float32 = centred.astype(np.float32, copy=False)
+        centered /= dtype(self.std) or dtype(1)
+        normalized: Float32 = centered.astype(np.float32, copy=False)
         if values.dtype.kind == "f":
-            np.nan_to_num(normalised, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-        return normalised
+            np.nan_to_num(normalized, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        return normalized

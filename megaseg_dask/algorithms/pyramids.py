@@ -1,8 +1,8 @@
 """Pyramid levels: their shapes, and how one level follows from the level below it.
 
-Windows are anchored to the volume, so a level does not depend on who computed
-which part of it. Scores are averaged; labels take the mode, never a mean (the
-mean of objects 3 and 7 is object 5).
+Windows are anchored to the volume, so a level does not depend on which task
+computed which part of it. Scores are averaged; labels take the mode, never a
+mean (the mean of objects 3 and 7 is object 5).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,8 +17,8 @@ from megaseg_dask.algorithms.geometry import Box, Shape
 
 Array = NDArray[Any]
 
-# A viewer shows a level of this size at once; a coarser one would help nobody.
-_SMALLEST_LEVEL = 256
+# A viewer shows a level of this size at once; nobody needs a coarser one.
+_MAX_COARSEST_EXTENT = 256
 
 
 def default_level_shapes(
@@ -31,36 +31,38 @@ def default_level_shapes(
     """
     # Some files say 0 for an unknown pixel size.
     spacing = [abs(s) or 1.0 for s in spacing_um]
-    while max(shape[-2:]) > _SMALLEST_LEVEL:
+    while max(shape[-2:]) > _MAX_COARSEST_EXTENT:
         finest = min(s for n, s in zip(shape, spacing, strict=True) if n > 1)
-        factor = tuple(
-            2 if n > 1 and s < 2 * finest else 1 for n, s in zip(shape, spacing, strict=True)
-        )
+        is_halved = [n > 1 and s < 2 * finest for n, s in zip(shape, spacing, strict=True)]
+        factor = tuple(1 + halved for halved in is_halved)
         shape = tuple(-(-n // f) for n, f in zip(shape, factor, strict=True))
         spacing = [s * f for s, f in zip(spacing, factor, strict=True)]
         yield shape, factor
 
 
 def integer_factor(fine: int, coarse: int, scaled: float | None = None) -> int | None:
-    """Return the whole factor between two extents, floor and ceiling division both allowed; else ``None``.
+    """Return the whole factor between two extents, or ``None`` if there is none.
 
-    Of several that fit, ``scaled`` decides: how many times larger the voxels
-    are by the levels' own scales. From 11 to 3 may be a factor of 3, 4 or 5.
+    Floor and ceiling division are both allowed. Of several factors that fit,
+    ``scaled`` decides: how many times larger the voxels are by the levels' own
+    scales. From 11 to 3 may be a factor of 3, 4 or 5.
     """
-    nearest = round(fine / coarse)
     # From 10 to 4 is a factor of 3 that was rounded up, though 2 is as near.
-    candidates = (
-        *([round(scaled)] if scaled and scaled <= fine else []),
-        nearest,
-        fine // coarse,
-        -(-fine // coarse),
-    )
-    return next((f for f in candidates if f > 0 and coarse in (fine // f, -(-fine // f))), None)
+    candidates = [round(fine / coarse), fine // coarse, -(-fine // coarse)]
+    if scaled and scaled <= fine:
+        candidates.insert(0, round(scaled))
+    for factor in candidates:
+        if factor > 0 and coarse in (fine // factor, -(-fine // factor)):
+            return factor
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """From one level to the next coarser one: their shapes, and how many times larger voxels become by their scales."""
+    """From one level to the next coarser one: their shapes.
+
+    ``scaled`` says how many times larger voxels become by the levels' scales.
+    """
 
     fine_shape: Shape
     coarse_shape: Shape
@@ -74,70 +76,88 @@ class Step:
 
     def source_box(self, box: Box) -> Box:
         """Return the voxels of the finer level that a box of the coarser one is computed from."""
-        starts = [first for first, _ in self._ranges(box.start)]
-        stops = [stop for _, stop in self._ranges([n - 1 for n in box.stop])]
-        return Box(tuple(starts), tuple(stops))
+        first = self._windows(box.start)
+        last = self._windows([n - 1 for n in box.stop])
+        return Box(tuple(w.start for w in first), tuple(w.stop for w in last))
 
-    def _ranges(self, place: Sequence[int]) -> list[tuple[int, int]]:
-        axes = zip(place, self.fine_shape, self.coarse_shape, self.factors, strict=True)
-        return [_source_range(*axis) for axis in axes]
+    def _windows(self, voxel: Sequence[int]) -> list[range]:
+        return list(map(_window, voxel, self.fine_shape, self.coarse_shape, self.factors))
 
 
-def _source_range(index: int, fine: int, coarse: int, factor: int | None) -> tuple[int, int]:
+def _window(index: int, fine: int, coarse: int, factor: int | None) -> range:
+    """Return the voxels of the finer level, along one axis, of a voxel of the coarser level."""
     if factor is None:
         nearest = (2 * index + 1) * fine // (2 * coarse)
-        return nearest, nearest + 1
-    return index * factor, min((index + 1) * factor, fine)
+        return range(nearest, nearest + 1)
+    return range(index * factor, min((index + 1) * factor, fine))
 
 
 def downsample(values: Array, fine_box: Box, box: Box, step: Step, *, mode: bool) -> Array:
-    """Compute ``box`` of the coarser level from ``values``, which are ``fine_box`` of the finer one.
+    """Compute ``box`` of the coarser level from ``values``, ``fine_box`` of the finer one.
 
     ``mode`` takes the most frequent id of a window, ties to the smallest
     non-zero one; else the mean, rounded half to even for integers. An axis
     without a whole factor takes the nearest voxel.
     """
-    factors = []
-    axes = zip(step.fine_shape, step.coarse_shape, step.factors, strict=True)
-    for axis, (fine, coarse, factor) in enumerate(axes):
-        if factor is None:
-            nearest = [
-                _source_range(i, fine, coarse, None)[0] - fine_box.start[axis]
-                for i in range(box.start[axis], box.stop[axis])
-            ]
-            values = values.take(nearest, axis=axis)
-        factors.append(factor or 1)
-    reduce_ = _mode if mode else _mean
+    combine = _mean
+    if mode:
+        combine = _mode
+    factors = [factor or 1 for factor in step.factors]
+    values = _take_nearest(values, fine_box, box, step)
     result = np.empty(box.shape, values.dtype)
     # Full windows in one go; the last, cut-off window of an axis in a call of its own.
-    for part in product(*(_full_and_cut(n, f) for n, f in zip(values.shape, factors, strict=True))):
-        inside = values[tuple(slice(a * f, b * f) for (a, b), f in zip(part, factors, strict=True))]
-        window = map(min, factors, inside.shape)
-        result[tuple(slice(a, b) for a, b in part)] = reduce_(_samples(inside, window))
+    for coarse in product(*map(_full_and_cut, values.shape, factors)):
+        fine = (slice(c.start * f, c.stop * f) for c, f in zip(coarse, factors, strict=True))
+        inside = values[tuple(fine)]
+        result[coarse] = combine(_samples(inside, map(min, factors, inside.shape)))
     return result
 
 
-def _full_and_cut(extent: int, factor: int) -> list[tuple[int, int]]:
-    full, rest = divmod(extent, factor)
-    return [(0, full)] * (full > 0) + [(full, full + 1)] * (rest > 0)
+def _take_nearest(values: Array, fine_box: Box, box: Box, step: Step) -> Array:
+    """Return the nearest voxels along each axis without a whole factor, all along the others."""
+    for axis, factor in enumerate(step.factors):
+        if factor is None:
+            fine = step.fine_shape[axis]
+            coarse = step.coarse_shape[axis]
+            indices = range(box.start[axis], box.stop[axis])
+            nearest = [_window(i, fine, coarse, None).start for i in indices]
+            values = values.take(np.subtract(nearest, fine_box.start[axis]), axis=axis)
+    return values
+
+
+def _full_and_cut(extent: int, factor: int) -> list[slice]:
+    n_full, rest = divmod(extent, factor)
+    windows = []
+    if n_full:
+        windows.append(slice(0, n_full))
+    if rest:
+        windows.append(slice(n_full, n_full + 1))
+    return windows
 
 
 def _samples(values: Array, window: Iterable[int]) -> list[Array]:
-    """Return, for each place in a window, the voxels there of all windows: views, in raster order."""
-    window = tuple(window)
+    """Return, for each place in a window, the voxels there of all windows.
+
+    They are views, in raster order.
+    """
+    strides = tuple(window)
     return [
-        values[tuple(map(slice, place, [None] * len(place), window))]
-        for place in np.ndindex(window)
+        values[tuple(slice(p, None, stride) for p, stride in zip(place, strides, strict=True))]
+        for place in np.ndindex(strides)
     ]
 
 
 def _mean(samples: list[Array]) -> Array:
     # One order of summation for every split, and no rounding in it that the result could show.
-    total = np.zeros(samples[0].shape, np.float64 if samples[0].dtype.kind == "f" else np.uint32)
+    dtype = samples[0].dtype
+    is_float = dtype.kind == "f"
+    total = np.zeros(samples[0].shape, np.float64 if is_float else np.uint32)
     for sample in samples:
         total += sample
     mean = total / len(samples)
-    return (mean if samples[0].dtype.kind == "f" else np.rint(mean)).astype(samples[0].dtype)
+    if not is_float:
+        mean = np.rint(mean)
+    return mean.astype(dtype)
 
 
 def _mode(samples: list[Array]) -> Array:
@@ -147,9 +167,9 @@ def _mode(samples: list[Array]) -> Array:
     for sample in samples[1:]:
         mixed |= sample != best
     if mixed.any():
-        best[mixed] = _mode_of_rows(
-            np.sort(np.stack([sample[mixed] for sample in samples], axis=-1), axis=-1)
-        )
+        rows = np.stack([sample[mixed] for sample in samples], axis=-1)
+        rows.sort(axis=-1)
+        best[mixed] = _mode_of_rows(rows)
     return best
 
 
@@ -162,7 +182,7 @@ def _mode_of_rows(rows: Array) -> Array:
     for before, here in pairwise(columns):
         run *= before == here
         run += 1
-        # Rows ascend, so on a tie the earlier value stands, unless it is the background.
+        # Rows ascend, so on a tie the earlier value stays, unless it is the background.
         better = (run > longest) | ((run == longest) & (best == 0))
         np.copyto(best, here, where=better)
         np.copyto(longest, run, where=better)
