@@ -23,7 +23,7 @@ from benchmarks.machine import describe, keep
 from benchmarks.scale import write_series
 from megaseg_dask.algorithms.blending import window
 from megaseg_dask.algorithms.geometry import Box, PatchGrid, Shape
-from megaseg_dask.algorithms.normalization import Normalisation
+from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.events import Event, Progress
 from megaseg_dask.inference.engine import Preparation
 from megaseg_dask.inference.pytorch import DeviceEngine
@@ -101,7 +101,7 @@ def measure_field(
     grid = PatchGrid(size.field, size.patch, (overlap,) * 3)
     weights, core = window(size.patch), Box.of(size.field)
     prepare = Preparation(
-        (Step("zscore"),), (Normalisation(float(image.mean()), float(image.std())),)
+        (Step("zscore"),), (Normalization(float(image.mean()), float(image.std())),)
     )
 
     def run(engine: DeviceEngine, batch: int) -> tuple[np.ndarray, np.ndarray]:

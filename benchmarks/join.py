@@ -68,7 +68,7 @@ def pair_blocks(
     pairs = [np.empty((0, 2), np.int64)]
     for i, core in enumerate(grid):
         here = components.boundary_planes(labels[core.slices])
-        for j, direction in grid.iter_forward_neighbours(i, connectivity):
+        for j, direction in grid.iter_forward_neighbors(i, connectivity):
             near, far = components.seam_keys(direction)
             boxes = components.plane_box(core, near), components.plane_box(grid[j], far)
             found = components.pair_across_seam(

@@ -29,7 +29,7 @@ from megaseg_dask.algorithms.chunking import iter_block_shapes
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid, Shape
 from megaseg_dask.algorithms.normalization import (
     PARTITION_SHAPE,
-    Normalisation,
+    Normalization,
     Statistics,
     measure,
     merge_statistics,
@@ -300,13 +300,13 @@ def _predict_volume(
     return da.Array(graph, name, chunks, meta=np.empty((0, 0, 0), np.float32))
 
 
-def _merge(parts: Sequence[Statistics]) -> Normalisation:
-    return Normalisation.of(merge_statistics(parts))
+def _merge(parts: Sequence[Statistics]) -> Normalization:
+    return Normalization.of(merge_statistics(parts))
 
 
 def _predict_core(
     values: Array,
-    normalisation: Normalisation,
+    normalisation: Normalization,
     core: Box,
     *,
     grid: PatchGrid,

@@ -215,8 +215,8 @@ class Normalization:
         largest = max(abs(statistics.minimum), abs(statistics.maximum))
         if isinstance(statistics, Counts) and largest > _MAX_EXACT_FLOAT:
             raise DataError(
-                f"voxels reach {statistics.maximum}, and numbers beyond 2^53 have no exact float64; "
-                "subtract the offset of the image first"
+                f"voxels reach {statistics.maximum}, and numbers beyond 2^53 have no exact "
+                "float64; subtract the offset of the image first"
             )
         if not math.isfinite(statistics.std):
             raise DataError(

@@ -141,10 +141,8 @@ def _samples(values: Array, window: Iterable[int]) -> list[Array]:
     They are views, in raster order.
     """
     strides = tuple(window)
-    return [
-        values[tuple(slice(p, None, stride) for p, stride in zip(place, strides, strict=True))]
-        for place in np.ndindex(strides)
-    ]
+    to_end = (None,) * len(strides)
+    return [values[tuple(map(slice, place, to_end, strides))] for place in np.ndindex(strides)]
 
 
 def _mean(samples: list[Array]) -> Array:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.blending import NUMPY, blend, window
 from megaseg_dask.algorithms.geometry import Box, PatchGrid, Shape
-from megaseg_dask.algorithms.normalization import Normalisation
+from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.errors import BundleError, EngineError, SettingsError
 from megaseg_dask.models.bundle import Bundle, Step
 
@@ -148,7 +148,7 @@ class Preparation:
     """How the channels of one volume become the network's input: a z-score first, if at all; one for each channel."""
 
     steps: tuple[Step, ...]
-    zscores: tuple[Normalisation, ...]
+    zscores: tuple[Normalization, ...]
 
     @property
     def is_zscore(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Box, PatchGrid
-from megaseg_dask.algorithms.normalization import Normalisation
+from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.errors import EngineError
 from megaseg_dask.models import Bundle, build_network
 
@@ -90,7 +90,7 @@ class Preparation(Protocol):
     """What turns voxels into the network's input; one that is a z-score alone says so."""
 
     @property
-    def zscores(self) -> tuple[Normalisation, ...]:
+    def zscores(self) -> tuple[Normalization, ...]:
         """Those of the channels."""
         ...
 
@@ -198,7 +198,7 @@ class _Field:
     """The voxels of a read box on the device, and the z-score of each channel, or none if they are normalised."""
 
     values: torch.Tensor
-    zscores: tuple[Normalisation, ...]
+    zscores: tuple[Normalization, ...]
 
     def cut(self, read_box: Box, patch: Box, slot: torch.Tensor) -> None:
         """Write one normalised patch into a slot of a batch; beyond the volume it is zero."""

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from megaseg_dask.algorithms.measurements import COLUMNS
 from megaseg_dask.errors import StoreError, TargetError
 from megaseg_dask.ngff.group import open_group, require_version, write_group
 from megaseg_dask.stores import Location, naming
@@ -39,17 +40,6 @@ _PLACE = {
     "channel": "int32",
     "output": "string",
 }
-_MEASURED = {
-    "label": "int64",
-    "volume_voxels": "int64",
-    "volume_um3": "float64",
-    **{f"centroid_{axis}": "float64" for axis in "zyx"},
-    **{f"centroid_{axis}_um": "float64" for axis in "zyx"},
-    **{f"bbox_{axis}_start": "int64" for axis in "zyx"},
-    **{f"bbox_{axis}_stop": "int64" for axis in "zyx"},
-    **{f"intensity_{name}": "float64" for name in ("mean", "min", "max", "std", "sum")},
-    "touches_border": "bool",
-}
 
 
 def _schema(columns: Mapping[str, str]) -> pa.Schema:
@@ -59,10 +49,10 @@ def _schema(columns: Mapping[str, str]) -> pa.Schema:
 
 
 # People script against these columns: they may be joined by others, but never change.
-RUN_SCHEMA = _schema(_PLACE | _MEASURED)
+RUN_SCHEMA = _schema(_PLACE | COLUMNS)
 # An image knows its own place in a plate, and each of its label images has a table of its own.
 IMAGE_SCHEMA = _schema(
-    {n: t for n, t in (_PLACE | _MEASURED).items() if n not in ("plate", "well", "field", "output")}
+    {n: t for n, t in (_PLACE | COLUMNS).items() if n not in ("plate", "well", "field", "output")}
 )
 
 
@@ -165,7 +155,7 @@ def read_ngio_table(image: Location, name: str) -> list[tuple[int, int, Columns]
     found: list[tuple[int, int, Columns]] = []
     for t, c in places:
         rows = table.filter((pc.field("timepoint") == t) & (pc.field("channel") == c))
-        found.append((t, c, {measured: rows[measured].to_numpy() for measured in _MEASURED}))
+        found.append((t, c, {measured: rows[measured].to_numpy() for measured in COLUMNS}))
     return found
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaseg_dask.algorithms.components import JOIN_BATCH, join_bytes
+from megaseg_dask.algorithms.components import join_bytes
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid, Shape
 
 # Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, before it has done anything.
@@ -141,7 +141,7 @@ def project(sizes: Sizes) -> dict[str, int]:
         "fill": core * 7,
         "label": label,
         "seams": core,
-        "join": join_bytes(Box.of(sizes.volume_shape).size // _VOXELS_PER_FRAGMENT, 2 * JOIN_BATCH),
+        "join": join_bytes(Box.of(sizes.volume_shape).size // _VOXELS_PER_FRAGMENT),
         "relabel": relabel,
         "measurements": core * (sizes.label_bytes + sizes.source_bytes) * 2
         + decoded

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
-# Named here too, so that --help need not load what computes them.
-THRESHOLDS = ("otsu", "yen", "isodata", "minimum", "triangle", "li")
+from megaseg_dask.algorithms.threshold_methods import METHODS
 
 _BYTES = {
     "": 1,
@@ -107,14 +106,12 @@ def parse_time(value: Any) -> Any:
 
 def parse_threshold(value: Any) -> Any:
     """Return a score from 0 to 1, or the name of a method."""
-    if isinstance(value, str) and value in THRESHOLDS:
+    if isinstance(value, str) and value in METHODS:
         return value
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"expected a number from 0 to 1, or one of {', '.join(THRESHOLDS)}"
-        ) from None
+        raise ValueError(f"expected a number from 0 to 1, or one of {', '.join(METHODS)}") from None
     if not 0 <= number <= 1:
         raise ValueError("expected a score from 0 to 1")
     return number

@@ -21,10 +21,10 @@ from pydantic import (
     field_validator,
 )
 
+from megaseg_dask.algorithms.threshold_methods import METHODS
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.messages import closest
 from megaseg_dask.plan.parsing import (
-    THRESHOLDS,
     parse_bytes,
     parse_models,
     parse_names,
@@ -213,7 +213,7 @@ class Settings(BaseModel):
         0.5,
         "A voxel is foreground if its score is above this; or a method that finds the threshold of each volume, on "
         "the scale of its logits, which are the scores before the sigmoid.",
-        f"F|{'|'.join(THRESHOLDS)}",
+        f"F|{'|'.join(METHODS)}",
         result=True,
     )
     connectivity: Annotated[Literal[1, 2, 3], BeforeValidator(parse_whole)] = _option(

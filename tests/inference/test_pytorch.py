@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from megaseg_dask.algorithms.blending import sigmoid, window
 from megaseg_dask.algorithms.geometry import BlockGrid, PatchGrid
-from megaseg_dask.algorithms.normalization import Normalisation
+from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.errors import EngineError
 from megaseg_dask.inference import engine
 from megaseg_dask.inference.engine import Preparation, predict_block
@@ -36,7 +36,7 @@ GRID = PatchGrid((24, 40, 50), (16, 32, 32), (0.5,) * 3)
 def test_a_block_on_its_device_is_that_of_the_reference(dtype, steps, batch, tiny_bundle):
     values = blobs(GRID.volume_shape).astype(dtype)[None]
     made = tuple(Step(name, (-1.0, 1.0)) if name == "clip" else Step(name) for name in steps)
-    prepare = Preparation(made, (Normalisation(float(values.mean()), float(values.std())),))
+    prepare = Preparation(made, (Normalization(float(values.mean()), float(values.std())),))
     options = {"device": "cpu", "precision": "fp32", "threads": 1}
     engine, on_device = (
         cls(load_bundle(tiny_bundle), **options) for cls in (TorchEngine, DeviceEngine)
@@ -62,7 +62,7 @@ def test_logits_that_are_no_numbers_fail_on_the_device_too(tiny_bundle):
     engine = DeviceEngine(load_bundle(tiny_bundle), device="cpu", precision="fp32", threads=1)
     grid = PatchGrid((16, 32, 32), (16, 32, 32), (0.5,) * 3)
     (core,) = BlockGrid(grid.volume_shape, grid.volume_shape)
-    prepare = Preparation((Step("zscore"),), (Normalisation(0.0, 1e-45),))
+    prepare = Preparation((Step("zscore"),), (Normalization(0.0, 1e-45),))
     with pytest.raises(EngineError, match="NaN or infinity"):
         engine.predict_block(
             np.ones((1, 16, 32, 32), np.uint16), core, grid, prepare, 1, window(grid.patch_shape)

@@ -57,7 +57,7 @@ def test_patches_of_blocks_are_counted_and_read_boxes_hold_them(
 def test_each_pair_of_touching_blocks_comes_up_once(volume_shape, block_shape, connectivity):
     grid = BlockGrid(volume_shape, block_shape)
     pairs = [
-        (i, j) for i in range(len(grid)) for j, _ in grid.iter_forward_neighbours(i, connectivity)
+        (i, j) for i in range(len(grid)) for j, _ in grid.iter_forward_neighbors(i, connectivity)
     ]
     assert len(pairs) == len(set(pairs))
     assert all(i < j for i, j in pairs)
@@ -113,3 +113,12 @@ def test_the_cheapest_patch_is_near_and_sees_no_more_voxels(volume_shape, patch_
 def test_a_plane_too_many_no_longer_costs_a_layer_of_patches():
     published = (65, 624, 924)
     assert cheapest_patch(published, (64, 128, 128), 3 * (0.25,), (16, 16, 16)) == (80, 160, 112)
+
+
+@given(shapes, shapes)
+def test_a_centered_box_has_as_much_on_both_sides(shape, volume_shape):
+    box = Box.centered(shape, volume_shape)
+    assert box.shape == tuple(map(min, shape, volume_shape))
+    assert box in Box.of(volume_shape)
+    for start, stop, extent in zip(box.start, box.stop, volume_shape, strict=True):
+        assert (extent - stop) - start in (0, 1)

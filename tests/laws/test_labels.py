@@ -81,7 +81,7 @@ def label_blocks(mask, block_shape, connectivity, missing=frozenset()) -> Labell
     offsets = components.offsets_of([len(tables.get(i, ())) for i in range(len(grid))])
     pairs = []
     for i, core in there.items():
-        for j, direction in grid.iter_forward_neighbours(i, connectivity):
+        for j, direction in grid.iter_forward_neighbors(i, connectivity):
             if j in missing:
                 continue
             near, far = components.seam_keys(direction)
@@ -173,12 +173,10 @@ def test_a_join_does_not_depend_on_its_batches_or_the_order_of_pairs(
     found = label_blocks(mask, block_shape, connectivity)
     expected = components.join_fragments(found.fragments, found.pairs, min_size=2)
     shuffled = random.sample(found.pairs, len(found.pairs))
-    with mock.patch.object(components, "JOIN_BATCH", batch):
-        assert_array_equal(
-            components.join_fragments(found.fragments, iter(shuffled), min_size=2), expected
-        )
-        table = np.concatenate([np.empty((0, 2), np.int64), *shuffled])
-        assert_array_equal(components.join_fragments(found.fragments, table, min_size=2), expected)
+    in_one_array = np.concatenate([np.empty((0, 2), np.int64), *shuffled])
+    for pairs in (iter(shuffled), in_one_array):
+        joined = components.join_fragments(found.fragments, pairs, min_size=2, batch=batch)
+        assert_array_equal(joined, expected)
 
 
 def test_a_chain_of_joins_each_below_the_last():
@@ -188,9 +186,9 @@ def test_a_chain_of_joins_each_below_the_last():
         np.arange(n, dtype=np.uint64)[::-1].copy(), np.ones(n, np.uint64)
     )
     pairs = np.stack([np.arange(n - 1), np.arange(1, n)], axis=1)
-    with mock.patch.object(components, "JOIN_BATCH", 1):
-        assert_array_equal(components.join_fragments(fragments, pairs, min_size=n), np.ones(n))
-        assert not components.join_fragments(fragments, pairs, min_size=n + 1).any()
+    joined = components.join_fragments(fragments, pairs, min_size=n, batch=1)
+    assert_array_equal(joined, np.ones(n))
+    assert not components.join_fragments(fragments, pairs, min_size=n + 1, batch=1).any()
 
 
 def test_rows_are_counted_in_as_many_bits_as_they_need():
@@ -198,7 +196,7 @@ def test_rows_are_counted_in_as_many_bits_as_they_need():
     found = label_blocks(np.ones((4, 4, 4), bool), (2, 2, 2), 1)
     expected = components.join_fragments(found.fragments, found.pairs)
     assert expected.dtype == np.uint32
-    with mock.patch.object(components, "_rows_dtype", return_value=np.dtype(np.uint64)):
+    with mock.patch.object(components, "_smallest_dtype", return_value=np.dtype(np.uint64)):
         wide = components.join_fragments(found.fragments, found.pairs)
     assert wide.dtype == np.uint64
     assert_array_equal(wide, expected)

@@ -12,7 +12,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.normalization import (
     Counts,
     Moments,
-    Normalisation,
+    Normalization,
     measure,
     merge_statistics,
 )
@@ -77,7 +77,7 @@ def test_a_voxel_that_is_no_number_is_named_or_left_out(bad):
     values[0] = 3
     found = measure(values, Box.of(values.shape), nan_to_background=True)
     assert found.n == values.size - 1
-    assert Normalisation.of(found)(values)[2, 3, 1] == 0
+    assert Normalization.of(found)(values)[2, 3, 1] == 0
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_large_offset_does_not_blur_the_image(dtype, offset):
     image = np.random.default_rng(0).integers(0, 4000, (8, 9, 10))
     shifted = image.astype(dtype) + np.array(offset, dtype)
     plain, moved = (
-        Normalisation.of(measure(v, Box.of(v.shape)))(v) for v in (image.astype("u2"), shifted)
+        Normalization.of(measure(v, Box.of(v.shape)))(v) for v in (image.astype("u2"), shifted)
     )
     np.testing.assert_allclose(moved, plain, atol=2e-3)
 
@@ -95,7 +95,7 @@ def test_a_large_offset_does_not_blur_the_image(dtype, offset):
 def test_integers_without_an_exact_float_are_refused():
     values = np.array([2**63, 2**63 + 4000], np.uint64)
     with pytest.raises(DataError, match="subtract the offset"):
-        Normalisation.of(measure(values, Box.of(values.shape)))
+        Normalization.of(measure(values, Box.of(values.shape)))
 
 
 def test_float_sums_do_not_depend_on_how_the_array_lies_in_memory():

@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 from skimage import filters
 
 from megaseg_dask.algorithms import thresholds
-from megaseg_dask.algorithms.thresholds import METHODS, find_threshold, merge_tables, tabulate
+from megaseg_dask.algorithms.threshold_methods import METHODS
+from megaseg_dask.algorithms.thresholds import find_threshold, merge_tables, tabulate
 from megaseg_dask.errors import DataError
 
 HISTOGRAM_METHODS = METHODS[:-1]

@@ -15,7 +15,7 @@ from megaseg_dask.algorithms.blending import sigmoid, window
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid
 from megaseg_dask.algorithms.normalization import (
     PARTITION_SHAPE,
-    Normalisation,
+    Normalization,
     measure,
     merge_statistics,
 )
@@ -60,7 +60,7 @@ def test_window_equals_monai(patch_shape):
 def test_normalisation_equals_monai(dtype):
     rng = np.random.default_rng(1)
     values = (rng.gamma(2.0, 12.0, (70, 90, 80)) + 5).astype(dtype)
-    mine = Normalisation.of(measure(values, Box.of(values.shape)))(values)
+    mine = Normalization.of(measure(values, Box.of(values.shape)))(values)
     theirs = NormalizeIntensity(channel_wise=True)(values[None].astype(np.float32))[0]
     assert_allclose(mine, np.asarray(theirs), rtol=1e-5, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_mean_and_std_equal_monai_to_a_millionth():
     rng = np.random.default_rng(2)
     volume = rng.normal(40000, 13, (130, 300, 270)).astype(np.float32)
     parts = BlockGrid(volume.shape, PARTITION_SHAPE)
-    found = Normalisation.of(merge_statistics(measure(volume[p.slices], p) for p in parts))
+    found = Normalization.of(merge_statistics(measure(volume[p.slices], p) for p in parts))
     exact = volume.astype(np.float64)
     assert found.mean == pytest.approx(exact.mean(), rel=1e-12)
     assert found.std == pytest.approx(exact.std(), rel=1e-9)
@@ -83,7 +83,7 @@ def test_mean_and_std_equal_monai_to_a_millionth():
 @pytest.mark.parametrize("value", [0, 7, 65535])
 def test_a_constant_volume_gives_zeros(value):
     values = np.full((8, 9, 10), value, np.uint16)
-    assert not Normalisation.of(measure(values, Box.of(values.shape)))(values).any()
+    assert not Normalization.of(measure(values, Box.of(values.shape)))(values).any()
 
 
 class Blur:
@@ -107,7 +107,7 @@ def test_any_block_shape_gives_monais_logits_and_the_same_bits(
     patch_shape = data.draw(st.tuples(*[st.sampled_from([4, 8, 16])] * 3))
     rng = np.random.default_rng(0)
     volume = rng.normal(10, 3, volume_shape).astype(np.float32)
-    normalisation = Normalisation.of(measure(volume, Box.of(volume_shape)))
+    normalisation = Normalization.of(measure(volume, Box.of(volume_shape)))
     prepare = Preparation((Step("zscore"),), (normalisation,))
     grid, engine = PatchGrid(volume_shape, patch_shape, overlap), Blur()
 

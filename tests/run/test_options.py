@@ -8,9 +8,9 @@ from skimage import filters
 from skimage.measure import label
 from skimage.morphology import remove_small_holes, remove_small_objects
 
-from megaseg_dask.algorithms.thresholds import METHODS
+from megaseg_dask.algorithms.threshold_methods import METHODS
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.plan.settings import THRESHOLDS, parse_settings
+from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run import workspace
 from megaseg_dask.run.runner import segment
 from tests.fixtures.images import blobs, write_image
@@ -55,11 +55,7 @@ def logits_of(scores: np.ndarray) -> np.ndarray:
     return np.log(scores / (1 - scores))
 
 
-def test_the_methods_are_those_that_can_be_computed():
-    assert THRESHOLDS == METHODS
-
-
-@pytest.mark.parametrize("method", THRESHOLDS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_threshold_of_the_whole_volume_at_any_block(method, run):
     if method == "minimum":
         pytest.skip("noise has no two modes; tests/laws/test_threshold_laws.py has images that do")

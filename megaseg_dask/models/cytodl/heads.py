@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megaseg_dask.algorithms.threshold_methods import METHODS
 from megaseg_dask.errors import BundleError
 from megaseg_dask.messages import first_few, one_line
 from megaseg_dask.models.cytodl.config import Fixed, Source, Statement, class_name, require_known
@@ -46,7 +47,6 @@ POSTPROCESSING = {"ActThreshLabel", "AutoThreshold", "detach", "rescale", "sigmo
 ACTIVATIONS = {"Sigmoid": "sigmoid", "Softmax": "softmax", "Identity": "identity"}
 # Losses of segmentation; their networks put out logits, whichever way an image of them is saved.
 SEGMENTATION = re.compile(r"Dice|Focal|CrossEntropy|CE(Loss|With)|Tversky|Jaccard")
-THRESHOLDS = ("otsu", "yen", "isodata", "minimum", "triangle", "li")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def _threshold(head: _Described, activation: str) -> tuple[float | str, str]:
     if stated is None:
         return 0.5, REFERENCE
     value = stated.value
-    if method and isinstance(value, str) and value.removeprefix("threshold_") in THRESHOLDS:
+    if method and isinstance(value, str) and value.removeprefix("threshold_") in METHODS:
         return value.removeprefix("threshold_"), stated.origin
     if type(value) in (int, float) and activation == "sigmoid":
         # AutoThreshold compares logits, ActThreshLabel what the activation made of them.

@@ -72,7 +72,7 @@ def pair_seams(plan: Plan, output: Output, number: int, *, of: Components = OBJE
         workspace.load(plan, output, f"{of.folder}/planes/{number}.npz"),
         [np.empty((3, 0), np.uint64)],
     )
-    for neighbour, direction in grid.iter_forward_neighbours(number, connectivity):
+    for neighbour, direction in grid.iter_forward_neighbors(number, connectivity):
         if neighbour in missing:
             continue
         there = workspace.load(plan, output, f"{of.folder}/planes/{neighbour}.npz")
@@ -121,7 +121,7 @@ def _read_fragments(
     ):
         counts[number] = size // _FRAGMENT_BYTES
     offsets = components.offsets_of(counts.tolist())
-    needed = IDLE_BYTES + components.join_bytes(int(offsets[-1]), 2 * components.JOIN_BATCH)
+    needed = IDLE_BYTES + components.join_bytes(int(offsets[-1]))
     if needed > plan.memory_bytes:
         raise SettingsError(
             f"joining {offsets[-1]:,} fragments of volume {output.volume} needs {needed / 1e9:.1f} GB, and a worker "

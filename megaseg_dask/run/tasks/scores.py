@@ -15,7 +15,7 @@ from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.algorithms.normalization import (
     PARTITION_SHAPE,
     Counts,
-    Normalisation,
+    Normalization,
     Statistics,
     measure,
     merge_statistics,
@@ -101,7 +101,7 @@ def describe_statistics(plan: Plan, parts: Iterable[PartStatistics]) -> ChannelS
     found = merge_parts(parts)
     # JSON has no infinity, which is the minimum of a volume without one finite voxel.
     low, high = (found.minimum, found.maximum) if found.n else (0.0, 0.0)
-    return ChannelStatistics(**asdict(Normalisation.of(found)), minimum=low, maximum=high)
+    return ChannelStatistics(**asdict(Normalization.of(found)), minimum=low, maximum=high)
 
 
 def describe_volume(plan: Plan, summaries: Sequence[TaskSummary]) -> tuple[ChannelStatistics, ...]:
@@ -159,7 +159,7 @@ def predict(
         # Nobody has looked at every voxel yet, and the network would take a NaN for the mean.
         for channel in values:
             require_finite(channel, read_box)
-    zscores = tuple(Normalisation(found.mean, found.std) for found in statistics)
+    zscores = tuple(Normalization(found.mean, found.std) for found in statistics)
     prepare = Preparation(plan.model.steps, zscores)
     with _device:
         engine = open_engine(plan.model, plan.engine)

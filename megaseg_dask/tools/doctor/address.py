@@ -99,9 +99,7 @@ def _read(location: Location, *, is_own: bool) -> Iterator[Finding]:
         f"{'level' if levels == 1 else 'levels'}, voxels of {spacing}{' µm' * is_in_um} (z, y, x)",
         "" if is_in_um else advice,
     )
-    shape = image.volume_shape()
-    start = tuple(max((n - m) // 2, 0) for n, m in zip(shape, _READ_SHAPE, strict=True))
-    box = Box(start, tuple(a + m for a, m in zip(start, _READ_SHAPE, strict=True))) & Box.of(shape)
+    box = Box.centered(_READ_SHAPE, image.volume_shape())
     volume = Volume(place / image.levels[0].path, image.axis_names)
     values, took_s = _timed(lambda: volume.read(box))
     yield Finding("", f"can be read: {size_text(values.nbytes / max(took_s, 1e-6))}/s of voxels")

@@ -49,8 +49,7 @@ def whole_or_middle(plan: Plan, budget: int) -> Box:
     whole = Box.of(plan.volume_shape)
     if all(_levels_within(plan, whole, budget, is_source=source) for source in (False, True)):
         return whole
-    start = tuple(max((n - m) // 2, 0) for n, m in zip(whole.stop, _MIDDLE_SHAPE, strict=True))
-    return Box(start, tuple(a + m for a, m in zip(start, _MIDDLE_SHAPE, strict=True))) & whole
+    return Box.centered(_MIDDLE_SHAPE, plan.volume_shape)
 
 
 def choose_view(

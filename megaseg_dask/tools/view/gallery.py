@@ -180,11 +180,7 @@ def _label_names(image: Location) -> list[str]:
 def _grey_limits(location: Location, image: Image, c: int) -> tuple[float, float]:
     """Return the range of grey values in the middle of the first timepoint, without the brightest few."""
     level = len(image.levels) - 1
-    shape = image.volume_shape(level)
-    start = tuple(max((n - m) // 2, 0) for n, m in zip(shape, _SAMPLE_SHAPE, strict=True))
-    box = Box(start, tuple(a + m for a, m in zip(start, _SAMPLE_SHAPE, strict=True))) & Box.of(
-        shape
-    )
+    box = Box.centered(_SAMPLE_SHAPE, image.volume_shape(level))
     try:
         values: Any = Volume(location / image.levels[level].path, image.axis_names, c=c).read(box)
     except (MegasegError, OSError):

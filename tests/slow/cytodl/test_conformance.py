@@ -17,7 +17,7 @@ from numpy.testing import assert_array_equal
 from tifffile import imread, imwrite
 
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid
-from megaseg_dask.algorithms.normalization import Normalisation, measure
+from megaseg_dask.algorithms.normalization import Normalization, measure
 from megaseg_dask.inference.engine import Preparation, predict_block
 from megaseg_dask.inference.openvino import OpenVinoEngine
 from megaseg_dask.inference.pytorch import TorchEngine
@@ -121,7 +121,7 @@ def test_logits_of_any_blocks_are_cytodls(name, engine, predicted, trained):
     case, bundle = CASES[name], load_bundle(trained)
     volume, run = case.volume(), ENGINES[engine](bundle, precision="fp32", threads=1)
     whole, grid = Box.of(volume.shape), PatchGrid(volume.shape, case.patch, (case.overlap,) * 3)
-    prepare = Preparation(bundle.preprocessing.steps, (Normalisation.of(measure(volume, whole)),))
+    prepare = Preparation(bundle.preprocessing.steps, (Normalization.of(measure(volume, whole)),))
     expected = theirs(predicted, name, "logits")
     for cores in ([whole], BlockGrid(volume.shape, BLOCK)):
         for core in cores:
