@@ -13,18 +13,28 @@ from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.view.gallery import Gallery
-from megaseg_dask.tools.view.neuroglancer_state import changed, described, keep_looks, state_of
+from megaseg_dask.tools.view.neuroglancer_state import changed, controls_of, keep_looks, state_of
 from megaseg_dask.tools.view.server import Server
 from megaseg_dask.tools.view.viewer import view
 from tests.fixtures.images import blobs, write_image
+
+
+class FakeControls:
+    """Controls of a page that counts."""
+
+    def state(self):
+        return {"told": 1}
+
+    def change(self, request):
+        return {"changed": request["n"] + 1}
 
 
 def ask(folder: Path | str, *requests: tuple[str, dict]) -> list[tuple[int, dict, bytes]]:
     """Start a server of one folder, send requests below its address, and return the answers."""
 
     async def run():
-        server = Server(lambda _: {"told": 1}, lambda wanted: {"changed": wanted["n"] + 1})
-        server.friend = "http://127.0.0.1:1"
+        server = Server(allowed_origin="http://127.0.0.1:1")
+        server.serve_page(FakeControls())
         try:
             base = server.publish(Location.of(folder))
             assert server.publish(Location.of(folder)) == base
@@ -188,12 +198,12 @@ def test_controls_change_what_they_name_and_nothing_else(image):
         "selectedLayer": "DNA",
     }
     after = changed(before, wanted)
-    told = described(scene, after)
-    assert {axis["name"]: axis["at"] for axis in told["axes"]} == {"z": 3, "t": 2}
-    assert [layer["visible"] for layer in told["layers"]] == [False, True, True]
-    assert told["layers"][0]["range"] == [1, 2]
-    assert told["layers"][2]["opacity"] == 0.9
-    assert told["layout"] == "4panel"
+    controls = controls_of(scene, after)
+    assert {axis.name: axis.at for axis in controls.axes} == {"z": 3, "t": 2}
+    assert [layer.visible for layer in controls.layers] == [False, True, True]
+    assert controls.layers[0].range == (1, 2)
+    assert controls.layers[2].opacity == 0.9
+    assert controls.layout == "4panel"
     assert after.keys() == before.keys()
     assert changed(before, {"layout": "javascript:"})["layout"] == "xy"
     fresh = state_of(scene, lambda _: "")

@@ -1,15 +1,15 @@
-"""What there is to see: the image, its scores and its labels, of a run or of any OME-Zarr image or plate.
+"""What the viewer can show: the layers of a run's fields, or of any OME-Zarr image or plate.
 
-A scene is one image or field; everything is known by metadata, but for the
-range of grey values, which comes from a few voxels in the middle.
+A scene is one image or field. It is described by metadata alone, except for the
+range of gray values, which comes from a few voxels in the middle.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, SourceError, TargetError
@@ -22,8 +22,16 @@ from megaseg_dask.run import workspace
 from megaseg_dask.run.target.ownership import read_parts
 from megaseg_dask.stores import Location
 
-# Voxels that the range of grey values is taken from.
+Limits = tuple[float, float]
+
+IMAGE = "image"
+SCORES = "scores"
+LABELS = "labels"
+
+# Voxels that give the range of gray values.
 _SAMPLE_SHAPE = (16, 256, 256)
+# Black and white, in percent of the voxels: the brightest few are often artifacts.
+_GRAY_PERCENTILES = (1, 99.8)
 
 # Units of OME-Zarr in those of Neuroglancer.
 _UNITS = {
@@ -41,18 +49,19 @@ _UNITS = {
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """An image, scores or labels: where its group is, and what becomes black and white."""
+    """One channel of an image, or its scores or labels; ``limits`` become black and white."""
 
     name: str
     kind: str
     location: Location
     image: Image
-    limits: tuple[float, float] = (0.0, 1.0)
+    limits: Limits = (0.0, 1.0)
+    channel: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The layers of one image or field, the first of which is the frame of the others."""
+    """The layers of one image or field; the axes are those of the first one."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -61,12 +70,13 @@ class Scene:
     def dimensions(self) -> dict[str, tuple[float, str]]:
         """Scale and unit of each axis that is shown, by name, x first."""
         image = self.layers[0].image
-        found = {}
-        for axis, scale in reversed(list(zip(image.axes, image.levels[0].scale, strict=True))):
+        scales = image.levels[0].scale
+        dimensions = {}
+        for axis, scale in zip(reversed(image.axes), reversed(scales), strict=True):
             if axis.name != "c":
                 factor, unit = _UNITS.get(axis.unit or "", (1.0, ""))
-                found[axis.name] = (scale * factor, unit)
-        return found
+                dimensions[axis.name] = (scale * factor, unit)
+        return dimensions
 
     @property
     def extents(self) -> dict[str, int]:
@@ -75,28 +85,37 @@ class Scene:
 
     @property
     def origin(self) -> dict[str, float]:
-        """First voxel of each axis in voxels of the world: a region or a timepoint does not begin at 0."""
+        """World position of the first voxel of each axis, in voxels.
+
+        It is not 0 where the image is a region or a range of timepoints.
+        """
         image = self.layers[0].image
         level = image.levels[0]
-        return {
-            axis.name: offset / scale
-            for axis, offset, scale in zip(image.axes, level.translation, level.scale, strict=True)
-            if axis.name in self.dimensions
-        }
+        origin = {}
+        for axis, offset, scale in zip(image.axes, level.translation, level.scale, strict=True):
+            if axis.name != "c":
+                origin[axis.name] = offset / scale
+        return origin
 
 
 class Gallery:
     """All scenes of an address: one image, or the fields of a plate.
 
-    Raises :class:`SourceError` if there is neither, :class:`TargetError` if a run there has not published anything.
+    Raises:
+        SourceError: There is no image and no plate.
+        TargetError: A run there has not published anything.
+
     """
 
     def __init__(self, address: str, label_name: str | None = None) -> None:
         self.location = Location.of(address)
         self.location.require_readable()
-        self.plans = list(_plans(self.location, label_name))
-        self.plate: Plate | None = read_plate(self.location) if is_plate(self.location) else None
-        self.fields = [field.path for field in self.plate.fields] if self.plate else [""]
+        self.plans = _read_plans(self.location, label_name)
+        self.plate: Plate | None = None
+        self.fields = [""]
+        if is_plate(self.location):
+            self.plate = read_plate(self.location)
+            self.fields = [field.path for field in self.plate.fields]
         if not self.fields:
             raise SourceError(f"{self.location} has no field that can be read")
 
@@ -106,60 +125,89 @@ class Gallery:
         return self.plate.name if self.plate else self.location.name
 
     def scene(self, field: str) -> Scene:
-        """Return what there is of one field, ``""`` of an image; what cannot be read is left out."""
-        layers = list(self._layers(field))
-        if not layers:
-            if self.plans:
-                raise TargetError(
-                    f"{self.location} has nothing to show yet: its run is not finished; run the same "
-                    "segment command to go on"
-                )
-            raise SourceError(f"{self.location / field} is no OME-Zarr image that can be read")
-        return Scene(field or self.name, tuple(layers))
+        """Return the readable layers of one field, ``""`` of an image.
+
+        Raises:
+            SourceError: The field is no OME-Zarr image that can be read.
+            TargetError: The run is not finished, and nothing can be shown yet.
+
+        """
+        layers = tuple(self._layers(field))
+        if layers:
+            return Scene(field or self.name, layers)
+        if self.plans:
+            raise TargetError(
+                f"{self.location} has nothing to show yet: its run is not finished; run the same "
+                "segment command to go on"
+            )
+        raise SourceError(f"{self.location / field} is no OME-Zarr image that can be read")
 
     def _layers(self, field: str) -> Iterator[Layer]:
         plans = [plan for plan in self.plans if field in workspace.images(plan)]
         for plan in plans:
-            channels = {c for volume in plan.volumes for c in volume.channels}
-            yield from _image_layers(plan.source / field, wanted=channels)
-            scale = 255.0 if plan.options.scores_dtype == "uint8" else 1.0
-            for group in workspace.groups_of(plan, field):
-                image = _try_read(group.location(plan))
-                if image is not None:
-                    name = "scores" if group.kind == "scores" else f"labels {group.name(plan)}"
-                    kind = "scores" if group.kind == "scores" else "labels"
-                    yield Layer(name, kind, group.location(plan), image, (0.0, scale))
+            yield from _run_layers(plan, field)
         if not plans:
-            place = self.location / field
-            yield from _image_layers(place)
-            for name in _label_names(place):
-                image = _try_read(place / "labels" / name)
-                if image is not None:
-                    yield Layer(f"labels {name}", "labels", place / "labels" / name, image)
+            location = self.location / field
+            yield from _image_layers(location)
+            for name in _label_names(location):
+                yield from _group_layers(location / "labels" / name, LABELS, f"labels {name}")
 
 
-def _plans(location: Location, label_name: str | None) -> Iterator[Plan]:
+def _read_plans(location: Location, label_name: str | None) -> list[Plan]:
+    """Return the plans recorded beside an address, of one label name or of all."""
     if not location.is_listable:
-        return
+        return []
+    names = [label_name] if label_name else _recorded_label_names(location)
+    plans = []
+    for name in names:
+        plans += read_parts(location, name)
+    return plans
+
+
+def _recorded_label_names(location: Location) -> list[str]:
     folder = runs_folder(location)
-    names = (
-        [label_name]
-        if label_name
-        else [name for name in folder.children() if (folder / name).is_folder()]
-    )
-    for name in sorted({name.partition("+")[0] for name in names}):
-        yield from read_parts(location, name)
+    runs = [name for name in folder.children() if (folder / name).is_folder()]
+    return sorted({name.partition("+")[0] for name in runs})
 
 
-def _image_layers(location: Location, wanted: set[int] | None = None) -> Iterator[Layer]:
-    """Yield a layer for each channel of an image, all of one group."""
+def _run_layers(plan: Plan, field: str) -> Iterator[Layer]:
+    """Yield the source's channels of a run, then the outputs at its target."""
+    channels = set[int]().union(*(volume.channels for volume in plan.volumes))
+    yield from _image_layers(plan.source / field, sorted(channels))
+    max_score = 255.0 if plan.options.scores_dtype == "uint8" else 1.0
+    for group in workspace.groups_of(plan, field):
+        location = group.location(plan)
+        if group.kind == "scores":
+            yield from _group_layers(location, SCORES, "scores", (0.0, max_score))
+        else:
+            yield from _group_layers(location, LABELS, f"labels {group.name(plan)}")
+
+
+def _image_layers(location: Location, channels: Iterable[int] | None = None) -> Iterator[Layer]:
+    """Yield a layer for each of the channels of an image, or for all."""
     image = _try_read(location)
     if image is None:
         return
-    for c in sorted(wanted) if wanted is not None else range(image.extent("c")):
-        names = image.channel_names
-        name = names[c] if c < len(names) else f"channel {c}" if image.extent("c") > 1 else "image"
-        yield Layer(name, f"image:{c}", location, image, _grey_limits(location, image, c))
+    if channels is None:
+        channels = range(image.extent("c"))
+    for c in channels:
+        limits = _gray_limits(location, image, c)
+        yield Layer(_channel_name(image, c), IMAGE, location, image, limits, c)
+
+
+def _channel_name(image: Image, c: int) -> str:
+    if c < len(image.channel_names):
+        return image.channel_names[c]
+    return f"channel {c}" if image.extent("c") > 1 else "image"
+
+
+def _group_layers(
+    location: Location, kind: str, name: str, limits: Limits = (0.0, 1.0)
+) -> Iterator[Layer]:
+    """Yield the layer of an image or label image; none if it cannot be read."""
+    image = _try_read(location)
+    if image is not None:
+        yield Layer(name, kind, location, image, limits)
 
 
 def _try_read(location: Location) -> Image | None:
@@ -171,21 +219,26 @@ def _try_read(location: Location) -> Image | None:
 
 def _label_names(image: Location) -> list[str]:
     try:
-        listed = read_ome(image / "labels").get("labels")
+        names = read_ome(image / "labels").get("labels")
     except Exception:
-        return []  # an image without labels
-    return [str(name) for name in listed or []]
+        # An image without labels.
+        return []
+    return [str(name) for name in names or []]
 
 
-def _grey_limits(location: Location, image: Image, c: int) -> tuple[float, float]:
-    """Return the range of grey values in the middle of the first timepoint, without the brightest few."""
-    level = len(image.levels) - 1
-    box = Box.centered(_SAMPLE_SHAPE, image.volume_shape(level))
+def _gray_limits(location: Location, image: Image, c: int) -> Limits:
+    """Return the range of gray values in the middle of the first timepoint."""
     try:
-        values: Any = Volume(location / image.levels[level].path, image.axis_names, c=c).read(box)
+        low, high = np.nanpercentile(_sample(location, image, c), _GRAY_PERCENTILES).tolist()
     except (MegasegError, OSError):
         return 0.0, 1.0
-    low, high = (float(v) for v in np.nanpercentile(values, (1, 99.8)))
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not np.isfinite([low, high]).all():
         return 0.0, 1.0
     return low, high if high > low else low + 1
+
+
+def _sample(location: Location, image: Image, c: int) -> NDArray[Any]:
+    """Read the middle of the coarsest level, ``(z, y, x)``."""
+    level = len(image.levels) - 1
+    volume = Volume(location / image.levels[level].path, image.axis_names, c=c)
+    return volume.read(Box.centered(_SAMPLE_SHAPE, image.volume_shape(level)))

@@ -1,10 +1,10 @@
-"""A small web server on loopback: the page with its controls, and the objects of the stores, in parts.
+"""A small web server on loopback: the page with its controls, and the objects of the stores.
 
 All addresses begin with a token that nobody can guess, and answer only to a
 browser that asked for this machine by its number: a page from elsewhere can
 neither read the data nor learn that they are there. Arrays are served as they
-are stored, so nothing is copied or decoded, and an object store is read where
-somebody looks.
+are stored: nothing is copied or decoded, and only the parts that are shown are
+read from a store.
 """
 
 import asyncio
@@ -14,8 +14,9 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from tornado import httpserver, netutil, web
 
@@ -24,58 +25,81 @@ from megaseg_dask.stores import METADATA, Location
 
 LOOPBACK = "127.0.0.1"
 
-_READERS = 16
-_MOST_BODY = 2**16
-_PART = re.compile(r"bytes=(\d*)-(\d*)")
+R = TypeVar("R")
+Json = Mapping[str, Any]
 
-# Answers a request of the page with JSON values.
-Answer = Callable[[Mapping[str, Any]], Any]
-# Status, headers and body.
-Reply = tuple[int, dict[str, str], bytes]
+_READERS = 16
+_MAX_BODY_BYTES = 2**16
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+class Controls(Protocol):
+    """What the page asks for: the values of its controls, and changes of them, as JSON."""
+
+    def state(self) -> Json:
+        """Return all values."""
+
+    def change(self, request: Json) -> Json:
+        """Make a change and return all values.
+
+        Raises:
+            MegasegError: The text is shown on the page.
+            TypeError, ValueError, KeyError, AttributeError: The request is malformed.
+
+        """
 
 
 class Server:
-    """Serves what was published of the stores, and the page; ``tell`` and ``change`` answer it."""
+    """Serves the published locations; ``allowed_origin`` is the only other origin that reads them.
 
-    def __init__(self, tell: Answer, change: Answer) -> None:
-        self.tell, self.change = tell, change
-        self.folders: dict[str, Location] = {}
-        self._names: dict[Location, str] = {}
+    Neuroglancer's own server is that origin.
+    """
+
+    def __init__(self, allowed_origin: str) -> None:
+        self.allowed_origin = allowed_origin
         self.pool = ThreadPoolExecutor(_READERS)
-        token = secrets.token_urlsafe(24)
-        handlers = [
-            (rf"/{token}/", _PageHandler, {"server": self}),
-            (rf"/{token}/state", _StateHandler, {"server": self}),
-            (rf"/{token}/data/([^/]+)/(.*)", _DataHandler, {"server": self}),
-        ]
+        self.locations: dict[str, Location] = {}
+        self._names: dict[Location, str] = {}
+        self._token = secrets.token_urlsafe(24)
         # Nothing is logged: the addresses hold the token.
-        application = web.Application(handlers, log_function=lambda _: None)
-        self._http = httpserver.HTTPServer(application, max_body_size=_MOST_BODY)
+        self._application = web.Application(server=self, log_function=lambda _: None)
+        self._add_handler("data/([^/]+)/(.*)", _DataHandler)
+        self._http = httpserver.HTTPServer(self._application, max_body_size=_MAX_BODY_BYTES)
         sockets = netutil.bind_sockets(0, LOOPBACK)
         self._http.add_sockets(sockets)
         self.host = f"{LOOPBACK}:{sockets[0].getsockname()[1]}"
-        self.url = f"http://{self.host}/{token}"
-        # Who else may read: Neuroglancer's own server is another origin.
-        self.friend = ""
+        self.url = f"http://{self.host}/{self._token}"
 
     def publish(self, location: Location) -> str:
-        """Return the address at which all below a location can be read from now on."""
+        """Serve all below a location, and return its URL."""
         name = self._names.setdefault(location, str(len(self._names)))
-        self.folders[name] = location
+        self.locations[name] = location
         return f"{self.url}/data/{name}"
+
+    def serve_page(self, controls: Controls) -> None:
+        """Serve the page, and answer it by ``controls``."""
+        self._add_handler("", _PageHandler)
+        self._add_handler("state", _StateHandler, controls=controls)
 
     def close(self) -> None:
         """Stop answering."""
         self._http.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
+    def _add_handler(
+        self, path: str, handler: type[web.RequestHandler], **arguments: object
+    ) -> None:
+        self._application.add_handlers(".*", [(f"/{self._token}/{path}", handler, arguments)])
+
 
 class _Handler(web.RequestHandler):
-    def initialize(self, server: Server) -> None:
-        self.server = server
+    @property
+    def server(self) -> Server:
+        server: Server = self.settings["server"]
+        return server
 
     def prepare(self) -> None:
-        # A name that leads here, of somebody else's page, has a host of its own.
+        # A page from elsewhere may point a host name of its own at this machine.
         if self.request.host != self.server.host:
             raise web.HTTPError(403)
 
@@ -84,133 +108,158 @@ class _Handler(web.RequestHandler):
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Cache-Control", "no-cache")
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Awaitable[Any]:
+    def in_thread(self, function: Callable[..., R], *arguments: object) -> Awaitable[R]:
         return asyncio.get_running_loop().run_in_executor(self.server.pool, function, *arguments)
 
 
 class _PageHandler(_Handler):
     def get(self) -> None:
-        policy = (
-            f"default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
-            f"frame-src {self.server.friend}; frame-ancestors 'none'"
-        )
-        self.set_header("Content-Security-Policy", policy)
+        policy = [
+            "default-src 'self'",
+            "style-src 'unsafe-inline'",
+            "script-src 'unsafe-inline'",
+            "img-src data:",
+            f"frame-src {self.server.allowed_origin}",
+            "frame-ancestors 'none'",
+        ]
+        self.set_header("Content-Security-Policy", "; ".join(policy))
         self.finish(resources.files(__package__).joinpath("page.html").read_text())
 
 
 class _StateHandler(_Handler):
+    def initialize(self, controls: Controls) -> None:
+        self.controls = controls
+
     async def get(self) -> None:
-        await self._answer(self.server.tell, {})
+        await self._answer(self.controls.state)
 
     async def post(self) -> None:
         try:
-            wanted = json.loads(self.request.body)
+            request = json.loads(self.request.body)
         except ValueError:
             raise web.HTTPError(400) from None
-        await self._answer(self.server.change, wanted if isinstance(wanted, dict) else {})
+        await self._answer(self.controls.change, request)
 
-    async def _answer(self, answer: Answer, wanted: Mapping[str, Any]) -> None:
+    async def _answer(self, function: Callable[..., Json], *arguments: Json) -> None:
         try:
-            self.finish(json.dumps(await self.run(answer, wanted)))
+            self.finish(json.dumps(await self.in_thread(function, *arguments)))
         except MegasegError as error:
             self.finish(json.dumps({"error": str(error)}))
         except (TypeError, ValueError, KeyError, AttributeError):
             raise web.HTTPError(400) from None
 
 
-class _DataHandler(_Handler):
-    """Objects of the folders, whole or in parts, to be read by the viewer alone."""
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """Status, body and headers of an answer."""
 
-    def initialize(self, server: Server) -> None:
-        super().initialize(server)
-        self.set_default_headers()
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+_MISSING = _Reply(404)
+_BYTES = {"Content-Type": "application/octet-stream"}
+
+
+class _DataHandler(_Handler):
+    """Objects below the published locations, whole or in ranges.
+
+    Not tornado's StaticFileHandler, which reads on the event loop: a store answers after
+    milliseconds, and the viewer's requests would wait for each other.
+    """
 
     def set_default_headers(self) -> None:
+        # Also of errors: a browser that may not read one takes it for a lost server.
         super().set_default_headers()
-        # Tornado asks for them once before it says for which server, and again for each error.
-        if server := getattr(self, "server", None):
-            self.set_header("Access-Control-Allow-Origin", server.friend)
-            self.set_header("Access-Control-Allow-Headers", "range")
-            self.set_header("Access-Control-Expose-Headers", "content-range, content-length")
-            self.set_header("Accept-Ranges", "bytes")
+        self.set_header("Access-Control-Allow-Origin", self.server.allowed_origin)
+        self.set_header("Access-Control-Allow-Headers", "range")
+        self.set_header("Access-Control-Expose-Headers", "content-range, content-length")
+        self.set_header("Accept-Ranges", "bytes")
 
     def options(self, *_: str) -> None:
         self.set_status(204)
 
-    async def get(self, folder: str, key: str) -> None:
-        if folder not in self.server.folders or not _is_key(key):
+    async def get(self, name: str, key: str) -> None:
+        location = self.server.locations.get(name)
+        if location is None or not _stays_below(key):
             raise web.HTTPError(404)
-        status, headers, data = await self._read(self.server.folders[folder], key)
-        self.set_status(status)
-        for name, value in headers.items():
-            self.set_header(name, value)
-        self.finish(data)
+        reply = await self._read(location, key)
+        self.set_status(reply.status)
+        for header, value in reply.headers.items():
+            self.set_header(header, value)
+        self.finish(reply.body)
+
+    async def head(self, name: str, key: str) -> None:
+        await self.get(name, key)
 
     def compute_etag(self) -> None:
-        """Nothing is kept by it, and a digest of each chunk takes time."""
+        """Return none: a digest of each chunk takes time, and nothing is cached by it."""
 
-    async def head(self, folder: str, key: str) -> None:
-        await self.get(folder, key)
-
-    async def _read(self, folder: Location, key: str) -> Reply:
+    async def _read(self, location: Location, key: str) -> _Reply:
         try:
-            found: Reply = await self.run(_read, folder, key, self.request.headers.get("Range"))
-            return found
+            return await self.in_thread(_read, location, key, self.request.headers.get("Range", ""))
         except MegasegError as error:
-            # Neuroglancer shows the status, a person with the address open the text.
-            return 502, {"Content-Type": "text/plain"}, str(error).encode()
+            # Neuroglancer shows the status; a person who opens the address sees the text.
+            return _Reply(502, str(error).encode(), {"Content-Type": "text/plain"})
 
 
-def _is_key(key: str) -> bool:
-    """Tell whether a key stays in its folder."""
-    return "\\" not in key and "\0" not in key and not {"", ".", ".."} & set(key.split("/"))
+def _stays_below(key: str) -> bool:
+    """Return whether a key leads to no other folder."""
+    parts = set(key.split("/"))
+    return parts.isdisjoint({"", ".", ".."}) and "\\" not in key and "\0" not in key
 
 
-def _read(folder: Location, key: str, wanted: str | None) -> Reply:
-    """Return status, headers and bytes of what an object's ``Range`` asks for."""
-    place, _, name = key.rpartition("/")
-    folder = folder / place if place else folder
-    found = _PART.fullmatch(wanted or "")
-    if found is None or found.groups() == ("", ""):
-        data = folder.get(name)
-        if data is not None and name in METADATA:
-            data = _without_display(data)
-        return (
-            (404, {}, b"")
-            if data is None
-            else (200, {"Content-Type": "application/octet-stream"}, data)
-        )
-    size = _size(folder, name)
+def _read(location: Location, key: str, range_header: str) -> _Reply:
+    """Return an object, or the bytes of it that a ``Range`` header asks for."""
+    folder, _, name = key.rpartition("/")
+    if folder:
+        location = location / folder
+    match = _RANGE.fullmatch(range_header)
+    if match is None or not any(match.groups()):
+        return _read_whole(location, name)
+    size = _size(location, name)
     if size is None:
-        return 404, {}, b""
-    first, last = found.groups()
-    start = int(first) if first else max(size - int(last), 0)
-    stop = min(int(last) + 1, size) if first and last else size
+        return _MISSING
+    start, stop = _resolve_range(match[1], match[2], size)
     if start >= stop:
-        return 416, {"Content-Range": f"bytes */{size}"}, b""
-    data = folder.part(name, start, stop)
+        return _Reply(416, headers={"Content-Range": f"bytes */{size}"})
+    data = location.part(name, start, stop)
     if data is None:
-        return 404, {}, b""
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "Content-Range": f"bytes {start}-{stop - 1}/{size}",
-    }
-    return 206, headers, data
+        return _MISSING
+    return _Reply(206, data, {**_BYTES, "Content-Range": f"bytes {start}-{stop - 1}/{size}"})
+
+
+def _read_whole(location: Location, name: str) -> _Reply:
+    data = location.get(name)
+    if data is None:
+        return _MISSING
+    if name in METADATA:
+        data = _without_display(data)
+    return _Reply(200, data, _BYTES)
+
+
+def _resolve_range(first: str, last: str, size: int) -> tuple[int, int]:
+    """Return start and stop of a range: both are given, or only the last bytes are counted."""
+    if not first:
+        return max(size - int(last), 0), size
+    return int(first), min(int(last) + 1, size) if last else size
 
 
 def _without_display(metadata: bytes) -> bytes:
-    """Return a group's metadata without how others would show it: Neuroglancer refuses channels without a colour."""
+    """Remove display settings from a group: Neuroglancer refuses channels without a color."""
     try:
-        found = json.loads(metadata)
-        attributes = found.get("attributes", found)
-        for part in (attributes, attributes.get("ome", {})):
-            part.pop("omero", None)
+        document = json.loads(metadata)
+        attributes = document.get("attributes", document)
+        for group in (attributes, attributes.get("ome", {})):
+            group.pop("omero", None)
     except (ValueError, AttributeError):
-        return metadata  # no JSON object: whoever asked will say so
-    return json.dumps(found).encode()
+        # No JSON object: the reader will say so.
+        return metadata
+    return json.dumps(document).encode()
 
 
 @functools.lru_cache(maxsize=2**14)
-def _size(folder: Location, name: str) -> int | None:
-    """Return the bytes of an object, which do not change once it is written: a shard is asked for many times."""
-    return folder.size(name)
+def _size(location: Location, name: str) -> int | None:
+    """Return the bytes of an object; cached, since a shard never changes and is read often."""
+    return location.size(name)

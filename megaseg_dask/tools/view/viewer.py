@@ -1,18 +1,21 @@
 """``megaseg view``: image, scores and labels of a target in a browser, offline, from any store.
 
-Neuroglancer draws; its PyPI package brings its web page along. Around it is a
-page of our own with a slider for z and t, the layers and the wells of a plate.
-Two servers on loopback, each address with a token: Neuroglancer's, and ours.
+Neuroglancer draws; its PyPI package contains its web page. Our own page is
+around it, with sliders for z and t, the layers and the wells of a plate. There
+are two servers on loopback, Neuroglancer's and ours, each with a token in its
+addresses.
 """
 
 import asyncio
 import webbrowser
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.stores import Location
 from megaseg_dask.tools.view.gallery import Gallery, Scene
-from megaseg_dask.tools.view.neuroglancer_state import changed, described, keep_looks, state_of
+from megaseg_dask.tools.view.neuroglancer_state import changed, controls_of, keep_looks, state_of
 
 _INSTALL = "pip install 'megaseg-dask[view]'"
 
@@ -20,9 +23,15 @@ _INSTALL = "pip install 'megaseg-dask[view]'"
 def view(
     address: str, label_name: str | None, announce: Callable[[str], None], *, browser: bool = True
 ) -> None:
-    """Show a target, or any OME-Zarr image or plate, until interrupted; ``announce`` is told the address to open.
+    """Show a target, or any OME-Zarr image or plate, until interrupted.
 
-    Raises :class:`SettingsError` if Neuroglancer is not installed, and what :class:`Gallery` raises.
+    ``announce`` is called with the URL of the page.
+
+    Raises:
+        SettingsError: Neuroglancer is not installed.
+        SourceError: There is no image and no plate at the address.
+        TargetError: The run there has not published anything.
+
     """
     gallery = Gallery(address, label_name)
     try:
@@ -39,14 +48,16 @@ async def _serve(
 
     neuroglancer.set_server_bind_address(LOOPBACK)
     viewer = neuroglancer.Viewer()
-    show = _Show(gallery, viewer)
-    server = Server(show.tell, show.change)
-    show.server, server.friend = server, viewer.get_viewer_url().partition("/v/")[0]
     with viewer.config_state.txn() as config:
         config.show_ui_controls = False
         config.show_panel_borders = False
+    origin = viewer.get_viewer_url().partition("/v/")[0]
+    server = Server(allowed_origin=origin)
+    session = Session(gallery, viewer, server.publish)
+    server.serve_page(session)
     try:
-        await asyncio.get_running_loop().run_in_executor(server.pool, show.open, gallery.fields[0])
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(server.pool, session.open, gallery.fields[0])
         announce(f"{server.url}/")
         if browser:
             webbrowser.open(f"{server.url}/")
@@ -56,37 +67,38 @@ async def _serve(
         neuroglancer.stop()
 
 
-class _Show:
-    """The scene that is shown, and what the page says of it."""
+class Session:
+    """The scene that Neuroglancer shows; ``publish`` returns the URL of a location."""
 
-    server: Any
-
-    def __init__(self, gallery: Gallery, viewer: Any) -> None:
-        self._gallery, self._viewer = gallery, viewer
-        self._field, self._scene = "", Scene("", ())
+    def __init__(self, gallery: Gallery, viewer: Any, publish: Callable[[Location], str]) -> None:
+        self._gallery = gallery
+        self._viewer = viewer
+        self._publish = publish
+        self._field = ""
+        self._scene = Scene("", ())
 
     def open(self, field: str) -> None:
-        """Show another field, with its layers as those of the last one were."""
+        """Show another field; layers keep the looks of those of the same name.
+
+        Raises:
+            SettingsError: There is no such field.
+            SourceError, TargetError: It has nothing that can be shown.
+
+        """
         if field not in self._gallery.fields:
             raise SettingsError(f"there is no field {field!r}")
         scene = self._gallery.scene(field)
-        state = state_of(scene, lambda layer: self.server.publish(layer.location))
+        state = state_of(scene, lambda layer: self._publish(layer.location))
         if self._scene.layers:
             keep_looks(self._viewer.state.to_json(), state)
-        self._field, self._scene = field, scene
+        self._field = field
+        self._scene = scene
         self._viewer.set_state(state)
 
-    def change(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """Do what a control of the page asks for, and tell how it stands then."""
-        if "field" in wanted:
-            self.open(str(wanted["field"]))
-        else:
-            self._viewer.set_state(changed(self._viewer.state.to_json(), wanted))
-        return self.tell({})
-
-    def tell(self, _: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the page shows beside the picture."""
+    def state(self) -> Mapping[str, Any]:
+        """Return all that the page shows beside the picture."""
         plate = self._gallery.plate
+        controls = controls_of(self._scene, self._viewer.state.to_json())
         return {
             "name": self._gallery.name,
             "viewer": self._viewer.get_viewer_url(),
@@ -94,5 +106,18 @@ class _Show:
             "rows": plate.rows if plate else [],
             "columns": plate.columns if plate else [],
             "fields": self._gallery.fields,
-            **described(self._scene, self._viewer.state.to_json()),
+            **asdict(controls),
         }
+
+    def change(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Open a field, or change what the controls name; return :meth:`state`.
+
+        Raises:
+            SettingsError, SourceError, TargetError: The field cannot be shown.
+
+        """
+        if "field" in request:
+            self.open(str(request["field"]))
+        else:
+            self._viewer.set_state(changed(self._viewer.state.to_json(), request))
+        return self.state()
