@@ -1,6 +1,6 @@
 """The pages: what is generated is current, what is quoted is still said, and all of it builds, offline.
 
-``python -m tests.unit.test_docs`` writes the generated pages anew.
+``python -m tests.test_docs`` writes the generated pages anew.
 """
 
 import ast
@@ -16,7 +16,7 @@ import pytest
 from typer.main import get_command
 
 import megaseg_dask
-from megaseg_dask.cli.app import app
+from megaseg_dask.cli.app import build_app
 from megaseg_dask.plan.settings import Settings, options_table
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def walk(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 def commands_page() -> str:
     """All that ``--help`` says, as a page; the options of ``segment`` have a page of their own."""
-    top = get_command(app)
+    top = get_command(build_app())
     parts = [
         "# Commands",
         paragraphs(top.help or ""),
@@ -101,7 +101,7 @@ PAGES = {
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_generated_page_is_current(name):
-    assert (DOCS / name).read_text() == PAGES[name](), "run: python -m tests.unit.test_docs"
+    assert (DOCS / name).read_text() == PAGES[name](), "run: python -m tests.test_docs"
 
 
 def test_measured_tables_are_those_of_the_kept_results():

@@ -1,5 +1,5 @@
 """The command line: the only room that prints."""
 
-from megaseg_dask.cli.app import app, main
+from megaseg_dask.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

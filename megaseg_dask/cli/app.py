@@ -1,6 +1,7 @@
-"""The command line: options from :class:`Settings`, messages for people, JSON lines for scripts.
+"""The command line: its commands, and how it ends.
 
-Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+Rooms that compute are imported inside the commands, and the options of a run are
+declared only when a command is named, so that ``--help`` answers at once.
 """
 
 import contextlib
@@ -9,40 +10,34 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from megaseg_dask.cli.cluster import cluster_app
-from megaseg_dask.cli.console import (
-    print_demo,
-    print_evaluation,
-    print_findings,
-    print_plan,
-    print_result,
-    print_status,
-    reporter,
+from megaseg_dask.cli.cluster import check
+from megaseg_dask.cli.console import print_demo, print_plan, print_result, print_status, reporter
+from megaseg_dask.cli.exit_codes import (
+    INTERRUPTED,
+    WRONG_REQUEST,
+    Json,
+    Quiet,
+    echo_error,
+    exit_codes,
+    fail,
 )
-from megaseg_dask.cli.exit_codes import INTERRUPTED, WRONG_REQUEST, Json, echo_error
-from megaseg_dask.cli.exit_codes import exit_codes as _exit_codes
-from megaseg_dask.cli.exit_codes import fail as _fail
 from megaseg_dask.cli.jobs import join, status, task
-from megaseg_dask.cli.look import report, view
+from megaseg_dask.cli.look import doctor, evaluate, report, view
 from megaseg_dask.cli.models import models_app
-from megaseg_dask.cli.options import STORE, next_commands, open_stores, settings_of, with_settings
-from megaseg_dask.cli.train import train
-
-app = typer.Typer(
-    name="megaseg",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+from megaseg_dask.cli.options import (
+    STORE,
+    all_settings,
+    next_commands,
+    settings_of,
+    with_options,
+    without_options,
 )
-
-app.add_typer(models_app)
-app.add_typer(cluster_app)
-
-# What typer raises for an unknown option or command; it has no public name.
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+from megaseg_dask.cli.train import train
 
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="OME-Zarr image to read.", show_default=False)
@@ -54,12 +49,10 @@ Target = Annotated[
     ),
 ]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
 
 
-@app.callback(invoke_without_command=True)
 def megaseg(context: typer.Context, *, version: Version = False) -> None:
-    """Segment 3D microscopy with MegaSeg, at any size, as if the whole volume had been predicted at once.
+    """Segment 3D microscopy with MegaSeg at any size, as if the volume were predicted at once.
 
     \b
     Look first, then run:
@@ -87,8 +80,6 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
         raise typer.Exit(WRONG_REQUEST)
 
 
-@app.command()
-@with_settings()
 def segment(
     source: Source, target: Target, *, json_: Json = False, quiet: Quiet = False, **options: Any
 ) -> None:
@@ -102,21 +93,18 @@ def segment(
       megaseg segment cells.zarr segmented.zarr --model megaSeg.zip --overlap 0
       megaseg segment cells.zarr cells.zarr --outputs labels
     """
-    with _exit_codes(json_):
+    with exit_codes(json_):
         settings = settings_of(options)
         from megaseg_dask.run.runner import segment as run_segment
 
         with reporter(json_, quiet) as emit:
             result = run_segment(source, target, settings, emit=emit)
         if not json_:
-            print_result(
-                result, quiet, next_commands(target, settings, failed=bool(result.failures))
-            )
+            following = next_commands(target, settings, failed=bool(result.failures))
+            print_result(result, following, quiet=quiet)
         raise typer.Exit(result.exit_code)
 
 
-@app.command()
-@with_settings()
 def plan(
     source: Source,
     target: Target,
@@ -137,38 +125,34 @@ def plan(
     Example:
       megaseg plan cells.zarr segmented.zarr --channel 0 --memory 4GB
     """
-    with _exit_codes(json_):
+    with exit_codes(json_):
         settings = settings_of(options)
         from megaseg_dask.models.registry import reporting
         from megaseg_dask.run.job_array import record_plans
         from megaseg_dask.run.runner import estimate_time, plan_runs
-        from megaseg_dask.run.runner import status as run_status
+        from megaseg_dask.run.runner import status as status_of
 
-        # Stdout has the plan alone.
+        # Events go to stderr: stdout holds the plan alone.
         with reporter(as_json=False, quiet=False) as emit, reporting(emit):
             if record:
                 record_plans(source, target, settings)
             runs = plan_runs(source, target, settings)
-        summaries = [
-            {
-                **plan.summary(),
-                **estimate_time(plan),
-                "tasks_done": journal.n_done,
-                "done": journal.result is not None,
-            }
-            for plan, journal in runs
-        ]
+        summaries = []
+        for run, journal in runs:
+            progress = {"tasks_done": journal.n_done, "done": journal.result is not None}
+            summaries.append({**run.summary(), **estimate_time(run), **progress})
         if json_:
-            # A plate whose fields are of several forms takes further runs.
-            typer.echo(json.dumps({"event": "plan", **summaries[0], "further_runs": summaries[1:]}))
-        else:
-            for summary in summaries:
-                print_plan(summary)
-            for run in run_status(target, settings.label_name) if record else ():
-                print_status(run, target)
+            # Several runs: a plate whose fields do not share one plan.
+            first, *further = summaries
+            typer.echo(json.dumps({"event": "plan", **first, "further_runs": further}))
+            return
+        for summary in summaries:
+            print_plan(summary)
+        if record:
+            for run_status in status_of(target, settings.label_name):
+                print_status(run_status, target)
 
 
-@app.command()
 def demo(
     folder: Annotated[
         str, typer.Argument(metavar="[DIR]", help="Where to write.")
@@ -185,142 +169,133 @@ def demo(
     Example:
       megaseg demo my-first-cells
     """
-    with _exit_codes(json_):
+    with exit_codes(json_):
         from pathlib import Path
 
         from megaseg_dask.tools.demo import run_demo
 
         with reporter(json_, quiet) as emit:
-            done = run_demo(Path(folder), emit)
+            made = run_demo(Path(folder), emit)
         if not json_:
-            print_demo(done)
+            print_demo(made)
 
 
-@app.command()
-@with_settings(*STORE)
-def evaluate(
-    predicted: Annotated[
-        str, typer.Argument(metavar="PREDICTED", help="Label image, or an image with labels.")
-    ],
-    truth: Annotated[
-        str,
-        typer.Argument(metavar="TRUTH", help="Label image of the same shape, or an image with it."),
-    ],
-    *,
-    label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which of PREDICTED's label images.")
-    ] = None,
-    truth_label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which of TRUTH's.")
-    ] = None,
-    csv: Annotated[
-        bool, typer.Option("--csv", help="Comma-separated lines, for a spreadsheet.")
-    ] = False,
-    json_: Json = False,
-    **options: Any,
-) -> None:
-    """Score predicted labels against true ones: Dice, IoU, average precision, panoptic quality.
+# -- the application
 
-    \b
-    Example:
-      megaseg evaluate segmented.zarr nuclei.zarr
+# Every command that is not in a group, in the order of the help, with the settings it takes.
+_ALL = None
+_NO_SETTINGS = ()
+_COMMANDS: Mapping[Callable[..., None], Sequence[str] | None] = {
+    segment: _ALL,
+    plan: _ALL,
+    demo: _NO_SETTINGS,
+    evaluate: STORE,
+    doctor: STORE,
+    task: STORE,
+    join: STORE,
+    status: STORE,
+    report: STORE,
+    view: STORE,
+    train: _NO_SETTINGS,
+}
+_CHECK_SETTINGS = (*STORE, "engine", "device")
+
+
+def build_app(*, options: bool = True) -> typer.Typer:
+    """Return the command line; without ``options`` it can only list its commands."""
+
+    def complete(
+        command: Callable[..., None], settings: Sequence[str] | None
+    ) -> Callable[..., None]:
+        if not options:
+            return without_options(command)
+        return with_options(command, all_settings() if settings is _ALL else settings)
+
+    app = typer.Typer(
+        name="megaseg",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(megaseg)
+    for command, settings in _COMMANDS.items():
+        app.command()(complete(command, settings))
+    app.add_typer(models_app)
+    cluster = typer.Typer(
+        name="cluster", help="Try where workers run, before a night depends on it."
+    )
+    # With a callback it is a group of commands, also while it has only one.
+    cluster.callback()(lambda: None)
+    cluster.command()(complete(check, _CHECK_SETTINGS))
+    app.add_typer(cluster)
+    return app
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code.
+
+    Raises:
+        SystemExit: always, with the exit code.
     """
-    with _exit_codes(json_):
-        from megaseg_dask.tools.evaluate import evaluate_images, find_labels, is_label_image
-
-        open_stores(options, None)
-        compared = find_labels(predicted, label), find_labels(truth, truth_label)
-        found = evaluate_images(*compared)
-        for location in compared:
-            if not is_label_image(location):
-                typer.echo(
-                    f"megaseg: warning: {location} is not marked as a label image; its voxels count as ids",
-                    err=True,
-                )
-        if json_:
-            typer.echo(json.dumps({"event": "result", "status": "done", **found.as_dict()}))
-        else:
-            print_evaluation(found, csv=csv)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _catch_signals()
+    names_command = any(not word.startswith("-") for word in arguments)
+    app = build_app(options=names_command or _is_completing())
+    try:
+        code = app(arguments, prog_name="megaseg", standalone_mode=False) or 0
+    except Exception as error:
+        if not _is_usage_error(error):
+            raise
+        with contextlib.suppress(typer.Exit):
+            fail(_usage_text(error), WRONG_REQUEST, "--json" in arguments)
+        code = WRONG_REQUEST
+    sys.exit(code)
 
 
-@app.command()
-@with_settings(*STORE)
-def doctor(
-    addresses: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[ADDRESS]…", help="Sources and targets to try.", show_default=False
-        ),
-    ] = None,
-    *,
-    json_: Json = False,
-    **options: Any,
-) -> None:
-    """Show what this machine has, what auto would choose and why, and the usual troubles.
-
-    Of an address it tells whether its store answers, what image is there, whether a run could write there, and how
-    fast. Exit code 1: an address cannot be used. --anon is about the first address.
-
-    \b
-    Examples:
-      megaseg doctor
-      megaseg doctor s3://screens/plate.zarr s3://results/plate.zarr
-    """
-    with _exit_codes(json_):
-        from megaseg_dask.tools.doctor.machine import examine
-
-        named = addresses or []
-        open_stores(options, named[0] if named else None)
-        raise typer.Exit(int(print_findings(examine(named), as_json=json_)))
+def _is_completing() -> bool:
+    """Return whether a shell asks for completions."""
+    return "_MEGASEG_COMPLETE" in os.environ
 
 
-for _command in (task, join, status, report, view, train):
-    app.command()(_command)
+def _is_usage_error(error: Exception) -> bool:
+    """Return whether typer refused the arguments; its class has no public name."""
+    return hasattr(error, "format_message")
 
 
-# -- how a command ends
+def _usage_text(error: Any) -> str:
+    command = error.ctx.command_path if error.ctx else "megaseg"
+    message = error.format_message().rstrip(".")
+    return f"{message}; see {command} --help"
 
 
-# One Ctrl-C may arrive twice: from the terminal, and from the program that started us (timeout, srun, make).
+# -- interrupts
+
+# One Ctrl-C may arrive twice: from the terminal, and from the program that started us (make, srun).
 _SAME_INTERRUPT_S = 0.2
+
+
+def _catch_signals() -> None:
+    """Treat SIGTERM as Ctrl-C: a batch system ends a job by it, and workers must not stay."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
 
 
 def _interrupt(*_: object) -> NoReturn:
     """Leave in order when interrupted once, and at once when interrupted again."""
     began = time.monotonic()
-    for either in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(
-            either, lambda *_: _leave() if time.monotonic() - began > _SAME_INTERRUPT_S else None
-        )
+
+    def interrupt_again(*_: object) -> None:
+        if time.monotonic() - began > _SAME_INTERRUPT_S:
+            _leave_at_once()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt_again)
     os.write(sys.stderr.fileno(), b"megaseg: stopping; interrupt once more to stop at once\n")
     raise KeyboardInterrupt
 
 
-def _leave() -> NoReturn:
+def _leave_at_once() -> NoReturn:
     if "--json" in sys.argv:
         with contextlib.suppress(Exception):
             echo_error("interrupted twice; run the same command again to go on", INTERRUPTED)
     os._exit(INTERRUPTED)
-
-
-def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit with its code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    # A batch system ends a job by SIGTERM: leave as after Ctrl-C, with the journal written and no worker left.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-    try:
-        code = app(arguments, prog_name="megaseg", standalone_mode=False) or 0
-    except _UsageError as error:
-        with contextlib.suppress(typer.Exit):
-            _fail(_usage(error), WRONG_REQUEST, "--json" in arguments)
-        code = WRONG_REQUEST
-    sys.exit(code)
-
-
-def _usage(error: Exception) -> str:
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context else "megaseg"
-    message = str(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
-    return f"{message}; see {command} --help"

@@ -1,28 +1,19 @@
 """The commands about clusters: ``megaseg cluster check``."""
 
-import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megaseg_dask.cli.console import print_rows, reporter
-from megaseg_dask.cli.exit_codes import Json, exit_codes
-from megaseg_dask.cli.options import STORE, settings_of, with_settings
+from megaseg_dask.cli.exit_codes import Json, echo_result, exit_codes
+from megaseg_dask.cli.options import given, settings_of
+from megaseg_dask.events import Joined
 from megaseg_dask.messages import size_text
 
-cluster_app = typer.Typer(
-    name="cluster", help="Try where workers run, before a night depends on it."
-)
+if TYPE_CHECKING:
+    from megaseg_dask.tools.doctor.cluster import ClusterReport
 
 
-# Of several commands, also while there is one.
-@cluster_app.callback()
-def _cluster() -> None:
-    pass
-
-
-@cluster_app.command()
-@with_settings(*STORE, "engine", "device")
 def check(
     file: Annotated[
         str, typer.Argument(metavar="FILE.yaml", help="Cluster file, as --cluster takes it.")
@@ -51,29 +42,32 @@ def check(
         from megaseg_dask.tools.doctor.cluster import check_cluster
 
         with reporter(json_, quiet=False) as emit:
-            seen = check_cluster(
-                file, target, {k: v for k, v in options.items() if v not in (None, False)}, emit
-            )
+            checked = check_cluster(file, target, given(options), emit)
         if json_:
-            typer.echo(
-                json.dumps({"event": "result", "status": "done", "exit_code": 0, **seen.as_dict()})
-            )
-            return
-        for worker in seen.workers:
-            memory = size_text(worker.memory_limit) if worker.memory_limit else "no limit"
-            gpu = {"GPU": f"{worker.device}, {worker.uuid}"} if worker.uuid else {}
-            print_rows(
-                {
-                    "worker": f"{worker.name} on {worker.host} ({worker.address})",
-                    "it has": f"{worker.cores} cores, memory limit {memory}",
-                    **gpu,
-                }
-            )
-        fields = seen.as_dict()
-        print_rows(
-            {
-                "block": f"{fields['block_s']} s, {fields['n_objects']} objects, written to and read from {target}",
-                "versions": "agree where it matters",
-                "dashboard": fields["dashboard"],
-            }
-        )
+            echo_result({"exit_code": 0, **checked.to_json()})
+        else:
+            _print_check(checked)
+
+
+def _print_check(checked: "ClusterReport") -> None:
+    for worker in checked.workers:
+        _print_worker(worker)
+    result = checked.result
+    block = f"{result.wall_s} s, {result.n_objects} objects" if result else "none"
+    rows = {
+        "block": f"{block}, written to and read from {checked.target}",
+        "versions": "agree where it matters",
+        "dashboard": checked.dashboard,
+    }
+    print_rows(rows)
+
+
+def _print_worker(worker: Joined) -> None:
+    memory = size_text(worker.memory_limit) if worker.memory_limit else "no limit"
+    rows = {
+        "worker": f"{worker.name} on {worker.host} ({worker.address})",
+        "it has": f"{worker.cores} cores, memory limit {memory}",
+    }
+    if worker.uuid:
+        rows["GPU"] = f"{worker.device}, {worker.uuid}"
+    print_rows(rows)

@@ -1,23 +1,22 @@
-"""What a person reads: progress on a terminal, plain lines elsewhere, summaries at the end.
+"""Output for people: progress on a terminal, plain lines elsewhere, summaries at the end.
 
 Results go to stdout, all else to stderr. Nothing here knows how a run works;
 it is told by events.
 """
 
 import contextlib
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from megaseg_dask.events import Event, Fetching
-from megaseg_dask.events import Progress as StageProgress
+from megaseg_dask.cli.exit_codes import echo_result, warn
+from megaseg_dask.events import Event, Fetching, Progress, Result, RunStatus, Trained
 from megaseg_dask.messages import (
     Narrator,
+    count,
     duration,
     failed_text,
     failure_line,
@@ -26,219 +25,306 @@ from megaseg_dask.messages import (
     size_text,
 )
 
-_MOST_FAILURES = 10
-# Width of a progress bar.
-_BAR = 12
+if TYPE_CHECKING:
+    import rich.progress
+
+    from megaseg_dask.algorithms.matching import Evaluation
+    from megaseg_dask.run.job_array import Ran
+    from megaseg_dask.tools.demo import Demo
+    from megaseg_dask.tools.doctor.address import Finding
+
+_MAX_FAILURES = 10
+_BAR_WIDTH = 12
+_RUN_AGAIN = "Fix the cause and run the same command again"
+
+# -- events
 
 
 @contextlib.contextmanager
 def reporter(as_json: bool, quiet: bool) -> Iterator[Callable[[Event], None]]:
-    """Yield a function that shows events: JSON lines, progress bars on a terminal, or plain lines."""
+    """Yield a function that shows events: JSON lines, bars on a terminal, or plain lines."""
     if as_json:
-        yield lambda event: typer.echo(json.dumps(event.to_json()))
+        yield _print_json
     elif quiet:
         yield lambda event: None
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        with _bars() as show:
-            yield show
+        with _progress_display() as display:
+            yield _Bars(display).show
     else:
         narrator = Narrator()
 
-        def tell(event: Event) -> None:
+        def print_lines(event: Event) -> None:
             for line in narrator.lines(event):
                 typer.echo(line, err=True)
 
-        yield tell
+        yield print_lines
+
+
+def _print_json(event: Event) -> None:
+    import json
+
+    typer.echo(json.dumps(event.to_json()))
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Callable[[Event], None]]:
-    """Show a bar for each stage; rich draws without colours where ``NO_COLOR`` asks for it."""
+def _progress_display() -> Iterator["rich.progress.Progress"]:
+    """Yield rich's progress display, which draws without colors where ``NO_COLOR`` is set."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Display
 
     columns = (
         TextColumn("{task.description:<13}"),
-        BarColumn(_BAR),
+        BarColumn(_BAR_WIDTH),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[rate]}", markup=False),
     )
-    narrator = Narrator()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bars: dict[str, Any] = {}
+    with Display(*columns, console=Console(stderr=True)) as display:
+        yield display
 
-        def draw(name: str, n: float, total: float, *words: str) -> None:
-            if name not in bars:
-                bars[name] = progress.add_task(name, total=total, rate="")
-            # What a narrow terminal has no room for is left out, the last words first.
-            room = progress.console.width - len(f"{name:<13}{total}/{total}0:00:00") - _BAR - 5
-            rate = ""
-            for longer in accumulate(
-                filter(None, words), lambda before, word: f"{before} · {word}"
-            ):
-                rate = longer if len(longer) <= room else rate
-            progress.update(bars[name], completed=n, total=total, rate=rate)
 
-        def show(event: Event) -> None:
-            match event:
-                case StageProgress():
-                    words = left_text(event), failed_text(event), *rates(event)
-                    draw(event.stage, event.n_done, event.n_tasks, *words)
-                case Fetching():
-                    received = round(event.n_bytes / 1e6, 1)
-                    total = round(event.total_bytes / 1e6, 1)
-                    draw(event.model, received, total, f"MB, {event.bytes_per_s / 1e6:.3g} MB/s")
-                case _:
-                    for line in narrator.lines(event):
-                        progress.console.print(line, markup=False, highlight=False)
+class _Bars:
+    """A bar for each stage and each download; other events as lines above them."""
 
-        yield show
+    def __init__(self, display: "rich.progress.Progress") -> None:
+        self._display = display
+        self._narrator = Narrator()
+        self._tasks: dict[str, rich.progress.TaskID] = {}
+
+    def show(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case Progress():
+                words = [left_text(event), failed_text(event), *rates(event)]
+                self._draw(event.stage, event.n_done, event.n_tasks, words)
+            case Fetching():
+                received = round(event.n_bytes / 1e6, 1)
+                total = round(event.total_bytes / 1e6, 1)
+                words = [f"MB, {event.bytes_per_s / 1e6:.3g} MB/s"]
+                self._draw(event.model, received, total, words)
+            case _:
+                for line in self._narrator.lines(event):
+                    self._display.console.print(line, markup=False, highlight=False)
+
+    def _draw(self, name: str, n_done: float, total: float, words: Sequence[str]) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._display.add_task(name, total=total, rate="")
+        before_words = f"{name:<13}{total}/{total}0:00:00"
+        room = self._display.console.width - len(before_words) - _BAR_WIDTH - 5
+        rate = _fitting(words, room)
+        self._display.update(self._tasks[name], completed=n_done, total=total, rate=rate)
+
+
+def _fitting(words: Sequence[str], room: int) -> str:
+    """Return the first words, as many as a narrow terminal has room for."""
+    text = ""
+    for word in filter(None, words):
+        longer = f"{text} · {word}" if text else word
+        if len(longer) > room:
+            break
+        text = longer
+    return text
+
+
+# -- the end of a command
 
 
 def print_result(
-    result: Any,
-    quiet: bool,
+    result: Result,
     following: Sequence[tuple[str, str]],
-    again: str = "Run the same command again",
+    *,
+    quiet: bool = False,
+    how_to_retry: str = _RUN_AGAIN,
 ) -> None:
-    """Say how a run ended: what was written, or what failed and how to go on; and the next commands."""
-    if n := len(result.failures):
-        typer.echo(
-            f"megaseg: {n} {'task' if n == 1 else 'tasks'} failed; what is finished is kept in {result.run}",
-            err=True,
-        )
-        # Otherwise they were shown when they happened.
-        for failure in result.failures[: _MOST_FAILURES if quiet else 0]:
-            typer.echo(failure_line(failure), err=True)
-        typer.echo(f"{again} once the cause is mended: it tries just what failed.", err=True)
+    """Print what was written, or what failed and how to continue; then ``following`` commands."""
+    if result.failures:
+        _print_failures(result, quiet, how_to_retry)
     else:
-        for warning in result.warnings:
-            typer.echo(f"megaseg: warning: {warning}", err=True)
-        objects = "" if result.n_objects is None else f"{result.n_objects} objects in "
-        how = (
-            ": already done, nothing to do"
-            if result.already_done
-            else f" after {result.wall_s:.1f} s"
-        )
-        typer.echo(f"{objects}{result.target}{how}")
+        _print_success(result)
     if quiet:
         return
     if result.peak_bytes:
-        stage, peak = max(result.peak_bytes.items(), key=lambda item: item[1])
-        print_rows(
-            {"memory": f"at most {peak / 1e9:.2f} GB of a worker, in stage {stage}"}, err=True
-        )
+        stage = max(result.peak_bytes, key=result.peak_bytes.__getitem__)
+        peak = size_text(result.peak_bytes[stage])
+        print_rows({"memory": f"at most {peak} of a worker, in stage {stage}"}, err=True)
     if result.log:
         print_rows({"log": result.log}, err=True)
-    for number, (command, why) in enumerate(following):
-        print_rows({"" if number else "next": f"{command}    # {why}"}, err=True)
+    name = "next"
+    for command, purpose in following:
+        print_rows({name: f"{command}    # {purpose}"}, err=True)
+        name = ""
 
 
-def print_training(trained: Any) -> None:
-    """Say how a training ended, and how to use what it made."""
+def _print_failures(result: Result, quiet: bool, how_to_retry: str) -> None:
+    n_failures = count(len(result.failures), "task")
+    kept = f"what is finished is kept in {result.run}"
+    typer.echo(f"megaseg: {n_failures} failed; {kept}", err=True)
+    if quiet:
+        # Otherwise they were shown when they happened.
+        for failure in result.failures[:_MAX_FAILURES]:
+            typer.echo(failure_line(failure), err=True)
+    typer.echo(f"{how_to_retry}; only failed tasks are retried.", err=True)
+
+
+def _print_success(result: Result) -> None:
+    for warning in result.warnings:
+        warn(warning)
+    objects = "" if result.n_objects is None else f"{result.n_objects} objects in "
+    took = f" after {result.wall_s:.1f} s"
+    if result.already_done:
+        took = ": already done, nothing to do"
+    typer.echo(f"{objects}{result.target}{took}")
+
+
+def print_training(trained: Trained) -> None:
+    """Print how a training ended, and how to use its bundle."""
     reasons = {
         "patience": "the validation loss did not improve any more",
         "max_time": "the time was over",
     }
-    why = reasons.get(trained.stopped, "all epochs were done")
-    print_rows(
-        {
-            "bundle": trained.bundle + ("  (already done)" if trained.already_done else ""),
-            "best": f"epoch {trained.best_epoch}, validation loss {trained.best_loss:.4f}",
-            "stopped": f"after {trained.n_epochs} epochs and {duration(trained.wall_s)}: {why}",
-            "next": f"megaseg segment SOURCE TARGET --model {trained.bundle}",
-        }
-    )
+    reason = reasons.get(trained.stopped, "all epochs were done")
+    before = "  (already done)" if trained.already_done else ""
+    rows = {
+        "bundle": trained.bundle + before,
+        "best": f"epoch {trained.best_epoch}, validation loss {trained.best_loss:.4f}",
+        "stopped": f"after {trained.n_epochs} epochs and {duration(trained.wall_s)}: {reason}",
+        "next": f"megaseg segment SOURCE TARGET --model {trained.bundle}",
+    }
+    print_rows(rows)
 
 
-def print_tasks(stage: str, n: int, ran: Any) -> None:
-    """Say how single tasks ended; what looks like a bug with its traceback."""
+def print_tasks(stage: str, n_tasks: int, ran: "Ran") -> None:
+    """Print how single tasks ended; the traceback of a probable bug."""
     before = f", {ran.n_before} of them before" if ran.n_before else ""
-    typer.echo(
-        f"{stage}: {ran.n_before + ran.n_done} of {n} {'task' if n == 1 else 'tasks'} done{before}"
-    )
+    n_done = ran.n_before + ran.n_done
+    typer.echo(f"{stage}: {n_done} of {count(n_tasks, 'task')} done{before}")
     for failure in ran.failures:
         if failure.details:
             typer.echo(failure.details, err=True)
 
 
-def print_status(run: Any, target: str) -> None:
-    """Print how a run on a target stands, one row a stage, then its failures."""
-    typer.echo(
-        f"{run.label_name}: {'done' if run.done else 'failed' if run.failures else 'not finished'}"
-    )
-    print_rows(
-        {f"  {stage}": f"{n} of {total} tasks" for stage, (n, total) in run.stages.items()}, 16
-    )
-    for failure in run.failures[:_MOST_FAILURES]:
+def print_status(run: RunStatus, target: str) -> None:
+    """Print the state of a run on a target: a row for each stage, then its failures."""
+    typer.echo(f"{run.label_name}: {_state(run)}")
+    for stage, (n_done, n_tasks) in run.stages.items():
+        print_rows({f"  {stage}": f"{n_done} of {n_tasks} tasks"}, 16)
+    for failure in run.failures[:_MAX_FAILURES]:
         typer.echo(failure_line(failure))
-    pending = [stage for stage, (n, total) in run.stages.items() if n < total]
-    if not run.done and not pending:
-        typer.echo(
-            "All tasks are done; megaseg join, or the same segment command, publishes what they wrote."
-        )
-    elif not run.done:
-        typer.echo("Run the same segment command again, or its tasks, to go on:")
-        named = "" if run.label_name == "megaseg" else f" --label-name {run.label_name}"
-        typer.echo(f"  megaseg task {target} {pending[0]}{named}")
+    if run.done:
+        return
+    pending = [stage for stage, (n_done, n_tasks) in run.stages.items() if n_done < n_tasks]
+    if not pending:
+        done = "All tasks are done; megaseg join, or the same segment command,"
+        typer.echo(f"{done} publishes what they wrote.")
+        return
+    typer.echo("Run the same segment command again, or its tasks, to go on:")
+    option = "" if run.label_name == "megaseg" else f" --label-name {run.label_name}"
+    typer.echo(f"  megaseg task {target} {pending[0]}{option}")
 
 
-def print_plan(summary: dict[str, Any]) -> None:
-    """Print a plan's summary, one row a subject."""
-    engine, model = summary["engine"], summary["model"]
-    peaks = ", ".join(f"{stage} {n / 1e9:.2f}" for stage, n in summary["projected_bytes"].items())
-    tasks = " → ".join(f"{stage} {n}" for stage, n in summary["stages"].items())
-    cheapest = summary["auto_patch_voxels_per_voxel"]
-    saving = f" ({cheapest} with --patch auto, {_shape(summary['auto_patch_shape'])})"
-    saving = saving if cheapest < summary["patch_voxels_per_voxel"] else ""
+def _state(run: RunStatus) -> str:
+    if run.done:
+        return "done"
+    return "failed" if run.failures else "not finished"
+
+
+def print_plan(summary: Mapping[str, Any]) -> None:
+    """Print a plan's summary, a row for each subject."""
     rows = {
-        "source": f"{summary['source']}  ({summary['volumes']} × {_shape(summary['volume_shape'])}"
-        f" {summary['dtype']})",
+        "source": _source_text(summary),
         "target": summary["target"],
-        "model": f"{model['name']}  ({model['parameters']:,} parameters, digest {model['digest'][:12]})",
-        "engine": f"{engine['engine']} {engine['precision']} on {engine['device']}, {engine['threads']} threads, "
-        f"batch {engine['batch']}{', each patch mirrored 8 times' if engine['tta'] else ''}",
-        "patches": f"{summary['patches']} of {_shape(summary['patch_shape'])} per volume, overlap "
-        f"{_shape(summary['overlap'])}: {summary['patch_voxels_per_voxel']} voxels predicted per voxel"
-        + saving,
-        "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, redundancy "
-        f"{summary['redundancy']}",
-        "bytes": f"{size_text(summary['bytes_read'])} read ({summary['read_amplification']} times the volume), "
-        f"{size_text(summary['bytes_written'])} written before compression, labels {summary['label_dtype']}"
-        + (
-            f"; {size_text(summary['bytes_intermediate'])} of intermediate data for each volume"
-            if summary["bytes_intermediate"]
-            else ""
-        ),
-        "memory": f"{size_text(summary['memory_bytes'])} per worker; projected GB: {peaks}",
-        "time": f"about {duration(summary['projected_s'])} of one worker like this machine, "
-        f"{summary['patch_s']:.2g} s a patch"
-        if summary["projected_s"] is not None
-        else f"cannot be told here: {summary['time_unknown']}",
-        "tasks": tasks + (f"  ({summary['tasks_done']} done)" if summary["tasks_done"] else ""),
+        "model": _model_text(summary["model"]),
+        "engine": _engine_text(summary["engine"]),
+        "patches": _patches_text(summary),
+        "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, "
+        f"redundancy {summary['redundancy']}",
+        "bytes": _bytes_text(summary),
+        "memory": _memory_text(summary),
+        "time": _time_text(summary),
+        "tasks": _tasks_text(summary),
         "fingerprint": summary["fingerprint"][:16],
     }
-    missing = [
-        f"{path}: {reason}; the run will go on without it, and end as failed"
-        for path, reason in summary["missing"].items()
-    ]
     print_rows(rows)
-    for number, text in enumerate(missing[:_MOST_FAILURES]):
-        print_rows({"" if number else "missing": text})
+    name = "missing"
+    for path, reason in list(summary["missing"].items())[:_MAX_FAILURES]:
+        print_rows({name: f"{path}: {reason}; the run will go on without it, and end as failed"})
+        name = ""
 
 
-def print_demo(demo: Any) -> None:
-    """Say what the demo made, how good it is, and what to do next."""
-    scores, result = demo.evaluation, demo.result
-    took = "done before" if result.already_done else f"{result.wall_s:.1f} s"
+def _source_text(summary: Mapping[str, Any]) -> str:
+    volumes = f"{summary['volumes']} × {_shape(summary['volume_shape'])} {summary['dtype']}"
+    return f"{summary['source']}  ({volumes})"
+
+
+def _model_text(model: Mapping[str, Any]) -> str:
+    size = f"{model['parameters']:,} parameters, digest {model['digest'][:12]}"
+    return f"{model['name']}  ({size})"
+
+
+def _engine_text(engine: Mapping[str, Any]) -> str:
+    text = (
+        f"{engine['engine']} {engine['precision']} on {engine['device']}, "
+        f"{engine['threads']} threads, batch {engine['batch']}"
+    )
+    return f"{text}, each patch mirrored 8 times" if engine["tta"] else text
+
+
+def _patches_text(summary: Mapping[str, Any]) -> str:
+    redundancy = summary["patch_voxels_per_voxel"]
+    cheapest = summary["auto_patch_voxels_per_voxel"]
+    text = (
+        f"{summary['patches']} of {_shape(summary['patch_shape'])} per volume, "
+        f"overlap {_shape(summary['overlap'])}: {redundancy} voxels predicted per voxel"
+    )
+    if cheapest < redundancy:
+        text += f" ({cheapest} with --patch auto, {_shape(summary['auto_patch_shape'])})"
+    return text
+
+
+def _bytes_text(summary: Mapping[str, Any]) -> str:
+    text = (
+        f"{size_text(summary['bytes_read'])} read "
+        f"({summary['read_amplification']} times the volume), "
+        f"{size_text(summary['bytes_written'])} written before compression, "
+        f"labels {summary['label_dtype']}"
+    )
+    if summary["bytes_intermediate"]:
+        text += f"; {size_text(summary['bytes_intermediate'])} of intermediate data for each volume"
+    return text
+
+
+def _memory_text(summary: Mapping[str, Any]) -> str:
+    peaks = [f"{stage} {n / 1e9:.2f}" for stage, n in summary["projected_bytes"].items()]
+    return f"{size_text(summary['memory_bytes'])} per worker; projected GB: {', '.join(peaks)}"
+
+
+def _time_text(summary: Mapping[str, Any]) -> str:
+    if summary["projected_s"] is None:
+        return f"cannot be told here: {summary['time_unknown']}"
+    projected = duration(summary["projected_s"])
+    return f"about {projected} of one worker like this machine, {summary['patch_s']:.2g} s a patch"
+
+
+def _tasks_text(summary: Mapping[str, Any]) -> str:
+    text = " → ".join(f"{stage} {n_tasks}" for stage, n_tasks in summary["stages"].items())
+    if summary["tasks_done"]:
+        text += f"  ({summary['tasks_done']} done)"
+    return text
+
+
+def print_demo(demo: "Demo") -> None:
+    """Print what the demo made, its scores, and the next commands."""
+    scores = demo.evaluation
+    matching = scores.matchings[0]
+    took = "done before" if demo.result.already_done else f"{demo.result.wall_s:.1f} s"
     rows = {
         "source": demo.source,
         "segmented": f"{demo.target}  ({took})",
         "objects": f"{scores.n_predicted} found, {scores.n_true} in the labels of the sample",
         "Dice": f"{scores.dice:.3f} of the foreground",
-        "matched": f"{scores.matchings[0].true_positives} objects at IoU 0.5, panoptic quality "
-        f"{scores.panoptic_quality:.3f}",
+        "matched": f"{matching.true_positives} objects at IoU 0.5, "
+        f"panoptic quality {scores.panoptic_quality:.3f}",
         "look at": demo.picture,
         "next": f"megaseg view {demo.target}    # in a browser",
         "": f"megaseg report {demo.target}    # quality control",
@@ -246,66 +332,63 @@ def print_demo(demo: Any) -> None:
     print_rows(rows)
 
 
-def print_evaluation(evaluation: Any, *, csv: bool) -> None:
+def print_evaluation(evaluation: "Evaluation", *, csv: bool) -> None:
     """Print the scores, one a line, then one line per IoU threshold; or both as CSV."""
-    fields = evaluation.as_dict()
-    matchings = fields.pop("matchings")
+    scores = evaluation.as_dict()
+    matchings = scores.pop("matchings")
     if csv:
-        typer.echo(",".join(["iou_threshold", *list(matchings[0])[1:], *fields]))
+        # The column is called iou_threshold, and threshold in JSON.
+        header = ["iou_threshold", *list(matchings[0])[1:], *scores]
+        typer.echo(",".join(header))
         for matching in matchings:
-            typer.echo(
-                ",".join(
-                    f"{v:.6g}" if isinstance(v, float) else str(v)
-                    for v in [*matching.values(), *fields.values()]
-                )
-            )
+            row = [*matching.values(), *scores.values()]
+            typer.echo(",".join(_number(value, ".6g") for value in row))
         return
-    print_rows(
-        {
-            name.replace("_", " "): f"{v:.4f}" if isinstance(v, float) else v
-            for name, v in fields.items()
-        },
-        24,
-    )
+    for name, value in scores.items():
+        print_rows({name.replace("_", " "): _number(value, ".4f")}, 24)
     typer.echo(f"\n{'IoU':>6} {'TP':>7} {'FP':>7} {'FN':>7} {'AP':>8}")
-    for m in matchings:
-        counts = f"{m['true_positives']:>7} {m['false_positives']:>7} {m['false_negatives']:>7}"
-        typer.echo(f"{m['threshold']:>6.2f} {counts} {m['average_precision']:>8.4f}")
+    for m in evaluation.matchings:
+        counts = f"{m.true_positives:>7} {m.false_positives:>7} {m.false_negatives:>7}"
+        typer.echo(f"{m.threshold:>6.2f} {counts} {m.average_precision:>8.4f}")
 
 
-def print_findings(findings: Iterable[Any], *, as_json: bool) -> bool:
-    """Print what doctor found, as it is found, advice below what it is about; tell whether something is fatal."""
-    found = []
+def _number(value: float, float_format: str) -> str:
+    return format(value, float_format) if isinstance(value, float) else str(value)
+
+
+def print_findings(findings: Iterable["Finding"], *, as_json: bool) -> bool:
+    """Print doctor's findings as they come, and return whether one of them is fatal."""
+    records = []
+    is_fatal = False
     for finding in findings:
-        found.append(finding)
-        if not as_json:
-            # An address has a line of its own.
-            if len(finding.name) > 20:
-                typer.echo(finding.name)
-            print_rows({"" if len(finding.name) > 20 else finding.name: finding.found}, 20)
-            if finding.advice:
-                print_rows({"": f"→ {finding.advice}"}, 20)
-    fatal = any(finding.is_fatal for finding in found)
-    if as_json:
-        listed = [{"name": f.name, "found": f.found, "advice": f.advice} for f in found]
-        typer.echo(
-            json.dumps(
-                {
-                    "event": "result",
-                    "status": "failed" if fatal else "done",
-                    "findings": listed,
-                    "exit_code": int(fatal),
-                }
-            )
+        records.append(
+            {"name": finding.name, "found": finding.text, "advice": finding.advice},
         )
-    return fatal
+        is_fatal = is_fatal or finding.is_fatal
+        if not as_json:
+            _print_finding(finding)
+    if as_json:
+        status = "failed" if is_fatal else "done"
+        echo_result({"findings": records, "exit_code": int(is_fatal)}, status)
+    return is_fatal
 
 
-def print_rows(rows: dict[str, Any], width: int = 12, *, err: bool = False) -> None:
-    """Print one line a row: a name, and what is found under it."""
+def _print_finding(finding: "Finding") -> None:
+    name = finding.name
+    if len(name) > 20:
+        # An address gets its own line.
+        typer.echo(name)
+        name = ""
+    print_rows({name: finding.text}, 20)
+    if finding.advice:
+        print_rows({"": f"→ {finding.advice}"}, 20)
+
+
+def print_rows(rows: Mapping[str, object], width: int = 12, *, err: bool = False) -> None:
+    """Print one line a row: a name, padded to ``width``, and its text."""
     for name, text in rows.items():
         typer.echo(f"{name:<{width}} {text}", err=err)
 
 
-def _shape(values: Any) -> str:
+def _shape(values: Iterable[object]) -> str:
     return ",".join(map(str, values))

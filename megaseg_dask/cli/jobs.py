@@ -1,4 +1,4 @@
-"""Commands on a run that was begun or recorded: single tasks of it, its end, and how it stands."""
+"""Commands on a recorded run: ``task`` runs single tasks of it, ``join`` its end, ``status``."""
 
 import json
 from typing import Annotated, Any
@@ -6,13 +6,15 @@ from typing import Annotated, Any
 import typer
 
 from megaseg_dask.cli.console import print_result, print_status, print_tasks, reporter
-from megaseg_dask.cli.exit_codes import PENDING, Json, exit_codes
-from megaseg_dask.cli.options import STORE, open_stores, with_settings
+from megaseg_dask.cli.exit_codes import FAILED, PENDING, Json, echo_result, exit_codes
+from megaseg_dask.cli.options import open_stores
 
-Begun = Annotated[
+Recorded = Annotated[
     str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")
 ]
-Name = Annotated[str, typer.Option(metavar="NAME", help="Which of the runs on TARGET.")]
+StageName = Annotated[
+    str, typer.Argument(metavar="STAGE", help="Stage, as megaseg status lists them.")
+]
 Indices = Annotated[
     list[str] | None,
     typer.Argument(
@@ -25,24 +27,28 @@ Share = Annotated[
     str | None,
     typer.Option(metavar="I/N", help="The I-th of N equal shares of them, from 1/N to N/N."),
 ]
+LabelName = Annotated[str, typer.Option(metavar="NAME", help="Which of the runs on TARGET.")]
+OnlyLabelName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Only the runs of this name. (default: all)")
+]
+
+_RETRY_TASKS = "Run the same megaseg plan … --record, the failed tasks, and the stages after them"
 
 
-@with_settings(*STORE)
 def task(
-    target: Begun,
-    stage: Annotated[
-        str, typer.Argument(metavar="STAGE", help="Stage, as megaseg status lists them.")
-    ],
+    target: Recorded,
+    stage: StageName,
     indices: Indices = None,
     *,
     share: Share = None,
-    label_name: Name = "megaseg",
+    label_name: LabelName = "megaseg",
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Run single tasks of a plan in this process, without a cluster: for job arrays, and to look at what fails.
+    """Run single tasks of a plan in this process, without a cluster.
 
-    Any number of processes may run tasks of one stage at the same time. What is done is not done again.
+    It is for job arrays, and to look at a task that fails. Any number of processes may run tasks
+    of one stage at the same time. What is done is not done again.
 
     \b
     Examples: record the plan, run the stages in their order, then join what they did:
@@ -56,30 +62,27 @@ def task(
 
         open_stores(options, None)
         plan = read_plan(target, label_name)
-        wanted = choose_indices(plan.stage(stage), indices or (), share)
+        chosen = choose_indices(plan.stage(stage), indices or (), share)
         with reporter(json_, quiet=False) as emit:
-            ran = run_tasks(plan, stage, wanted, emit)
-        n_done, code = ran.n_before + ran.n_done, int(ran.n_before + ran.n_done < len(wanted))
+            ran = run_tasks(plan, stage, chosen, emit)
+        n_done = ran.n_before + ran.n_done
+        is_failed = n_done < len(chosen)
         if json_:
-            ended = {
-                "status": "failed" if code else "done",
-                "n_done": n_done,
-                "n_before": ran.n_before,
-            }
-            typer.echo(json.dumps({"event": "result", **ended, "exit_code": code}))
+            counts = {"n_done": n_done, "n_before": ran.n_before, "exit_code": int(is_failed)}
+            echo_result(counts, "failed" if is_failed else "done")
         else:
-            print_tasks(stage, len(wanted), ran)
-        raise typer.Exit(code)
+            print_tasks(stage, len(chosen), ran)
+        raise typer.Exit(int(is_failed))
 
 
-@with_settings(*STORE)
 def join(
-    target: Begun, *, label_name: Name = "megaseg", json_: Json = False, **options: Any
+    target: Recorded, *, label_name: LabelName = "megaseg", json_: Json = False, **options: Any
 ) -> None:
-    """Finish what megaseg task did: join the blocks, and publish the image; exit code 3 if tasks are pending.
+    """Finish what megaseg task did: join the blocks, and publish the image.
 
-    It runs what is left of the quick stages (seams, join, table, cutoff) by itself. Blocks that failed are missing
-    in the image, are named, and make the exit code 1: run megaseg plan … --record again to mend them.
+    It runs what is left of the quick stages (seams, join, table, cutoff) by itself. Exit code 3:
+    tasks of other stages are pending. Exit code 1: blocks failed; they are named, and missing in
+    the image. Run megaseg plan … --record again to fix them.
 
     \b
     Example:
@@ -92,28 +95,18 @@ def join(
         with reporter(json_, quiet=False) as emit:
             result = join_run(target, label_name, emit)
         if result is None:
-            raise typer.Exit(_show(target, label_name, json_))
+            raise typer.Exit(_show_status(target, label_name, json_))
         if not json_:
-            print_result(
-                result,
-                False,
-                (),
-                "Run the same megaseg plan … --record, the tasks that failed and what follows,",
-            )
+            print_result(result, (), how_to_retry=_RETRY_TASKS)
         raise typer.Exit(result.exit_code)
 
 
-@with_settings(*STORE)
 def status(
-    target: Begun,
-    *,
-    label_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only the runs of this name. (default: all)")
-    ] = None,
-    json_: Json = False,
-    **options: Any,
+    target: Recorded, *, label_name: OnlyLabelName = None, json_: Json = False, **options: Any
 ) -> None:
-    """Show what is done, pending and failed: exit code 0 if all is done, 1 after failures, 3 if work is pending.
+    """Show what is done, pending and failed.
+
+    Exit code 0 if all is done, 1 after failures, 3 if work is pending.
 
     \b
     Examples:
@@ -122,21 +115,22 @@ def status(
     """
     with exit_codes(json_):
         open_stores(options, target)
-        raise typer.Exit(_show(target, label_name, json_))
+        raise typer.Exit(_show_status(target, label_name, json_))
 
 
-def _show(target: str, label_name: str | None, json_: bool) -> int:
-    """Print how the runs on a target stand, and return the exit code that says so."""
-    from megaseg_dask.run.runner import status as run_status
+def _show_status(target: str, label_name: str | None, as_json: bool) -> int:
+    """Print the state of the runs on a target, and return the worst of their exit codes."""
+    from megaseg_dask.run.runner import status as status_of
 
-    found = run_status(target, label_name)
-    for run in found:
-        if json_:
+    runs = status_of(target, label_name)
+    for run in runs:
+        if as_json:
             typer.echo(json.dumps(run.to_json()))
         else:
             print_status(run, target)
-    worst = max((run.exit_code for run in found), key=[0, PENDING, 1].index)
-    if json_:
-        states = {0: "done", PENDING: "pending", 1: "failed"}
-        typer.echo(json.dumps({"event": "result", "status": states[worst], "exit_code": worst}))
+    from_best_to_worst = [0, PENDING, FAILED]
+    worst = max((run.exit_code for run in runs), key=from_best_to_worst.index)
+    if as_json:
+        states = {0: "done", PENDING: "pending", FAILED: "failed"}
+        echo_result({"exit_code": worst}, states[worst])
     return worst

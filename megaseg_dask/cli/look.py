@@ -1,4 +1,4 @@
-"""The commands that only look at what a run wrote: ``report`` and ``view``."""
+"""Commands that look, and write no image: ``report``, ``view``, ``evaluate`` and ``doctor``."""
 
 import contextlib
 import json
@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from megaseg_dask.cli.exit_codes import Json, exit_codes
-from megaseg_dask.cli.options import STORE, open_stores, with_settings
+from megaseg_dask.cli.console import print_evaluation, print_findings
+from megaseg_dask.cli.exit_codes import Json, echo_result, exit_codes, warn
+from megaseg_dask.cli.options import open_stores
 
-Target = Annotated[
+Recorded = Annotated[
     str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")
 ]
 RunName = Annotated[
@@ -18,9 +19,8 @@ RunName = Annotated[
 ]
 
 
-@with_settings(*STORE)
 def report(
-    target: Target,
+    target: Recorded,
     *,
     out: Annotated[
         str | None,
@@ -30,7 +30,7 @@ def report(
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Write one HTML page about a run: quality control, timings, and the proof that nothing is cut at block seams.
+    """Write one HTML page about a run: quality control, timings, and what happens at block seams.
 
     It opens offline, in any browser. Of large outputs it reads samples, and says so.
 
@@ -42,18 +42,13 @@ def report(
         open_stores(options, None)
         from megaseg_dask.tools.report.write import write_report
 
-        place = write_report(target, out, label_name)
+        page = write_report(target, out, label_name)
         if json_:
-            typer.echo(
-                json.dumps(
-                    {"event": "result", "status": "done", "report": place.url, "exit_code": 0}
-                )
-            )
+            echo_result({"report": page.url, "exit_code": 0})
         else:
-            typer.echo(f"report in {place}")
+            typer.echo(f"report in {page}")
 
 
-@with_settings(*STORE)
 def view(
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="What segment wrote, or any other OME-Zarr.")
@@ -66,9 +61,10 @@ def view(
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Look at image, scores and labels in a browser: z and t, contrast, layers, the wells of a plate. Ctrl-C ends it.
+    """Look at image, scores and labels in a browser; Ctrl-C ends it.
 
-    It needs no network: data are read from where they are, and shown to this machine alone.
+    The page has z and t, contrast, layers, and the wells of a plate. It needs no network: data
+    are read from where they are, and shown to this machine alone.
 
     \b
     Examples:
@@ -87,3 +83,75 @@ def view(
 
         with contextlib.suppress(KeyboardInterrupt):
             run_view(target, label_name, announce, browser=not no_browser)
+
+
+def evaluate(
+    predicted: Annotated[
+        str, typer.Argument(metavar="PREDICTED", help="Label image, or an image with labels.")
+    ],
+    truth: Annotated[
+        str,
+        typer.Argument(metavar="TRUTH", help="Label image of the same shape, or an image with it."),
+    ],
+    *,
+    label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which of PREDICTED's label images.")
+    ] = None,
+    truth_label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which of TRUTH's.")
+    ] = None,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Comma-separated lines, for a spreadsheet.")
+    ] = False,
+    json_: Json = False,
+    **options: Any,
+) -> None:
+    """Score predicted labels against true ones: Dice, IoU, average precision, panoptic quality.
+
+    \b
+    Example:
+      megaseg evaluate segmented.zarr nuclei.zarr
+    """
+    with exit_codes(json_):
+        from megaseg_dask.tools.evaluate import evaluate_images, find_labels, is_label_image
+
+        open_stores(options, None)
+        compared = (find_labels(predicted, label), find_labels(truth, truth_label))
+        evaluation = evaluate_images(*compared)
+        for labels in compared:
+            if not is_label_image(labels):
+                warn(f"{labels} is not marked as a label image; its voxels count as ids")
+        if json_:
+            echo_result(evaluation.as_dict())
+        else:
+            print_evaluation(evaluation, csv=csv)
+
+
+def doctor(
+    addresses: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADDRESS]…", help="Sources and targets to try.", show_default=False
+        ),
+    ] = None,
+    *,
+    json_: Json = False,
+    **options: Any,
+) -> None:
+    """Show what this machine has, what auto would choose and why, and the usual troubles.
+
+    Of an address it tells whether its store answers, what image is there, whether a run could write
+    there, and how fast. Exit code 1: an address cannot be used. --anon is about the first address.
+
+    \b
+    Examples:
+      megaseg doctor
+      megaseg doctor s3://screens/plate.zarr s3://results/plate.zarr
+    """
+    with exit_codes(json_):
+        from megaseg_dask.tools.doctor.machine import examine
+
+        tried = addresses or []
+        open_stores(options, tried[0] if tried else None)
+        is_fatal = print_findings(examine(tried), as_json=json_)
+        raise typer.Exit(int(is_fatal))

@@ -1,13 +1,15 @@
 """``megaseg models``: which models there are, and how they come into the cache."""
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megaseg_dask.cli.console import print_rows, reporter
-from megaseg_dask.cli.exit_codes import Json, exit_codes
+from megaseg_dask.cli.exit_codes import Json, Quiet, echo_result, exit_codes, warn
 from megaseg_dask.messages import size_text
 
 if TYPE_CHECKING:
@@ -31,10 +33,14 @@ Endpoint = Annotated[
         help="S3-compatible server of that bucket. (default: AWS_ENDPOINT_URL for your own)",
     ),
 ]
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Which of several checkpoints.")
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the model that has this name in the cache.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
+
+# -- list
 
 
 @models_app.command("list")
@@ -50,7 +56,8 @@ def list_models(*, bucket: Bucket = None, endpoint: Endpoint = None, json_: Json
         from megaseg_dask.errors import MegasegError
         from megaseg_dask.models import cache, registry
 
-        rows, warnings = _local_rows(), []
+        rows = _local_models()
+        warnings = []
         try:
             depot = registry.open_depot(bucket, endpoint)
             for name, entry in registry.offered(depot).items():
@@ -58,23 +65,19 @@ def list_models(*, bucket: Bucket = None, endpoint: Endpoint = None, json_: Json
                 row |= {"offered": entry.url, "offered_bytes": entry.n_bytes}
         except MegasegError as error:
             warnings.append(f"no bucket was listed: {error}")
+        home = str(cache.home())
         if json_:
-            record = {
-                "event": "result",
-                "status": "done",
-                "cache": str(cache.home()),
-                "models": [*rows.values()],
-            }
-            typer.echo(json.dumps({**record, "warnings": warnings}))
+            echo_result({"cache": home, "models": list(rows.values()), "warnings": warnings})
             return
         for row in rows.values():
-            print_rows({row["name"]: _state(row)}, 20)
-        typer.echo(f"cache: {cache.home()}", err=True)
+            print_rows({row["name"]: _state_text(row)}, 20)
+        typer.echo(f"cache: {home}", err=True)
         for warning in warnings:
-            typer.echo(f"megaseg: warning: {warning}", err=True)
+            warn(warning)
 
 
-def _local_rows() -> dict[str, dict[str, Any]]:
+def _local_models() -> dict[str, dict[str, Any]]:
+    """Return a row for each model that ships, is published, or is in the cache."""
     from megaseg_dask.errors import BundleError
     from megaseg_dask.models import cache, registry
 
@@ -88,30 +91,29 @@ def _local_rows() -> dict[str, dict[str, Any]]:
             rows[name] = {"name": name, "state": "damaged", "error": str(error)}
             continue
         if record:
-            rows[name] = {"name": name, "state": "cached", **_fields(record)}
+            rows[name] = {"name": name, "state": "cached", **_record_json(record)}
         elif name in registry.PUBLISHED:
             rows[name] = {"name": name, "state": "published"}
     return rows
 
 
-def _fields(record: "Record") -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {**asdict(record), "path": str(record.path)}
-
-
-def _state(row: dict[str, Any]) -> str:
-    offered = f"{row['offered']}, {size_text(row['offered_bytes'])}" if "offered" in row else ""
-    if row["state"] == "cached":
-        what = f"{size_text(row['n_bytes'])}, digest {row['digest'][:12]}"
-        return f"cached, {what}, from {row['source']} {row['date'][:10]}"
-    if row["state"] == "damaged":
+def _state_text(row: Mapping[str, Any]) -> str:
+    state = str(row["state"])
+    if state == "cached":
+        content = f"{size_text(row['n_bytes'])}, digest {row['digest'][:12]}"
+        return f"cached, {content}, from {row['source']} {row['date'][:10]}"
+    if state == "damaged":
         return f"damaged: {row['error']}"
-    if offered:
-        return f"not in the cache; megaseg models fetch {row['name']}  ({offered})"
-    if row["state"] == "published":
-        return f"published, not in the cache; megaseg models fetch {row['name']}"
-    return str(row["state"])
+    fetch_it = f"megaseg models fetch {row['name']}"
+    if "offered" in row:
+        offer = f"{row['offered']}, {size_text(row['offered_bytes'])}"
+        return f"not in the cache; {fetch_it}  ({offer})"
+    if state == "published":
+        return f"published, not in the cache; {fetch_it}"
+    return state
+
+
+# -- fetch and import
 
 
 @models_app.command()
@@ -146,18 +148,18 @@ def fetch(
       megaseg models fetch https://example.org/models/nuclei.zip --name nuclei
     """
     with exit_codes(json_):
-        from pathlib import PurePosixPath
-
         from megaseg_dask.models import registry
 
         url = model if "://" in model else None
-        wanted = name or (PurePosixPath(model).stem if url else model)
-        key = object_ or (
-            None if url or wanted == model else registry.PUBLISHED.get(model) or f"{model}.zip"
-        )
+        default_name = PurePosixPath(model).stem if url else model
+        key = object_
+        is_renamed = name is not None and name != model
+        if key is None and url is None and is_renamed:
+            # Otherwise the registry finds the object by the model's name.
+            key = registry.PUBLISHED.get(model) or f"{model}.zip"
         with reporter(json_, quiet) as emit, registry.reporting(emit):
             record = registry.fetch(
-                wanted,
+                name or default_name,
                 url=url,
                 key=key,
                 bucket=bucket,
@@ -175,9 +177,7 @@ def import_model(
     ],
     name: Annotated[str, typer.Argument(metavar="NAME", help="What --model will call it.")],
     *,
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Which of several checkpoints.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
@@ -191,21 +191,24 @@ def import_model(
     with exit_codes(json_):
         from megaseg_dask.models.cache import import_bundle
 
-        _print_record(
-            import_bundle(
-                Path(path).expanduser(), name, checkpoint=checkpoint, overwrite=overwrite
-            ),
-            json_,
-        )
+        bundle = Path(path).expanduser()
+        record = import_bundle(bundle, name, checkpoint=checkpoint, overwrite=overwrite)
+        _print_record(record, json_)
 
 
 def _print_record(record: "Record", as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"event": "result", "status": "done", **_fields(record)}))
+        echo_result(_record_json(record))
     else:
-        typer.echo(
-            f"{record.name}: {record.path}  ({size_text(record.n_bytes)}, digest {record.digest[:12]})"
-        )
+        content = f"{size_text(record.n_bytes)}, digest {record.digest[:12]}"
+        typer.echo(f"{record.name}: {record.path}  ({content})")
+
+
+def _record_json(record: "Record") -> dict[str, Any]:
+    return {**asdict(record), "path": str(record.path)}
+
+
+# -- show
 
 
 @models_app.command()
@@ -214,63 +217,73 @@ def show(
         str, typer.Argument(metavar="NAME|PATH", help="A model in the cache, or a bundle.")
     ],
     *,
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Which of several checkpoints.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     json_: Json = False,
 ) -> None:
-    """Show the card of a model: what is published, what its bundle says, and where each setting came from.
+    """Show the card of a model: what is published, and each setting of its bundle with its origin.
 
     \b
     Example:
       megaseg models show starter
     """
     with exit_codes(json_):
-        from megaseg_dask.errors import BundleError
-        from megaseg_dask.models import cache, read_bundle, registry
-        from megaseg_dask.models.cards import PUBLISHED_CARDS, card_of
-
-        path = registry.find(model)
-        record = cache.read_record(model) if cache.is_name(model) else None
-        card: dict[str, Any]
-        if path is not None:
-            bundle = (
-                cache.load_cached(record, checkpoint) if record else read_bundle(path, checkpoint)
-            )
-            card = card_of(model if record or model == "starter" else bundle.name, path, bundle)
-            card |= {"record": _fields(record)} if record else {}
-        elif model in PUBLISHED_CARDS:
-            card = {"name": model, "path": None, "published": dict(PUBLISHED_CARDS[model])}
-        else:
-            raise BundleError(
-                f"{model}: not in the cache, and no path that exists; see `megaseg models list`"
-            )
+        card = _read_card(model, checkpoint)
         if json_:
-            typer.echo(json.dumps({"event": "result", "status": "done", **card}))
+            echo_result(card)
         else:
             _print_card(card)
 
 
-def _print_card(card: dict[str, Any]) -> None:
+def _read_card(model: str, checkpoint: str | None) -> dict[str, Any]:
+    """Return the card of a model that is here, or of a published one.
+
+    Raises:
+        BundleError: for a model that is neither.
+    """
+    from megaseg_dask.errors import BundleError
+    from megaseg_dask.models import cache, read_bundle, registry
+    from megaseg_dask.models.cards import PUBLISHED_CARDS, card_of
+
+    path = registry.find(model)
+    if path is None:
+        if model not in PUBLISHED_CARDS:
+            problem = "not in the cache, and no path that exists"
+            raise BundleError(f"{model}: {problem}; see `megaseg models list`")
+        return {"name": model, "path": None, "published": dict(PUBLISHED_CARDS[model])}
+    record = cache.read_record(model) if cache.is_name(model) else None
+    if record:
+        card = card_of(model, path, cache.load_cached(record, checkpoint))
+        return {**card, "record": _record_json(record)}
+    bundle = read_bundle(path, checkpoint)
+    return card_of(model if model == "starter" else bundle.name, path, bundle)
+
+
+def _print_card(card: Mapping[str, Any]) -> None:
     missing = f"not in the cache; megaseg models fetch {card['name']}"
-    rows = {"name": card["name"], "path": card["path"] or missing}
-    if record := card.get("record"):
-        rows |= {"from": f"{record['source']}  ({record['date']})", "SHA-256": record["sha256"]}
+    print_rows({"name": card["name"], "path": card["path"] or missing}, 18)
+    record = card.get("record")
+    if record:
+        origin = f"{record['source']}  ({record['date']})"
+        print_rows({"from": origin, "SHA-256": record["sha256"]}, 18)
     if card["path"]:
-        rows |= {
+        minimum = ",".join(map(str, card["minimum_input"]))
+        rows = {
             "digest": card["digest"],
             "size": f"{size_text(card['n_bytes'])}, {card['n_parameters']:,} parameters",
-            "minimum input": f"an image of {','.join(map(str, card['minimum_input']))} (z, y, x), padded to a patch",
+            "minimum input": f"an image of {minimum} (z, y, x), padded to a patch",
             "licence": card["licence"],
         }
-    print_rows(rows, 18)
+        print_rows(rows, 18)
     if card["published"]:
         typer.echo("\nPublished")
-        print_rows({f"  {key}": value for key, value in card["published"].items()}, 18)
+        for key, value in card["published"].items():
+            print_rows({f"  {key}": value}, 18)
     if card["path"]:
         typer.echo("\nSettings, and where each comes from")
-        for key, stated in card["settings"].items():
-            value = "" if stated["value"] is None else json.dumps(stated["value"])
-            print_rows(
-                {f"  {key}": f"{value}  ← {stated['origin']}" if stated["origin"] else value}, 28
-            )
+        for key, setting in card["settings"].items():
+            print_rows({f"  {key}": _setting_text(setting)}, 28)
+
+
+def _setting_text(setting: Mapping[str, Any]) -> str:
+    value = "" if setting["value"] is None else json.dumps(setting["value"])
+    return f"{value}  ← {setting['origin']}" if setting["origin"] else value

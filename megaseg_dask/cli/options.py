@@ -1,100 +1,153 @@
-"""Options of the command line, made from :class:`Settings`: declared once, checked once."""
+"""Options of the command line, made from :class:`Settings`: declared once, checked once.
 
+Typer reads the parameters of a command from its signature. A command that takes
+settings declares ``**options``; :func:`with_options` completes its signature when
+the command line is built. The declaration of the settings is imported only then:
+``megaseg --help`` lists commands and needs no option.
+"""
+
+import functools
 import inspect
 import re
 import shlex
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megaseg_dask.plan.settings import Settings, declared, parse_settings
+if TYPE_CHECKING:
+    from megaseg_dask.plan.settings import Settings
 
-# What opens a store, for commands that take nothing else of a run.
+Command = Callable[..., None]
+
+# Settings that open a store, for commands that take nothing else of a run.
 STORE = ("endpoint", "anon", "storage_option")
 
 
-def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options for these fields of :class:`Settings`, or for all, in place of ``**options``."""
-
-    def give(command: Callable[..., None]) -> Callable[..., None]:
-        own = [
-            p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD
-        ]
-        options = [_option(name) for name in names or Settings.model_fields]
-        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
-        return command
-
-    return give
+def without_options(command: Command) -> Command:
+    """Return a command with the parameters that it declares itself, without ``**options``."""
+    return _with_parameters(command, [])
 
 
-def _option(name: str) -> inspect.Parameter:
-    """Return a field as a command line option; its text is parsed by the field's own validator."""
-    field, extra = Settings.model_fields[name], declared(name)
-    info = typer.Option(
+def with_options(command: Command, settings: Sequence[str]) -> Command:
+    """Return a command whose ``**options`` are options for these fields of :class:`Settings`."""
+    return _with_parameters(command, [_parameter(name) for name in settings])
+
+
+def all_settings() -> list[str]:
+    """Return the names of all settings, in the order of their declaration."""
+    from megaseg_dask.plan.settings import Settings
+
+    return list(Settings.model_fields)
+
+
+def _with_parameters(command: Command, options: list[inspect.Parameter]) -> Command:
+    declared = inspect.signature(command).parameters.values()
+    own = [parameter for parameter in declared if parameter.kind is not parameter.VAR_KEYWORD]
+
+    @functools.wraps(command)
+    def built(**values: Any) -> None:
+        command(**values)
+
+    signature = inspect.Signature([*own, *options])
+    built.__signature__ = signature  # type: ignore[attr-defined]
+    built.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return built
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    """Return a setting as a parameter; the setting's own validator parses its text."""
+    from megaseg_dask.plan.settings import Settings, declared
+
+    field = Settings.model_fields[name]
+    extra = declared(name)
+    option = typer.Option(
         f"--{name.replace('_', '-')}",
-        help=f"{field.description}{_default(field.default)}",
+        help=f"{field.description}{_default_text(field.default)}",
         metavar=extra["metavar"],
         rich_help_panel=extra["panel"],
         show_default=False,
         autocompletion=_completion(extra["metavar"]),
     )
-    # Of an option that may be repeated typer makes a list.
-    kind = bool if field.annotation is bool else list[str] | None if name == "model" else str | None
+    is_flag = field.annotation is bool
+    value_type: Any = bool if is_flag else str | None
+    if name == "model":
+        # The one option that may be repeated.
+        value_type = list[str] | None
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=False if kind is bool else None,
-        annotation=Annotated[kind, info],
+        default=False if is_flag else None,
+        annotation=Annotated[value_type, option],
     )
+
+
+def _default_text(value: object) -> str:
+    if value is None or value is False:
+        return ""
+    text = ",".join(value) if isinstance(value, tuple) else value
+    return f" (default: {text})"
 
 
 def _completion(metavar: str | None) -> Callable[[str], list[str]] | None:
-    """Return what a shell may offer: the words among the values of an option."""
+    """Return a function that completes the plain words of a metavar such as ``auto|cpu``."""
     words = [word for word in (metavar or "").split("|") if re.fullmatch(r"[a-z0-9.]+", word)]
-    return (
-        (lambda incomplete: [word for word in words if word.startswith(incomplete)])
-        if words
-        else None
-    )
+    if not words:
+        return None
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+def settings_of(options: dict[str, Any]) -> "Settings":
+    """Return the options given on the command line as settings.
+
+    Raises:
+        SettingsError: for a value that cannot be used.
+    """
+    from megaseg_dask.plan.settings import parse_settings
+
+    return parse_settings(given(options))
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given: typer passes ``None`` or false for the others."""
+    return {name: value for name, value in options.items() if value not in (None, False, [])}
 
 
 def open_stores(options: dict[str, Any], source: str | None) -> None:
-    """Let this process open stores as the options of a command say; ``--anon`` is about ``source``, or about all."""
+    """Let this process open stores as the options say; ``--anon`` is about ``source``, or all.
+
+    Raises:
+        SettingsError: for a value that cannot be used.
+    """
     settings = settings_of(options)
-    from megaseg_dask.run.runner import store_options
-    from megaseg_dask.stores import configure
+    from megaseg_dask.stores import StoreOptions, configure
 
-    configure(store_options(source, settings))
+    configure(
+        StoreOptions.parse(settings.endpoint, settings.anon, settings.storage_option or (), source)
+    )
 
 
-def next_commands(target: str, settings: Settings, *, failed: bool) -> list[tuple[str, str]]:
-    """Return what to type after a run, and what for; the options that find the target again are kept."""
+def next_commands(target: str, settings: "Settings", *, failed: bool) -> list[tuple[str, str]]:
+    """Return commands to type after a run, each with its purpose.
+
+    The commands keep the options that are needed to find the target, but no secret.
+    """
     from megaseg_dask.stores import is_secret
 
     words = [target]
-    if settings.label_name != Settings.model_fields["label_name"].default:
+    if settings.label_name != type(settings).model_fields["label_name"].default:
         words += ["--label-name", settings.label_name]
-    words += ["--endpoint", settings.endpoint] if settings.endpoint else []
+    if settings.endpoint:
+        words += ["--endpoint", settings.endpoint]
     for option in settings.storage_option or ():
-        words += [] if is_secret(option) else ["--storage-option", option]
+        if not is_secret(option):
+            words += ["--storage-option", option]
     rest = shlex.join(words)
-    looks = [
-        (f"megaseg report {rest}", "quality control"),
-        (f"megaseg view {rest}", "in a browser"),
-    ]
-    return [(f"megaseg status {rest}", "what failed"), looks[0]] if failed else looks
-
-
-def _default(value: object) -> str:
-    if value is None or value is False:
-        return ""
-    return f" (default: {','.join(value) if isinstance(value, tuple) else value})"
-
-
-def settings_of(options: dict[str, Any]) -> Settings:
-    """Return what was given on the command line as settings; raises :class:`SettingsError`."""
-    return parse_settings(
-        {name: value for name, value in options.items() if value not in (None, False, [])}
-    )
+    report = (f"megaseg report {rest}", "quality control")
+    if failed:
+        return [(f"megaseg status {rest}", "what failed"), report]
+    return [report, (f"megaseg view {rest}", "in a browser")]

@@ -1,14 +1,14 @@
 """``megaseg train``: a recipe, images and labels in, a bundle out."""
 
 import json
+import math
 from typing import Annotated
 
 import typer
 
 from megaseg_dask.cli.console import print_training, reporter
-from megaseg_dask.cli.exit_codes import Json, exit_codes
+from megaseg_dask.cli.exit_codes import Json, echo_result, exit_codes
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.plan.parsing import parse_three
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 
@@ -75,7 +75,7 @@ def train(
         typer.Option(
             metavar="N",
             min=1,
-            help="Stop after so many epochs without a better validation loss. "
+            help="Stop after this many epochs without a better validation loss. "
             "(default: the recipe's, 100)",
         ),
     ] = None,
@@ -89,7 +89,7 @@ def train(
         str, typer.Option(metavar="|".join(_ACCELERATORS), help="Where to train.")
     ] = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin anew over another training.")
+        bool, typer.Option("--overwrite", help="Replace an earlier training.")
     ] = False,
     install: Annotated[
         bool, typer.Option("--install", help="Install cyto-dl in an environment of its own.")
@@ -101,7 +101,8 @@ def train(
 ) -> None:
     """Train MegaSeg's network on labelled images by its published recipe, through cyto-dl.
 
-    Once before: megaseg train --install. Interrupt it with Ctrl-C: the same command goes on from the last epoch.
+    Once before: megaseg train --install. Interrupt it with Ctrl-C: the same command goes on from
+    the last epoch.
 
     \b
     Examples:
@@ -110,81 +111,92 @@ def train(
       megaseg train plate.zarr --label nuclei --channel DNA --from MegaSeg_v1 --out mine --max-time 08:00:00
     """
     with exit_codes(json_):
-        from megaseg_dask.tools import training
-
         if install:
-            folder = training.install(lambda line: typer.echo(line, err=True))
-            if json_:
-                typer.echo(
-                    json.dumps({"event": "result", "status": "done", "environment": str(folder)})
-                )
-            else:
-                typer.echo(f"cyto-dl is installed in {folder}")
+            _install(json_)
             return
         if manifest is None or out is None:
             raise SettingsError("name a MANIFEST and --out DIR; see megaseg train --help")
-        request = training.Request(
+        _require_fraction(validation)
+        _require_positive(learning_rate)
+        _require_accelerator(accelerator)
+        patch_shape = _parse_patch(patch)
+        time_limit = _parse_time(max_time)
+        from megaseg_dask.tools.training import Request
+        from megaseg_dask.tools.training import train as run_training
+
+        request = Request(
             manifest=manifest,
             recipe=recipe,
             out=out,
             start=from_,
             channel=channel,
             label=label,
-            validation=_within(validation),
-            patch=_patch(patch),
+            validation=validation,
+            patch=patch_shape,
             patches_per_image=patches_per_image,
-            learning_rate=_positive(learning_rate),
+            learning_rate=learning_rate,
             max_epochs=max_epochs,
             patience=patience,
-            max_time=_time(max_time),
-            accelerator=_known(accelerator),
+            max_time=time_limit,
+            accelerator=accelerator,
             overwrite=overwrite,
         )
         with reporter(json_, quiet) as emit:
-            trained = training.train(request, emit)
+            trained = run_training(request, emit)
         if json_:
             typer.echo(json.dumps(trained.to_json()))
         else:
             print_training(trained)
 
 
-def _within(fraction: float) -> float:
-    if not 0 < fraction < 1:
-        raise SettingsError(f"--validation {fraction}: expected a part between 0 and 1")
-    return fraction
+def _install(as_json: bool) -> None:
+    from megaseg_dask.tools.training import install
+
+    folder = install(lambda line: typer.echo(line, err=True))
+    if as_json:
+        echo_result({"environment": str(folder)})
+    else:
+        typer.echo(f"cyto-dl is installed in {folder}")
 
 
-def _positive(rate: float | None) -> float | None:
-    if rate is not None and not 0 < rate < float("inf"):
+def _require_fraction(validation: float) -> None:
+    if not 0 < validation < 1:
+        raise SettingsError(f"--validation {validation}: expected a part between 0 and 1")
+
+
+def _require_positive(rate: float | None) -> None:
+    if rate is not None and not 0 < rate < math.inf:
         raise SettingsError(f"--learning-rate {rate}: expected a positive number")
-    return rate
 
 
-def _patch(text: str | None) -> tuple[int, int, int] | None:
+def _require_accelerator(accelerator: str) -> None:
+    if accelerator not in _ACCELERATORS:
+        choices = ", ".join(_ACCELERATORS)
+        raise SettingsError(f"--accelerator {accelerator}: expected one of {choices}")
+
+
+def _parse_patch(text: str | None) -> tuple[int, int, int] | None:
+    """Return a patch shape; one number stands for all three axes."""
     if text is None:
         return None
+    from megaseg_dask.plan.parsing import parse_three
+
     try:
-        z, y, x = (int(value) for value in parse_three(text))
+        z, y, x = map(int, parse_three(text))
     except (TypeError, ValueError) as error:
-        raise SettingsError(
-            f"--patch {text}: expected three whole numbers, such as 64,128,128"
-        ) from error
+        expected = "three whole numbers, such as 64,128,128"
+        raise SettingsError(f"--patch {text}: expected {expected}") from error
     return z, y, x
 
 
-def _time(text: str | None) -> str | None:
+def _parse_time(text: str | None) -> str | None:
     """Return a time as Lightning takes it, ``DD:HH:MM:SS``."""
     if text is None:
         return None
     parts = text.split(":")
-    if not 3 <= len(parts) <= 4 or not all(part.isdecimal() and len(part) <= 3 for part in parts):
+    if len(parts) == 3:
+        parts.insert(0, "0")
+    are_numbers = all(part.isdecimal() and len(part) <= 3 for part in parts)
+    if len(parts) != 4 or not are_numbers:
         raise SettingsError(f"--max-time {text}: expected [DD:]HH:MM:SS, such as 08:00:00")
-    return ":".join(f"{int(part):02d}" for part in (["0"] * (4 - len(parts)) + parts))
-
-
-def _known(accelerator: str) -> str:
-    if accelerator not in _ACCELERATORS:
-        raise SettingsError(
-            f"--accelerator {accelerator}: expected one of {', '.join(_ACCELERATORS)}"
-        )
-    return accelerator
+    return ":".join(f"{int(part):02d}" for part in parts)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import zarr
 
-from megaseg_dask.cli.app import app, main
+from megaseg_dask.cli.app import build_app, main
 from tests.fixtures.bundles import write_checkpoint
 from tests.fixtures.images import blobs, write_image
 
@@ -96,7 +96,7 @@ def commands() -> list[str]:
                 else [" ".join([*words, name])]
             )
 
-    return list(walk(get_command(app), []))
+    return list(walk(get_command(build_app()), []))
 
 
 @pytest.mark.parametrize("command", commands())
@@ -492,17 +492,17 @@ def test_messages_stay_on_one_line(run, broken):
 
 SLOW_TO_LEAVE = """
 import time
-from megaseg_dask import cli
+from megaseg_dask.cli import app
 
-def app(*_, **__):
+def run(*_, **__):
     try:
         print("running", flush=True)
         time.sleep(60)
     finally:
         time.sleep(60)
 
-cli.app = app
-cli.main([])
+app.build_app = lambda **_: run
+app.main([])
 """
 
 

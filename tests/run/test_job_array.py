@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megaseg_dask.cli.app import app
+from megaseg_dask.cli.app import build_app
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Failure
 from megaseg_dask.plan.plan import Stage, runs_folder
@@ -39,7 +39,7 @@ ARRAYS = ["measure", "segment", "histogram", "threshold", "label", "relabel", "m
 
 
 def megaseg(*arguments: object) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    done = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
     return done.exit_code, done.output
 
 

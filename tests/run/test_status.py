@@ -5,14 +5,14 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from megaseg_dask.cli.app import app
+from megaseg_dask.cli.app import build_app
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
 from tests.fixtures.images import blobs, write_image
 
 
 def status(target) -> tuple[int, dict, dict]:
-    done = CliRunner().invoke(app, ["status", str(target), "--json"])
+    done = CliRunner().invoke(build_app(), ["status", str(target), "--json"])
     run, result = map(json.loads, done.output.splitlines())
     assert result["event"] == "result"
     assert result["exit_code"] == done.exit_code
@@ -42,7 +42,7 @@ def test_done_pending_and_no_run(tmp_path, settings, client):
     assert run["stages"]["label"][0] < 4
     assert segment(str(source), str(target), settings, client=client).status == "done"
     assert status(target)[0] == 0
-    nothing = CliRunner().invoke(app, ["status", str(source)])
+    nothing = CliRunner().invoke(build_app(), ["status", str(source)])
     assert nothing.exit_code == 2
 
 
@@ -57,7 +57,7 @@ def test_a_failure_is_named_until_a_later_run_mends_it(tmp_path, settings, clien
     code, run, result = status(target)
     assert (code, result["status"]) == (1, "failed")
     assert "0/c/1/0/1" in run["failures"][0]["error"]
-    assert "FAILED" in CliRunner().invoke(app, ["status", str(target)]).output
+    assert "FAILED" in CliRunner().invoke(build_app(), ["status", str(target)]).output
     chunk.write_bytes(good)
     assert segment(str(source), str(target), settings, client=client).status == "done"
     assert status(target)[:1] == (0,)

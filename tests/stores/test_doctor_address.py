@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from megaseg_dask.stores import Location, forget
-from megaseg_dask.tools.doctor.address import Finding, examine_address
+from megaseg_dask.tools.doctor.address import Finding, check_address
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.servers import range_server
 from tests.stores.test_runs import upload
 
 
 def examine(address: str) -> tuple[list[Finding], str]:
-    found = list(examine_address(address))
-    return found, "\n".join(f"{f.found} {f.advice}" for f in found)
+    found = list(check_address(address))
+    return found, "\n".join(f"{f.text} {f.advice}" for f in found)
 
 
 def test_source_and_target_in_a_bucket(s3, folder, tmp_path):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from megaseg_dask.cli.app import app
+from megaseg_dask.cli.app import build_app
 from megaseg_dask.inference import pytorch
 from megaseg_dask.tools.doctor import machine
-from megaseg_dask.tools.doctor.address import examine_address
+from megaseg_dask.tools.doctor.address import check_address
 from tests.fixtures.images import blobs, write_image
 
 
@@ -19,11 +19,11 @@ def finding(name: str) -> machine.Finding:
 
 
 def test_it_names_versions_choice_and_models():
-    listed = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)["findings"]
+    listed = json.loads(CliRunner().invoke(build_app(), ["doctor", "--json"]).output)["findings"]
     names = [f["name"] for f in listed]
     assert {"machine", "packages", "memory", "disk", "GPU", "auto", "model starter"} <= set(names)
-    assert "torch" in finding("packages").found
-    assert "threads" in finding("auto").found
+    assert "torch" in finding("packages").text
+    assert "threads" in finding("auto").text
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_a_gpu_that_cannot_be_used_gets_advice(devices, built_with, expected, mo
     monkeypatch.setattr(pytorch, "cuda_devices", lambda: devices)
     monkeypatch.setattr(pytorch, "cuda_version", lambda: built_with)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    gpu = machine._gpu()[0]
-    assert expected in gpu.found + gpu.advice
+    gpu = machine.check_gpu()
+    assert expected in gpu.text + gpu.advice
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,12 @@ def test_why_a_gpu_cannot_be_used(driver, hidden, expected, monkeypatch, tmp_pat
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert expected in machine._gpu()[0].advice
+    assert expected in machine.check_gpu().advice
 
 
 def told(address: object) -> list[str]:
     """All that is found at an address, one text a finding."""
-    return [f"{f.found} {f.advice}".strip() for f in examine_address(str(address))]
+    return [f"{f.text} {f.advice}".strip() for f in check_address(str(address))]
 
 
 def test_an_image_is_read_and_nothing_is_written_beside_it(tmp_path):
@@ -89,7 +89,7 @@ def test_a_damaged_image_is_named(tmp_path):
     image = write_image(tmp_path / "image.zarr", blobs((16, 40, 44)))
     for chunk in (p for p in (image / "0/c").rglob("*") if p.is_file()):
         chunk.write_bytes(b"nothing")
-    *_, last = examine_address(str(image))
+    *_, last = check_address(str(image))
     assert last.is_fatal
     assert "is corrupt" in last.advice
 
@@ -112,7 +112,7 @@ def test_a_place_to_write_to(tmp_path):
 )
 def test_an_address_that_cannot_be_used_ends_with_1(address, expected, tmp_path):
     (tmp_path / "text.txt").write_text("no image")
-    ended = CliRunner().invoke(app, ["doctor", address.format(tmp_path), "--json"])
+    ended = CliRunner().invoke(build_app(), ["doctor", address.format(tmp_path), "--json"])
     assert ended.exit_code == 1
     last = json.loads(ended.output.splitlines()[-1])
     assert (last["status"], last["exit_code"]) == ("failed", 1)

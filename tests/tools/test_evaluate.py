@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megaseg_dask.algorithms import matching
-from megaseg_dask.cli.app import app
+from megaseg_dask.cli.app import build_app
 from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.stores import Location
 from megaseg_dask.tools import evaluate
@@ -54,13 +54,13 @@ def test_an_object_is_known_by_timepoint_and_id(tmp_path):
 def test_the_command_prints_a_table_json_or_csv(pair):
     ours, truth, expected = pair
     run = CliRunner().invoke
-    table = run(app, ["evaluate", str(ours), str(truth)])
+    table = run(build_app(), ["evaluate", str(ours), str(truth)])
     assert table.exit_code == 0
     assert f"{expected.dice:.4f}" in table.output
-    found = json.loads(run(app, ["evaluate", str(ours), str(truth), "--json"]).stdout)
+    found = json.loads(run(build_app(), ["evaluate", str(ours), str(truth), "--json"]).stdout)
     assert found["dice"] == expected.dice
     assert len(found["matchings"]) == 10
-    csv = run(app, ["evaluate", str(ours), str(truth), "--csv"]).stdout.splitlines()
+    csv = run(build_app(), ["evaluate", str(ours), str(truth), "--csv"]).stdout.splitlines()
     assert len(csv) == 11
     assert len({line.count(",") for line in csv}) == 1
 

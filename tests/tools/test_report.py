@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 from typer.testing import CliRunner
 
 from megaseg_dask.algorithms.geometry import Box
-from megaseg_dask.cli.app import app
+from megaseg_dask.cli.app import build_app
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import plan_runs, segment
@@ -249,14 +249,14 @@ def test_what_is_read_is_bounded(split):
 def test_wrong_requests(split, tmp_path, options):
     source, target = split
     run = CliRunner().invoke
-    nothing = run(app, ["report", str(source)])
+    nothing = run(build_app(), ["report", str(source)])
     assert nothing.exit_code == 2
     assert "no run is recorded" in nothing.output
     assert not Path(f"{source}.report.html").exists()
     out = tmp_path / "here.html"
-    done = run(app, ["report", str(target), "--out", str(out), "--json"])
+    done = run(build_app(), ["report", str(target), "--out", str(out), "--json"])
     assert done.exit_code == 0
     assert json.loads(done.output.splitlines()[-1])["report"] == str(out)
     assert out.exists()
-    other = run(app, ["report", str(target), "--label-name", "other"])
+    other = run(build_app(), ["report", str(target), "--label-name", "other"])
     assert other.exit_code == 2

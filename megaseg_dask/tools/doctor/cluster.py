@@ -1,9 +1,15 @@
-"""A cluster file tried before a night depends on it: one worker, one real block, and what it saw."""
+"""``megaseg cluster check``: one worker of a cluster file segments one real block.
+
+The cheapest proof that a cluster works is a run: it needs the queue, the network,
+the versions on both sides, and a folder that client and worker both reach.
+"""
 
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megaseg_dask.errors import ClusterError
 from megaseg_dask.events import Event, Joined, Notice, Result, Started
@@ -12,15 +18,17 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.demo import write_sample
-from megaseg_dask.tools.simulation import simulate
 
-# Of the starter's patch, so that its whole network runs.
-_SHAPE = (32, 128, 128)
+# The starter's patch shape: its whole network runs.
+_VOLUME_SHAPE = (32, 128, 128)
+_BACKGROUND = 100
+_SIGNAL = 400
+_CELL_SHAPE = (16, 32, 32)
 
 
 @dataclass
-class Seen:
-    """What became of one block on one worker of a cluster."""
+class ClusterReport:
+    """What one worker of a cluster reported, and the result of its block."""
 
     kind: str
     target: str
@@ -29,19 +37,19 @@ class Seen:
     dashboard: str | None = None
     result: Result | None = None
 
-    def hear(self, event: Event) -> None:
-        """Take down what a run tells."""
+    def add(self, event: Event) -> None:
+        """Keep what an event says about the cluster."""
         match event:
             case Joined():
                 self.workers.append(event)
             case Started():
                 self.dashboard = event.dashboard
-            case Result():
-                self.result = event
             case Notice():
                 self.notes.append(event.text)
+            case Result():
+                self.result = event
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return JSON values."""
         return {
             "kind": self.kind,
@@ -55,31 +63,44 @@ class Seen:
 
 
 def check_cluster(
-    file: str, target: str, options: dict[str, Any], emit: Callable[[Event], None] = lambda _: None
-) -> Seen:
-    """Start one worker as a cluster file says, segment a small simulated volume there, and remove it again.
+    file: str,
+    target: str,
+    options: dict[str, object],
+    emit: Callable[[Event], None] = lambda event: None,
+) -> ClusterReport:
+    """Start one worker as a cluster file says, segment a small volume there, and remove it again.
 
-    The volume is written to, and read from, a folder below ``target``: where worker and client both reach it.
-    ``options`` are further settings of a run. Raises :class:`MegasegError` if the cluster is not fit for a run.
+    The volume and its segmentation lie in a new folder below ``target``, which worker and
+    client both have to reach. ``options`` are further settings of the run.
+
+    Raises:
+        ClusterError: if the worker joined and its block failed.
+        MegasegError: if the cluster cannot be used for a run.
     """
-    seen = Seen(read_cluster(file).kind, target)
+    checked = ClusterReport(read_cluster(file).kind, target)
     folder = Location.of(target) / f"megaseg-check-{uuid.uuid4().hex[:8]}"
-    settings = parse_settings(
-        {**options, "model": "starter", "cluster": file, "workers": 1, "retries": 0}
-    )
+    source = folder / "volume.zarr"
+    run = {"model": "starter", "cluster": file, "workers": 1, "retries": 0}
+    settings = parse_settings({**options, **run})
 
-    def hear(event: Event) -> None:
-        seen.hear(event)
+    def report(event: Event) -> None:
+        checked.add(event)
         emit(event)
 
-    made = simulate(0, _SHAPE, kind="nuclei")
     try:
-        write_sample(folder / "volume.zarr", made.image, made.mask.astype("uint16"))
-        result = segment(
-            (folder / "volume.zarr").url, (folder / "segmented.zarr").url, settings, emit=hear
-        )
+        write_sample(source, *_simulate())
+        result = segment(source.url, (folder / "segmented.zarr").url, settings, emit=report)
     finally:
         folder.remove()
     if result.failures:
-        raise ClusterError(f"{file}: the worker joined and failed: {result.failures[0].error}")
-    return seen
+        cause = result.failures[0].error
+        raise ClusterError(f"{file}: the worker joined and failed: {cause}")
+    return checked
+
+
+def _simulate() -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Return an image with photon noise and its mask, uint16: every second cell is bright."""
+    z, y, x = np.indices(_VOLUME_SHAPE) // np.reshape(_CELL_SHAPE, (3, 1, 1, 1))
+    mask = (z + y + x) % 2
+    image = np.random.default_rng(0).poisson(_BACKGROUND + _SIGNAL * mask)
+    return image.astype(np.uint16), mask.astype(np.uint16)

@@ -1,7 +1,7 @@
-"""What this machine has, what ``auto`` would choose on it and why, and the usual troubles.
+"""Checks of this machine: its parts, what ``auto`` would choose and why, and the usual troubles.
 
-No worker is started, and nothing is written but the probes at an address that
-a run could write to.
+No worker is started. Nothing is written but the probes at an address to which a
+run could write.
 """
 
 import importlib.util
@@ -18,9 +18,10 @@ import psutil
 
 from megaseg_dask.errors import BundleError
 from megaseg_dask.inference.engine import n_cores, resolve_engine
+from megaseg_dask.messages import size_text
 from megaseg_dask.models.registry import PUBLISHED, find
 from megaseg_dask.plan.planner import default_memory_bytes
-from megaseg_dask.tools.doctor.address import Finding, disk_finding, examine_address
+from megaseg_dask.tools.doctor.address import Finding, check_address, check_disk
 
 _PACKAGES = (
     "megaseg-dask",
@@ -32,134 +33,131 @@ _PACKAGES = (
     "ome-zarr-models",
     "numpy",
 )
-_LITTLE_MEMORY = 4 * 10**9
-# The first drivers that programs built with a CUDA of this number run on (NVIDIA, CUDA compatibility, Linux).
-_LEAST_DRIVER = {"11": 450, "12": 525, "13": 580}
-_PATIENCE_S = 20
+_MIN_MEMORY_BYTES = 4 * 10**9
+# First Linux driver for each CUDA, from NVIDIA's page on CUDA compatibility.
+_MIN_DRIVER = {"11": 450, "12": 525, "13": 580}
+_DRIVER_TIMEOUT_S = 20
+_PYTORCH_PAGE = "https://pytorch.org/get-started"
 
 
 def examine(addresses: Sequence[str] = ()) -> Iterator[Finding]:
-    """Yield what is found, good and bad, most basic first; last what some addresses are good for."""
-    yield from (
-        _platform(),
-        *_packages(),
-        _memory(),
-        disk_finding(Path.cwd(), "here"),
-        *_gpu(),
-        _choice(),
-        _dashboard(),
-    )
-    yield from _models()
+    """Yield findings about this machine, most basic first; then those about addresses."""
+    yield _check_platform()
+    yield _check_packages()
+    yield _check_memory()
+    yield check_disk(Path.cwd(), "here")
+    yield check_gpu()
+    yield _check_engine()
+    yield _check_dashboard()
+    for name in (*PUBLISHED, "starter"):
+        yield _check_model(name)
     for address in addresses:
-        yield from examine_address(address)
+        yield from check_address(address)
 
 
-def _platform() -> Finding:
-    return Finding(
-        "machine", f"Python {platform.python_version()}, {platform.platform()}, {n_cores()} cores"
-    )
+def _check_platform() -> Finding:
+    python = f"Python {platform.python_version()}"
+    return Finding("machine", f"{python}, {platform.platform()}, {n_cores()} cores")
 
 
-def _packages() -> list[Finding]:
-    found = []
+def _check_packages() -> Finding:
+    versions = []
     for name in _PACKAGES:
         try:
-            found.append(f"{name} {version(name)}")
+            versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return [Finding("packages", ", ".join(found))]
+    return Finding("packages", ", ".join(versions))
 
 
-def _memory() -> Finding:
+def _check_memory() -> Finding:
     memory = psutil.virtual_memory()
-    advice = "too little for most models: close other programs, or use a smaller --patch"
-    text = (
-        f"{memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f}; a worker may use "
-        f"{default_memory_bytes(1) / 1e9:.1f} GB (--memory)"
-    )
-    return Finding("memory", text, advice if memory.available < _LITTLE_MEMORY else "")
+    free = f"{size_text(memory.available)} free of {size_text(memory.total)}"
+    budget = f"a worker may use {size_text(default_memory_bytes(1))} (--memory)"
+    advice = ""
+    if memory.available < _MIN_MEMORY_BYTES:
+        advice = "too little for most models: close other programs, or use a smaller --patch"
+    return Finding("memory", f"{free}; {budget}", advice)
 
 
-def _gpu() -> list[Finding]:
+def check_gpu() -> Finding:
+    """Return which GPUs can be used, or why one that is there cannot."""
     from megaseg_dask.inference.pytorch import cuda_devices, cuda_version
 
     devices = cuda_devices()
     if devices:
-        return [Finding("GPU", f"{', '.join(devices)}: one worker each")]
-    driver = _driver()
-    if driver is None and not Path("/dev/nvidia0").exists():
-        return [Finding("GPU", "none")]
-    built_with = cuda_version()
-    if built_with is None:
-        return [
-            Finding(
-                "GPU",
-                "there, but this PyTorch is built without CUDA",
-                "install a CUDA build of PyTorch (https://pytorch.org/get-started)",
-            )
-        ]
-    return [
-        Finding(
-            "GPU", f"there, but PyTorch (CUDA {built_with}) cannot use it", _why(driver, built_with)
-        )
-    ]
-
-
-def _driver() -> str | None:
-    """Return the version of the NVIDIA driver, empty if its own program cannot tell; ``None`` if that is not there."""
+        return Finding("GPU", f"{', '.join(devices)}: one worker each")
     program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
+    if program is None and not Path("/dev/nvidia0").exists():
+        return Finding("GPU", "none")
+    cuda = cuda_version()
+    if cuda is None:
+        advice = f"install a CUDA build of PyTorch ({_PYTORCH_PAGE})"
+        return Finding("GPU", "there, but this PyTorch is built without CUDA", advice)
+    driver = _driver_version(program) if program else None
+    text = f"there, but PyTorch (CUDA {cuda}) cannot use it"
+    return Finding("GPU", text, _gpu_advice(driver, cuda))
+
+
+def _driver_version(program: str) -> str | None:
+    """Return the version of the NVIDIA driver; ``None`` if its own program cannot tell."""
     command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PATIENCE_S, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return said.strip().partition("\n")[0]
-
-
-def _why(driver: str | None, built_with: str) -> str:
-    """Return why a GPU that is there cannot be used."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None and not re.match(r"\d|GPU-|MIG-", hidden):
-        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset that, or name a GPU"
-    if not driver:
-        return "the driver does not answer: run nvidia-smi; in a container, start it with its GPUs (--gpus all, --nv)"
-    least = _LEAST_DRIVER.get(built_with.partition(".")[0], 0)
-    if re.match(r"\d+", driver) and int(driver.partition(".")[0]) < least:
-        return (
-            f"driver {driver} is too old for CUDA {built_with}, which needs {least} or newer: update the driver, "
-            "or install a PyTorch for an older CUDA (https://pytorch.org/get-started)"
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT_S, check=True
         )
-    return f"driver {driver} should do for CUDA {built_with}: try python -c 'import torch; torch.zeros(1).cuda()'"
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ended.stdout.strip().partition("\n")[0]
 
 
-def _choice() -> Finding:
+def _gpu_advice(driver: str | None, cuda: str) -> str:
+    """Return why a GPU that is there cannot be used, and the next step."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not re.match(r"\d|GPU-|MIG-", visible):
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides it: unset that, or name a GPU"
+    if not driver:
+        return (
+            "the driver does not answer: run nvidia-smi; "
+            "in a container, start it with its GPUs (--gpus all, --nv)"
+        )
+    minimum = _MIN_DRIVER.get(cuda.partition(".")[0], 0)
+    major = driver.partition(".")[0]
+    if major.isdecimal() and int(major) < minimum:
+        return (
+            f"driver {driver} is too old for CUDA {cuda}, which needs {minimum} or newer: "
+            f"update the driver, or install a PyTorch for an older CUDA ({_PYTORCH_PAGE})"
+        )
+    test = "python -c 'import torch; torch.zeros(1).cuda()'"
+    return f"driver {driver} should do for CUDA {cuda}: try {test}"
+
+
+def _check_engine() -> Finding:
+    """Return the engine that ``auto`` chooses here, and why."""
     spec = resolve_engine()
-    why = "PyTorch sees a GPU" if spec.device == "cuda" else "no usable GPU"
-    advice = "OpenVINO is several times faster on a CPU: pip install 'megaseg-dask[openvino]'"
-    text = f"engine {spec.engine} {spec.precision} on {spec.device} ({why}), {spec.threads} threads per forward pass"
-    return Finding("auto", text, advice if (spec.engine, spec.device) == ("torch", "cpu") else "")
+    reason = "PyTorch sees a GPU" if spec.device == "cuda" else "no usable GPU"
+    engine = f"engine {spec.engine} {spec.precision} on {spec.device} ({reason})"
+    advice = ""
+    if spec.engine == "torch" and spec.device == "cpu":
+        install = "pip install 'megaseg-dask[openvino]'"
+        advice = f"OpenVINO is several times faster on a CPU: {install}"
+    return Finding("auto", f"{engine}, {spec.threads} threads per forward pass", advice)
 
 
-def _dashboard() -> Finding:
-    there = importlib.util.find_spec("bokeh") is not None
+def _check_dashboard() -> Finding:
+    # Dask's dashboard is drawn by bokeh.
+    if importlib.util.find_spec("bokeh"):
+        return Finding("dashboard", "can be shown")
     advice = "to watch workers in a browser: pip install 'megaseg-dask[dashboard]'"
-    return Finding(
-        "dashboard", "can be shown" if there else "cannot be shown", "" if there else advice
-    )
+    return Finding("dashboard", "cannot be shown", advice)
 
 
-def _models() -> list[Finding]:
-    findings = []
-    for name in (*PUBLISHED, "starter"):
-        try:
-            path = find(name)
-        except BundleError as error:
-            findings.append(Finding(f"model {name}", "damaged", str(error)))
-            continue
-        advice = "" if path else f"megaseg models fetch {name}, or see megaseg models import"
-        findings.append(Finding(f"model {name}", str(path or "not in the cache"), advice))
-    return findings
+def _check_model(name: str) -> Finding:
+    try:
+        path = find(name)
+    except BundleError as error:
+        return Finding(f"model {name}", "damaged", str(error))
+    if path:
+        return Finding(f"model {name}", str(path))
+    advice = f"megaseg models fetch {name}, or see megaseg models import"
+    return Finding(f"model {name}", "not in the cache", advice)
