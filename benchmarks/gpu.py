@@ -32,7 +32,7 @@ from megaseg_dask.models.cytodl.transforms import Step
 from megaseg_dask.models.registry import load
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
-from megaseg_dask.tools.simulation import simulate
+from starter.simulation import simulate
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from scipy.ndimage import gaussian_filter
 
 from benchmarks.field import PUBLISHED_SHAPE
 from benchmarks.machine import describe, keep
-from megaseg_dask.tools.simulation import simulate
+from starter.simulation import simulate
 
 Array = NDArray[Any]
 

@@ -31,7 +31,7 @@ from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import plan_runs, segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.demo import read_sample, write_sample
-from megaseg_dask.tools.simulation import simulate
+from starter.simulation import simulate
 
 # What a worker runs in place of the network, and in place of everything.
 EMPTY_ENGINE = """

@@ -30,7 +30,7 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import plan_runs, segment
 from megaseg_dask.stores import Location, open_array
 from megaseg_dask.tools.demo import write_sample
-from megaseg_dask.tools.simulation import simulate
+from starter.simulation import simulate
 
 PATCH, OVERLAP, DEPTH = (64, 128, 128), 0.25, (0, 32, 32)
 

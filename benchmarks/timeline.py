@@ -23,7 +23,7 @@ from benchmarks.scale import cluster, write_series
 from megaseg_dask.plan import plan
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
-from megaseg_dask.tools.simulation import simulate
+from starter.simulation import simulate
 
 # What a worker does in place of inference, and who notes when.
 PRELOAD = """

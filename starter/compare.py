@@ -1,6 +1,6 @@
 """Compare the starter bundle with what a threshold can do, on real stacks and hard simulations.
 
-    python starter/compare.py [--bundle FOLDER] [--data ../shared/data] [--json FILE] [--pictures FOLDER]
+    python -m starter.compare [--bundle FOLDER] [--data ../shared/data] [--json FILE] [--pictures FOLDER]
 
 Prints Dice of starter, Otsu and a local threshold (scikit-image, untouched
 images), and writes them as JSON with the machine. Rows whose data are absent
@@ -26,7 +26,7 @@ from skimage.filters import gaussian, threshold_local, threshold_otsu
 
 from megaseg_dask.algorithms.matching import evaluate
 from megaseg_dask.models import Bundle, build_network, load_bundle
-from megaseg_dask.tools.simulation import KINDS, simulate
+from starter.simulation import KINDS, simulate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUCLEI = ("cells3d_nuclei_labels/nuclei.tif", "cells3d_nuclei_labels/nuclei_label.tif")

@@ -1,6 +1,6 @@
 """Write trained weights as a half-precision bundle in cyto-dl's layout.
 
-    python starter/export.py RUN_FOLDER|BUNDLE megaseg_dask/models/starter
+    python -m starter.export RUN_FOLDER|BUNDLE megaseg_dask/models/starter
 
 Of a folder of `train.py` the moving average, of a bundle of `megaseg train` its
 best epoch.
@@ -12,9 +12,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from train import FILTERS, STAGES
 
 from megaseg_dask.models import NetworkSpec, load_bundle, save_bundle
+from starter.train import FILTERS, STAGES
 
 
 def export(run: Path, bundle: Path, epoch: int) -> Path:

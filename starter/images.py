@@ -1,6 +1,6 @@
 """Write simulated images and their masks, and the manifest that `megaseg train` takes.
 
-    python starter/images.py FOLDER --n 56 --first-seed 1 [--idr0062 ../shared/data/idr0062_6001240_level1]
+    python -m starter.images FOLDER --n 56 --first-seed 1 [--idr0062 ../shared/data/idr0062_6001240_level1]
 
 Each image is a function of its seed. Every kind of structure comes in turn, at
 any difficulty, and nuclei four times as often; the last seventh validates. Of
@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 from tifffile import imread, imwrite
 
-from megaseg_dask.tools.simulation import KINDS, simulate
+from starter.simulation import KINDS, simulate
 
 Array = np.ndarray
 

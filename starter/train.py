@@ -1,8 +1,8 @@
 """Train the light network on simulated structures, with the published recipe's loss and optimiser.
 
-    nice -n 19 python starter/train.py RUN_FOLDER --steps 3600
+    nice -n 19 python -m starter.train RUN_FOLDER --steps 3600
 
-Nothing but `megaseg_dask.tools.simulation` feeds it. Each image is z-scored as a
+Nothing but `starter.simulation` feeds it. Each image is z-scored as a
 whole before patches are cut, as inference does. Checkpoints (network, its
 moving average, Adam) go to RUN_FOLDER every few minutes; the same command
 continues from the last one. `starter/export.py` makes the bundle.
@@ -25,7 +25,7 @@ from monai.losses import GeneralizedDiceFocalLoss
 from monai.networks.nets import DynUNet
 from scipy import ndimage
 
-from megaseg_dask.tools.simulation import KINDS, simulate
+from starter.simulation import KINDS, simulate
 
 FILTERS = (8, 16, 24, 32, 48)
 IMAGE_SHAPE = (64, 208, 208)

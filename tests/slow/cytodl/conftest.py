@@ -18,8 +18,8 @@ from tifffile import imwrite
 
 from megaseg_dask.errors import MegasegError
 from megaseg_dask.models import NetworkSpec
-from megaseg_dask.tools.simulation import simulate
 from megaseg_dask.tools.training import environment
+from starter.simulation import simulate
 from tests.fixtures.bundles import write_checkpoint
 
 ROOT = Path(__file__).parents[3]

@@ -144,7 +144,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def test_it_learns_from_an_omezarr_whose_channel_and_labels_are_named(start, tmp_path):
-    from megaseg_dask.tools.simulation import simulate
+    from starter.simulation import simulate
 
     made = simulate(5, (24, 48, 80), "nuclei", difficulty=0.2)
     image = made.image[None].repeat(2, 0)

@@ -3,7 +3,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from scipy import ndimage
 
-from megaseg_dask.tools.simulation import KINDS, simulate
+from starter.simulation import KINDS, simulate
 
 SHAPE = (24, 64, 72)
 

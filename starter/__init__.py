@@ -1,0 +1,1 @@
+"""The starter bundle: images to train it on, its training, and what it is compared with."""
