@@ -28,7 +28,8 @@ from monai.transforms import NormalizeIntensity
 from benchmarks.machine import describe, keep
 from benchmarks.scale import cluster
 from megaseg_dask.algorithms.geometry import PatchGrid
-from megaseg_dask.models import NetworkSpec, build_network
+from megaseg_dask.models import NetworkSpec
+from megaseg_dask.models.build import build_network
 from megaseg_dask.models.registry import load
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import plan_runs, segment

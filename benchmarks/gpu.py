@@ -27,7 +27,8 @@ from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.events import Event, Progress
 from megaseg_dask.inference.engine import Preparation
 from megaseg_dask.inference.pytorch import DeviceEngine
-from megaseg_dask.models import Bundle, NetworkSpec, build_network
+from megaseg_dask.models import Bundle, NetworkSpec
+from megaseg_dask.models.build import build_network
 from megaseg_dask.models.cytodl.transforms import Step
 from megaseg_dask.models.registry import load
 from megaseg_dask.plan.settings import parse_settings

@@ -24,7 +24,7 @@ from skimage.measure import label as label_whole
 
 from benchmarks.field import PUBLISHED_SHAPE, predict_by_monai
 from benchmarks.machine import describe
-from megaseg_dask.models import build_network
+from megaseg_dask.models.build import build_network
 from megaseg_dask.models.registry import load
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import plan_runs, segment

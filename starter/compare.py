@@ -25,7 +25,8 @@ from monai.inferers import sliding_window_inference
 from skimage.filters import gaussian, threshold_local, threshold_otsu
 
 from megaseg_dask.algorithms.matching import evaluate
-from megaseg_dask.models import Bundle, build_network, load_bundle
+from megaseg_dask.models import Bundle, load_bundle
+from megaseg_dask.models.build import build_network
 from starter.simulation import KINDS, simulate
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from megaseg_dask.models import NetworkSpec, load_bundle, save_bundle
+from megaseg_dask.models.facts import record_of, write_record
 from starter.train import FILTERS, STAGES
 
 
@@ -30,9 +31,12 @@ def export(run: Path, bundle: Path, epoch: int) -> Path:
         weights = load_bundle(run).weights
     patch_shape = STAGES[-1][2]
     spec = NetworkSpec(filters=FILTERS)
-    return save_bundle(
+    checkpoint = save_bundle(
         bundle, spec, weights, patch_shape=patch_shape, overlap=0.25, epoch=epoch, half=True
     )
+    # The package ships its record, so that planning with it needs no torch.
+    write_record(record_of(bundle), bundle / "facts.json")
+    return checkpoint
 
 
 if __name__ == "__main__":

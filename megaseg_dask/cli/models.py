@@ -54,7 +54,8 @@ def list_models(*, bucket: Bucket = None, endpoint: Endpoint = None, json_: Json
     """
     with exit_codes(json_):
         from megaseg_dask.errors import MegasegError
-        from megaseg_dask.models import cache, registry
+        from megaseg_dask.models import registry
+        from megaseg_dask.models.home import home
 
         rows = _local_models()
         warnings = []
@@ -65,13 +66,12 @@ def list_models(*, bucket: Bucket = None, endpoint: Endpoint = None, json_: Json
                 row |= {"offered": entry.url, "offered_bytes": entry.n_bytes}
         except MegasegError as error:
             warnings.append(f"no bucket was listed: {error}")
-        home = str(cache.home())
         if json_:
-            echo_result({"cache": home, "models": list(rows.values()), "warnings": warnings})
+            echo_result({"cache": str(home()), "models": list(rows.values()), "warnings": warnings})
             return
         for row in rows.values():
             print_rows({row["name"]: _state_text(row)}, 20)
-        typer.echo(f"cache: {home}", err=True)
+        typer.echo(f"cache: {home()}", err=True)
         for warning in warnings:
             warn(warning)
 

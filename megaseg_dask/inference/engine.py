@@ -21,7 +21,7 @@ from megaseg_dask.algorithms.blending import NUMPY, blend, window
 from megaseg_dask.algorithms.geometry import Box, PatchGrid, Shape
 from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.errors import BundleError, EngineError, SettingsError
-from megaseg_dask.models.bundle import Bundle, Step
+from megaseg_dask.models.bundle import BundleFacts, Step
 
 Float32 = NDArray[np.float32]
 T = TypeVar("T")
@@ -111,7 +111,7 @@ class ModelRef:
     steps: tuple[Step, ...]
 
     @classmethod
-    def of(cls, bundles: Mapping[str, Bundle], checkpoint: str | None = None) -> "ModelRef":
+    def of(cls, bundles: Mapping[str, BundleFacts], checkpoint: str | None = None) -> "ModelRef":
         """Return the reference to bundles by their addresses; raises :class:`BundleError` if they are not alike."""
         refs = tuple(
             BundleRef(path, bundle.name, bundle.digest, checkpoint)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch.nn.functional import avg_pool3d
 
 from megaseg_dask.errors import EngineError
-from megaseg_dask.models import Bundle, build_network
-from megaseg_dask.models.cache import home
+from megaseg_dask.models.build import build_network
+from megaseg_dask.models.bundle import Bundle
+from megaseg_dask.models.home import home
 
 Float32 = NDArray[np.float32]
 

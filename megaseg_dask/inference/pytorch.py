@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.geometry import Box, PatchGrid
 from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.errors import EngineError
-from megaseg_dask.models import Bundle, build_network
+from megaseg_dask.models.build import build_network
+from megaseg_dask.models.bundle import Bundle
 
 Float32 = NDArray[np.float32]
 

@@ -1,22 +1,27 @@
-"""A model bundle: network, weights, and how its images are prepared and its patches cut.
+"""A model bundle: a network, its weights, how its images are prepared and its patches cut.
 
-The bundle is data. Nothing in it is imported or called. What it says and a run
-does not do is refused here, by name, not where it would be done.
+A bundle is data: nothing in it is imported or called. It is two values. ``BundleFacts`` is all
+that planning needs, small and free of torch; ``Bundle`` adds the weights. What a bundle asks for
+and no run carries out is refused here, by name.
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
-from math import isfinite
 from typing import TYPE_CHECKING
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.models.network import Head, NetworkSpec, Triple, assemble, is_plain
+from megaseg_dask.messages import one_line
+from megaseg_dask.models.network import NetworkSpec, Triple
 
-# torch takes a second to import; nobody who only reads a bundle's settings pays for it.
+# torch takes a second to import; whoever reads only a bundle's facts does not pay for it.
 if TYPE_CHECKING:
     import torch
+
+HEADS = "task_heads."  # in the names of weights, before a head's name
 
 # Step of a preprocessing → names of its numbers. `zscore` takes mean and population standard
 # deviation from each channel of the volume; all others are numbers applied to each voxel.
@@ -36,8 +41,9 @@ class Step:
     numbers: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        names = STEPS.get(self.name)
-        if names is None or len(names) != len(self.numbers) or not all(map(isfinite, self.numbers)):
+        arguments = STEPS.get(self.name)
+        has_all = arguments is not None and len(arguments) == len(self.numbers)
+        if not has_all or not all(map(math.isfinite, self.numbers)):
             expected = ", ".join(f"{name}{numbers}" for name, numbers in STEPS.items())
             raise BundleError(
                 f"preprocessing step {self.name}{self.numbers}: expected one of {expected}, finite"
@@ -46,13 +52,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How a volume becomes the network's input, in this order; the default is the reference's z-score."""
+    """How a volume becomes the network's input, step by step; the reference is one z-score."""
 
     steps: tuple[Step, ...] = (Step("zscore"),)
 
     @property
     def has_zscore(self) -> bool:
-        """Tell whether mean and standard deviation of the volume are part of it."""
+        """Whether mean and standard deviation of the volume are part of it."""
         return Step("zscore") in self.steps
 
     def __str__(self) -> str:
@@ -60,20 +66,53 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
-    """A network with its weights, and the settings that it was trained to be run with.
+class Head:
+    """One output of a model; each gets its own scores and labels, called by its name.
 
-    ``weights`` are float32, each once: under the parameter names of ``DynUNet``, and
-    under ``task_heads.<name>.`` those of a head with layers. ``patch_shape`` and
-    ``overlap`` are (z, y, x), ``window`` is the blending weight of a patch. Without
-    ``heads`` there is one for all channels. ``precision`` is the one it was trained
-    in. ``origins`` says for each setting where it was found.
+    A head without ``n_blocks`` hands on ``channels`` channels of the backbone's output, beginning
+    with channel ``first``. One with ``n_blocks`` is cyto-dl's ``ResBlocksHead``: that many residual
+    blocks, then a convolution to ``channels``. ``threshold`` is what the bundle suggests: a score,
+    or the name of a method.
+    """
+
+    name: str = "seg"
+    channels: int = 1
+    first: int = 0
+    n_blocks: int | None = None
+    activation: str = "sigmoid"
+    threshold: float | str = 0.5
+
+    def __post_init__(self) -> None:
+        require_head_name(self.name)
+
+
+def require_head_name(name: object) -> None:
+    """Check that a name can be part of a path, since the outputs of a head are called by it.
+
+    Raises:
+        BundleError: It cannot.
+
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w -]{0,63}", name):
+        shown = one_line(name) if isinstance(name, str) else type(name).__name__
+        raise BundleError(
+            f"a task head is called {shown!r}; expected up to 64 letters, digits, spaces, - and _"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BundleFacts:
+    """All that a bundle says, without its weights.
+
+    ``patch_shape`` (voxels) and ``overlap`` (a fraction of the patch) are (z, y, x), ``window`` is
+    the blending weight of a patch. A bundle without ``heads`` has one for all channels.
+    ``precision`` is the one it was trained in. ``origins`` names for each setting the file and the
+    path that state it. ``digest`` is that of `content_digest`, which covers the weights too.
     """
 
     name: str
     digest: str
     network: NetworkSpec
-    weights: "Mapping[str, torch.Tensor]" = field(repr=False)
     patch_shape: Triple = (64, 128, 128)
     overlap: tuple[float, float, float] = (0.25, 0.25, 0.25)
     window: str = "gaussian"
@@ -81,6 +120,7 @@ class Bundle:
     preprocessing: Preprocessing = Preprocessing()
     heads: tuple[Head, ...] = ()
     precision: str = "fp32"
+    n_parameters: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.heads:
@@ -91,32 +131,71 @@ class Bundle:
             raise BundleError(f"overlap {self.overlap}: expected values from 0 to below 1")
         if self.window not in ("gaussian", "constant"):
             raise BundleError(f"blending mode {self.window!r}: expected 'gaussian' or 'constant'")
+        self._require_heads()
+
+    def _require_heads(self) -> None:
         names: set[str] = set()
         for head in self.heads:
-            stop = self.network.out_channels if head.n_blocks is None else head.channels
-            if head.channels < 1 or not 0 <= head.first <= stop - head.channels:
-                raise BundleError(f"{head}: its channels are not among the {stop} there are")
+            n_channels = head.channels if head.n_blocks is not None else self.network.out_channels
+            if head.channels < 1 or not 0 <= head.first <= n_channels - head.channels:
+                raise BundleError(f"{head}: its channels are not among the {n_channels} there are")
             if head.name.casefold() in names:
                 raise BundleError(f"two heads are called {head.name}")
             names.add(head.name.casefold())
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Name of each channel of the logits: that of its head, with a number where the head has several."""
-        return tuple(
-            head.name if head.channels == 1 else f"{head.name}-{number}"
-            for head in self.heads
-            for number in range(head.channels)
-        )
+        """Name of each channel of the logits: its head's, numbered where the head has several."""
+        names: list[str] = []
+        for head in self.heads:
+            if head.channels == 1:
+                names.append(head.name)
+            else:
+                names += (f"{head.name}-{number}" for number in range(head.channels))
+        return tuple(names)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the backbone's output is the model's output."""
+        head = self.heads[0]
+        covers_all = (head.first, head.channels) == (0, self.network.out_channels)
+        return len(self.heads) == 1 and head.n_blocks is None and covers_all
 
 
-def require_runnable(bundle: Bundle) -> None:
-    """Raise BundleError unless a z-score comes first, if at all, and all logits go through a sigmoid."""
+@dataclass(frozen=True, slots=True)
+class Bundle(BundleFacts):
+    """A bundle's facts and its weights.
+
+    ``weights`` are float32 tensors, each parameter once: under the parameter names of ``DynUNet``,
+    and under ``task_heads.<name>.`` those of a head with layers.
+    """
+
+    weights: "Mapping[str, torch.Tensor]" = field(repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        BundleFacts.__post_init__(self)
+        n_parameters = sum(math.prod(tensor.shape) for tensor in self.weights.values())
+        object.__setattr__(self, "n_parameters", n_parameters)
+
+    @property
+    def facts(self) -> BundleFacts:
+        """The same without the weights."""
+        return BundleFacts(**{each.name: getattr(self, each.name) for each in fields(BundleFacts)})
+
+
+def require_runnable(bundle: BundleFacts) -> None:
+    """Check that a run can carry out what a bundle asks for.
+
+    Raises:
+        BundleError: A z-score is not the first step, or logits do not go through a sigmoid.
+
+    """
     if any(step.name == "zscore" for step in bundle.preprocessing.steps[1:]):
         # Its statistics would be those of the prepared volume, which no run takes.
         origin = bundle.origins.get("preprocessing", "the bundle")
         raise BundleError(
-            f"{origin} prepares images by: {bundle.preprocessing}; a zscore is only run as the first step"
+            f"{origin} prepares images by: {bundle.preprocessing}; "
+            "a zscore is only run as the first step"
         )
     for head in bundle.heads:
         if head.activation != "sigmoid":
@@ -125,18 +204,17 @@ def require_runnable(bundle: Bundle) -> None:
 
 
 def content_digest(bundle: Bundle) -> str:
-    """SHA-256 (hex) of what a bundle says, however it is packed.
+    """Return the SHA-256 (hex) of all in a bundle that decides a result, however it is packed.
 
-    Covers the network's arguments, patch shape, overlap, window, preprocessing and
-    heads where they are not the reference's, and of every tensor in the order of
-    names: name, shape and little-endian float32 values. Leaves out the bundle's
-    name, where settings came from, all that only training needs, and threshold and
-    precision, which are a run's to decide.
+    Covers the network's arguments, patch shape, overlap, window, preprocessing and heads where they
+    are not the reference's, and every tensor in the order of names: name, shape and little-endian
+    float32 values. Leaves out the bundle's name, where settings came from, all that only training
+    needs, and threshold and precision, which are a run's to decide.
     """
     settings = [asdict(bundle.network), bundle.patch_shape, bundle.overlap, bundle.window]
     if bundle.preprocessing != Preprocessing():
         settings.append([(step.name, step.numbers) for step in bundle.preprocessing.steps])
-    if not is_plain(bundle.network, bundle.heads) or bundle.heads[0].activation != "sigmoid":
+    if not bundle.is_plain or bundle.heads[0].activation != "sigmoid":
         settings.append(
             [(h.name, h.channels, h.first, h.n_blocks, h.activation) for h in bundle.heads]
         )
@@ -145,13 +223,3 @@ def content_digest(bundle: Bundle) -> str:
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
         digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
     return digest.hexdigest()
-
-
-def build_network(bundle: Bundle) -> "torch.nn.Module":
-    """MONAI's ``DynUNet`` with the bundle's weights, and its heads: float32, on the CPU, in eval mode.
-
-    Maps (n, in_channels, z, y, x) to logits (n, channels of all heads, z, y, x), heads
-    in their order. Its parameters share memory with ``bundle.weights`` and take no
-    gradients. Raises BundleError when the weights are not exactly those of the network.
-    """
-    return assemble(bundle.network, bundle.heads, bundle.weights)

@@ -8,40 +8,25 @@ import json
 import os
 import re
 import shutil
-import sys
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from hashlib import file_digest
 from pathlib import Path
 
-from megaseg_dask.errors import BundleError, SettingsError, StoreError
-from megaseg_dask.models.bundle import Bundle
+from megaseg_dask.errors import BundleError
+from megaseg_dask.models.bundle import Bundle, BundleFacts
 from megaseg_dask.models.cytodl.files import layout_of, parts_of
 from megaseg_dask.models.cytodl.read import load_bundle
 from megaseg_dask.models.cytodl.safe_loading import open_zip, short
+from megaseg_dask.models.facts import read_facts
+from megaseg_dask.models.home import HOME, home, sha256_of, writing
 
-HOME = "MEGASEG_HOME"
 RECORD = "record.json"
 FORMS = (".zip", ".ckpt")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def home() -> Path:
-    """The folder of the cache: ``MEGASEG_HOME``, else ``megaseg`` in the user's cache folder of this system."""
-    try:
-        if given := os.environ.get(HOME):
-            return Path(given).expanduser().absolute()
-        if sys.platform == "darwin":
-            return Path.home() / "Library/Caches/megaseg"
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaseg"
-    except RuntimeError as error:
-        raise SettingsError(
-            f"no home directory is known here; set {HOME} to a folder for models"
-        ) from error
 
 
 def is_name(text: str) -> bool:
@@ -118,51 +103,57 @@ def cached_names() -> list[str]:
     return []
 
 
+def read_cached_facts(record: Record, checkpoint: str | None = None) -> BundleFacts:
+    """Return the facts of a model of the cache, or of another of its checkpoints.
+
+    Raises:
+        BundleError: It is not what was recorded.
+
+    """
+    _require_file(record)
+    facts = read_facts(record.path, checkpoint)
+    _require_recorded(record, facts, checkpoint)
+    return facts
+
+
 def load_cached(record: Record, checkpoint: str | None = None) -> Bundle:
-    """Load a model of the cache, or another of its checkpoints; raises BundleError if it is not what was recorded."""
+    """Load a model of the cache, or another of its checkpoints.
+
+    Raises:
+        BundleError: It is not what was recorded.
+
+    """
+    _require_file(record)
+    bundle = load_bundle(record.path, checkpoint)
+    _require_recorded(record, bundle, checkpoint)
+    return bundle
+
+
+def _require_file(record: Record) -> None:
     if not record.path.is_file():
         raise BundleError(f"{record.path} is not there, but its record is; {_again(record.name)}")
-    bundle = load_bundle(record.path, checkpoint)
-    # The bundle's digest is of the checkpoint that is taken by itself; of another, the file's must do.
-    kind, found, recorded = (
-        ("digest", bundle.digest, record.digest)
-        if checkpoint is None
-        else ("SHA-256", sha256_of(record.path), record.sha256)
-    )
+
+
+def _require_recorded(record: Record, facts: BundleFacts, checkpoint: str | None) -> None:
+    # The recorded digest is that of the checkpoint taken by default; for another, the file's must do.
+    kind = "digest"
+    found = facts.digest
+    recorded = record.digest
+    if checkpoint is not None:
+        kind = "SHA-256"
+        found = sha256_of(record.path)
+        recorded = record.sha256
     if found != recorded:
         raise BundleError(
             f"{record.path} has {kind} {found[:12]}, its record says {recorded[:12]}; "
             f"{_again(record.name)}"
         )
-    return bundle
 
 
 def _again(name: str) -> str:
     return (
         f"get it again with `megaseg models fetch {name} --overwrite`, or import with --overwrite"
     )
-
-
-@contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Name the cache and the next step where its folder cannot be written."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        cause = error.strerror or str(error)
-        if isinstance(
-            error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError
-        ):
-            raise SettingsError(
-                f"{what} cannot be written to {home()}: {cause}; set {HOME} to a folder that can be "
-                "written"
-            ) from error
-        raise StoreError(
-            f"{what} cannot be written to {home()}: {cause}; make room there, or set {HOME} to another "
-            "folder, and run the same command again"
-        ) from error
 
 
 def install(
@@ -180,14 +171,14 @@ def install(
         try:
             path = staging / f"{name}{form}"
             fill(path)
-            bundle = _load_whole(path)
+            facts = _read_whole(path)
             record = Record(
                 name,
                 path.name,
                 source,
                 sha256_of(path),
                 path.stat().st_size,
-                bundle.digest,
+                facts.digest,
                 datetime.now(UTC).isoformat(timespec="seconds"),
                 version,
             )
@@ -200,14 +191,14 @@ def install(
     return record
 
 
-def _load_whole(path: Path) -> Bundle:
-    """Load a bundle, and read every other byte of its zip too."""
+def _read_whole(path: Path) -> BundleFacts:
+    """Read a bundle, and read every other byte of its zip too."""
     try:
         if zipfile.is_zipfile(path):
             with open_zip(path) as archive:
                 if damaged := archive.testzip():
                     raise BundleError(f"{short(damaged)} in it is damaged")
-        return load_bundle(path)
+        return read_facts(path)
     except BundleError as error:
         # Not where it lies for the moment.
         raise BundleError(str(error).removeprefix(f"{path}: ")) from error
@@ -242,12 +233,6 @@ def _sync(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def sha256_of(path: Path, algorithm: str = "sha256") -> str:
-    """SHA-256 of a file (hex), or another digest by its name in hashlib."""
-    with path.open("rb") as file:
-        return file_digest(file, algorithm).hexdigest()
-
-
 def import_bundle(
     path: Path, name: str, *, checkpoint: str | None = None, overwrite: bool = False
 ) -> Record:
@@ -263,7 +248,7 @@ def import_bundle(
     if not path.exists():
         raise BundleError(f"{path} does not exist; give a bundle's folder, its zip or a .ckpt")
     # What is wrong with it is said of the path that was given.
-    digest = load_bundle(path, checkpoint).digest
+    digest = read_facts(path, checkpoint).digest
     packed = path.is_dir() or layout_of(path) or (checkpoint is not None and path.suffix == ".zip")
     form = ".zip" if packed or path.suffix == ".zip" else ".ckpt"
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megaseg_dask.models.bundle import Bundle
+from megaseg_dask.models.bundle import BundleFacts
 
 MINIMUM_SHAPE = (16, 16, 16)  # published, of both MegaSegs: smaller volumes are refused
 
@@ -50,7 +50,7 @@ _OURS = "that of this package"
 _UNKNOWN = "not stated in the bundle; ask whoever made it"
 
 
-def card_of(name: str, path: Path, bundle: Bundle) -> dict[str, Any]:
+def card_of(name: str, path: Path, bundle: BundleFacts) -> dict[str, Any]:
     """What a bundle is, as JSON values; ``settings`` has for each setting its value and where it came from."""
     network = asdict(bundle.network)
     values = {
@@ -73,7 +73,7 @@ def card_of(name: str, path: Path, bundle: Bundle) -> dict[str, Any]:
         "name": name,
         "path": str(path),
         "digest": bundle.digest,
-        "n_parameters": sum(tensor.numel() for tensor in bundle.weights.values()),
+        "n_parameters": bundle.n_parameters,
         "n_bytes": size_of(path),
         "minimum_input": list(MINIMUM_SHAPE),
         "licence": licence,

@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megaseg_dask.errors import BundleError, StoreError
-from megaseg_dask.models.cache import home, sha256_of, writing
 from megaseg_dask.models.depot import Depot, Entry
+from megaseg_dask.models.home import home, sha256_of, writing
 
 PIECE_BYTES = 4 * 2**20
 MAX_BYTES = 8 * 2**30

@@ -16,11 +16,13 @@ from megaseg_dask.errors import BundleError, MegasegError
 from megaseg_dask.events import Event, Fetching
 from megaseg_dask.messages import first_few, one_line
 from megaseg_dask.models import cache
-from megaseg_dask.models.bundle import Bundle
+from megaseg_dask.models.bundle import Bundle, BundleFacts
 from megaseg_dask.models.cache import FORMS, Record, is_name, read_record
 from megaseg_dask.models.cytodl.read import load_bundle
 from megaseg_dask.models.depot import Depot, Entry
 from megaseg_dask.models.download import discard, download, turn
+from megaseg_dask.models.facts import read_facts
+from megaseg_dask.models.home import home
 from megaseg_dask.stores import Location
 
 # Name → object in the public bucket, where its name is known.
@@ -81,11 +83,29 @@ def find(model: str) -> Path | None:
     return path.absolute() if path.exists() else None
 
 
+def describe(model: str, checkpoint: str | None = None) -> tuple[Path, BundleFacts]:
+    """Return where a model is and what it says, without torch if it was read before.
+
+    One of the cache must be what was recorded of it. Raises :class:`BundleError`.
+    """
+    path = locate(model)
+    record = _record_at(path)
+    if record:
+        return path, cache.read_cached_facts(record, checkpoint)
+    return path, read_facts(path, checkpoint)
+
+
 def load(model: str, checkpoint: str | None = None) -> tuple[Path, Bundle]:
     """Locate and load a model; one of the cache must be what was recorded of it. Raises :class:`BundleError`."""
     path = locate(model)
-    record = next((record for record in _records() if record.path == path), None)
-    return path, cache.load_cached(record, checkpoint) if record else load_bundle(path, checkpoint)
+    record = _record_at(path)
+    if record:
+        return path, cache.load_cached(record, checkpoint)
+    return path, load_bundle(path, checkpoint)
+
+
+def _record_at(path: Path) -> Record | None:
+    return next((record for record in _records() if record.path == path), None)
 
 
 def _starter() -> Path:
@@ -113,7 +133,7 @@ def _fetch_or_advise(name: str, url: str | None) -> Record:
     except MegasegError as error:
         brought = PUBLISHED.get(name) or f"{name}.zip"
         raise BundleError(
-            f"{name} is not in the cache {cache.home()} and was not fetched: {error}. Where there is a network run "
+            f"{name} is not in the cache {home()} and was not fetched: {error}. Where there is a network run "
             f"`megaseg models fetch {url or name}`, or bring its zip here and run `megaseg models import {brought} "
             f"{name}`; --model starter is a small model of this project that ships with it"
         ) from error
@@ -246,7 +266,7 @@ def _require_same(record: Record, url: str | None, key: str | None, sha256: str 
             f"{record.name} is in the cache already, from {record.source} with SHA-256 {record.sha256}; "
             "choose another name, or pass --overwrite to replace it"
         )
-    cache.load_cached(record)
+    cache.read_cached_facts(record)
     return record
 
 

@@ -19,9 +19,9 @@ from megaseg_dask.algorithms.chunking import iter_block_shapes
 from megaseg_dask.algorithms.geometry import Box, Shape, cheapest_patch
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
 from megaseg_dask.inference.engine import EngineSpec, ModelRef, resolve_engine, with_quickest_batch
-from megaseg_dask.models import Bundle, require_patch
+from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
-from megaseg_dask.models.registry import load
+from megaseg_dask.models.registry import describe
 from megaseg_dask.ngff.image import Image, digest_of, sample_of
 from megaseg_dask.ngff.plate import Plate
 from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
@@ -120,9 +120,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
             update={"channel": ",".join(map(str, channels)), "time": (first, stop)}
         ),
         memory_bytes=memory_of(settings, cluster),
-        n_parameters=sum(
-            tensor.numel() for bundle in bundles for tensor in bundle.weights.values()
-        ),
+        n_parameters=sum(bundle.n_parameters for bundle in bundles),
         first_filters=max(bundle.network.filters[0] for bundle in bundles),
         auto_patch=choose_patch("auto", settings.overlap, bundles[0], image.volume_shape()),
     )
@@ -132,8 +130,10 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     return plan
 
 
-def open_models(settings: Settings, volume_shape: Shape) -> tuple[Settings, ModelRef, list[Bundle]]:
-    """Load the models that settings name; patch and overlap, where they are left open, are those of the bundles.
+def open_models(
+    settings: Settings, volume_shape: Shape
+) -> tuple[Settings, ModelRef, list[BundleFacts]]:
+    """Read what the models that settings name say; patch and overlap, where they are left open, are those of the bundles.
 
     Raises :class:`BundleError` for models that cannot be averaged, and :class:`SettingsError` for other settings
     than they take.
@@ -142,7 +142,7 @@ def open_models(settings: Settings, volume_shape: Shape) -> tuple[Settings, Mode
         raise SettingsError(
             "--checkpoint is of one --model; of several, give the path of each .ckpt as --model"
         )
-    found = [load(name, settings.checkpoint) for name in settings.model]
+    found = [describe(name, settings.checkpoint) for name in settings.model]
     bundles = {str(path): bundle for path, bundle in found}
     if len({bundle.digest for bundle in bundles.values()}) < len(found):
         raise SettingsError(
@@ -226,7 +226,7 @@ def _channel_names(image: Image) -> list[str]:
 def choose_patch(
     wanted: Shape | Literal["auto"] | None,
     overlap: tuple[float, ...],
-    bundle: Bundle,
+    bundle: BundleFacts,
     volume_shape: Shape,
 ) -> Shape:
     """Return the patch: as wanted, the bundle's, or the cheapest near that; raises :class:`SettingsError`."""

@@ -14,7 +14,8 @@ from numpy.testing import assert_array_equal
 
 import megaseg_dask
 from megaseg_dask.errors import MegasegError, TargetError
-from megaseg_dask.models import build_network, load_bundle
+from megaseg_dask.models import load_bundle
+from megaseg_dask.models.build import build_network
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import plan_runs, segment
 from tests.fixtures.bundles import (

@@ -13,7 +13,8 @@ from monai.transforms import NormalizeIntensity
 from numpy.testing import assert_allclose, assert_array_equal
 
 import megaseg_dask
-from megaseg_dask.models import build_network, load_bundle
+from megaseg_dask.models import load_bundle
+from megaseg_dask.models.build import build_network
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
 from tests.fixtures.bundles import OVERLAP, PATCH_SHAPE, one_thread

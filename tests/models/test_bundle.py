@@ -13,17 +13,17 @@ from monai.networks.nets.dynunet import DynUNet
 from megaseg_dask.errors import BundleError, SettingsError
 from megaseg_dask.models import (
     Bundle,
+    BundleFacts,
     Head,
     NetworkSpec,
     Preprocessing,
     Step,
-    build_network,
     load_bundle,
     require_patch,
     require_runnable,
 )
+from megaseg_dask.models.build import build_network, fit_weights, with_aliases
 from megaseg_dask.models.bundle import content_digest
-from megaseg_dask.models.network import fit_weights, with_aliases
 from megaseg_dask.models.registry import locate
 from tests.fixtures.bundles import TINY, one_thread, seeded_network
 
@@ -43,7 +43,7 @@ def _one_thread():
 
 def bundle_of(network: NetworkSpec = TINY, seed: int = 0) -> Bundle:
     weights = fit_weights(network, seeded_network(network, seed).state_dict())
-    bundle = Bundle("test", "", network, weights)
+    bundle = Bundle("test", "", network, weights=weights)
     return replace(bundle, digest=content_digest(bundle))
 
 
@@ -142,7 +142,7 @@ def test_a_network_that_monai_cannot_build_is_refused():
 )
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(BundleError, match=message):
-        replace(Bundle("test", "", TINY, {}), **change)
+        replace(Bundle("test", "", TINY, weights={}), **change)
 
 
 def edited(**edits):
@@ -173,7 +173,7 @@ ALIAS = "skip_layers.downsample.norm1.weight"
 )
 def test_weights_that_do_not_fit_are_refused(edits, message):
     with pytest.raises(BundleError, match=message):
-        build_network(Bundle("test", "", TINY, edited(**edits)))
+        build_network(Bundle("test", "", TINY, weights=edited(**edits)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -231,7 +231,7 @@ def test_digest_of_the_starter_stays():
 
 
 def test_one_head_for_all_channels_unless_said():
-    assert Bundle("test", "", replace(TINY, out_channels=3), {}).heads == (Head("seg", 3),)
+    assert BundleFacts("test", "", replace(TINY, out_channels=3)).heads == (Head("seg", 3),)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "a" * 65, "a\nb", " a", "\x1b[2J", 7])

@@ -14,11 +14,11 @@ from megaseg_dask.models import (
     NetworkSpec,
     Preprocessing,
     Step,
-    build_network,
     load_bundle,
     read_bundle,
     save_bundle,
 )
+from megaseg_dask.models.build import build_network
 from tests.fixtures.bundles import (
     OVERLAP,
     PATCH_SHAPE,

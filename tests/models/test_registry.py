@@ -13,6 +13,7 @@ from megaseg_dask.errors import BundleError, MegasegError, SettingsError
 from megaseg_dask.models import cache, load_bundle, registry, staging
 from megaseg_dask.models.cache import import_bundle, is_name, read_record
 from megaseg_dask.models.cards import PUBLISHED_CARDS, card_of
+from megaseg_dask.models.home import home as cache_home
 from megaseg_dask.stores import Location
 from tests.fixtures.bundles import write_checkpoint, write_folder, write_zip
 from tests.fixtures.images import blobs, write_image
@@ -181,9 +182,9 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("MEGASEG_HOME")
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache.home() == Path.home() / ".cache/megaseg"
+    assert cache_home() == Path.home() / ".cache/megaseg"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.home() == tmp_path / "megaseg"
+    assert cache_home() == tmp_path / "megaseg"
 
 
 def test_a_name_comes_before_a_path_and_a_path_before_the_network(tmp_path, monkeypatch):

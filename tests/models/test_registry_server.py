@@ -15,6 +15,7 @@ import pytest
 from megaseg_dask.errors import BundleError, MegasegError, StoreError
 from megaseg_dask.models import cache, download, load_bundle, registry
 from megaseg_dask.models.cache import read_record
+from megaseg_dask.models.home import home as cache_home
 from megaseg_dask.stores import forget
 from tests.fixtures.bundles import write_zip
 from tests.fixtures.images import blobs, write_image
@@ -77,13 +78,14 @@ def result_of(ended: subprocess.CompletedProcess[str]) -> dict:
 
 
 def left_behind() -> list[str]:
-    """All in the cache but models and the files of locks."""
-    inside = [p.relative_to(cache.home()) for p in cache.home().rglob("*")]
+    """All in the cache but models, the facts that were read of them, and the files of locks."""
+    inside = [p.relative_to(cache_home()) for p in cache_home().rglob("*")]
     models = [f"models/{name}" for name in cache.cached_names()]
     return [
         str(p)
         for p in inside
         if str(p) not in ("models", "parts")
+        and p.parts[0] != "facts"
         and p.suffix != ".lock"
         and not any(str(p).startswith(model) for model in models)
     ]

@@ -14,7 +14,8 @@ from skimage.filters import threshold_otsu
 from skimage.measure import label
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.models import build_network, load_bundle
+from megaseg_dask.models import load_bundle
+from megaseg_dask.models.build import build_network
 from megaseg_dask.ngff.image import read_image
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import plan_runs, segment

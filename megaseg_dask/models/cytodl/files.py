@@ -96,6 +96,22 @@ def layout_of(path: Path) -> Path | None:
     return above.parent if in_layout and (above.parent / CONFIG).exists() else None
 
 
+def files_of(path: Path, checkpoint: str | None) -> tuple[list[Path], str]:
+    """Return the files on disk that a bundle is read from, and why its checkpoint is the one.
+
+    Raises:
+        BundleError: A folder is not laid out as a bundle.
+
+    """
+    if folder := layout_of(path):
+        path, checkpoint = folder, path.name
+    if not path.is_dir():
+        return [path], ""
+    config, file, reason = _find_parts(path, checkpoint)
+    files = [config, file] if config.exists() else [file]
+    return [Path(str(each)) for each in files], reason
+
+
 def parts_of(path: Path, checkpoint: str | None) -> Iterator[tuple[str, bytes]]:
     """Path in its layout and content of what is needed to run the bundle in a folder or its zip, not yet judged."""
     if folder := layout_of(path):

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from megaseg_dask.algorithms.threshold_methods import METHODS
 from megaseg_dask.errors import BundleError
 from megaseg_dask.messages import first_few, one_line
+from megaseg_dask.models.bundle import HEADS, Head, require_head_name
 from megaseg_dask.models.cytodl.config import Fixed, Source, Statement, class_name, require_known
 from megaseg_dask.models.cytodl.safe_loading import short
-from megaseg_dask.models.network import HEADS, Head, NetworkSpec, require_name
+from megaseg_dask.models.network import NetworkSpec
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +99,7 @@ def _described(hyper: Source, config: Source) -> tuple[list[_Described], str]:
                     f"{source.name}: {len(names)} {path}; at most {MAX_HEADS} are run"
                 )
             for name in names:
-                require_name(name)
+                require_head_name(name)
             return [
                 _Described(name, source, f"{path}.{name}") for name in names
             ], f"{source.name}: {path}"

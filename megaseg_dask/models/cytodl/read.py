@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.errors import BundleError
 from megaseg_dask.messages import first_few
-from megaseg_dask.models.bundle import Bundle, content_digest, require_runnable
+from megaseg_dask.models.bundle import HEADS, Bundle, content_digest, require_runnable
 from megaseg_dask.models.cytodl.config import (
     REFERENCE,
     Fixed,
@@ -28,14 +28,7 @@ from megaseg_dask.models.cytodl.config import (
 from megaseg_dask.models.cytodl.files import CONFIG, Files, read_files
 from megaseg_dask.models.cytodl.heads import read_heads
 from megaseg_dask.models.cytodl.transforms import read_preprocessing
-from megaseg_dask.models.network import (
-    HEADS,
-    NetworkSpec,
-    Triple,
-    fit_weights,
-    require_stored,
-    with_aliases,
-)
+from megaseg_dask.models.network import NetworkSpec, Triple
 
 if TYPE_CHECKING:
     import torch
@@ -115,9 +108,12 @@ def read_bundle(path: str | Path, checkpoint: str | None = None) -> Bundle:
     """
     path = Path(path)
     with _naming(path):
-        return _bundle(
-            path.stem if path.is_file() else path.resolve().name, read_files(path, checkpoint)
-        )
+        return _bundle(bundle_name(path), read_files(path, checkpoint))
+
+
+def bundle_name(path: Path) -> str:
+    """Return what a bundle is called: its file or folder, without the suffix of a file."""
+    return path.stem if path.is_file() else path.resolve().name
 
 
 @contextmanager
@@ -147,6 +143,8 @@ def save_bundle(
     """
     import torch
     import yaml
+
+    from megaseg_dask.models.build import fit_weights, with_aliases
 
     dtype = torch.float16 if half else torch.float32
     weights = {name: tensor.to(dtype) for name, tensor in fit_weights(network, state_dict).items()}
@@ -195,6 +193,8 @@ def _train_config(backbone: dict[str, Any], inference: dict[str, Any]) -> dict[s
 
 
 def _bundle(name: str, files: Files) -> Bundle:
+    from megaseg_dask.models.build import fit_weights
+
     hyper, config = Source(files.checkpoint, files.content), Source(CONFIG, files.config)
     state = _tensors(files.content["state_dict"])
     backbone = {key: value for key, value in state.items() if not key.startswith(HEADS)}
@@ -222,8 +222,8 @@ def _bundle(name: str, files: Files) -> Bundle:
         name,
         "",
         network,
-        fit_weights(network, used, heads),
         **settings,
+        weights=fit_weights(network, used, heads),
         origins=origins,
         preprocessing=preprocessing,
         heads=heads,
@@ -235,6 +235,8 @@ def _bundle(name: str, files: Files) -> Bundle:
 def _tensors(state: Mapping[Any, Any]) -> "dict[str, torch.Tensor]":
     """The weights that predict, under the names of `fit_weights`; each holds the values that its shape claims."""
     import torch
+
+    from megaseg_dask.models.build import require_stored
 
     # A loss keeps class weights in its head; they say nothing about prediction.
     kept = {

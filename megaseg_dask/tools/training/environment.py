@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megaseg_dask.errors import SettingsError, StoreError
-from megaseg_dask.models.cache import home
+from megaseg_dask.models.home import home
 
 HOME = "MEGASEG_CYTODL"
 INSTALL = "megaseg train --install"

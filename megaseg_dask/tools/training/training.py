@@ -23,7 +23,6 @@ from megaseg_dask.errors import (
 )
 from megaseg_dask.events import Trained
 from megaseg_dask.models import Bundle, Preprocessing, load_bundle, require_patch, save_bundle
-from megaseg_dask.models.network import is_plain
 from megaseg_dask.models.registry import load
 from megaseg_dask.run.lease import Leases
 from megaseg_dask.stores import Location
@@ -165,7 +164,7 @@ def _recipe(request: Request) -> tuple[Recipe, Bundle | None]:
             f"--from {request.start}: only a network with one channel in and one out, on images that "
             "are normalised by a z-score alone, is trained"
         )
-    if not is_plain(bundle.network, bundle.heads):
+    if not bundle.is_plain:
         raise BundleError(f"--from {request.start}: a head with layers of its own is not trained")
     return replace(recipe, network=bundle.network), bundle
 
