@@ -27,7 +27,7 @@ import psutil
 from benchmarks.machine import describe, keep
 from megaseg_dask.algorithms import components
 from megaseg_dask.algorithms.geometry import BlockGrid, Shape
-from megaseg_dask.plan.memory import peak_bytes, release, reset_peak
+from megaseg_dask.run.tasks.process_memory import peak_bytes, release, reset_peak
 
 T = TypeVar("T")
 

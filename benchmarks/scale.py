@@ -243,7 +243,7 @@ def measure_volume(
         assert result.status == "done", result
         timings = Journal.read(plan).timings
         written = sum(p.stat().st_size for p in (folder / "out.zarr").rglob("*") if p.is_file())
-    projected = {s.name: plan.projected_bytes[s.name.split("-")[0]] for s in plan.stages}
+    projected = {stage.name: plan.projected(stage) for stage in plan.stages}
     voxels = float(np.prod(plan.volume_shape))
     return {
         "shape": plan.volume_shape,

@@ -25,16 +25,15 @@ from megaseg_dask.errors import SettingsError
 from megaseg_dask.inference.engine import EngineSpec, ModelRef
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.plate import Plate
-from megaseg_dask.plan.memory import Sizes, project
+from megaseg_dask.plan import stages
+from megaseg_dask.plan.memory import IDLE_BYTES, EngineBytes, Sizes, decoded_bytes
 from megaseg_dask.plan.settings import Settings
+from megaseg_dask.plan.stages import Fact, PlannedStage, Stage
 from megaseg_dask.stores import Location
 
 # On a GPU one task computes, while another reads and a third one labels, compresses and writes. A CPU computes in all
 # of its cores anyway: there it would be memory for nothing.
 TASKS_AT_ONCE = {"cuda": 3}
-
-# Stages with one task a volume, whatever its blocks.
-_WHOLE_VOLUME = ("volume", "cutoff", "holes-join", "join", "table")
 
 
 def _parse_location(value: object) -> object:
@@ -73,20 +72,6 @@ class Output(NamedTuple):
 
     volume: int
     number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Tasks that may run in any order once those of the same volume in the stage before are done.
-
-    A ``local`` stage needs only the same block of the stage before: a block
-    that was mended redoes nothing of its neighbours.
-    """
-
-    name: str
-    n_tasks: int
-    per_volume: int
-    local: bool = False
 
 
 class Plan(BaseModel):
@@ -190,42 +175,30 @@ class Plan(BaseModel):
     # -- work
 
     @cached_property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[PlannedStage, ...]:
         """The stages in order, with their number of tasks over all volumes."""
-        return tuple(
-            Stage(name, per_volume * len(self.volumes), per_volume, local)
-            for name, per_volume, local in self._stages()
-        )
-
-    def _stages(self) -> Iterator[tuple[str, int, bool]]:
         if self.is_one_task:
-            yield "volume", 1, False
-            return
-        options, n = self.options, len(self.block_grid())
-        if self.measure_level is not None:
-            yield "measure", len(self.measure_grid), False
-        yield "segment", n, False
-        if self.has_mask:
-            if options.is_automatic:
-                yield from (("histogram", n, True), ("cutoff", 1, False), ("threshold", n, False))
-            if options.fill_holes:
-                yield from (
-                    ("holes", n, True),
-                    ("holes-seams", n, False),
-                    ("holes-join", 1, False),
-                    ("fill", n, False),
-                )
-        if "labels" in options.outputs:
-            yield from (
-                ("label", n, True),
-                ("seams", n, False),
-                ("join", 1, False),
-                ("relabel", n, False),
-            )
-            if "measurements" in options.outputs:
-                yield from (("measurements", n, True), ("table", 1, False))
-        for level in range(1, len(self.target_image.levels)):
-            yield f"downsample-{level}", len(self.block_grid(level)), False
+            return (PlannedStage(stages.WHOLE_VOLUME, len(self.volumes), 1),)
+        return tuple(self._iter_stages())
+
+    def _iter_stages(self) -> Iterator[PlannedStage]:
+        for stage in stages.STAGES:
+            if not stage.when(self.options):
+                continue
+            levels = range(1, len(self.target_image.levels)) if stage.over == "levels" else (0,)
+            for level in levels:
+                grid = self._grid(stage, level)
+                per_volume = 1 if grid is None else len(grid)
+                yield PlannedStage(stage, per_volume * len(self.volumes), per_volume, level)
+
+    def _grid(self, stage: Stage, level: int) -> BlockGrid | None:
+        match stage.over:
+            case "parts":
+                return self.measure_grid
+            case "blocks" | "levels":
+                return self.block_grid(level)
+            case "volume":
+                return None
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -234,40 +207,41 @@ class Plan(BaseModel):
 
     @property
     def intermediates(self) -> dict[str, str]:
-        """Kind and dtype of the arrays in the run folder while a volume of several blocks is worked on."""
-        if self.is_one_task or not self.has_mask:
-            return {}
-        options = self.options
-        wanted = [
-            ("mask", "uint8", True),
-            ("unfilled", "uint8", options.fill_holes),
-            ("holes", "uint32", options.fill_holes),
-            ("logits", "float32", options.is_automatic),
-            ("fragments", "uint32", "labels" in options.outputs),
-        ]
-        return {kind: dtype for kind, dtype, used in wanted if used and kind not in self.arrays}
+        """Kind and dtype of the arrays that the run folder holds while a volume of several blocks is in work."""
+        return {
+            kind: dtype
+            for stage in self.stages
+            for kind, dtype in stage.declared.arrays.items()
+            if kind not in self.arrays
+        }
 
     @property
     def has_mask(self) -> bool:
-        """Tell whether scores are turned into a mask."""
-        return bool({"labels", "mask"} & set(self.options.outputs))
+        """Return whether scores are turned into a mask."""
+        return stages.has_mask(self.options)
 
-    def stage(self, name: str) -> Stage:
-        """Return a stage; raises :class:`SettingsError` that lists those there are."""
+    def stage(self, name: str) -> PlannedStage:
+        """Return a stage.
+
+        Raises:
+            SettingsError: If there is none of this name; it lists those there are.
+        """
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise SettingsError(
-            f"no stage {name} in this run; it has {', '.join(s.name for s in self.stages)}"
-        )
+        names = ", ".join(stage.name for stage in self.stages)
+        raise SettingsError(f"no stage {name} in this run; it has {names}")
 
-    def grid(self, stage: str) -> BlockGrid | None:
+    def stage_telling(self, fact: Fact) -> PlannedStage | None:
+        """Return the stage whose summaries tell something of each volume, if it is part of the plan."""
+        for stage in self.stages:
+            if fact in stage.declared.tells:
+                return stage
+        return None
+
+    def grid(self, stage: PlannedStage) -> BlockGrid | None:
         """Return the blocks that the tasks of a stage are about; ``None`` where a task is about a whole volume."""
-        if stage == "measure":
-            return self.measure_grid
-        if stage.startswith("downsample-"):
-            return self.block_grid(int(stage.removeprefix("downsample-")))
-        return None if stage in _WHOLE_VOLUME else self.block_grid()
+        return self._grid(stage.declared, stage.level)
 
     def outputs_of(self, volume: int) -> list[Output]:
         """Return the outputs of a volume, in the order of the network's."""
@@ -299,33 +273,53 @@ class Plan(BaseModel):
 
     @cached_property
     def projected_bytes(self) -> dict[str, int]:
-        """Peak memory of a worker in each stage."""
-        options = self.options
-        return project(
-            Sizes(
-                volume_shape=self.volume_shape,
-                block_shape=self.block_shape,
-                measure_shape=self.measure_grid.block_shape,
-                patch_grid=self.patch_grid,
-                offset=self.region.start,
-                first_filters=self.first_filters,
-                n_parameters=self.n_parameters,
-                batch=self.engine.batch,
-                engine=self.engine.engine,
-                on_host=self.engine.device == "cpu",
-                at_once=self.tasks_at_once,
-                chunk_bytes=self.source_chunk_bytes,
-                n_chunks=self.n_source_chunks,
-                source_bytes=np.dtype(self.source_image.dtype).itemsize,
-                scores_bytes=np.dtype(options.scores_dtype).itemsize,
-                label_bytes=label_dtype(self.volume_shape).itemsize,
-                fills_holes=bool(options.fill_holes and self.has_mask),
-                is_automatic=options.is_automatic and self.has_mask,
-                n_inputs=self.model.in_channels,
-                n_outputs=len(self.model.outputs),
-                n_models=len(self.model.bundles),
-                is_averaged=self.engine.tta or len(self.model.bundles) > 1,
-            )
+        """Peak memory of a worker in each stage; the stages of all levels are one."""
+        engine = EngineBytes.of(
+            self.model,
+            self.engine,
+            self.patch_grid.patch_shape,
+            self.first_filters,
+            self.n_parameters,
+        )
+        sizes = self._sizes(engine.forward)
+        is_one_block = sizes.core_voxels == sizes.volume_voxels
+        of_tasks = stages.project(sizes, self.options, is_one_block=is_one_block)
+        # The engine stays open from one task to the next.
+        idle = IDLE_BYTES + engine.kept
+        return {name: idle + n_bytes * self.tasks_at_once for name, n_bytes in of_tasks.items()}
+
+    def projected(self, stage: PlannedStage) -> int:
+        """Return the peak memory of a worker in a stage, or in the one before it that takes more."""
+        if self.is_one_task:
+            return self.projected_bytes[stage.name]
+        n_bytes = 0
+        for earlier in stages.STAGES:
+            n_bytes = self.projected_bytes.get(earlier.name, n_bytes)
+            if earlier == stage.declared:
+                break
+        return n_bytes
+
+    def _sizes(self, forward_bytes: int) -> Sizes:
+        settings = self.options
+        grid = self.block_grid()
+        # Read boxes grow from the rim inwards: a block in the middle has halos on all sides.
+        middle = grid.core(tuple(n // 2 for n in grid.grid_shape))
+        cores = [core.shifted(self.region.start) for core in (middle, grid[0])]
+        measured = BlockGrid(self.volume_shape, self.measure_grid.block_shape)
+        return Sizes(
+            volume_voxels=math.prod(self.volume_shape),
+            core_voxels=grid[0].size,
+            read_voxels=max(self.patch_grid.read_box(core).size for core in cores),
+            measured_voxels=measured[0].size,
+            decoded_bytes=decoded_bytes(self.source_chunk_bytes, self.n_source_chunks),
+            source_bytes=np.dtype(self.source_image.dtype).itemsize,
+            scores_bytes=np.dtype(settings.scores_dtype).itemsize,
+            label_bytes=label_dtype(self.volume_shape).itemsize,
+            forward_bytes=forward_bytes,
+            n_inputs=self.model.in_channels,
+            n_outputs=len(self.model.outputs),
+            finds_threshold=stages.finds_threshold(settings),
+            fills_holes=stages.fills_holes(settings),
         )
 
     def with_block(self, block: Shape) -> "Plan":

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Event, Failure, Progress, Result
-from megaseg_dask.plan.plan import Plan, Stage, run_folder, runs_folder
+from megaseg_dask.plan.plan import Plan, run_folder, runs_folder
 from megaseg_dask.plan.settings import Settings
+from megaseg_dask.plan.stages import PlannedStage
 from megaseg_dask.run import workspace
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases
@@ -36,9 +37,6 @@ from megaseg_dask.run.tasks import worker
 from megaseg_dask.stores import Location, configure, lose_patience
 
 Emit = Callable[[Event], None]
-
-# Stages of milliseconds a block, or of one task a volume: who joins a run does what is left of them.
-_QUICK = ("cutoff", "holes-seams", "holes-join", "seams", "join", "table")
 
 
 # -- the plan
@@ -80,7 +78,9 @@ def read_plan(target: str, label_name: str) -> Plan:
 # -- which tasks
 
 
-def choose_indices(stage: Stage, texts: Sequence[str], share: str | None = None) -> Sequence[int]:
+def choose_indices(
+    stage: PlannedStage, texts: Sequence[str], share: str | None = None
+) -> Sequence[int]:
     """Return the tasks that ``7`` and ``0-99`` (both ends included) mean, or all; of them one ``share``, as ``3/10``.
 
     A range that begins in a stage ends with it at the latest, and of more shares than tasks some are empty: all
@@ -100,7 +100,7 @@ def choose_indices(stage: Stage, texts: Sequence[str], share: str | None = None)
     return chosen[len(chosen) * (number - 1) // n_shares : len(chosen) * number // n_shares]
 
 
-def _parse_range(stage: Stage, text: str) -> range:
+def _parse_range(stage: PlannedStage, text: str) -> range:
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII)
     if not found or int(found[2] or found[1]) < int(found[1]):
         raise SettingsError(f"task {text!r}: expected a number such as 7, or a range such as 0-99")
@@ -139,7 +139,9 @@ def run_tasks(plan: Plan, stage: str, indices: Sequence[int], emit: Emit = lambd
             return _run_left(plan, journal, planned, left, n_before, lease, emit)
 
 
-def _left_of(plan: Plan, journal: Journal, stage: Stage, indices: Sequence[int]) -> list[int]:
+def _left_of(
+    plan: Plan, journal: Journal, stage: PlannedStage, indices: Sequence[int]
+) -> list[int]:
     """Return what is left of some tasks; what they have to know is then written down."""
     wanted, left = set(indices), list[int]()
     for volume in (
@@ -156,7 +158,7 @@ def _left_of(plan: Plan, journal: Journal, stage: Stage, indices: Sequence[int])
 def _run_left(
     plan: Plan,
     journal: Journal,
-    stage: Stage,
+    stage: PlannedStage,
     indices: list[int],
     n_before: int,
     lease: Held,
@@ -192,7 +194,7 @@ def _run_left(
     return ran
 
 
-def _require_ready(plan: Plan, journal: Journal, stage: Stage, volume: int) -> None:
+def _require_ready(plan: Plan, journal: Journal, stage: PlannedStage, volume: int) -> None:
     """Raise :class:`SettingsError` if a stage cannot begin, or if later ones would have to be undone for it."""
     flow = Flow(plan, journal, volume, ())
     for earlier in plan.stages[: plan.stages.index(stage)]:
@@ -261,7 +263,7 @@ def _settle(plan: Plan, journal: Journal, volume: int, lease: Held, emit: Emit) 
     for stage in plan.stages:
         flow = Flow(plan, journal, volume, ())
         left = list(flow.left_of(stage))
-        if left and stage.name in _QUICK:
+        if left and stage.declared.quick:
             _require_work(plan, volume)
             # What was done without them is undone, and what they have to know written down.
             Flow(plan, journal, volume, (stage,))

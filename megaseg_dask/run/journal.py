@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import StoreError
 from megaseg_dask.events import Failure, Joined
-from megaseg_dask.plan.plan import Plan, Stage
+from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.stages import PlannedStage
 from megaseg_dask.run.state import Ending, Session, TaskSummary
 from megaseg_dask.stores import Location, lose_patience
 
@@ -55,7 +56,7 @@ class Timing:
 class TaskRecord:
     """Finished and failed tasks by stage and index, in memory."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[PlannedStage]) -> None:
         """Begin with no task done."""
         self.stages = tuple(stages)
         # The last failure of each task that has not succeeded since.
@@ -152,7 +153,7 @@ class Journal(TaskRecord):
         self,
         run: Location,
         fingerprint: str,
-        stages: Sequence[Stage],
+        stages: Sequence[PlannedStage],
         writer: str = "",
         sync: Callable[[], None] = lambda: None,
     ) -> None:

@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass, field
 
 from megaseg_dask.events import Progress
-from megaseg_dask.plan.plan import Plan, Stage
+from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.stages import PlannedStage
 
 
 @dataclass
@@ -26,10 +27,10 @@ class Pace:
         self.n_before = self.n_done
 
     @classmethod
-    def of(cls, plan: Plan, stage: Stage, n_done: int) -> "Pace":
+    def of(cls, plan: Plan, stage: PlannedStage, n_done: int) -> "Pace":
         """Begin to count a stage of a plan."""
         voxels = len(plan.volumes) * math.prod(plan.volume_shape) / stage.n_tasks
-        if plan.grid(stage.name) is not None:
+        if plan.grid(stage) is not None:
             return cls(stage.name, n_done, stage.n_tasks, voxels, "blocks", 1.0)
         # A field of a plate is a volume for each timepoint and channel.
         n_images = len({volume.image for volume in plan.volumes})

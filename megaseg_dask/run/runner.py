@@ -24,6 +24,7 @@ from megaseg_dask.plan.plan import Plan, run_names, runs_folder
 from megaseg_dask.plan.planner import make_plan
 from megaseg_dask.plan.plate_parts import Part, read_parts
 from megaseg_dask.plan.settings import Settings
+from megaseg_dask.plan.stages import Fact
 from megaseg_dask.run import workspace
 from megaseg_dask.run.cluster.workers import Workers, connect
 from megaseg_dask.run.dispatcher import Dispatcher, GroupSize
@@ -374,9 +375,11 @@ def _dashboard(client: Any) -> str | None:
 def read_states(plan: Plan, journal: Journal) -> list[VolumeState | None]:
     """Return the state of each volume; ``None`` for one that is missing as a whole."""
     if plan.is_one_task:
-        return list(map(_state_of, journal.by_index("volume")))
+        return list(map(_state_of, journal.by_index(plan.stages[0].name)))
     unmeasured = {
-        plan.split_index(stage, index)[0] for stage, index in journal.failed if stage == "measure"
+        plan.split_index(stage, index)[0]
+        for stage, index in journal.failed
+        if plan.stage(stage).declared.loss == "volume"
     }
 
     def read(volume: int) -> VolumeState | None:
@@ -398,14 +401,15 @@ def _doubts(plan: Plan, states: list[VolumeState | None], journal: Journal) -> l
         if state and any(channel.std == 0 for channel in state.statistics):
             name = worker.volume_name(planned)
             doubts.append(f"{name} is constant; its segmentation is meaningless")
-    first, last = ("volume", "volume") if plan.is_one_task else ("measure", "segment")
-    first = last if plan.measure_level != 0 else first
-    n_absent = sum(summary.absent for summary in journal.summaries(first))
+    # Absent chunks are counted where the finest level is read first.
+    counting: Fact = "statistics" if plan.measure_level == 0 else "scores"
+    n_absent = sum(summary.absent for summary in _summaries(plan, journal, counting))
     if n_absent:
         doubts.append(
             f"{n_absent} chunks of the source are not there, and were read as its fill value"
         )
-    shrunk = [summary.batch for summary in journal.summaries(last) if summary.batch]
+    predicted = _summaries(plan, journal, "scores")
+    shrunk = [summary.batch for summary in predicted if summary.batch]
     if shrunk:
         doubts.append(
             f"a device ran out of memory: {len(shrunk)} tasks went in batches down to "
@@ -418,9 +422,14 @@ def _doubts(plan: Plan, states: list[VolumeState | None], journal: Journal) -> l
 def _n_objects(plan: Plan, journal: Journal) -> int | None:
     if "labels" not in plan.options.outputs:
         return None
-    summaries = journal.summaries("volume" if plan.is_one_task else "join")
+    summaries = _summaries(plan, journal, "objects")
     outputs = chain.from_iterable(summary.by_output for summary in summaries)
     return sum(output.n_objects or 0 for output in outputs)
+
+
+def _summaries(plan: Plan, journal: Journal, fact: Fact) -> list[TaskSummary]:
+    stage = plan.stage_telling(fact)
+    return journal.summaries(stage.name) if stage else []
 
 
 @dataclass

@@ -10,33 +10,23 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megaseg_dask.plan.plan import Output, Plan, Stage
+from megaseg_dask.plan.plan import Output, Plan
+from megaseg_dask.plan.stages import Fact, PlannedStage
 from megaseg_dask.run import workspace
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.tasks import scores
-
-# Stages whose tasks are about one block each; where one fails, that block is missing.
-_PER_BLOCK = ("segment", "histogram", "threshold", "holes", "fill", "label", "relabel")
-# Stages that have nothing to do where a block is missing.
-_WITHOUT_MISSING = (*_PER_BLOCK, "seams", "holes-seams", "measurements")
-# Stages without which there is no mask, or no label, of the whole volume.
-_NEEDED_FOR = {
-    "cutoff": "mask",
-    "holes-seams": "mask",
-    "holes-join": "mask",
-    "seams": "labels",
-    "join": "labels",
-    "measurements": "table",
-    "table": "table",
-}
 
 
 class Flow:
     """The tasks of one volume, or of all volumes where each of them is one task."""
 
     def __init__(
-        self, plan: Plan, journal: Journal, volume: int, stages: Sequence[Stage] | None = None
+        self,
+        plan: Plan,
+        journal: Journal,
+        volume: int,
+        stages: Sequence[PlannedStage] | None = None,
     ) -> None:
         """Find what is left to do of a volume, and make the first of it ready.
 
@@ -46,7 +36,7 @@ class Flow:
         self._waiting = iter(plan.stages if stages is None else stages)
         self._pending: deque[int] = deque()
         self._n_running = 0
-        self.stage: Stage = plan.stages[0]
+        self.stage: PlannedStage = plan.stages[0]
         if stages is None and not plan.is_one_task and not journal.is_complete(volume):
             self._require_work()
         self._advance()
@@ -87,7 +77,7 @@ class Flow:
                     workspace.write_state(self._plan, self.volume, self.state())
                 return
 
-    def left_of(self, stage: Stage) -> Iterator[int]:
+    def left_of(self, stage: PlannedStage) -> Iterator[int]:
         """Yield the tasks of a stage that are not done, neighbours after each other."""
         done = self._journal.done(stage.name)
         if self._plan.is_one_task:
@@ -96,98 +86,94 @@ class Flow:
         first = self.volume * stage.per_volume
         if done[first : first + stage.per_volume].all() or self._is_left_out(stage):
             return
-        grid = self._plan.grid(stage.name)
-        missing = set(self.missing(before=stage)) if stage.name in _WITHOUT_MISSING else set()
+        grid = self._plan.grid(stage)
+        missing = set(self.missing(before=stage)) if stage.skips_missing else set()
         for number in grid.morton_order().tolist() if grid else [0]:
             if not done[first + number] and number not in missing:
                 yield first + number
 
-    def n_untried(self, stage: Stage) -> int:
+    def n_untried(self, stage: PlannedStage) -> int:
         """Return how many tasks of a stage are left that did not fail: without them it is not settled."""
         return sum((stage.name, index) not in self._journal.failed for index in self.left_of(stage))
 
-    def _is_left_out(self, stage: Stage) -> bool:
-        failed = self._failed_stages()
-        if "measure" in failed:
-            return stage.name != "measure"
-        if stage.name.startswith("downsample-"):
-            return False
-        names = [s.name for s in self._plan.stages]
-        return any(
-            names.index(name) < names.index(stage.name) for name in failed if name in _NEEDED_FOR
-        )
+    def _is_left_out(self, stage: PlannedStage) -> bool:
+        earlier = self._stages_before(stage)
+        losses = {failed.declared.loss for failed in self._failed_stages() if failed in earlier}
+        if "volume" in losses:
+            return True
+        # Coarser levels are made of what there is.
+        return stage.declared.over != "levels" and bool(losses - {"block"})
 
-    def _failed_stages(self) -> set[str]:
+    def _stages_before(self, stage: PlannedStage) -> Sequence[PlannedStage]:
+        stages = self._plan.stages
+        return stages[: stages.index(stage)]
+
+    def _failed_stages(self) -> set[PlannedStage]:
         return {stage for stage, _ in self._failures()}
 
-    def _failures(self) -> list[tuple[str, int]]:
-        failed = [
-            (stage, *self._plan.split_index(stage, index)) for stage, index in self._journal.failed
-        ]
-        return [(stage, number) for stage, volume, number in failed if volume == self.volume]
+    def _failures(self) -> list[tuple[PlannedStage, int]]:
+        """Return stage and number of the tasks of this volume that failed."""
+        failures = []
+        for name, index in self._journal.failed:
+            volume, number = self._plan.split_index(name, index)
+            if volume == self.volume:
+                failures.append((self._plan.stage(name), number))
+        return failures
 
-    def missing(self, before: Stage) -> list[int]:
+    def missing(self, before: PlannedStage) -> list[int]:
         """Return the numbers of the blocks that failed in an earlier stage."""
-        names = [s.name for s in self._plan.stages]
-        earlier = names[: names.index(before.name)]
-        return sorted(
-            {
-                number
-                for stage, number in self._failures()
-                if stage in earlier and stage in _PER_BLOCK
-            }
-        )
+        losing = [stage for stage in self._stages_before(before) if stage.loses_block]
+        return sorted({number for stage, number in self._failures() if stage in losing})
 
     def state(self) -> VolumeState:
         """Return what the tasks of the current stage have to know of the whole volume."""
         state = VolumeState(
             missing=tuple(self.missing(before=self.stage)), outputs=tuple(self._outputs())
         )
-        if self.stage.name == "measure":
+        if "statistics" in self.stage.declared.tells:
             return state
         return replace(
             state,
-            statistics=scores.describe_volume(self._plan, self._summaries("measure")),
+            statistics=scores.describe_volume(self._plan, self._summaries("statistics")),
             by_output=tuple(map(self._state_of, self._plan.outputs_of(self.volume))),
         )
 
     def _state_of(self, output: Output) -> OutputState:
         """Return extremes and threshold of an output, as far as they are known and needed."""
-        extremes = self._of_output("segment", output)
-        cutoffs = self._of_output("cutoff", output)
+        extremes = self._of_output("scores", output)
+        cutoffs = self._of_output("threshold", output)
         threshold = cutoffs[0].threshold if cutoffs else None
         return replace(scores.merge_extremes(extremes), threshold=threshold)
 
-    def _of_output(self, stage: str, output: Output) -> list[OutputState]:
-        """Return what the finished tasks of a stage tell of an output."""
-        summaries = self._summaries(stage)
+    def _of_output(self, fact: Fact, output: Output) -> list[OutputState]:
+        """Return what finished tasks tell of an output."""
+        summaries = self._summaries(fact)
         return [s.by_output[output.number] for s in summaries if s.by_output]
 
-    def _summaries(self, stage: str) -> list[TaskSummary]:
-        if stage not in (s.name for s in self._plan.stages):
-            return []
-        return self._journal.summaries(stage, self.volume)
+    def _summaries(self, fact: Fact) -> list[TaskSummary]:
+        stage = self._plan.stage_telling(fact)
+        return self._journal.summaries(stage.name, self.volume) if stage else []
 
     def _outputs(self) -> list[str]:
         """Return the outputs that there are of this volume."""
-        lost = {_NEEDED_FOR[stage] for stage in self._failed_stages() if stage in _NEEDED_FOR}
+        lost: set[str] = {stage.declared.loss for stage in self._failed_stages()}
         if "mask" in lost:
             lost.add("labels")
         return [kind for kind in self._plan.arrays if kind not in lost]
 
     # -- what has to be done again
 
-    def _undo_after(self, stage: Stage) -> None:
+    def _undo_after(self, stage: PlannedStage) -> None:
         """Forget what was computed from this stage in the absence of what is now computed, before it is."""
         self._journal.undo(self.stale_after(stage), self.volume)
 
-    def stale_after(self, stage: Stage) -> list[str]:
+    def stale_after(self, stage: PlannedStage) -> list[str]:
         """Return the stages that were done from this one before all of it was."""
         stages = self._plan.stages
         stale = False
         undone = []
         for later in stages[stages.index(stage) + 1 :]:
-            stale = stale or not later.local
+            stale = stale or not later.declared.local
             first = self.volume * later.per_volume
             if stale and self._journal.done(later.name)[first : first + later.per_volume].any():
                 undone.append(later.name)
@@ -197,7 +183,8 @@ class Flow:
         """Make the arrays of intermediate data if they are not there; what was written to them is then lost."""
         if not workspace.has_work(self._plan, self.volume):
             self._journal.undo(
-                [s.name for s in self._plan.stages if s.name != "measure"], self.volume
+                [s.name for s in self._plan.stages if "statistics" not in s.declared.tells],
+                self.volume,
             )
             workspace.work_folder(self._plan, self.volume).remove()
             workspace.create_work(self._plan, self.volume)

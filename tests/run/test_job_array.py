@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from megaseg_dask.cli.app import build_app
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Failure
-from megaseg_dask.plan.plan import Stage, runs_folder
+from megaseg_dask.plan.plan import runs_folder
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.plan.stages import PlannedStage, declared
 from megaseg_dask.run.job_array import choose_indices, record_plans, run_tasks
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Lease, Leases, Timing, key_of
@@ -293,13 +294,16 @@ def test_a_process_that_stood_still_and_was_taken_for_gone_writes_nothing(
     ],
 )
 def test_choice_of_tasks(texts, share, chosen):
-    assert list(choose_indices(Stage("segment", 10, 10), texts, share)) == list(chosen)
+    assert list(choose_indices(PlannedStage(declared("segment"), 10, 10), texts, share)) == list(
+        chosen
+    )
 
 
 @pytest.mark.parametrize("n_shares", [1, 3, 7, 10, 64])
 def test_shares_are_all_tasks_once(n_shares):
     shares = [
-        choose_indices(Stage("segment", 10, 10), (), f"{i + 1}/{n_shares}") for i in range(n_shares)
+        choose_indices(PlannedStage(declared("segment"), 10, 10), (), f"{i + 1}/{n_shares}")
+        for i in range(n_shares)
     ]
     assert [index for share in shares for index in share] == list(range(10))
 
@@ -318,11 +322,14 @@ def test_shares_are_all_tasks_once(n_shares):
 )
 def test_wrong_choices(texts, share, message):
     with pytest.raises(SettingsError, match=message):
-        choose_indices(Stage("segment", 10, 10), texts, share)
+        choose_indices(PlannedStage(declared("segment"), 10, 10), texts, share)
 
 
 def test_a_journal_of_several_writers(tmp_path):
-    run, stages = Location.of(tmp_path / "run"), (Stage("segment", 10, 10), Stage("label", 10, 10))
+    run, stages = (
+        Location.of(tmp_path / "run"),
+        (PlannedStage(declared("segment"), 10, 10), PlannedStage(declared("label"), 10, 10)),
+    )
 
     def journal(writer: str = "") -> Journal:
         return Journal(run, "plan", stages, writer).replayed()

@@ -7,7 +7,7 @@ import pytest
 from megaseg_dask.algorithms.normalization import Counts, Moments
 from megaseg_dask.errors import StoreError
 from megaseg_dask.events import Failure
-from megaseg_dask.plan.plan import Stage
+from megaseg_dask.plan.stages import PlannedStage, declared
 from megaseg_dask.run.journal import FOLDER, Journal
 from megaseg_dask.run.state import (
     ChannelStatistics,
@@ -21,9 +21,9 @@ from megaseg_dask.stores import Location
 
 PLAN = "0123abcd"
 STAGES = (
-    Stage("measure", 2, 1),
-    Stage("segment", 1000, 500),
-    Stage("label", 1000, 500, local=True),
+    PlannedStage(declared("measure"), 2, 1),
+    PlannedStage(declared("segment"), 1000, 500),
+    PlannedStage(declared("label"), 1000, 500),
 )
 
 
@@ -205,7 +205,7 @@ def test_a_volume_is_complete_when_all_its_stages_are(run):
 
 
 def test_a_million_finished_tasks_weigh_a_megabyte(run):
-    journal = Journal(run, PLAN, (Stage("segment", 10**6, 10**6),))
+    journal = Journal(run, PLAN, (PlannedStage(declared("segment"), 10**6, 10**6),))
     assert journal.done("segment").nbytes == 10**6
 
 

@@ -89,6 +89,16 @@ def pair_seams(plan: Plan, output: Output, number: int, *, of: Components = OBJE
     return OutputState()
 
 
+def label_holes(plan: Plan, output: Output, number: int) -> OutputState:
+    """Label the background of one block by itself."""
+    return label_block(plan, output, number, of=HOLES)
+
+
+def pair_seams_of_holes(plan: Plan, output: Output, number: int) -> OutputState:
+    """Write which fragments of a block's background touch those of its later neighbors."""
+    return pair_seams(plan, output, number, of=HOLES)
+
+
 def join_objects(plan: Plan, output: Output, _: int) -> OutputState:
     """Join all fragments of an output into objects, and write the final id of each fragment."""
     fragments, pairs, offsets = _read_fragments(plan, output, OBJECTS)

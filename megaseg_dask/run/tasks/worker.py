@@ -12,38 +12,18 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, StoreError, TaskError
 from megaseg_dask.events import Failure
-from megaseg_dask.plan.memory import peak_bytes, release, reset_peak
-from megaseg_dask.plan.plan import Output, Plan, PlannedVolume
-from megaseg_dask.run.state import OutputState, TaskSummary
-from megaseg_dask.run.tasks import components, measurements, pyramids, scores, whole_volume
+from megaseg_dask.plan.plan import Plan, PlannedVolume
+from megaseg_dask.plan.stages import Stage
+from megaseg_dask.run.state import TaskSummary
+from megaseg_dask.run.tasks.process_memory import peak_bytes, release, reset_peak
 from megaseg_dask.run.workspace import holding
 from megaseg_dask.stores import Location, cached_array
-
-_OF_VOLUMES: dict[str, Callable[[Plan, int, int], TaskSummary]] = {
-    "volume": whole_volume.segment_volume,
-    "measure": scores.measure_block,
-    "segment": scores.segment_block,
-}
-_OF_OUTPUTS: dict[str, Callable[[Plan, Output, int], OutputState]] = {
-    "histogram": scores.tabulate_block,
-    "cutoff": scores.find_cutoff,
-    "threshold": scores.threshold_block,
-    "holes": partial(components.label_block, of=components.HOLES),
-    "holes-seams": partial(components.pair_seams, of=components.HOLES),
-    "holes-join": components.join_holes,
-    "fill": components.fill_block,
-    "label": components.label_block,
-    "seams": components.pair_seams,
-    "join": components.join_objects,
-    "relabel": components.relabel_block,
-    "measurements": measurements.measure_objects,
-    "table": measurements.collect_objects,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +57,25 @@ def enter_stage(stage: str) -> None:
     reset_peak()
 
 
+def function_of(stage: Stage) -> Callable[..., Any]:
+    """Return the function below this package that a stage names."""
+    module, _, name = stage.function.partition(".")
+    function: Callable[..., Any] = getattr(import_module(f"{__package__}.{module}"), name)
+    return function
+
+
 def run_task(plan: Plan, stage: str, index: int) -> TaskSummary:
     """Run one task of a plan and return its summary."""
+    planned = plan.stage(stage)
     volume, number = plan.split_index(stage, index)
-    if stage in _OF_VOLUMES:
-        return _OF_VOLUMES[stage](plan, volume, number)
-    name, _, level = stage.rpartition("-")
-    of_output = (
-        partial(pyramids.downsample_block, level=int(level))
-        if name == "downsample"
-        else _OF_OUTPUTS[stage]
-    )
+    function = function_of(planned.declared)
+    if planned.declared.per == "volume":
+        summary: TaskSummary = function(plan, volume, number)
+        return summary
+    if planned.declared.over == "levels":
+        function = partial(function, level=planned.level)
     outputs = plan.outputs_of(volume)
-    return TaskSummary(by_output=tuple(of_output(plan, output, number) for output in outputs))
+    return TaskSummary(by_output=tuple(function(plan, output, number) for output in outputs))
 
 
 def run_tasks(
@@ -157,7 +143,7 @@ def is_infrastructure(error: BaseException) -> bool:
 def task_box(plan: Plan, stage: str, index: int) -> Box:
     """Return the voxels that a task is about, at its level."""
     _, number = plan.split_index(stage, index)
-    grid = plan.grid(stage)
+    grid = plan.grid(plan.stage(stage))
     return grid[number] if grid else Box.of(plan.volume_shape)
 
 
@@ -165,15 +151,15 @@ def missing_box(plan: Plan, stage: str, index: int) -> dict[str, Any]:
     """Return what is missing in the output because a task failed, as JSON values: volume, level and box."""
     volume, _ = plan.split_index(stage, index)
     planned = plan.volumes[volume]
-    level = int(stage.removeprefix("downsample-")) if stage.startswith("downsample-") else 0
-    # Without statistics nothing of a volume can be predicted.
-    box = Box.of(plan.volume_shape) if stage == "measure" else task_box(plan, stage, index)
+    failed = plan.stage(stage)
+    is_whole = failed.declared.loss == "volume"
+    box = Box.of(plan.volume_shape) if is_whole else task_box(plan, stage, index)
     where = {"image": planned.image} if planned.image else {}
     return {
         **where,
         "t": planned.t,
         "c": planned.c,
-        "level": level,
+        "level": failed.level,
         "start": list(box.start),
         "stop": list(box.stop),
     }

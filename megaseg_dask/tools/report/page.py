@@ -38,8 +38,6 @@ _MOST_ROWS = 3000
 # Beyond so many fields a well is one cell.
 _MOST_CELLS = 2500
 _DRAWERS = 4
-# The stages that are the network's, whose time is projected.
-_PREDICTING = ("volume", "segment")
 
 _METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("objects", "Objects", number),
@@ -87,6 +85,8 @@ class StageRow:
     peak_bytes: int = 0
     projected_bytes: int = 0
     projected_s: float | None = None
+    # Whether it is the network's, whose time is projected.
+    is_predicting: bool = False
 
 
 class Page:
@@ -169,9 +169,8 @@ class Page:
         return sum(
             summary.absent
             for run in self.runs
-            for stage in {stage.name for stage in run.plan.stages}
-            & {"volume", "measure", "segment"}
-            for summary in run.journal.summaries(stage)
+            for stage in run.plan.stages
+            for summary in run.journal.summaries(stage.name)
         )
 
     # -- seams
@@ -413,7 +412,6 @@ class Page:
         """Return a row for each stage, over all runs."""
         rows: dict[str, StageRow] = {}
         for run in self.runs:
-            projected = run.plan.projected_bytes
             for stage in run.plan.stages:
                 row = rows.setdefault(stage.name, StageRow(stage.name))
                 timing = run.journal.timings[stage.name]
@@ -421,18 +419,15 @@ class Page:
                 row.n_done += int(run.journal.done(stage.name).sum())
                 row.seconds += timing.seconds
                 row.peak_bytes = max(row.peak_bytes, timing.peak_bytes)
-                # The stages of levels are projected together.
-                most = projected.get(stage.name, projected.get(stage.name.rpartition("-")[0], 0))
-                row.projected_bytes = max(row.projected_bytes, most)
-                row.projected_s = (
-                    self.estimate["projected_s"] if stage.name in _PREDICTING else None
-                )
+                row.projected_bytes = max(row.projected_bytes, run.plan.projected(stage))
+                row.is_predicting = "scores" in stage.declared.tells
+                row.projected_s = self.estimate["projected_s"] if row.is_predicting else None
         return list(rows.values())
 
     @property
     def predicting_s(self) -> float:
         """Seconds of the stages that predict, of all workers together."""
-        return sum(row.seconds for row in self.stages if row.name in _PREDICTING)
+        return sum(row.seconds for row in self.stages if row.is_predicting)
 
     @cached_property
     def estimate(self) -> dict[str, Any]:

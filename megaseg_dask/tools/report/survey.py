@@ -153,8 +153,8 @@ def _channel_name(plan: Plan, c: int) -> str:
 
 def _read_journal(run: Run, volumes: Sequence[Facts]) -> None:
     plan, journal = run.plan, run.journal
-    stage = "volume" if plan.is_one_task else "join"
-    summaries = journal.by_index(stage) if stage in {s.name for s in plan.stages} else []
+    stage = plan.stage_telling("objects")
+    summaries = journal.by_index(stage.name) if stage else []
     for facts in volumes if summaries else ():
         facts.objects = _of(facts.output, summaries[facts.output.volume]).n_objects
     for (name, index), failure in sorted(journal.failed.items()):

@@ -1,0 +1,298 @@
+"""The stages of a run, each declared once: what it computes, over what, and what its absence costs.
+
+A new stage is one entry of :data:`STAGES` and one function below
+``megaseg_dask.run.tasks``. The planner, the projection of memory, the schedule,
+job arrays, workers and the report read what they need from here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.plan import memory
+from megaseg_dask.plan.memory import Sizes
+from megaseg_dask.plan.settings import Settings
+
+# The blocks of the finest level; parts of the source that are measured; a volume as a whole; or
+# the blocks of each coarser level.
+Over = Literal["blocks", "parts", "volume", "levels"]
+# Its own block alone; the mask, the labels or the table of the volume; or all of the volume.
+Loss = Literal["block", "mask", "labels", "table", "volume"]
+# What the summaries of a stage's tasks tell of their volume.
+Fact = Literal["statistics", "scores", "threshold", "objects"]
+
+
+def _always(_: Settings) -> bool:
+    return True
+
+
+def measures(settings: Settings) -> bool:
+    """Return whether voxels are read to find the normalization."""
+    return not isinstance(settings.normalization, tuple)
+
+
+def has_mask(settings: Settings) -> bool:
+    """Return whether scores are turned into a mask."""
+    return bool({"labels", "mask"} & set(settings.outputs))
+
+
+def finds_threshold(settings: Settings) -> bool:
+    """Return whether the threshold of each volume is found from its logits."""
+    return settings.is_automatic and has_mask(settings)
+
+
+def fills_holes(settings: Settings) -> bool:
+    """Return whether holes of the mask are filled."""
+    return settings.fill_holes > 0 and has_mask(settings)
+
+
+def writes_labels(settings: Settings) -> bool:
+    """Return whether objects are labelled."""
+    return "labels" in settings.outputs
+
+
+def measures_objects(settings: Settings) -> bool:
+    """Return whether objects are measured."""
+    return "measurements" in settings.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is known of a stage before any plan.
+
+    ``function`` is ``module.function`` below ``megaseg_dask.run.tasks``. It is called
+    with the plan, a volume or an :class:`~megaseg_dask.plan.plan.Output`, and the number
+    of the block, part or volume; over levels also with the level.
+    """
+
+    name: str
+    function: str
+    over: Over
+    # Whether a task is about one output of the network, or all of them at once.
+    per: Literal["volume", "output"] = "output"
+    when: Callable[[Settings], bool] = _always
+    # Without a function it takes less than the stage before it.
+    memory: Callable[[Sizes], int] | None = None
+    # Whether its memory counts also where it is left out: the block then does not depend on that.
+    is_reserved: bool = False
+    # A local stage needs only the same block of the stage before: a block that was computed again
+    # redoes nothing of its neighbors.
+    local: bool = False
+    # What is missing if a task fails for good.
+    loss: Loss = "block"
+    # Milliseconds a block, or one task a volume: whoever joins a run does what is left of it.
+    quick: bool = False
+    # Arrays that it reads or writes, and their dtypes; in the run folder if they are no output.
+    arrays: Mapping[str, str] = field(default_factory=dict, hash=False)
+    tells: tuple[Fact, ...] = ()
+
+
+# All stages of a volume that is one block, in memory.
+WHOLE_VOLUME = Stage(
+    "volume",
+    "whole_volume.segment_volume",
+    over="volume",
+    per="volume",
+    memory=memory.whole_volume_bytes,
+    loss="volume",
+    tells=("statistics", "scores", "threshold", "objects"),
+)
+
+# The stages of a volume of several blocks, in order.
+STAGES = (
+    Stage(
+        "measure",
+        "scores.measure_block",
+        over="parts",
+        per="volume",
+        when=measures,
+        memory=memory.measure_bytes,
+        is_reserved=True,
+        # Without statistics nothing of a volume can be predicted.
+        loss="volume",
+        tells=("statistics",),
+    ),
+    Stage(
+        "segment",
+        "scores.segment_block",
+        over="blocks",
+        per="volume",
+        memory=memory.segment_bytes,
+        tells=("scores",),
+    ),
+    Stage(
+        "histogram",
+        "scores.tabulate_block",
+        over="blocks",
+        when=finds_threshold,
+        memory=memory.histogram_bytes,
+        local=True,
+        arrays={"logits": "float32"},
+    ),
+    Stage(
+        "cutoff",
+        "scores.find_cutoff",
+        over="volume",
+        when=finds_threshold,
+        memory=memory.cutoff_bytes,
+        loss="mask",
+        quick=True,
+        tells=("threshold",),
+    ),
+    Stage(
+        "threshold",
+        "scores.threshold_block",
+        over="blocks",
+        when=finds_threshold,
+        memory=memory.threshold_bytes,
+    ),
+    Stage(
+        "holes",
+        "components.label_holes",
+        over="blocks",
+        when=fills_holes,
+        memory=memory.holes_bytes,
+        local=True,
+        arrays={"unfilled": "uint8", "holes": "uint32"},
+    ),
+    Stage(
+        "holes-seams",
+        "components.pair_seams_of_holes",
+        over="blocks",
+        when=fills_holes,
+        loss="mask",
+        quick=True,
+    ),
+    Stage(
+        "holes-join",
+        "components.join_holes",
+        over="volume",
+        when=fills_holes,
+        loss="mask",
+        quick=True,
+    ),
+    Stage(
+        "fill",
+        "components.fill_block",
+        over="blocks",
+        when=fills_holes,
+        memory=memory.fill_bytes,
+    ),
+    Stage(
+        "label",
+        "components.label_block",
+        over="blocks",
+        when=writes_labels,
+        memory=memory.label_bytes,
+        is_reserved=True,
+        local=True,
+        arrays={"mask": "uint8", "fragments": "uint32"},
+    ),
+    Stage(
+        "seams",
+        "components.pair_seams",
+        over="blocks",
+        when=writes_labels,
+        memory=memory.seams_bytes,
+        is_reserved=True,
+        loss="labels",
+        quick=True,
+    ),
+    Stage(
+        "join",
+        "components.join_objects",
+        over="volume",
+        when=writes_labels,
+        memory=memory.joining_bytes,
+        is_reserved=True,
+        loss="labels",
+        quick=True,
+        tells=("objects",),
+    ),
+    Stage(
+        "relabel",
+        "components.relabel_block",
+        over="blocks",
+        when=writes_labels,
+        memory=memory.relabel_bytes,
+        is_reserved=True,
+    ),
+    Stage(
+        "measurements",
+        "measurements.measure_objects",
+        over="blocks",
+        when=measures_objects,
+        memory=memory.measurements_bytes,
+        is_reserved=True,
+        local=True,
+        loss="table",
+    ),
+    Stage(
+        "table",
+        "measurements.collect_objects",
+        over="volume",
+        when=measures_objects,
+        memory=memory.table_bytes,
+        is_reserved=True,
+        loss="table",
+        quick=True,
+    ),
+    Stage(
+        "downsample",
+        "pyramids.downsample_block",
+        over="levels",
+        memory=memory.downsample_bytes,
+        is_reserved=True,
+    ),
+)
+
+
+def declared(name: str) -> Stage:
+    """Return the stage of a name.
+
+    Raises:
+        SettingsError: If there is none.
+    """
+    for stage in (WHOLE_VOLUME, *STAGES):
+        if stage.name == name:
+            return stage
+    raise SettingsError(f"no stage {name}")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """A stage of one plan: its tasks may run in any order once those of the same volume before are done.
+
+    ``level`` is that of the pyramid whose blocks it computes; 0 for all stages but those over levels.
+    """
+
+    declared: Stage
+    n_tasks: int
+    per_volume: int
+    level: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name by which people and the journal know it."""
+        return f"{self.declared.name}-{self.level}" if self.level else self.declared.name
+
+    @property
+    def loses_block(self) -> bool:
+        """Return whether a failed task leaves a hole of one block in all that follows."""
+        return self.declared.over == "blocks" and self.declared.loss == "block"
+
+    @property
+    def skips_missing(self) -> bool:
+        """Return whether it has nothing to do where a block is missing."""
+        return self.declared.over == "blocks"
+
+
+def project(sizes: Sizes, settings: Settings, *, is_one_block: bool) -> dict[str, int]:
+    """Return the bytes of one task of each stage at its peak, beside what an idle worker holds."""
+    chosen = (WHOLE_VOLUME,) if is_one_block else STAGES
+    return {
+        stage.name: stage.memory(sizes)
+        for stage in chosen
+        if stage.memory and (stage.is_reserved or stage.when(settings))
+    }
