@@ -49,7 +49,7 @@ from megaseg_dask.ngff.image import SPATIAL, Image, read_image
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.planner import open_models
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.stores import Location, StoreOptions, cached_array, configure
+from megaseg_dask.stores import Location, StoreOptions, cached_array, clear_array_cache
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
@@ -75,16 +75,17 @@ def open_image(
     array ``image`` in the stored order of axes; those of a label image are below
     ``labels/<name>``. Coordinates z, y, x are in µm (or as stored where the unit is
     unknown), t in its unit, c has the names of the channels. ``anon`` and
-    ``endpoint`` hold for this process, as do credentials in the environment.
+    ``endpoint`` hold for this image; credentials come from the environment.
 
     Raises :class:`SourceError` for what is no such image. Computing raises
     :class:`DataError` for a corrupt chunk, :class:`StoreError` for a lost one.
     """
+    options = None
     if anon or endpoint:
-        configure(StoreOptions.parse(endpoint or None, anon, (), str(url)))
+        options = StoreOptions.parse(endpoint or None, anon, (), str(url))
     # What was opened here before may have been replaced by now.
-    cached_array.cache_clear()
-    location = Location.of(url)
+    clear_array_cache()
+    location = Location.of(url, options)
     image = read_image(location)
     found = {str(i): _level(location, image, i) for i in range(len(image.levels))}
     if labels:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megaseg_dask.ngff.plate import Field, Plate, write_plate
-from megaseg_dask.stores import Location, forget
+from megaseg_dask.stores import Location, clear_store_caches
 from megaseg_dask.tools.demo import read_sample
 from tests.fixtures.images import write_image
 from tests.fixtures.servers import KEY, SECRET, S3Server, find_weed
@@ -82,9 +82,9 @@ def bucket(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in named.items():
             patch.setenv(name, value)
-        forget()
+        clear_store_caches()
         upload(folder / "megaseg-demo/plate.zarr", "s3://lab/plate.zarr")
-    forget()
+    clear_store_caches()
     yield named
     server.kill()
 

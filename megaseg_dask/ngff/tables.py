@@ -250,7 +250,7 @@ class _Parts(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        data = self._folder.part(self._key, self._at, self._at + len(buffer)) or b""
+        data = self._folder.get_range(self._key, self._at, self._at + len(buffer)) or b""
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

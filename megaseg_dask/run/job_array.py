@@ -34,7 +34,7 @@ from megaseg_dask.run.runner import (
 from megaseg_dask.run.schedule import Flow, iter_flows
 from megaseg_dask.run.target import ownership, publish
 from megaseg_dask.run.tasks import worker
-from megaseg_dask.stores import Location, configure, lose_patience
+from megaseg_dask.stores import Location, configure, stop_waiting
 
 Emit = Callable[[Event], None]
 
@@ -178,7 +178,7 @@ def _run_left(
             journal.add(stage.name, index, outcome.summary, outcome.seconds, outcome.peak_bytes)
             ran.n_done += 1
         if n_lost == STORE_IS_LOST:
-            lose_patience()
+            stop_waiting()
             break
         elapsed_s, n = time.monotonic() - began, ran.n_done + len(ran.failures)
         emit(

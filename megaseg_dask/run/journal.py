@@ -29,7 +29,7 @@ from megaseg_dask.events import Failure, Joined
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.stages import PlannedStage
 from megaseg_dask.run.state import Ending, Session, TaskSummary
-from megaseg_dask.stores import Location, lose_patience
+from megaseg_dask.stores import Location, stop_waiting
 
 FOLDER = "journal"
 _SEGMENT = re.compile(rf"{FOLDER}/(\d+)(-[0-9a-f]+)?\.jsonl")
@@ -312,13 +312,13 @@ class Journal(TaskRecord):
             yield self
         except StoreError:
             # The store was waited for already: the last requests need not wait for it again.
-            lose_patience()
+            stop_waiting()
             raise
         finally:
             try:
                 self.flush()
             except StoreError:
-                lose_patience()
+                stop_waiting()
                 raise
 
 

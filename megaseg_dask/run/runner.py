@@ -39,7 +39,7 @@ from megaseg_dask.run.target import ownership, publish
 from megaseg_dask.run.target.tables import remove_tables, require_own_tables, write_tables
 from megaseg_dask.run.tasks import worker
 from megaseg_dask.run.tasks.worker import Outcome
-from megaseg_dask.stores import Location, StoreOptions, configure, lose_patience
+from megaseg_dask.stores import Location, StoreOptions, configure, stop_waiting
 
 Emit = Callable[[Event], None]
 Sync = Callable[[], None]
@@ -476,7 +476,7 @@ class _Runner:
                 outcome.is_infrastructure and not self._stores_answer()
             ):
                 self.store_is_lost = True
-                lose_patience()
+                stop_waiting()
                 return
 
     def _ready(self, size: GroupSize) -> tuple[str, Any]:

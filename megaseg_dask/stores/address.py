@@ -1,4 +1,4 @@
-"""What an address is: a path or a URL, checked, taken apart and put together; no store is asked.
+"""Addresses: paths and URLs, checked, taken apart and put together; no store is asked.
 
 URLs of object stores hold keys as they are. Those of web servers are
 percent-encoded, in one way only, so that equal places have equal URLs.
@@ -12,53 +12,56 @@ from urllib.parse import quote, unquote, urlsplit
 from megaseg_dask.errors import SettingsError
 
 LOCAL = "file"
-S3, AZURE, GOOGLE = "s3", "az", "gs"
+S3 = "s3"
+AZURE = "az"
+GOOGLE = "gs"
 WEB = ("http", "https")
-_HOSTED = (S3, AZURE, GOOGLE, *WEB)
+SCHEMES = (LOCAL, S3, AZURE, GOOGLE, *WEB)
 
 _ALIASES = {"s3a": S3, "gcs": GOOGLE, "azure": AZURE, "abfs": AZURE, "abfss": AZURE}
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _AZURE_HOST = re.compile(r"([^@/]+)@([a-z0-9]+)\.(?:dfs|blob)\.core\.windows\.net")
+_SIGNATURE = re.compile(r"[?&](sig|x-amz-[a-z-]+)=", re.IGNORECASE)
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 _UNESCAPED = "/~!$&'()*+,;=:@"
 
 
-def normalise(address: str | Path) -> str:
+def normalize(address: str | Path) -> str:
     """Return an absolute path, or a URL as it is compared: one spelling for one place.
 
-    Raises :class:`SettingsError` for what cannot be an address, without repeating credentials in it.
+    Raises:
+        SettingsError: This cannot be an address; the message repeats no credentials in it.
     """
     text = str(address).removeprefix("file://")
     if not text:
         raise SettingsError("an empty path names no image; give a folder such as cells.zarr")
     scheme, separator, rest = text.partition("://")
     if not separator:
-        # Not resolve: a link stays the address that the user knows.
+        # Links are not resolved: the user knows the address of the link.
         return os.path.normpath(Path(text).expanduser().absolute())
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) or "://" in rest:
+    if not _SCHEME.fullmatch(scheme) or "://" in rest:
         raise SettingsError(
             f"{scheme}://…: not a URL that can be opened; chains of URLs are not followed"
         )
     scheme = _ALIASES.get(scheme.lower(), scheme.lower())
     if not rest.isprintable() or "\\" in rest:
-        # Clients and servers do not agree on what they mean.
+        # Clients and servers do not agree on their meaning.
         raise SettingsError(
             f"{scheme}://{rest!r}: control characters and backslashes cannot be part of an address"
         )
     _require_no_secrets(scheme, rest)
-    return _normalise_web(text) if scheme in WEB else _normalise_keys(scheme, rest)
+    if scheme in WEB:
+        return _normalize_web(text)
+    return _normalize_keys(scheme, rest)
 
 
 def _require_no_secrets(scheme: str, rest: str) -> None:
-    """Refuse credentials in a URL: it goes into the plan, the output's metadata and every message."""
+    """Refuse credentials in a URL: it is written into the plan, the output and every message."""
     host, _, path = rest.partition("/")
-    # Elsewhere, as in sftp://me@host, a name without a password is half of the address.
-    named = (
-        "@" in host
-        and not _AZURE_HOST.fullmatch(host)
-        and (scheme in _HOSTED or ":" in host.rpartition("@")[0])
-    )
-    if named or re.search(r"[?&](sig|x-amz-[a-z-]+)=", rest, re.IGNORECASE):
+    if _names_user(scheme, host) or _SIGNATURE.search(rest):
         raise SettingsError(
-            f"{scheme}://…: credentials do not belong in a URL, which is recorded; set them in the environment"
+            f"{scheme}://…: credentials do not belong in a URL, which is recorded; set them in the "
+            "environment"
         )
     if scheme in WEB and re.search("[?#]", path):
         raise SettingsError(
@@ -66,33 +69,43 @@ def _require_no_secrets(scheme: str, rest: str) -> None:
         )
 
 
-def _normalise_web(text: str) -> str:
+def _names_user(scheme: str, host: str) -> bool:
+    user, at, _ = host.rpartition("@")
+    if not at or _AZURE_HOST.fullmatch(host):
+        return False
+    # Elsewhere, as in sftp://me@host, a name without a password is part of the address.
+    return scheme in SCHEMES or ":" in user
+
+
+def _normalize_web(text: str) -> str:
     try:
         parts = urlsplit(text)
-        host, port = parts.hostname, parts.port
+        host = parts.hostname
+        port = parts.port
     except ValueError as error:
         raise SettingsError(
             f"{text}: {error}; expected something like https://host:8080/cells.zarr"
         ) from error
     if not host:
         raise SettingsError(f"{text}: no host; expected something like https://host/cells.zarr")
-    default = {"http": 80, "https": 443}[parts.scheme]
-    place = (f"[{host}]" if ":" in host else host) + ("" if port in (None, default) else f":{port}")
-    path = _clean(unquote(parts.path))
-    return f"{parts.scheme}://{place}" + (f"/{quote(path, safe=_UNESCAPED)}" if path else "")
+    server = f"[{host}]" if ":" in host else host
+    if port not in (None, _DEFAULT_PORTS[parts.scheme]):
+        server = f"{server}:{port}"
+    path = quote(_clean(unquote(parts.path)), safe=_UNESCAPED)
+    return f"{parts.scheme}://{server}/{path}".rstrip("/")
 
 
-def _normalise_keys(scheme: str, rest: str) -> str:
+def _normalize_keys(scheme: str, rest: str) -> str:
     bucket, _, key = rest.partition("/")
     if not bucket:
         raise SettingsError(
             f"{scheme}://{rest}: no bucket; expected something like {scheme}://bucket/cells.zarr"
         )
-    key = _clean(key)
-    return f"{scheme}://{bucket}" + (f"/{key}" if key else "")
+    return f"{scheme}://{bucket}/{_clean(key)}".rstrip("/")
 
 
 def _clean(path: str) -> str:
+    """Return a path without empty parts."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise SettingsError(f"…/{path}: '..' has no meaning in a URL; name the folder itself")
@@ -100,23 +113,27 @@ def _clean(path: str) -> str:
 
 
 def scheme_of(url: str) -> str:
-    """Return the scheme of a normalised address; ``file`` for a path."""
+    """Return the scheme of a normalized address; ``file`` for a path."""
     scheme, separator, _ = url.partition("://")
     return scheme if separator else LOCAL
 
 
 def split(url: str) -> tuple[str, str]:
-    """Return the root of a URL, such as ``s3://bucket`` or ``https://host``, and the key below it."""
+    """Return the root of a URL, ``s3://bucket`` or ``https://host``, and the key below it."""
     scheme, _, rest = url.partition("://")
     host, _, key = rest.partition("/")
-    return f"{scheme}://{host}", unquote(key) if scheme in WEB else key
+    if scheme in WEB:
+        key = unquote(key)
+    return f"{scheme}://{host}", key
 
 
 def join(url: str, name: str) -> str:
     """Return the address of something below a folder."""
     if not name:
         return url
-    return f"{url.rstrip('/')}/{quote(name, safe=_UNESCAPED) if scheme_of(url) in WEB else name}"
+    if scheme_of(url) in WEB:
+        name = quote(name, safe=_UNESCAPED)
+    return f"{url.rstrip('/')}/{name}"
 
 
 def last_part(url: str) -> str:
@@ -124,7 +141,9 @@ def last_part(url: str) -> str:
     if scheme_of(url) == LOCAL:
         return Path(url).name
     root, key = split(url)
-    return PurePosixPath(key).name or root.partition("://")[2]
+    if key:
+        return PurePosixPath(key).name
+    return root.partition("://")[2]
 
 
 def parent_of(url: str) -> str:
@@ -136,7 +155,7 @@ def parent_of(url: str) -> str:
 
 
 def azure_names(root: str) -> tuple[str, str | None]:
-    """Return container and account of ``az://container`` or ``az://container@account.dfs.core.windows.net``."""
+    """Return container and account of ``az://container`` or ``az://container@account.dfs…``."""
     host = root.partition("://")[2]
-    found = _AZURE_HOST.fullmatch(host)
-    return (found[1], found[2]) if found else (host, None)
+    names = _AZURE_HOST.fullmatch(host)
+    return (names[1], names[2]) if names else (host, None)

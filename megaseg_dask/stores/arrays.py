@@ -6,9 +6,7 @@ from typing import Any
 import zarr
 import zarr.storage
 
-from megaseg_dask.stores import access
-from megaseg_dask.stores.access import StoreOptions
-from megaseg_dask.stores.clients import client_of
+from megaseg_dask.stores.access import StoreOptions, forget_clients
 from megaseg_dask.stores.location import Location, naming
 
 
@@ -23,32 +21,33 @@ def open_array(location: Location, *, writable: bool = False) -> zarr.Array[Any]
     Raises:
         FileNotFoundError: There is no array.
         StoreError: The store failed.
-
     """
     mode = "r+" if writable else "r"
     with naming(location, "open"):
         return zarr.open_array(zarr_store(location, read_only=not writable), mode=mode)
 
 
-@functools.lru_cache(maxsize=64)
 def cached_array(location: Location, *, writable: bool = False) -> zarr.Array[Any]:
     """Open an array once per process: opening costs more than reading a small chunk.
 
     Raises:
         FileNotFoundError: There is no array.
         StoreError: The store failed.
-
     """
-    return open_array(location, writable=writable)
+    return _open_once(location.url, location.access, writable)
 
 
-def configure(given: StoreOptions) -> None:
-    """Set how this process opens stores; what was opened otherwise is forgotten."""
-    if access.set_current(given):
-        forget()
+@functools.lru_cache(maxsize=64)
+def _open_once(url: str, options: StoreOptions, writable: bool) -> zarr.Array[Any]:
+    return open_array(Location(url, options), writable=writable)
 
 
-def forget() -> None:
-    """Forget opened stores and arrays, such as after credentials in the environment changed."""
-    client_of.cache_clear()
-    cached_array.cache_clear()
+def clear_array_cache() -> None:
+    """Forget opened arrays: others may have taken their places."""
+    _open_once.cache_clear()
+
+
+def clear_store_caches() -> None:
+    """Forget opened arrays and stores: credentials in the environment may have changed."""
+    clear_array_cache()
+    forget_clients()

@@ -1,7 +1,8 @@
-"""What went wrong with a store, in one line: the place, the cause and the next step.
+"""Errors of stores in one line: the address, the cause and the next step.
 
-Clients of stores tell little by the type of an error and much in its text,
-over many lines. This is the one place that reads those texts.
+The clients' exceptions tell a denial, an absent object and an unsupported
+request by their type. All else is in their text, over many lines, and this is
+the one module that reads it.
 """
 
 import io
@@ -11,222 +12,207 @@ from dataclasses import dataclass
 import obstore.exceptions
 
 from megaseg_dask.errors import MegasegError
-from megaseg_dask.stores import access
-from megaseg_dask.stores.address import AZURE, GOOGLE, LOCAL, S3, WEB, scheme_of
+from megaseg_dask.stores.access import VARIABLES, first_line, without_secrets
+from megaseg_dask.stores.address import AZURE, LOCAL, S3, WEB, scheme_of
 
-# What fsspec's file systems raise comes from the libraries below them.
-_CLIENT_LIBRARIES = {
-    "adlfs",
-    "aiobotocore",
-    "aiohttp",
-    "azure",
-    "botocore",
-    "fsspec",
-    "gcsfs",
-    "google",
-    "paramiko",
-    "requests",
-    "s3fs",
-    "smbprotocol",
-    "urllib3",
-}
-
-# What a store answers: by its code, which S3 and Azure send, or by the status of HTTP.
-_ANSWERS: list[tuple[str, str, set[str], set[int]]] = [
-    ("bucket", "there is no such bucket", {"NoSuchBucket", "ContainerNotFound"}, set()),
-    ("key", "the store does not know the access key", {"InvalidAccessKeyId"}, set()),
-    (
-        "key",
-        "the secret does not fit the access key",
-        {"SignatureDoesNotMatch", "AuthenticationFailed"},
-        set(),
-    ),
-    (
-        "key",
-        "the credentials have expired",
-        {"ExpiredToken", "TokenRefreshRequired", "RequestExpired"},
-        set(),
-    ),
-    (
-        "region",
-        "the bucket is in another region",
-        {"PermanentRedirect", "AuthorizationHeaderMalformed"},
-        {301, 307},
-    ),
-    ("denied", "access denied", {"AccessDenied", "AuthorizationFailure"}, {401, 403}),
-    ("busy", "the store is too busy", {"SlowDown", "ServerBusy"}, {429, 503}),
-]
-# Where it answered nothing: by the words of the client.
-_SILENCE = [
-    ("key", "the secret is not one", r"Invalid Access Key"),
-    ("credentials", "no credentials were found", r"DefaultCredentialsError|NoCredentials"),
-    ("region", "the bucket is in another region", r"redirect without LOCATION"),
-    (
-        "denied",
-        "access denied",
-        r"^PermissionDenied|^Unauthenticated|Forbidden|Anonymous caller|AccessDenied",
-    ),
-    (
-        "protocol",
-        "the endpoint speaks http where https was asked for, or the reverse",
-        r"InvalidContentType|BadScheme|WRONG_VERSION_NUMBER",
-    ),
-    ("certificate", "its certificate is not trusted", r"[Cc]ertificate|UnknownIssuer"),
-    ("refused", "connection refused", r"Connection ?[Rr]efused|Connect call failed"),
-    (
-        "host",
-        "unknown host",
-        r"dns error|Name or service not known|getaddrinfo|nodename nor servname",
-    ),
-    ("time", "no answer in time", r"TimedOut|kind: Timeout|[Tt]imed out|TimeoutError"),
-    (
-        "lost",
-        "the connection broke",
-        r"kind: (Connect|Request|Decode|Interrupted)|ClientConnectorError|Disconnected",
-    ),
-]
-_KINDS_OF_REQUEST = {"bucket", "key", "credentials", "region", "denied", "protocol", "unsupported"}
-
-_VARIABLES = {
-    S3: "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    AZURE: "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
-    GOOGLE: "GOOGLE_APPLICATION_CREDENTIALS",
-}
-_ENDPOINTS = {
-    S3: "--endpoint (or AWS_ENDPOINT_URL)",
-    AZURE: "AZURE_STORAGE_ACCOUNT_NAME (or --endpoint)",
-}
+_DENIED = (
+    obstore.exceptions.PermissionDeniedError,
+    obstore.exceptions.UnauthenticatedError,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What an error of a store means: a kind to act on, and words to read."""
+    """The meaning of a store's error: a kind to act on, and words to read."""
 
     kind: str
     words: str
 
     @property
     def is_of_request(self) -> bool:
-        """Tell whether the request is wrong, so that the same one cannot succeed."""
+        """Return whether the request is wrong, so that repeating it cannot help."""
         return self.kind in _KINDS_OF_REQUEST
 
 
+_KINDS_OF_REQUEST = {"bucket", "key", "credentials", "region", "denied", "protocol", "unsupported"}
+
+_NO_BUCKET = Cause("bucket", "there is no such bucket")
+_UNKNOWN_KEY = Cause("key", "the store does not know the access key")
+_WRONG_SECRET = Cause("key", "the secret does not fit the access key")
+_EXPIRED = Cause("key", "the credentials have expired")
+_OTHER_REGION = Cause("region", "the bucket is in another region")
+_ACCESS_DENIED = Cause("denied", "access denied")
+_BUSY = Cause("busy", "the store is too busy")
+
+# Answers by their code, which S3, Azure and Google send.
+_CODES = {
+    "NoSuchBucket": _NO_BUCKET,
+    "ContainerNotFound": _NO_BUCKET,
+    "InvalidAccessKeyId": _UNKNOWN_KEY,
+    "SignatureDoesNotMatch": _WRONG_SECRET,
+    "AuthenticationFailed": _WRONG_SECRET,
+    "ExpiredToken": _EXPIRED,
+    "TokenRefreshRequired": _EXPIRED,
+    "RequestExpired": _EXPIRED,
+    "PermanentRedirect": _OTHER_REGION,
+    "AuthorizationHeaderMalformed": _OTHER_REGION,
+    "AccessDenied": _ACCESS_DENIED,
+    "AuthorizationFailure": _ACCESS_DENIED,
+    "SlowDown": _BUSY,
+    "ServerBusy": _BUSY,
+}
+# Answers without a known code, by their status.
+_STATUSES = {
+    301: _OTHER_REGION,
+    307: _OTHER_REGION,
+    401: _ACCESS_DENIED,
+    403: _ACCESS_DENIED,
+    429: _BUSY,
+    503: _BUSY,
+}
+# Requests without an answer, by the words of the client.
+_NO_ANSWER = [
+    (r"Invalid Access Key", Cause("key", "the secret is not one")),
+    (r"redirect without LOCATION", _OTHER_REGION),
+    (
+        r"InvalidContentType|BadScheme|WRONG_VERSION_NUMBER",
+        Cause("protocol", "the endpoint speaks http where https was asked for, or the reverse"),
+    ),
+    (r"[Cc]ertificate|UnknownIssuer", Cause("certificate", "its certificate is not trusted")),
+    (r"Connection ?[Rr]efused", Cause("refused", "connection refused")),
+    (r"dns error", Cause("host", "unknown host")),
+    (r"TimedOut|kind: Timeout|[Tt]imed out|TimeoutError", Cause("time", "no answer in time")),
+    (r"kind: (Connect|Request|Decode|Interrupted)", Cause("lost", "the connection broke")),
+]
+# The service that tells a virtual machine who it is: the last place where a client looks.
+_MACHINE_IDENTITY = r"/latest/(api|meta-data)|/metadata/identity"
+_NO_RANGES = r"Range request not supported|Invalid byte range"
+_NO_LOGIN = r"credential provider: (.*)"
+
+_ENDPOINTS = {
+    S3: "--endpoint (or AWS_ENDPOINT_URL)",
+    AZURE: "AZURE_STORAGE_ACCOUNT_NAME (or --endpoint)",
+}
+
+
 def is_store_failure(error: BaseException) -> bool:
-    """Tell whether an error comes from a store, and not from the data in it."""
+    """Return whether an error comes from a store, and not from the data in it."""
     if isinstance(error, obstore.exceptions.BaseError | ConnectionError | TimeoutError):
         return True
     # Some codecs raise OSError too, but only the system numbers its errors.
-    if isinstance(error, OSError) and error.errno is not None:
-        return True
-    return type(error).__module__.partition(".")[0] in _CLIENT_LIBRARIES
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def require_bucket(error: FileNotFoundError) -> None:
-    """Raise the error again if not only an object is missing, but all that could hold it: that is no answer."""
+    """Raise an error again that means an absent bucket, and not only an absent object."""
     if understand(error).kind == "bucket":
         raise error
 
 
 def cause_of(error: BaseException) -> str:
-    """Return one line for an error of a store: words without address, debug output or secrets."""
+    """Return one line for an error of a store: no address, no debug output, no secrets."""
     if isinstance(error, MegasegError):
         return str(error)
     if "LocalFileSystem" in str(error):
-        return _first_line(error)
+        return first_line(error)
     return getattr(error, "strerror", None) or understand(error).words
 
 
-def explain(url: str, verb: str, error: BaseException) -> tuple[Cause, str]:
-    """Return what an error means, and a line with the place, the cause and the next step."""
-    cause = Cause("other", cause_of(error)) if scheme_of(url) == LOCAL else understand(error)
-    step = _next_step(cause.kind, verb, url)
-    return cause, f"cannot {verb} {url}: {cause.words}" + (f"; {step}" if step else "")
+def explain(
+    url: str, verb: str, error: BaseException, *, anonymous: bool = False
+) -> tuple[Cause, str]:
+    """Return the cause of an error, and a line with the address, the cause and the next step.
+
+    ``verb`` is the failed action, such as ``"read"``; ``anonymous`` tells whether
+    the store was asked without credentials.
+    """
+    if scheme_of(url) == LOCAL:
+        cause = Cause("other", cause_of(error))
+    else:
+        cause = understand(error)
+    line = f"cannot {verb} {url}: {cause.words}"
+    step = _next_step(cause.kind, verb, url, anonymous=anonymous)
+    return cause, f"{line}; {step}" if step else line
 
 
 def understand(error: BaseException) -> Cause:
-    """Return what an error of a store means."""
+    """Return the cause of a store's error."""
     if isinstance(error, io.UnsupportedOperation):
         return Cause("unsupported", str(error))
     text = f"{type(error).__name__}: {error}"
-    host, status, code = _host_of(text), _status_of(error, text), _code_of(text)
-    if re.search(r"/latest/(api|meta-data)|/metadata/identity", text):
-        # The last place where a client looks: the service that tells a virtual machine who it is.
+    if re.search(_MACHINE_IDENTITY, text):
         return Cause("credentials", "no credentials were found")
-    if re.search(r"Range request not supported|Invalid byte range", text):
+    if re.search(_NO_RANGES, text):
         return Cause("ranges", "the server does not answer requests for a part of an object")
-    if isinstance(error, FileNotFoundError) and re.search(r"(^|/)b/[^/]+/o$", str(error)):
-        return Cause("bucket", "there is no such bucket")
-    for kind, words, codes, statuses in _ANSWERS:
-        if code in codes or status in statuses:
-            return Cause(kind, f"{words} ({code or status})")
-    for kind, words, pattern in [] if status else _SILENCE:
-        if re.search(pattern, text, re.MULTILINE):
-            return Cause(kind, words + (f" ({host})" if host else ""))
-    return Cause("other", _without_secrets(_answer_of(text) or _first_line(error)))
+    login = re.search(_NO_LOGIN, text)
+    if login:
+        words = f"no credentials were found: {without_secrets(login[1])}"
+        return Cause("credentials", words)
+    return _cause_of_answer(text) or _cause_of_silence(error, text)
 
 
-def _status_of(error: BaseException, text: str) -> int | None:
-    found = re.search(r"status code: (\d{3})", text)
-    # The libraries below fsspec keep it in one attribute or another.
-    status = str(
-        found[1] if found else getattr(error, "status", None) or getattr(error, "code", None)
-    )
-    return int(status) if re.fullmatch(r"[1-5]\d\d", status) else None
+def _cause_of_answer(text: str) -> Cause | None:
+    """Return the cause that a store's answer tells, if there is an answer of a known kind."""
+    answer = re.search(r"<Code>(\w+)</Code>|\(code: (\w+)\)", text)
+    code = (answer[1] or answer[2]) if answer else ""
+    status = _status_in(text)
+    cause = _CODES.get(code) or _STATUSES.get(status)
+    if cause is None:
+        return None
+    return Cause(cause.kind, f"{cause.words} ({code or status})")
 
 
-def _code_of(text: str) -> str | None:
-    found = re.search(r"<Code>(\w+)</Code>|\(code: (\w+)\)", text)
-    return (found[1] or found[2]) if found else None
+def _cause_of_silence(error: BaseException, text: str) -> Cause:
+    """Return the cause of an error without an answer of a known kind."""
+    host = re.search(r"https?://(?:[^\s/@]*@)?([^\s,)/?]+)", text)
+    suffix = f" ({host[1]})" if host else ""
+    if not _status_in(text):
+        for pattern, cause in _NO_ANSWER:
+            if re.search(pattern, text, re.MULTILINE):
+                return Cause(cause.kind, cause.words + suffix)
+    if isinstance(error, _DENIED):
+        return Cause(_ACCESS_DENIED.kind, _ACCESS_DENIED.words + suffix)
+    return Cause("other", without_secrets(_answer_in(text)) or first_line(error))
 
 
-def _host_of(text: str) -> str:
-    found = re.search(r"https?://(?:[^\s/@]*@)?([^\s,)/?]+)|Cannot connect to host (\S+)", text)
-    return (found[1] or found[2]) if found else ""
+def _status_in(text: str) -> int:
+    """Return the HTTP status of an answer, 0 if there is no answer."""
+    status = re.search(r"status code: ([1-5]\d\d)", text)
+    return int(status[1]) if status else 0
 
 
-def _answer_of(text: str) -> str:
-    """Return status and message of an answer that means nothing in particular."""
-    status, message = (
-        re.search(r"status code: (\d{3}[^:<\n]*)", text),
-        re.search(r"<Message>([^\n<]+)", text),
-    )
-    return ": ".join(found[1].strip() for found in (status, message) if found)
+def _answer_in(text: str) -> str:
+    """Return status and message of an answer of no known kind."""
+    status = re.search(r"status code: (\d{3}[^:<\n]*)", text)
+    message = re.search(r"<Message>([^\n<]+)", text)
+    return ": ".join(match[1].strip() for match in (status, message) if match)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].strip() or type(error).__name__
-
-
-def _next_step(kind: str, verb: str, url: str) -> str:
+def _next_step(kind: str, verb: str, url: str, *, anonymous: bool) -> str:
     scheme = scheme_of(url)
-    variables, endpoint = (
-        _VARIABLES.get(scheme, "the credentials"),
-        _ENDPOINTS.get(scheme, "the address"),
-    )
-    anonymous = (
-        ", or pass --anon if the data are public" if verb in ("read", "list", "open") else ""
-    )
+    variables = VARIABLES.get(scheme, "the credentials")
+    endpoint = _ENDPOINTS.get(scheme, "the address")
     if scheme in WEB and kind == "denied":
         return "data behind a login cannot be read; copy them, or ask for a bucket's address"
-    if kind in ("denied", "credentials") and access.current().is_anonymous(url):
+    if anonymous and kind in ("denied", "credentials"):
         return f"it is not public: leave out --anon, and set {variables}"
-    return {
+    public = ""
+    if verb in ("read", "list", "open"):
+        public = ", or pass --anon if the data are public"
+    steps = {
         "bucket": f"check its name and {endpoint}",
         "key": f"check {variables}",
-        "credentials": f"set {variables}{anonymous}",
-        "denied": f"check whether {variables} may {verb} it{anonymous}",
+        "credentials": f"set {variables}{public}",
+        "denied": f"check whether {variables} may {verb} it{public}",
         "region": "set AWS_REGION to the region of the bucket",
-        "ranges": "sharded arrays need that: serve them with nginx, Caddy or an object store, or copy the image",
+        "ranges": (
+            "sharded arrays need that: serve them with nginx, Caddy or an object store, "
+            "or copy the image"
+        ),
         "protocol": f"check http:// or https:// in {endpoint}",
         "certificate": "name a file with its authority: SSL_CERT_FILE=FILE in the environment",
         "refused": f"check that the store is running, and {endpoint}",
         "host": f"check the network and {endpoint}",
         "time": f"check the network and {endpoint}",
-    }.get(kind, "")
-
-
-def _without_secrets(words: str) -> str:
-    """Blank out what a message might repeat of the credentials that were used."""
-    for secret in access.secrets():
-        words = words.replace(secret, "***")
-    return words
+    }
+    return steps.get(kind, "")

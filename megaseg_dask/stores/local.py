@@ -1,4 +1,4 @@
-"""A folder of a file system; and what only a disk needs: to be flushed, swept and tried before it is relied on."""
+"""A folder of a file system, and the operations that only a disk needs: flush, sweep, try to write."""
 
 import ctypes
 import os
@@ -13,20 +13,14 @@ import zarr.storage
 from obstore.store import LocalStore
 
 from megaseg_dask.errors import TargetError
-from megaseg_dask.stores.backend import Folder
 
-# zarr 3.1's LocalStore writes here and renames: the name without its last suffix, a UUID and this ending.
+# zarr 3.1's LocalStore writes here and renames: the name without its last suffix, a UUID and this.
 _PARTIAL = re.compile(r".*\.[0-9a-f]{32}\.partial")
 
 
-def open_disk(path: Path) -> Folder:
-    """Return a folder of a file system; objects appear in it whole, by renaming."""
-    return _Disk(path)
-
-
 @dataclass(frozen=True, slots=True)
-class _Disk:
-    """A folder of a file system; objects appear whole, by renaming."""
+class LocalFolder:
+    """A folder of a file system, a :class:`Backend`; objects appear in it whole, by renaming."""
 
     path: Path
 
@@ -48,7 +42,7 @@ class _Disk:
         except FileNotFoundError:
             return None
 
-    def part(self, key: str, start: int, stop: int) -> bytes | None:
+    def get_range(self, key: str, start: int, stop: int) -> bytes | None:
         try:
             with (self.path / key).open("rb") as file:
                 file.seek(start)
@@ -70,13 +64,13 @@ class _Disk:
     def keys(self, prefix: str) -> list[str]:
         if not self.path.exists():
             return []
-        return sorted(
-            str(entry["path"])
-            for entry in obstore.list(LocalStore(prefix=self.path), prefix).collect()
-        )
+        entries = obstore.list(LocalStore(prefix=self.path), prefix).collect()
+        return sorted(str(entry["path"]) for entry in entries)
 
     def children(self) -> list[str]:
-        return sorted(child.name for child in self.path.iterdir()) if self.path.exists() else []
+        if not self.path.exists():
+            return []
+        return sorted(child.name for child in self.path.iterdir())
 
     def exists(self) -> bool:
         return self.path.exists()
@@ -92,9 +86,15 @@ class _Disk:
 
 
 def require_writable(path: Path) -> None:
-    """Raise :class:`TargetError` if nothing could be created in a folder and beside it."""
-    beside = next(p for p in (*path.parents, path) if p.exists())
-    for folder in {beside, path} if path.is_dir() else {beside}:
+    """Require that files can be created in a folder and beside it.
+
+    Raises:
+        TargetError: They cannot.
+    """
+    folders = {_nearest_existing([*path.parents, path])}
+    if path.is_dir():
+        folders.add(path)
+    for folder in folders:
         probe = folder / f".{path.name}.megaseg-probe"
         try:
             probe.touch()
@@ -102,18 +102,21 @@ def require_writable(path: Path) -> None:
         except OSError as error:
             raise TargetError(
                 f"{path} cannot be written: {error.strerror} in {folder}; choose another "
-                "target or mend its permissions"
+                "target or fix its permissions"
             ) from error
 
 
 def sync(path: Path) -> None:
-    """Flush the file system that holds a folder; raises :class:`OSError` if it could not keep what was written."""
-    there = next(p for p in (path, *path.parents) if p.exists())
+    """Flush the file system that holds a folder.
+
+    Raises:
+        OSError: The file system could not keep what was written.
+    """
     flush = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     if flush is None:
         os.sync()
         return
-    descriptor = os.open(there, os.O_RDONLY)
+    descriptor = os.open(_nearest_existing([path, *path.parents]), os.O_RDONLY)
     try:
         if flush(descriptor):
             number = ctypes.get_errno()
@@ -122,8 +125,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _nearest_existing(paths: list[Path]) -> Path:
+    return next(path for path in paths if path.exists())
+
+
 def sweep_partial(path: Path) -> int:
-    """Remove objects that were being written when their writer was killed; return how many there were."""
+    """Remove the files of writers that were killed below a folder; return their number."""
     n = 0
     for folder, _, names in os.walk(path):
         for name in filter(_PARTIAL.fullmatch, names):

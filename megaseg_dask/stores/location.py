@@ -1,49 +1,57 @@
 """Where data live: addresses, and small objects below them, on a disk or in an object store.
 
-A :class:`Location` is an address and nothing else, so it travels to workers;
-how its store is opened is set once per process. Errors name the address, the
-cause and the next step.
+A :class:`Location` is an address, so it travels to workers and can be recorded.
+How its store is opened is known to each process, unless the location carries
+options that differ. Errors name the address, the cause and the next step.
 """
 
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megaseg_dask.errors import MegasegError, SourceError, StoreError, TargetError
+from megaseg_dask.errors import MegasegError, SettingsError, SourceError, StoreError, TargetError
 from megaseg_dask.messages import closest
-from megaseg_dask.stores import access, address, local
-from megaseg_dask.stores.backend import Folder
-from megaseg_dask.stores.failures import explain, is_store_failure
-from megaseg_dask.stores.foreign import open_foreign
-from megaseg_dask.stores.object_store import open_objects
-
-# The others, Google among them, are open only to those who installed a package for them.
-_KNOWN = (address.LOCAL, address.S3, address.AZURE, *address.WEB)
+from megaseg_dask.stores import address, local
+from megaseg_dask.stores.access import (
+    StoreOptions,
+    open_client,
+    process_options,
+    waits_for_stores,
+)
+from megaseg_dask.stores.backend import Backend
+from megaseg_dask.stores.failures import Cause, explain, is_store_failure
+from megaseg_dask.stores.object_store import BucketFolder
+from megaseg_dask.stores.web import WebFolder
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A folder on some store."""
+    """A folder on some store; ``options`` differ from those of the process, if they are given."""
 
     url: str
+    options: StoreOptions | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, text: str | Path) -> "Location":
+    def of(cls, text: str | Path, options: StoreOptions | None = None) -> "Location":
         """Return the location of a path or URL, in the one spelling that is compared.
 
-        Raises :class:`SettingsError` for an address that cannot be opened.
+        Raises:
+            SettingsError: The address cannot be opened.
         """
-        location = cls(address.normalise(text))
-        if address.scheme_of(location.url) not in _KNOWN:
-            # Whether fsspec knows the scheme, and its package is installed.
-            location.backend()
-        return location
+        url = address.normalize(text)
+        scheme = address.scheme_of(url)
+        if scheme not in address.SCHEMES:
+            raise SettingsError(
+                f"{url}: {scheme}:// is no kind of store that is known; use a path, s3://, gs://, "
+                "az:// or https://"
+            )
+        return cls(url, options)
 
     def __truediv__(self, name: str) -> "Location":
-        return Location(address.join(self.url, name))
+        return replace(self, url=address.join(self.url, name))
 
     def __str__(self) -> str:
         return self.url
@@ -52,12 +60,12 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        """Tell whether this is a folder of a file system of this machine."""
+        """Whether this is a folder of a file system of this machine."""
         return address.scheme_of(self.url) == address.LOCAL
 
     @property
     def is_listable(self) -> bool:
-        """Tell whether the store lists what it has; a web server does not."""
+        """Whether the store lists its objects; a web server does not."""
         return address.scheme_of(self.url) not in address.WEB
 
     @property
@@ -79,79 +87,102 @@ class Location:
 
     @property
     def parent(self) -> "Location":
-        """The folder that this one is in."""
-        return Location(address.parent_of(self.url))
+        """The folder that holds this one."""
+        return replace(self, url=address.parent_of(self.url))
 
     def sibling(self, suffix: str) -> "Location":
         """Return the location beside this one whose name has ``suffix`` appended."""
-        return Location(self.url.rstrip("/") + suffix)
+        return replace(self, url=self.url.rstrip("/") + suffix)
 
     def is_inside(self, other: "Location") -> bool:
-        """Tell whether this is a folder below ``other``, links of a file system followed."""
+        """Return whether this is a folder below ``other``; links of a file system are followed."""
         if self.is_local and other.is_local:
             return other.path.resolve() in self.path.resolve().parents
         return self.is_local == other.is_local and self.url.startswith(f"{other.url}/")
 
     def is_same(self, other: "Location") -> bool:
-        """Tell whether both are one folder, links of a file system followed."""
+        """Return whether both are one folder; links of a file system are followed."""
         if self.is_local and other.is_local:
             return other.path.resolve() == self.path.resolve()
         return self.url == other.url
 
-    # -- what is there
+    # -- the store
 
-    def backend(self, *, patient: bool = True) -> Folder:
-        """Return what reaches the store; its errors are those of the system or of a client."""
+    @property
+    def access(self) -> StoreOptions:
+        """The options that the store is opened with: its own, or those of the process."""
+        return self.options or process_options()
+
+    def backend(self, *, patient: bool = True) -> Backend:
+        """Return the folder on its store; its errors are those of the system or of a client.
+
+        Raises:
+            SettingsError: An option is unknown, or there are no credentials.
+        """
         if self.is_local:
-            return local.open_disk(self.path)
-        if address.scheme_of(self.url) in _KNOWN:
-            return open_objects(self.url, access.current(), patient=patient and access.is_patient())
-        return open_foreign(self.url, access.current())
+            return local.LocalFolder(self.path)
+        client = open_client(self.url, self.access, patient=patient and waits_for_stores())
+        _, prefix = address.split(self.url)
+        folder = BucketFolder(client, prefix)
+        return folder if self.is_listable else WebFolder(folder)
 
     def exists(self) -> bool:
-        """Tell whether anything is there: a folder, or what is below a prefix."""
+        """Return whether anything is there: a folder, or objects below a prefix."""
         with naming(self, "read"):
             return self.backend().exists()
 
     def is_folder(self) -> bool:
-        """Tell whether there is anything below this address."""
+        """Return whether anything is below this address."""
         with naming(self, "read"):
             return self.backend().is_folder()
 
     def children(self) -> list[str]:
-        """Return the names of the folders and objects right below, sorted; none if there is no such folder.
+        """Return the names of the folders and objects right below, sorted.
 
-        Raises :class:`StoreError` on a web server, which lists nothing.
+        A folder that does not exist has none.
+
+        Raises:
+            StoreError: The store failed, or is a web server, which lists nothing.
         """
         with naming(self, "list"):
             return self.backend().children()
 
     def probe(self, kind: type[MegasegError] = SourceError) -> bool:
-        """Ask once whether anything is there, without the patience of later requests.
+        """Ask once whether anything is there, without waiting for a store that does not answer.
 
-        Raises ``kind`` if the request is wrong (no such bucket, access denied), and
-        :class:`StoreError` if the store does not answer.
+        Raises:
+            MegasegError: An error of ``kind``: the request is wrong (no such bucket, access denied).
+            StoreError: The store does not answer.
         """
         with naming(self, "read", kind):
             return self.backend(patient=False).exists()
 
     def require_readable(self) -> None:
-        """Raise :class:`SourceError` if nothing is there or it may not be read, :class:`StoreError` for no answer."""
+        """Require that something is here, asking once.
+
+        Raises:
+            SourceError: Nothing is here, or it may not be read.
+            StoreError: The store does not answer.
+        """
         if not self.probe():
-            raise SourceError(
-                f"{self} does not exist{self.hint()}; check the {'path' if self.is_local else 'address'}"
-            )
+            kind = "path" if self.is_local else "address"
+            raise SourceError(f"{self} does not exist{self.hint()}; check the {kind}")
 
     def hint(self) -> str:
-        """Return words about what is beside a local folder that is not there, if its name is nearly the same."""
+        """Return words about a sibling of nearly the same name, if this local folder is absent."""
         if not self.is_local or self.exists() or not self.parent.exists():
             return ""
-        beside = [name for name in self.parent.children() if not name.endswith(".run")]
-        found = closest(self.basename, beside)
-        return f" ({found} is there)" if found else ""
+        siblings = [name for name in self.parent.children() if not name.endswith(".run")]
+        similar = closest(self.basename, siblings)
+        return f" ({similar} is there)" if similar else ""
 
     def require_writable(self) -> None:
-        """Raise :class:`TargetError` if nothing could be created here and beside it; writes nothing that stays."""
+        """Require that objects can be created here and beside it; nothing stays of the trial.
+
+        Raises:
+            TargetError: They cannot, or the store cannot keep two runs apart.
+            StoreError: The store does not answer.
+        """
         if self.is_local:
             local.require_writable(self.path)
             return
@@ -159,98 +190,151 @@ class Location:
             raise TargetError(
                 f"{self} is a whole bucket; name a folder in it, such as {self}/cells.zarr"
             )
-        # The run folder stands beside the target.
-        name, folder = (
-            f"{self.basename}.megaseg-probe-{uuid.uuid4().hex[:8]}",
-            self.parent.backend(patient=False),
-        )
+        # The run folder lies beside the target.
+        folder = self.parent.backend(patient=False)
+        name = f"{self.basename}.megaseg-probe-{uuid.uuid4().hex[:8]}"
         with naming(self, "write", TargetError):
             created = [folder.create(name, b"") for _ in range(2)]
             folder.delete(name)
         if created != [True, False]:
             raise TargetError(
-                f"{self} is on a store that replaces what it is asked to create only if it is not there "
-                "(If-None-Match), so two runs could not be kept apart; choose another"
+                f"{self} is on a store that replaces an object where it is asked to create one only "
+                "if there is none (If-None-Match), so two runs could not be kept apart; choose "
+                "another"
             )
 
     # -- small objects
 
     def put(self, key: str, data: bytes, *, patient: bool = True) -> None:
-        """Write one object, whole or not at all. Without patience, a store that is silent is asked once."""
+        """Write one object, whole or not at all; without ``patient``, ask a silent store once.
+
+        Raises:
+            StoreError: The store failed.
+        """
         with naming(self / key, "write"):
             self.backend(patient=patient).put(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write one object unless there is one; tell whether it was written. Of several writers one succeeds."""
+        """Write one object unless it exists; return whether it was. Of several writers one succeeds.
+
+        Raises:
+            StoreError: The store failed.
+        """
         with naming(self / key, "write"):
             return self.backend().create(key, data)
 
     def delete(self, key: str) -> None:
-        """Remove one object; none there is no error."""
+        """Remove one object, if it exists.
+
+        Raises:
+            StoreError: The store failed.
+        """
         with naming(self / key, "remove"):
             self.backend().delete(key)
 
     def get(self, key: str, *, patient: bool = True) -> bytes | None:
-        """Read one object; ``None`` if there is none. Without patience, a store that is silent is asked once."""
+        """Read one object; ``None`` if it does not exist; without ``patient``, ask a silent store once.
+
+        Raises:
+            StoreError: The store failed.
+        """
         with naming(self / key, "read"):
             return self.backend(patient=patient).get(key)
 
     def size(self, key: str) -> int | None:
-        """Return the bytes of one object; ``None`` if there is none."""
+        """Return the bytes of one object; ``None`` if it does not exist.
+
+        Raises:
+            StoreError: The store failed.
+        """
         with naming(self / key, "read"):
             return self.backend().size(key)
 
     def head(self, key: str, n_bytes: int) -> bytes | None:
-        """Read the beginning of one object; ``None`` if there is none."""
-        return self.part(key, 0, n_bytes)
+        """Read the beginning of one object; ``None`` if it does not exist.
 
-    def part(self, key: str, start: int, stop: int) -> bytes | None:
-        """Read bytes ``start:stop`` of one object, fewer if it ends before; ``None`` if there is none."""
+        Raises:
+            StoreError: The store failed.
+        """
+        return self.get_range(key, 0, n_bytes)
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes | None:
+        """Read bytes ``start:stop`` of one object, fewer at its end; ``None`` if it is absent.
+
+        Raises:
+            StoreError: The store failed.
+        """
         with naming(self / key, "read"):
-            return self.backend().part(key, start, stop)
+            return self.backend().get_range(key, start, stop)
 
     def keys(self, prefix: str) -> list[str]:
-        """Return the keys below a folder, sorted."""
+        """Return the keys below a folder of this one, sorted.
+
+        Raises:
+            StoreError: The store failed.
+        """
         with naming(self / prefix, "list"):
             return self.backend().keys(prefix)
 
     def remove(self) -> None:
-        """Remove the folder and all below it; nothing there is no error."""
+        """Remove the folder and all below it, if it exists.
+
+        Raises:
+            StoreError: The store failed.
+        """
         with naming(self, "remove"):
             self.backend().remove()
 
     def sync(self) -> None:
-        """Flush what was written here to stable storage; an object store has done so when it answers."""
+        """Flush written objects to stable storage; an object store has done so when it answers.
+
+        Raises:
+            StoreError: The disk could not keep them.
+        """
         if self.is_local:
             with naming(self, "write"):
                 local.sync(self.path)
 
     def sweep_partial(self) -> int:
-        """Remove what interrupted writes of arrays left below a local folder; return how many there were."""
+        """Remove the files of interrupted writes below a local folder; return their number.
+
+        Raises:
+            StoreError: They cannot be removed.
+        """
+        if not self.is_local:
+            return 0
         with naming(self, "remove"):
-            return local.sweep_partial(self.path) if self.is_local else 0
+            return local.sweep_partial(self.path)
 
 
 @contextmanager
 def naming(location: Location, verb: str, kind: type[MegasegError] | None = None) -> Iterator[None]:
-    """Turn errors of a store into :class:`StoreError` that names URL, cause and next step.
+    """Turn errors of a store into :class:`StoreError` that names address, cause and next step.
 
-    An error of the request itself, which no repetition mends, becomes ``kind`` if that is given.
+    An error of the request itself, which no repetition helps, becomes ``kind`` if that is given.
     """
     try:
         yield
+    except MegasegError:
+        raise
     except Exception as error:
-        if isinstance(error, MegasegError) or not (
-            isinstance(error, OSError) or is_store_failure(error)
-        ):
+        if not (isinstance(error, OSError) or is_store_failure(error)):
             raise
-        # Whoever opens something knows best what it means that nothing is there.
+        # The caller who opens something knows best what it means that it is absent.
         if isinstance(error, FileNotFoundError) and verb == "open":
             raise
-        cause, line = explain(location.url, verb, error)
-        raise (kind if kind and cause.is_of_request else StoreError)(line) from error
+        cause, line = _explain(location, verb, error)
+        if kind is not None and cause.is_of_request:
+            raise kind(line) from error
+        raise StoreError(line) from error
 
 
 def store_error(location: Location, verb: str, error: BaseException) -> StoreError:
-    """Return the error that names URL, cause and next step."""
-    return StoreError(explain(location.url, verb, error)[1])
+    """Return the error that names address, cause and next step."""
+    _, line = _explain(location, verb, error)
+    return StoreError(line)
+
+
+def _explain(location: Location, verb: str, error: BaseException) -> tuple[Cause, str]:
+    anonymous = location.access.is_anonymous(location.url)
+    return explain(location.url, verb, error, anonymous=anonymous)

@@ -1,11 +1,9 @@
-"""A folder in an object store or on a web server, through obstore."""
+"""A folder in a bucket of S3 or Google, or in a container of Azure, through obstore."""
 
-import io
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import obstore
 import obstore.exceptions
@@ -13,28 +11,20 @@ import zarr.storage
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from megaseg_dask.stores.access import StoreOptions
-from megaseg_dask.stores.address import WEB, scheme_of, split
-from megaseg_dask.stores.backend import METADATA, Folder
-from megaseg_dask.stores.clients import Client, client_of
+from megaseg_dask.stores.access import Client
+from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.failures import require_bucket, understand
 
-_BULK = 1000
-_PASSES = 5
-
-_READ_ONLY = "http:// and https:// are for reading only; write to a folder, s3://, gs:// or az://"
-_NOT_LISTED = "a web server does not list what it has; name the image itself"
+_BATCH = 1000
+_MAX_PASSES = 5
 
 
-def open_objects(url: str, options: StoreOptions, *, patient: bool) -> Folder:
-    """Return a folder of a bucket, a container or a web server."""
-    root, prefix = split(url)
-    client = client_of(root, options, anonymous=options.is_anonymous(url), patient=patient)
-    return (_Web if scheme_of(url) in WEB else _Bucket)(client, prefix)
+class _ZarrObjects(zarr.storage.ObjectStore[Client]):
+    """Zarr's store of objects, in which denied metadata do not exist.
 
-
-class _ZarrObjects(zarr.storage.ObjectStore[Any]):
-    """Zarr looks for metadata by trying; S3 denies what is not there to those who may not list, which means no."""
+    Zarr looks for metadata by trying, and S3 denies absent objects to readers
+    who may not list.
+    """
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -48,14 +38,11 @@ class _ZarrObjects(zarr.storage.ObjectStore[Any]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Bucket:
-    """All keys of a bucket below a prefix."""
+class BucketFolder:
+    """All keys of a bucket below a prefix, a :class:`Backend`."""
 
     client: Client
     prefix: str
-
-    def _key(self, key: str) -> str:
-        return "/".join(filter(None, (self.prefix, key)))
 
     def put(self, key: str, data: bytes) -> None:
         obstore.put(self.client, self._key(key), data)
@@ -74,14 +61,15 @@ class _Bucket:
             require_bucket(error)
             return None
 
-    def part(self, key: str, start: int, stop: int) -> bytes | None:
-        # A range beyond the end of an object is an error.
+    def get_range(self, key: str, start: int, stop: int) -> bytes | None:
         size = self.size(key)
-        if size is None or start >= size:
-            return None if size is None else b""
-        return bytes(
-            obstore.get_range(self.client, self._key(key), start=start, end=min(stop, size))
-        )
+        if size is None:
+            return None
+        # A range beyond the end of an object is an error.
+        if start >= size:
+            return b""
+        stop = min(stop, size)
+        return bytes(obstore.get_range(self.client, self._key(key), start=start, end=stop))
 
     def size(self, key: str) -> int | None:
         try:
@@ -95,50 +83,41 @@ class _Bucket:
             obstore.delete(self.client, self._key(key))
 
     def keys(self, prefix: str) -> list[str]:
-        return sorted(
-            self._relative(path) for batch in self._batches(_BULK, prefix) for path in batch
-        )
-
-    def _batches(self, n: int, prefix: str = "") -> Iterator[list[str]]:
-        for batch in obstore.list(self.client, self._key(prefix) or None, chunk_size=n):
-            yield [str(entry["path"]) for entry in batch]
-
-    def _relative(self, path: str) -> str:
-        return path.removeprefix(self.prefix).lstrip("/")
+        keys: list[str] = []
+        for batch in self._iter_batches(_BATCH, prefix):
+            keys += map(self._relative, batch)
+        return sorted(keys)
 
     def children(self) -> list[str]:
-        found = obstore.list_with_delimiter(self.client, self.prefix or None)
-        paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+        listing = obstore.list_with_delimiter(self.client, self.prefix or None)
+        objects = [entry["path"] for entry in listing["objects"]]
+        names = set(map(self._relative, [*listing["common_prefixes"], *objects]))
         # An empty name is the mark of a folder that some tools make.
-        return sorted({name for name in map(self._relative, paths) if name})
+        return sorted(names - {""})
 
     def exists(self) -> bool:
         try:
             if self.is_folder():
                 return True
         except obstore.exceptions.BaseError as error:
-            # Who may not list may still read; if not, the refusal to list tells more than that of a HEAD, without text.
+            # Readers may be allowed to read and not to list. If they may not read either, the
+            # refusal to list tells more than that of a HEAD request, which has no text.
             if understand(error).kind == "denied" and any(map(self._is_readable, METADATA)):
                 return True
             raise
         return bool(self.prefix) and self.size("") is not None
 
-    def _is_readable(self, key: str) -> bool:
-        with suppress(obstore.exceptions.PermissionDeniedError):
-            return self.size(key) is not None
-        return False
-
     def is_folder(self) -> bool:
-        return any(self._batches(1))
+        return any(self._iter_batches(1))
 
     def remove(self) -> None:
-        for _ in range(_PASSES):
+        for _ in range(_MAX_PASSES):
             complete = True
-            for batch in self._batches(_BULK):
+            for batch in self._iter_batches(_BATCH):
                 try:
                     obstore.delete(self.client, batch)
                 except FileNotFoundError:
-                    # Somebody else removes the same objects, and Azure leaves the rest of the batch.
+                    # Another process removes the same objects, and Azure then leaves the rest.
                     complete = False
             if complete:
                 return
@@ -146,42 +125,17 @@ class _Bucket:
     def arrays(self, *, read_only: bool) -> zarr.storage.StoreLike:
         return zarr.storage.StorePath(_ZarrObjects(self.client, read_only=read_only), self.prefix)
 
+    def _key(self, key: str) -> str:
+        return "/".join(filter(None, (self.prefix, key)))
 
-class _Web(_Bucket):
-    """A folder on a web server: read by name; nothing is listed or written."""
+    def _relative(self, path: str) -> str:
+        return path.removeprefix(self.prefix).lstrip("/")
 
-    def put(self, key: str, data: bytes) -> None:
-        raise io.UnsupportedOperation(_READ_ONLY)
+    def _iter_batches(self, n: int, prefix: str = "") -> Iterator[list[str]]:
+        for batch in obstore.list(self.client, self._key(prefix) or None, chunk_size=n):
+            yield [str(entry["path"]) for entry in batch]
 
-    def create(self, key: str, data: bytes) -> bool:
-        raise io.UnsupportedOperation(_READ_ONLY)
-
-    def delete(self, key: str) -> None:
-        raise io.UnsupportedOperation(_READ_ONLY)
-
-    def remove(self) -> None:
-        raise io.UnsupportedOperation(_READ_ONLY)
-
-    def keys(self, prefix: str) -> list[str]:
-        raise io.UnsupportedOperation(_NOT_LISTED)
-
-    def children(self) -> list[str]:
-        raise io.UnsupportedOperation(_NOT_LISTED)
-
-    def part(self, key: str, start: int, stop: int) -> bytes | None:
-        try:
-            return super().part(key, start, stop)
-        except obstore.exceptions.NotSupportedError:
-            # A server that gives no parts gives the whole.
-            return (self.get(key) or b"")[start:stop]
-
-    def exists(self) -> bool:
-        if self.is_folder():
-            return True
+    def _is_readable(self, key: str) -> bool:
         with suppress(obstore.exceptions.PermissionDeniedError):
-            # Servers deny a folder that has no page to show.
-            return self.size("") is not None
+            return self.size(key) is not None
         return False
-
-    def is_folder(self) -> bool:
-        return any(self.size(name) is not None for name in METADATA)

@@ -16,7 +16,7 @@ from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.job_array import record_plans, run_tasks
-from megaseg_dask.stores import Location, cached_array
+from megaseg_dask.stores import Location, cached_array, clear_array_cache
 from tests.fixtures.images import blobs, write_image
 from tests.stores.conftest import _environment, folder, s3, s3_server  # noqa: F401
 
@@ -92,7 +92,7 @@ def test_a_run_asks_its_store_as_often_as_it_did(name, tmp_path, tiny_bundle, co
     [plan] = record_plans(str(source), target, settings)
     for again in range(1 + (name == "a finished run again")):
         engine.open_engine.cache_clear()
-        cached_array.cache_clear()
+        clear_array_cache()
         counts.update(dict.fromkeys(counts, 0))
         for stage in plan.stages:
             assert not run_tasks(plan, stage.name, range(stage.n_tasks)).failures, again

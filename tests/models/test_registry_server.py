@@ -16,7 +16,7 @@ from megaseg_dask.errors import BundleError, MegasegError, StoreError
 from megaseg_dask.models import cache, download, load_bundle, registry
 from megaseg_dask.models.cache import read_record
 from megaseg_dask.models.home import home as cache_home
-from megaseg_dask.stores import forget
+from megaseg_dask.stores import clear_store_caches
 from tests.fixtures.bundles import write_zip
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.relay import relay_to
@@ -56,7 +56,7 @@ def relay(bucket, tmp_path, monkeypatch):
         monkeypatch.setenv("MEGASEG_HOME", str(tmp_path / "home"))
         monkeypatch.delenv("MEGASEG_OFFLINE")
         monkeypatch.setattr(download, "PIECE_BYTES", PIECE)
-        forget()
+        clear_store_caches()
         yield relay
 
 

@@ -19,7 +19,7 @@ from megaseg_dask.errors import DataError, SourceError, StoreError
 from megaseg_dask.ngff.group import write_group
 from megaseg_dask.ngff.image import digest_of, image_attributes, read_image
 from megaseg_dask.ngff.volume import Volume, create_array
-from megaseg_dask.stores import Location, cached_array
+from megaseg_dask.stores import Location, clear_array_cache
 from tests.fixtures.images import blobs, write_image
 
 SHAPE = (9, 20, 17)
@@ -29,7 +29,7 @@ BLOSC = {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1}
 
 @pytest.fixture(autouse=True)
 def _fresh_cache():
-    cached_array.cache_clear()
+    clear_array_cache()
 
 
 def volume_of(path: Path, level: int = 0, t: int = 0, c: int = 0) -> Volume:
@@ -536,7 +536,7 @@ def stored_object(path: Path, options: dict) -> Path:
 
 
 def read_damaged(path: Path) -> np.ndarray:
-    cached_array.cache_clear()
+    clear_array_cache()
     return volume_of(path).read(Box((2, 3, 4), (9, 18, 17)))
 
 
@@ -684,7 +684,7 @@ def test_arrays_are_created_over_what_was_there(tmp_path, version):
     layout = write_layout(SHAPE, (4, 8, 8), sharded=version == "0.5")
     create_array(location, image, 0, "uint8", layout, version)
     Volume(location, image.axis_names).write(Box.of(SHAPE), np.ones(SHAPE, "uint8"))
-    cached_array.cache_clear()
+    clear_array_cache()
     create_array(location, image, 0, "float32", layout, version)
     values = Volume(location, image.axis_names).read(Box.of(SHAPE))
     assert values.dtype == "float32"

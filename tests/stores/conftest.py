@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from megaseg_dask.stores import StoreOptions, configure, forget
+from megaseg_dask.stores import StoreOptions, clear_store_caches, configure
 from tests.fixtures.servers import KEY, SECRET, S3Server, find_weed
 
 
@@ -17,10 +17,10 @@ def _environment(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-aws-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-aws-credentials"))
-    forget()
+    clear_store_caches()
     yield
     configure(StoreOptions())
-    forget()
+    clear_store_caches()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megaseg_dask.stores import Location, forget
+from megaseg_dask.stores import Location, clear_store_caches
 from megaseg_dask.tools.doctor.address import Finding, check_address
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.servers import range_server
@@ -52,7 +52,7 @@ def test_source_and_target_in_a_bucket(s3, folder, tmp_path):
 def test_what_is_wrong_has_its_next_step(s3, variables, address, expected, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    forget()
+    clear_store_caches()
     found, text = examine(address)
     assert found[-1].is_fatal
     assert expected in text

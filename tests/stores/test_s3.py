@@ -11,6 +11,7 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
+import megaseg_dask
 from megaseg_dask.algorithms.chunking import write_layout
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.errors import (
@@ -28,11 +29,13 @@ from megaseg_dask.stores import (
     Location,
     StoreOptions,
     cached_array,
+    clear_array_cache,
+    clear_store_caches,
     configure,
-    forget,
     open_array,
     zarr_store,
 )
+from megaseg_dask.stores.access import process_options
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.servers import KEY, READER_KEY, READER_SECRET, SECRET, free_port
 
@@ -203,7 +206,7 @@ def test_arrays_are_written_and_read_back(s3, folder, version, block, tmp_path):
     for _ in range(2):
         # The second time over what is there.
         create_array(location / "0", image, 0, "uint32", layout, version)
-        forget()
+        clear_store_caches()
         volume = Volume(location / "0", image.axis_names)
         assert not volume.read(Box.of(SHAPE)).any()
         for box in BlockGrid(SHAPE, block):
@@ -405,6 +408,24 @@ def test_a_public_bucket_is_read_without_credentials_and_nothing_else_is(
     )
 
 
+def test_an_image_opened_without_credentials_leaves_later_calls_alone(
+    s3_server, monkeypatch, tmp_path
+):
+    path = write_image(tmp_path / "image.zarr", blobs(SHAPE))
+    public = s3_server.upload(path, "public", "opened.zarr")
+    private = s3_server.upload(path, "private", "opened.zarr")
+    tree = megaseg_dask.open_image(public, anon=True, endpoint=s3_server.url)
+    assert process_options() == StoreOptions()
+    # Of this image alone, with the credentials and the endpoint of the process.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    assert read_image(Location.of(private)).axis_names == ("z", "y", "x")
+    Location.of(public).put("written", b"1")
+    configure(StoreOptions(endpoint="http://127.0.0.1:9", options=HASTY))
+    assert_array_equal(tree["0"]["image"].values, blobs(SHAPE))
+
+
 # -- options and processes
 
 
@@ -592,7 +613,7 @@ def test_a_bucket_that_vanishes_is_no_background(s3, options, tmp_path):
         location.get("zarr.json")
     with pytest.raises(StoreError, match="no such bucket"):
         location.keys("")
-    cached_array.cache_clear()
+    clear_array_cache()
     with pytest.raises(StoreError, match="not there any more"):
         volume.read(Box.of(SHAPE))
 

@@ -4,13 +4,14 @@ import ctypes
 import io
 import os
 import pickle
-import socket
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import tornado.web
 import zarr
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -21,13 +22,16 @@ from megaseg_dask.ngff.group import open_group, read_attributes, read_ome, write
 from megaseg_dask.stores import (
     Location,
     StoreOptions,
+    access,
     cached_array,
     cause_of,
+    clear_array_cache,
+    clear_store_caches,
     configure,
-    environment,
     open_array,
 )
-from megaseg_dask.stores.address import normalise
+from megaseg_dask.stores.address import normalize
+from tests.fixtures.servers import web_server
 
 ODD_NAMES = [
     "plain.zarr",
@@ -127,7 +131,7 @@ def test_addresses_that_cannot_be_opened_are_refused(address, words):
         Location.of(address)
     assert "hush" not in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert normalise("sftp://me@host/a/") == "sftp://me@host/a"
+    assert normalize("sftp://me@host/a/") == "sftp://me@host/a"
 
 
 @pytest.mark.parametrize(
@@ -271,7 +275,7 @@ def test_foreign_ome_attributes_of_another_type(tmp_path, ome):
 
 def test_arrays_are_opened_once_per_process(tmp_path):
     zarr.create_array(tmp_path / "a", shape=(4,), dtype="u1")
-    cached_array.cache_clear()
+    clear_array_cache()
     location = Location.of(tmp_path / "a")
     assert cached_array(location) is cached_array(Location.of(f"{tmp_path}/a/"))
     assert cached_array(location) is not cached_array(location, writable=True)
@@ -351,8 +355,8 @@ def test_options_of_the_command_line():
         "https://minio.example.org/", True, ["region=x", "az.endpoint=y=z"], "s3://b/in.zarr/"
     )
     assert options.endpoint == "https://minio.example.org"
-    assert options.of_scheme("s3://b/c") == {"region": "x"}
-    assert options.of_scheme("az://b/c") == {"region": "x", "endpoint": "y=z"}
+    assert options.for_scheme("s3://b/c") == {"region": "x"}
+    assert options.for_scheme("az://b/c") == {"region": "x", "endpoint": "y=z"}
     assert all(map(options.is_anonymous, ("s3://b/in.zarr", "s3://b/in.zarr/0")))
     assert not any(map(options.is_anonymous, ("s3://b/in.zarr.run", "s3://b", "/b/in.zarr")))
     assert StoreOptions.parse(anon=True).is_anonymous("s3://anything")
@@ -399,10 +403,22 @@ def bare(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     (tmp_path / ".aws").mkdir()
-    return tmp_path / ".aws"
+    clear_store_caches()
+    yield tmp_path / ".aws"
+    clear_store_caches()
 
 
 KEYS = "aws_access_key_id = id\naws_secret_access_key = hush\n"
+
+
+def s3_config(given=(), endpoint=None, anonymous=False):
+    return access.s3_config("b", dict(given), endpoint, anonymous=anonymous)
+
+
+def keys_of(config):
+    """What the login of a client gives."""
+    given = config["credential_provider"]()
+    return given["access_key_id"], given["secret_access_key"], given["token"]
 
 
 def test_keys_region_and_endpoint_come_from_the_profile(bare, monkeypatch):
@@ -412,53 +428,130 @@ def test_keys_region_and_endpoint_come_from_the_profile(bare, monkeypatch):
     (bare / "config").write_text(
         "[default]\nregion = eu-west-1\n[profile lab]\nendpoint_url = http://lab:9000\n"
     )
-    default = environment.s3_config("b", {}, "https://elsewhere", False)
-    assert (default["access_key_id"], default["region"], default["endpoint"]) == (
-        "id",
-        "eu-west-1",
-        "https://elsewhere",
-    )
+    default = s3_config(endpoint="https://elsewhere")
+    assert keys_of(default) == ("id", "hush", None)
+    assert (default["region"], default["endpoint"]) == ("eu-west-1", "https://elsewhere")
     monkeypatch.setenv("AWS_PROFILE", "lab")
-    lab = environment.s3_config("b", {}, None, False)
-    assert (lab["access_key_id"], lab["session_token"], lab["endpoint"]) == (
-        "lab",
-        "t",
-        "http://lab:9000",
-    )
-    assert lab["region"] == "us-east-1"
-    # Variables win, option by option.
+    clear_store_caches()
+    lab = s3_config()
+    assert keys_of(lab) == ("lab", "hush", "t")
+    assert (lab["region"], lab["endpoint"]) == ("us-east-1", "http://lab:9000")
+    # The environment comes first.
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
     monkeypatch.setenv("AWS_REGION", "eu-north-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://mine:9000")
-    mine = environment.s3_config("b", {}, None, False)
-    assert "access_key_id" not in mine
-    assert (mine["region"], mine["endpoint"]) == ("eu-north-1", "http://mine:9000")
-    assert environment.s3_config("b", {"region": "given"}, None, False)["region"] == "given"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://mine")
+    mine = s3_config()
+    assert "credential_provider" not in mine
+    assert (mine["region"], mine["endpoint"]) == ("eu-north-1", "http://mine")
+    assert s3_config({"region": "given"})["region"] == "given"
 
 
-def test_profiles_that_log_in_elsewhere_say_how(bare):
-    (bare / "config").write_text("[default]\nsso_session = lab\n")
-    with pytest.raises(SettingsError, match="aws configure export-credentials"):
-        environment.s3_config("b", {}, "http://x", False)
-    assert environment.s3_config("b", {}, "http://x", True)["skip_signature"] is True
+def test_the_endpoint_of_a_service_comes_from_the_profile(bare):
+    (bare / "config").write_text(
+        f"[default]\n{KEYS}services = lab\n[services lab]\ns3 =\n  endpoint_url = http://lab:9000\n"
+    )
+    assert s3_config()["endpoint"] == "http://lab:9000"
+
+
+def test_a_profile_logs_in_by_a_program(bare):
+    program = bare / "login.json"
+    program.write_text('{"Version": 1, "AccessKeyId": "id", "SecretAccessKey": "hush"}')
+    (bare / "config").write_text(f"[default]\ncredential_process = cat {program}\n")
+    assert keys_of(s3_config(endpoint="http://x")) == ("id", "hush", None)
+
+
+def test_a_role_is_assumed(bare, monkeypatch):
+    (bare / "config").write_text(
+        "[profile lab]\nrole_arn = arn:aws:iam::1:role/reader\nsource_profile = me\n"
+        f"region = eu-west-1\n[profile me]\n{KEYS}"
+    )
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    with web_server([(r"/", _Roles)]) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", url)
+        assert keys_of(s3_config(endpoint="http://x")) == ("role", "hush", "token")
+
+
+class _Roles(tornado.web.RequestHandler):
+    """AWS's service that lends roles."""
+
+    def post(self) -> None:
+        assert self.get_argument("RoleArn") == "arn:aws:iam::1:role/reader"
+        self.write(
+            "<AssumeRoleResponse><AssumeRoleResult><Credentials><AccessKeyId>role</AccessKeyId>"
+            "<SecretAccessKey>hush</SecretAccessKey><SessionToken>token</SessionToken>"
+            "<Expiration>2999-01-01T00:00:00Z</Expiration></Credentials></AssumeRoleResult>"
+            "</AssumeRoleResponse>"
+        )
+
+
+def test_a_login_that_ended_says_so(bare):
+    (bare / "config").write_text(
+        "[default]\nsso_session = lab\nsso_account_id = 1\nsso_role_name = reader\n"
+        "[sso-session lab]\nsso_region = eu-west-1\nsso_start_url = https://lab.awsapps.com/start\n"
+    )
+    words = r"no credentials were found: .*SSO.*; log in again, set AWS_ACCESS_KEY_ID .*--anon"
+    with pytest.raises(SettingsError, match=words) as caught:
+        s3_config(endpoint="http://x")
+    assert "\n" not in str(caught.value)
+    assert s3_config(endpoint="http://x", anonymous=True)["skip_signature"] is True
 
 
 @pytest.mark.parametrize("text", ["[default\n", "\0", "region = x"])
-def test_broken_profiles_are_passed_over(bare, text):
+def test_broken_profiles_are_named(bare, text):
     (bare / "credentials").write_text(text)
-    with pytest.raises(SettingsError, match="no credentials were found"):
-        environment.s3_config("b", {}, "http://x", False)
+    with pytest.raises(SettingsError, match=r"\.aws/credentials; check AWS_PROFILE"):
+        s3_config(endpoint="http://x")
+
+
+def test_a_profile_that_does_not_exist_is_named(bare, monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    with pytest.raises(SettingsError, match=r"\(absent\) could not be found; check AWS_PROFILE"):
+        s3_config(endpoint="http://x")
 
 
 def test_a_virtual_machine_gives_its_own_credentials(bare, monkeypatch):
-    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
-    with socket.socket() as service:
-        service.bind(("127.0.0.1", 0))
-        service.listen()
-        monkeypatch.setattr(environment, "_METADATA_SERVICE", service.getsockname())
-        assert "access_key_id" not in environment.s3_config("b", {}, "http://x", False)
     with pytest.raises(SettingsError, match=r"set AWS_ACCESS_KEY_ID .* or pass --anon"):
-        environment.s3_config("b", {}, "http://x", False)
+        s3_config(endpoint="http://x")
+    monkeypatch.delenv("AWS_EC2_METADATA_DISABLED")
+    clear_store_caches()
+    with web_server([(r"/(.*)", _Machine)]) as url:
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", url)
+        assert keys_of(s3_config(endpoint="http://x")) == ("machine", "hush", "token")
+
+
+class _Machine(tornado.web.RequestHandler):
+    """AWS's service that tells a virtual machine who it is."""
+
+    def put(self, _: str) -> None:
+        self.write("session")
+
+    def get(self, path: str) -> None:
+        if path.endswith("/security-credentials/"):
+            self.write("reader")
+            return
+        self.write(
+            {
+                "Code": "Success",
+                "AccessKeyId": "machine",
+                "SecretAccessKey": "hush",
+                "Token": "token",
+                "Expiration": "2999-01-01T00:00:00Z",
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "extra"),
+    [
+        (lambda: access.azure_config("c", "account", {}, None, anonymous=False), "azure"),
+        (lambda: access.google_config("b", {}, None, anonymous=False), "gcs"),
+    ],
+)
+def test_a_library_that_logs_in_is_named_where_it_is_missing(bare, monkeypatch, make, extra):
+    for name in ("azure.identity", "google.auth"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SettingsError, match=rf"pip install 'megaseg-dask\[{extra}\]'.*--anon"):
+        make()
 
 
 @pytest.mark.parametrize("status", [200, 301, 403])
@@ -475,12 +568,12 @@ def test_aws_is_asked_for_the_region_of_a_bucket(bare, monkeypatch, status):
         return Answer()
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    environment._region_of.cache_clear()
+    clear_store_caches()
     for _ in range(2):
-        assert environment.s3_config("images", {}, None, True)["region"] == "eu-west-3"
+        assert access.s3_config("images", {}, None, anonymous=True)["region"] == "eu-west-3"
     assert asked == [("HEAD", "https://s3.amazonaws.com/images")]
-    assert environment.s3_config("images", {}, "http://minio", True)["region"] == "us-east-1"
-    environment._region_of.cache_clear()
+    assert s3_config(endpoint="http://minio", anonymous=True)["region"] == "us-east-1"
+    clear_store_caches()
 
 
 # -- writable or not

@@ -25,7 +25,7 @@ from megaseg_dask.run.target.publish import (
     provenance_by,
 )
 from megaseg_dask.run.workspace import SUMS, WORK, groups, groups_of, images, places
-from megaseg_dask.stores import METADATA, Location, cached_array, naming
+from megaseg_dask.stores import METADATA, Location, clear_array_cache, naming
 
 PLAN = "plan.json"
 
@@ -233,7 +233,7 @@ def _folders(group: Location) -> set[str]:
 
 def create(plan: Plan) -> None:
     """Create groups and empty arrays of all outputs; until they are published the groups carry the run's mark alone."""
-    cached_array.cache_clear()
+    clear_array_cache()
     mark, version = {PROVENANCE: mark_of(plan)}, plan.target_image.version
     if is_whole_plate(plan):
         list_fields(plan, own=False)

@@ -23,7 +23,7 @@ from megaseg_dask.plan.stages import Stage
 from megaseg_dask.run.state import TaskSummary
 from megaseg_dask.run.tasks.process_memory import peak_bytes, release, reset_peak
 from megaseg_dask.run.workspace import holding
-from megaseg_dask.stores import Location, cached_array
+from megaseg_dask.stores import Location, clear_array_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Outcome:
 def load_plan(run: Location, fingerprint: str) -> Plan:
     """Read the plan of a run, once per process; raises :class:`TaskError` if it is another by now."""
     # Arrays of an earlier run may have been replaced by others at the same place.
-    cached_array.cache_clear()
+    clear_array_cache()
     plan = Plan.model_validate_json(run.get("plan.json") or b"{}")
     if plan.fingerprint != fingerprint:
         raise TaskError(f"{run}/plan.json was replaced by another plan while this run was going on")

@@ -224,7 +224,7 @@ def _read(location: Location, key: str, range_header: str) -> _Reply:
     start, stop = _resolve_range(match[1], match[2], size)
     if start >= stop:
         return _Reply(416, headers={"Content-Range": f"bytes */{size}"})
-    data = location.part(name, start, stop)
+    data = location.get_range(name, start, stop)
     if data is None:
         return _MISSING
     return _Reply(206, data, {**_BYTES, "Content-Range": f"bytes {start}-{stop - 1}/{size}"})
