@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.field import PUBLISHED_SHAPE, write_untrained
 from benchmarks.machine import describe, keep
 from benchmarks.scale import write_series
-from megaseg_dask.algorithms.blending import window
 from megaseg_dask.algorithms.geometry import Box, PatchGrid, Shape
 from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.events import Event, Progress
-from megaseg_dask.inference.engine import Preparation
+from megaseg_dask.inference.block import Block, Patches, Preparation
+from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.pytorch import DeviceEngine
 from megaseg_dask.models import Bundle, NetworkSpec
 from megaseg_dask.models.build import build_network
@@ -100,14 +100,15 @@ def measure_field(
     """Return seconds of one field from host to host: the first one, and the quickest of those that follow."""
     image = simulate(0, size.field).image[None]
     grid = PatchGrid(size.field, size.patch, (overlap,) * 3)
-    weights, core = window(size.patch), Box.of(size.field)
+    core = Box.of(size.field)
     prepare = Preparation(
         (Step("zscore"),), (Normalization(float(image.mean()), float(image.std())),)
     )
 
     def run(engine: DeviceEngine, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        (found,) = engine.predict_block(image, core, grid, prepare, batch, weights)
-        return found.stored("uint8"), found.above(0.5)
+        patches = Patches(grid, batch=batch)
+        (output,) = engine.predict_block(Block(core, image, patches, prepare))
+        return output.scores("uint8"), output.mask(0.5)
 
     exact, mask = run(open_engine(bundle, size, "fp32"), 1)
     steady: dict[int, float] = {}
@@ -136,11 +137,19 @@ def measure_field(
     }
 
 
+class CompiledEngine(DeviceEngine):
+    """An engine whose network is compiled for its shapes."""
+
+    def __init__(self, bundle: Bundle, spec: EngineSpec) -> None:
+        """Build and compile the network."""
+        super().__init__(bundle, spec)
+        self._network = torch.compile(self._network, dynamic=False)
+
+
 def open_engine(bundle: Bundle, size: Size, precision: str, compiled: bool = False) -> DeviceEngine:
     """Return an engine whose blocks stay on the device."""
-    return DeviceEngine(
-        bundle, device=size.device, precision=precision, threads=1, compiled=compiled
-    )
+    kind = CompiledEngine if compiled else DeviceEngine
+    return kind(bundle, EngineSpec("torch", size.device, precision, threads=1))
 
 
 def measure_peak(size: Size) -> float:

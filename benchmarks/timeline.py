@@ -38,21 +38,18 @@ plan.TASKS_AT_ONCE["cpu"] = {n_tasks}
 MASK = np.load({mask!r}).view(np.uint8)
 
 
-class Stored:
-    def __init__(self, mask):
-        self.mask = mask
+class Simulated:
+    def scores(self, dtype):
+        return MASK * np.uint8(255)
 
-    def stored(self, dtype):
-        return self.mask * np.uint8(255)
-
-    def above(self, threshold):
-        return self.mask
+    def mask(self, threshold):
+        return MASK
 
 
 class SleepingEngine(pytorch.TorchEngine):
-    def predict_block(self, values, core, grid, prepare, batch, weights):
+    def predict_block(self, block):
         time.sleep({field_s})
-        return [Stored(MASK)]
+        return [Simulated()]
 
 
 pytorch.TorchEngine = SleepingEngine

@@ -7,10 +7,8 @@ graph holds every block; for whole plates and terabytes there is `segment`.
 """
 
 import math
-import threading
 import uuid
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +22,6 @@ from dask.graph_manipulation import clone
 from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
-from megaseg_dask.algorithms.blending import sigmoid
 from megaseg_dask.algorithms.chunking import iter_block_shapes
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid, Shape
 from megaseg_dask.algorithms.normalization import (
@@ -35,19 +32,14 @@ from megaseg_dask.algorithms.normalization import (
     merge_statistics,
 )
 from megaseg_dask.errors import BundleError, SourceError
-from megaseg_dask.inference.engine import (
-    EngineSpec,
-    ModelRef,
-    Preparation,
-    open_engine,
-    predict_block,
-    resolve_engine,
-)
+from megaseg_dask.inference.block import Block, Patches, Preparation
+from megaseg_dask.inference.engine import EngineSpec, open_engine, resolve_engine
+from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import SPATIAL, Image, read_image
 from megaseg_dask.ngff.volume import Volume
-from megaseg_dask.plan.planner import open_models
+from megaseg_dask.plan.planner import open_models, requested_engine
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.stores import Location, StoreOptions, cached_array, clear_array_cache
 
@@ -58,9 +50,6 @@ Float32 = NDArray[np.float32]
 _BLOCK_BYTES = 256 * 2**20
 # A shard above this size is read chunk by chunk: who looks at one plane should not wait for gigabytes.
 _CHUNK_BYTES = 128 * 2**20
-
-# A forward pass has all threads of the engine, or the GPU: two at a time would share them and hold twice the memory.
-_ENGINE = threading.Lock()
 
 
 # -- images
@@ -203,18 +192,23 @@ def predict(
             f"{ref.name} takes {ref.in_channels} channels and has {len(ref.outputs)} outputs; predict() "
             "is for one of each, segment() for any"
         )
-    spec = resolve_engine(
-        **{name: getattr(options, name) for name in EngineSpec.__dataclass_fields__}
-    )
+    spec = resolve_engine(requested_engine(options))
     assert isinstance(options.patch, tuple)
     assert options.overlap is not None
     grid = PatchGrid(array.shape[-3:], options.patch, options.overlap)
+    patches = Patches(grid, ref.window, options.batch or 1)
     blocks = BlockGrid(grid.volume_shape, options.block or _choose_block(grid))
     # What is read for the statistics would otherwise stay in memory until the last block is predicted.
     measured = clone(array) if image.chunks is not None and len(blocks) > 1 else array
-    predict_volume = partial(_predict_volume, blocks=blocks, grid=grid, model=ref, engine=spec)
+    predict_volume = partial(
+        _predict_volume, blocks=blocks, patches=patches, model=ref, engine=spec
+    )
     scores = _predict_each(array, measured, predict_volume)
-    attributes = {"model": ref.name, "model_digest": ref.digest, "engine": str(asdict(spec))}
+    attributes = {
+        "model": ref.name,
+        "model_digest": ref.digest,
+        "engine": str(spec.record(patches.batch)),
+    }
     return xarray.DataArray(scores, image.coords, order, "scores", attributes).transpose(
         *image.dims
     )
@@ -273,13 +267,14 @@ def _predict_volume(
     volume: Any,
     measured: Any,
     blocks: BlockGrid,
-    grid: PatchGrid,
+    patches: Patches,
     model: ModelRef,
     engine: EngineSpec,
 ) -> Any:
     """Return the scores of one volume; a graph of one task for each part of the statistics, and for each block."""
-    name = f"predict-{tokenize(volume.name, blocks, grid, model.digest, engine)}"
+    name = f"predict-{tokenize(volume.name, blocks, patches, model.digest, engine)}"
     parts = measured.rechunk(PARTITION_SHAPE)
+    grid = patches.grid
     partition = BlockGrid(grid.volume_shape, PARTITION_SHAPE)
     hulls = [volume[grid.read_box(core).slices].rechunk(-1) for core in blocks]
     tasks: dict[Any, Any] = {
@@ -288,7 +283,7 @@ def _predict_volume(
     }
     # In grid order, on which the last bit of the statistics of floats depends.
     tasks[f"{name}-normalise"] = (_merge, list(tasks))
-    predict_core = partial(_predict_core, grid=grid, model=model, engine=engine)
+    predict_core = partial(_predict_core, patches=patches, model=model, engine=engine)
     for i, (core, hull) in enumerate(zip(blocks, hulls, strict=True)):
         tasks[name, *blocks.position(i)] = (
             predict_core,
@@ -310,14 +305,11 @@ def _predict_core(
     normalisation: Normalization,
     core: Box,
     *,
-    grid: PatchGrid,
+    patches: Patches,
     model: ModelRef,
     engine: EngineSpec,
 ) -> Float32:
-    with _ENGINE:
-        network = open_engine(model, engine)
-        prepare = Preparation(model.steps, (normalisation,))
-        (logits,) = predict_block(
-            values[None], core, grid, prepare, network, batch=engine.batch, window_mode=model.window
-        )
-    return sigmoid(logits)
+    block = Block(core, values[None], patches, Preparation(model.steps, (normalisation,)))
+    with open_engine(model, engine) as network:
+        (output,) = network.predict_block(block)
+        return output.scores("float32")

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import megaseg_dask
 from megaseg_dask import lazy
 from megaseg_dask.errors import BundleError, DataError, SettingsError, SourceError
-from megaseg_dask.inference import engine
+from megaseg_dask.inference.engine import close_engine
 from megaseg_dask.inference.pytorch import TorchEngine
 from megaseg_dask.ngff.volume import Volume
 from tests.fixtures.images import blobs, write_image
@@ -51,7 +51,7 @@ def counted(monkeypatch):
     monkeypatch.setattr(lazy, "measure", measure)
     monkeypatch.setattr(lazy, "_merge", merge)
     monkeypatch.setattr(TorchEngine, "__call__", forward)
-    engine.open_engine.cache_clear()
+    close_engine()
     return counts
 
 

@@ -10,30 +10,13 @@ stage, the declaration of the stages says (:mod:`megaseg_dask.plan.stages`).
 from dataclasses import dataclass
 
 from megaseg_dask.algorithms.components import join_bytes
-from megaseg_dask.algorithms.geometry import Box, Shape
-from megaseg_dask.inference.engine import EngineSpec, ModelRef
+from megaseg_dask.inference.engine import ENGINES, EngineSpec, Forward
 
 # Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, before it has done anything.
 IDLE_BYTES = 760 * 10**6
 
 # Share of a machine's memory that workers may plan with; the rest is the client's and the system's.
 BUDGET_SHARE = 0.8
-
-# Float32 feature maps of a patch at full resolution that a DynUNet's forward pass holds at its
-# peak on CPU: skip connection, concatenation, residual, convolution buffers and what the heap
-# loses between them. Measured 9 to 11.
-_FEATURE_MAPS = 12
-# oneDNN stores channels in blocks of 16, also where there are fewer.
-_CHANNEL_BLOCK = 16
-# Compiled kernels and scratch space of a forward pass, whatever its size.
-_FORWARD_BYTES = 250 * 10**6
-
-# OpenVINO plans its buffers: 4 maps per filter at full resolution, the weights as they were and
-# repacked, and kernels. It keeps all of it from one pass to the next. Measured with filters from
-# 4 to 32.
-_OPENVINO_MAPS = 5
-_OPENVINO_WEIGHTS = 3
-_OPENVINO_BYTES = 100 * 10**6
 
 # The join holds fragments, not voxels. How many there are only the data know: an estimate, from a
 # small nucleus.
@@ -102,56 +85,16 @@ class EngineBytes:
     forward: int
 
     @classmethod
-    def of(
-        cls,
-        model: ModelRef,
-        engine: EngineSpec,
-        patch_shape: Shape,
-        first_filters: int,
-        n_parameters: int,
-    ) -> "EngineBytes":
-        """Return the memory of a model's networks, of ``n_parameters`` together."""
-        if engine.engine == "openvino":
-            kept = _openvino_bytes(model, engine, patch_shape, first_filters, n_parameters)
-            return cls(kept, 0)
-        kept = 4 * n_parameters
+    def of(cls, engine: EngineSpec, forward: Forward) -> "EngineBytes":
+        """Return the memory of an engine that makes such forward passes."""
+        memory = ENGINES[engine.engine].memory
+        n_bytes = memory.forward_bytes(forward)
+        if memory.is_kept:
+            return cls(n_bytes, 0)
+        weights = 4 * forward.n_parameters
         if engine.device != "cpu":
-            return cls(kept, 0)
-        filters = max(first_filters, len(model.outputs), _CHANNEL_BLOCK)
-        maps = _FEATURE_MAPS * filters + _end_maps(model, engine)
-        return cls(kept, kept + _map_bytes(engine, patch_shape) * maps + _FORWARD_BYTES)
-
-
-def _openvino_bytes(
-    model: ModelRef,
-    engine: EngineSpec,
-    patch_shape: Shape,
-    first_filters: int,
-    n_parameters: int,
-) -> int:
-    # Heads with layers of their own have as many maps as the backbone has outputs.
-    filters = max(first_filters, len(model.outputs))
-    ends = model.in_channels + len(model.outputs)
-    n_models = len(model.bundles)
-    # Each network keeps its own.
-    maps = n_models * (_OPENVINO_MAPS * filters + ends) + _averaging_maps(model, engine)
-    weights = 4 * n_parameters * _OPENVINO_WEIGHTS
-    return _map_bytes(engine, patch_shape) * maps + weights + n_models * _OPENVINO_BYTES
-
-
-def _map_bytes(engine: EngineSpec, patch_shape: Shape) -> int:
-    return 4 * Box.of(patch_shape).size * engine.batch
-
-
-def _end_maps(model: ModelRef, engine: EngineSpec) -> int:
-    return model.in_channels + len(model.outputs) + _averaging_maps(model, engine)
-
-
-def _averaging_maps(model: ModelRef, engine: EngineSpec) -> int:
-    """Mirrored patches, and beside the logits of a pass their sum, the next sum and a mirror image."""
-    if not engine.tta and len(model.bundles) == 1:
-        return 0
-    return model.in_channels + 3 * len(model.outputs)
+            return cls(weights, 0)
+        return cls(weights, n_bytes)
 
 
 # -- of each stage
@@ -170,7 +113,9 @@ def segment_bytes(sizes: Sizes) -> int:
     blended += sizes.logits_bytes + core * 12 + sizes.decoded_bytes
     if sizes.finds_threshold:
         blended += core * 4
-    return blended + max(sizes.forward_bytes, core * (4 + sizes.scores_bytes))
+    # Scores and a mask of all outputs, beside the logits.
+    written = max(4 + sizes.scores_bytes, sizes.n_outputs * (sizes.scores_bytes + 1))
+    return blended + max(sizes.forward_bytes, core * written)
 
 
 def histogram_bytes(sizes: Sizes) -> int:
@@ -247,6 +192,7 @@ def whole_volume_bytes(sizes: Sizes) -> int:
         predicting += holes_bytes(sizes)
     labelling = label_bytes(sizes) + relabel_bytes(sizes)
     if sizes.n_outputs > 1:
-        # One output after the other is labelled, beside the logits of all.
-        labelling += sizes.logits_bytes
+        # One output after the other is labelled, beside the scores, and mask or logits, of all.
+        kept = sizes.scores_bytes + (4 if sizes.finds_threshold else 1)
+        labelling += core * sizes.n_outputs * max(4, kept)
     return volume + max(predicting, labelling) + _MEASURING_BYTES

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from typing import Annotated, NamedTuple
@@ -22,7 +22,8 @@ from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid, Shape
 from megaseg_dask.algorithms.normalization import PARTITION_SHAPE
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.inference.engine import EngineSpec, ModelRef
+from megaseg_dask.inference.engine import EngineSpec, Forward
+from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.plate import Plate
 from megaseg_dask.plan import stages
@@ -94,6 +95,7 @@ class Plan(BaseModel):
     plate: Plate | None = None
     model: ModelRef
     engine: EngineSpec
+    batch: int
     options: Settings
     memory_bytes: int
     n_parameters: int
@@ -274,13 +276,7 @@ class Plan(BaseModel):
     @cached_property
     def projected_bytes(self) -> dict[str, int]:
         """Peak memory of a worker in each stage; the stages of all levels are one."""
-        engine = EngineBytes.of(
-            self.model,
-            self.engine,
-            self.patch_grid.patch_shape,
-            self.first_filters,
-            self.n_parameters,
-        )
+        engine = EngineBytes.of(self.engine, self._forward())
         sizes = self._sizes(engine.forward)
         is_one_block = sizes.core_voxels == sizes.volume_voxels
         of_tasks = stages.project(sizes, self.options, is_one_block=is_one_block)
@@ -298,6 +294,21 @@ class Plan(BaseModel):
             if earlier == stage.declared:
                 break
         return n_bytes
+
+    def _forward(self) -> Forward:
+        n_models = len(self.model.bundles)
+        n_outputs = len(self.model.outputs)
+        return Forward(
+            patch_voxels=math.prod(self.patch_grid.patch_shape),
+            batch=self.batch,
+            # Heads with layers of their own have as many maps as the backbone has outputs.
+            n_filters=max(self.first_filters, n_outputs),
+            n_inputs=self.model.in_channels,
+            n_outputs=n_outputs,
+            n_models=n_models,
+            n_parameters=self.n_parameters,
+            is_averaged=self.engine.tta or n_models > 1,
+        )
 
     def _sizes(self, forward_bytes: int) -> Sizes:
         settings = self.options
@@ -367,7 +378,7 @@ class Plan(BaseModel):
                 "parameters": self.n_parameters,
                 "outputs": self.model.outputs,
             },
-            "engine": asdict(self.engine),
+            "engine": self.engine.record(self.batch),
             "patch_shape": self.options.patch,
             "overlap": self.options.overlap,
             "patches": n_patches,

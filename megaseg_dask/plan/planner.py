@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,9 @@ import psutil
 from megaseg_dask.algorithms.chunking import iter_block_shapes
 from megaseg_dask.algorithms.geometry import Box, Shape, cheapest_patch
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
-from megaseg_dask.inference.engine import EngineSpec, ModelRef, resolve_engine, with_quickest_batch
+from megaseg_dask.inference.calibration import quickest_batch
+from megaseg_dask.inference.engine import EngineRequest, resolve_engine
+from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.models.registry import describe
@@ -78,13 +80,12 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     settings, model, bundles = open_models(settings, image.volume_shape())
     inputs = _choose_inputs(channels, model.in_channels, settings.channel, where)
     names = _target_names(image, inputs, model.outputs)
-    engine = resolve_engine(
-        **{name: getattr(settings, name) for name in EngineSpec.__dataclass_fields__}
-    )
+    engine = resolve_engine(requested_engine(settings))
+    batch = settings.batch or 1
     if engine.device == "cuda" and settings.batch is None:
         assert isinstance(settings.patch, tuple)
-        engine = with_quickest_batch(model, engine, settings.patch)
-    settings = settings.filled(asdict(engine))
+        batch = quickest_batch(model, engine, settings.patch)
+    settings = settings.filled(engine.record(batch))
     assert settings.overlap is not None
     plan = Plan(
         source=where,
@@ -115,6 +116,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
         plate=plate,
         model=model,
         engine=engine,
+        batch=batch,
         # By index: a name may be given to another channel later.
         options=settings.recorded().model_copy(
             update={"channel": ",".join(map(str, channels)), "time": (first, stop)}
@@ -128,6 +130,17 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
         plan = choose_block(plan)
     require_memory(plan)
     return plan
+
+
+def requested_engine(settings: Settings) -> EngineRequest:
+    """Return what settings ask of the engine."""
+    return EngineRequest(
+        engine=settings.engine,
+        device=settings.device,
+        precision=settings.precision,
+        threads=settings.threads,
+        tta=settings.tta,
+    )
 
 
 def open_models(

@@ -23,6 +23,7 @@ from pydantic import (
 
 from megaseg_dask.algorithms.threshold_methods import METHODS
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.inference.engine import EngineName
 from megaseg_dask.messages import closest
 from megaseg_dask.plan.parsing import (
     parse_bytes,
@@ -164,7 +165,7 @@ class Settings(BaseModel):
         "F",
         result=True,
     )
-    engine: Literal["auto", "torch", "openvino"] = _option(
+    engine: Literal["auto", EngineName] = _option(
         NETWORK,
         "auto",
         "What runs the network; auto is torch on a GPU, and on a CPU openvino if it is installed.",

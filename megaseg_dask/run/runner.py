@@ -18,7 +18,7 @@ from typing import Any
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import MegasegError, SettingsError, TargetError
 from megaseg_dask.events import Event, Failure, Result, RunStatus, Started
-from megaseg_dask.inference.engine import measure_patch_s
+from megaseg_dask.inference.calibration import measure_patch_s
 from megaseg_dask.models.registry import reporting
 from megaseg_dask.plan.plan import Plan, run_names, runs_folder
 from megaseg_dask.plan.planner import make_plan
@@ -102,7 +102,7 @@ def store_options(source: str | None, settings: Settings) -> StoreOptions:
 def estimate_time(plan: Plan) -> dict[str, Any]:
     """Return seconds of a patch, from forward passes on this machine, and of all patches on one worker like it."""
     try:
-        patch_s = measure_patch_s(plan.model, plan.engine, plan.patch_grid.patch_shape)
+        patch_s = measure_patch_s(plan.model, plan.engine, plan.batch, plan.patch_grid.patch_shape)
     except MegasegError as error:
         return {"patch_s": None, "projected_s": None, "time_unknown": str(error)}
     n_patches = plan.patch_grid.count_predicted(plan.block_shape) * len(plan.volumes)
@@ -413,7 +413,7 @@ def _doubts(plan: Plan, states: list[VolumeState | None], journal: Journal) -> l
     if shrunk:
         doubts.append(
             f"a device ran out of memory: {len(shrunk)} tasks went in batches down to "
-            f"{min(shrunk)}, not {plan.engine.batch}, which may change the last bits; "
+            f"{min(shrunk)}, not {plan.batch}, which may change the last bits; "
             "choose a smaller --batch"
         )
     return doubts

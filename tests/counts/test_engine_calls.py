@@ -6,7 +6,7 @@ import time
 import pytest
 import zarr
 
-from megaseg_dask.inference import engine
+from megaseg_dask.inference.engine import close_engine
 from megaseg_dask.inference.pytorch import TorchEngine
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
@@ -33,7 +33,7 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(TorchEngine, "__call__", count)
     monkeypatch.setattr(Volume, "read", read)
-    engine.open_engine.cache_clear()
+    close_engine()
     return counts
 
 

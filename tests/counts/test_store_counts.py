@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from zarr.storage import LocalStore, ObjectStore
 
-from megaseg_dask.inference import engine
+from megaseg_dask.inference.engine import close_engine
 from megaseg_dask.inference.pytorch import TorchEngine
 from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.ngff.volume import Volume
@@ -91,7 +91,7 @@ def test_a_run_asks_its_store_as_often_as_it_did(name, tmp_path, tiny_bundle, co
     )
     [plan] = record_plans(str(source), target, settings)
     for again in range(1 + (name == "a finished run again")):
-        engine.open_engine.cache_clear()
+        close_engine()
         clear_array_cache()
         counts.update(dict.fromkeys(counts, 0))
         for stage in plan.stages:

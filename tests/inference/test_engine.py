@@ -6,6 +6,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from megaseg_dask.errors import EngineError
+from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.pytorch import TorchEngine
 from megaseg_dask.models import load_bundle
 
@@ -26,7 +27,7 @@ class SmallDevice(torch.nn.Module):
 
 @pytest.fixture
 def engine(tiny_bundle) -> TorchEngine:
-    return TorchEngine(load_bundle(tiny_bundle), device="cpu", precision="fp32", threads=1)
+    return TorchEngine(load_bundle(tiny_bundle), EngineSpec("torch", "cpu", "fp32", threads=1))
 
 
 def test_a_batch_that_does_not_fit_goes_in_parts_and_is_remembered(engine):

@@ -7,14 +7,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from megaseg_dask.algorithms.blending import sigmoid, window
+from megaseg_dask.algorithms.blending import sigmoid
 from megaseg_dask.algorithms.geometry import BlockGrid, PatchGrid
 from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.errors import EngineError
-from megaseg_dask.inference import engine
-from megaseg_dask.inference.engine import Preparation, predict_block
+from megaseg_dask.inference import calibration, engine
+from megaseg_dask.inference.block import Block, Patches, Preparation
+from megaseg_dask.inference.engine import EngineSpec, close_engine
+from megaseg_dask.inference.ensemble import BundleRef, ModelRef
 from megaseg_dask.inference.pytorch import DeviceEngine, TorchEngine
 from megaseg_dask.models import load_bundle
 from megaseg_dask.models.cytodl.transforms import Step
@@ -24,10 +27,10 @@ from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.job_array import record_plans
 from megaseg_dask.run.tasks import worker
-from megaseg_dask.run.tasks.scores import as_stored
 from tests.fixtures.images import blobs, write_image
 
 GRID = PatchGrid((24, 40, 50), (16, 32, 32), (0.5,) * 3)
+SPEC = EngineSpec("torch", "cpu", "fp32", threads=1)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int8", "float32"])
@@ -37,36 +40,69 @@ def test_a_block_on_its_device_is_that_of_the_reference(dtype, steps, batch, tin
     values = blobs(GRID.volume_shape).astype(dtype)[None]
     made = tuple(Step(name, (-1.0, 1.0)) if name == "clip" else Step(name) for name in steps)
     prepare = Preparation(made, (Normalization(float(values.mean()), float(values.std())),))
-    options = {"device": "cpu", "precision": "fp32", "threads": 1}
-    engine, on_device = (
-        cls(load_bundle(tiny_bundle), **options) for cls in (TorchEngine, DeviceEngine)
+    on_host, on_device = (
+        cls(load_bundle(tiny_bundle), SPEC) for cls in (TorchEngine, DeviceEngine)
     )
-    weights = window(GRID.patch_shape)
+    patches = Patches(GRID, batch=batch)
     for core in BlockGrid(GRID.volume_shape, (24, 20, 50)):
-        inputs = values[:, *GRID.read_box(core).slices]
-        (expected,) = predict_block(inputs, core, GRID, prepare, engine, batch=batch)
-        (found,) = on_device.predict_block(inputs, core, GRID, prepare, batch, weights)
-        assert_array_equal(found.logits(), expected)
-        scores = sigmoid(expected)
-        assert_allclose(found.stored("float32"), scores, atol=1e-6)
-        steps_off = found.stored("uint8").astype(int) - as_stored(scores, "uint8")
+        block = Block(core, values[:, *GRID.read_box(core).slices], patches, prepare)
+        (expected,) = on_host.predict_block(block)
+        (found,) = on_device.predict_block(block)
+        assert_array_equal(found.logits(), expected.logits())
+        scores = sigmoid(expected.logits())
+        assert_array_equal(expected.scores("float32"), scores)
+        assert_array_equal(expected.scores("uint8"), np.rint(scores * np.float32(255)))
+        assert_array_equal(expected.mask(0.6), scores > np.float32(0.6))
+        assert_allclose(found.scores("float32"), scores, atol=1e-6)
+        steps_off = found.scores("uint8").astype(int) - expected.scores("uint8")
         assert np.abs(steps_off).max() <= 1
         # Where sigmoids differ in the last bit, a score may pass the threshold by just that.
         clear = np.abs(scores - 0.6) > 1e-6
-        assert_array_equal(
-            found.above(0.6)[clear], (scores > np.float32(0.6)).astype(np.uint8)[clear]
-        )
+        assert_array_equal(found.mask(0.6)[clear], expected.mask(0.6)[clear])
+
+
+@pytest.mark.parametrize("kind", [TorchEngine, DeviceEngine])
+def test_a_voxel_that_is_background_by_request_is_so_in_all_outputs(kind, tiny_bundle):
+    values = blobs(GRID.volume_shape, dtype="float32")[None]
+    (core,) = BlockGrid(GRID.volume_shape, GRID.volume_shape)
+    prepare = Preparation((Step("zscore"),), (Normalization(100.0, 20.0),))
+    background = np.zeros(core.shape, bool)
+    background[3:9, :20, 7] = True
+    network = kind(load_bundle(tiny_bundle), SPEC)
+    (whole,) = network.predict_block(Block(core, values, Patches(GRID), prepare))
+    (output,) = network.predict_block(Block(core, values, Patches(GRID), prepare, background))
+    for read in (lambda o: o.scores("float32"), lambda o: o.scores("uint8"), lambda o: o.mask(0.2)):
+        assert not read(output)[background].any()
+        assert_array_equal(read(output)[~background], read(whole)[~background])
+    assert np.isnan(output.logits()[background]).all()
+    assert_array_equal(output.logits()[~background], whole.logits()[~background])
+
+
+def test_a_batch_leaves_the_settings_of_pytorch_as_they_were(tiny_bundle):
+    settings = {
+        torch.get_num_threads: lambda: torch.set_num_threads(3),
+        torch.get_float32_matmul_precision: lambda: torch.set_float32_matmul_precision("medium"),
+    }
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        for change in settings.values():
+            change()
+        network = TorchEngine(load_bundle(tiny_bundle), SPEC)
+        network(np.zeros((1, 1, 16, 32, 32), np.float32))
+        assert [read() for read in settings] == [3, "medium"]
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
 
 
 def test_logits_that_are_no_numbers_fail_on_the_device_too(tiny_bundle):
-    engine = DeviceEngine(load_bundle(tiny_bundle), device="cpu", precision="fp32", threads=1)
+    network = DeviceEngine(load_bundle(tiny_bundle), SPEC)
     grid = PatchGrid((16, 32, 32), (16, 32, 32), (0.5,) * 3)
     (core,) = BlockGrid(grid.volume_shape, grid.volume_shape)
     prepare = Preparation((Step("zscore"),), (Normalization(0.0, 1e-45),))
+    block = Block(core, np.ones((1, 16, 32, 32), np.uint16), Patches(grid), prepare)
     with pytest.raises(EngineError, match="NaN or infinity"):
-        engine.predict_block(
-            np.ones((1, 16, 32, 32), np.uint16), core, grid, prepare, 1, window(grid.patch_shape)
-        )
+        network.predict_block(block)
 
 
 def test_a_worker_reads_the_next_volume_and_writes_the_last_one_while_it_computes(
@@ -115,7 +151,7 @@ def test_a_worker_reads_the_next_volume_and_writes_the_last_one_while_it_compute
     monkeypatch.setattr(Volume, "read", reads)
     monkeypatch.setattr(Volume, "write", writes)
     monkeypatch.setattr(TorchEngine, "__call__", computes)
-    engine.open_engine.cache_clear()
+    close_engine()
     with ThreadPoolExecutor(3) as pool:
         groups = [
             pool.submit(worker.run_tasks, plan.run, plan.fingerprint, None, "volume", [t])
@@ -138,17 +174,36 @@ def test_a_gpu_worker_is_planned_with_the_memory_of_all_it_has_in_hand(tmp_path,
         assert on_gpu.projected_bytes[stage] - idle == 3 * (plan.projected_bytes[stage] - idle)
 
 
+class Paced:
+    """An engine that takes so long for a patch at each batch, by a clock of its own."""
+
+    def __init__(self, seconds, fits):
+        self.seconds, self.fits, self.now = seconds, fits, 0.0
+        self.largest_batch = None
+
+    def __call__(self, patches):
+        batch = len(patches)
+        self.now += batch * self.seconds[batch]
+        if batch > self.fits:
+            self.largest_batch = self.fits
+
+    def close(self):
+        pass
+
+
 @pytest.mark.parametrize(
     ("seconds", "fits", "expected"),
     [((1, 0.6, 0.59, 0.1), 8, 2), ((4, 3, 2, 1), 8, 8), ((4, 3, 2, 1), 2, 2)],
 )
-def test_the_batch_is_the_quickest_that_fits(seconds, fits, expected, monkeypatch):
-    spec = engine.EngineSpec("torch", "cuda", "bf16", 1, 1)
-    pace = dict(zip((1, 2, 4, 8), seconds, strict=True))
-    monkeypatch.setattr(engine, "measure_patch_s", lambda model, spec, shape: pace[spec.batch])
-    monkeypatch.setattr(
-        engine,
-        "open_engine",
-        lambda _, spec: SimpleNamespace(largest_batch=fits if spec.batch > fits else None),
-    )
-    assert engine.with_quickest_batch(None, spec, (16, 32, 32)).batch == expected
+def test_the_batch_is_the_quickest_that_fits_and_the_engine_is_opened_once(
+    seconds, fits, expected, monkeypatch
+):
+    paced = Paced(dict(zip((1, 2, 4, 8), seconds, strict=True)), fits)
+    opened = []
+    monkeypatch.setattr(engine, "_open_bundle", lambda ref, spec: opened.append(ref) or paced)
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: paced.now))
+    bundle = BundleRef("a", "a", "0")
+    model = ModelRef((bundle,), "gaussian", 1, ("seg",), ())
+    spec = EngineSpec("torch", "cuda", "bf16", 1)
+    assert calibration.quickest_batch(model, spec, (16, 32, 32)) == expected
+    assert opened == [bundle]

@@ -19,7 +19,7 @@ from megaseg_dask.algorithms.normalization import (
     measure,
     merge_statistics,
 )
-from megaseg_dask.inference.engine import Preparation, predict_block
+from megaseg_dask.inference.block import Block, Patches, Preparation, predict_block
 from megaseg_dask.models import Step
 
 extents = st.integers(1, 90)
@@ -109,13 +109,16 @@ def test_any_block_shape_gives_monais_logits_and_the_same_bits(
     volume = rng.normal(10, 3, volume_shape).astype(np.float32)
     normalisation = Normalization.of(measure(volume, Box.of(volume_shape)))
     prepare = Preparation((Step("zscore"),), (normalisation,))
-    grid, engine = PatchGrid(volume_shape, patch_shape, overlap), Blur()
+    grid = PatchGrid(volume_shape, patch_shape, overlap)
+    patches = Patches(grid)
+    engine = Blur()
 
     def predict(block_shape):
         logits = np.full(volume_shape, np.nan, np.float32)
         for core in BlockGrid(volume_shape, block_shape):
             values = volume[grid.read_box(core).slices]
-            (logits[core.slices],) = predict_block(values[None], core, grid, prepare, engine)
+            (output,) = predict_block(Block(core, values[None], patches, prepare), engine)
+            logits[core.slices] = output.logits()
         return logits
 
     whole = predict(volume_shape)

@@ -257,7 +257,7 @@ def test_a_network_that_openvino_runs_needs_it_everywhere():
 
 
 def test_workers_on_gpus_up_to_where_cuda_is_asked_for():
-    from megaseg_dask.inference.pytorch import cuda_devices
+    from megaseg_dask.inference.gpu import cuda_devices
 
     if n := len(cuda_devices()):
         with (

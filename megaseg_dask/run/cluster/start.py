@@ -157,7 +157,7 @@ def _local_options(wanted: Cluster) -> dict[str, Any]:
 def _cuda(wanted: Cluster, _: ExitStack) -> Any:
     from distributed import LocalCluster, Nanny, Worker
 
-    from megaseg_dask.inference.pytorch import cuda_devices
+    from megaseg_dask.inference.gpu import cuda_devices
     from megaseg_dask.run.cluster.gpus import GpuCluster, visible_devices
 
     n = len(cuda_devices())

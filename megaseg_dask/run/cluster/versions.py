@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.inference.engine import ENGINES, EngineName
 
 # How many parts of its version have to agree: tasks are our own functions, sent by name; what computes decides the last
 # bits; Dask talks to itself; and pickles of functions do not travel between minor versions of Python.
@@ -16,24 +17,23 @@ _PARTS = {
     "numpy": 1,
     "zarr": 1,
 }
-_ENGINES = {"torch": {"torch": 9}, "openvino": {"torch": 1, "openvino": 9}}
 # The scheduler computes nothing.
 _OF_SCHEDULER = {"python", "dask", "distributed"}
 
 Versions = Mapping[str, str | None]
 
 
-def packages_of(engine: str) -> list[str]:
+def packages_of(engine: EngineName) -> list[str]:
     """Return what has to be asked for, beside Python."""
-    return [name for name in {**_PARTS, **_ENGINES[engine]} if name != "python"]
+    return [name for name in {**_PARTS, **ENGINES[engine].versions} if name != "python"]
 
 
-def compare(mine: Versions, theirs: Versions, engine: str, who: str) -> Iterator[str]:
+def compare(mine: Versions, theirs: Versions, engine: EngineName, who: str) -> Iterator[str]:
     """Yield a note for each package that differs where it does not matter.
 
     Raises :class:`SettingsError` at the first that matters; ``who`` is whose versions are ``theirs``.
     """
-    needed = {**_PARTS, **_ENGINES[engine]}
+    needed = {**_PARTS, **ENGINES[engine].versions}
     for name, n in needed.items():
         if who == "the scheduler" and name not in _OF_SCHEDULER:
             continue
@@ -58,7 +58,7 @@ def _parts(version: str | None) -> Sequence[str]:
     return _public(version).split(".")
 
 
-def require_versions(client: Any, engine: str) -> tuple[dict[str, list[str]], list[str]]:
+def require_versions(client: Any, engine: EngineName) -> tuple[dict[str, list[str]], list[str]]:
     """Compare this client with its scheduler and all workers; return what later workers must have, and notes.
 
     The first are the leading parts of the version of each package. Asked by Dask's own means, which need no code of
@@ -69,6 +69,6 @@ def require_versions(client: Any, engine: str) -> tuple[dict[str, list[str]], li
     notes = list(compare(mine, found["scheduler"]["packages"], engine, "the scheduler"))
     for address, versions in found["workers"].items():
         notes += compare(mine, (versions or {}).get("packages", {}), engine, f"worker {address}")
-    needed = {**_PARTS, **_ENGINES[engine]}
+    needed = {**_PARTS, **ENGINES[engine].versions}
     insisted = {name: list(_parts(mine[name]))[: needed[name]] for name in packages_of(engine)}
     return insisted, list(dict.fromkeys(notes))

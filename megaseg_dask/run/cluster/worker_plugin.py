@@ -104,7 +104,7 @@ def describe(on_gpu: bool, dask_worker: Any = None) -> dict[str, Any]:
         "memory_limit": worker.memory_manager.memory_limit or 0,
     }
     if on_gpu:
-        from megaseg_dask.inference.pytorch import cuda_identity
+        from megaseg_dask.inference.gpu import cuda_identity
 
         device, uuid = cuda_identity() or (None, None)
         found |= {"device": device, "uuid": uuid}

@@ -18,7 +18,8 @@ import dask
 
 from megaseg_dask.errors import ClusterError, SettingsError
 from megaseg_dask.events import Event, Joined, Notice
-from megaseg_dask.inference.engine import ModelRef
+from megaseg_dask.inference.engine import EngineName
+from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.models import staging
 from megaseg_dask.plan.cluster_spec import BATCH, Cluster, cluster_of
 from megaseg_dask.plan.plan import TASKS_AT_ONCE, Plan
@@ -51,7 +52,7 @@ class Workers:
     """The workers of a run, behind a Dask client; replaces those that are lost where it can."""
 
     client: Any
-    engine: str = "torch"
+    engine: EngineName = "torch"
     device: str = "cpu"
     emit: Emit = lambda _: None
     wanted: Cluster | None = None

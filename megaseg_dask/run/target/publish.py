@@ -7,7 +7,7 @@ a part for the whole.
 import functools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -188,7 +188,8 @@ def provenance_by(
 
     Without what was found in the volumes, which a run knows at its end, for comparison.
     """
-    source, engine, threshold = plan.source_image, asdict(plan.engine), plan.options.threshold
+    source, threshold = plan.source_image, plan.options.threshold
+    engine = plan.engine.record(plan.batch)
     # Any block gives the same voxels, and the engine has an entry of its own.
     settings = {
         k: v for k, v in plan.options.result_options().items() if k not in engine and k != "block"

@@ -1,8 +1,7 @@
 """Stages about scores: measure, segment, and the threshold of each volume where it is found from all of it."""
 
-import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms import thresholds
-from megaseg_dask.algorithms.blending import in_slabs, sigmoid
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.algorithms.normalization import (
     PARTITION_SHAPE,
@@ -23,15 +21,8 @@ from megaseg_dask.algorithms.normalization import (
 )
 from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.errors import DataError
-from megaseg_dask.inference.engine import (
-    BlockEngine,
-    BlockLogits,
-    Preparation,
-    cached_window,
-    open_engine,
-    predict_block,
-    stack,
-)
+from megaseg_dask.inference.block import Block, BlockOutputs, Patches, Preparation, stack
+from megaseg_dask.inference.engine import open_engine
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.memory import TABLES_READ_AHEAD
 from megaseg_dask.plan.plan import Output, Plan
@@ -40,9 +31,6 @@ from megaseg_dask.run.state import ChannelStatistics, OutputState, PartStatistic
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
-
-# Held by the one of a worker's threads that computes; meanwhile others read the next block and write the last one.
-_device = threading.Lock()
 
 
 # -- statistics
@@ -129,99 +117,74 @@ def segment_block(plan: Plan, volume: int, number: int) -> TaskSummary:
         if plan.measure_level == 0
         else count_absent(channels, place, values[:, *place.within(read_box).slices])
     )
-    predicted = predict(plan, values, place, workspace.read_state(plan, volume).statistics)
-    for output, logits in zip(plan.outputs_of(volume), predicted, strict=True):
-        for kind, array in scores_of(plan, logits).items():
+    statistics = workspace.read_state(plan, volume).statistics
+    prediction = predict(plan, values, place, statistics)
+    for output, arrays in zip(plan.outputs_of(volume), prediction.arrays, strict=True):
+        for kind, array in arrays.items():
             workspace.write(plan, kind, output, core, array)
     by_output: tuple[OutputState, ...] = ()
     if "logits" in plan.intermediates:
-        by_output = tuple(
-            extremes_of(found) for found in predicted if isinstance(found, np.ndarray)
-        )
-    return TaskSummary(absent=absent, batch=shrunk_batch(plan), by_output=by_output)
+        by_output = tuple(extremes_of(arrays["logits"]) for arrays in prediction.arrays)
+    return TaskSummary(absent=absent, batch=prediction.largest_batch, by_output=by_output)
 
 
-def shrunk_batch(plan: Plan) -> int | None:
-    """Return the batch of this worker's engine after its device was out of memory, or ``None``."""
-    return open_engine(plan.model, plan.engine).largest_batch
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The arrays of a block to write, by kind, for each output of the network.
+
+    ``largest_batch`` is what fits the device, if it ran out of memory.
+    """
+
+    arrays: list[dict[str, Array]]
+    largest_batch: int | None
 
 
 def predict(
     plan: Plan, values: Array, core: Box, statistics: Iterable[ChannelStatistics]
-) -> list[Float32 | dict[str, Array]]:
-    """Return the logits of a core for each output, in the source's voxels; ``values`` are those of its read box.
+) -> Prediction:
+    """Predict a core of the source; ``values`` are the voxels of its read box.
 
-    ``statistics`` are those of each channel. NaN is background by request. Of an engine that keeps blocks on its
-    device, it is what :func:`scores_of` makes of them.
+    ``statistics`` are those of each channel. NaN is background by request.
+
+    Raises:
+        DataError: A voxel is not finite.
+        EngineError: The block does not fit the device, or a logit is not finite.
     """
-    read_box, is_float = plan.patch_grid.read_box(core), values.dtype.kind == "f"
+    read_box = plan.patch_grid.read_box(core)
+    is_float = values.dtype.kind == "f"
     if is_float and plan.measure_level != 0 and not plan.options.nan_to_background:
-        # Nobody has looked at every voxel yet, and the network would take a NaN for the mean.
+        # Not every voxel was measured, and the network would take a NaN for the mean.
         for channel in values:
             require_finite(channel, read_box)
-    zscores = tuple(Normalization(found.mean, found.std) for found in statistics)
-    prepare = Preparation(plan.model.steps, zscores)
-    with _device:
-        engine = open_engine(plan.model, plan.engine)
-        if isinstance(engine, BlockEngine) and not (is_float and plan.options.nan_to_background):
-            weights = cached_window(plan.patch_grid.patch_shape, plan.model.window)
-            on_device = engine.predict_block(
-                values, core, plan.patch_grid, prepare, plan.engine.batch, weights
-            )
-            # What looks for a threshold works on the logits; all else comes down as it is stored. It does so at once:
-            # who let go of the device first would wait for the inference of all that other threads have in hand.
-            return [
-                found.logits() if plan.options.is_automatic else _bring_down(plan, found)
-                for found in on_device
-            ]
-        logits = predict_block(
-            values,
-            core,
-            plan.patch_grid,
-            prepare,
-            engine,
-            batch=plan.engine.batch,
-            window_mode=plan.model.window,
-        )
+    background = None
     if is_float and plan.options.nan_to_background:
-        logits[:, ~np.isfinite(values[:, *core.within(read_box).slices]).all(axis=0)] = np.nan
-    return list(logits)
+        background = ~np.isfinite(values[:, *core.within(read_box).slices]).all(axis=0)
+    zscores = tuple(Normalization(found.mean, found.std) for found in statistics)
+    block = Block(
+        core=core,
+        values=values,
+        patches=Patches(plan.patch_grid, plan.model.window, plan.batch),
+        prepare=Preparation(plan.model.steps, zscores),
+        background=background,
+    )
+    with open_engine(plan.model, plan.engine) as engine:
+        outputs = engine.predict_block(block)
+        # Arrays come down from a device before another thread computes on it: they would
+        # otherwise wait for the inference of all that other threads have in hand.
+        arrays = [_arrays_to_write(plan, output) for output in outputs]
+        return Prediction(arrays, engine.largest_batch)
 
 
-def scores_of(plan: Plan, logits: Float32 | dict[str, Array]) -> dict[str, Array]:
-    """Return what segmenting a block writes of an output: scores, and a first mask or the logits to find one from."""
-    outputs, found = plan.options.outputs, {}
-    if isinstance(logits, dict):
-        return logits
-    scores = sigmoid(logits)
-    if plan.options.nan_to_background:
-        np.nan_to_num(scores, copy=False)
-    if "scores" in outputs:
-        found["scores"] = as_stored(scores, plan.options.scores_dtype)
-    if plan.has_mask:
-        if plan.options.is_automatic:
-            found["logits"] = logits
-        else:
-            found[workspace.first_mask(plan)] = (scores > np.float32(plan.options.threshold)).view(
-                np.uint8
-            )
-    return found
-
-
-def _bring_down(plan: Plan, logits: BlockLogits) -> dict[str, Array]:
-    found = {}
+def _arrays_to_write(plan: Plan, output: BlockOutputs) -> dict[str, Array]:
+    """Return scores, and a first mask or the logits to find a threshold from."""
+    arrays = {}
     if "scores" in plan.options.outputs:
-        found["scores"] = logits.stored(plan.options.scores_dtype)
-    if plan.has_mask:
-        found[workspace.first_mask(plan)] = logits.above(float(plan.options.threshold))
-    return found
-
-
-def as_stored(scores: Float32, dtype: str) -> Array:
-    """Return scores as they are written: 255 times the score, rounded, or as they are."""
-    if dtype != "uint8":
-        return scores
-    return in_slabs(lambda part: np.rint(part * np.float32(255)), scores, np.dtype(np.uint8))
+        arrays["scores"] = output.scores(plan.options.scores_dtype)
+    if plan.has_mask and plan.options.is_automatic:
+        arrays["logits"] = output.logits()
+    elif plan.has_mask:
+        arrays[workspace.first_mask(plan)] = output.mask(float(plan.options.threshold))
+    return arrays
 
 
 # -- a threshold for each volume

@@ -22,26 +22,24 @@ def segment_volume(plan: Plan, volume: int, _: int) -> TaskSummary:
     values = scores.read_channels(channels, read_box)
     statistics = _measure(plan, volume, values)
     absent = scores.count_absent(channels, read_box, values)
-    predicted = scores.predict(plan, values, plan.region, statistics)
+    prediction = scores.predict(plan, values, plan.region, statistics)
     intensity = values[0][plan.region.within(read_box).slices]
-    # Logits leave the list as they are used: nothing else holds them.
+    # Arrays leave the list as they are used: nothing else holds them.
     by_output = tuple(
-        _finish(plan, output, predicted.pop(0), intensity) for output in plan.outputs_of(volume)
+        _finish(plan, output, prediction.arrays.pop(0), intensity)
+        for output in plan.outputs_of(volume)
     )
     return TaskSummary(
         statistics=statistics,
         absent=absent,
-        batch=scores.shrunk_batch(plan),
+        batch=prediction.largest_batch,
         by_output=by_output,
     )
 
 
-def _finish(
-    plan: Plan, output: Output, logits: scores.Float32 | dict[str, Array], intensity: Array
-) -> OutputState:
+def _finish(plan: Plan, output: Output, found: dict[str, Array], intensity: Array) -> OutputState:
     """Write scores, mask, labels and measurements of one output; return its threshold and number of objects."""
     whole = Box.of(plan.volume_shape)
-    found = scores.scores_of(plan, logits)
     threshold = None
     n_objects = None
     if plan.has_mask and plan.options.is_automatic:
@@ -53,7 +51,6 @@ def _finish(
         del values
     elif plan.has_mask:
         found["mask"] = found.pop(workspace.first_mask(plan))
-    del logits
     if plan.has_mask and plan.options.fill_holes:
         found["mask"] = _fill(plan, found["mask"], whole)
     if "labels" in plan.options.outputs:

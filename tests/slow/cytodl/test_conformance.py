@@ -7,7 +7,6 @@ voxels at most.
 import json
 import subprocess
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,9 @@ from tifffile import imread, imwrite
 
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid
 from megaseg_dask.algorithms.normalization import Normalization, measure
-from megaseg_dask.inference.engine import Preparation, predict_block
-from megaseg_dask.inference.openvino import OpenVinoEngine
-from megaseg_dask.inference.pytorch import TorchEngine
+from megaseg_dask.inference.block import Block, Patches, Preparation
+from megaseg_dask.inference.engine import EngineSpec, open_engine
+from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.models import load_bundle
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
@@ -31,7 +30,7 @@ from tests.slow.cytodl.conftest import events_of, locked, megaseg
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 BLOCK = (13, 29, 40)
-ENGINES = {"torch": partial(TorchEngine, device="cpu"), "openvino": OpenVinoEngine}
+ENGINES = ("torch", "openvino")
 # Of every case: engine, block and the version of OME-Zarr.
 RUNS = [
     ("torch", None, "0.4"),
@@ -119,16 +118,16 @@ def theirs(predicted: Path, name: str, kind: str, t: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("name", CASES)
 def test_logits_of_any_blocks_are_cytodls(name, engine, predicted, trained):
     case, bundle = CASES[name], load_bundle(trained)
-    volume, run = case.volume(), ENGINES[engine](bundle, precision="fp32", threads=1)
+    volume = case.volume()
+    model = ModelRef.of({str(trained): bundle})
     whole, grid = Box.of(volume.shape), PatchGrid(volume.shape, case.patch, (case.overlap,) * 3)
     prepare = Preparation(bundle.preprocessing.steps, (Normalization.of(measure(volume, whole)),))
     expected = theirs(predicted, name, "logits")
-    for cores in ([whole], BlockGrid(volume.shape, BLOCK)):
-        for core in cores:
-            (logits,) = predict_block(
-                volume[grid.read_box(core).slices][None], core, grid, prepare, run
-            )
-            assert np.abs(logits - expected[core.slices]).max() <= 1e-4
+    with open_engine(model, EngineSpec(engine, "cpu", "fp32", threads=1)) as network:
+        for core in (whole, *BlockGrid(volume.shape, BLOCK)):
+            values = volume[grid.read_box(core).slices][None]
+            (output,) = network.predict_block(Block(core, values, Patches(grid), prepare))
+            assert np.abs(output.logits() - expected[core.slices]).max() <= 1e-4
 
 
 @pytest.mark.parametrize(("engine", "block", "version"), RUNS)

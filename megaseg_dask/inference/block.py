@@ -1,0 +1,290 @@
+"""One block through an engine: patches are cut, prepared, predicted in batches and blended.
+
+The patch grid belongs to the volume, never to a block, and every batch has the
+same shape; so the logits of a voxel are the same bits in any block. The same
+code runs on NumPy arrays and on tensors of a device. What an engine must offer
+is declared here, beside the code that uses it.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask.algorithms.blending import (
+    NUMPY,
+    ArrayLibrary,
+    blend,
+    in_slabs,
+    sigmoid,
+    window,
+)
+from megaseg_dask.algorithms.geometry import Box, PatchGrid
+from megaseg_dask.algorithms.normalization import Normalization
+from megaseg_dask.models.bundle import Step
+
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
+T = TypeVar("T")
+
+_ZSCORE = Step("zscore")
+
+
+class BlockOutputs(Protocol):
+    """One output of the network for the core of a block, ``(z, y, x)``, on the host or a device.
+
+    A voxel whose logit is NaN is background: its score is 0.
+    """
+
+    def scores(self, dtype: str) -> Array:
+        """Return the scores: ``float32`` from 0 to 1, or ``uint8`` as 255 times that, rounded."""
+        ...
+
+    def mask(self, threshold: float) -> NDArray[np.uint8]:
+        """Return 1 where the float32 score is above ``threshold``, strictly, else 0."""
+        ...
+
+    def logits(self) -> Float32:
+        """Return the blended logits."""
+        ...
+
+
+class Engine(Protocol):
+    """A network, or the mean of several, ready to predict on its device."""
+
+    @property
+    def largest_batch(self) -> int | None:
+        """Largest batch that fits the device, known once a larger one ran out of memory."""
+        ...
+
+    def __call__(self, patches: Float32) -> Float32:
+        """Map prepared patches ``(batch, channels in, z, y, x)`` to logits of the same form."""
+        ...
+
+    def predict_block(self, block: "Block") -> Sequence[BlockOutputs]:
+        """Return each output of the network for the core of a block."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory that the engine holds on its device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How the channels of one volume become the network's input: a z-score first, if any.
+
+    ``zscores`` has one entry for each channel.
+    """
+
+    steps: tuple[Step, ...]
+    zscores: tuple[Normalization, ...]
+
+    @property
+    def is_zscore(self) -> bool:
+        """Whether it is a z-score and nothing else."""
+        return self.steps == (_ZSCORE,)
+
+    def __call__(self, values: Array) -> Float32:
+        """Map voxels ``(c, z, y, x)`` to float32 of the same shape, as MONAI's transforms do.
+
+        NaN becomes the volume's mean after a z-score, else 0.
+        """
+        prepared = self._normalize(values)
+        for step in self.steps:
+            if step != _ZSCORE:
+                prepared = _VOXELWISE[step.name](prepared, *step.numbers)
+        return prepared
+
+    def _normalize(self, values: Array) -> Float32:
+        if _ZSCORE not in self.steps:
+            floats = values.astype(np.float32)
+            return np.nan_to_num(floats, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        channels = zip(self.zscores, values, strict=True)
+        return stack([zscore(channel) for zscore, channel in channels])
+
+
+def _subtract_divide(values: Float32, subtrahend: float, divisor: float) -> Float32:
+    return (values - subtrahend) / divisor
+
+
+def _rescale(values: Float32, a_min: float, a_max: float, b_min: float, b_max: float) -> Float32:
+    return (values - a_min) / (a_max - a_min) * (b_max - b_min) + b_min
+
+
+_VOXELWISE: dict[str, Callable[..., Float32]] = {
+    "subtract_divide": _subtract_divide,
+    "rescale": _rescale,
+    "clip": np.clip,
+}
+
+
+def stack(channels: Sequence[Array]) -> Array:
+    """Return arrays as one, along a new first axis; of a single array it is a view."""
+    if len(channels) == 1:
+        return channels[0][None]
+    return np.stack(channels)
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """The patches of a volume: where they are, how they are weighted, how many go at a time."""
+
+    grid: PatchGrid
+    window: str = "gaussian"
+    batch: int = 1
+
+    @property
+    def weights(self) -> Float32:
+        """The weight of each voxel of a patch, float32 ``(z, y, x)``."""
+        return _window(self.grid.patch_shape, self.window)
+
+
+_window = functools.lru_cache(maxsize=2)(window)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a volume: its core, and the voxels that the patches of the core see.
+
+    ``values`` are the voxels ``(c, z, y, x)`` of ``read_box``, on the host or a
+    device; ``prepare`` turns them into the network's input. ``background`` marks
+    the voxels of the core that are background whatever the network says.
+    """
+
+    core: Box
+    values: Any
+    patches: Patches
+    prepare: Callable[[Any], Any]
+    background: Any = None
+
+    @property
+    def read_box(self) -> Box:
+        """The core and its halo."""
+        return self.patches.grid.read_box(self.core)
+
+
+def blend_patches(
+    block: Block, forward: Callable[[Any], Any], weights: Any, library: ArrayLibrary[Any]
+) -> Any:
+    """Return the blended logits ``(channels out, z, y, x)`` of a block's core, float32.
+
+    ``forward`` maps a batch of prepared patches to logits. Its arrays, the block's
+    voxels and ``weights`` are of one library, and on one device.
+
+    Raises:
+        EngineError: The network gave a logit that is not finite.
+    """
+    cut = functools.partial(cut_patch, block, library=library)
+    patches = ((patch, cut(patch)) for patch in block.patches.grid.iter_touching(block.core))
+    predictions = _predict(patches, forward, block.patches.batch, library)
+    logits = blend(predictions, block.core, weights, library)
+    if block.background is not None:
+        logits[:, block.background] = np.nan
+    return logits
+
+
+def cut_patch(block: Block, patch: Box, library: ArrayLibrary[Any]) -> Any:
+    """Return one prepared patch ``(c, z, y, x)``; voxels beyond the volume are zero.
+
+    After a z-score that is the volume's mean. Padding comes after normalizing, as
+    in MONAI.
+    """
+    inside = patch & block.read_box
+    prepared = library.zeros((len(block.values), *patch.shape))
+    voxels = block.values[:, *inside.within(block.read_box).slices]
+    prepared[:, *inside.within(patch).slices] = block.prepare(voxels)
+    return prepared
+
+
+def _predict(
+    patches: Iterable[tuple[Box, Any]],
+    forward: Callable[[Any], Any],
+    batch: int,
+    library: ArrayLibrary[Any],
+) -> Iterator[tuple[Box, Any]]:
+    for group in _batched(patches, batch):
+        boxes = [box for box, _ in group]
+        # The last batch is filled up: another batch shape may take another kernel,
+        # and change a bit.
+        inputs = library.zeros((batch, *group[0][1].shape))
+        for slot, (_, patch) in zip(inputs, group, strict=False):
+            slot[...] = patch
+        yield from zip(boxes, forward(inputs), strict=False)
+
+
+def _batched(items: Iterable[T], n: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while group := list(islice(iterator, n)):
+        yield group
+
+
+def predict_block(block: Block, forward: Callable[[Float32], Float32]) -> "list[HostOutputs]":
+    """Return each output of a network for the core of a block, by NumPy.
+
+    Raises:
+        EngineError: The network gave a logit that is not finite.
+    """
+    logits = blend_patches(block, forward, block.patches.weights, NUMPY)
+    return [HostOutputs(channel) for channel in logits]
+
+
+class HostEngine:
+    """What engines share that map NumPy arrays to NumPy arrays."""
+
+    largest_batch: int | None = None
+
+    def __call__(self, patches: Float32) -> Float32:
+        """Map prepared patches ``(batch, channels in, z, y, x)`` to logits of the same form."""
+        raise NotImplementedError
+
+    def predict_block(self, block: Block) -> Sequence[BlockOutputs]:
+        """Return each output of the network for the core of a block.
+
+        Raises:
+            EngineError: The network gave a logit that is not finite.
+        """
+        return predict_block(block, self)
+
+    def close(self) -> None:
+        """Do nothing: a network on the host is freed with the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostOutputs:
+    """One output of a block's core, from its blended logits ``(z, y, x)``.
+
+    Scores are computed for each use, slab by slab: that is quicker than to keep
+    them in memory of the size of the block.
+    """
+
+    blended: Float32
+
+    def scores(self, dtype: str) -> Array:
+        """Return the scores: ``float32`` from 0 to 1, or ``uint8`` as 255 times that, rounded."""
+        if dtype == "uint8":
+            return in_slabs(_rounded_scores, self.blended, np.dtype(np.uint8))
+        return in_slabs(_scores, self.blended, np.dtype(np.float32))
+
+    def mask(self, threshold: float) -> NDArray[np.uint8]:
+        """Return 1 where the float32 score is above ``threshold``, strictly, else 0."""
+        limit = np.float32(threshold)
+        return in_slabs(lambda part: sigmoid(part) > limit, self.blended, np.dtype(np.uint8))
+
+    def logits(self) -> Float32:
+        """Return the blended logits."""
+        return self.blended
+
+
+def _scores(logits: Float32) -> Float32:
+    # The larger of a NaN and a number is the number.
+    return np.fmax(sigmoid(logits), np.float32(0))
+
+
+def _rounded_scores(logits: Float32) -> Float32:
+    rounded: Float32 = np.rint(_scores(logits) * np.float32(255))
+    return rounded

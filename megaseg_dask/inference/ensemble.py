@@ -1,0 +1,163 @@
+"""The models of a plan: one bundle, or several whose logits are averaged, also over mirror images.
+
+Patches stay where they are, so an average does not depend on blocks either.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from megaseg_dask.errors import BundleError
+from megaseg_dask.inference.block import Engine, Float32, HostEngine
+from megaseg_dask.models import Bundle, BundleFacts, Step, load_bundle, read_facts
+from megaseg_dask.models.staging import path_of
+
+SPACE_AXES = (2, 3, 4)  # of a batch (n, c, z, y, x)
+
+
+@dataclass(frozen=True, slots=True)
+class BundleRef:
+    """A bundle by address and digest: workers load it and check that it is the plan's."""
+
+    path: str
+    name: str
+    digest: str
+    checkpoint: str | None = None
+
+    @property
+    def _path(self) -> Path:
+        return path_of(self.path, self.digest)
+
+    def load(self) -> Bundle:
+        """Load the bundle, weights included.
+
+        Raises:
+            BundleError: The bundle at its address is no longer the plan's.
+        """
+        bundle = load_bundle(self._path, self.checkpoint)
+        self._require_same(bundle)
+        return bundle
+
+    def require_unchanged(self) -> None:
+        """Check that the bundle at its address is the plan's, without loading its weights.
+
+        Raises:
+            BundleError: It is another one.
+        """
+        self._require_same(read_facts(self._path, self.checkpoint))
+
+    def _require_same(self, bundle: BundleFacts) -> None:
+        if bundle.digest != self.digest:
+            raise BundleError(
+                f"{self.path} has digest {bundle.digest[:12]}, the plan was made with "
+                f"{self.digest[:12]}; put the bundle back, or start again with --overwrite"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """One bundle, or several whose logits are averaged, and what they have in common.
+
+    ``outputs`` are the names of the channels of the logits; ``steps`` turn an
+    image into the network's input.
+    """
+
+    bundles: tuple[BundleRef, ...]
+    window: str
+    in_channels: int
+    outputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def of(cls, bundles: Mapping[str, BundleFacts], checkpoint: str | None = None) -> "ModelRef":
+        """Return the reference to bundles, given by their addresses.
+
+        Raises:
+            BundleError: The bundles differ in what an average has to have in common.
+        """
+        refs = tuple(
+            BundleRef(path, bundle.name, bundle.digest, checkpoint)
+            for path, bundle in bundles.items()
+        )
+        models = [
+            cls(
+                refs,
+                bundle.window,
+                bundle.network.in_channels,
+                bundle.outputs,
+                bundle.preprocessing.steps,
+            )
+            for bundle in bundles.values()
+        ]
+        for ref, model in zip(refs, models, strict=True):
+            models[0]._require_like(ref, model)
+        return models[0]
+
+    def _require_like(self, ref: BundleRef, other: "ModelRef") -> None:
+        for field in fields(self):
+            mine = getattr(self, field.name)
+            theirs = getattr(other, field.name)
+            if mine != theirs:
+                raise BundleError(
+                    f"{ref.path} has {field.name} {theirs}, {self.bundles[0].path} has {mine}; "
+                    "models are averaged only where they agree in it"
+                )
+
+    @property
+    def name(self) -> str:
+        """The names of all bundles."""
+        return " + ".join(bundle.name for bundle in self.bundles)
+
+    @property
+    def digest(self) -> str:
+        """The bundle's digest, or that of all digests."""
+        digests = [bundle.digest for bundle in self.bundles]
+        if len(digests) == 1:
+            return digests[0]
+        return sha256(" ".join(digests).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged(HostEngine):
+    """An engine: the mean of the logits of several engines.
+
+    With ``is_mirrored`` each engine predicts all eight mirror images of a patch.
+    """
+
+    engines: Sequence[Engine]
+    is_mirrored: bool
+
+    @property
+    def largest_batch(self) -> int | None:  # type: ignore[override]
+        """The smallest of the engines', if any has one."""
+        limits = [engine.largest_batch for engine in self.engines]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def __call__(self, patches: Float32) -> Float32:
+        """Map prepared patches ``(batch, channels in, z, y, x)`` to the mean logits."""
+        passes = [(engine, axes) for engine in self.engines for axes in self._mirrors]
+        logits = (_predict_mirrored(engine, patches, axes) for engine, axes in passes)
+        total: Float32 = functools.reduce(np.add, logits)
+        return total / np.float32(len(passes))
+
+    def close(self) -> None:
+        """Close all engines."""
+        for engine in self.engines:
+            engine.close()
+
+    @property
+    def _mirrors(self) -> list[tuple[int, ...]]:
+        """Axes to mirror a batch along, from none to all three of space."""
+        if not self.is_mirrored:
+            return [()]
+        return [axes for n in range(4) for axes in combinations(SPACE_AXES, n)]
+
+
+def _predict_mirrored(engine: Engine, patches: Float32, axes: tuple[int, ...]) -> Float32:
+    mirrored = np.ascontiguousarray(np.flip(patches, axes))
+    return np.flip(engine(mirrored), axes)
