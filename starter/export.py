@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megaseg_dask.models import NetworkSpec, load_bundle, save_bundle
+from megaseg_dask.models import NetworkSpec, NewBundle, load_bundle, save_bundle
 from megaseg_dask.models.facts import record_of, write_record
 from starter.train import FILTERS, STAGES
 
@@ -30,10 +30,8 @@ def export(run: Path, bundle: Path, epoch: int) -> Path:
     else:
         weights = load_bundle(run).weights
     patch_shape = STAGES[-1][2]
-    spec = NetworkSpec(filters=FILTERS)
-    checkpoint = save_bundle(
-        bundle, spec, weights, patch_shape=patch_shape, overlap=0.25, epoch=epoch, half=True
-    )
+    new = NewBundle(NetworkSpec(filters=FILTERS), patch_shape, overlap=0.25, epoch=epoch)
+    checkpoint = save_bundle(bundle, new, weights, half=True)
     # The package ships its record, so that planning with it needs no torch.
     write_record(record_of(bundle), bundle / "facts.json")
     return checkpoint

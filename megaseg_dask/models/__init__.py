@@ -8,7 +8,8 @@ from megaseg_dask.models.bundle import (
     Step,
     require_runnable,
 )
-from megaseg_dask.models.cytodl.read import load_bundle, read_bundle, save_bundle
+from megaseg_dask.models.cytodl.read import load_bundle, read_bundle
+from megaseg_dask.models.cytodl.write import NewBundle, save_bundle
 from megaseg_dask.models.facts import read_facts
 from megaseg_dask.models.network import NetworkSpec, require_patch
 
@@ -17,6 +18,7 @@ __all__ = [
     "BundleFacts",
     "Head",
     "NetworkSpec",
+    "NewBundle",
     "Preprocessing",
     "Step",
     "load_bundle",

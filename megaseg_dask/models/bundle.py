@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 HEADS = "task_heads."  # in the names of weights, before a head's name
 
+# How MegaSeg_v1 is run, (z, y, x): patches in voxels, the overlap a fraction of them.
+REFERENCE_PATCH_SHAPE: Triple = (64, 128, 128)
+REFERENCE_OVERLAP = (0.25, 0.25, 0.25)
+REFERENCE_WINDOW = "gaussian"
+
 # Step of a preprocessing → names of its numbers. `zscore` takes mean and population standard
 # deviation from each channel of the volume; all others are numbers applied to each voxel.
 STEPS: Mapping[str, tuple[str, ...]] = {
@@ -113,9 +118,9 @@ class BundleFacts:
     name: str
     digest: str
     network: NetworkSpec
-    patch_shape: Triple = (64, 128, 128)
-    overlap: tuple[float, float, float] = (0.25, 0.25, 0.25)
-    window: str = "gaussian"
+    patch_shape: Triple = REFERENCE_PATCH_SHAPE
+    overlap: tuple[float, float, float] = REFERENCE_OVERLAP
+    window: str = REFERENCE_WINDOW
     origins: Mapping[str, str] = field(default_factory=dict)
     preprocessing: Preprocessing = Preprocessing()
     heads: tuple[Head, ...] = ()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megaseg_dask.errors import BundleError
 from megaseg_dask.models.bundle import Bundle, BundleFacts
-from megaseg_dask.models.cytodl.files import layout_of, parts_of
+from megaseg_dask.models.cytodl.files import folder_around, read_parts
 from megaseg_dask.models.cytodl.read import load_bundle
 from megaseg_dask.models.cytodl.safe_loading import open_zip, short
 from megaseg_dask.models.facts import read_facts
@@ -249,7 +249,9 @@ def import_bundle(
         raise BundleError(f"{path} does not exist; give a bundle's folder, its zip or a .ckpt")
     # What is wrong with it is said of the path that was given.
     digest = read_facts(path, checkpoint).digest
-    packed = path.is_dir() or layout_of(path) or (checkpoint is not None and path.suffix == ".zip")
+    packed = (
+        path.is_dir() or folder_around(path) or (checkpoint is not None and path.suffix == ".zip")
+    )
     form = ".zip" if packed or path.suffix == ".zip" else ".ckpt"
 
     def fill(target: Path) -> None:
@@ -257,7 +259,7 @@ def import_bundle(
             shutil.copyfile(path, target)
             return
         with zipfile.ZipFile(target, "w") as archive:
-            for inside, data in parts_of(path, checkpoint):
+            for inside, data in read_parts(path, checkpoint):
                 archive.writestr(inside, data)
 
     record = install(name, form, fill, source=str(path.absolute()))

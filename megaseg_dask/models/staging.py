@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.models.cytodl.files import layout_of, parts_of
+from megaseg_dask.models.cytodl.files import folder_around, read_parts
 from megaseg_dask.stores import Location
 
 FOLDER = "bundles"
@@ -60,6 +60,6 @@ def path_of(path: str, digest: str) -> Path:
 def put(path: str, digest: str, to: Location, checkpoint: str | None = None) -> None:
     """Write what is needed of a bundle, or of one of its checkpoints, where workers fetch it from."""
     file = Path(path)
-    whole = file.is_file() and layout_of(file) is None
-    for name, data in [(file.name, file.read_bytes())] if whole else parts_of(file, checkpoint):
+    whole = file.is_file() and folder_around(file) is None
+    for name, data in [(file.name, file.read_bytes())] if whole else read_parts(file, checkpoint):
         (to / digest).put(name, data)

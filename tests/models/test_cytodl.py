@@ -12,6 +12,7 @@ from megaseg_dask.errors import BundleError
 from megaseg_dask.models import (
     Head,
     NetworkSpec,
+    NewBundle,
     Preprocessing,
     Step,
     load_bundle,
@@ -71,6 +72,10 @@ def save(path, content):
     return path
 
 
+def new_bundle(network: NetworkSpec = TINY, epoch: int = 12) -> NewBundle:
+    return NewBundle(network, PATCH_SHAPE, OVERLAP, epoch)
+
+
 # --- every form
 
 
@@ -88,12 +93,7 @@ FORMS = {
     ),
     "zip without a folder": lambda d: write_zip(d / "megaSeg.zip", inside=""),
     "saved here": lambda d: save_bundle(
-        d / "s",
-        TINY,
-        seeded_network().state_dict(),
-        patch_shape=PATCH_SHAPE,
-        overlap=OVERLAP,
-        epoch=3,
+        d / "s", new_bundle(epoch=3), seeded_network().state_dict()
     ),
 }
 
@@ -798,7 +798,7 @@ def test_channels_are_normalised_one_by_one(tmp_path):
         == Preprocessing()
     )
     with pytest.raises(
-        BundleError, match="channel_wise is not True; 2 channels are only normalised one by one"
+        BundleError, match="channel_wise is not True; 2 channels are only normalized one by one"
     ):
         read_bundle(transforms_of(tmp_path, {"_target_": NORMALIZE["_target_"]}, network=two))
 
@@ -1014,9 +1014,7 @@ def test_a_mac_zip(tmp_path, reference):
 
 def saved(folder, network: NetworkSpec = TINY, **options):
     state = seeded_network(network).state_dict()
-    return save_bundle(
-        folder, network, state, patch_shape=PATCH_SHAPE, overlap=OVERLAP, epoch=12, **options
-    )
+    return save_bundle(folder, new_bundle(network), state, **options)
 
 
 def test_saved_checkpoint_is_what_cyto_dl_reads(tmp_path):
@@ -1066,7 +1064,7 @@ def test_saved_configuration_is_where_the_plugin_looks(tmp_path):
 
 def test_saving_checks_the_weights(tmp_path):
     with pytest.raises(BundleError, match="do not fit the network"):
-        save_bundle(tmp_path / "x", TINY, {}, patch_shape=PATCH_SHAPE, overlap=OVERLAP, epoch=1)
+        save_bundle(tmp_path / "x", new_bundle(), {})
     assert not (tmp_path / "x").exists()
 
 

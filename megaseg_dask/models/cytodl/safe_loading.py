@@ -1,9 +1,8 @@
-"""What is refused before it is read: archives, YAML and pickles that were made to do harm.
+"""Inspection of untrusted files before they are read: archives, YAML and pickles made to do harm.
 
-A foreign file is first looked through, without building anything that it
-describes: sizes, names, nesting, and what it would import. The limits are far
-above every real bundle (a light one has 5 MB, MegaSeg_v1 191 MB, a
-train_config.yaml 20 kB).
+A foreign file is first looked through, without building anything that it describes: sizes, names,
+nesting, and what it would import. The limits are far above every real bundle (a light one has 5 MB,
+MegaSeg_v1 191 MB, a train_config.yaml 20 kB).
 """
 
 import io
@@ -14,9 +13,9 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from reprlib import Repr
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, TypeAlias
 
 from megaseg_dask.errors import BundleError
 from megaseg_dask.messages import one_line
@@ -24,9 +23,8 @@ from megaseg_dask.messages import one_line
 if TYPE_CHECKING:
     import yaml
 
-MAX_BYTES = (
-    4 * 2**30
-)  # of a checkpoint, and of all that a zip holds: twenty times the largest published one
+# Of a checkpoint, and of all that a zip holds: twenty times the largest published one.
+MAX_BYTES = 4 * 2**30
 MAX_ENTRIES = 10_000
 MAX_RATIO = 100  # trained weights hardly compress
 RATIO_FROM_BYTES = 100 * 2**20  # below this a high ratio does no harm
@@ -37,14 +35,12 @@ MAX_YAML_TEXT = 10_000  # characters of one value: reading a number takes their 
 MAX_OPCODES = 1_000_000  # a checkpoint with Adam's state has some 30,000
 MAX_TUPLE = 1000  # values in a tuple and the tuples within: hashing one takes as long
 
-# All that a checkpoint of numbers needs to import: tensors, their storages and types, plain containers.
+# All that a checkpoint of numbers imports: tensors, their storages and types, plain containers.
 _GLOBALS = re.compile(
     r"collections (OrderedDict|Counter)|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
     r"|torch (?!Untyped|Typed)\w+Storage|torch (Size|device|bool|(b?float|u?int|complex)\d+)"
     r"|_codecs encode|(__builtin__|builtins) set"
 )
-_Item: TypeAlias = tuple[object, int]  # a value on the pickle's stack, and how many values it holds
-_MARK: _Item = (pickletools.markobject, 0)
 
 
 class Unsafe(ValueError):
@@ -59,23 +55,26 @@ class _Short(Repr):
         return repr(value) if value.bit_length() < 200 else "<a number without end>"
 
     def repr_instance(self, value: object, level: int) -> str:
-        plain = isinstance(value, bool | float | None)
-        return repr(value) if plain else f"<{type(value).__name__}>"
+        is_plain = isinstance(value, bool | float | None)
+        return repr(value) if is_plain else f"<{type(value).__name__}>"
 
 
 _SHORT = _Short()
-_SHORT.maxstring, _SHORT.maxlevel = 100, 2
+_SHORT.maxstring = 100
+_SHORT.maxlevel = 2
 short = _SHORT.repr
 
 
-# --- zip
+# -- zip
 
 
 @contextmanager
 def open_zip(file: Path | io.BytesIO) -> Iterator[zipfile.ZipFile]:
-    """A zip whose every entry was checked; none is unpacked to disk.
+    """Open a zip whose every entry was checked; none is unpacked to disk.
 
-    Raises BundleError with the entry and the reason, and BadZipFile for what is no whole zip.
+    Raises:
+        BundleError: An entry is not safe; the message has its name and the reason.
+        BadZipFile: It is no zip, or not a whole one.
     """
     try:
         archive = zipfile.ZipFile(file)
@@ -83,7 +82,7 @@ def open_zip(file: Path | io.BytesIO) -> Iterator[zipfile.ZipFile]:
         raise zipfile.BadZipFile(str(error)) from error
     with archive:
         try:
-            _require_safe(archive)
+            _require_safe_zip(archive)
         except Unsafe as error:
             raise BundleError(
                 f"{error}; this zip is not safe and was not read, fetch it from its maker"
@@ -91,7 +90,7 @@ def open_zip(file: Path | io.BytesIO) -> Iterator[zipfile.ZipFile]:
         yield archive
 
 
-def _require_safe(archive: zipfile.ZipFile) -> None:
+def _require_safe_zip(archive: zipfile.ZipFile) -> None:
     entries = archive.infolist()
     if len(entries) > MAX_ENTRIES:
         raise Unsafe(f"the zip has {len(entries)} entries; at most {MAX_ENTRIES} are read")
@@ -99,19 +98,18 @@ def _require_safe(archive: zipfile.ZipFile) -> None:
     for entry in entries:
         if danger := _danger(entry):
             raise Unsafe(f"zip entry {short(entry.filename)} {danger}")
-        # Also names that only some file systems tell apart: whoever unpacks it would get one or the other.
+        # Also names that only some file systems tell apart: whoever unpacks it would get either.
         if entry.filename.casefold() in names:
             raise Unsafe(f"zip entry {short(entry.filename)} is there twice")
         names.add(entry.filename.casefold())
-    packed, total = (
-        sum(getattr(e, size) for e in entries) for size in ("compress_size", "file_size")
-    )
-    if total > MAX_BYTES:
-        raise Unsafe(f"the zip unpacks to {total} bytes; at most {MAX_BYTES} are read")
-    if packed > archive.start_dir:
-        raise Unsafe(f"the entries of the zip overlap: {packed} bytes in {archive.start_dir}")
-    if total > max(RATIO_FROM_BYTES, MAX_RATIO * packed):
-        raise Unsafe(f"the zip grows from {packed} to {total} bytes")
+    packed_bytes = sum(entry.compress_size for entry in entries)
+    total_bytes = sum(entry.file_size for entry in entries)
+    if total_bytes > MAX_BYTES:
+        raise Unsafe(f"the zip unpacks to {total_bytes} bytes; at most {MAX_BYTES} are read")
+    if packed_bytes > archive.start_dir:
+        raise Unsafe(f"the entries of the zip overlap: {packed_bytes} bytes in {archive.start_dir}")
+    if total_bytes > max(RATIO_FROM_BYTES, MAX_RATIO * packed_bytes):
+        raise Unsafe(f"the zip grows from {packed_bytes} to {total_bytes} bytes")
 
 
 def _danger(entry: zipfile.ZipInfo) -> str:
@@ -119,10 +117,7 @@ def _danger(entry: zipfile.ZipInfo) -> str:
     # The name as stored: the module cuts it at a null character.
     if not {"", ".", ".."}.isdisjoint(parts) or re.search(r"[\\:\0]", entry.orig_filename):
         return "points outside its folder"
-    kind = stat.S_IFMT(entry.external_attr >> 16)
-    if kind == stat.S_IFLNK:
-        return "is a link"
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "is neither a file nor a folder"
     if entry.flag_bits & 1:
         return "is encrypted"
@@ -131,11 +126,16 @@ def _danger(entry: zipfile.ZipInfo) -> str:
     return ""
 
 
-# --- YAML
+# -- YAML
 
 
-def parse_yaml(data: bytes) -> Any:
-    """What a YAML file says, in plain values; raises Unsafe for bombs, and whatever PyYAML raises for the rest."""
+def parse_yaml(data: bytes) -> object:
+    """Return what a YAML file says, in plain values.
+
+    Raises:
+        Unsafe: It would become much larger than it is.
+        Exception: Whatever PyYAML raises for what is no YAML.
+    """
     import yaml
 
     loader = yaml.SafeLoader(data)
@@ -143,7 +143,7 @@ def parse_yaml(data: bytes) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _unfolded(node, {}, 0)
+        _count_values(node, {}, 0)
         return loader.construct_document(node)
     except RecursionError:
         raise Unsafe(f"is nested more than {MAX_YAML_DEPTH} deep") from None
@@ -151,110 +151,166 @@ def parse_yaml(data: bytes) -> Any:
         loader.dispose()
 
 
-def _unfolded(node: "yaml.Node", seen: dict[int, int], depth: int) -> int:
-    """How many values a node is when every alias in it is written out."""
-    if id(node) in seen:
-        if not seen[id(node)]:
+def _count_values(node: "yaml.Node", counts: dict[int, int], depth: int) -> int:
+    """Return the number of values of a node when every alias in it is written out."""
+    if id(node) in counts:
+        if not counts[id(node)]:
             raise Unsafe("contains itself, by an alias")
-        return seen[id(node)]
+        return counts[id(node)]
     if depth > MAX_YAML_DEPTH:
         raise Unsafe(f"is nested more than {MAX_YAML_DEPTH} deep")
-    seen[id(node)] = 0
-    seen[id(node)] = size = 1 + sum(_unfolded(child, seen, depth + 1) for child in _children(node))
-    if size > MAX_YAML_VALUES:
+    counts[id(node)] = 0
+    n_values = 1 + sum(_count_values(child, counts, depth + 1) for child in _children(node))
+    if n_values > MAX_YAML_VALUES:
         raise Unsafe(f"unfolds to more than {MAX_YAML_VALUES} values")
-    return size
+    counts[id(node)] = n_values
+    return n_values
 
 
 def _children(node: "yaml.Node") -> "list[yaml.Node]":
     import yaml
 
     if isinstance(node, yaml.ScalarNode):
-        if len(node.value) > MAX_YAML_TEXT:
+        n_characters = len(node.value)
+        if n_characters > MAX_YAML_TEXT:
             raise Unsafe(
-                f"has a value of {len(node.value)} characters; at most {MAX_YAML_TEXT} are read"
+                f"has a value of {n_characters} characters; at most {MAX_YAML_TEXT} are read"
             )
         return []
     if isinstance(node, yaml.SequenceNode):
         return list(node.value)
     assert isinstance(node, yaml.MappingNode)
     keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-    if twice := [key for key, n in keys.items() if n > 1]:
-        raise Unsafe(f"says {one_line(twice[0])} twice")
-    return [part for pair in node.value for part in pair]
+    for key, n in keys.items():
+        if n > 1:
+            raise Unsafe(f"says {one_line(key)} twice")
+    children: list[yaml.Node] = []
+    for key, value in node.value:
+        children += (key, value)
+    return children
 
 
-# --- pickles
+# -- checkpoints
 
 
-def inspect_pickle(stream: IO[bytes], declared: dict[str, int]) -> None:
-    """Walk through one pickle without running it.
+def require_safe_checkpoint(stream: io.BytesIO) -> None:
+    """Look through a checkpoint in either of torch's formats; leaves the stream at its begin.
 
-    Adds to ``declared`` the number of values that it claims for each tensor's
-    storage. Raises Unsafe for imports beyond `_GLOBALS`, for other ways of pickling
-    than torch's, and for tuples that would take for ever to hash.
+    Raises:
+        Unsafe: It would import or allocate more than tensors of the file's size.
+        BundleError: The zip that it is in is not safe.
+        Exception: Whatever fails on bytes that are no checkpoint.
     """
-    stack: list[_Item] = []
-    memo: dict[int, _Item] = {}
-    for n, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        if n > MAX_OPCODES:
-            raise Unsafe(f"is a pickle of more than {MAX_OPCODES} operations")
-        name = opcode.name
-        if name in ("GLOBAL", "INST") and not _GLOBALS.fullmatch(str(argument)):
-            imported = one_line(str(argument).replace(" ", "."))
-            raise Unsafe(f"pickles {imported}, neither a plain tensor nor a plain value")
-        if name == "PROTO" and argument != 2:
-            raise Unsafe(
-                f"is pickled with protocol {argument}; torch.save writes 2, and only that is loaded"
+    n_bytes = len(stream.getvalue())
+    pickles: list[IO[bytes]] = [stream]
+    # By its first bytes, as torch decides.
+    if stream.getvalue().startswith(b"PK\3\4"):
+        with open_zip(stream) as archive:
+            n_bytes = sum(entry.file_size for entry in archive.infolist())
+            (name,) = (
+                name for name in archive.namelist() if PurePosixPath(name).match("*/data.pkl")
             )
-        if name in ("BINPUT", "LONG_BINPUT"):
-            memo[int(argument or 0)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[int(argument or 0)])
+            pickles = [io.BytesIO(archive.read(name))]
+    else:
+        # Magic number, version, byte order, content, keys of the storages, one after the other.
+        pickles *= 5
+    n_values: dict[str, int] = {}
+    for pickle in pickles:
+        _Inspection(n_values).run(pickle)
+    if sum(n_values.values()) > n_bytes:
+        raise Unsafe(f"claims tensors of {sum(n_values.values())} values in {n_bytes} bytes")
+    stream.seek(0)
+
+
+_Item: TypeAlias = tuple[object, int]  # a value on the pickle's stack, and how many values it holds
+_MARK: _Item = (pickletools.markobject, 0)
+
+
+class _Inspection:
+    """A walk through one pickle that runs nothing of it.
+
+    Adds to ``n_values`` the number of values that it claims for each tensor's storage.
+    """
+
+    def __init__(self, n_values: dict[str, int]) -> None:
+        self._n_values = n_values
+        self._stack: list[_Item] = []
+        self._memo: dict[object, _Item] = {}
+
+    def run(self, stream: IO[bytes]) -> None:
+        """Walk to the end of the pickle.
+
+        Raises:
+            Unsafe: It imports more than `_GLOBALS`, was pickled in another way than torch's, or
+                has tuples that would take for ever to hash.
+        """
+        for n, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if n > MAX_OPCODES:
+                raise Unsafe(f"is a pickle of more than {MAX_OPCODES} operations")
+            self._step(opcode, argument)
+
+    def _step(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
+        match opcode.name:
+            case "GLOBAL" | "INST" if not _GLOBALS.fullmatch(str(argument)):
+                imported = one_line(str(argument).replace(" ", "."))
+                raise Unsafe(f"pickles {imported}, neither a plain tensor nor a plain value")
+            case "PROTO" if argument != 2:
+                raise Unsafe(
+                    f"is pickled with protocol {argument}; torch.save writes 2, and only that is "
+                    "loaded"
+                )
+            case "BINPUT" | "LONG_BINPUT":
+                self._memo[argument] = self._stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self._stack.append(self._memo[argument])
+            case "MARK":
+                self._stack.append(_MARK)
+            case _:
+                operands = self._pop(opcode)
+                if opcode.name == "BINPERSID":
+                    self._add_storage(operands[0][0])
+                if opcode.stack_after:
+                    self._stack.append(_result(opcode, argument, operands))
+
+    def _pop(self, opcode: pickletools.OpcodeInfo) -> list[_Item]:
+        """Return what an operation takes from the stack, in order."""
+        before = opcode.stack_before
+        stack = self._stack
+        if pickletools.markobject in before:
+            mark = len(stack) - 1
+            while mark >= 0 and stack[mark] is not _MARK:
+                mark -= 1
+            if mark < 0:
+                raise ValueError("no mark on the pickle's stack")
+            start = mark - before.index(pickletools.markobject)
+            del stack[mark]
         else:
-            operands = _popped(stack, opcode)
-            if name == "BINPERSID":
-                key, n_values = _storage(operands[0][0])
-                declared[key] = max(n_values, declared.get(key, 0))
-            if opcode.stack_after:
-                stack.append(_result(opcode, argument, operands))
-
-
-def _popped(stack: list[_Item], opcode: pickletools.OpcodeInfo) -> list[_Item]:
-    """What an operation takes from the stack, in order."""
-    before = opcode.stack_before
-    if pickletools.markobject not in before:
-        start = len(stack) - len(before)
+            start = len(stack) - len(before)
         if start < 0:
             raise ValueError("pickle stack underflow")
-    else:
-        mark = next((i for i in reversed(range(len(stack))) if stack[i] is _MARK), -1)
-        if mark < 0:
-            raise ValueError("no mark on the pickle's stack")
-        start = mark - before.index(pickletools.markobject)
-        del stack[mark]
-    operands = stack[start:]
-    del stack[start:]
-    return operands
+        operands = stack[start:]
+        del stack[start:]
+        return operands
+
+    def _add_storage(self, identity: object) -> None:
+        """Note the name under which torch stores a tensor's data, and its number of values."""
+        if isinstance(identity, tuple) and len(identity) >= 5:
+            key = identity[2]
+            n_values = identity[4]
+            if isinstance(key, str) and isinstance(n_values, int) and n_values >= 0:
+                self._n_values[key] = max(n_values, self._n_values.get(key, 0))
+                return
+        raise Unsafe("names a tensor's storage in a way that torch.save never does")
 
 
 def _result(opcode: pickletools.OpcodeInfo, argument: object, operands: list[_Item]) -> _Item:
-    if opcode.name == "MARK":
-        return _MARK
+    """Return what an operation puts on the stack."""
     size = 1 + sum(size for _, size in operands)
     if opcode.name.endswith(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")):
         if size > MAX_TUPLE:
             raise Unsafe(f"pickles a tuple that unfolds to more than {MAX_TUPLE} values")
         return tuple(value for value, _ in operands), size
+    value = None if operands else argument
     # What a call returns may be as long to hash as its arguments; containers cannot be hashed.
-    called = opcode.name in ("REDUCE", "NEWOBJ", "BUILD")
-    return (argument if not operands else None), (size if called else 1)
-
-
-def _storage(identity: object) -> tuple[str, int]:
-    """Key and number of values in the name under which torch stores a tensor's data."""
-    if isinstance(identity, tuple) and len(identity) >= 5:
-        key, n_values = identity[2], identity[4]
-        if isinstance(key, str) and isinstance(n_values, int) and n_values >= 0:
-            return key, n_values
-    raise Unsafe("names a tensor's storage in a way that torch.save never does")
+    is_call = opcode.name in ("REDUCE", "NEWOBJ", "BUILD")
+    return value, size if is_call else 1

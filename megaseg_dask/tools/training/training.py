@@ -22,7 +22,14 @@ from megaseg_dask.errors import (
     TargetError,
 )
 from megaseg_dask.events import Trained
-from megaseg_dask.models import Bundle, Preprocessing, load_bundle, require_patch, save_bundle
+from megaseg_dask.models import (
+    Bundle,
+    NewBundle,
+    Preprocessing,
+    load_bundle,
+    require_patch,
+    save_bundle,
+)
 from megaseg_dask.models.registry import load
 from megaseg_dask.run.lease import Leases
 from megaseg_dask.stores import Location
@@ -307,14 +314,8 @@ def _changes(
 
 
 def _start(recipe: Recipe, begin: Bundle, work: Path) -> Path:
-    return save_bundle(
-        work / "from",
-        recipe.network,
-        begin.weights,
-        patch_shape=recipe.patch_shape,
-        overlap=recipe.overlap,
-        epoch=0,
-    )
+    new = NewBundle(recipe.network, recipe.patch_shape, recipe.overlap, epoch=0)
+    return save_bundle(work / "from", new, begin.weights)
 
 
 def _cache(work: Path) -> str | None:
