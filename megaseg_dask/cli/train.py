@@ -108,7 +108,7 @@ def train(
     Examples:
       megaseg train --install
       megaseg train images.csv --recipe MegaSeg_light --out light
-      megaseg train plate.zarr --label nuclei --channel DNA --from MegaSeg_v1 --out mine --max-time 08:00:00
+      megaseg train plate.zarr --label nuclei --from MegaSeg_v1 --out mine --max-time 08:00:00
     """
     with exit_codes(json_):
         if install:

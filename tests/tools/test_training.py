@@ -26,13 +26,10 @@ from megaseg_dask.errors import (
     TargetError,
 )
 from megaseg_dask.tools.training import Request, environment, train
-from megaseg_dask.tools.training.manifest import (
-    Example,
-    Tiff,
-    read_examples,
-    split_examples,
-    write_examples,
-)
+from megaseg_dask.tools.training.dataset import write_dataset
+from megaseg_dask.tools.training.examples import Example, Tiff
+from megaseg_dask.tools.training.manifest import read_examples
+from megaseg_dask.tools.training.splits import split_examples
 from tests.fixtures.bundles import TINY, write_checkpoint
 from tests.fixtures.images import blobs, write_image
 
@@ -92,7 +89,7 @@ def test_a_csv_becomes_images_and_masks_of_one_channel(tmp_path):
         "gone.tif,gone.tif,test",
     )
     examples = split_examples(read_examples(manifest, "1", None), 0.5, PATCH)
-    assert write_examples(examples, tmp_path / "data") == {"train": 1, "val": 1}
+    assert write_dataset(examples, tmp_path / "data") == {"train": 1, "val": 1}
     for split, truth in (("train", of_many[1]), ("val", labels)):
         (row,) = rows_of(tmp_path / "data", split)
         np.testing.assert_array_equal(imread(row["raw"]), many[1])
@@ -109,7 +106,7 @@ def test_an_omezarr_becomes_one_pair_a_timepoint(version, tmp_path):
     source = write_labelled(tmp_path / "image.zarr", (3, 2, *SHAPE), "tczyx", version=version)
     examples = split_examples(read_examples(str(source), "1", None), 0.3, PATCH)
     assert [one.split for one in examples] == ["train", "train", "val"]
-    assert write_examples(examples, tmp_path / "data") == {"train": 2, "val": 1}
+    assert write_dataset(examples, tmp_path / "data") == {"train": 2, "val": 1}
     (row,) = rows_of(tmp_path / "data", "val")
     np.testing.assert_array_equal(imread(row["raw"]), blobs((3, 2, *SHAPE))[2, 1])
 
@@ -146,10 +143,10 @@ def test_an_empty_label_image_is_left_out(tmp_path):
     labels = zarr.open_array(source / "labels/cells/0", mode="a")
     labels[0] = 0
     examples = split_examples(read_examples(str(source), None, None), 0.3, PATCH)
-    assert write_examples(examples, tmp_path / "data") == {"train": 1, "val": 1}
+    assert write_dataset(examples, tmp_path / "data") == {"train": 1, "val": 1}
     labels[2] = 0
     with pytest.raises(SourceError, match="labels of every image for val are empty"):
-        write_examples(examples, tmp_path / "again")
+        write_dataset(examples, tmp_path / "again")
 
 
 shapes = st.tuples(*[st.integers(8, 300)] * 3)
@@ -322,7 +319,7 @@ def test_cytodl_needs_python_311(monkeypatch):
     monkeypatch.setattr(sys, "version_info", type("V", (), {"major": 3, "minor": 12})())
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SettingsError, match=r"needs Python 3\.11, this is 3\.12"):
-        environment._find_base()
+        environment.find_base_python()
 
 
 def test_an_installation_that_fails_names_the_cause(tmp_path, monkeypatch):
@@ -338,7 +335,7 @@ def somewhere(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "environment"
     (folder / "bin").mkdir(parents=True)
     (folder / "bin/python").touch()
-    (folder / environment._DONE).touch()
+    (folder / environment.MARK).touch()
     monkeypatch.setenv(environment.HOME, str(folder))
     return folder
 

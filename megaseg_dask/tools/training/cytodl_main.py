@@ -1,10 +1,10 @@
-"""What runs inside cyto-dl's own environment: a program that trains as its request says.
+"""The program that trains inside cyto-dl's own environment.
 
-    python inside.py REQUEST.json
+    python cytodl_main.py EXPERIMENT.json
 
 It imports nothing of megaseg_dask, which is not installed there. Events go to
-stdout, one JSON object a line; whatever cyto-dl and Lightning print goes to a
-log. Its stdin is held by who started it: once that is gone, so is this.
+stdout, one JSON object a line; the output of cyto-dl and Lightning goes to a log.
+Its parent holds its stdin: once that closes, this program ends.
 """
 
 import csv
@@ -24,82 +24,97 @@ from lightning.pytorch.callbacks import Timer
 from omegaconf import OmegaConf, open_dict
 
 COLUMNS = ("epoch", "training_loss", "validation_loss", "learning_rate", "elapsed_s")
-_EVERY_S = 1.0
+_BATCH_EVENT_S = 1.0
 
+# The real stdout, once descriptor 1 is the log.
 _events: Any = None
 
 
-def tell(event: str, **fields: Any) -> None:
+def report(event: str, **fields: Any) -> None:
     """Write one event."""
     _events.write(json.dumps({"event": event, **fields}) + "\n")
     _events.flush()
 
 
-class Telling(Callback):  # type: ignore[misc]
-    """Tells of every epoch, keeps the table of them, and of batches at most once a second."""
+# -- while it trains
+
+
+class Reporter(Callback):  # type: ignore[misc]
+    """Report epochs, and batches at most once a second; keep the table of epochs."""
 
     def __init__(self, table: str) -> None:
-        self.table = Path(table)
-        self.before_s = self.begun = self.told = 0.0
-        self.finished: dict[str, Any] = {}
+        self._table = Path(table)
+        self._earlier_s = 0.0
+        self._began = 0.0
+        self._last_batch_event = 0.0
+        self._finished_epoch: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what was learnt until the checkpoint that training goes on from; the rest is learnt again."""
-        kept = [row for row in read_table(self.table) if int(row["epoch"]) < trainer.current_epoch]
-        with self.table.open("w", newline="") as file:
+        """Keep the epochs before the checkpoint; the later ones are trained again."""
+        first = trainer.current_epoch
+        rows = [row for row in read_table(self._table) if int(row["epoch"]) < first]
+        with self._table.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(kept)
-        self.before_s = float(kept[-1]["elapsed_s"]) if kept else 0.0
-        self.begun = time.monotonic()
-        losses = {
-            row["epoch"]: float(row["validation_loss"]) for row in kept if row["validation_loss"]
-        }
-        best = min(losses, key=lambda epoch: losses[epoch], default=None)
-        tell(
+            writer.writerows(rows)
+        self._earlier_s = float(rows[-1]["elapsed_s"]) if rows else 0.0
+        self._began = time.monotonic()
+        report(
             "started",
             epoch=trainer.current_epoch,
             n_batches=int(trainer.num_training_batches),
             device=str(pl_module.device),
-            best=None if best is None else [int(best), losses[best]],
+            best=_best_of(rows),
         )
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Tell how far the training is."""
+        """Report the batches so far."""
         now = time.monotonic()
-        if now - self.told > _EVERY_S:
-            self.told = now
-            timers = [one for one in trainer.callbacks if isinstance(one, Timer)]
-            left_s = max(timers[0].time_remaining(), 0.0) if timers else None
-            tell(
-                "batch", n_done=int(trainer.global_step), elapsed_s=now - self.begun, left_s=left_s
-            )
+        if now - self._last_batch_event <= _BATCH_EVENT_S:
+            return
+        self._last_batch_event = now
+        left_s = None
+        for callback in trainer.callbacks:
+            if isinstance(callback, Timer):
+                left_s = max(callback.time_remaining(), 0.0)
+        n_done = int(trainer.global_step)
+        report("batch", n_done=n_done, elapsed_s=now - self._began, left_s=left_s)
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        """Tell of the epoch before: by now its checkpoint is saved."""
-        if self.finished:
-            tell("epoch", **self.finished)
-            self.finished = {}
+        """Report the epoch before: by now its checkpoint is saved."""
+        if self._finished_epoch:
+            report("epoch", **self._finished_epoch)
+            self._finished_epoch = {}
 
     on_train_end = on_train_epoch_start
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a row to the table."""
         metrics = trainer.callback_metrics
-        values = (
-            trainer.current_epoch,
-            _number(metrics.get("train/loss_epoch", metrics.get("train/loss"))),
-            _number(metrics.get("val/loss")),
-            trainer.optimizers[0].param_groups[0]["lr"],
-            round(self.before_s + time.monotonic() - self.begun, 2),
-        )
-        row = dict(zip(COLUMNS, values, strict=True))
-        with self.table.open("a", newline="") as file:
+        elapsed_s = self._earlier_s + time.monotonic() - self._began
+        row = {
+            "epoch": trainer.current_epoch,
+            "training_loss": _number(metrics.get("train/loss_epoch", metrics.get("train/loss"))),
+            "validation_loss": _number(metrics.get("val/loss")),
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "elapsed_s": round(elapsed_s, 2),
+        }
+        with self._table.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
-        self.finished = row
+        self._finished_epoch = row
+
+
+def _best_of(rows: list[dict[str, str]]) -> tuple[int, float] | None:
+    """Return epoch and loss of the lowest validation loss."""
+    losses = {int(row["epoch"]): float(row["validation_loss"] or "inf") for row in rows}
+    if not losses:
+        return None
+    epoch = min(losses, key=losses.__getitem__)
+    return (epoch, losses[epoch]) if math.isfinite(losses[epoch]) else None
 
 
 def _number(value: Any) -> float | None:
+    """Return a metric as a number; JSON and CSV have no NaN."""
     number = math.nan if value is None else float(value)
     return number if math.isfinite(number) else None
 
@@ -112,53 +127,67 @@ def read_table(table: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+# -- before and after
+
+
 def configure(request: dict[str, Any]) -> Any:
-    """Return cyto-dl's experiment with the request's changes, ready to train."""
+    """Return cyto-dl's experiment with the changes of a request, ready to train."""
     from cyto_dl.api.model import CytoDLModel
 
+    folder = Path(request["folder"])
+    accelerator, precision = choose_hardware(request["accelerator"])
     model = CytoDLModel()
     model.load_default_experiment(
-        "segmentation_plugin", output_dir=request["folder"], overrides=["spatial_dims=3"]
+        "segmentation_plugin", output_dir=str(folder), overrides=["spatial_dims=3"]
     )
+    changes = {
+        **request["set"],
+        "trainer.accelerator": accelerator,
+        "trainer.precision": precision,
+    }
     with open_dict(model.cfg):
         for key in request["remove"]:
             section, _, name = key.rpartition(".")
             OmegaConf.select(model.cfg, section).pop(name)
-        accelerator, precision = hardware(request["accelerator"])
-        changes = request["set"] | {
-            "trainer.accelerator": accelerator,
-            "trainer.precision": precision,
-        }
         for key, value in changes.items():
             OmegaConf.update(model.cfg, key, value, merge=False, force_add=True)
-        for stage in ("train", "valid", "test"):
-            for transform in model.cfg.data.transforms[stage].transforms:
-                # It casts to half precision, which only mixed precision can take.
-                if transform["_target_"].endswith("ToTensord") and precision == 32:
-                    transform["dtype"] = "float32"
-    model.save_config(Path(request["folder"], "train_config.yaml"))
+        if precision == 32:
+            _cast_to_float32(model.cfg)
+    model.save_config(folder / "train_config.yaml")
+    reporter = {"_target_": "__main__.Reporter", "table": str(folder / "metrics.csv")}
     with open_dict(model.cfg):
-        telling = {
-            "_target_": "__main__.Telling",
-            "table": str(Path(request["folder"], "metrics.csv")),
-        }
-        OmegaConf.update(model.cfg, "callbacks.telling", telling, force_add=True)
+        OmegaConf.update(model.cfg, "callbacks.reporter", reporter, force_add=True)
     return model
 
 
-def hardware(wanted: str) -> tuple[str, int]:
-    """Return accelerator and precision: cyto-dl's 16 bits on CUDA; elsewhere they are slow, or not there."""
-    cuda, mps = CUDAAccelerator.is_available(), MPSAccelerator.is_available()
-    if wanted == "auto":
-        wanted = "gpu" if cuda else "mps" if mps else "cpu"
-    if (wanted == "gpu" and not cuda) or (wanted == "mps" and not mps):
-        raise SystemExit(
-            f"--accelerator {wanted}: cyto-dl's environment sees none; pass cpu or auto"
-        )
-    return wanted, 16 if wanted == "gpu" else 32
+def _cast_to_float32(config: Any) -> None:
+    """Replace the cast to half precision, which only mixed precision can take."""
+    for stage in ("train", "valid", "test"):
+        for transform in config.data.transforms[stage].transforms:
+            if transform["_target_"].endswith("ToTensord"):
+                transform["dtype"] = "float32"
 
 
-def draw(table: Path, picture: Path) -> None:
+def choose_hardware(accelerator: str) -> tuple[str, int]:
+    """Return accelerator and bits: 16 on CUDA, as cyto-dl has it; elsewhere 16 are slow or missing.
+
+    Raises:
+        SystemExit: if the accelerator is not there.
+    """
+    available = ["cpu"]
+    if MPSAccelerator.is_available():
+        available.insert(0, "mps")
+    if CUDAAccelerator.is_available():
+        available.insert(0, "gpu")
+    if accelerator == "auto":
+        accelerator = available[0]
+    if accelerator not in available:
+        problem = "cyto-dl's environment sees none"
+        raise SystemExit(f"--accelerator {accelerator}: {problem}; pass cpu or auto")
+    return accelerator, 16 if accelerator == "gpu" else 32
+
+
+def draw(rows: list[dict[str, str]], picture: Path) -> None:
     """Draw the losses of all epochs."""
     import matplotlib as mpl
 
@@ -166,14 +195,12 @@ def draw(table: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    rows = read_table(table)
     epochs = [int(row["epoch"]) for row in rows]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for column in ("training_loss", "validation_loss"):
-        axes.plot(
-            epochs, [float(row[column] or "nan") for row in rows], label=column.replace("_", " ")
-        )
+        losses = [float(row[column] or "nan") for row in rows]
+        axes.plot(epochs, losses, label=column.replace("_", " "))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
@@ -182,7 +209,7 @@ def draw(table: Path, picture: Path) -> None:
 
 
 def why_stopped(trainer: Trainer, last: dict[str, str]) -> str:
-    """Say why a training is over."""
+    """Return why a training is over: diverged, patience, max_epochs or max_time."""
     if not (last["training_loss"] and last["validation_loss"]):
         return "diverged"
     if any(getattr(callback, "stopped_epoch", 0) for callback in trainer.callbacks):
@@ -191,7 +218,7 @@ def why_stopped(trainer: Trainer, last: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Train, then tell where the best checkpoint is."""
+    """Train, then report the best checkpoint."""
     global _events
     _events = os.fdopen(os.dup(1), "w")
     request = json.loads(Path(sys.argv[1]).read_text())
@@ -203,25 +230,25 @@ def main() -> None:
     try:
         _, objects = configure(request).train()
     except SystemExit as error:
-        tell("refused", error=str(error))
+        report("refused", error=str(error))
         raise
     except BaseException as error:
-        tell("failed", error=f"{type(error).__name__}: {error}")
+        report("failed", error=f"{type(error).__name__}: {error}")
         raise
     trainer = objects["trainer"]
     rows = read_table(folder / "metrics.csv")
-    draw(folder / "metrics.csv", folder / "curves.png")
-    best = trainer.checkpoint_callback.best_model_path
-    tell(
+    draw(rows, folder / "curves.png")
+    report(
         "finished",
-        best=best,
+        best=trainer.checkpoint_callback.best_model_path,
         n_epochs=trainer.current_epoch,
         stopped=why_stopped(trainer, rows[-1]),
     )
 
 
 def _leave_with_parent() -> None:
-    while os.read(0, 1):  # not through sys.stdin, whose lock Python wants when it ends
+    # os.read, since Python wants the lock of sys.stdin when it ends.
+    while os.read(0, 1):
         pass
     os._exit(130)
 

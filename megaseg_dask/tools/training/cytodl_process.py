@@ -1,51 +1,70 @@
-"""cyto-dl's process: started with what is asked of it, listened to, ended with us."""
+"""cyto-dl's process: it gets its experiment as a file, and reports events on its stdout."""
 
 import json
+import math
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaseg_dask.errors import SettingsError, TaskError
 from megaseg_dask.events import Epoch, Event, Progress
 from megaseg_dask.run.cluster.workers import WORKER_ENVIRONMENT
+from megaseg_dask.tools.training.folder import TrainingFolder
 from megaseg_dask.tools.training.recipes import Recipe
 
-INSIDE = Path(__file__).with_name("cytodl_main.py")
+MAIN = Path(__file__).with_name("cytodl_main.py")
+_END_S = 30
 
 Emit = Callable[[Event], None]
 
 
-def run_inside(
-    python: Path, changes: dict[str, Any], work: Path, recipe: Recipe, emit: Emit
-) -> dict[str, Any]:
-    """Let cyto-dl train with these changes of its experiment; returns its last event.
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """cyto-dl's last event: its best checkpoint, and why it ended."""
 
-    Raises :class:`SettingsError` if it was refused, and :class:`TaskError` if it failed or diverged.
+    checkpoint: Path
+    n_epochs: int
+    stopped: str
+
+
+def run_cytodl(
+    python: Path,
+    experiment: Mapping[str, object],
+    folder: TrainingFolder,
+    recipe: Recipe,
+    emit: Emit,
+) -> Finished:
+    """Let cyto-dl train an experiment in its own Python.
+
+    Raises:
+        SettingsError: if cyto-dl refused it.
+        TaskError: if cyto-dl failed, or the training diverged.
     """
-    asked = work / "inside.json"
-    asked.write_text(json.dumps(changes, indent=1))
-    teller = _Teller(recipe, changes["set"]["trainer.max_epochs"], emit)
+    file = folder.work / "experiment.json"
+    file.write_text(json.dumps(experiment, indent=1))
+    reporter = _Reporter(recipe, emit)
     last: dict[str, Any] = {}
-    with _process([str(python), "-I", str(INSIDE), str(asked)]) as process:
+    with _process([str(python), "-I", str(MAIN), str(file)]) as process:
         assert process.stdout is not None
         for line in process.stdout:
             last = json.loads(line)
-            teller.tell(last)
-    log = work / "log.txt"
+            reporter.report(last)
     if last.get("event") == "refused":
         raise SettingsError(last["error"])
     if last.get("event") != "finished":
         cause = last.get("error") or f"it ended with code {process.returncode}"
-        raise TaskError(f"cyto-dl failed: {cause}; its log is {log}, and the same command goes on")
+        log = f"its log is {folder.log}, and the same command goes on"
+        raise TaskError(f"cyto-dl failed: {cause}; {log}")
     if last["stopped"] == "diverged" or not last["best"]:
         raise TaskError(
-            f"the training diverged, its loss is no number any more (see {log}); try a smaller "
-            "--learning-rate with --overwrite, or --accelerator cpu: that has 32 bits"
+            f"the training diverged, its loss is no number any more (see {folder.log}); try a "
+            "smaller --learning-rate with --overwrite, or --accelerator cpu: that has 32 bits"
         )
-    return last
+    return Finished(Path(last["best"]), last["n_epochs"], last["stopped"])
 
 
 @contextmanager
@@ -58,55 +77,74 @@ def _process(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
         stdout=subprocess.PIPE,
         text=True,
         env={**WORKER_ENVIRONMENT, **quiet, **os.environ},
-        start_new_session=True,  # Ctrl-C is for us, who then close its stdin
+        # Ctrl-C reaches us alone; we then close its stdin.
+        start_new_session=True,
     )
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         yield process
     finally:
-        assert process.stdin is not None
         with suppress(OSError):
             process.stdin.close()
         try:
-            process.wait(30)
+            process.wait(_END_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        assert process.stdout is not None
         process.stdout.close()
 
 
-class _Teller:
-    """Turns what cyto-dl's process tells into events."""
+class _Reporter:
+    """Turn the records of cyto-dl's process into events."""
 
-    def __init__(self, recipe: Recipe, max_epochs: int, emit: Emit) -> None:
-        self.max_epochs, self.emit = max_epochs, emit
-        self.patch_voxels = recipe.patch_shape[0] * recipe.patch_shape[1] * recipe.patch_shape[2]
-        self.patches = recipe.patches_per_image
-        self.n_batches, self.first, self.best, self.best_epoch = 1, 0, float("inf"), 0
+    def __init__(self, recipe: Recipe, emit: Emit) -> None:
+        self._emit = emit
+        self._max_epochs = recipe.max_epochs
+        self._voxels_per_batch = math.prod(recipe.patch_shape) * recipe.patches_per_image
+        self._batches_per_epoch = 1
+        self._first_batch = 0
+        self._best_epoch = 0
+        self._best_loss = math.inf
 
-    def tell(self, told: dict[str, Any]) -> None:
-        match told["event"]:
+    def report(self, record: dict[str, Any]) -> None:
+        match record["event"]:
             case "started":
-                self.n_batches, self.first = told["n_batches"], told["epoch"] * told["n_batches"]
-                if told["best"]:
-                    self.best_epoch, self.best = told["best"]
+                self._batches_per_epoch = record["n_batches"]
+                self._first_batch = record["epoch"] * record["n_batches"]
+                if record["best"]:
+                    self._best_epoch, self._best_loss = record["best"]
             case "batch":
-                n_done, total, elapsed = (
-                    told["n_done"],
-                    self.max_epochs * self.n_batches,
-                    told["elapsed_s"],
-                )
-                rate = max(n_done - self.first, 1) / max(elapsed, 1e-3)
-                voxels = rate * self.patch_voxels * self.patches
-                left_s = (total - n_done) / rate
-                left_s = left_s if told["left_s"] is None else min(left_s, told["left_s"])
-                self.emit(Progress("training", n_done, total, elapsed, round(voxels), left_s))
+                self._emit(self._progress(**record))
             case "epoch":
-                loss = told["validation_loss"]
-                if loss is not None and loss < self.best:
-                    self.best, self.best_epoch = loss, told["epoch"]
-                fields = {
-                    key: told[key]
-                    for key in ("epoch", "training_loss", "validation_loss", "elapsed_s")
-                }
-                self.emit(Epoch(**fields, max_epochs=self.max_epochs, best_epoch=self.best_epoch))
+                self._emit(self._epoch(record))
+
+    def _progress(
+        self, *, n_done: int, elapsed_s: float, left_s: float | None, event: str
+    ) -> Progress:
+        n_batches = self._max_epochs * self._batches_per_epoch
+        batches_per_s = max(n_done - self._first_batch, 1) / max(elapsed_s, 1e-3)
+        # The time limit may come before the last epoch.
+        ends_in_s = (n_batches - n_done) / batches_per_s
+        return Progress(
+            stage="training",
+            n_done=n_done,
+            n_tasks=n_batches,
+            elapsed_s=elapsed_s,
+            voxels_per_s=round(batches_per_s * self._voxels_per_batch),
+            left_s=ends_in_s if left_s is None else min(ends_in_s, left_s),
+        )
+
+    def _epoch(self, record: dict[str, Any]) -> Epoch:
+        loss = record["validation_loss"]
+        if loss is not None and loss < self._best_loss:
+            self._best_loss = loss
+            self._best_epoch = record["epoch"]
+        return Epoch(
+            epoch=record["epoch"],
+            max_epochs=self._max_epochs,
+            training_loss=record["training_loss"],
+            validation_loss=loss,
+            best_epoch=self._best_epoch,
+            elapsed_s=record["elapsed_s"],
+        )

@@ -1,8 +1,8 @@
-"""cyto-dl in an environment of its own.
+"""The Python environment of cyto-dl, beside ours.
 
-Its pins (Python below 3.12, torch 2.0) rule out ours, and its licence that any
-of it is shipped here. So it is installed beside, by one command, and trains in
-a process of its own.
+Its pins (Python below 3.12, torch 2.0) exclude ours, and its licence forbids to
+ship any of it. One command installs it in another environment, and it trains in
+another process.
 """
 
 import os
@@ -17,10 +17,12 @@ from megaseg_dask.models.home import home
 
 HOME = "MEGASEG_CYTODL"
 INSTALL = "megaseg train --install"
+# Written last: an environment without it is incomplete.
+MARK = "megaseg-installed.txt"
 _PYTHON = "3.11"
 
-# What cyto-dl needs for this task, without its pins. botocore's users ask for versions that exclude one another; these
-# three agree, and spare pip a search of half an hour.
+# What cyto-dl needs for this task, without its pins. Packages that use botocore ask for versions
+# that exclude one another; these three agree, and spare pip a search of half an hour.
 REQUIREMENTS = (
     "torch==2.13.0",
     "monai==1.6.1",
@@ -47,81 +49,89 @@ REQUIREMENTS = (
     "ome-zarr",
 )
 CYTODL = "cyto-dl==0.6.2"
-_DONE = "megaseg-installed.txt"  # written last: an environment without it is half of one
 
 
 def location() -> Path:
-    """Where cyto-dl's environment is: ``MEGASEG_CYTODL``, else ``cyto-dl`` in the folder of the models' cache."""
-    given = os.environ.get(HOME)
-    return Path(given).expanduser().absolute() if given else home() / "cyto-dl"
+    """Return its folder: that of ``MEGASEG_CYTODL``, else ``cyto-dl`` in the models' cache."""
+    chosen = os.environ.get(HOME)
+    return Path(chosen).expanduser().absolute() if chosen else home() / "cyto-dl"
 
 
 def find_python() -> Path:
-    """Return the Python of cyto-dl's environment; raises :class:`SettingsError` with the command that makes it."""
-    python = _python_of(location())
-    if not (location() / _DONE).exists() or not python.exists():
-        raise SettingsError(
-            f"training needs cyto-dl, and {location()} does not have it: run `{INSTALL}` once (2 GB), or set {HOME} to "
-            "the environment that it is in"
-        )
+    """Return the Python of cyto-dl's environment.
+
+    Raises:
+        SettingsError: if it is not installed; the message has the command that installs it.
+    """
+    folder = location()
+    python = _python_of(folder)
+    if not (folder / MARK).exists() or not python.exists():
+        advice = f"run `{INSTALL}` once (2 GB), or set {HOME} to the environment that it is in"
+        raise SettingsError(f"training needs cyto-dl, and {folder} does not have it: {advice}")
     return python
 
 
-def install(say: Callable[[str], None]) -> Path:
-    """Make cyto-dl's environment, unless it is there; returns its folder.
+def install(report: Callable[[str], None]) -> Path:
+    """Install cyto-dl's environment, unless it is there, and return its folder.
 
-    Raises :class:`SettingsError` without a Python that cyto-dl runs on, :class:`StoreError` if pip fails.
+    Raises:
+        SettingsError: without a Python that cyto-dl runs on.
+        StoreError: if pip fails.
     """
     folder = location()
-    if (folder / _DONE).exists():
+    if (folder / MARK).exists():
         return folder
-    base = _find_base()
-    say(f"installing cyto-dl in {folder}: 2 GB, some minutes")
-    # What an interrupted installation left is taken up by pip.
-    _run([base, "-m", "venv", str(folder)], folder)
-    # Python compiles what it imports, which is a small part of it.
-    pip = [
-        str(_python_of(folder)),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-compile",
-    ]
-    _run([*pip, *REQUIREMENTS], folder)
-    _run([*pip, "--no-deps", CYTODL], folder)
-    (folder / _DONE).write_text("\n".join([*REQUIREMENTS, CYTODL]) + "\n")
+    python = find_base_python()
+    report(f"installing cyto-dl in {folder}: 2 GB, some minutes")
+    # pip continues an installation that was interrupted.
+    _run([python, "-m", "venv", str(folder)], folder)
+    options = ["--quiet", "--disable-pip-version-check"]
+    # Python compiles the modules that it imports, which are few.
+    options.append("--no-compile")
+    pip_install = [str(_python_of(folder)), "-m", "pip", "install", *options]
+    _run([*pip_install, *REQUIREMENTS], folder)
+    _run([*pip_install, "--no-deps", CYTODL], folder)
+    (folder / MARK).write_text("\n".join([*REQUIREMENTS, CYTODL]) + "\n")
     return folder
+
+
+def find_base_python() -> str:
+    """Return a Python of the version that cyto-dl needs.
+
+    Raises:
+        SettingsError: if there is none.
+    """
+    ours = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if ours == _PYTHON:
+        return sys.executable
+    python = shutil.which(f"python{_PYTHON}")
+    if python is None:
+        raise SettingsError(
+            f"cyto-dl needs Python {_PYTHON}, this is {ours} and there is no python{_PYTHON} on "
+            f"the PATH: install one (`uv python install {_PYTHON}` for instance) and try again"
+        )
+    return python
 
 
 def _python_of(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def _find_base() -> str:
-    if f"{sys.version_info.major}.{sys.version_info.minor}" == _PYTHON:
-        return sys.executable
-    found = shutil.which(f"python{_PYTHON}")
-    if found is None:
-        raise SettingsError(
-            f"cyto-dl needs Python {_PYTHON}, this is {sys.version_info.major}.{sys.version_info.minor} and there is "
-            f"no python{_PYTHON} on the PATH: install one (`uv python install {_PYTHON}` for instance) and try again"
-        )
-    return found
-
-
 def _run(command: list[str], folder: Path) -> None:
+    problem = f"cyto-dl was not installed in {folder}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise StoreError(f"cyto-dl was not installed in {folder}: {error}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        cause = next(
-            (line for line in lines if "error" in line.lower()),
-            lines[-1] if lines else "no reason given",
-        )
-        raise StoreError(
-            f"cyto-dl was not installed in {folder}: {cause.strip()}; mend that and run `{INSTALL}` again"
-        )
+        raise StoreError(f"{problem}: {error}") from error
+    if ended.returncode:
+        advice = f"fix that and run `{INSTALL}` again"
+        raise StoreError(f"{problem}: {_cause_of(ended.stderr)}; {advice}")
+
+
+def _cause_of(stderr: str) -> str:
+    """Return the first line that names an error, else the last line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    for line in lines:
+        if "error" in line.lower():
+            return line
+    return lines[-1] if lines else "no reason given"

@@ -1,7 +1,7 @@
 """Recipes: how the two MegaSegs are trained, as data.
 
-What is published of a model stands here: network, loss, optimiser, epochs and
-stopping. The rest is what cyto-dl's experiment for segmentation does by itself:
+The published facts of a model are here: network, loss, optimizer, epochs and
+stopping. The rest is the default of cyto-dl's experiment for segmentation:
 random crops and no other augmentation.
 """
 
@@ -13,11 +13,11 @@ from megaseg_dask.models.network import NetworkSpec, Triple
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What makes a model of images and labels; the defaults are those of both MegaSegs.
+    """How a model is made of images and labels; the defaults are those of both MegaSegs.
 
     ``decay`` multiplies the learning rate after each epoch. An epoch cuts
-    ``patches_per_image`` crops of ``patch_shape`` from each image, at random, and each
-    image's crops are one batch. Training ends after ``max_epochs``, or once the
+    ``patches_per_image`` crops of ``patch_shape`` (z, y, x) from each image, at random;
+    the crops of an image are one batch. Training ends after ``max_epochs``, or once the
     validation loss has not improved for ``patience`` epochs.
     """
 
@@ -36,14 +36,12 @@ class Recipe:
     patches_per_image: int = 1
 
 
-# The filters of the published MegaSeg_light are not known. Its checkpoint is (4.8 MB, with Adam's state 12 bytes
-# per parameter); these make one that is no larger, and are those of `starter`.
+# The filters of the published MegaSeg_light are not known, but the size of its checkpoint is:
+# 4.8 MB, with Adam's state 12 bytes per parameter. These filters give one that is no larger;
+# they are also those of `starter`.
 LIGHT_FILTERS = (8, 16, 24, 32, 48)
 
 RECIPES: Mapping[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("MegaSeg_v1", NetworkSpec()),
-        Recipe("MegaSeg_light", NetworkSpec(filters=LIGHT_FILTERS)),
-    )
+    "MegaSeg_v1": Recipe("MegaSeg_v1", NetworkSpec()),
+    "MegaSeg_light": Recipe("MegaSeg_light", NetworkSpec(filters=LIGHT_FILTERS)),
 }

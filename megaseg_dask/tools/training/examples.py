@@ -1,0 +1,203 @@
+"""Examples to train on: a box of an image together with its labels.
+
+An example names where its voxels are; opening one reads metadata only, so that a
+whole manifest is checked before anything is written.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask.algorithms.geometry import Box, Shape
+from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.ngff.group import read_ome
+from megaseg_dask.ngff.image import Image, read_image
+from megaseg_dask.ngff.volume import Volume
+from megaseg_dask.plan.planner import choose_channels
+from megaseg_dask.stores import Location
+
+TRAIN = "train"
+VALIDATION = "val"
+
+
+class Reader(Protocol):
+    """Where the voxels of a volume come from."""
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """Read a box as ``(z, y, x)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiff:
+    """A TIFF file with one timepoint, of which one channel is read."""
+
+    path: str
+    axes: str
+    channel: int = 0
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """Read a box as ``(z, y, x)``."""
+        from tifffile import imread
+
+        values = imread(self.path, series=0, level=0)
+        chosen: dict[str, int | slice] = dict.fromkeys("ZYX", slice(None))
+        chosen["C"] = self.channel
+        values = values[tuple(chosen.get(axis, 0) for axis in self.axes)]
+        kept_axes = [axis for axis in self.axes if axis in "ZYX"]
+        order = [kept_axes.index(axis) for axis in "ZYX"]
+        return np.ascontiguousarray(values.transpose(order)[box.slices])
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A box of an image and its labels; a ``group``, such as a field, is never in both splits."""
+
+    name: str
+    group: str
+    image: Reader
+    labels: Reader
+    box: Box
+    split: str | None = None
+
+
+# -- TIFF
+
+
+def open_tiff(path: str, channel: str | None) -> tuple[Tiff, Shape]:
+    """Return a TIFF file and its shape ``(z, y, x)``.
+
+    Raises:
+        SourceError: for a file that is no TIFF, or has other axes than z, y, x and channels.
+        SettingsError: if the channel has to be chosen, or does not exist.
+    """
+    from tifffile import TiffFile, TiffFileError
+
+    try:
+        with TiffFile(path) as file:
+            series = file.series[0]
+            axes = series.axes
+            extents = series.shape
+    except (OSError, TiffFileError, IndexError) as error:
+        raise SourceError(f"{path} cannot be read as TIFF: {error}") from error
+    if len(extents) == 3 and axes.endswith("YX"):
+        # A writer that states no axes gives the first one any name.
+        axes = "ZYX"
+    sizes = dict(zip(axes, extents, strict=True))
+    has_other_axes = any(n > 1 for axis, n in sizes.items() if axis not in "CZYX")
+    if has_other_axes or not set("ZYX") <= set(sizes):
+        expected = "expected z, y and x, and at most channels"
+        raise SourceError(f"{path} has axes {axes} of {extents}; {expected}")
+    shape = tuple(sizes[axis] for axis in "ZYX")
+    return Tiff(path, axes, _tiff_channel(path, channel, sizes.get("C", 1))), shape
+
+
+def _tiff_channel(path: str, channel: str | None, n_channels: int) -> int:
+    last = n_channels - 1
+    if channel is None:
+        if n_channels > 1:
+            choices = f"choose one with --channel 0 to {last}"
+            raise SourceError(f"{path} has {n_channels} channels; {choices}")
+        return 0
+    if not channel.isdecimal() or int(channel) > last:
+        raise SourceError(f"--channel {channel}: {path} has channels 0 to {last}")
+    return int(channel)
+
+
+# -- OME-Zarr
+
+
+def open_image(
+    location: Location, channel: str | None, *, is_label: bool = False
+) -> tuple[Volume, Shape]:
+    """Return a volume of an OME-Zarr image with one timepoint, and its shape ``(z, y, x)``.
+
+    Raises:
+        SourceError: for several timepoints, what is no image, or labels that are no integers.
+        SettingsError: if the channel has to be chosen, or does not exist.
+    """
+    image = read_image(location)
+    if is_label:
+        _require_labels(location, image)
+    n_times = image.extent("t")
+    if n_times > 1:
+        advice = "name it instead of a CSV, or one file each"
+        raise SourceError(f"{location} has {n_times} timepoints; {advice}")
+    c = _choose_channel(location, image, channel)
+    return _volume(location, image, 0, c), image.volume_shape()
+
+
+def has_labels(location: Location) -> bool:
+    """Return whether an image has label images."""
+    return bool(_label_names(location))
+
+
+def examples_of(
+    location: Location, name: str, channel: str | None, label: str | None
+) -> list[Example]:
+    """Return an example for each timepoint of an OME-Zarr image; none if it has no label image.
+
+    Raises:
+        SourceError: for labels of another shape, or that are no integers.
+        SettingsError: if the channel or the label image has to be chosen, or does not exist.
+    """
+    names = _label_names(location)
+    if not names:
+        return []
+    place = location / "labels" / _choose_label(location, names, label)
+    image = read_image(location)
+    labels = read_image(place)
+    c = _choose_channel(location, image, channel)
+    _require_labels(place, labels)
+    shape = (image.extent("t"), *image.volume_shape())
+    labels_shape = (labels.extent("t"), *labels.volume_shape())
+    if shape != labels_shape:
+        shapes = f"{location} has {shape}, {place} has {labels_shape}"
+        raise SourceError(f"shapes (t, z, y, x) differ: {shapes}")
+    labels_c = c if labels.extent("c") == image.extent("c") else 0
+    examples = []
+    for t in range(shape[0]):
+        example = Example(
+            name=f"{name}/{t}" if shape[0] > 1 else name,
+            group=name,
+            image=_volume(location, image, t, c),
+            labels=_volume(place, labels, t, labels_c),
+            box=Box.of(image.volume_shape()),
+        )
+        examples.append(example)
+    return examples
+
+
+def _require_labels(location: Location, image: Image) -> None:
+    if np.dtype(image.dtype).kind not in "iub":
+        raise SourceError(f"{location} holds {image.dtype}; labels are integers")
+
+
+def _label_names(location: Location) -> list[str]:
+    labels = location / "labels"
+    if not labels.exists():
+        return []
+    return list(read_ome(labels).get("labels") or [])
+
+
+def _choose_label(location: Location, names: list[str], label: str | None) -> str:
+    listed = ", ".join(names)
+    if label is None:
+        if len(names) > 1:
+            raise SettingsError(f"{location} has label images {listed}; choose one with --label")
+        return names[0]
+    if label not in names:
+        raise SettingsError(f"--label {label}: {location} has {listed}")
+    return label
+
+
+def _choose_channel(location: Location, image: Image, channel: str | None) -> int:
+    channels = choose_channels(image, channel, location)
+    if len(channels) > 1:
+        raise SettingsError(f"--channel {channel}: a recipe is trained on one channel")
+    return channels[0]
+
+
+def _volume(location: Location, image: Image, t: int, c: int) -> Volume:
+    return Volume(location / image.levels[0].path, image.axis_names, t=t, c=c)
