@@ -1,6 +1,11 @@
-"""Reads and writes of the store, bytes of voxels and forward passes of a run: exact, against what is committed.
+"""Requests to stores, bytes of voxels and forward passes of a run: exactly as committed.
 
-``MEGASEG_COUNTS=write python -m pytest tests/counts/test_store_counts.py`` writes them anew after such a change.
+Small objects are counted as a location asks for them: plan, lease, journal, state
+and metadata. Chunks are counted in zarr's stores. Leases do not beat here, and the
+journal is written at the end of a stage, so no count depends on a clock.
+
+``MEGASEG_COUNTS=write python -m pytest tests/counts/test_store_counts.py`` writes the
+counts again after a change of them.
 """
 
 import json
@@ -15,6 +20,7 @@ from megaseg_dask.inference.pytorch import TorchEngine
 from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run import journal, lease
 from megaseg_dask.run.job_array import record_plans, run_tasks
 from megaseg_dask.stores import Location, cached_array, clear_array_cache
 from tests.fixtures.images import blobs, write_image
@@ -36,11 +42,55 @@ SCENARIOS = {
 }
 
 
+# The requests of a location, by what they ask for.
+REQUESTS = {
+    "get": "object_reads",
+    "get_range": "object_reads",
+    "put": "object_writes",
+    "create": "object_writes",
+    "delete": "object_removals",
+    "remove": "object_removals",
+    "size": "object_looks",
+    "exists": "object_looks",
+    "is_folder": "object_looks",
+    "keys": "object_lists",
+    "children": "object_lists",
+}
+COUNTED = (
+    *sorted(set(REQUESTS.values())),
+    "store_reads",
+    "store_writes",
+    "bytes_read",
+    "bytes_written",
+    "forward_passes",
+)
+
+
+class CountingBackend:
+    """A folder of a store that counts what it is asked for."""
+
+    def __init__(self, backend, add):
+        self._backend = backend
+        self._add = add
+
+    def __getattr__(self, name):
+        if name in REQUESTS:
+            self._add(REQUESTS[name])
+        return getattr(self._backend, name)
+
+
 @pytest.fixture
 def counts(monkeypatch):
-    found = dict.fromkeys(
-        ("store_reads", "store_writes", "bytes_read", "bytes_written", "forward_passes"), 0
+    found = dict.fromkeys(COUNTED, 0)
+    open_backend = Location.backend
+    monkeypatch.setattr(
+        Location,
+        "backend",
+        lambda self, **options: CountingBackend(open_backend(self, **options), add),
     )
+    monkeypatch.setattr(lease.Timing, "beat_of", lambda *_: 3600.0)
+    monkeypatch.setattr(journal, "_MIN_SEGMENT_S", 3600.0)
+    monkeypatch.setattr(journal, "_MAX_SEGMENT_S", 3600.0)
 
     def count(cls, method, note):
         original = getattr(cls, method)
