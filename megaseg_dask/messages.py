@@ -160,8 +160,16 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def duration(seconds: float) -> str:
-    """Return a time in seconds, minutes, or hours and minutes."""
+def duration(seconds: float, *, exact: bool = False) -> str:
+    """Return a time in seconds, minutes, or hours and minutes.
+
+    An ``exact`` one has three digits below 100 seconds, and then the seconds of its minutes.
+    """
+    if exact and seconds < 100:
+        return f"{seconds:.3g} s"
+    if exact and seconds < 3600:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     if hours:
         return f"{hours} h {minutes} min"

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.errors import EngineError
 
 Float32 = NDArray[np.float32]
 A = TypeVar("A")
+
+# The score 1 in an array of uint8.
+MAX_UINT8_SCORE = 255
 
 # Voxels that fit the cache of a core.
 _SLAB = 2**17
@@ -95,6 +98,11 @@ def blend(
         )
     blended: A = total
     return blended
+
+
+def max_score(dtype: DTypeLike) -> float:
+    """Return the stored value of score 1: uint8 arrays hold multiples of 1/255."""
+    return MAX_UINT8_SCORE if np.dtype(dtype) == np.uint8 else 1.0
 
 
 def sigmoid(logits: Float32) -> Float32:

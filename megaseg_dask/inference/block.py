@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.blending import (
+    MAX_UINT8_SCORE,
     NUMPY,
     ArrayLibrary,
     blend,
@@ -286,5 +287,5 @@ def _scores(logits: Float32) -> Float32:
 
 
 def _rounded_scores(logits: Float32) -> Float32:
-    rounded: Float32 = np.rint(_scores(logits) * np.float32(255))
+    rounded: Float32 = np.rint(_scores(logits) * np.float32(MAX_UINT8_SCORE))
     return rounded

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megaseg_dask.algorithms.blending import ArrayLibrary
+from megaseg_dask.algorithms.blending import MAX_UINT8_SCORE, ArrayLibrary
 from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.errors import EngineError
 from megaseg_dask.inference.block import (
@@ -219,7 +219,7 @@ class DeviceOutputs:
         """Return the scores: ``float32`` from 0 to 1, or ``uint8`` as 255 times that, rounded."""
         scores = torch.sigmoid(self.blended).nan_to_num_(nan=0.0)
         if dtype == "uint8":
-            scores = scores.mul_(255).round_().to(torch.uint8)
+            scores = scores.mul_(MAX_UINT8_SCORE).round_().to(torch.uint8)
         return _download(scores)
 
     def mask(self, threshold: float) -> NDArray[np.uint8]:

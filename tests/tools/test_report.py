@@ -3,9 +3,12 @@
 import json
 import shlex
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import zarr
@@ -18,7 +21,17 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import plan_runs, segment
 from megaseg_dask.stores import Location
-from megaseg_dask.tools.report.page import Page, render
+from megaseg_dask.tools.report.page import (
+    Origin,
+    Overview,
+    Page,
+    SeamSection,
+    Timings,
+    Volumes,
+    make_page,
+    read_template,
+    render,
+)
 from megaseg_dask.tools.report.sampling import choose_view, spread, whole_or_middle
 from megaseg_dask.tools.report.survey import Run, survey
 from megaseg_dask.tools.report.write import find_plans, write_report
@@ -74,7 +87,7 @@ def split(tmp_path_factory, options, client) -> tuple[Path, Path]:
 
 
 def page_of(target: Path) -> Page:
-    return Page(find_plans(str(target)))
+    return make_page(find_plans(str(target)))
 
 
 def test_one_file_that_needs_nothing_else(split):
@@ -94,8 +107,34 @@ def test_one_file_that_needs_nothing_else(split):
     assert "torch 2" in page.text
     assert "connectivity" in page.text
     assert "out.zarr.run/megaseg/log/0001.txt" in page.text
-    segment_row = next(row for row in page_of(target).stages if row.name == "segment")
+    segment_row = next(row for row in page_of(target).timings.stages if row.name == "segment")
     assert segment_row.projected_s > 0
+
+
+def names_in_template() -> Iterator[list[str]]:
+    """Yield the attributes of ``page`` that the template reads, as chains of names."""
+    for node in jinja2.Environment().parse(read_template()).find_all(jinja2.nodes.Getattr):
+        chain = []
+        while isinstance(node, jinja2.nodes.Getattr):
+            chain.insert(0, node.attr)
+            node = node.node
+        if isinstance(node, jinja2.nodes.Name) and node.name == "page":
+            yield chain
+
+
+def test_the_template_reads_all_that_the_page_has_and_nothing_else():
+    chains = list(names_in_template())
+    assert {chain[0] for chain in chains} == {field.name for field in fields(Page)}
+    sections = {
+        "overview": Overview,
+        "seams": SeamSection,
+        "volumes": Volumes,
+        "timings": Timings,
+        "origin": Origin,
+    }
+    for name, section in sections.items():
+        read = {chain[1] for chain in chains if chain[0] == name and len(chain) > 1}
+        assert read == {field.name for field in fields(section)}, name
 
 
 def test_numbers_are_those_of_the_outputs(split):
@@ -103,14 +142,14 @@ def test_numbers_are_those_of_the_outputs(split):
     labels = zarr.open_group(target, mode="r")["labels/megaseg/0"][...]
     scores = zarr.open_group(target, mode="r")["0"][...]
     page = page_of(target)
-    facts = page.survey.volumes[0]
-    assert facts.objects == page.n_objects == labels.max()
-    assert facts.foreground == pytest.approx((labels > 0).mean())
-    assert facts.mean_score == pytest.approx(scores.mean() / 255)
+    report = page.survey.volumes[0]
+    assert report.objects == page.overview.n_objects == labels.max()
+    assert report.foreground == pytest.approx((labels > 0).mean())
+    assert report.mean_score == pytest.approx(scores.mean() / 255)
     assert page.survey.sizes.sum() == labels.max()
     assert page.survey.scores.sum() == scores.size
-    assert page.wall_s > 0
-    assert all(0 < stage.peak_bytes <= stage.projected_bytes for stage in page.stages)
+    assert page.overview.wall_s > 0
+    assert all(0 < stage.peak_bytes <= stage.projected_bytes for stage in page.timings.stages)
     (plan,) = find_plans(str(target))
     # Without the table the same is found in the labels.
     bare = plan.model_copy(
@@ -118,13 +157,13 @@ def test_numbers_are_those_of_the_outputs(split):
     )
     seen = survey([Run(bare, Journal.read(plan))])
     assert_array_equal(seen.sizes, page.survey.sizes)
-    assert seen.volumes[0].foreground == pytest.approx(facts.foreground)
+    assert seen.volumes[0].foreground == pytest.approx(report.foreground)
 
 
 def test_the_command_has_the_fingerprint_of_the_run(split):
     source, target = split
     page = page_of(target)
-    (command,) = page.commands
+    (command,) = page.origin.commands
     words = shlex.split(command)
     assert words[:4] == ["megaseg", "segment", str(source), str(target)]
     names = [word.removeprefix("--").replace("-", "_") for word in words[4::2]]
@@ -137,10 +176,10 @@ def test_the_command_has_the_fingerprint_of_the_run(split):
 
 def test_seams_are_like_the_inside(split):
     page = page_of(split[1])
-    assert page.seams.n_looked_at == page.seams.n_faces == 6 + 8 + 6
-    assert page.seams.n_contacts > 0
-    assert page.seams.n_broken == 0
-    assert {compared.verdict for _, _, compared in page.seam_rows} == {"inside"}
+    assert page.seams.result.n_checked == page.seams.result.n_faces == 6 + 8 + 6
+    assert page.seams.result.n_contacts > 0
+    assert page.seams.result.n_broken == 0
+    assert {compared.verdict for _, _, compared in page.seams.rows} == {"inside"}
     assert "none of them has" in " ".join(Parsed(render(page.plans)).text.split())
 
 
@@ -158,9 +197,9 @@ def test_a_fault_at_a_seam_is_found(fault, split, tmp_path):
     values = array[block]
     wrong = {"labels": np.where(values, values + 7, 0), "scores": values // 4, "cut": values * 0}
     array[block] = wrong[fault].astype(values.dtype)
-    page = Page([plan])
-    assert (page.seams.n_broken > 0) == (fault == "labels")
-    told = {what for _, what, compared in page.seam_rows if compared.verdict == "more"}
+    page = make_page([plan])
+    assert (page.seams.result.n_broken > 0) == (fault == "labels")
+    told = {what for _, what, compared in page.seams.rows if compared.verdict == "more"}
     assert told == {"labels": set(), "scores": {"score step"}, "cut": {"objects end"}}[fault]
 
 
@@ -171,7 +210,7 @@ def test_faces_where_patches_meet_are_compared_with_such_places(split, options, 
         segment(str(split[0]), str(tmp_path / "out.zarr"), wanted, client=client).status == "done"
     )
     page = page_of(tmp_path / "out.zarr")
-    (profile,) = page.seams.profiles
+    (profile,) = page.seams.result.profiles
     assert profile.n_on_borders == profile.n_faces == 3
     step = profile.compare("step")
     assert step.at > step.mean
@@ -187,7 +226,7 @@ def test_a_plate_with_failures(plate, options, tmp_path, client):  # noqa: F811
     wanted = parse_settings({**options, "channel": "dna,actin"})
     assert segment(str(plate), str(tmp_path / "out.zarr"), wanted, client=client).status == "failed"
     page = page_of(tmp_path / "out.zarr")
-    assert page.status == "failed"
+    assert page.overview.status == "failed"
     failed = [f.name for f in page.survey.volumes if f.failures]
     assert failed == [f"A/2/0 t={t} {channel}" for t in (0, 1) for channel in ("dna", "actin")]
     text = render(page.plans)

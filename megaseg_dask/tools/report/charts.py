@@ -1,31 +1,50 @@
-"""Charts as inline SVG: they need no script and no network, and each mark tells its value when pointed at."""
+"""Charts as inline SVG: they need no script and no network; the tooltip of a mark is its value."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise, product
 
 import numpy as np
 from markupsafe import Markup, escape
 
-from megaseg_dask.tools.report.pictures import colour_of
+from megaseg_dask.tools.report.pictures import color_of
 
-# Of Okabe and Ito's colours those that stand out on white: told apart with any colour vision.
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8f98"
-SERIES = (BLUE, GREEN, PINK, GREY)
+# The colors of Okabe and Ito that are clear on white: distinct with any color vision.
+BLUE = "#0072b2"
+ORANGE = "#d55e00"
+GREEN = "#009e73"
+PINK = "#cc79a7"
+GRAY = "#8a8f98"
+SERIES = (BLUE, GREEN, PINK, GRAY)
+_GRID_GRAY = "#e3e5e8"
+_WELL_GRAY = "#f1f2f4"
+_WHITE = "#ffffff"
 
-_WIDTH, _HEIGHT = 460, 220
-_LEFT, _TOP, _RIGHT, _BOTTOM = 58, 14, _WIDTH - 14, _HEIGHT - 42
-# A well is as large as a plate of so many pixels allows; its names stand beside it.
-_PLATE, _LEAST_CELL, _MOST_CELL = 330, 22, 56
-_NAMES_X, _NAMES_Y = 26, 18
-# Counts that differ more are drawn by their logarithm.
-_LOG_FROM = 50
-_SCALE_STEPS, _STEP = 24, 5
+_WIDTH = 460
+_HEIGHT = 220
+_LEFT = 58
+_TOP = 14
+_RIGHT = _WIDTH - 14
+_BOTTOM = _HEIGHT - 42
+# Counts are drawn by their logarithm if the highest is above this multiple of the median.
+_LOG_RATIO = 50
+
+# Pixels of a plate, of a well, and of the names beside the wells.
+_PLATE_WIDTH = 330
+_MIN_WELL = 22
+_MAX_WELL = 56
+_NAMES_X = 26
+_NAMES_Y = 18
+_N_SCALE_STEPS = 24
+_SCALE_STEP = 5
+
+Transform = Callable[[float], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A vertical line in a chart, with its words."""
+    """A vertical line in a chart, with a text."""
 
     at: float
     text: str
@@ -33,22 +52,28 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A named curve: values over the same positions as the others of its chart, NaN where there is none."""
+    """A named curve over the positions of its chart, NaN where there is no value.
+
+    ``low`` and ``high``, if given, bound a band around it.
+    """
 
     name: str
     values: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A part of a well: what it tells and where it leads."""
+    """A part of a well: its value, its tooltip, and the link to its details."""
 
     value: float | None
     title: str
     href: str
     failed: bool = False
+
+
+# -- charts
 
 
 def histogram(
@@ -60,39 +85,26 @@ def histogram(
     log_x: bool = False,
     marks: Sequence[Mark] = (),
 ) -> Markup:
-    """Draw counts as bars between edges; their height is that of the logarithm where they differ much."""
-    top = max(counts)
-    log_y = top > _LOG_FROM * float(np.median([n for n in counts if n] or [1]))
-    height: Callable[[float], float] = (lambda n: math.log10(n + 1)) if log_y else float
-    place: Callable[[float], float] = math.log10 if log_x else float
-    axes = _Axes((place(edges[0]), place(edges[-1])), (0, height(top) or 1))
-    ticks_x = _decades(edges[0], edges[-1]) if log_x else _ticks(edges[0], edges[-1])
-    ticks_y = _decades(1, top) if log_y else [t for t in _ticks(0, top) if t == int(t)]
-    parts = [
-        *axes.grid([(height(t), number(t)) for t in ticks_y]),
-        *axes.base(
-            [(place(t), number(t)) for t in ticks_x],
-            f"{x} (counts by their logarithm)" if log_y else x,
-        ),
-    ]
-    for n, a, b in zip(counts, edges, edges[1:], strict=False):
-        if n:
-            left, y = axes.x(place(a)), axes.y(height(n))
-            wide = max(axes.x(place(b)) - left - 0.6, 0.8)
-            told = f"{number(a)} to {number(b)}: {n:,}"
-            parts.append(
-                _draw("rect", told, x=left, y=y, width=wide, height=_BOTTOM - y, fill=BLUE)
-            )
+    """Draw counts as bars between edges, by their logarithm where they differ much."""
+    highest = max(counts)
+    typical = float(np.median([n for n in counts if n] or [1]))
+    is_log = highest > _LOG_RATIO * typical
+    if is_log:
+        y_axis = _Axis.y(highest, _log_count)
+        y_ticks = _decades(1, highest)
+        x = f"{x} (counts by their logarithm)"
+    else:
+        y_axis = _Axis.y(highest)
+        y_ticks = _whole_ticks(0, highest)
+    x_ticks = _decades(edges[0], edges[-1]) if log_x else _ticks(edges[0], edges[-1])
+    chart = _Chart(_Axis.x(edges[0], edges[-1], math.log10 if log_x else float), y_axis)
+    chart.draw_frame(x_ticks, y_ticks, x)
+    for count, (low, high) in zip(counts, pairwise(edges), strict=True):
+        if count:
+            chart.draw_bar(count, low, high)
     for mark in marks:
-        at = axes.x(place(mark.at))
-        side = -1 if at > _WIDTH * 0.7 else 1
-        parts.append(
-            _draw("line", x1=at, x2=at, y1=_TOP, y2=_BOTTOM, stroke=ORANGE, stroke_dasharray="5 3")
-        )
-        parts.append(
-            _write(mark.text, at + 5 * side, _TOP + 10, "end" if side < 0 else "start", fill=ORANGE)
-        )
-    return _figure(title, parts)
+        chart.draw_mark(mark)
+    return _figure(title, chart.elements)
 
 
 def curves(
@@ -103,155 +115,113 @@ def curves(
     x: str,
     marked: int | None = None,
 ) -> Markup:
-    """Draw curves over common whole positions, with a dot at each value.
+    """Draw curves over common integer positions, with a dot at each value.
 
-    A line with ``low`` and ``high`` has a band between them; values at ``marked`` stand out.
+    Values at the position ``marked`` stand out.
     """
-    known = [
-        v
-        for n in lines
-        for part in (n.values, n.low or (), n.high or ())
-        for v in part
-        if math.isfinite(v)
-    ]
-    top = max(known, default=0) or 1
-    first, last = min(positions), max(positions)
-    axes = _Axes((first, last) if first < last else (first - 1, first + 1), (0, top * 1.08))
-    parts = [
-        *axes.grid([(t, number(t)) for t in _ticks(0, top)]),
-        *axes.base([(t, number(t)) for t in _ticks(*axes.x_span) if t == int(t)], x),
-    ]
-    for i, (line, colour) in enumerate(zip(lines, SERIES, strict=False)):
-        points = _finite(positions, line.values)
-        if line.low is not None and line.high is not None:
-            around = [*_finite(positions, line.high), *_finite(positions, line.low)[::-1]]
-            parts.append(_draw("polygon", points=axes.points(around), fill=colour, opacity="0.15"))
-        parts.append(
-            _draw(
-                "polyline",
-                points=axes.points(points),
-                fill="none",
-                stroke=colour,
-                stroke_width="1.5",
-            )
-        )
-        for p, v in points:
-            radius, fill = (5, ORANGE) if p == marked else (2.5, colour)
-            told = f"{line.name} {number(p)}: {number(v)}"
-            parts.append(_draw("circle", told, cx=axes.x(p), cy=axes.y(v), r=radius, fill=fill))
+    values: list[float] = []
+    for line in lines:
+        values += [*line.values, *line.low, *line.high]
+    highest = max(filter(math.isfinite, values), default=0) or 1
+    first = min(positions)
+    last = max(positions)
+    if first == last:
+        first -= 1
+        last += 1
+    chart = _Chart(_Axis.x(first, last), _Axis.y(highest * 1.08))
+    chart.draw_frame(_whole_ticks(first, last), _ticks(0, highest), x)
+    for i, (line, color) in enumerate(zip(lines, SERIES, strict=False)):
+        chart.draw_curve(positions, line, color, marked)
         if len(lines) > 1:
-            parts.append(_write(f"● {line.name}", _RIGHT, _TOP + 10 + 14 * i, "end", fill=colour))
-    return _figure(title, parts)
-
-
-def plate_map(
-    rows: Sequence[str],
-    columns: Sequence[str],
-    wells: Mapping[str, Sequence[Cell]],
-    *,
-    title: str,
-    text: Callable[[float], str],
-) -> Markup:
-    """Draw the wells of a plate, each parted among its fields; a cell leads to where its field is described.
-
-    Colours run from the least to the most value; what failed has a cross, and what is not there stays empty.
-    ``text`` writes the ends of the scale.
-    """
-    values = [cell.value for cells in wells.values() for cell in cells if cell.value is not None]
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    size = min(max(_PLATE // len(columns), _LEAST_CELL), _MOST_CELL)
-    parts = [
-        _write(name, _NAMES_X + size * (i + 0.5), 12, "middle") for i, name in enumerate(columns)
-    ]
-    parts += [
-        _write(name, 14, _NAMES_Y + size * (j + 0.5) + 4, "middle") for j, name in enumerate(rows)
-    ]
-    for j, row in enumerate(rows):
-        for i, column in enumerate(columns):
-            x, y = _NAMES_X + size * i + 1, _NAMES_Y + size * j + 1
-            parts.append(
-                _draw("rect", x=x, y=y, width=size - 2, height=size - 2, rx=4, fill="#f1f2f4")
-            )
-            parts += _well(wells.get(f"{row}/{column}", []), (x + 1, y + 1), size - 4, (low, high))
-    y = _NAMES_Y + size * len(rows) + 12
-    for i in range(_SCALE_STEPS):
-        fill = colour_of(i / (_SCALE_STEPS - 1))
-        parts.append(
-            _draw("rect", x=_NAMES_X + _STEP * i, y=y, width=_STEP + 0.2, height=8, fill=fill)
-        )
-    parts.append(_write(text(low), _NAMES_X, y + 22, "start"))
-    parts.append(_write(text(high), _NAMES_X + _STEP * _SCALE_STEPS, y + 22, "end"))
-    return _figure(title, parts, max(_NAMES_X + size * len(columns), 200), y + 28)
-
-
-def _well(
-    cells: Sequence[Cell], origin: tuple[float, float], size: float, span: tuple[float, float]
-) -> Iterable[Markup]:
-    n_x = math.ceil(math.sqrt(len(cells))) or 1
-    width, height = size / n_x, size / (math.ceil(len(cells) / n_x) or 1)
-    for i, cell in enumerate(cells):
-        x, y = origin[0] + width * (i % n_x) + 0.5, origin[1] + height * (i // n_x) + 0.5
-        share = (
-            0.5
-            if cell.value is None or span[0] == span[1]
-            else (cell.value - span[0]) / (span[1] - span[0])
-        )
-        fill, edge = (
-            "#ffffff" if cell.value is None else colour_of(share),
-            ORANGE if cell.failed else "none",
-        )
-        inside = [
-            _draw(
-                "rect", x=x, y=y, width=width - 1, height=height - 1, rx=2, fill=fill, stroke=edge
-            )
-        ]
-        if cell.failed:
-            arm, dx, dy = min(width, height) / 4, x + width / 2 - 0.5, y + height / 2 - 0.5
-            cross = f"M{dx - arm:.1f} {dy - arm:.1f}l{2 * arm:.1f} {2 * arm:.1f}m0 -{2 * arm:.1f}"
-            path = f"{cross}l-{2 * arm:.1f} {2 * arm:.1f}"
-            inside.append(_draw("path", d=path, stroke=ORANGE, stroke_width="2.5"))
-        yield _draw("a", cell.title, *inside, href=cell.href)
+            legend = _text(f"● {line.name}", _RIGHT, _TOP + 10 + 14 * i, "end", fill=color)
+            chart.elements.append(legend)
+    return _figure(title, chart.elements)
 
 
 @dataclass(frozen=True, slots=True)
-class _Axes:
-    """Where values lie in a chart."""
+class _Axis:
+    """Places values on pixels ``start`` to ``stop``; ``low`` and ``high`` are transformed values."""
 
-    x_span: tuple[float, float]
-    y_span: tuple[float, float]
+    low: float
+    high: float
+    start: float
+    stop: float
+    transform: Transform = float
 
-    def x(self, value: float) -> float:
-        low, high = self.x_span
-        return _LEFT + (value - low) / ((high - low) or 1) * (_RIGHT - _LEFT)
+    @classmethod
+    def x(cls, low: float, high: float, transform: Transform = float) -> "_Axis":
+        return cls(transform(low), transform(high), _LEFT, _RIGHT, transform)
 
-    def y(self, value: float) -> float:
-        low, high = self.y_span
-        return _BOTTOM - (value - low) / ((high - low) or 1) * (_BOTTOM - _TOP)
+    @classmethod
+    def y(cls, high: float, transform: Transform = float) -> "_Axis":
+        return cls(0, transform(high) or 1, _BOTTOM, _TOP, transform)
 
-    def points(self, values: Iterable[tuple[float, float]]) -> str:
-        return " ".join(f"{self.x(p):.1f},{self.y(v):.1f}" for p, v in values)
+    def __call__(self, value: float) -> float:
+        share = (self.transform(value) - self.low) / ((self.high - self.low) or 1)
+        return self.start + share * (self.stop - self.start)
 
-    def grid(self, ticks: Iterable[tuple[float, str]]) -> Iterable[Markup]:
-        for value, text in ticks:
+
+@dataclass(frozen=True, slots=True)
+class _Chart:
+    """The elements of a chart with two axes."""
+
+    x: _Axis
+    y: _Axis
+    elements: list[Markup] = field(default_factory=list)
+
+    def draw_frame(self, x_ticks: Sequence[float], y_ticks: Sequence[float], label: str) -> None:
+        for value in y_ticks:
             y = self.y(value)
-            yield _draw("line", x1=_LEFT, x2=_RIGHT, y1=y, y2=y, stroke="#e3e5e8")
-            yield _write(text, _LEFT - 6, y + 4, "end")
+            self._add("line", x1=_LEFT, x2=_RIGHT, y1=y, y2=y, stroke=_GRID_GRAY)
+            self.elements.append(_text(number(value), _LEFT - 6, y + 4, "end"))
+        self._add("line", x1=_LEFT, x2=_RIGHT, y1=_BOTTOM, y2=_BOTTOM, stroke=GRAY)
+        for value in x_ticks:
+            self.elements.append(_text(number(value), self.x(value), _BOTTOM + 16, "middle"))
+        self.elements.append(_text(label, (_LEFT + _RIGHT) / 2, _HEIGHT - 6, "middle"))
 
-    def base(self, ticks: Iterable[tuple[float, str]], label: str) -> Iterable[Markup]:
-        yield _draw("line", x1=_LEFT, x2=_RIGHT, y1=_BOTTOM, y2=_BOTTOM, stroke=GREY)
-        for value, text in ticks:
-            yield _write(text, self.x(value), _BOTTOM + 16, "middle")
-        yield _write(label, (_LEFT + _RIGHT) / 2, _HEIGHT - 6, "middle")
+    def draw_bar(self, count: int, low: float, high: float) -> None:
+        x = self.x(low)
+        y = self.y(count)
+        width = max(self.x(high) - x - 0.6, 0.8)
+        title = f"{number(low)} to {number(high)}: {count:,}"
+        self._add("rect", title, x=x, y=y, width=width, height=_BOTTOM - y, fill=BLUE)
+
+    def draw_mark(self, mark: Mark) -> None:
+        x = self.x(mark.at)
+        dashes = {"stroke": ORANGE, "stroke_dasharray": "5 3"}
+        self._add("line", x1=x, x2=x, y1=_TOP, y2=_BOTTOM, **dashes)
+        # Beside the line, on the side with more room.
+        if x > _WIDTH * 0.7:
+            text = _text(mark.text, x - 5, _TOP + 10, "end", fill=ORANGE)
+        else:
+            text = _text(mark.text, x + 5, _TOP + 10, "start", fill=ORANGE)
+        self.elements.append(text)
+
+    def draw_curve(
+        self, positions: Sequence[int], line: Line, color: str, marked: int | None
+    ) -> None:
+        if line.low and line.high:
+            upper = _finite(positions, line.high)
+            lower = _finite(positions, line.low)
+            outline = self._points([*upper, *reversed(lower)])
+            self._add("polygon", points=outline, fill=color, opacity="0.15")
+        values = _finite(positions, line.values)
+        style = {"fill": "none", "stroke": color, "stroke_width": "1.5"}
+        self._add("polyline", points=self._points(values), **style)
+        for position, value in values:
+            title = f"{line.name} {number(position)}: {number(value)}"
+            dot = {"r": 2.5, "fill": color} if position != marked else {"r": 5, "fill": ORANGE}
+            self._add("circle", title, cx=self.x(position), cy=self.y(value), **dot)
+
+    def _points(self, values: Iterable[tuple[float, float]]) -> str:
+        return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in values)
+
+    def _add(self, tag: str, title: str = "", /, **attributes: object) -> None:
+        self.elements.append(_element(tag, title, **attributes))
 
 
-def number(value: float) -> str:
-    """Return a number as people read it: three digits, thousands parted, millions as words."""
-    if not math.isfinite(value):
-        return "–"
-    for unit, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if abs(value) >= unit:
-            return f"{value / unit:.3g} {word}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _log_count(count: float) -> float:
+    return math.log10(count + 1)
 
 
 def _finite(positions: Sequence[int], values: Sequence[float]) -> list[tuple[int, float]]:
@@ -263,41 +233,136 @@ def _ticks(low: float, high: float) -> list[float]:
     if not high > low:
         return [low]
     step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= next(f for f in (1, 2, 5, 10) if (high - low) / (step * f) <= 5)
-    return [
-        round(i * step, 12)
-        for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)
-    ]
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5)
+    first = math.ceil(low / step)
+    last = math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _whole_ticks(low: float, high: float) -> list[float]:
+    return [tick for tick in _ticks(low, high) if tick == int(tick)]
 
 
 def _decades(low: float, high: float) -> list[float]:
-    first, last = (
-        math.ceil(math.log10(max(low, 1e-12)) - 1e-9),
-        math.floor(math.log10(max(high, 1)) + 1e-9),
-    )
+    """Return the powers of ten in a span."""
+    first = math.ceil(math.log10(max(low, 1e-12)) - 1e-9)
+    last = math.floor(math.log10(max(high, 1)) + 1e-9)
     return [10.0**i for i in range(first, last + 1)]
 
 
-def _draw(tag: str, title: str = "", *inside: Markup, **attributes: object) -> Markup:
-    """Return one element; ``title`` is what a browser shows of it when it is pointed at."""
-    values = {
-        k.replace("_", "-"): f"{v:.1f}" if isinstance(v, float) else v
-        for k, v in attributes.items()
-    }
-    written = Markup("").join(Markup(' {}="{}"').format(k, v) for k, v in values.items())
-    told = Markup("<title>{}</title>").format(title) if title else ""
-    return Markup("<{0}{1}>{2}{3}</{0}>").format(tag, written, told, Markup("").join(inside))
+# -- plates
 
 
-def _write(text: str, x: float, y: float, anchor: str, **attributes: object) -> Markup:
-    return _draw("text", "", escape(text), x=x, y=y, text_anchor=anchor, **attributes)
+def plate_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    wells: Mapping[str, Sequence[Cell]],
+    *,
+    title: str,
+    text: Callable[[float], str],
+) -> Markup:
+    """Draw the wells of a plate, each divided among its cells, which are links.
+
+    Colors run from the lowest to the highest value; ``text`` formats these two.
+    Failed cells have a cross; wells without cells stay empty.
+    """
+    values: list[float] = []
+    for cells in wells.values():
+        values += [cell.value for cell in cells if cell.value is not None]
+    low = min(values, default=0.0)
+    high = max(values, default=1.0)
+    size = min(max(_PLATE_WIDTH // len(columns), _MIN_WELL), _MAX_WELL)
+    elements = []
+    for i, name in enumerate(columns):
+        elements.append(_text(name, _NAMES_X + size * (i + 0.5), 12, "middle"))
+    for j, name in enumerate(rows):
+        elements.append(_text(name, 14, _NAMES_Y + size * (j + 0.5) + 4, "middle"))
+    for (j, row), (i, column) in product(enumerate(rows), enumerate(columns)):
+        x = _NAMES_X + size * i + 1
+        y = _NAMES_Y + size * j + 1
+        frame = {"width": size - 2, "height": size - 2, "rx": 4, "fill": _WELL_GRAY}
+        elements.append(_element("rect", x=x, y=y, **frame))
+        well = wells.get(f"{row}/{column}", ())
+        elements += _well(well, (x + 1, y + 1), size - 4, (low, high))
+    bottom = _NAMES_Y + size * len(rows)
+    elements += _scale(text(low), text(high), bottom + 12)
+    return _figure(title, elements, max(_NAMES_X + size * len(columns), 200), bottom + 40)
+
+
+def _well(
+    cells: Sequence[Cell], origin: tuple[float, float], size: float, limits: tuple[float, float]
+) -> Iterable[Markup]:
+    n_x = math.ceil(math.sqrt(len(cells))) or 1
+    n_y = math.ceil(len(cells) / n_x) or 1
+    width = size / n_x
+    height = size / n_y
+    for i, cell in enumerate(cells):
+        x = origin[0] + width * (i % n_x) + 0.5
+        y = origin[1] + height * (i // n_x) + 0.5
+        look = {
+            "rx": 2,
+            "fill": _cell_color(cell.value, *limits),
+            "stroke": ORANGE if cell.failed else "none",
+        }
+        inside = [_element("rect", x=x, y=y, width=width - 1, height=height - 1, **look)]
+        if cell.failed:
+            center = (x + width / 2 - 0.5, y + height / 2 - 0.5)
+            inside.append(_cross(*center, min(width, height) / 4))
+        yield _element("a", cell.title, *inside, href=cell.href)
+
+
+def _cell_color(value: float | None, low: float, high: float) -> str:
+    if value is None:
+        return _WHITE
+    return color_of(0.5 if low == high else (value - low) / (high - low))
+
+
+def _cross(x: float, y: float, arm: float) -> Markup:
+    side = f"{2 * arm:.1f}"
+    path = f"M{x - arm:.1f} {y - arm:.1f}l{side} {side}m0 -{side}l-{side} {side}"
+    return _element("path", d=path, stroke=ORANGE, stroke_width="2.5")
+
+
+def _scale(low: str, high: str, y: float) -> Iterable[Markup]:
+    """Draw the color scale between the texts of its ends."""
+    for i in range(_N_SCALE_STEPS):
+        look = {"height": 8, "fill": color_of(i / (_N_SCALE_STEPS - 1))}
+        x = _NAMES_X + _SCALE_STEP * i
+        yield _element("rect", x=x, y=y, width=_SCALE_STEP + 0.2, **look)
+    yield _text(low, _NAMES_X, y + 22, "start")
+    yield _text(high, _NAMES_X + _SCALE_STEP * _N_SCALE_STEPS, y + 22, "end")
+
+
+# -- text and elements
+
+
+def number(value: float) -> str:
+    """Return a number with three digits, or thousands separated, or millions as words."""
+    if not math.isfinite(value):
+        return "–"
+    for unit, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g} {word}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _element(tag: str, title: str = "", /, *inside: Markup, **attributes: object) -> Markup:
+    """Return one SVG element; browsers show ``title`` as its tooltip."""
+    written = Markup("")
+    for name, value in attributes.items():
+        text = f"{value:.1f}" if isinstance(value, float) else value
+        written += Markup(' {}="{}"').format(name.replace("_", "-"), text)
+    tooltip = Markup("<title>{}</title>").format(title) if title else ""
+    return Markup("<{0}{1}>{2}{3}</{0}>").format(tag, written, tooltip, Markup("").join(inside))
+
+
+def _text(text: str, x: float, y: float, anchor: str, /, **attributes: object) -> Markup:
+    return _element("text", "", escape(text), x=x, y=y, text_anchor=anchor, **attributes)
 
 
 def _figure(
     title: str, inside: Sequence[Markup], width: float = _WIDTH, height: float = _HEIGHT
 ) -> Markup:
-    box = f"0 0 {width} {height}"
-    drawn = _draw(
-        "svg", "", *inside, viewBox=box, width=width, height=height, role="img", aria_label=title
-    )
-    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, drawn)
+    size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
+    svg = _element("svg", "", *inside, **size, role="img", aria_label=title)
+    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, svg)

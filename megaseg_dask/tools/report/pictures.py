@@ -1,7 +1,8 @@
-"""Small pictures of volumes as data URLs: image, scores and labels, the middle slice and the maximum of all slices."""
+"""Small pictures as data URLs: the middle slice and the maximum of image, scores and labels."""
 
 import base64
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,23 +10,30 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Picture
 
+from megaseg_dask.algorithms.blending import max_score
 from megaseg_dask.algorithms.geometry import Box
+from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run.workspace import product, sources
 from megaseg_dask.tools.report.sampling import UNREADABLE, choose_view, whole_or_middle
 from megaseg_dask.tools.report.seams import AXES, Face
 
 Array = NDArray[Any]
+Pixels = NDArray[np.uint8]
 
-_PLANES = ("middle slice", "maximum")
 # Pixels of the longer side.
 _WIDTH = 200
-# Voxels that are read for the pictures of one volume, of each kind.
-_BUDGET = 2**26
-# A seam with so many voxels on both sides, and along it.
-_ACROSS, _ALONG = 48, 96
+# Voxels that are read for the pictures of one kind of one volume.
+_MAX_VOXELS = 2**26
+# Voxels on each side of a face, and along it; and pixels of each.
+_ACROSS = 48
+_ALONG = 96
+_ZOOM = 3
+_FACE_RED = (255, 64, 64)
+# Percentiles of a sample are exact enough, and those of all voxels take longer than reading.
+_MAX_SAMPLE = 10**6
 
-# Samples of matplotlib's viridis, which reads alike with and without colour vision.
+# Samples of matplotlib's viridis, which is clear with and without color vision.
 VIRIDIS = (
     "#440154",
     "#472d7b",
@@ -41,7 +49,7 @@ VIRIDIS = (
 
 @dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """One picture with the words that stand for it."""
+    """One picture with its texts; the URL is empty if the data could not be read."""
 
     url: str
     alt: str
@@ -49,136 +57,165 @@ class Thumbnail:
 
 
 def thumbnails(plan: Plan, output: Output, name: str) -> list[Thumbnail]:
-    """Return the pictures of one output of a volume, middle slices first; one that cannot be read has no URL."""
-    window = whole_or_middle(plan, _BUDGET)
-    rows: tuple[list[Thumbnail], list[Thumbnail]] = ([], [])
-    for kind in ("image", "scores", "labels"):
-        if kind != "image" and kind not in plan.arrays:
-            continue
-        view = choose_view(plan, window, _BUDGET, width=_WIDTH, is_source=kind == "image")
+    """Return the pictures of one output of a volume, middle slices first."""
+    window = whole_or_middle(plan, _MAX_VOXELS)
+    slices = []
+    maxima = []
+    for kind in _kinds(plan):
+        view = choose_view(plan, window, _MAX_VOXELS, width=_WIDTH, is_source=kind == "image")
         try:
             values = view.read(plan, kind, output)
         except UNREADABLE:
-            for row, what in zip(rows, _PLANES, strict=True):
-                row.append(Thumbnail("", "", f"{kind}, {what}"))
+            slices.append(Thumbnail("", "", f"{kind}, middle slice"))
+            maxima.append(Thumbnail("", "", f"{kind}, maximum"))
             continue
-        limits = _limits(kind, values)
-        # A mean of two labels' colours is the colour of a third.
-        resample = Picture.Resampling.NEAREST if kind == "labels" else Picture.Resampling.BOX
-        planes = values[len(values) // 2], values.max(axis=0)
-        for row, what, plane in zip(rows, _PLANES, planes, strict=True):
-            url = _encode(_paint(kind, plane, limits), _WIDTH, resample)
-            row.append(Thumbnail(url, f"{what} of the {kind} of {name}", f"{kind}, {what}"))
-    return [*rows[0], *rows[1]]
+        painter = _Painter(kind, _limits(kind, values))
+        slices.append(painter.thumbnail(values[len(values) // 2], "middle slice", name))
+        maxima.append(painter.thumbnail(values.max(axis=0), "maximum", name))
+    return slices + maxima
+
+
+def _kinds(plan: Plan) -> list[str]:
+    return ["image", *(kind for kind in ("scores", "labels") if kind in plan.arrays)]
 
 
 def seam_pictures(face: Face) -> list[Thumbnail]:
-    """Return image, scores and labels across a face, which is the line in the middle of each."""
-    plan, axis, other = face.plan, face.axis, 2 if face.axis != 2 else 1
-    middle = [(a + b) // 2 for a, b in zip(face.box.start, face.box.stop, strict=True)]
-    start, stop = list(middle), [m + 1 for m in middle]
-    start[axis], stop[axis] = face.at - _ACROSS, face.at + _ACROSS
-    start[other], stop[other] = middle[other] - _ALONG // 2, middle[other] + _ALONG // 2
-    box = Box(tuple(max(a, 0) for a in start), tuple(stop)) & Box.of(plan.volume_shape)
-    volumes = {"image": sources(plan, face.output.volume)[0]}
-    volumes |= {
-        kind: product(plan, kind, face.output)
-        for kind in ("scores", "labels")
-        if kind in plan.arrays
-    }
-    found = []
-    for kind, volume in volumes.items():
+    """Return image, scores and labels across a face, which is a dashed line in the middle."""
+    pictures = []
+    box = _box_across(face)
+    for kind, volume, offset in _volumes_of(face):
         try:
-            values = volume.read(box.shifted(plan.region.start) if kind == "image" else box)
+            values = volume.read(box.shifted(offset))
         except UNREADABLE:
             continue
-        # The axis of the seam runs from left to right.
-        across = 3 - axis - other
-        plane = np.moveaxis(values.take(0, axis=across), 0 if axis < other else 1, 1)
-        painted = np.kron(_paint(kind, plane, _limits(kind, plane)), np.ones((3, 3, 1), np.uint8))
-        at = 3 * (face.at - box.start[axis])
-        # Dashes, so that what they cover can be guessed.
-        painted[np.arange(len(painted)) % 12 < 6, at - 1 : at + 1] = (255, 64, 64)
-        caption = f"{kind} across a face along {AXES[axis]}"
-        found.append(
-            Thumbnail(
-                _encode(painted, max(painted.shape)),
-                f"{caption}, which is the dashed line",
-                caption,
-            )
-        )
-    return found
+        pixels = _paint_face(kind, values, face, face.at - box.start[face.axis])
+        caption = f"{kind} across a face along {AXES[face.axis]}"
+        url = _encode(pixels, max(pixels.shape))
+        pictures.append(Thumbnail(url, f"{caption}, which is the dashed line", caption))
+    return pictures
+
+
+def _volumes_of(face: Face) -> Iterator[tuple[str, Volume, tuple[int, ...]]]:
+    """Yield kind, volume, and the position in it of the segmented region's first voxel."""
+    plan = face.plan
+    for kind in _kinds(plan):
+        if kind == "image":
+            yield kind, sources(plan, face.output.volume)[0], plan.region.start
+        else:
+            yield kind, product(plan, kind, face.output), (0, 0, 0)
+
+
+def _axis_along(face: Face) -> int:
+    """Return the axis that a picture shows beside that of the face."""
+    return 2 if face.axis != 2 else 1
+
+
+def _box_across(face: Face) -> Box:
+    """Return one plane of voxels on both sides of a face, through the middle of its window."""
+    start = [(a + b) // 2 for a, b in zip(face.box.start, face.box.stop, strict=True)]
+    stop = [middle + 1 for middle in start]
+    along = _axis_along(face)
+    start[along] -= _ALONG // 2
+    stop[along] = start[along] + _ALONG
+    start[face.axis] = face.at - _ACROSS
+    stop[face.axis] = face.at + _ACROSS
+    return Box(tuple(start), tuple(stop)) & Box.of(face.plan.volume_shape)
+
+
+def _paint_face(kind: str, values: Array, face: Face, at: int) -> Pixels:
+    """Paint a plane with the axis of the face from left to right, and a line at voxel ``at``."""
+    along = _axis_along(face)
+    plane = values.take(0, axis=3 - face.axis - along)
+    if face.axis < along:
+        plane = plane.T
+    painted = _Painter(kind, _limits(kind, plane)).paint(plane)
+    pixels: Pixels = np.kron(painted, np.ones((_ZOOM, _ZOOM, 1), np.uint8))
+    # Dashes leave visible what is below them.
+    is_dash = np.arange(len(pixels)) % 12 < 6
+    pixels[is_dash, _ZOOM * at - 1 : _ZOOM * at + 1] = _FACE_RED
+    return pixels
 
 
 def _limits(kind: str, values: Array) -> tuple[float, float]:
-    """Return what becomes black and white."""
+    """Return the values that become black and white."""
     if kind == "scores":
-        return 0.0, 255.0 if values.dtype == np.uint8 else 1.0
+        return 0.0, max_score(values.dtype)
     if kind == "labels":
         return 0.0, 1.0
-    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values.ravel()
-    # A sample: percentiles of all would take longer than reading.
-    low, high = (
-        np.percentile(finite[:: max(finite.size // 10**6, 1)], (1, 99.8))
-        if finite.size
-        else (0.0, 1.0)
-    )
-    return float(low), float(max(high, low + 1e-9))
+    sample = values.ravel()[:: max(values.size // _MAX_SAMPLE, 1)]
+    sample = sample[np.isfinite(sample)]
+    if not sample.size:
+        return 0.0, 1.0
+    low, high = np.percentile(sample, (1, 99.8)).tolist()
+    return low, max(high, low + 1e-9)
 
 
-def _paint(kind: str, plane: Array, limits: tuple[float, float]) -> NDArray[np.uint8]:
-    """Return a plane in colours, uint8 ``(rows, columns, 3)``."""
-    if kind == "labels":
-        return label_colours(plane)
-    share = np.clip(
-        (np.nan_to_num(plane.astype(np.float32)) - limits[0]) / (limits[1] - limits[0]), 0, 1
-    )
-    if kind == "scores":
-        painted: NDArray[np.uint8] = _VIRIDIS[(share * 255).astype(np.uint8)]
-        return painted
-    return np.repeat((share * 255).astype(np.uint8)[..., None], 3, axis=2)
+@dataclass(frozen=True, slots=True)
+class _Painter:
+    """Turns planes of one kind into pictures; ``limits`` become black and white."""
+
+    kind: str
+    limits: tuple[float, float]
+
+    def thumbnail(self, plane: Array, plane_name: str, name: str) -> Thumbnail:
+        resample = Picture.Resampling.BOX
+        if self.kind == "labels":
+            # The mean of the colors of two labels is the color of a third.
+            resample = Picture.Resampling.NEAREST
+        url = _encode(self.paint(plane), _WIDTH, resample)
+        alt = f"{plane_name} of the {self.kind} of {name}"
+        return Thumbnail(url, alt, f"{self.kind}, {plane_name}")
+
+    def paint(self, plane: Array) -> Pixels:
+        """Return the colors of a plane, ``(rows, columns, 3)``."""
+        if self.kind == "labels":
+            return label_colors(plane)
+        low, high = self.limits
+        values = np.nan_to_num(plane.astype(np.float32))
+        share = np.clip((values - low) / (high - low), 0, 1)
+        levels = (share * 255).astype(np.uint8)
+        if self.kind == "scores":
+            colors: Pixels = _VIRIDIS_TABLE[levels]
+            return colors
+        return np.repeat(levels[..., None], 3, axis=2)
 
 
-def label_colours(labels: Array) -> NDArray[np.uint8]:
-    """Return a bright colour for each id, the same wherever it occurs, and black for the background."""
+def label_colors(labels: Array) -> Pixels:
+    """Return a bright color for each id, equal wherever it occurs, and black for background."""
     ids = labels.astype(np.uint64)
-    # Multiplicative hashing (Knuth): ids that follow each other get unlike hues.
+    # Multiplicative hashing (Knuth): consecutive ids get different hues.
     hue = (ids * np.uint64(2654435761) % np.uint64(2**32)).astype(np.float64) / 2**32
     turn = (hue[..., None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6
-    colours = 70 + 185 * np.clip(np.abs(turn - 3) - 1, 0, 1)
-    return np.where(ids[..., None] > 0, colours, 0).astype(np.uint8)
+    colors = 70 + 185 * np.clip(np.abs(turn - 3) - 1, 0, 1)
+    return np.where(ids[..., None] > 0, colors, 0).astype(np.uint8)
 
 
-def _table_of(stops: tuple[str, ...]) -> NDArray[np.uint8]:
-    rgb = np.array([[int(s[i : i + 2], 16) for i in (1, 3, 5)] for s in stops], float)
+def _interpolate(stops: tuple[str, ...]) -> Pixels:
+    """Return 256 colors between the stops, ``(256, 3)``."""
+    rgb = np.array([list(bytes.fromhex(stop[1:])) for stop in stops], float)
     at = np.linspace(0, len(stops) - 1, 256)
-    return (
-        np.stack([np.interp(at, range(len(stops)), rgb[:, i]) for i in range(3)], axis=1)
-        .round()
-        .astype(np.uint8)
-    )
+    channels = [np.interp(at, range(len(stops)), values) for values in rgb.T]
+    return np.stack(channels, axis=1).round().astype(np.uint8)
 
 
-_VIRIDIS = _table_of(VIRIDIS)
+_VIRIDIS_TABLE = _interpolate(VIRIDIS)
 
 
-def colour_of(share: float) -> str:
-    """Return the colour of a value between 0 and 1, as ``#rrggbb``."""
-    r, g, b = _VIRIDIS[int(min(max(share, 0.0), 1.0) * 255)]
-    return f"#{r:02x}{g:02x}{b:02x}"
+def color_of(share: float) -> str:
+    """Return the color of a value between 0 and 1, as ``#rrggbb``."""
+    color = _VIRIDIS_TABLE[int(min(max(share, 0.0), 1.0) * 255)]
+    return f"#{color.tobytes().hex()}"
 
 
 def _encode(
-    pixels: NDArray[np.uint8],
-    width: int = _WIDTH,
-    resample: Picture.Resampling = Picture.Resampling.NEAREST,
+    pixels: Pixels, width: int, resample: Picture.Resampling = Picture.Resampling.NEAREST
 ) -> str:
     """Return a PNG as a data URL, its longer side at most ``width`` pixels."""
     picture = Picture.fromarray(pixels)
     scale = width / max(picture.size)
     if scale < 1:
-        size = tuple(max(round(n * scale), 1) for n in picture.size)
-        picture = picture.resize((size[0], size[1]), resample)
+        n_columns, n_rows = (max(round(n * scale), 1) for n in picture.size)
+        picture = picture.resize((n_columns, n_rows), resample)
     data = io.BytesIO()
     picture.save(data, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

@@ -1,27 +1,29 @@
-"""The proof that nothing is cut: what lies across the faces of blocks, against the same inside blocks.
+"""The check that no block border shows: planes across the faces of blocks against planes inside.
 
 At a face of two blocks, planes ``at - 1`` and ``at`` were predicted and
-labelled by different tasks. Whatever the split changed would show there and
-not eight planes further: a step in the scores, an object with two ids, or
+labeled by different tasks. An error of the split would show there and not
+eight planes further inside: a step in the scores, an object with two ids, or
 objects that end. So each face is compared with the pairs of planes beside it,
-which hold the same cells. Where patches of the network begin or end, scores
-have a step of their own, split or not; so borders of patches inside blocks are
-counted apart, and are what faces that fall on such borders are compared with.
+which contain the same cells. Where patches of the network begin or end, scores
+have a step in any case; so borders of patches inside blocks are counted apart,
+and faces at such borders are compared with them.
 """
 
-import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, product, zip_longest
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megaseg_dask.algorithms.geometry import BlockGrid, Box
+from megaseg_dask.algorithms.blending import max_score
+from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.plan.plan import Output, Plan
-from megaseg_dask.run.workspace import product
+from megaseg_dask.run import workspace
 from megaseg_dask.tools.report.sampling import UNREADABLE
 
 Array = NDArray[Any]
@@ -29,26 +31,33 @@ Array = NDArray[Any]
 AXES = ("z", "y", "x")
 # Planes on both sides of a face that it is compared with.
 REACH = 8
-# Of each face a window so wide; and no more faces, or seconds.
+# Voxels per side of the window that is read of a face; the largest number of faces, and of seconds.
 _WINDOW = 256
-_MOST_FACES = 64
-_MOST_S = 60.0
-_AT_A_TIME = 16
-# Faces may differ by so much from their surroundings where they are few.
-_BY_CHANCE = 1.25
+_MAX_FACES = 64
+_MAX_S = 60.0
+_READERS = 4
+_BATCH = 16
+# The ratio of faces to their surroundings that chance explains where faces are few.
+_CHANCE_RATIO = 1.25
 
-Counts = dict[str, Array]
+
+# Sums over pairs of planes, an entry per distance from ``-REACH`` to ``REACH``.
+# ``n`` is the number of pairs of voxels and ``step`` the sum of their score differences;
+# ``ends`` counts pairs with one voxel in an object, ``contacts`` pairs with both in
+# objects, and ``broken`` contacts of two ids.
+Sums = dict[str, Array]
 
 
-def _none() -> Counts:
-    return {name: np.zeros(2 * REACH + 1) for name in ("n", "step", "ends", "contacts", "broken")}
+def _no_sums() -> Sums:
+    names = ("n", "step", "ends", "contacts", "broken")
+    return {name: np.zeros(2 * REACH + 1) for name in names}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Face:
-    """A window on the face between two blocks of one volume: plane ``at`` of an axis is the first of the second.
+    """A window on the face between two blocks; plane ``at`` is the first one of the second block.
 
-    With ``is_inside`` it is no face, but a border of patches inside a block.
+    With ``is_inside`` it is not a face, but a border of patches inside a block.
     """
 
     plan: Plan
@@ -61,51 +70,63 @@ class Face:
 
 @dataclass
 class Profile:
-    """Sums over the faces of one axis, an entry for each pair of planes from ``-REACH`` to ``REACH``; 0 is the face.
+    """Sums over the faces of one axis, and over borders of patches inside blocks.
 
-    ``step`` adds score differences of ``n`` pairs of voxels, ``ends`` counts those of which one is in an object,
-    ``contacts`` those of which both are, and ``broken`` contacts of two ids. ``borders`` has the same of borders of
-    patches inside blocks; so many of the faces lie ``n_on_borders``.
+    ``n_on_borders`` is the number of faces that coincide with borders of patches.
+    ``best`` is the face with most contacts.
     """
 
     axis: str
     n_faces: int = 0
     n_on_borders: int = 0
-    sums: Counts = field(default_factory=_none)
-    borders: Counts = field(default_factory=_none)
+    sums: Sums = field(default_factory=_no_sums)
+    borders: Sums = field(default_factory=_no_sums)
+    best: Face | None = None
+    _max_contacts: float = 0.0
 
-    def add(self, face: Face, counted: Counts) -> None:
-        """Add what was counted at one face, or at a border of patches."""
-        self.n_faces += not face.is_inside
-        self.n_on_borders += not face.is_inside and face.at in _borders(face.plan, face.axis)
-        sums = self.borders if face.is_inside else self.sums
-        for name, values in counted.items():
-            sums[name] += values
+    def add(self, face: Face, sums: Sums) -> None:
+        """Add the sums of one face, or of one border of patches."""
+        totals = self.borders if face.is_inside else self.sums
+        for name, values in sums.items():
+            totals[name] += values
+        if face.is_inside:
+            return
+        self.n_faces += 1
+        self.n_on_borders += face.at in _patch_borders(face.plan, face.axis)
+        if sums["contacts"][REACH] >= self._max_contacts:
+            self._max_contacts = sums["contacts"][REACH]
+            self.best = face
 
-    def per_pair(self, name: str) -> NDArray[np.float64]:
-        """Return a sum per pair of voxels, at each distance; NaN where there was none."""
-        n = self.sums["n"]
-        shares: NDArray[np.float64] = np.divide(
-            self.sums[name], n, out=np.full(len(n), np.nan), where=n > 0
-        )
-        return shares
+    def per_pair(self, name: str) -> Array:
+        """Return a measure per pair of voxels, at each distance; NaN where there is no pair."""
+        return _per_pair(self.sums, name)
 
     def compare(self, name: str) -> "Comparison":
-        """Return what is at the faces, and with what it is compared."""
+        """Return a measure at the faces, and beside them inside the blocks."""
         values = self.per_pair(name)
         inside = np.delete(values, REACH)
         inside = inside[np.isfinite(inside)]
-        low, mean, high = (
-            float(how(inside)) if inside.size else np.nan for how in (np.min, np.mean, np.max)
+        if not inside.size:
+            inside = np.array([np.nan])
+        return Comparison(
+            at=float(values[REACH]),
+            mean=float(inside.mean()),
+            low=float(inside.min()),
+            high=float(inside.max()),
+            border=float(_per_pair(self.borders, name)[REACH]),
+            on_borders=self.n_on_borders > 0,
         )
-        n = self.borders["n"][REACH]
-        border = float(self.borders[name][REACH] / n) if n else np.nan
-        return Comparison(float(values[REACH]), mean, low, high, border, self.n_on_borders > 0)
+
+
+def _per_pair(sums: Sums, name: str) -> Array:
+    n = sums["n"]
+    shares: Array = np.where(n > 0, sums[name] / np.maximum(n, 1), np.nan)
+    return shares
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A measure at the faces of one axis, and inside blocks: mean, least, most, and where patches meet."""
+    """A measure at the faces of one axis, inside blocks, and at borders of patches inside."""
 
     at: float
     mean: float
@@ -115,178 +136,186 @@ class Comparison:
     on_borders: bool
 
     @property
-    def ratio(self) -> float:
-        """How many times the inside the faces have."""
-        return self.at / self.mean if self.mean else np.nan
-
-    @property
     def verdict(self) -> str:
-        """Return ``inside`` or ``patches`` for what faces are like, ``unknown``, or ``more``."""
-        if not self.at > max(self.high, _BY_CHANCE * self.mean):
+        """``inside`` or ``patches`` for what the faces are like, ``unknown``, or ``more``."""
+        if not self.at > max(self.high, _CHANCE_RATIO * self.mean):
             return "inside"
-        if self.on_borders and not self.at > _BY_CHANCE * self.border:
-            return "patches" if np.isfinite(self.border) else "unknown"
-        return "more"
+        if not self.on_borders or self.at > _CHANCE_RATIO * self.border:
+            return "more"
+        return "patches" if np.isfinite(self.border) else "unknown"
 
 
 @dataclass
 class Seams:
-    """What was found at the faces of a run; ``best`` is the face of each axis with most objects across."""
+    """The result of the check: a profile per axis, of a sample of all ``n_faces``."""
 
-    profiles: list[Profile]
-    n_faces: int
-    best: dict[str, Face] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    n_faces: int = 0
+    profiles: list[Profile] = field(default_factory=lambda: [Profile(axis) for axis in AXES])
+    n_unreadable: int = 0
+
+    def add(self, face: Face, sums: Sums | None) -> None:
+        """Add the sums of one face; ``None`` if it could not be read."""
+        if sums is None:
+            self.n_unreadable += 1
+        else:
+            self.profiles[face.axis].add(face, sums)
 
     @property
-    def n_looked_at(self) -> int:
-        """Number of faces that were looked at."""
+    def n_checked(self) -> int:
+        """Number of faces that were compared."""
         return sum(profile.n_faces for profile in self.profiles)
 
     @property
     def n_broken(self) -> int:
-        """Number of pairs of neighbouring voxels at faces that are of one object by their place, and of two by id."""
+        """Number of pairs of voxels across faces that touch and have two different ids."""
         return int(sum(profile.sums["broken"][REACH] for profile in self.profiles))
 
     @property
     def n_contacts(self) -> int:
-        """Number of pairs of neighbouring voxels at faces that are both in an object."""
+        """Number of pairs of voxels across faces that are both in objects."""
         return int(sum(profile.sums["contacts"][REACH] for profile in self.profiles))
 
 
 def check_seams(volumes: Sequence[tuple[Plan, Sequence[Output]]]) -> Seams | None:
     """Compare a sample of faces with the inside of blocks; ``None`` if no volume is split.
 
-    ``volumes`` are the outputs to look at of each plan: where blocks are missing there is nothing to compare.
+    ``volumes`` are the complete outputs of each plan: without all blocks there is nothing to
+    compare.
     """
-    split = [(plan, numbers) for plan, numbers in volumes if len(plan.block_grid()) > 1 and numbers]
-    if not split:
+    max_faces = max(_MAX_FACES // len(volumes), 1)
+    seams = Seams()
+    samples = []
+    for (plan, outputs), axis in product(volumes, range(3)):
+        shape = _faces_shape(plan, outputs, axis)
+        seams.n_faces += math.prod(shape)
+        samples.append(_sample(plan, outputs, axis, max_faces))
+    if not seams.n_faces:
         return None
-    # Faces of all axes and runs in turn, as far as the time goes.
-    sampled = [_sample(plan, numbers, max(_MOST_FACES // len(split), 1)) for plan, numbers in split]
-    faces = [face for some in itertools.zip_longest(*sampled) for face in some if face]
-    n_all = sum(
-        _n_faces(p.block_grid(), axis) * len(numbers) for p, numbers in split for axis in range(3)
-    )
-    found = Seams([Profile(axis) for axis in AXES], n_all)
-    most: dict[str, float] = {}
-    unread, until = 0, time.monotonic() + _MOST_S
-
-    def look(face: Face) -> Counts | None:
-        try:
-            return _count(face)
-        except UNREADABLE:
-            return None
-
-    for first in range(0, len(faces), _AT_A_TIME):
-        some = faces[first : first + _AT_A_TIME]
-        for face, counted in zip(some, map_threaded(look, some, 4), strict=True):
-            if counted is None:
-                unread += 1
-                continue
-            axis = AXES[face.axis]
-            found.profiles[face.axis].add(face, counted)
-            if face.is_inside:
-                continue
-            contacts = float(counted["contacts"][REACH])
-            if contacts >= most.get(axis, 0.0):
-                most[axis], found.best[axis] = contacts, face
-        if time.monotonic() > until:
+    # All axes and runs in turn, until the time is over.
+    faces = list(filter(None, chain.from_iterable(zip_longest(*samples))))
+    deadline = time.monotonic() + _MAX_S
+    for first in range(0, len(faces), _BATCH):
+        batch = faces[first : first + _BATCH]
+        for face, sums in zip(batch, map_threaded(_try_count, batch, _READERS), strict=True):
+            seams.add(face, sums)
+        if time.monotonic() > deadline:
             break
-    if unread:
-        found.notes.append(f"{unread} faces could not be read.")
-    found.profiles = [profile for profile in found.profiles if profile.n_faces]
-    return found
+    seams.profiles = [profile for profile in seams.profiles if profile.n_faces]
+    return seams
 
 
-def _n_faces(grid: BlockGrid, axis: int) -> int:
-    n = list(grid.grid_shape)
-    n[axis] -= 1
-    return int(np.prod(n))
+# -- the sample
 
 
-def _borders(plan: Plan, axis: int) -> set[int]:
-    """Return the planes of an axis at which patches begin, or the first behind them."""
-    starts, patch, offset = (
-        plan.patch_grid.starts[axis],
-        plan.patch_grid.patch_shape[axis],
-        plan.region.start[axis],
-    )
-    return {start + end - offset for start in starts for end in (0, patch)}
+def _faces_shape(plan: Plan, outputs: Sequence[Output], axis: int) -> tuple[int, ...]:
+    """Return the number of outputs, and of faces of one axis in each direction."""
+    shape = list(plan.block_grid().grid_shape)
+    shape[axis] -= 1
+    return len(outputs), *shape
 
 
-def _sample(plan: Plan, volumes: Sequence[Output], most: int) -> Iterator[Face]:
-    """Yield faces of all axes in turn, drawn with a fixed seed, all of them if they are few; and borders of patches."""
-    grid, rng = plan.block_grid(), np.random.default_rng(0)
-    per_axis = []
-    for axis in range(3):
-        n = _n_faces(grid, axis) * len(volumes)
-        numbers = rng.permutation(n) if n <= most else rng.integers(0, n, most)
-        shape = list(grid.grid_shape)
-        shape[axis] -= 1
-        per_axis.append(
-            [(axis, *np.unravel_index(int(i), (len(volumes), *shape))) for i in numbers]
-        )
-    for axis, v, *position in filter(None, itertools.chain(*itertools.zip_longest(*per_axis))):
+def _patch_borders(plan: Plan, axis: int) -> set[int]:
+    """Return the planes of an axis at which patches begin, or have just ended."""
+    starts = np.array(plan.patch_grid.starts[axis]) - plan.region.start[axis]
+    stops = starts + plan.patch_grid.patch_shape[axis]
+    return {*starts.tolist(), *stops.tolist()}
+
+
+def _sample(plan: Plan, outputs: Sequence[Output], axis: int, max_faces: int) -> Iterator[Face]:
+    """Yield faces of one axis in random order, with a fixed seed.
+
+    A face at a border of patches is followed by such a border inside its block.
+    """
+    shape = _faces_shape(plan, outputs, axis)
+    n = math.prod(shape)
+    rng = np.random.default_rng(axis)
+    for number in rng.choice(n, min(n, max_faces), replace=False):
+        output, *position = map(int, np.unravel_index(number, shape))
         position[axis] += 1
-        core = grid.core([int(p) for p in position])
-        at = core.start[axis]
-        start, stop = list(core.start), list(core.stop)
-        for other in {0, 1, 2} - {axis}:
-            start[other] += int(rng.integers(0, max(stop[other] - start[other] - _WINDOW, 0) + 1))
-            stop[other] = min(start[other] + _WINDOW, stop[other])
-
-        def window(
-            first: int,
-            last: int,
-            start: list[int] = start,
-            stop: list[int] = stop,
-            axis: int = axis,
-        ) -> Box:
-            ends = [
-                (first, last) if i == axis else (a, b)
-                for i, (a, b) in enumerate(zip(start, stop, strict=True))
-            ]
-            return Box(*zip(*ends, strict=True)) & Box.of(plan.volume_shape)
-
-        yield Face(plan, volumes[int(v)], axis, at, window(max(at - 1 - REACH, 0), at + REACH + 1))
-        inside = sorted(b for b in _borders(plan, axis) if core.start[axis] < b < core.stop[axis])
-        if inside and at in _borders(plan, axis):
-            border = inside[int(rng.integers(len(inside)))]
-            yield Face(
-                plan, volumes[int(v)], axis, border, window(border - 1, border + 1), is_inside=True
-            )
+        core = plan.block_grid().core(position)
+        yield from _faces_before(plan, outputs[output], axis, core, rng)
 
 
-def _count(face: Face) -> Counts:
-    """Count at one face, and at the pairs of planes beside it that lie in one block, and where no patch ends."""
-    counted = _none()
-    first = face.box.start[face.axis]
-    # The pair of planes (p, p + 1) has the place p + 1 - at.
-    places = np.arange(first, face.box.stop[face.axis] - 1) + 1 - face.at
-    planes_at = places + face.at
-    special = (planes_at % face.plan.block_shape[face.axis] == 0) | np.isin(
-        planes_at, list(_borders(face.plan, face.axis))
+def _faces_before(
+    plan: Plan, output: Output, axis: int, core: Box, rng: np.random.Generator
+) -> Iterator[Face]:
+    """Yield the face of a block towards the one before it along an axis."""
+    start = [
+        int(rng.integers(a, max(b - _WINDOW, a) + 1))
+        for a, b in zip(core.start, core.stop, strict=True)
+    ]
+    window = Box(tuple(start), tuple(a + _WINDOW for a in start)) & core
+    at = core.start[axis]
+    yield Face(
+        plan, output, axis, at, _between(plan, window, axis, (at - 1 - REACH, at + REACH + 1))
     )
-    keep = (places == 0) | ~special
-    index = places[keep] + REACH
-    for kind in {"scores", "labels"} & set(face.plan.arrays):
-        planes = np.moveaxis(product(face.plan, kind, face.output).read(face.box), face.axis, 0)
-        one, other = planes[:-1][keep], planes[1:][keep]
-        counted["n"][index] = one[0].size
+    borders = _patch_borders(plan, axis)
+    inside = sorted(border for border in borders if at < border < core.stop[axis])
+    if inside and at in borders:
+        border = inside[int(rng.integers(len(inside)))]
+        yield Face(
+            plan,
+            output,
+            axis,
+            border,
+            _between(plan, window, axis, (border - 1, border + 1)),
+            is_inside=True,
+        )
 
-        def add(name: str, values: Array) -> None:
-            counted[name][index] = values.sum(axis=(1, 2), dtype=np.float64)
 
-        if kind == "scores":
-            scale = 255.0 if planes.dtype == np.uint8 else 1.0
-            add(
-                "step",
-                np.abs(one.astype(np.float32) - other.astype(np.float32)) / np.float32(scale),
-            )
-        else:
-            both = (one != 0) & (other != 0)
-            add("ends", (one != 0) != (other != 0))
-            add("contacts", both)
-            add("broken", both & (one != other))
-    return counted
+def _between(plan: Plan, window: Box, axis: int, ends: tuple[int, int]) -> Box:
+    """Return a window with other ends along one axis, inside the volume."""
+    start = list(window.start)
+    stop = list(window.stop)
+    start[axis], stop[axis] = ends
+    return Box(tuple(start), tuple(stop)) & Box.of(plan.volume_shape)
+
+
+# -- the sums
+
+
+def _try_count(face: Face) -> Sums | None:
+    try:
+        return _count(face)
+    except UNREADABLE:
+        return None
+
+
+def _count(face: Face) -> Sums:
+    """Return the sums at one face, and at pairs of planes beside it.
+
+    Pairs beside it count if they lie in one block and not at a border of patches.
+    """
+    sums = _no_sums()
+    plan = face.plan
+    # Each pair of planes is named by its second plane.
+    planes = np.arange(face.box.start[face.axis] + 1, face.box.stop[face.axis])
+    is_at_face = planes % plan.block_shape[face.axis] == 0
+    is_at_border = np.isin(planes, list(_patch_borders(plan, face.axis)))
+    chosen = (planes == face.at) | ~(is_at_face | is_at_border)
+    distances = planes[chosen] - face.at + REACH
+    if "scores" in plan.arrays:
+        before, after = _pairs(face, "scores", chosen)
+        steps = np.abs(before.astype(np.float32) - after.astype(np.float32))
+        sums["n"][distances] = before[0].size
+        sums["step"][distances] = _per_plane(steps / np.float32(max_score(before.dtype)))
+    if "labels" in plan.arrays:
+        before, after = _pairs(face, "labels", chosen)
+        is_contact = (before != 0) & (after != 0)
+        sums["n"][distances] = before[0].size
+        sums["ends"][distances] = _per_plane((before != 0) != (after != 0))
+        sums["contacts"][distances] = _per_plane(is_contact)
+        sums["broken"][distances] = _per_plane(is_contact & (before != after))
+    return sums
+
+
+def _pairs(face: Face, kind: str, chosen: Array) -> tuple[Array, Array]:
+    """Return the first and the second planes of the chosen pairs."""
+    values = workspace.product(face.plan, kind, face.output).read(face.box)
+    planes = np.moveaxis(values, face.axis, 0)
+    return planes[:-1][chosen], planes[1:][chosen]
+
+
+def _per_plane(values: Array) -> Array:
+    sums: Array = values.sum(axis=(1, 2), dtype=np.float64)
+    return sums

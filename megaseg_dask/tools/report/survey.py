@@ -1,17 +1,20 @@
-"""What a finished run says of each volume: objects, foreground, scores, and which volumes stand out.
+"""What the report knows of each volume: objects, foreground, scores, and why it is an outlier.
 
-The journal and the table of measurements are exact, and read first; what they
-lack is looked at in the outputs, within a budget of voxels for the whole run.
+The journal and the table of measurements are exact, and are read first. What they
+lack is measured in the outputs, within a budget of voxels for all runs.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megaseg_dask.algorithms.blending import sigmoid
+from megaseg_dask.algorithms.blending import max_score, sigmoid
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TaskError
@@ -23,6 +26,7 @@ from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.target.tables import table_location
 from megaseg_dask.tools.report.sampling import (
     UNREADABLE,
+    View,
     choose_view,
     spread,
     voxels_per_voxel,
@@ -31,25 +35,36 @@ from megaseg_dask.tools.report.sampling import (
 
 Array = NDArray[Any]
 
-# Voxels that are read of all volumes together, of the least that a glance at one takes, and of the most.
-_ALL_VOXELS, _LEAST_VOXELS, _MOST_VOXELS = 2**28, 2**17, 2**24
-_MOST_VOLUMES = 2**11
+# Voxels that are read of all volumes together, and the limits of those of one.
+_ALL_VOXELS = 2**28
+_MIN_VOXELS = 2**17
+_MAX_VOXELS = 2**24
+_MAX_VOLUMES = 2**11
 _READERS = 8
 
-# Score histograms come from the finest level: averaged voxels lie nearer the middle.
-_SAMPLE_SHAPE, _MOST_SAMPLES = (64, 128, 128), 64
-SCORE_BINS = 51
+# Scores are counted at the finest level: averaged voxels are nearer to the middle.
+_SAMPLE_SHAPE = (64, 128, 128)
+_MAX_SAMPLES = 64
+N_SCORE_BINS = 51
 
-# Eight bins for each factor of ten, up to 10^12 voxels.
+# Eight bins per factor of ten, up to 10^12 voxels.
 SIZE_EDGES = 10 ** (np.arange(0, 12 * 8 + 1) / 8)
 
-# Robust z-score beyond which a volume stands out (Iglewicz and Hoaglin 1993), and of how few nothing can be said.
-_OUTLIER_Z, _FEWEST = 3.5, 8
+# Robust z-score beyond which a volume is an outlier (Iglewicz and Hoaglin 1993), and the
+# number of volumes below which there are no outliers.
+_OUTLIER_Z = 3.5
+_MIN_VOLUMES = 8
+# The measures that make outliers, and the words for too much and too little.
+_OUTLIER_MEASURES = (
+    ("objects", "many objects", "few objects"),
+    ("foreground", "high foreground", "low foreground"),
+    ("mean_score", "high mean score", "low mean score"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One of the runs that made a target: a plate may take several."""
+    """One of the runs that made a target; a plate may have several."""
 
     plan: Plan
     journal: Journal
@@ -57,18 +72,14 @@ class Run:
 
 
 @dataclass
-class Facts:
-    """What is known of one output of a volume; ``None`` where nobody looked, or nothing can be said.
+class VolumeReport:
+    """One output of one volume; a value is ``None`` where it was not measured.
 
-    ``channel`` names it where there are several channels or outputs.
+    ``mean`` and ``std`` are of the image; ``mean_score`` and ``threshold`` are between 0 and 1.
     """
 
     run: Run
     output: Output
-    name: str
-    image: str
-    t: int
-    channel: str
     objects: int | None = None
     foreground: float | None = None
     mean_score: float | None = None
@@ -76,71 +87,62 @@ class Facts:
     std: float | None = None
     threshold: float | None = None
     failures: list[str] = field(default_factory=list)
-    oddities: list[str] = field(default_factory=list)
+    outlier_reasons: list[str] = field(default_factory=list)
 
-    @property
-    def place(self) -> tuple[str, int, int, str]:
-        """Field, timepoint of the output, channel of the source, and which of several outputs of the network."""
-        volume, outputs = self.run.plan.volumes[self.output.volume], self.run.plan.model.outputs
-        return (
-            self.image,
-            volume.target_t,
-            volume.c,
-            outputs[self.output.number] if len(outputs) > 1 else "",
-        )
+    def __post_init__(self) -> None:
+        plan = self.run.plan
+        volume = plan.volumes[self.output.volume]
+        outputs = plan.model.outputs
+        self.image = volume.image
+        self.t = volume.t
+        output_name = outputs[self.output.number] if len(outputs) > 1 else ""
+        # The key of the volume in the table of measurements.
+        self.place = (volume.image, volume.target_t, volume.c, output_name)
+        # Channel and output, if there are several.
+        has_channels = len(plan.suffixes) > len(outputs)
+        channel_name = _channel_name(plan, volume.c) if has_channels else ""
+        self.channel = " ".join(filter(None, [channel_name, output_name]))
+        has_time = plan.source_image.extent("t") > 1
+        words = [self.image, f"t={self.t}" if has_time else "", self.channel]
+        self.name = " ".join(filter(None, words)) or "the image"
+        self.anchor = f"v{self.run.number}-{self.output.volume}-{self.output.number}"
 
     @property
     def failed(self) -> float:
-        """1 where something of it failed, else 0."""
+        """1 if a task of the volume failed, else 0."""
         return float(bool(self.failures))
 
     @property
-    def anchor(self) -> str:
-        """Name of its place in the page."""
-        return f"v{self.run.number}-{self.output.volume}-{self.output.number}"
+    def stands_out(self) -> bool:
+        """Whether the volume failed or is an outlier."""
+        return bool(self.failures or self.outlier_reasons)
 
 
 @dataclass
 class Survey:
-    """All volumes of a target, and what they have together."""
+    """All volumes of a target, and their histograms; ``notes`` say what was sampled."""
 
-    volumes: list[Facts]
-    sizes: Array | None = None
-    scores: Array | None = None
+    volumes: list[VolumeReport]
+    sizes: Array = field(default_factory=lambda: np.zeros(len(SIZE_EDGES) - 1, np.int64))
+    scores: Array = field(default_factory=lambda: np.zeros(N_SCORE_BINS, np.int64))
     notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Add a note once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 def survey(runs: Sequence[Run]) -> Survey:
-    """Look at the volumes of all runs on a target; what cannot be read is noted, never an error."""
-    found = Survey([])
-    for run in runs:
-        of_run = [
-            _begin(run, o)
-            for volume in range(len(run.plan.volumes))
-            for o in run.plan.outputs_of(volume)
-        ]
-        _read_journal(run, of_run)
-        found.volumes += of_run
-    measured = _read_table(runs[0].plan, found)
-    share = len(runs)
-    for run in runs:
-        of_run = [f for f in found.volumes if f.run is run]
-        _look(run.plan, of_run, found, share, skip_sizes=measured)
-        _sample_scores(run.plan, of_run, found, share)
-    found.notes = list(dict.fromkeys(found.notes))
-    _find_oddities(found.volumes)
-    return found
-
-
-def _begin(run: Run, output: Output) -> Facts:
-    plan, outputs = run.plan, run.plan.model.outputs
-    v = plan.volumes[output.volume]
-    channel = [_channel_name(plan, v.c)] if len(plan.suffixes) > len(outputs) else []
-    channel += [outputs[output.number]] if len(outputs) > 1 else []
-    parts = [v.image, f"t={v.t}" if plan.source_image.extent("t") > 1 else "", *channel]
-    return Facts(
-        run, output, " ".join(filter(None, parts)) or "the image", v.image, v.t, " ".join(channel)
-    )
+    """Measure the volumes of all runs on a target; unreadable data are noted, never an error."""
+    by_run = [_read_journal(run) for run in runs]
+    result = Survey([report for reports in by_run for report in reports])
+    has_table = _read_table(runs[0].plan, result)
+    for run, reports in zip(runs, by_run, strict=True):
+        _measure_samples(run.plan, reports, result, len(runs), has_table=has_table)
+        _count_scores(run.plan, reports, result, len(runs))
+    _find_outliers(result.volumes)
+    return result
 
 
 def _channel_name(plan: Plan, c: int) -> str:
@@ -151,42 +153,32 @@ def _channel_name(plan: Plan, c: int) -> str:
 # -- the journal
 
 
-def _read_journal(run: Run, volumes: Sequence[Facts]) -> None:
-    plan, journal = run.plan, run.journal
-    stage = plan.stage_telling("objects")
-    summaries = journal.by_index(stage.name) if stage else []
-    for facts in volumes if summaries else ():
-        facts.objects = _of(facts.output, summaries[facts.output.volume]).n_objects
-    for (name, index), failure in sorted(journal.failed.items()):
-        volume, _ = plan.split_index(name, index)
-        for facts in volumes[volume * len(plan.model.outputs) :][: len(plan.model.outputs)]:
-            facts.failures.append(f"{name} {failure.box}: {failure.error}")
-    if plan.is_one_task:
-        states: Mapping[int, VolumeState | TaskSummary | None] = dict(enumerate(summaries))
-    else:
-        chosen = spread(len(plan.volumes), _MOST_VOLUMES)
-        states = dict(zip(chosen, map_threaded(lambda v: _state(plan, v), chosen), strict=True))
-    fixed = plan.options.threshold
-    for facts in volumes:
-        if (state := states.get(facts.output.volume)) is None:
-            continue
-        if state.statistics:
-            # Of several channels the first.
-            facts.mean = state.statistics[0].mean
-            facts.std = state.statistics[0].std
-        found = _of(facts.output, state).threshold
-        if not isinstance(fixed, str):
-            facts.threshold = fixed
-        elif found is not None:
-            # Found on the scale of the logits.
-            facts.threshold = float(sigmoid(np.float32(found).reshape(1))[0])
+def _read_journal(run: Run) -> list[VolumeReport]:
+    """Return a report of each output of each volume, with the results of its tasks."""
+    plan = run.plan
+    summaries = _summaries(run)
+    states: Mapping[int, VolumeState | TaskSummary | None] = summaries
+    if not plan.is_one_task:
+        chosen = spread(len(plan.volumes), _MAX_VOLUMES)
+        states = dict(zip(chosen, map_threaded(partial(_state, plan), chosen), strict=True))
+    failures = defaultdict(list)
+    for (stage, index), failure in sorted(run.journal.failed.items()):
+        volume, _ = plan.split_index(stage, index)
+        failures[volume].append(f"{stage} {failure.box}: {failure.error}")
+    reports = []
+    for volume in range(len(plan.volumes)):
+        for output in plan.outputs_of(volume):
+            report = VolumeReport(run, output, failures=list(failures[volume]))
+            report.objects = _output_state(summaries.get(volume), output).n_objects
+            _add_statistics(report, states.get(volume))
+            reports.append(report)
+    return reports
 
 
-def _of(output: Output, known: VolumeState | TaskSummary | None) -> OutputState:
-    """Return what a summary or a state has of one output."""
-    if known is None or not known.by_output:
-        return OutputState()
-    return known.by_output[output.number]
+def _summaries(run: Run) -> dict[int, TaskSummary | None]:
+    """Return the summary of each volume's task that counts its objects; empty if there is none."""
+    stage = run.plan.stage_telling("objects")
+    return dict(enumerate(run.journal.by_index(stage.name))) if stage else {}
 
 
 def _state(plan: Plan, volume: int) -> VolumeState | None:
@@ -196,98 +188,112 @@ def _state(plan: Plan, volume: int) -> VolumeState | None:
         return None
 
 
+def _output_state(state: VolumeState | TaskSummary | None, output: Output) -> OutputState:
+    if state is None or not state.by_output:
+        return OutputState()
+    return state.by_output[output.number]
+
+
+def _add_statistics(report: VolumeReport, state: VolumeState | TaskSummary | None) -> None:
+    """Add the statistics of the first channel, and the threshold."""
+    if state is None:
+        return
+    if state.statistics:
+        report.mean = state.statistics[0].mean
+        report.std = state.statistics[0].std
+    threshold = report.run.plan.options.threshold
+    logit = _output_state(state, report.output).threshold
+    if not isinstance(threshold, str):
+        report.threshold = threshold
+    elif logit is not None:
+        report.threshold = float(sigmoid(np.array([logit], np.float32))[0])
+
+
 # -- the table
 
 
-def _read_table(plan: Plan, found: Survey) -> bool:
-    """Add up the rows of the table of measurements, if there is one; tell whether there is."""
+def _read_table(plan: Plan, result: Survey) -> bool:
+    """Add up the table of measurements; return whether there is one that can be read."""
     if "measurements" not in plan.options.outputs:
         return False
-    voxels = {f.place: 0 for f in found.volumes}
-    sizes = np.zeros(len(SIZE_EDGES) - 1, np.int64)
+    n_voxels = dict.fromkeys((report.place for report in result.volumes), 0)
+    sizes = np.zeros_like(result.sizes)
     columns = ("well", "field", "timepoint", "channel", "output", "volume_voxels")
     try:
-        for well, name, t, c, output, n_voxels in iter_columns(table_location(plan), columns):
-            sizes += np.histogram(n_voxels, SIZE_EDGES)[0]
-            # Rows of one volume follow each other.
-            changes = [
-                np.flatnonzero(column[1:] != column[:-1]) + 1
-                for column in (well, name, t, c, output)
-            ]
-            first = np.unique(np.concatenate([[0], *changes])) if len(t) else np.empty(0, np.intp)
-            for i, total in zip(
-                first, np.add.reduceat(n_voxels, first) if len(t) else (), strict=True
-            ):
-                image = f"{well[i]}/{name[i]}" if well[i] else ""
-                voxels[image, int(t[i]), int(c[i]), output[i] or ""] += int(total)
+        for *keys, volumes in iter_columns(table_location(plan), columns):
+            sizes += _size_histogram(volumes)
+            for rows in _groups(keys):
+                well, name, t, c, output = (column[rows[0]] for column in keys)
+                image = f"{well}/{name}" if well else ""
+                n_voxels[image, int(t), int(c), output or ""] += int(volumes[rows].sum())
     except (*UNREADABLE, KeyError) as error:
-        found.notes.append(f"The table of measurements could not be read: {error}.")
+        result.note(f"The table of measurements could not be read: {error}.")
         return False
-    for facts in found.volumes:
-        if facts.objects is not None:
-            facts.foreground = voxels[facts.place] / Box.of(facts.run.plan.volume_shape).size
-    found.sizes = sizes
+    for report in result.volumes:
+        if report.objects is not None:
+            report.foreground = n_voxels[report.place] / Box.of(report.run.plan.volume_shape).size
+    result.sizes = sizes
     return True
+
+
+def _groups(keys: Sequence[Array]) -> Iterator[Array]:
+    """Yield the indices of consecutive rows with equal keys."""
+    changes = [np.flatnonzero(column[1:] != column[:-1]) + 1 for column in keys]
+    starts = np.unique(np.concatenate(changes))
+    yield from filter(len, np.split(np.arange(len(keys[0])), starts))
+
+
+def _size_histogram(n_voxels: Array) -> Array:
+    return np.histogram(n_voxels, SIZE_EDGES)[0]
 
 
 # -- the voxels
 
 
-def _look(
-    plan: Plan, volumes: Sequence[Facts], found: Survey, share: int, *, skip_sizes: bool
+def _measure_samples(
+    plan: Plan, reports: Sequence[VolumeReport], result: Survey, n_runs: int, *, has_table: bool
 ) -> None:
-    """Measure foreground, mean score and sizes of objects in the level that can be read of each volume."""
-    chosen = spread(len(volumes), max(_MOST_VOLUMES // share, 1))
-    budget = min(max(_ALL_VOXELS // share // len(chosen), _LEAST_VOXELS), _MOST_VOXELS)
-    window = whole_or_middle(plan, budget)
-    view = choose_view(plan, window, budget)
-    sizes = np.zeros(len(SIZE_EDGES) - 1, np.int64)
-    each = voxels_per_voxel(plan, view.level)
-
-    def look(number: int) -> Array | None:
-        facts = volumes[number]
-        if facts.failures:
-            # Where blocks are missing, zeros are nothing that was found.
-            return None
-        if "scores" in plan.arrays:
-            scores = view.read(plan, "scores", facts.output)
-            facts.mean_score = float(scores.mean(dtype=np.float64)) / _most(plan)
-        if "labels" not in plan.arrays or skip_sizes:
-            return None
-        n_voxels = _sizes(view.read(plan, "labels", facts.output))
-        facts.foreground = float(n_voxels.sum()) / view.box.size
-        return np.histogram(n_voxels * each, SIZE_EDGES)[0]
-
-    def try_look(number: int) -> Array | None:
-        try:
-            return look(number)
-        except UNREADABLE as error:
-            volumes[number].failures.append(f"report: {error}")
-            return None
-
-    for counts in map_threaded(try_look, chosen, _READERS):
-        if counts is not None:
-            sizes += counts
-    if "labels" in plan.arrays and not skip_sizes:
-        found.sizes = sizes if found.sizes is None else found.sizes + sizes
-    if len(chosen) < len(volumes):
-        found.notes.append(
-            f"Foreground and mean scores are of {len(chosen)} of {len(volumes)} volumes."
-        )
+    """Measure scores, and without a table objects, at a level that fits the budget."""
+    chosen = spread(len(reports), max(_MAX_VOLUMES // n_runs, 1))
+    max_voxels = _ALL_VOXELS // n_runs // len(chosen)
+    max_voxels = min(max(max_voxels, _MIN_VOXELS), _MAX_VOXELS)
+    window = whole_or_middle(plan, max_voxels)
+    view = choose_view(plan, window, max_voxels)
+    measure = partial(_measure, view, "labels" in plan.arrays and not has_table)
+    for sizes in map_threaded(measure, [reports[i] for i in chosen], _READERS):
+        result.sizes += sizes
+    if len(chosen) < len(reports):
+        result.note(f"Foreground and mean scores are of {len(chosen)} of {len(reports)} volumes.")
     if window != Box.of(plan.volume_shape):
-        found.notes.append(
-            f"Foreground, mean scores and volumes of objects are of {window}, the middle of each volume."
+        result.note(
+            "Foreground, mean scores and volumes of objects are of "
+            f"{window}, the middle of each volume."
         )
     elif view.level:
-        what = "Mean scores" if skip_sizes else "Foreground, mean scores and volumes of objects"
-        found.notes.append(f"{what} are of level {view.level} of the pyramid.")
+        measures = "Mean scores" if has_table else "Foreground, mean scores and volumes of objects"
+        result.note(f"{measures} are of level {view.level} of the pyramid.")
 
 
-def _most(plan: Plan) -> float:
-    return 255.0 if plan.options.scores_dtype == "uint8" else 1.0
+def _measure(view: View, measures_labels: bool, report: VolumeReport) -> Array:
+    """Measure one volume; return the histogram of its objects."""
+    plan = report.run.plan
+    n_voxels = np.empty(0)
+    # The blocks of a failed task are zeros, which are no result.
+    if report.failures:
+        return _size_histogram(n_voxels)
+    try:
+        if "scores" in plan.arrays:
+            mean = view.read(plan, "scores", report.output).mean(dtype=np.float64)
+            report.mean_score = float(mean) / max_score(plan.options.scores_dtype)
+        if measures_labels:
+            n_voxels = _object_sizes(view.read(plan, "labels", report.output))
+            report.foreground = float(n_voxels.sum()) / view.box.size
+    except UNREADABLE as error:
+        report.failures.append(f"report: {error}")
+    return _size_histogram(n_voxels * voxels_per_voxel(plan, view.level))
 
 
-def _sizes(labels: Array) -> Array:
+def _object_sizes(labels: Array) -> Array:
     """Return the number of voxels of each object."""
     if int(labels.max(initial=0)) <= 2 * labels.size:
         counts = np.bincount(labels.ravel().astype(np.intp, copy=False))[1:]
@@ -296,63 +302,57 @@ def _sizes(labels: Array) -> Array:
     return counts[ids > 0]
 
 
-def _sample_scores(plan: Plan, of_run: Sequence[Facts], found: Survey, share: int) -> None:
-    """Count scores of full resolution in boxes spread over volumes and over each of them."""
-    good = [f.output for f in of_run if not f.failures]
-    if "scores" not in plan.arrays or not good:
+def _count_scores(plan: Plan, reports: Sequence[VolumeReport], result: Survey, n_runs: int) -> None:
+    """Count scores of the finest level in boxes spread over volumes, and over each of them."""
+    complete = [report.output for report in reports if not report.failures]
+    if "scores" not in plan.arrays or not complete:
         return
     grid = BlockGrid(plan.volume_shape, _SAMPLE_SHAPE)
-    most = max(_MOST_SAMPLES // share, 1)
-    volumes = spread(len(good), most)
-    boxes = spread(len(grid), max(most // len(volumes), 1))
-    samples = [(good[v], grid[b]) for v in volumes for b in boxes]
-    edges = np.linspace(0, 1, SCORE_BINS + 1) * _most(plan)
-
-    def count(sample: tuple[Output, Box]) -> Array:
-        try:
-            values = workspace.product(plan, "scores", sample[0]).read(sample[1])
-        except UNREADABLE:
-            return np.zeros(
-                SCORE_BINS, np.int64
-            )  # the volume is named already, or will be by whoever reads it
-        return np.histogram(values, edges)[0]
-
-    before = np.zeros(SCORE_BINS, np.int64) if found.scores is None else found.scores
-    found.scores = sum(map_threaded(count, samples, _READERS), before)
-    if len(samples) < len(good) * len(grid):
-        found.notes.append(
-            f"The histogram of scores is of {len(samples)} boxes of full resolution."
-        )
+    max_samples = max(_MAX_SAMPLES // n_runs, 1)
+    volumes = spread(len(complete), max_samples)
+    boxes = spread(len(grid), max(max_samples // len(volumes), 1))
+    samples = [(complete[v], grid[b]) for v, b in product(volumes, boxes)]
+    for counts in map_threaded(partial(_score_histogram, plan), samples, _READERS):
+        result.scores += counts
+    if len(samples) < len(complete) * len(grid):
+        result.note(f"The histogram of scores is of {len(samples)} boxes of full resolution.")
 
 
-# -- what stands out
+def _score_histogram(plan: Plan, sample: tuple[Output, Box]) -> Array:
+    output, box = sample
+    edges = np.linspace(0, 1, N_SCORE_BINS + 1) * max_score(plan.options.scores_dtype)
+    try:
+        values = workspace.product(plan, "scores", output).read(box)
+    except UNREADABLE:
+        # The volume is reported elsewhere.
+        values = np.empty(0)
+    return np.histogram(values, edges)[0]
 
 
-def _find_oddities(volumes: Sequence[Facts]) -> None:
-    for facts in volumes:
-        if facts.std == 0:
-            facts.oddities.append("constant image")
-        if facts.objects == 0 and any(f.objects for f in volumes):
-            facts.oddities.append("no objects")
-    for name, text in (
-        ("objects", "objects"),
-        ("foreground", "foreground"),
-        ("mean_score", "mean score"),
-    ):
-        for facts, direction in _outliers(volumes, name):
-            facts.oddities.append(f"{direction} {text}")
+# -- outliers
 
 
-def _outliers(volumes: Sequence[Facts], name: str) -> Iterator[tuple[Facts, str]]:
-    """Yield volumes that lie far from the others, and on which side."""
-    known = [f for f in volumes if getattr(f, name) is not None]
-    if len(known) < _FEWEST:
-        return
-    values = np.array([getattr(f, name) for f in known], float)
-    middle = np.median(values)
-    # Counts of a few objects differ by chance: a spread of nothing would make anything an outlier.
-    spread_ = max(float(np.median(np.abs(values - middle))), 0.05 * abs(float(middle)), 1e-9)
-    for facts, z in zip(known, 0.6745 * (values - middle) / spread_, strict=True):
-        if abs(z) > _OUTLIER_Z:
-            words = ("many", "few") if name == "objects" else ("high", "low")
-            yield facts, words[int(z < 0)]
+def _find_outliers(reports: Sequence[VolumeReport]) -> None:
+    has_objects = any(report.objects for report in reports)
+    for report in reports:
+        if report.std == 0:
+            report.outlier_reasons.append("constant image")
+        if report.objects == 0 and has_objects:
+            report.outlier_reasons.append("no objects")
+    for measure, high, low in _OUTLIER_MEASURES:
+        measured = [report for report in reports if getattr(report, measure) is not None]
+        values = np.array([getattr(report, measure) for report in measured], float)
+        for report, z in zip(measured, _robust_z(values), strict=True):
+            if abs(z) > _OUTLIER_Z:
+                report.outlier_reasons.append(high if z > 0 else low)
+
+
+def _robust_z(values: Array) -> Array:
+    """Return the distances from the median in robust standard deviations; 0 of a few values."""
+    if len(values) < _MIN_VOLUMES:
+        return np.zeros(len(values))
+    median = np.median(values)
+    deviation = np.median(np.abs(values - median))
+    # Counts of a few objects differ by chance: without a minimum, all others were outliers.
+    z: Array = 0.6745 * (values - median) / max(deviation, 0.05 * abs(median), 1e-9)
+    return z

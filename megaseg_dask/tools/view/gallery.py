@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megaseg_dask.algorithms.blending import max_score
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, SourceError, TargetError
 from megaseg_dask.ngff.group import read_ome
@@ -174,11 +175,11 @@ def _run_layers(plan: Plan, field: str) -> Iterator[Layer]:
     """Yield the source's channels of a run, then the outputs at its target."""
     channels = set[int]().union(*(volume.channels for volume in plan.volumes))
     yield from _image_layers(plan.source / field, sorted(channels))
-    max_score = 255.0 if plan.options.scores_dtype == "uint8" else 1.0
+    limits = (0.0, max_score(plan.options.scores_dtype))
     for group in workspace.groups_of(plan, field):
         location = group.location(plan)
         if group.kind == "scores":
-            yield from _group_layers(location, SCORES, "scores", (0.0, max_score))
+            yield from _group_layers(location, SCORES, "scores", limits)
         else:
             yield from _group_layers(location, LABELS, f"labels {group.name(plan)}")
 
