@@ -14,8 +14,9 @@ import obstore
 import obstore.exceptions
 
 from megaseg_dask.errors import BundleError, MegasegError, SettingsError, StoreError
-from megaseg_dask.stores.access import Client, StoreOptions, client_of, has_credentials
+from megaseg_dask.stores.access import Client, StoreOptions, client_of
 from megaseg_dask.stores.address import AZURE, S3, WEB, scheme_of, split
+from megaseg_dask.stores.clouds import has_credentials
 from megaseg_dask.stores.failures import explain, is_store_failure
 from megaseg_dask.stores.location import Location
 

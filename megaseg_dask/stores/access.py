@@ -1,10 +1,8 @@
-"""How stores are opened: options, credentials, and clients that wait a bounded time.
+"""How stores are opened: options, and clients that wait a bounded time.
 
 An address holds none of this, so it can be recorded. The options of a process
 are set once, by the command or the worker that starts; a location may carry
-others. Credentials that options or variables state are read by the clients.
-Every other way to log in (profiles, single sign-on, assumed roles, the identity
-of a machine) is left to the library of the cloud's vendor.
+others.
 
 Requests are repeated while a store restarts, for two minutes. A first look does
 not wait: a store that does not answer it most likely has a wrong address.
@@ -13,39 +11,19 @@ not wait: a store that does not answer it most likely has a wrong address.
 import functools
 import os
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from os import environ
 from pathlib import Path
 from typing import Any
 
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from megaseg_dask.errors import MegasegError, SettingsError
-from megaseg_dask.stores.address import (
-    AZURE,
-    GOOGLE,
-    S3,
-    WEB,
-    azure_names,
-    normalize,
-    scheme_of,
-    split,
-)
+from megaseg_dask.stores.address import WEB, azure_names, normalize, scheme_of, split
+from megaseg_dask.stores.clouds import CLOUDS, Cloud, Config, forget_environment
 
 Client = S3Store | AzureStore | GCSStore | HTTPStore
-# What a client is made with: texts, and the provider of its credentials.
-Config = dict[str, Any]
-
-VARIABLES = {
-    S3: "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    AZURE: "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
-    GOOGLE: "GOOGLE_APPLICATION_CREDENTIALS",
-}
-
 _SECRET = re.compile(r"secret|token|password|sas_key|account_key|access_key$", re.IGNORECASE)
 # Shorter values are words of ordinary messages.
 _MIN_SECRET = 6
@@ -229,18 +207,50 @@ def _make_client(root: str, options: StoreOptions, *, anonymous: bool, patient: 
     if scheme in WEB:
         return HTTPStore(root, **_waiting(given, root, patient=patient))
     own = {key: value for key, value in given.items() if key not in _CONNECTION | _RETRYING}
-    bucket, account = azure_names(root)
-    if scheme == S3:
-        config = s3_config(bucket, own, options.endpoint, anonymous=anonymous)
-        waiting = _waiting(given, config.get("endpoint", ""), patient=patient)
-        return S3Store(bucket, **config, **waiting)
-    if scheme == AZURE:
-        config = azure_config(bucket, account, own, options.endpoint, anonymous=anonymous)
-        waiting = _waiting(given, config.get("endpoint", ""), patient=patient)
-        return AzureStore(bucket, **config, **waiting)
-    config = google_config(bucket, own, options.endpoint, anonymous=anonymous)
-    waiting = _waiting(given, config.get("base_url", ""), patient=patient)
-    return GCSStore(bucket, **config, **waiting)
+    config = cloud_config(root, own, options.endpoint, anonymous=anonymous)
+    cloud = CLOUDS[scheme]
+    waiting = _waiting(given, config.get(cloud.endpoint_option, ""), patient=patient)
+    bucket, _ = azure_names(root)
+    return cloud.client(bucket, **config, **waiting)
+
+
+def cloud_config(
+    root: str, given: Mapping[str, str], endpoint: str | None, *, anonymous: bool
+) -> Config:
+    """Return the settings of the client of a bucket or container, its login among them.
+
+    Raises:
+        SettingsError: There are no credentials, or a setting is missing or cannot be read.
+    """
+    cloud = CLOUDS[scheme_of(root)]
+    config = cloud.configure(root, given, endpoint)
+    if anonymous:
+        config["skip_signature"] = True
+    elif not cloud.states_credentials(config):
+        config["credential_provider"] = _log_in(root, cloud)
+    return config
+
+
+def _log_in(root: str, cloud: Cloud) -> Any:
+    """Return a provider of credentials that has provided some."""
+    nothing = f"{root}: no credentials were found"
+    variables = f"set {cloud.usual_variables}"
+    public = "or pass --anon if the data are public"
+    try:
+        provider = cloud.make_provider()
+        if provider is not None:
+            provider()
+    except ImportError as error:
+        install = f"pip install 'megaseg-dask[{cloud.extra}]' for other ways to log in"
+        raise SettingsError(f"{nothing}; {variables}, {install}, {public}") from error
+    except MegasegError:
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        raise SettingsError(f"{nothing}: {reason}; log in again, {variables}, {public}") from error
+    if provider is None:
+        raise SettingsError(f"{nothing}; {variables}, {public}")
+    return provider
 
 
 def _waiting(given: Mapping[str, str], endpoint: str, *, patient: bool) -> Config:
@@ -285,259 +295,7 @@ def without_secrets(text: str) -> str:
     return text
 
 
-# -- credentials and endpoints
-
-_DEFAULT_REGION = "us-east-1"
-_REGION_TIMEOUT_S = 5.0
-_GOOGLE_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
-
-# Options and variables that state credentials, which the clients read by themselves.
-_S3_OPTIONS = {"access_key_id", "skip_signature"}
-_S3_STATED = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE")
-_AZURE_OPTIONS = {
-    "account_key",
-    "sas_key",
-    "token",
-    "client_id",
-    "skip_signature",
-    "use_azure_cli",
-}
-_AZURE_STATED = re.compile(
-    "AZURE_(STORAGE_)?(ACCOUNT_KEY|ACCESS_KEY|MASTER_KEY|SAS_KEY|SAS_TOKEN|TOKEN|CLIENT_ID|"
-    "FEDERATED_TOKEN_FILE|USE_AZURE_CLI|MSI_ENDPOINT|IDENTITY_ENDPOINT|SKIP_SIGNATURE|USE_EMULATOR)"
-)
-_GOOGLE_OPTIONS = {
-    "application_credentials",
-    "bearer_token",
-    "service_account",
-    "service_account_key",
-    "skip_signature",
-}
-_GOOGLE_STATED = (
-    "GOOGLE_BEARER_TOKEN",
-    "GOOGLE_SERVICE_ACCOUNT",
-    "GOOGLE_SERVICE_ACCOUNT_KEY",
-    "GOOGLE_SERVICE_ACCOUNT_PATH",
-    "GOOGLE_SKIP_SIGNATURE",
-)
-# Settings of an AWS profile that lead to credentials.
-_AWS_LOGINS = {
-    "aws_access_key_id",
-    "credential_process",
-    "login_session",
-    "role_arn",
-    "sso_session",
-    "sso_start_url",
-    "web_identity_token_file",
-}
-_CONNECTION_STRING = {
-    "AccountName": "account_name",
-    "AccountKey": "account_key",
-    "BlobEndpoint": "endpoint",
-    "SharedAccessSignature": "sas_key",
-}
-
-
-def s3_config(
-    bucket: str, given: Mapping[str, str], endpoint: str | None, *, anonymous: bool
-) -> Config:
-    """Return the configuration of an S3 bucket's client.
-
-    Raises:
-        SettingsError: There are no credentials, or the AWS profile cannot be read.
-    """
-    config: Config = dict(given)
-    endpoint = endpoint or config.get("endpoint") or _aws_endpoint()
-    if endpoint:
-        config["endpoint"] = endpoint
-        # Under both names: the variable of the second would win over the first.
-        config["aws_endpoint_url_s3"] = endpoint
-    region = config.get("region") or environ.get("AWS_REGION") or _aws_profile_region()
-    if not region and not endpoint:
-        region = _region_of(bucket)
-    config["region"] = region or _DEFAULT_REGION
-    if anonymous:
-        config["skip_signature"] = True
-    elif not (_S3_OPTIONS & set(config) or any(map(environ.get, _S3_STATED))):
-        config["credential_provider"] = _log_in(f"s3://{bucket}", _aws_provider)
-    return config
-
-
-def azure_config(
-    container: str,
-    account: str | None,
-    given: Mapping[str, str],
-    endpoint: str | None,
-    *,
-    anonymous: bool,
-) -> Config:
-    """Return the configuration of an Azure container's client.
-
-    Raises:
-        SettingsError: No account is named, or there are no credentials.
-    """
-    config: Config = {**_connection_string(), **given}
-    if endpoint:
-        config["endpoint"] = endpoint
-    if account:
-        config["account_name"] = account
-    if not (config.get("account_name") or environ.get("AZURE_STORAGE_ACCOUNT_NAME")):
-        raise SettingsError(
-            f"az://{container}: set AZURE_STORAGE_ACCOUNT_NAME to the storage account that holds it"
-        )
-    if anonymous:
-        config["skip_signature"] = True
-    elif not (_AZURE_OPTIONS & set(config) or any(map(_AZURE_STATED.fullmatch, environ))):
-        config["credential_provider"] = _log_in(f"az://{container}", _azure_provider)
-    return config
-
-
-def google_config(
-    bucket: str, given: Mapping[str, str], endpoint: str | None, *, anonymous: bool
-) -> Config:
-    """Return the configuration of a Google bucket's client.
-
-    Raises:
-        SettingsError: There are no credentials.
-    """
-    config: Config = dict(given)
-    if endpoint:
-        config["base_url"] = endpoint
-    if anonymous:
-        config["skip_signature"] = True
-    elif not (_GOOGLE_OPTIONS & set(config) or any(map(environ.get, _GOOGLE_STATED))):
-        config["credential_provider"] = _log_in(f"gs://{bucket}", _google_provider)
-    return config
-
-
-def has_credentials(scheme: str) -> bool:
-    """Return whether variables or the AWS profile state credentials; no network is asked.
-
-    Raises:
-        SettingsError: The AWS profile cannot be read.
-    """
-    if scheme == S3:
-        if any(map(environ.get, _S3_STATED)):
-            return True
-        return bool(_AWS_LOGINS & set(_aws_session().get_scoped_config()))
-    if scheme == AZURE:
-        return any(map(_AZURE_STATED.fullmatch, environ)) or bool(_connection_string())
-    return False
-
-
-def _log_in(root: str, make_provider: Callable[[], Any]) -> Any:
-    """Return a provider of credentials that has provided some."""
-    variables = VARIABLES[scheme_of(root)]
-    public = "or pass --anon if the data are public"
-    try:
-        provider = make_provider()
-        if provider is not None:
-            provider()
-            return provider
-    except ImportError as error:
-        extra = {AZURE: "azure", GOOGLE: "gcs"}[scheme_of(root)]
-        raise SettingsError(
-            f"{root}: no credentials were found; set {variables}, "
-            f"pip install 'megaseg-dask[{extra}]' for other ways to log in, {public}"
-        ) from error
-    except MegasegError:
-        raise
-    except Exception as error:
-        raise SettingsError(
-            f"{root}: no credentials were found: {first_line(error)}; "
-            f"log in again, set {variables}, {public}"
-        ) from error
-    raise SettingsError(f"{root}: no credentials were found; set {variables}, {public}")
-
-
-# Each of these libraries is imported only where nothing else states credentials.
-
-
-def _aws_provider() -> Any:
-    from obstore.auth.boto3 import Boto3CredentialProvider
-
-    session = _aws_session()
-    if session.get_credentials() is None:
-        return None
-    return Boto3CredentialProvider(session)
-
-
-def _azure_provider() -> Any:
-    from obstore.auth.azure import AzureCredentialProvider
-
-    return AzureCredentialProvider()
-
-
-def _google_provider() -> Any:
-    import google.auth
-    from obstore.auth.google import GoogleCredentialProvider
-
-    # By itself the provider asks for no scope, and keys of service accounts need one.
-    credentials, _ = google.auth.default(scopes=[_GOOGLE_SCOPE])
-    return GoogleCredentialProvider(credentials)
-
-
-@functools.lru_cache(maxsize=1)
-def _aws_session() -> Any:
-    """Return botocore's session, which knows the files of the AWS command line."""
-    import botocore.exceptions
-    import botocore.session
-
-    session = botocore.session.Session()
-    try:
-        session.get_scoped_config()
-    except botocore.exceptions.BotoCoreError as error:
-        raise SettingsError(f"{error}; check AWS_PROFILE and the files in ~/.aws") from error
-    return session
-
-
-def _aws_profile_region() -> str | None:
-    region: str | None = _aws_session().get_config_variable("region")
-    return region
-
-
-def _aws_endpoint() -> str | None:
-    stated = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
-    if stated:
-        return stated
-    from botocore.configprovider import ConfiguredEndpointProvider
-
-    session = _aws_session()
-    endpoint: str | None = ConfiguredEndpointProvider(
-        full_config=session.full_config,
-        scoped_config=session.get_scoped_config(),
-        client_name="s3",
-    ).provide()
-    return endpoint
-
-
-@functools.lru_cache(maxsize=64)
-def _region_of(bucket: str) -> str | None:
-    """Return the region of a bucket, which AWS tells everyone: requests to another one fail."""
-    request = urllib.request.Request(f"https://s3.amazonaws.com/{bucket}", method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=_REGION_TIMEOUT_S) as answer:
-            headers = answer.headers
-    except urllib.error.HTTPError as error:
-        headers = error.headers
-    except OSError:
-        return None
-    region: str | None = headers.get("x-amz-bucket-region")
-    return region
-
-
-def _connection_string() -> dict[str, str]:
-    """Return the parts of Azure's connection string, by the client's names."""
-    config = {}
-    for part in environ.get("AZURE_STORAGE_CONNECTION_STRING", "").split(";"):
-        name, _, value = part.partition("=")
-        if name in _CONNECTION_STRING:
-            config[_CONNECTION_STRING[name]] = value
-    return config
-
-
 def forget_clients() -> None:
     """Forget opened clients, and what was read of the environment for them."""
     client_of.cache_clear()
-    _aws_session.cache_clear()
-    _region_of.cache_clear()
+    forget_environment()

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import obstore.exceptions
 
 from megaseg_dask.errors import MegasegError
-from megaseg_dask.stores.access import VARIABLES, first_line, without_secrets
+from megaseg_dask.stores.access import first_line, without_secrets
 from megaseg_dask.stores.address import AZURE, LOCAL, S3, WEB, scheme_of
+from megaseg_dask.stores.clouds import CLOUDS
 
 _DENIED = (
     obstore.exceptions.PermissionDeniedError,
@@ -190,7 +191,7 @@ def _answer_in(text: str) -> str:
 
 def _next_step(kind: str, verb: str, url: str, *, anonymous: bool) -> str:
     scheme = scheme_of(url)
-    variables = VARIABLES.get(scheme, "the credentials")
+    variables = CLOUDS[scheme].usual_variables if scheme in CLOUDS else "the credentials"
     endpoint = _ENDPOINTS.get(scheme, "the address")
     if scheme in WEB and kind == "denied":
         return "data behind a login cannot be read; copy them, or ask for a bucket's address"

@@ -1,4 +1,4 @@
-"""A folder of a file system, and the operations that only a disk needs: flush, sweep, try to write."""
+"""A folder of a file system, and what only a disk needs: to be flushed, swept and tried."""
 
 import ctypes
 import os

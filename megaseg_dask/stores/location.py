@@ -151,7 +151,7 @@ class Location:
         """Ask once whether anything is there, without waiting for a store that does not answer.
 
         Raises:
-            MegasegError: An error of ``kind``: the request is wrong (no such bucket, access denied).
+            MegasegError: An error of ``kind``: there is no such bucket, or access is denied.
             StoreError: The store does not answer.
         """
         with naming(self, "read", kind):
@@ -206,7 +206,9 @@ class Location:
     # -- small objects
 
     def put(self, key: str, data: bytes, *, patient: bool = True) -> None:
-        """Write one object, whole or not at all; without ``patient``, ask a silent store once.
+        """Write one object, whole or not at all.
+
+        Without ``patient``, a silent store is asked once.
 
         Raises:
             StoreError: The store failed.
@@ -215,7 +217,9 @@ class Location:
             self.backend(patient=patient).put(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write one object unless it exists; return whether it was. Of several writers one succeeds.
+        """Write one object unless it exists; return whether it was written.
+
+        Of several writers at once, one succeeds.
 
         Raises:
             StoreError: The store failed.
@@ -233,7 +237,9 @@ class Location:
             self.backend().delete(key)
 
     def get(self, key: str, *, patient: bool = True) -> bytes | None:
-        """Read one object; ``None`` if it does not exist; without ``patient``, ask a silent store once.
+        """Read one object; ``None`` if it does not exist.
+
+        Without ``patient``, a silent store is asked once.
 
         Raises:
             StoreError: The store failed.

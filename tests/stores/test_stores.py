@@ -412,7 +412,7 @@ KEYS = "aws_access_key_id = id\naws_secret_access_key = hush\n"
 
 
 def s3_config(given=(), endpoint=None, anonymous=False):
-    return access.s3_config("b", dict(given), endpoint, anonymous=anonymous)
+    return access.cloud_config("s3://b", dict(given), endpoint, anonymous=anonymous)
 
 
 def keys_of(config):
@@ -541,17 +541,14 @@ class _Machine(tornado.web.RequestHandler):
 
 
 @pytest.mark.parametrize(
-    ("make", "extra"),
-    [
-        (lambda: access.azure_config("c", "account", {}, None, anonymous=False), "azure"),
-        (lambda: access.google_config("b", {}, None, anonymous=False), "gcs"),
-    ],
+    ("root", "extra"),
+    [("az://c@account.dfs.core.windows.net", "azure"), ("gs://b", "gcs")],
 )
-def test_a_library_that_logs_in_is_named_where_it_is_missing(bare, monkeypatch, make, extra):
+def test_a_library_that_logs_in_is_named_where_it_is_missing(bare, monkeypatch, root, extra):
     for name in ("azure.identity", "google.auth"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SettingsError, match=rf"pip install 'megaseg-dask\[{extra}\]'.*--anon"):
-        make()
+        access.cloud_config(root, {}, None, anonymous=False)
 
 
 @pytest.mark.parametrize("status", [200, 301, 403])
@@ -570,7 +567,7 @@ def test_aws_is_asked_for_the_region_of_a_bucket(bare, monkeypatch, status):
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     clear_store_caches()
     for _ in range(2):
-        assert access.s3_config("images", {}, None, anonymous=True)["region"] == "eu-west-3"
+        assert access.cloud_config("s3://images", {}, None, anonymous=True)["region"] == "eu-west-3"
     assert asked == [("HEAD", "https://s3.amazonaws.com/images")]
     assert s3_config(endpoint="http://minio", anonymous=True)["region"] == "us-east-1"
     clear_store_caches()
