@@ -28,7 +28,8 @@ from megaseg_dask.ngff.plate import Acquisition, Field, Plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.cluster.workers import CONFIG, WORKER_ENVIRONMENT
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.runner import plan_runs, segment
+from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.demo import read_sample, write_sample
 from starter.simulation import simulate
@@ -40,9 +41,14 @@ TorchEngine.__call__ = lambda self, patches: patches
 """
 EMPTY_TASKS = """
 import megaseg_dask.run.tasks.worker as tasks
-counts = {"n": 8, "total": 8, "total_squares": 16, "minimum": 0, "maximum": 2}
-known = {"measure": {"parts": [[[0, counts]]]}, "join": {"by_output": [{"n_objects": 0}]}}
-tasks.run_task = lambda plan, stage, index: known.get(stage, {})
+from megaseg_dask.algorithms.normalization import Counts
+from megaseg_dask.run.state import OutputState, PartStatistics, TaskSummary
+
+known = {
+    "measure": TaskSummary(parts=((PartStatistics(0, Counts(8, 8, 16, 0, 2)),),)),
+    "join": TaskSummary(by_output=(OutputState(n_objects=0),)),
+}
+tasks.run_task = lambda workspace, stage, index: known.get(stage, TaskSummary())
 """
 
 CHUNK_SHAPE = (64, 256, 256)

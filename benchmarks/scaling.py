@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,16 @@ import numpy as np
 
 from benchmarks.machine import describe, keep
 from benchmarks.scale import CHUNK_SHAPE, cluster, write_volume
+from megaseg_dask.algorithms.normalization import Counts
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run import dispatcher
 from megaseg_dask.run.cluster import worker_plugin
 from megaseg_dask.run.cluster.workers import CONFIG
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.runner import plan_runs, segment
-from megaseg_dask.run.tasks import worker
+from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
+from megaseg_dask.run.state import PartStatistics, TaskSummary
+from megaseg_dask.run.tasks.worker import Outcome, Worker
 
 WORKERS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -199,17 +202,17 @@ def light_sheet(cores: int = 8) -> list[Load]:
 @contextmanager
 def sleeping(task_s: float) -> Iterator[None]:
     """Let tasks of workers in this process sleep, and do nothing else."""
-    counts = {"n": 8, "total": 8, "total_squares": 16, "minimum": 0, "maximum": 2}
-    known = {"measure": {"parts": [[[0, counts]]]}}
+    part = PartStatistics(0, Counts(8, 8, 16, 0, 2))
+    summaries = {"measure": TaskSummary(parts=((part,),))}
 
-    def sleep(plan: Any, stage: str, index: int) -> dict[str, Any]:
+    def sleep(worker_: Any, stage: str, index: int) -> Outcome:
         time.sleep(task_s)
-        return known.get(stage, {})
+        return Outcome(index, summaries.get(stage, TaskSummary()), task_s)
 
-    # Workers are processes elsewhere, and tasks of one process take turns; here all of them are in this one.
+    # Workers are processes elsewhere, and tasks of one process take turns; here all of them are
+    # in this one.
     with (
-        mock.patch.object(worker, "run_task", sleep),
-        mock.patch.object(worker, "_places", return_value=nullcontext()),
+        mock.patch.object(Worker, "attempt", sleep),
         mock.patch.object(worker_plugin, "describe", _describe),
     ):
         yield

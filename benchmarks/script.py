@@ -27,7 +27,8 @@ from benchmarks.machine import describe
 from megaseg_dask.models.build import build_network
 from megaseg_dask.models.registry import load
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import plan_runs, segment
+from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location, open_array
 from megaseg_dask.tools.demo import write_sample
 from starter.simulation import simulate

@@ -129,8 +129,9 @@ def plan(
         settings = settings_of(options)
         from megaseg_dask.models.registry import reporting
         from megaseg_dask.run.job_array import record_plans
-        from megaseg_dask.run.runner import estimate_time, plan_runs
-        from megaseg_dask.run.runner import status as status_of
+        from megaseg_dask.run.request import plan_runs
+        from megaseg_dask.run.runner import estimate_time
+        from megaseg_dask.run.status import status as status_of
 
         # Events go to stderr: stdout holds the plan alone.
         with reporter(as_json=False, quiet=False) as emit, reporting(emit):

@@ -120,7 +120,7 @@ def status(
 
 def _show_status(target: str, label_name: str | None, as_json: bool) -> int:
     """Print the state of the runs on a target, and return the worst of their exit codes."""
-    from megaseg_dask.run.runner import status as status_of
+    from megaseg_dask.run.status import status as status_of
 
     runs = status_of(target, label_name)
     for run in runs:

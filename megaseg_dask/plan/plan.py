@@ -181,6 +181,11 @@ class Plan(BaseModel):
         """The stages in order, with their number of tasks over all volumes."""
         if self.is_one_task:
             return (PlannedStage(stages.WHOLE_VOLUME, len(self.volumes), 1),)
+        return self.staged
+
+    @cached_property
+    def staged(self) -> tuple[PlannedStage, ...]:
+        """The stages over blocks, which one task runs in memory where a volume fits one block."""
         return tuple(self._iter_stages())
 
     def _iter_stages(self) -> Iterator[PlannedStage]:

@@ -62,7 +62,7 @@ class Stage:
     """What is known of a stage before any plan.
 
     ``function`` is ``module.function`` below ``megaseg_dask.run.tasks``. It is called
-    with the plan, a volume or an :class:`~megaseg_dask.plan.plan.Output`, and the number
+    with a workspace, a volume or an :class:`~megaseg_dask.plan.plan.Output`, and the number
     of the block, part or volume; over levels also with the level.
     """
 
@@ -103,7 +103,7 @@ WHOLE_VOLUME = Stage(
 STAGES = (
     Stage(
         "measure",
-        "scores.measure_block",
+        "statistics.measure_block",
         over="parts",
         per="volume",
         when=measures,
@@ -123,7 +123,7 @@ STAGES = (
     ),
     Stage(
         "histogram",
-        "scores.tabulate_block",
+        "thresholds.tabulate_block",
         over="blocks",
         when=finds_threshold,
         memory=memory.histogram_bytes,
@@ -132,7 +132,7 @@ STAGES = (
     ),
     Stage(
         "cutoff",
-        "scores.find_cutoff",
+        "thresholds.find_cutoff",
         over="volume",
         when=finds_threshold,
         memory=memory.cutoff_bytes,
@@ -142,7 +142,7 @@ STAGES = (
     ),
     Stage(
         "threshold",
-        "scores.threshold_block",
+        "thresholds.threshold_block",
         over="blocks",
         when=finds_threshold,
         memory=memory.threshold_bytes,

@@ -1,4 +1,4 @@
-"""Tasks to workers: a bounded window of groups, another attempt where it may help, and an eye on who hangs.
+"""Tasks on Dask workers: a bounded window of groups, further attempts, and a watch on workers.
 
 A group is a few tasks of one stage that one worker runs in a row: one where a
 task takes seconds, many where it takes milliseconds. The scheduler sees some
@@ -9,113 +9,163 @@ import heapq
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 from megaseg_dask.errors import ClusterError
-from megaseg_dask.events import Event, Notice
-from megaseg_dask.run.cluster.workers import Workers
-from megaseg_dask.run.tasks.worker import Outcome, is_infrastructure, run_tasks
-from megaseg_dask.stores import Location
+from megaseg_dask.events import Joined, Notice
+from megaseg_dask.plan.plan import Plan
+from megaseg_dask.run.cluster.workers import Workers, connect
+from megaseg_dask.run.progress import Emit, Ready
+from megaseg_dask.run.retries import Retries
+from megaseg_dask.run.tasks.worker import Assignment, Outcome, is_infrastructure, run_tasks
+from megaseg_dask.stores import StoreOptions
 
-# Enough groups in flight that no worker waits for the client, few enough that memory stays flat.
-_LEAST_WINDOW, _MOST_WINDOW, _PER_WORKER = 8, 512, 4
-# A group of quick tasks lasts about so long, and none holds more than so many.
-_GROUP_S, _MOST_IN_GROUP = 0.5, 256
-# A group takes client and scheduler some 3 ms; they are to be idle for most of the time (docs/scaling.md).
+# Groups in flight: enough that no worker waits for the client, few enough that memory stays flat.
+_MIN_WINDOW = 8
+_MAX_WINDOW = 512
+_GROUPS_PER_WORKER = 4
+# How long a group of quick tasks lasts, about, and how many it holds at most.
+_GROUP_S = 0.5
+_MAX_TASKS_IN_GROUP = 256
+# A group takes client and scheduler some 3 ms; they are to be idle for most of the time
+# (docs/scaling.md).
 _GROUP_COST_S = 0.01
-_POLL_S, _TICK_S, _ANSWER_S = 0.02, 1.0, 30.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
+_POLL_S = 0.02
+_TICK_S = 1.0
+_ANSWER_S = 30.0
 
-# A task may take so many times the longest of its stage, and at least so long.
-_TASK_FACTOR, _TASK_LEAST_S = 20, 300.0
-
-GroupSize = Callable[[str, int], int]
-Ready = Callable[[GroupSize], tuple[str, Sequence[int]]]
+# A task may take this many times the longest of its stage, and at least this long.
+_TASK_FACTOR = 20
+_MIN_TASK_S = 300.0
 
 
 def window_of(n_workers: int) -> int:
-    """Return how many groups may be in flight; of very many workers each still has one, and one to come."""
-    return max(min(max(_LEAST_WINDOW, _PER_WORKER * n_workers), _MOST_WINDOW), 2 * n_workers)
+    """Return how many groups may be in flight; each worker has one, and one to come."""
+    window = min(max(_MIN_WINDOW, _GROUPS_PER_WORKER * n_workers), _MAX_WINDOW)
+    return max(window, 2 * n_workers)
 
 
 def group_size_of(mean_s: float | None, n_ready: int, n_workers: int) -> int:
-    """Return how many tasks go together: so many that client and scheduler keep up with all workers."""
+    """Return how many tasks go together, so that client and scheduler keep up with all workers.
+
+    ``mean_s`` is the duration of a task, if it is known.
+    """
     group_s = max(_GROUP_S, _GROUP_COST_S * n_workers)
-    by_time = int(group_s / max(_GROUP_S if mean_s is None else mean_s, 1e-6))
+    task_s = _GROUP_S if mean_s is None else mean_s
+    by_time = int(group_s / max(task_s, 1e-6))
     # The last tasks are shared among the workers.
-    return max(min(by_time, _MOST_IN_GROUP, n_ready // (2 * n_workers)), 1)
+    share = n_ready // (2 * n_workers)
+    return max(min(by_time, _MAX_TASKS_IN_GROUP, share), 1)
 
 
 @dataclass(slots=True)
 class _Group:
-    """Tasks that one worker runs in a row: which attempt it is, and when a worker was first seen to have them."""
+    """Tasks that one worker runs in a row, and when a worker was first seen to have them."""
 
     stage: str
     indices: Sequence[int]
     attempt: int = 1
     since: float | None = None
 
+    def __str__(self) -> str:
+        first = self.indices[0]
+        last = self.indices[-1]
+        return f"{self.stage} {first}" if first == last else f"{self.stage} {first} to {last}"
 
-@dataclass
-class Dispatcher:
-    """Runs tasks of one run on its workers."""
+    def each(self) -> "list[_Group]":
+        """Return a group for each task, of the same attempt."""
+        return [_Group(self.stage, [index], self.attempt) for index in self.indices]
 
-    workers: Workers
-    run: Location
-    fingerprint: str
-    lease_id: str | None
-    retries: int
-    timeout_s: float | None = None
-    emit: Callable[[Event], None] = lambda _: None
-    _running: dict[Any, _Group] = field(default_factory=dict)
-    # Due time, a number that breaks ties, what to run, and on which worker not to.
-    _delayed: list[tuple[float, int, _Group, str]] = field(default_factory=list)
-    # What workers died of, to be run with nothing beside it.
-    _suspects: deque[_Group] = field(default_factory=deque)
-    _is_alone: bool = False
-    _mean_s: dict[str, float] = field(default_factory=dict)
-    _longest_s: dict[str, float] = field(default_factory=dict)
-    _n_workers: int = 0
-    _n_sent: int = 0
-    _name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    def again(self) -> "_Group":
+        """Return the group of the next attempt."""
+        return _Group(self.stage, self.indices, self.attempt + 1)
 
-    @property
-    def client(self) -> Any:
-        """The Dask client."""
-        return self.workers.client
+
+class _Durations:
+    """How long the tasks of each stage take."""
+
+    def __init__(self) -> None:
+        self._mean_s: dict[str, float] = {}
+        self._max_s: dict[str, float] = {}
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Learn from a task; recent ones count most."""
+        mean_s = self._mean_s.get(stage, seconds)
+        self._mean_s[stage] = mean_s + (seconds - mean_s) / 8
+        self._max_s[stage] = max(self._max_s.get(stage, 0.0), seconds)
+
+    def mean_s(self, stage: str) -> float | None:
+        """Return the duration of a task, if one has ended."""
+        return self._mean_s.get(stage)
+
+    def deadline_s(self, stage: str, n_tasks: int) -> float:
+        """Return how long tasks in a row may take before their worker is taken to hang."""
+        if stage not in self._max_s:
+            return float("inf")
+        return max(_MIN_TASK_S, _TASK_FACTOR * self._max_s[stage] * n_tasks)
+
+
+class DaskDispatcher:
+    """Runs tasks of one run on Dask workers."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        assignment: Assignment,
+        retries: Retries,
+        timeout_s: float | None,
+        emit: Emit,
+    ) -> None:
+        """Run tasks on ``workers``; ``timeout_s`` is how long a task may take, if it is given."""
+        self._workers = workers
+        self._client = workers.client
+        self._assignment = assignment
+        self._retries = retries
+        self._timeout_s = timeout_s
+        self._emit = emit
+        self._running: dict[Any, _Group] = {}
+        # Due time, a number that breaks ties, what to run, and on which worker not to.
+        self._delayed: list[tuple[float, int, _Group, str]] = []
+        # Groups that workers died of, to be run with nothing beside them.
+        self._to_run_alone: deque[_Group] = deque()
+        self._is_alone = False
+        self._durations = _Durations()
+        self._n_workers = 1
+        self._n_sent = 0
+        self._name = uuid.uuid4().hex
 
     def outcomes(self, ready: Ready) -> Iterator[tuple[str, Outcome]]:
-        """Yield stage and outcome of each task that is done, or has failed for good, in order of arrival.
+        """Yield stage and outcome of each task that has ended for good, in order of arrival.
 
-        ``ready(size)`` returns the stage and the indices of tasks that may start now, none of them if there are none
-        at the moment; ``size(stage, n)`` tells how many of ``n`` to take. It is asked again after
-        each outcome. Raises :class:`ClusterError` if the workers are lost.
+        Raises:
+            ClusterError: The workers are lost.
         """
         from distributed import as_completed
 
-        completed, next_tick = as_completed(), time.monotonic()
-        self._n_workers = max(len(self.client.nthreads()), 1)
+        completed = as_completed()
+        next_tick_s = time.monotonic()
+        self._n_workers = max(len(self._client.nthreads()), 1)
         try:
             while True:
                 for future in self._refill(ready):
                     completed.add(future)
                 if not self._running and not self._delayed:
                     return
-                for future in completed.next_batch(block=False) or self._pause():
+                batch = list(completed.next_batch(block=False))
+                if not batch:
+                    time.sleep(_POLL_S)
+                for future in batch:
                     yield from self._collect(future)
-                if time.monotonic() > next_tick:
+                if time.monotonic() > next_tick_s:
                     yield from self._look_after_workers()
-                    next_tick = time.monotonic() + _TICK_S
+                    next_tick_s = time.monotonic() + _TICK_S
         finally:
-            if self._running and self.client.status == "running":
-                self.client.cancel(list(self._running))
-
-    @staticmethod
-    def _pause() -> tuple[()]:
-        time.sleep(_POLL_S)
-        return ()
+            if self._running and self._client.status == "running":
+                self._client.cancel(list(self._running))
 
     # -- sending
 
@@ -133,26 +183,25 @@ class Dispatcher:
             if not indices:
                 break
             yield self._send(_Group(stage, indices))
-        if self._suspects and not self._running and not self._delayed:
+        if self._to_run_alone and not self._running and not self._delayed:
             self._is_alone = True
-            yield self._send(self._suspects.popleft())
+            yield self._send(self._to_run_alone.popleft())
 
     def _group_size(self, stage: str, n_ready: int) -> int:
-        return group_size_of(self._mean_s.get(stage), n_ready, self._n_workers)
+        return group_size_of(self._durations.mean_s(stage), n_ready, self._n_workers)
 
     def _send(self, group: _Group, avoided: str = "") -> Any:
         self._n_sent += 1
-        others = (
-            [address for address in self.client.nthreads() if address != avoided] if avoided else []
-        )
-        future = self.client.submit(
+        others = []
+        if avoided:
+            others = [address for address in self._client.nthreads() if address != avoided]
+        future = self._client.submit(
             _run_here,
-            self.run,
-            self.fingerprint,
-            self.lease_id,
+            self._assignment,
             group.stage,
             list(group.indices),
-            # As one collection: only of many tasks of one name does a worker hold no more than it works on.
+            # As one collection: only of many tasks of one name does a worker hold no more than it
+            # works on.
             key=(f"{group.stage}-{self._name}", self._n_sent),
             pure=False,
             workers=others or None,
@@ -160,6 +209,11 @@ class Dispatcher:
         )
         self._running[future] = group
         return future
+
+    def _send_later(self, group: _Group, avoided: str = "") -> None:
+        due_s = time.monotonic() + self._retries.pause_s(group.attempt)
+        self._n_sent += 1
+        heapq.heappush(self._delayed, (due_s, self._n_sent, group, avoided))
 
     # -- receiving
 
@@ -170,116 +224,103 @@ class Dispatcher:
         try:
             address, outcomes = future.result(timeout=_ANSWER_S)
         except Exception as error:
-            yield from self._blame(group, error)
+            yield from self._handle_error(group, error)
             return
         finally:
             future.release()
         for outcome in outcomes:
-            if not outcome.error:
-                self._learn(group.stage, outcome.seconds)
-            elif outcome.is_infrastructure and group.attempt <= self.retries:
+            if outcome.is_infrastructure and self._retries.allow(group.attempt):
                 again = _Group(group.stage, [outcome.index], group.attempt + 1)
                 self._tell(again, f"{outcome.error}; it runs again")
-                self._try_again(again, address)
+                self._send_later(again, address)
                 continue
+            if not outcome.error:
+                self._durations.add(group.stage, outcome.seconds)
             yield group.stage, outcome
 
-    def _blame(self, group: _Group, error: Exception) -> Iterator[tuple[str, Outcome]]:
-        """Deal with a group whose worker died or hung: its tasks run again one by one, the last time with no other."""
+    def _handle_error(self, group: _Group, error: Exception) -> Iterator[tuple[str, Outcome]]:
+        """Deal with a group that came back without outcomes: mostly its worker died or hung.
+
+        Its tasks run again one by one, the last time with nothing beside them.
+        """
         from distributed import CancelledError, KilledWorker
 
-        lost = isinstance(error, KilledWorker | CancelledError) or is_infrastructure(error)
-        what = str(error) if isinstance(error, TimeoutError) else "its worker died or hung"
-        if len(group.indices) > 1 and lost:
-            self._tell(group, f"{what}; they run again, one by one")
-            for index in group.indices:
-                self._try_again(_Group(group.stage, [index], group.attempt))
-        elif lost and group.attempt <= self.retries:
-            again = _Group(group.stage, group.indices, group.attempt + 1)
-            is_last = again.attempt > self.retries
-            self._tell(
-                again, f"{what}; it runs again{', with nothing beside it' if is_last else ''}"
-            )
-            if is_last:
-                self._suspects.append(again)
-            else:
-                self._try_again(again)
+        is_lost = isinstance(error, KilledWorker | CancelledError) or is_infrastructure(error)
+        cause = "its worker died or hung"
+        if isinstance(error, TimeoutError):
+            cause = str(error)
+        if not is_lost:
+            yield from self._fail(group, f"{type(error).__name__}: {error}", is_lost=False)
+        elif len(group.indices) > 1:
+            self._tell(group, f"{cause}; they run again, one by one")
+            for single in group.each():
+                self._send_later(single)
+        elif not self._retries.allow(group.attempt):
+            yield from self._fail(group, cause, is_lost=True)
+        elif self._retries.allow(group.attempt + 1):
+            self._tell(group.again(), f"{cause}; it runs again")
+            self._send_later(group.again())
         else:
-            text = what if lost else f"{type(error).__name__}: {error}"
-            for index in group.indices:
-                yield (
-                    group.stage,
-                    Outcome(
-                        index, error=f"{text} (attempt {group.attempt})", is_infrastructure=lost
-                    ),
-                )
+            self._tell(group.again(), f"{cause}; it runs again, with nothing beside it")
+            self._to_run_alone.append(group.again())
 
-    def _tell(self, group: _Group, what: str) -> None:
-        first, last = group.indices[0], group.indices[-1]
-        tasks = f"{group.stage} {first}" if first == last else f"{group.stage} {first} to {last}"
-        self.emit(Notice(f"{tasks}: {what} (attempt {group.attempt} of {self.retries + 1})"))
+    def _fail(self, group: _Group, error: str, *, is_lost: bool) -> Iterator[tuple[str, Outcome]]:
+        failed = Outcome(0, error=f"{error} (attempt {group.attempt})", is_infrastructure=is_lost)
+        for index in group.indices:
+            yield group.stage, replace(failed, index=index)
 
-    def _try_again(self, group: _Group, avoided: str = "") -> None:
-        pause = min(_FIRST_PAUSE_S * 2 ** (group.attempt - 2), _LONGEST_PAUSE_S)
-        self._n_sent += 1
-        heapq.heappush(self._delayed, (time.monotonic() + pause, self._n_sent, group, avoided))
-
-    def _learn(self, stage: str, seconds: float) -> None:
-        mean = self._mean_s.setdefault(stage, seconds)
-        self._mean_s[stage] = mean + (seconds - mean) / 8
-        self._longest_s[stage] = max(self._longest_s.get(stage, 0.0), seconds)
+    def _tell(self, group: _Group, text: str) -> None:
+        attempt = f"attempt {group.attempt} of {self._retries.n_attempts}"
+        self._emit(Notice(f"{group}: {text} ({attempt})"))
 
     # -- workers that hang, and workers that are gone
 
     def _look_after_workers(self) -> Iterator[tuple[str, Outcome]]:
-        if self.client.status != "running":
+        if self._client.status != "running":
             raise ClusterError("the scheduler is gone; run the same command again to go on")
         try:
-            threads, processing = self.client.nthreads(), self.client.processing()
+            threads = self._client.nthreads()
+            processing = self._client.processing()
         except OSError as error:
             raise ClusterError(
                 f"the scheduler does not answer ({error}); run the same command again"
             ) from error
         self._n_workers = max(self._n_workers, len(threads))
-        self.workers.look(len(threads))
-        # What a worker was given first it works on; the rest waits there.
-        places = {
-            key: address
-            for address, n in threads.items()
-            for key in list(processing.get(address, ()))[:n]
-        }
+        self._workers.look(len(threads))
+        # A worker works on the groups that it was given first; the rest waits there.
+        addresses: dict[Any, str] = {}
+        for address, n_threads in threads.items():
+            for key in list(processing.get(address, ()))[:n_threads]:
+                addresses[key] = address
         now = time.monotonic()
         for future, group in list(self._running.items()):
-            if future.key not in places:
+            if future.key not in addresses:
                 continue
             group.since = group.since or now
-            if now - group.since > self._deadline_s(group):
+            elapsed_s = now - group.since
+            if elapsed_s > self._deadline_s(group):
                 del self._running[future]
                 future.cancel()
-                _give_up(self.client, places[future.key])
-                yield from self._blame(
-                    group, TimeoutError(f"no result within {now - group.since:.0f} s")
-                )
+                _give_up(self._client, addresses[future.key])
+                timeout = TimeoutError(f"no result within {elapsed_s:.0f} s")
+                yield from self._handle_error(group, timeout)
 
     def _deadline_s(self, group: _Group) -> float:
-        if self.timeout_s:
-            return self.timeout_s * len(group.indices)
-        if group.stage not in self._longest_s:
-            return float("inf")
-        return max(_TASK_LEAST_S, _TASK_FACTOR * self._longest_s[group.stage] * len(group.indices))
+        n_tasks = len(group.indices)
+        if self._timeout_s:
+            return self._timeout_s * n_tasks
+        return self._durations.deadline_s(group.stage, n_tasks)
 
 
-def _run_here(
-    run: Location, fingerprint: str, lease_id: str | None, stage: str, indices: list[int]
-) -> Any:
-    """Run a group on this worker, and tell which worker it is."""
+def _run_here(assignment: Assignment, stage: str, indices: list[int]) -> Any:
+    """Run a group on this worker; return the worker's address, and the outcomes."""
     from distributed import get_worker
 
-    return get_worker().address, run_tasks(run, fingerprint, lease_id, stage, indices)
+    return get_worker().address, run_tasks(assignment, stage, indices)
 
 
 def _give_up(client: Any, address: str) -> None:
-    """Restart a worker that hangs, or take it from the scheduler if nobody can restart it."""
+    """Restart a worker that hangs; take it from the scheduler if it cannot be restarted."""
     try:
         client.restart_workers([address], timeout=_ANSWER_S, raise_for_error=True)
     except Exception:
@@ -288,3 +329,56 @@ def _give_up(client: Any, address: str) -> None:
 
 async def _remove_worker(address: str, dask_scheduler: Any = None) -> None:
     await dask_scheduler.remove_worker(address, stimulus_id="megaseg-timeout")
+
+
+class DaskExecutor:
+    """Carries out the tasks of a request on Dask workers."""
+
+    def __init__(self, workers: Workers) -> None:
+        """Use workers behind a client."""
+        self._workers = workers
+
+    @property
+    def dashboard(self) -> str | None:
+        """Address of Dask's page, which shows nothing without bokeh."""
+        link: str | None = self._workers.client.dashboard_link
+        return link if find_spec("bokeh") else None
+
+    @property
+    def workers(self) -> Sequence[Joined]:
+        """All workers that ever joined."""
+        return tuple(self._workers.joined.values())
+
+    def check(self) -> None:
+        """Compare versions, and look at the scheduler and at each worker.
+
+        Raises:
+            SettingsError: They cannot carry out the plan.
+        """
+        self._workers.greet()
+
+    def ready(self, plan: Plan, options: StoreOptions) -> AbstractContextManager[None]:
+        """Give the workers the model and the options of stores, and take it back at the end."""
+        return self._workers.ready(plan.model, plan.run, options)
+
+    def dispatcher(self, plan: Plan, lease_id: str, emit: Emit) -> DaskDispatcher:
+        """Return a dispatcher of the tasks of one run."""
+        options = plan.options
+        assignment = Assignment(plan.run, plan.fingerprint, lease_id)
+        return DaskDispatcher(
+            self._workers, assignment, Retries(options.retries), options.timeout, emit
+        )
+
+
+@contextmanager
+def open_workers(plan: Plan, client: Any, emit: Emit) -> Iterator[DaskExecutor]:
+    """Yield the workers behind a client, or those that the plan's settings ask for.
+
+    Raises:
+        SettingsError: A scheduler does not answer, jobs are refused, or no worker comes.
+    """
+    if client is not None:
+        yield DaskExecutor(Workers(client, plan.engine.engine, plan.engine.device, emit))
+        return
+    with connect(plan, emit) as workers:
+        yield DaskExecutor(workers)

@@ -1,4 +1,4 @@
-"""What is known of volumes and told by tasks: small values that the journal and the run folder keep as JSON.
+"""What is known of volumes and told by tasks: values that journal and run folder keep as JSON.
 
 Each value has one JSON form, made by ``to_json`` and read by ``from_json``. A
 field without a value is left out of it, so the record of a million tasks with
@@ -6,7 +6,7 @@ nothing to tell stays small.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megaseg_dask.algorithms.normalization import Counts, Moments, Statistics
@@ -17,7 +17,10 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class PartStatistics:
-    """Statistics of one part of the fixed partition of a volume; ``place`` is its index in grid order."""
+    """Statistics of one part of the fixed partition of a volume.
+
+    ``place`` is the part's index in grid order.
+    """
 
     place: int
     statistics: Statistics
@@ -58,6 +61,10 @@ class OutputState:
     n_objects: int | None = None
     n_fragments: int | None = None
 
+    def updated(self, other: "OutputState") -> "OutputState":
+        """Return this state with the fields that have a value in another one."""
+        return replace(self, **other.to_json())
+
     def to_json(self) -> Json:
         """Return the fields that have a value."""
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -78,6 +85,10 @@ class TaskSummary:
     batch: int | None = None
     statistics: tuple[ChannelStatistics, ...] = ()
     by_output: tuple[OutputState, ...] = ()
+
+    def output(self, number: int) -> OutputState:
+        """Return what is known of one output; nothing if nothing is known of any."""
+        return self.by_output[number] if self.by_output else OutputState()
 
     def to_json(self) -> Json:
         """Return the fields that have a value."""
@@ -137,6 +148,10 @@ class VolumeState:
             by_output=outputs_from_json(value),
         )
 
+    def output(self, number: int) -> OutputState:
+        """Return what is known of one output; nothing if nothing is known of any."""
+        return self.by_output[number] if self.by_output else OutputState()
+
     def present(self, n_blocks: int) -> list[int]:
         """Return the numbers of the blocks that are not missing, of ``n_blocks``."""
         missing = set(self.missing)
@@ -145,7 +160,7 @@ class VolumeState:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The time that one client worked on a run: when it began, in seconds since 1970, and on which workers."""
+    """The work of one client on a run: when it began, in seconds since 1970, and on which workers."""
 
     began: int
     wall_s: float
@@ -171,7 +186,7 @@ class Ending:
 
 
 def statistics_from_json(value: Mapping[str, Any]) -> tuple[ChannelStatistics, ...]:
-    """Return the statistics of each channel that a state or a summary has, under ``statistics``."""
+    """Return the statistics of each channel of a state or a summary."""
     return tuple(ChannelStatistics(**channel) for channel in value.get("statistics", ()))
 
 
@@ -181,6 +196,6 @@ def outputs_from_json(value: Mapping[str, Any]) -> tuple[OutputState, ...]:
 
 
 def outputs_to_json(outputs: Iterable[OutputState]) -> list[Json]:
-    """Return the JSON form of what is known of each output; empty if nothing is known of any."""
+    """Return the JSON form of what is known of each output; empty if nothing is known."""
     values = [output.to_json() for output in outputs]
     return values if any(values) else []

@@ -1,182 +1,424 @@
-"""What tasks read and write: products at the target, intermediate data and the state of a volume in the run folder.
+"""Where the data of a run are: the record in its folder, and the arrays that its tasks work on.
 
-A task writes only while the client that sent it holds the run: one that was
-given up, and wakes up late, finds another client's plan in its place.
+A :class:`RunFolder` holds the plan, the journal, the log, the states of
+volumes and the intermediate data of one run. A :class:`Workspace` is what tasks
+read and write: outputs at the target, and all else in the run folder. It
+writes only while the client that sent a task holds the run.
 """
 
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Box
-from megaseg_dask.errors import TaskError
+from megaseg_dask.concurrency import map_threaded
+from megaseg_dask.errors import TargetError, TaskError
 from megaseg_dask.ngff.image import SPATIAL, Axis, Image, Level
 from megaseg_dask.ngff.volume import Volume, create_array
-from megaseg_dask.plan.plan import Output, Plan, runs_folder
-from megaseg_dask.run.lease import Leases
+from megaseg_dask.plan.plan import Output, Plan, run_names, runs_folder
+from megaseg_dask.run import journal
+from megaseg_dask.run.lease import Permit
 from megaseg_dask.run.state import OutputState, VolumeState
+from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.stores import Location
 
 Array = NDArray[Any]
+Rows = NDArray[np.uint64]
 
-WORK = "work"
-VOLUMES = "volumes"
-SUMS = "sums"
-
-
-# The id of the lease under which this process works for a client; none in a process that works by itself.
-_holder: ContextVar[str | None] = ContextVar("holder", default=None)
-
-
-# -- volumes
+_PLAN = "plan.json"
+_WORK = "work"
+_VOLUMES = "volumes"
+_SUMS = "sums"
+_ROW_BYTES = 8
 
 
-def sources(plan: Plan, volume: int, level: int = 0) -> list[Volume]:
-    """Return the channels of one volume of the source, at a level counted from the one that is segmented."""
-    planned = plan.volumes[volume]
-    location = plan.source / planned.image / plan.source_image.levels[level].path
-    return [
-        Volume(location, plan.source_image.axis_names, t=planned.t, c=c) for c in planned.channels
-    ]
+class Readable(Protocol):
+    """A volume that can be read, wherever it is."""
+
+    def read(self, box: Box) -> Array:
+        """Return the voxels of a box, ``(z, y, x)``."""
+        ...
 
 
-def product(plan: Plan, kind: str, output: Output, level: int = 0) -> Volume:
-    """Return an output's scores, mask or labels, or intermediate data if nobody asked for them."""
-    if kind not in plan.arrays:
-        return Volume(output_folder(plan, output) / kind, SPATIAL)
-    planned, c = plan.volumes[output.volume], plan.target_channel(output)
-    group = Group(kind, planned.image, plan.suffixes[c] if kind != "scores" else "")
-    image = plan.target_image if kind == "scores" else plan.label_image
-    return Volume(group.location(plan) / str(level), image.axis_names, t=planned.target_t, c=c)
+class Source(Readable, Protocol):
+    """A channel of the source."""
+
+    def count_absent(self, box: Box, values: Array) -> int:
+        """Return how many stored objects that begin in ``box`` are absent."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """An image or label image at the target: of one field, and of one channel of the target if it is labels."""
+class RunFolder:
+    """The folder of one run: what is recorded of it, and what its tasks leave for each other."""
 
-    kind: str
-    image: str = ""
-    suffix: str = ""
+    location: Location
 
-    def name(self, plan: Plan) -> str:
-        """Return the name of a label image."""
-        return plan.options.label_name + self.suffix + ("_mask" if self.kind == "mask" else "")
+    # -- runs of a target
 
-    def parent(self, plan: Plan) -> Location:
-        """Return the image that it is, or belongs to."""
-        return plan.target / self.image
+    @classmethod
+    def find(cls, target: Location, label_name: str | None = None) -> list["RunFolder"]:
+        """Return the runs that are recorded at a target, of one label name or of all.
 
-    def location(self, plan: Plan) -> Location:
-        """Return where its levels are."""
-        return (
-            self.parent(plan)
-            if self.kind == "scores"
-            else self.parent(plan) / f"labels/{self.name(plan)}"
-        )
+        A plate may take several runs; those of one label name are in the order of their numbers.
+        """
+        runs = runs_folder(target)
+        names = runs.children()
+        if label_name is not None:
+            names = list(filter(run_names(label_name).fullmatch, names))
+        folders = [cls(runs / name) for name in sorted(names, key=_by_label_and_number)]
+        is_recorded = map_threaded(lambda folder: folder.is_recorded, folders)
+        return [folder for folder, has_plan in zip(folders, is_recorded, strict=True) if has_plan]
+
+    @classmethod
+    def plans(cls, target: Location, label_name: str | None = None) -> list[Plan]:
+        """Return the plans of the runs that :meth:`find` returns.
+
+        Raises:
+            TargetError: One cannot be read.
+        """
+        return map_threaded(cls.read_plan, cls.find(target, label_name))
+
+    # -- the record
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a plan is recorded here."""
+        return self.location.size(_PLAN) is not None
+
+    def read_plan(self) -> Plan:
+        """Return the recorded plan.
+
+        Raises:
+            TargetError: There is none, or it cannot be read.
+        """
+        data = self.location.get(_PLAN)
+        if data is None:
+            raise TargetError(
+                f"no run is recorded at {self.location}; "
+                "record one with megaseg plan SOURCE TARGET --record"
+            )
+        try:
+            return Plan.model_validate_json(data)
+        except ValueError as error:
+            raise TargetError(
+                f"{self.location}/{_PLAN} is damaged, or of another version of megaseg; "
+                "start again with --overwrite"
+            ) from error
+
+    def record(self, plan: Plan) -> None:
+        """Record the plan of the run."""
+        self.location.put(_PLAN, plan.model_dump_json(indent=1).encode())
+
+    def clear(self) -> None:
+        """Remove all that an earlier run left here, but its plan and its log."""
+        for name in (journal.FOLDER, _WORK, _VOLUMES, _SUMS):
+            (self.location / name).remove()
+
+    def remove_work(self) -> None:
+        """Remove intermediate data; the plan, the journal and the states of volumes stay."""
+        for name in (_WORK, _SUMS):
+            (self.location / name).remove()
+
+    def work(self, volume: int) -> Location:
+        """Return the folder of the intermediate data of one volume."""
+        return self.location / f"{_WORK}/{volume}"
+
+    # -- volumes
+
+    def read_state(self, volume: int) -> VolumeState:
+        """Return what is known of a whole volume.
+
+        Raises:
+            TaskError: Nothing is known of it yet.
+        """
+        key = f"{_VOLUMES}/{volume}.json"
+        data = self.location.get(key)
+        if data is None:
+            raise TaskError(f"{self.location}/{key} is missing; an earlier stage has to run first")
+        return VolumeState.from_json(json.loads(data))
+
+    def write_state(self, volume: int, state: VolumeState) -> None:
+        """Write what is known of a whole volume; only the client of the run does."""
+        self.location.put(f"{_VOLUMES}/{volume}.json", json.dumps(state.to_json()).encode())
+
+    def read_sums(self, output: Output) -> dict[str, Array] | None:
+        """Return the sums of an output's objects, if they were written."""
+        data = self.location.get(_sums_key(output))
+        return None if data is None else unpack(data)
+
+    def write_sums(self, output: Output, sums: Mapping[str, Array]) -> None:
+        """Write the sums of an output's objects, which stay until the tables are written."""
+        self.location.put(_sums_key(output), pack(sums))
 
 
-def images(plan: Plan) -> list[str]:
-    """Return the paths of all images of a plan: the fields of a plate, or the one that is the target itself."""
-    return list(dict.fromkeys(volume.image for volume in plan.volumes))
-
-
-def groups(plan: Plan) -> Iterator[Group]:
-    """Yield all that a run writes at its target, image by image, labels before the scores they belong to."""
-    for image in images(plan):
-        yield from groups_of(plan, image)
-
-
-def groups_of(plan: Plan, image: str) -> list[Group]:
-    """Return what a run writes of one image."""
-    kinds = sorted(plan.arrays, key=("mask", "labels", "scores").index)
-    return [
-        Group(kind, image, suffix)
-        for kind in kinds
-        for suffix in (plan.suffixes if kind != "scores" else ("",))
-    ]
-
-
-def places(plan: Plan, image: str) -> list[Location]:
-    """Return the groups and arrays that a run makes of one image."""
-    groups_ = [group.location(plan) for group in groups_of(plan, image)]
-    arrays = [
-        place / str(level) for place in groups_ for level in range(len(plan.target_image.levels))
-    ]
-    has_labels = any(kind != "scores" for kind in plan.arrays)
-    return groups_ + arrays + [plan.target / image / "labels"] * has_labels
-
-
-def first_mask(plan: Plan) -> str:
-    """Return the kind of what thresholding writes: the mask, or what it is before holes are filled."""
-    return "unfilled" if plan.options.fill_holes else "mask"
-
-
-def work_folder(plan: Plan, volume: int) -> Location:
-    """Return where the intermediate data of one volume live."""
-    return plan.run / f"{WORK}/{volume}"
-
-
-def output_folder(plan: Plan, output: Output) -> Location:
-    """Return where the intermediate data of one output of a volume live."""
-    return work_folder(plan, output.volume) / str(output.number)
-
-
-def save_sums(plan: Plan, output: Output, data: bytes) -> None:
-    """Write the sums of an output's objects where they wait for the tables that they become."""
-    require_holder(plan)
-    plan.run.put(_sums_key(output), data)
-
-
-def read_sums(plan: Plan, output: Output) -> bytes | None:
-    """Read what :func:`save_sums` wrote, if it did."""
-    return plan.run.get(_sums_key(output))
+def _by_label_and_number(name: str) -> tuple[str, int]:
+    label, _, number = name.partition("+")
+    return label, int(number) if re.fullmatch(r"\d+", number, re.ASCII) else 0
 
 
 def _sums_key(output: Output) -> str:
-    return f"{SUMS}/{output.volume}-{output.number}.npz"
+    return f"{_SUMS}/{output.volume}-{output.number}.npz"
 
 
-def create_work(plan: Plan, volume: int) -> None:
-    """Create the empty arrays of a volume's intermediate data."""
-    shape = plan.volume_shape
-    image = Image(
-        plan.target_image.version, "", tuple(map(Axis, SPATIAL)), (Level("0", shape, (), ()),), ""
-    )
-    for location, dtype in _work_arrays(plan, volume):
-        create_array(location, replace(image, dtype=dtype), 0, dtype, plan.layout(0), image.version)
+class Workspace:
+    """What the tasks of a run read and write."""
+
+    def __init__(self, plan: Plan, permit: Permit | None = None) -> None:
+        """Work on the run of a plan; with a ``permit``, write only while it holds."""
+        self.plan = plan
+        self.folder = RunFolder(plan.run)
+        self.target = Target(plan)
+        self._permit = permit
+
+    def begin_task(self) -> None:
+        """Ask whether the client that sent the task still holds the run.
+
+        Raises:
+            TaskError: It does not.
+        """
+        if self._permit is not None:
+            self._permit.renew()
+
+    def _require_permit(self) -> None:
+        if self._permit is not None:
+            self._permit.require()
+
+    # -- arrays
+
+    @property
+    def first_mask(self) -> str:
+        """The kind that thresholding writes: the mask, or what it is before holes are filled."""
+        return "unfilled" if self.plan.options.fill_holes else "mask"
+
+    def sources(self, volume: int, level: int = 0) -> list[Source]:
+        """Return the channels of one volume of the source.
+
+        ``level`` is counted from the level that is segmented.
+        """
+        plan = self.plan
+        planned = plan.volumes[volume]
+        image = plan.source_image
+        array = plan.source / planned.image / image.levels[level].path
+        return [Volume(array, image.axis_names, t=planned.t, c=c) for c in planned.channels]
+
+    def array(self, kind: str, output: Output, level: int = 0) -> Readable:
+        """Return an output's array; intermediate data, if its kind is not an output of the run."""
+        return self._volume(kind, output, level)
+
+    def write(self, kind: str, output: Output, box: Box, values: Array, level: int = 0) -> None:
+        """Write a box of an output's array; the task owns the write units that the box covers."""
+        self._require_permit()
+        self._volume(kind, output, level).write(box, values)
+
+    def _volume(self, kind: str, output: Output, level: int) -> Volume:
+        if kind in self.plan.arrays:
+            return self.target.array(kind, output, level)
+        return Volume(self._output_folder(output) / kind, SPATIAL)
+
+    def _output_folder(self, output: Output) -> Location:
+        return self.folder.work(output.volume) / str(output.number)
+
+    # -- intermediate data of a volume
+
+    def create_work(self, volume: int) -> None:
+        """Create the empty arrays of a volume's intermediate data."""
+        plan = self.plan
+        level = Level("0", plan.volume_shape, (), ())
+        axes = tuple(map(Axis, SPATIAL))
+        image = Image(plan.target_image.version, "", axes, (level,), "")
+        for array, dtype in self._iter_work(volume):
+            typed = replace(image, dtype=dtype)
+            create_array(array, typed, 0, dtype, plan.layout(0), image.version)
+
+    def has_work(self, volume: int) -> bool:
+        """Return whether the intermediate data of a volume exist.
+
+        A missing array would read as background.
+        """
+        return all(array.exists() for array, _ in self._iter_work(volume))
+
+    def _iter_work(self, volume: int) -> Iterator[tuple[Location, str]]:
+        for output in self.plan.outputs_of(volume):
+            for kind, dtype in self.plan.intermediates.items():
+                yield self._output_folder(output) / kind, dtype
+
+    # -- small objects
+
+    def state(self, volume: int) -> VolumeState:
+        """Return what is known of a whole volume."""
+        return self.folder.read_state(volume)
+
+    def output_state(self, output: Output) -> OutputState:
+        """Return what is known of one output of a whole volume."""
+        return self.state(output.volume).output(output.number)
+
+    def present_blocks(self, output: Output) -> list[int]:
+        """Return the numbers of the blocks of a volume that are not missing."""
+        return self.state(output.volume).present(len(self.plan.block_grid()))
+
+    def save(self, output: Output, name: str, arrays: Mapping[str, Array]) -> None:
+        """Write arrays by name as one object of an output."""
+        self._put(output, name, pack(arrays))
+
+    def load(self, output: Output, name: str) -> dict[str, Array]:
+        """Return the arrays that :meth:`save` wrote.
+
+        Raises:
+            TaskError: They are not there.
+        """
+        return unpack(self._get(output, name))
+
+    def save_rows(self, output: Output, name: str, rows: Rows) -> None:
+        """Write rows of numbers, ``(n_rows, n)``, as bytes alone.
+
+        The size of the object then tells how many there are.
+        """
+        self._put(output, name, np.ascontiguousarray(rows, "<u8").tobytes())
+
+    def load_rows(self, output: Output, name: str, n_rows: int) -> Rows:
+        """Return the rows that :meth:`save_rows` wrote, ``(n_rows, n)``.
+
+        Raises:
+            TaskError: They are not there.
+        """
+        data = np.frombuffer(self._get(output, name), "<u8")
+        return data.reshape(n_rows, -1).astype(np.uint64, copy=False)
+
+    def count_rows(self, output: Output, name: str, n_rows: int) -> int:
+        """Return the length of the rows that :meth:`save_rows` wrote, without reading them."""
+        return (self._output_folder(output).size(name) or 0) // (_ROW_BYTES * n_rows)
+
+    def save_sums(self, output: Output, sums: Mapping[str, Array]) -> None:
+        """Write the sums of an output's objects, from which tables are made at the end."""
+        self._require_permit()
+        self.folder.write_sums(output, sums)
+
+    def _put(self, output: Output, name: str, data: bytes) -> None:
+        self._require_permit()
+        self._output_folder(output).put(name, data)
+
+    def _get(self, output: Output, name: str) -> bytes:
+        folder = self._output_folder(output)
+        data = folder.get(name)
+        if data is None:
+            raise TaskError(f"{folder}/{name} is missing; an earlier stage has to run first")
+        return data
 
 
-def has_work(plan: Plan, volume: int) -> bool:
-    """Tell whether the intermediate data of a volume are there: a missing array would read as background."""
-    return all(location.exists() for location, _ in _work_arrays(plan, volume))
+@dataclass(slots=True)
+class _ArrayInMemory:
+    """A volume whose voxels are in memory."""
+
+    values: Array
+
+    def read(self, box: Box) -> Array:
+        return self.values[box.slices]
 
 
-def _work_arrays(plan: Plan, volume: int) -> Iterator[tuple[Location, str]]:
-    for output in plan.outputs_of(volume):
-        for kind, dtype in plan.intermediates.items():
-            yield output_folder(plan, output) / kind, dtype
+class _SourceInMemory:
+    """A channel of the source, of which one box is read once and kept."""
+
+    def __init__(self, channel: Source, box: Box) -> None:
+        self._channel = channel
+        self._box = box
+        self._values = channel.read(box)
+
+    def read(self, box: Box) -> Array:
+        return self._values[box.within(self._box).slices]
+
+    def count_absent(self, box: Box, values: Array) -> int:
+        return self._channel.count_absent(box, values)
 
 
-# -- small objects
+class MemoryWorkspace(Workspace):
+    """The workspace of a volume of one block: its source is read once, its outputs are kept.
 
+    Outputs are written to the target as well; intermediate data are in memory alone.
+    """
 
-def save(plan: Plan, output: Output, name: str, arrays: Mapping[str, Array]) -> None:
-    """Write arrays by name to an output's intermediate data."""
-    require_holder(plan)
-    output_folder(plan, output).put(name, pack(arrays))
+    def __init__(self, workspace: Workspace) -> None:
+        """Work beside another workspace of the run, with its permit."""
+        super().__init__(workspace.plan, workspace._permit)
+        self._sources: dict[tuple[int, int], list[Source]] = {}
+        self._arrays: dict[tuple[str, Output, int], Array] = {}
+        self._objects: dict[tuple[Output, str], Mapping[str, Array]] = {}
+        self._rows: dict[tuple[Output, str], Rows] = {}
+        self._state = VolumeState()
 
+    def set_state(self, state: VolumeState) -> None:
+        """Set what is known of the volume."""
+        self._state = state
 
-def load(plan: Plan, output: Output, name: str) -> dict[str, Array]:
-    """Read what :func:`save` wrote; raises :class:`TaskError` if it is not there."""
-    return unpack(_get(plan, output, name))
+    def drop(self, kind: str, output: Output) -> None:
+        """Free the memory of an intermediate array."""
+        if kind not in self.plan.arrays:
+            self._arrays.pop((kind, output, 0), None)
+
+    def forget(self, output: Output) -> None:
+        """Free the memory of an output that is finished."""
+        self._arrays = {key: array for key, array in self._arrays.items() if key[1] != output}
+        self._objects.clear()
+        self._rows.clear()
+
+    def state(self, volume: int) -> VolumeState:
+        """Return what is known of the volume."""
+        return self._state
+
+    def sources(self, volume: int, level: int = 0) -> list[Source]:
+        """Return the channels of the volume, read when they are first asked for."""
+        key = (volume, level)
+        if key not in self._sources:
+            box = Box.of(self.plan.source_image.volume_shape(level))
+            if level == 0:
+                box = self.plan.patch_grid.read_box(self.plan.region)
+            channels = super().sources(volume, level)
+            self._sources[key] = [_SourceInMemory(channel, box) for channel in channels]
+        return self._sources[key]
+
+    def array(self, kind: str, output: Output, level: int = 0) -> Readable:
+        """Return an output's array in memory."""
+        return _ArrayInMemory(self._arrays[kind, output, level])
+
+    def write(self, kind: str, output: Output, box: Box, values: Array, level: int = 0) -> None:
+        """Keep a box of an output's array, and write it if its kind is an output of the run."""
+        if kind in self.plan.arrays:
+            super().write(kind, output, box, values, level)
+        shape = self.plan.target_image.volume_shape(level)
+        if box == Box.of(shape):
+            self._arrays[kind, output, level] = values
+            return
+        key = (kind, output, level)
+        if key not in self._arrays:
+            self._arrays[key] = np.empty(shape, values.dtype)
+        self._arrays[key][box.slices] = values
+
+    def save(self, output: Output, name: str, arrays: Mapping[str, Array]) -> None:
+        """Keep arrays by name as one object of an output."""
+        self._objects[output, name] = arrays
+
+    def load(self, output: Output, name: str) -> dict[str, Array]:
+        """Return the arrays that :meth:`save` kept."""
+        return dict(self._objects[output, name])
+
+    def save_rows(self, output: Output, name: str, rows: Rows) -> None:
+        """Keep rows of numbers, ``(n_rows, n)``."""
+        self._rows[output, name] = rows
+
+    def load_rows(self, output: Output, name: str, n_rows: int) -> Rows:
+        """Return the rows that :meth:`save_rows` kept, ``(n_rows, n)``."""
+        return self._rows[output, name].reshape(n_rows, -1)
+
+    def count_rows(self, output: Output, name: str, n_rows: int) -> int:
+        """Return the length of the rows that :meth:`save_rows` kept."""
+        return self._rows[output, name].size // n_rows
 
 
 def pack(arrays: Mapping[str, Array]) -> bytes:
@@ -186,85 +428,12 @@ def pack(arrays: Mapping[str, Array]) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(data: bytes) -> dict[str, Array]:
-    """Return the arrays that :func:`pack` put together; many threads may ask."""
-    # NumPy reads a header as Python's grammar does, which Python 3.11 cannot do in two threads (its issue 106905).
-    with _UNPACKING, np.load(io.BytesIO(data), allow_pickle=False) as found:
-        return dict(found)
-
-
+# NumPy reads a header as Python's grammar does, which Python 3.11 cannot do in two threads (its
+# issue 106905).
 _UNPACKING = threading.Lock()
 
 
-def save_rows(plan: Plan, output: Output, name: str, rows: NDArray[np.uint64]) -> None:
-    """Write rows of numbers as bytes alone, so that the size of the object tells how many there are."""
-    require_holder(plan)
-    output_folder(plan, output).put(name, np.ascontiguousarray(rows, "<u8").tobytes())
-
-
-def load_rows(plan: Plan, output: Output, name: str, n_rows: int) -> NDArray[np.uint64]:
-    """Read what :func:`save_rows` wrote, ``(n_rows, n)``; raises :class:`TaskError` if it is not there."""
-    return (
-        np.frombuffer(_get(plan, output, name), "<u8")
-        .reshape(n_rows, -1)
-        .astype(np.uint64, copy=False)
-    )
-
-
-def _get(plan: Plan, output: Output, name: str) -> bytes:
-    folder = output_folder(plan, output)
-    data = folder.get(name)
-    if data is None:
-        raise TaskError(f"{folder}/{name} is missing; an earlier stage has to run first")
-    return data
-
-
-def read_state(plan: Plan, volume: int) -> VolumeState:
-    """Return what is known of a whole volume: of its channels, its outputs, its missing blocks."""
-    data = plan.run.get(f"{VOLUMES}/{volume}.json")
-    if data is None:
-        raise TaskError(
-            f"{plan.run}/{VOLUMES}/{volume}.json is missing; an earlier stage has to run first"
-        )
-    return VolumeState.from_json(json.loads(data))
-
-
-def read_known(plan: Plan, output: Output) -> OutputState:
-    """Return what is known of one output of a whole volume: extremes of its logits, and its threshold."""
-    by_output = read_state(plan, output.volume).by_output
-    return by_output[output.number] if by_output else OutputState()
-
-
-def write_state(plan: Plan, volume: int, state: VolumeState) -> None:
-    """Write what is known of a whole volume; only the client of the run does."""
-    plan.run.put(f"{VOLUMES}/{volume}.json", json.dumps(state.to_json()).encode())
-
-
-# -- writing
-
-
-def write(plan: Plan, kind: str, output: Output, box: Box, values: Array, level: int = 0) -> None:
-    """Write a box of a product; a task owns the write units it covers."""
-    require_holder(plan)
-    product(plan, kind, output, level).write(box, values)
-
-
-@contextmanager
-def holding(lease_id: str | None) -> Iterator[None]:
-    """Work for the client that holds this lease, and write nothing once it is another's."""
-    token = _holder.set(lease_id)
-    try:
-        yield
-    finally:
-        _holder.reset(token)
-
-
-def require_holder(plan: Plan) -> None:
-    """Raise :class:`TaskError` if the client that sent this task does not hold the run any more."""
-    expected = _holder.get()
-    if expected is not None:
-        found = Leases(runs_folder(plan.target)).read(expected)
-        if found is None or found.id != expected:
-            raise TaskError(
-                f"{plan.run} is no longer the run of the client that sent this task; nothing was written"
-            )
+def unpack(data: bytes) -> dict[str, Array]:
+    """Return the arrays that :func:`pack` put together; many threads may ask."""
+    with _UNPACKING, np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return dict(arrays)

@@ -21,7 +21,8 @@ from megaseg_dask.ngff.group import write_group
 from megaseg_dask.ngff.image import Axis, Image, Level, image_attributes, versioned
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import Emit, segment
+from megaseg_dask.run.progress import Emit
+from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.evaluate import evaluate_images
 

@@ -445,10 +445,10 @@ def broken(monkeypatch):
     """A planning step that raises what it is told to."""
 
     def set_error(error: BaseException) -> None:
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("megaseg_dask.run.runner.plan_runs", fail)
+        monkeypatch.setattr("megaseg_dask.run.runner.PlannedRequest", fail)
 
     return set_error
 

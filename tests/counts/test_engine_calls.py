@@ -10,7 +10,6 @@ from megaseg_dask.inference.engine import close_engine
 from megaseg_dask.inference.pytorch import TorchEngine
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run import workspace
 from megaseg_dask.run.job_array import record_plans, run_tasks
 from megaseg_dask.run.runner import segment
 from tests.fixtures.bundles import write_checkpoint
@@ -122,7 +121,7 @@ def test_lost_intermediate_data_are_computed_again_not_taken_for_background(
         segment(str(source), str(robbed), settings, client=client, emit=interrupt)
     while any(client.processing().values()):
         time.sleep(0.1)  # workers finish the tasks in hand
-    shutil.rmtree(tmp_path / "b.zarr.run/megaseg" / workspace.WORK)
+    shutil.rmtree(tmp_path / "b.zarr.run/megaseg/work")
     assert segment(str(source), str(robbed), settings, client=client).status == "done"
     assert contents(robbed) == contents(undisturbed)
 

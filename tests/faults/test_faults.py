@@ -12,7 +12,8 @@ from skimage.measure import label
 
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.cluster import start
-from megaseg_dask.run.runner import segment, status
+from megaseg_dask.run.runner import segment
+from megaseg_dask.run.status import status
 from tests.fixtures.images import blobs, write_image
 
 SHAPE = (40, 80, 100)

@@ -17,7 +17,8 @@ from megaseg_dask.errors import MegasegError, TargetError
 from megaseg_dask.models import load_bundle
 from megaseg_dask.models.build import build_network
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import plan_runs, segment
+from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
 from tests.fixtures.bundles import (
     OVERLAP,
     PATCH_SHAPE,

@@ -27,6 +27,7 @@ from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.job_array import record_plans
 from megaseg_dask.run.tasks import worker
+from megaseg_dask.run.workspace import Workspace
 from tests.fixtures.images import blobs, write_image
 
 GRID = PatchGrid((24, 40, 50), (16, 32, 32), (0.5,) * 3)
@@ -152,12 +153,9 @@ def test_a_worker_reads_the_next_volume_and_writes_the_last_one_while_it_compute
     monkeypatch.setattr(Volume, "write", writes)
     monkeypatch.setattr(TorchEngine, "__call__", computes)
     close_engine()
+    process = worker.Worker(Workspace(plan))
     with ThreadPoolExecutor(3) as pool:
-        groups = [
-            pool.submit(worker.run_tasks, plan.run, plan.fingerprint, None, "volume", [t])
-            for t in range(n)
-        ]
-        outcomes = [outcome for group in groups for outcome in group.result()]
+        outcomes = list(pool.map(lambda t: process.attempt("volume", t), range(n)))
     assert [(outcome.index, outcome.error) for outcome in outcomes] == [(t, "") for t in range(n)]
 
 

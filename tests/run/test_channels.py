@@ -18,7 +18,8 @@ from megaseg_dask.models import load_bundle
 from megaseg_dask.models.build import build_network
 from megaseg_dask.ngff.image import read_image
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import plan_runs, segment
+from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from tests.fixtures.bundles import (
     OVERLAP,

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -119,11 +120,11 @@ def test_what_an_interrupted_process_finished_is_not_done_again(
     assert run_tasks(plan, "measure", [0]).n_done == 1
     calls = []
 
-    def stop(plan, stage, index, original=worker.run_task):
+    def stop(workspace, stage, index, original=worker.run_task):
         calls.append(index)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(plan, stage, index)
+        return original(workspace, stage, index)
 
     monkeypatch.setattr(worker, "run_task", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -264,10 +265,14 @@ def test_a_process_that_stood_still_and_was_taken_for_gone_writes_nothing(
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     leases = Leases(runs_folder(plan.target))
 
-    def sleep(plan, stage, index, original=worker.run_task):
+    # When it wakes up, a minute later, its heart has not beaten yet.
+    later = time.time() + 60
+
+    def sleep(workspace, stage, index, original=worker.run_task):
         for lease_id in leases.shared_ids():
             leases.folder.delete(key_of(lease_id))
-        return original(plan, stage, index)
+        with mock.patch("time.time", return_value=later):
+            return original(workspace, stage, index)
 
     run_tasks(plan, "measure", [0])
     monkeypatch.setattr(worker, "run_task", sleep)

@@ -10,7 +10,7 @@ from megaseg_dask.plan.plan import runs_folder
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.log import RunLog
 from megaseg_dask.run.runner import segment
-from megaseg_dask.run.target.ownership import read_recorded
+from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
 
@@ -75,8 +75,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(
 ):
     target = tmp_path / "out.zarr"
     assert segment(str(source), str(target), wanted(tiny_bundle), client=client).status == "done"
-    plan = read_recorded(runs_folder(Location.of(target)) / "megaseg")
-    assert plan is not None
+    plan = RunFolder(runs_folder(Location.of(target)) / "megaseg").read_plan()
     folder = plan.run.path / "log"
     for file in folder.iterdir():
         file.unlink()

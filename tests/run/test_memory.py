@@ -5,7 +5,8 @@ import re
 import pytest
 
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import plan_runs, segment
+from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
 from tests.fixtures.images import blobs, write_image
 
 

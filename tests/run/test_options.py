@@ -11,7 +11,6 @@ from skimage.morphology import remove_small_holes, remove_small_objects
 from megaseg_dask.algorithms.threshold_methods import METHODS
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run import workspace
 from megaseg_dask.run.runner import segment
 from tests.fixtures.images import blobs, write_image
 
@@ -155,4 +154,4 @@ def test_nan_as_background_has_no_part_in_a_threshold(block, tmp_path, tiny_bund
 
 def test_intermediate_data_are_gone_after_success(run, tmp_path):
     run(threshold="otsu", fill_holes=10)
-    assert not list(tmp_path.glob(f"*.run/megaseg/{workspace.WORK}"))
+    assert not list(tmp_path.glob("*.run/megaseg/work"))

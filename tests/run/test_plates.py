@@ -14,7 +14,8 @@ from pandas.testing import assert_frame_equal
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.ngff.plate import Acquisition, Field, Plate, read_plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment, status
+from megaseg_dask.run.runner import segment
+from megaseg_dask.run.status import status
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
 
@@ -184,7 +185,9 @@ def test_wells_one_after_the_other_make_one_plate(run, plate, tmp_path):
     assert run(plate, "out.zarr", channel="dna", wells="B/*").already_done
     with pytest.raises(TargetError, match="of which B/1/1 is not chosen"):
         run(plate, "out.zarr", channel="dna", fields="0")
-    with pytest.raises(TargetError, match=r"made in another way \(threshold: was 0\.5, now 0\.7\)"):
+    with pytest.raises(
+        TargetError, match=r"computed with different options \(threshold: was 0\.5, now 0\.7\)"
+    ):
         run(plate, "out.zarr", channel="dna", wells="A/2", threshold=0.7)
     with pytest.raises(TargetError, match=r"belongs to another run \(threshold"):
         run(plate, "out.zarr", channel="dna", threshold=0.7)
@@ -200,7 +203,9 @@ def test_overwriting_some_wells_keeps_the_others(run, plate, tmp_path):
     for wells in ("A/1", "A/2", "B/*"):
         assert run(plate, "out.zarr", channel="dna", wells=wells).status == "done"
     before = arrays(target)
-    with pytest.raises(TargetError, match=r"made in another way .* --overwrite all of them"):
+    with pytest.raises(
+        TargetError, match=r"computed with different options .* --overwrite all of them"
+    ):
         run(plate, "out.zarr", channel="dna", wells="B/1", threshold=0.7, overwrite=True)
     assert run(plate, "out.zarr", channel="dna", wells="A/*", overwrite=True).status == "done"
     assert listed(target) == ALL

@@ -28,12 +28,12 @@ import megaseg_dask.run.tasks.worker as tasks
 
 run_task = getattr(tasks.run_task, "real", tasks.run_task)
 
-def slowly(plan, stage, index):
+def slowly(workspace, stage, index):
     if stage == "segment":
         with open({calls!r}, "a") as file:
             file.write(f"{{index}} ")
         time.sleep({seconds})
-    return run_task(plan, stage, index)
+    return run_task(workspace, stage, index)
 
 slowly.real = run_task
 tasks.run_task = slowly

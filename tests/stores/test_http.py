@@ -12,7 +12,7 @@ from megaseg_dask.errors import SettingsError, SourceError, StoreError, TargetEr
 from megaseg_dask.ngff.image import digest_of, read_image, sample_of
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import plan_runs
+from megaseg_dask.run.request import plan_runs
 from megaseg_dask.stores import Location, StoreOptions, clear_array_cache, configure
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.servers import free_port, plain_server, range_server, web_server

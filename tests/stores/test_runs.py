@@ -12,7 +12,8 @@ from megaseg_dask.cli.app import main
 from megaseg_dask.errors import MegasegError, StoreError
 from megaseg_dask.ngff.group import open_group
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment, status
+from megaseg_dask.run.runner import segment
+from megaseg_dask.run.status import status
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.servers import KEY, SECRET, range_server

@@ -19,7 +19,8 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.cli.app import build_app
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.runner import plan_runs, segment
+from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.page import (
     Origin,

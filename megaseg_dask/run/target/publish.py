@@ -1,250 +1,185 @@
-"""What a run says about itself at its target: a mark while it goes on, metadata and provenance at its end.
+"""Publishing: metadata and provenance turn the finished arrays of a run into images.
 
-Until a run is complete its groups carry no OME metadata, so no reader can take
-a part for the whole.
+A run that continues is withdrawn first: its groups carry its mark again until
+all of it is published.
 """
 
-import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SourceError, StoreError
-from megaseg_dask.ngff.group import (
-    read_attributes,
-    read_ome,
-    update_consolidated,
-    write_group,
+from megaseg_dask.ngff.group import update_consolidated, write_group
+from megaseg_dask.ngff.image import image_attributes, open_ome_group
+from megaseg_dask.ngff.plate import Plate, is_plate, join_plates, read_plate, write_plate
+from megaseg_dask.run.state import VolumeState
+from megaseg_dask.run.target.arrays import ImageTarget, Target
+from megaseg_dask.run.target.provenance import (
+    PROVENANCE,
+    Measured,
+    provenance_at,
+    provenance_by,
 )
-from megaseg_dask.ngff.image import image_attributes, open_ome_group, versioned
-from megaseg_dask.ngff.plate import is_plate, join_plates, read_plate, write_plate
-from megaseg_dask.plan.plan import Plan, PlannedVolume
-from megaseg_dask.run.state import ChannelStatistics, OutputState, VolumeState
-from megaseg_dask.run.workspace import groups, groups_of, images, places
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, clear_array_cache
 
-PROVENANCE = "megaseg"
+Json = dict[str, Any]
 
 
-def is_in_place(plan: Plan) -> bool:
-    """Tell whether labels go into the source, whose own group and image are not ours."""
-    return plan.target.is_same(plan.source)
+def create(target: Target) -> None:
+    """Create groups and empty arrays of all outputs, with the run's mark.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    # Arrays of an earlier run may have been replaced by others at the same place.
+    clear_array_cache()
+    if target.is_whole_plate:
+        _list_other_fields(target)
+    elif target.is_in_place:
+        write_group(target.location, target.version, {})
+    else:
+        write_group(target.location, target.version, {PROVENANCE: target.mark})
+    target.create_images()
 
 
-def is_whole_plate(plan: Plan) -> bool:
-    """Tell whether a run writes the groups of a plate, and not only into its fields."""
-    return plan.plate is not None and not is_in_place(plan)
+def withdraw(target: Target) -> None:
+    """Unpublish an incomplete run before its missing boxes are computed again."""
+
+    def withdraw_image(image: ImageTarget) -> None:
+        for group in image.label_groups:
+            if provenance_at(group.location) != target.mark:
+                image.list_labels(remove=group.name)
+
+    def withdraw_group(group: Location) -> None:
+        if provenance_at(group) != target.mark:
+            write_group(group, target.version, {PROVENANCE: target.mark}, replace=True)
+
+    map_threaded(withdraw_image, target.images)
+    map_threaded(withdraw_group, target.marked)
+    if target.is_whole_plate:
+        _list_other_fields(target)
 
 
-def marked(plan: Plan) -> list[Location]:
-    """Return the groups that carry the provenance of a run; that of a plate belongs to all of its runs."""
-    root = [] if is_in_place(plan) or plan.plate is not None else [plan.target]
-    return list(dict.fromkeys([*root, *(group.location(plan) for group in groups(plan))]))
-
-
-def mark_of(plan: Plan) -> dict[str, str]:
-    """Return what the groups of a run carry until it is complete."""
-    return {"unfinished": plan.fingerprint}
-
-
-def provenance_at(group: Location) -> dict[str, Any] | None:
-    """Return what a run left at a group, its mark or its provenance, if it did."""
-    try:
-        found: dict[str, Any] | None = read_attributes(group).get(PROVENANCE)
-    except Exception:
-        return None
-    return found
-
-
-def withdraw(plan: Plan) -> None:
-    """Take back what :func:`publish` wrote of a run with missing boxes, before these are written."""
-
-    def withdraw_group(place: Location) -> None:
-        if provenance_at(place) != mark_of(plan):
-            write_group(place, plan.target_image.version, {PROVENANCE: mark_of(plan)}, replace=True)
-
-    def withdraw_image(image: str) -> None:
-        for group in groups_of(plan, image):
-            if group.kind != "scores" and provenance_at(group.location(plan)) != mark_of(plan):
-                list_labels(plan, group.parent(plan) / "labels", remove=group.name(plan))
-
-    map_threaded(withdraw_image, images(plan))
-    map_threaded(withdraw_group, marked(plan))
-    if is_whole_plate(plan):
-        list_fields(plan, own=False)
+def is_withdrawn(target: Target) -> bool:
+    """Return whether a run is not published, neither whole nor in part."""
+    return provenance_at(target.marked[0]) == target.mark
 
 
 def publish(
-    plan: Plan, states: Sequence[VolumeState | None], missing_boxes: list[dict[str, Any]]
+    target: Target, states: Sequence[VolumeState | None], missing_boxes: Sequence[Json]
 ) -> None:
-    """Write the metadata that make the finished arrays an image, its labels and their provenance.
+    """Write the metadata that make the finished arrays images, and their provenance.
 
-    ``states`` has a state of each volume, ``None`` where all of it is missing; ``missing_boxes``
-    are the boxes that no task could write.
+    ``states`` has a state for each volume, ``None`` where all of it is missing; ``missing_boxes``
+    are the boxes that no task could write, as JSON values.
     """
-    version = plan.target_image.version
-    known, missing = defaultdict(list), defaultdict(list)
-    for volume, of_volume in zip(plan.volumes, states, strict=True):
-        known[volume.image].append((volume, of_volume))
+    plan = target.plan
+    volumes: dict[str, list[Measured]] = defaultdict(list)
+    for planned, state in zip(plan.volumes, states, strict=True):
+        volumes[planned.image].append((planned, state))
+    boxes: dict[str, list[Json]] = defaultdict(list)
     for box in missing_boxes:
-        missing[box.get("image", "")].append({k: v for k, v in box.items() if k != "image"})
-    scores, labels = (
-        image_attributes(plan.target_image),
-        image_attributes(plan.label_image, label=True),
-    )
+        of_image = {name: value for name, value in box.items() if name != "image"}
+        boxes[box.get("image", "")].append(of_image)
 
-    def provenance_of(image: str) -> dict[str, Any]:
-        return {PROVENANCE: {**provenance_by(plan, known[image]), "missing_boxes": missing[image]}}
+    def provenance_of(path: str) -> Json:
+        return {PROVENANCE: provenance_by(plan, volumes[path], boxes[path])}
 
-    def publish_image(image: str) -> None:
-        provenance = provenance_of(image)
-        # Labels first: whoever sees the image then sees all of it.
-        for group in groups_of(plan, image):
-            attributes = scores if group.kind == "scores" else labels
-            write_group(group.location(plan), version, {**attributes, **provenance})
-            if group.kind != "scores":
-                list_labels(plan, group.parent(plan) / "labels", add=group.name(plan))
+    def publish_image(image: ImageTarget) -> None:
+        provenance = provenance_of(image.path)
+        for group in image.groups:
+            metadata = image_attributes(image.metadata_of(group), label=group.is_label)
+            write_group(group.location, target.version, {**metadata, **provenance})
+            if group.is_label:
+                image.list_labels(add=group.name)
 
-    map_threaded(publish_image, images(plan))
-    if is_whole_plate(plan):
-        list_fields(plan, own=True, missing_boxes=missing_boxes)
-    elif "scores" not in plan.arrays and plan.plate is None and not is_in_place(plan):
-        write_group(plan.target, version, provenance_of(""))
+    map_threaded(publish_image, target.images)
+    if plan.plate is not None and not target.is_in_place:
+        _list_own_fields(target, plan.plate, missing_boxes)
+    elif "scores" not in plan.arrays and not target.is_in_place:
+        write_group(target.location, target.version, provenance_of(""))
 
 
-def list_fields(plan: Plan, *, own: bool, missing_boxes: Sequence[dict[str, Any]] = ()) -> None:
-    """Keep the listing of a plate: with the fields of this run or without, and with those that others finished."""
-    assert plan.plate is not None
-    root, version, mine = plan.target, plan.target_image.version, set(images(plan))
-    there = read_plate(root) if is_plate(root) else replace(plan.plate, fields=())
-    others = replace(there, fields=tuple(field for field in there.fields if field.path not in mine))
-    if not (own or others.fields):
-        write_group(root, version, {PROVENANCE: mark_of(plan)}, replace=True)
-        return
-    earlier = (provenance_at(root) or {}).get("missing_boxes", [])
-    boxes = [box for box in earlier if box.get("image") not in mine] + list(missing_boxes)
-    write_plate(
-        root, join_plates(plan.plate if own else replace(plan.plate, fields=()), others), version
-    )
-    write_group(root, version, {PROVENANCE: {**provenance_by(plan, []), "missing_boxes": boxes}})
+def _fields_of_others(target: Target) -> Plate:
+    """Return the plate at the target without the fields of this run."""
+    assert target.plan.plate is not None
+    if not is_plate(target.location):
+        return replace(target.plan.plate, fields=())
+    plate = read_plate(target.location)
+    others = [field for field in plate.fields if field.path not in target.paths]
+    return replace(plate, fields=tuple(others))
 
 
-def refresh_consolidated(plan: Plan) -> None:
-    """Let groups that repeat the metadata of all below them, mostly in sources, tell of what this run wrote."""
-    root = plan.target
-    fields = plan.plate.fields if is_whole_plate(plan) and plan.plate else ()
-    wells = [root, *(root / part for field in fields for part in (field.row, field.well))]
-    written = {image: places(plan, image) + _tables(plan, image) for image in images(plan)}
-    _refresh(root, [*wells, *(place for of_image in written.values() for place in of_image)])
-    if is_in_place(plan):
-        map_threaded(lambda image: _refresh(root / image, written[image]), filter(None, written))
-        for above in _above(root):
-            _refresh(above, [root, *written.get("", [])])
+def _list_other_fields(target: Target) -> None:
+    """List the fields that other runs finished, and none of this run."""
+    assert target.plan.plate is not None
+    others = _fields_of_others(target)
+    if others.fields:
+        plate = join_plates(replace(target.plan.plate, fields=()), others)
+        _write_plate(target, plate, ())
+    else:
+        write_group(target.location, target.version, {PROVENANCE: target.mark}, replace=True)
 
 
-def _above(image: Location) -> list[Location]:
-    """Return the groups of the plate that an image is a field of: well, row, plate; or none."""
+def _list_own_fields(target: Target, plate: Plate, missing_boxes: Sequence[Json]) -> None:
+    """List the fields of this run, and those that other runs finished."""
+    _write_plate(target, join_plates(plate, _fields_of_others(target)), missing_boxes)
+
+
+def _write_plate(target: Target, plate: Plate, missing_boxes: Sequence[Json]) -> None:
+    earlier = (provenance_at(target.location) or {}).get("missing_boxes", [])
+    boxes = [box for box in earlier if box.get("image") not in target.paths]
+    provenance = provenance_by(target.plan, (), [*boxes, *missing_boxes])
+    write_plate(target.location, plate, target.version)
+    write_group(target.location, target.version, {PROVENANCE: provenance})
+
+
+# -- metadata that are repeated above
+
+
+def refresh_consolidated(target: Target) -> None:
+    """Update groups that repeat the metadata of all below them with what this run wrote.
+
+    Such groups are mostly in sources.
+    """
+    root = target.location
+    below = [root]
+    plate = target.plan.plate
+    if plate is not None and not target.is_in_place:
+        for field in plate.fields:
+            below += [root / field.row, root / field.well]
+    written = {image.path: image.nodes + _tables(target, image) for image in target.images}
+    for nodes in written.values():
+        below += nodes
+    _refresh(root, below)
+    if target.is_in_place:
+        fields = [path for path in written if path]
+        map_threaded(lambda path: _refresh(root / path, written[path]), fields)
+        for group in _plate_groups_above(root):
+            _refresh(group, [root, *written.get("", [])])
+
+
+def _plate_groups_above(image: Location) -> list[Location]:
+    """Return well, row and plate of an image that is a field; none of another image."""
     well = image.parent
     try:
         is_field = "well" in open_ome_group(well, "well")[1]
     except (SourceError, StoreError):
-        # Who may write an image need not be allowed to look at what is above it.
+        # A user who may write an image need not be allowed to read the groups above it.
         is_field = False
     return [well, well.parent, well.parent.parent] if is_field else []
 
 
 def _refresh(group: Location, below: list[Location]) -> None:
-    update_consolidated(
-        group, list(dict.fromkeys(place.url.removeprefix(group.url).strip("/") for place in below))
-    )
+    paths = [node.url.removeprefix(group.url).strip("/") for node in below]
+    update_consolidated(group, list(dict.fromkeys(paths)))
 
 
-def _tables(plan: Plan, image: str) -> list[Location]:
-    if "measurements" not in plan.options.outputs:
+def _tables(target: Target, image: ImageTarget) -> list[Location]:
+    if "measurements" not in target.plan.options.outputs:
         return []
-    tables = plan.target / image / "tables"
-    return [
-        tables,
-        *(tables / group.name(plan) for group in groups_of(plan, image) if group.kind == "labels"),
-    ]
-
-
-def list_labels(plan: Plan, labels: Location, *, add: str = "", remove: str = "") -> None:
-    """Keep the list of label images in a ``labels`` group, which viewers go by."""
-    version = plan.target_image.version
-    ome = read_ome(labels)
-    names = [n for n in ome.get("labels") or [] if n not in (add, remove)] + ([add] if add else [])
-    listed = versioned({"labels": names}, version)
-    write_group(labels, version, {"ome": {**ome, **listed["ome"]}} if version == "0.5" else listed)
-
-
-def provenance_by(
-    plan: Plan, found: Sequence[tuple[PlannedVolume, VolumeState | None]]
-) -> dict[str, Any]:
-    """Return all that determines the result and nothing else: no times, hosts or workers.
-
-    Without what was found in the volumes, which a run knows at its end, for comparison.
-    """
-    source, threshold = plan.source_image, plan.options.threshold
-    engine = plan.engine.record(plan.batch)
-    # Any block gives the same voxels, and the engine has an entry of its own.
-    settings = {
-        k: v for k, v in plan.options.result_options().items() if k not in engine and k != "block"
-    }
-
-    averaged = [
-        {"name": b.name, "digest": b.digest}
-        for b in plan.model.bundles
-        if len(plan.model.bundles) > 1
-    ]
-    outputs = plan.model.outputs
-
-    def per_channel(*names: str) -> list[dict[str, Any]]:
-        rows = []
-        for volume, state in found:
-            of_channels: Sequence[ChannelStatistics | None] = state.statistics if state else ()
-            for i, c in enumerate(volume.channels):
-                statistics = of_channels[i] if of_channels else None
-                values = {name: getattr(statistics, name, None) for name in names}
-                rows.append({"t": volume.t, "c": c, **values})
-        return rows
-
-    def thresholds() -> list[dict[str, Any]]:
-        rows = []
-        for volume, state in found:
-            by_output = state.by_output if state else ()
-            for i, output in enumerate(outputs):
-                row: dict[str, Any] = {"t": volume.t, "c": volume.c}
-                if len(outputs) > 1:
-                    row["output"] = output
-                row["threshold"] = (by_output[i] if by_output else OutputState()).threshold
-                rows.append(row)
-        return rows
-
-    return {
-        "model": {
-            "name": plan.model.name,
-            "digest": plan.model.digest,
-            **({"averaged": averaged} if averaged else {}),
-        },
-        "settings": settings,
-        "engine": engine,
-        "normalization": per_channel("mean", "std"),
-        "threshold": thresholds() if plan.options.is_automatic and plan.has_mask else threshold,
-        "source": {
-            "digest": plan.source_digest,
-            "shape": source.levels[0].shape,
-            "dtype": source.dtype,
-            "statistics": per_channel("minimum", "maximum"),
-        },
-        "versions": _versions(),
-        "missing_boxes": [],
-    }
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("megaseg-dask", "torch", "monai", "numpy")}
+    tables = image.location / "tables"
+    names = [group.name for group in image.groups if group.kind == "labels"]
+    return [tables, *(tables / name for name in names)]

@@ -1,34 +1,35 @@
-"""One function per stage: it reads what the stage before wrote, and writes its own objects.
+"""A process that runs tasks: it gets a task by its number, and returns a small summary.
 
-A task gets its plan's address and its number, and returns a small summary;
-no voxel travels through the scheduler. A task may run twice: it then writes
-the same voxels to the same places.
+No voxel travels through a scheduler. A task may run twice: it then writes the
+same voxels to the same places.
 """
 
-import functools
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from importlib import import_module
 from typing import Any
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, StoreError, TaskError
 from megaseg_dask.events import Failure
-from megaseg_dask.plan.plan import Plan, PlannedVolume
-from megaseg_dask.plan.stages import Stage
+from megaseg_dask.plan.plan import Plan, PlannedVolume, runs_folder
+from megaseg_dask.run.lease import Leases, Permit
 from megaseg_dask.run.state import TaskSummary
+from megaseg_dask.run.tasks.functions import run_on_volume
 from megaseg_dask.run.tasks.process_memory import peak_bytes, release, reset_peak
-from megaseg_dask.run.workspace import holding
+from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import Location, clear_array_cache
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a task ended: its summary, or the error in one line and whether another attempt may help."""
+    """How a task ended: its summary, or the error in one line.
+
+    ``is_infrastructure`` says whether another attempt may help.
+    """
 
     index: int
     summary: TaskSummary = field(default_factory=TaskSummary)
@@ -39,88 +40,124 @@ class Outcome:
     details: str = ""
 
 
-@functools.lru_cache(maxsize=1)
-def load_plan(run: Location, fingerprint: str) -> Plan:
-    """Read the plan of a run, once per process; raises :class:`TaskError` if it is another by now."""
-    # Arrays of an earlier run may have been replaced by others at the same place.
-    clear_array_cache()
-    plan = Plan.model_validate_json(run.get("plan.json") or b"{}")
-    if plan.fingerprint != fingerprint:
-        raise TaskError(f"{run}/plan.json was replaced by another plan while this run was going on")
-    return plan
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The run that a process works for: its folder, its plan, and the lease of its client."""
+
+    run: Location
+    fingerprint: str
+    lease_id: str
+
+    def open_workspace(self) -> Workspace:
+        """Return the workspace of the run.
+
+        Raises:
+            TaskError: Another plan is recorded there by now.
+        """
+        # Arrays of an earlier run may have been replaced by others at the same place.
+        clear_array_cache()
+        plan = RunFolder(self.run).read_plan()
+        if plan.fingerprint != self.fingerprint:
+            raise TaskError(
+                f"{self.run}/plan.json was replaced by another plan while this run was going on"
+            )
+        return Workspace(plan, Permit(Leases(runs_folder(plan.target)), self.lease_id))
 
 
-@functools.lru_cache(maxsize=1)
-def enter_stage(stage: str) -> None:
-    """Once per stage and process: what the last stage held is not this one's memory."""
-    release()
-    reset_peak()
+class Worker:
+    """What a process keeps from one task of a run to the next."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        """Run tasks of the plan of a workspace."""
+        self._workspace = workspace
+        # Its memory is that of this many tasks, however many threads it has.
+        self._places = threading.Semaphore(workspace.plan.tasks_at_once)
+        self._lock = threading.Lock()
+        self._n_running = 0
+        self._stage = ""
+
+    def attempt(self, stage: str, index: int) -> Outcome:
+        """Run one task when there is room for it, and return how it ended."""
+        with self._places, self._measured(stage):
+            started_s = time.perf_counter()
+            try:
+                self._workspace.begin_task()
+                summary = run_task(self._workspace, stage, index)
+            except Exception as error:
+                # As text: the exception of a library may not survive the way to the client.
+                is_ours = isinstance(error, MegasegError)
+                return Outcome(
+                    index,
+                    error=describe(error),
+                    is_infrastructure=is_infrastructure(error),
+                    details="" if is_ours else traceback.format_exc(),
+                )
+            seconds = round(time.perf_counter() - started_s, 4)
+            return Outcome(index, summary, seconds, peak_bytes())
+
+    @contextmanager
+    def _measured(self, stage: str) -> Iterator[None]:
+        """Measure memory anew when a stage begins, unless tasks of another are still running."""
+        with self._lock:
+            if stage != self._stage and self._n_running == 0:
+                release()
+                reset_peak()
+                self._stage = stage
+            self._n_running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_running -= 1
 
 
-def function_of(stage: Stage) -> Callable[..., Any]:
-    """Return the function below this package that a stage names."""
-    module, _, name = stage.function.partition(".")
-    function: Callable[..., Any] = getattr(import_module(f"{__package__}.{module}"), name)
-    return function
+class WorkerProcess:
+    """The worker of this process: it is replaced as soon as a task of another run comes."""
+
+    def __init__(self) -> None:
+        """Begin without a worker."""
+        self._lock = threading.Lock()
+        self._assignment: Assignment | None = None
+        self._worker: Worker | None = None
+
+    def worker_for(self, assignment: Assignment) -> Worker:
+        """Return the worker for a run.
+
+        Raises:
+            TaskError: Another plan is recorded there by now.
+        """
+        with self._lock:
+            if self._worker is None or assignment != self._assignment:
+                self._worker = Worker(assignment.open_workspace())
+                self._assignment = assignment
+            return self._worker
 
 
-def run_task(plan: Plan, stage: str, index: int) -> TaskSummary:
+_PROCESS = WorkerProcess()
+
+
+def run_tasks(assignment: Assignment, stage: str, indices: list[int]) -> list[Outcome]:
+    """Run tasks of a recorded plan, one after the other; what cluster workers call."""
+    worker = _PROCESS.worker_for(assignment)
+    return [worker.attempt(stage, index) for index in indices]
+
+
+def run_task(workspace: Workspace, stage: str, index: int) -> TaskSummary:
     """Run one task of a plan and return its summary."""
-    planned = plan.stage(stage)
-    volume, number = plan.split_index(stage, index)
-    function = function_of(planned.declared)
-    if planned.declared.per == "volume":
-        summary: TaskSummary = function(plan, volume, number)
-        return summary
-    if planned.declared.over == "levels":
-        function = partial(function, level=planned.level)
-    outputs = plan.outputs_of(volume)
-    return TaskSummary(by_output=tuple(function(plan, output, number) for output in outputs))
+    planned = workspace.plan.stage(stage)
+    volume, number = divmod(index, planned.per_volume)
+    return run_on_volume(workspace, planned, volume, number)
 
 
-def run_tasks(
-    run: Location, fingerprint: str, lease_id: str | None, stage: str, indices: list[int]
-) -> list[Outcome]:
-    """Run tasks of a recorded plan, one after the other, for the client that holds the lease; what workers call."""
-    plan = load_plan(run, fingerprint)
-    with holding(lease_id):
-        return [_attempt_in_turn(plan, stage, index) for index in indices]
-
-
-def _attempt_in_turn(plan: Plan, stage: str, index: int) -> Outcome:
-    # However many threads a worker has, its memory is that of as many tasks as the plan projects.
-    with _places(plan.tasks_at_once):
-        return attempt(plan, stage, index)
-
-
-@functools.cache
-def _places(n: int) -> threading.Semaphore:
-    return threading.Semaphore(n)
-
-
-def attempt(plan: Plan, stage: str, index: int) -> Outcome:
-    """Run one task of a plan, and tell how it ended."""
-    enter_stage(stage)
-    started = time.perf_counter()
-    try:
-        summary = run_task(plan, stage, index)
-    except Exception as error:
-        # As text: an exception of a library may not survive the way to the client.
-        details = "" if isinstance(error, MegasegError) else traceback.format_exc()
-        return Outcome(
-            index,
-            error=describe(error),
-            is_infrastructure=is_infrastructure(error),
-            details=details,
-        )
-    return Outcome(index, summary, round(time.perf_counter() - started, 4), peak_bytes())
+# -- how tasks fail
 
 
 def failure_of(plan: Plan, stage: str, outcome: Outcome) -> Failure:
     """Return the event that names a failed task: its volume, its box, its error."""
-    planned = plan.volumes[plan.split_index(stage, outcome.index)[0]]
+    volume, _ = plan.split_index(stage, outcome.index)
+    name = volume_name(plan.volumes[volume])
     box = str(task_box(plan, stage, outcome.index))
-    return Failure(stage, outcome.index, volume_name(planned), box, outcome.error, outcome.details)
+    return Failure(stage, outcome.index, name, box, outcome.error, outcome.details)
 
 
 def volume_name(planned: PlannedVolume) -> str:
@@ -136,7 +173,7 @@ def describe(error: BaseException) -> str:
 
 
 def is_infrastructure(error: BaseException) -> bool:
-    """Tell whether another attempt may help: a store or connection that failed, not a bug or bad data."""
+    """Return whether another attempt may help: a store or connection failed, not the data."""
     return isinstance(error, StoreError | ConnectionError | TimeoutError)
 
 
@@ -144,22 +181,21 @@ def task_box(plan: Plan, stage: str, index: int) -> Box:
     """Return the voxels that a task is about, at its level."""
     _, number = plan.split_index(stage, index)
     grid = plan.grid(plan.stage(stage))
-    return grid[number] if grid else Box.of(plan.volume_shape)
+    return Box.of(plan.volume_shape) if grid is None else grid[number]
 
 
 def missing_box(plan: Plan, stage: str, index: int) -> dict[str, Any]:
-    """Return what is missing in the output because a task failed, as JSON values: volume, level and box."""
+    """Return what the output lacks because a task failed, as JSON values: volume, level and box."""
     volume, _ = plan.split_index(stage, index)
     planned = plan.volumes[volume]
-    failed = plan.stage(stage)
-    is_whole = failed.declared.loss == "volume"
+    declared = plan.stage(stage)
+    # Without statistics nothing of a volume can be predicted.
+    is_whole = declared.declared.loss == "volume"
     box = Box.of(plan.volume_shape) if is_whole else task_box(plan, stage, index)
-    where = {"image": planned.image} if planned.image else {}
-    return {
-        **where,
-        "t": planned.t,
-        "c": planned.c,
-        "level": failed.level,
-        "start": list(box.start),
-        "stop": list(box.stop),
-    }
+    missing: dict[str, Any] = {"image": planned.image} if planned.image else {}
+    missing["t"] = planned.t
+    missing["c"] = planned.c
+    missing["level"] = declared.level
+    missing["start"] = list(box.start)
+    missing["stop"] = list(box.stop)
+    return missing

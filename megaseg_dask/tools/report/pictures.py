@@ -14,7 +14,7 @@ from megaseg_dask.algorithms.blending import max_score
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import Output, Plan
-from megaseg_dask.run.workspace import product, sources
+from megaseg_dask.run.workspace import Workspace
 from megaseg_dask.tools.report.sampling import UNREADABLE, choose_view, whole_or_middle
 from megaseg_dask.tools.report.seams import AXES, Face
 
@@ -100,9 +100,9 @@ def _volumes_of(face: Face) -> Iterator[tuple[str, Volume, tuple[int, ...]]]:
     plan = face.plan
     for kind in _kinds(plan):
         if kind == "image":
-            yield kind, sources(plan, face.output.volume)[0], plan.region.start
+            yield kind, Workspace(plan).sources(face.output.volume)[0], plan.region.start
         else:
-            yield kind, product(plan, kind, face.output), (0, 0, 0)
+            yield kind, Workspace(plan).array(kind, face.output), (0, 0, 0)
 
 
 def _axis_along(face: Face) -> int:

@@ -14,7 +14,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.plan.plan import Output, Plan
-from megaseg_dask.run import workspace
+from megaseg_dask.run.workspace import Readable, Workspace
 
 Array = NDArray[Any]
 
@@ -36,9 +36,9 @@ class View:
     def read(self, plan: Plan, kind: str, output: Output) -> Array:
         """Read the box of one output, ``(z, y, x)``; of a source, its first channel."""
         if self.is_source:
-            volume = workspace.sources(plan, output.volume, self.level)[0]
+            volume: Readable = Workspace(plan).sources(output.volume, self.level)[0]
         else:
-            volume = workspace.product(plan, kind, output, self.level)
+            volume = Workspace(plan).array(kind, output, self.level)
         return volume.read(self.box)
 
 

@@ -23,7 +23,7 @@ from megaseg_dask.algorithms.blending import max_score
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.plan.plan import Output, Plan
-from megaseg_dask.run import workspace
+from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.tools.report.sampling import UNREADABLE
 
 Array = NDArray[Any]
@@ -311,7 +311,7 @@ def _count(face: Face) -> Sums:
 
 def _pairs(face: Face, kind: str, chosen: Array) -> tuple[Array, Array]:
     """Return the first and the second planes of the chosen pairs."""
-    values = workspace.product(face.plan, kind, face.output).read(face.box)
+    values = Target(face.plan).array(kind, face.output).read(face.box)
     planes = np.moveaxis(values, face.axis, 0)
     return planes[:-1][chosen], planes[1:][chosen]
 

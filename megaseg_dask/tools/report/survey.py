@@ -20,10 +20,11 @@ from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TaskError
 from megaseg_dask.ngff.tables import iter_columns
 from megaseg_dask.plan.plan import Output, Plan
-from megaseg_dask.run import workspace
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
+from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.tables import table_location
+from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.tools.report.sampling import (
     UNREADABLE,
     View,
@@ -183,7 +184,7 @@ def _summaries(run: Run) -> dict[int, TaskSummary | None]:
 
 def _state(plan: Plan, volume: int) -> VolumeState | None:
     try:
-        return workspace.read_state(plan, volume)
+        return RunFolder(plan.run).read_state(volume)
     except TaskError:
         return None
 
@@ -220,7 +221,7 @@ def _read_table(plan: Plan, result: Survey) -> bool:
     sizes = np.zeros_like(result.sizes)
     columns = ("well", "field", "timepoint", "channel", "output", "volume_voxels")
     try:
-        for *keys, volumes in iter_columns(table_location(plan), columns):
+        for *keys, volumes in iter_columns(table_location(plan.target), columns):
             sizes += _size_histogram(volumes)
             for rows in _groups(keys):
                 well, name, t, c, output = (column[rows[0]] for column in keys)
@@ -322,7 +323,7 @@ def _score_histogram(plan: Plan, sample: tuple[Output, Box]) -> Array:
     output, box = sample
     edges = np.linspace(0, 1, N_SCORE_BINS + 1) * max_score(plan.options.scores_dtype)
     try:
-        values = workspace.product(plan, "scores", output).read(box)
+        values = Target(plan).array("scores", output).read(box)
     except UNREADABLE:
         # The volume is reported elsewhere.
         values = np.empty(0)

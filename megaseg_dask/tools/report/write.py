@@ -7,7 +7,7 @@ the table of measurements, and samples of the outputs.
 
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.plan.plan import Plan, runs_folder
-from megaseg_dask.run.target import ownership
+from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.page import render
 
@@ -38,21 +38,16 @@ def find_plans(target: str, label_name: str | None = None) -> list[Plan]:
     """
     location = Location.of(target)
     location.probe(TargetError)
-    folder = runs_folder(location)
-    names = [label_name] if label_name else _label_names(folder)
-    plans_by_name = {name: ownership.read_parts(location, name) for name in names}
-    recorded = {name: plans for name, plans in plans_by_name.items() if plans}
+    recorded: dict[str, list[Plan]] = {}
+    for plan in RunFolder.plans(location, label_name):
+        recorded.setdefault(plan.options.label_name, []).append(plan)
     if not recorded:
         raise TargetError(
-            f"no run is recorded at {folder}{location.hint()}; start one with megaseg segment"
+            f"no run is recorded at {runs_folder(location)}{location.hint()}; "
+            "start one with megaseg segment"
         )
     if len(recorded) > 1:
         names_text = ", ".join(recorded)
         raise SettingsError(f"{location} has runs {names_text}; choose one with --label-name")
     (plans,) = recorded.values()
     return plans
-
-
-def _label_names(folder: Location) -> list[str]:
-    # Further parts of a plate have a plus in their names, which no label name contains.
-    return [name for name in folder.children() if (folder / name).is_folder() and "+" not in name]

@@ -18,9 +18,9 @@ from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate
 from megaseg_dask.ngff.volume import Volume
-from megaseg_dask.plan.plan import Plan, runs_folder
-from megaseg_dask.run import workspace
-from megaseg_dask.run.target.ownership import read_parts
+from megaseg_dask.plan.plan import Plan
+from megaseg_dask.run.target.arrays import ImageTarget, Target
+from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
 Limits = tuple[float, float]
@@ -144,7 +144,7 @@ class Gallery:
         raise SourceError(f"{self.location / field} is no OME-Zarr image that can be read")
 
     def _layers(self, field: str) -> Iterator[Layer]:
-        plans = [plan for plan in self.plans if field in workspace.images(plan)]
+        plans = [plan for plan in self.plans if field in Target(plan).paths]
         for plan in plans:
             yield from _run_layers(plan, field)
         if not plans:
@@ -158,17 +158,7 @@ def _read_plans(location: Location, label_name: str | None) -> list[Plan]:
     """Return the plans recorded beside an address, of one label name or of all."""
     if not location.is_listable:
         return []
-    names = [label_name] if label_name else _recorded_label_names(location)
-    plans = []
-    for name in names:
-        plans += read_parts(location, name)
-    return plans
-
-
-def _recorded_label_names(location: Location) -> list[str]:
-    folder = runs_folder(location)
-    runs = [name for name in folder.children() if (folder / name).is_folder()]
-    return sorted({name.partition("+")[0] for name in runs})
+    return RunFolder.plans(location, label_name)
 
 
 def _run_layers(plan: Plan, field: str) -> Iterator[Layer]:
@@ -176,12 +166,12 @@ def _run_layers(plan: Plan, field: str) -> Iterator[Layer]:
     channels = set[int]().union(*(volume.channels for volume in plan.volumes))
     yield from _image_layers(plan.source / field, sorted(channels))
     limits = (0.0, max_score(plan.options.scores_dtype))
-    for group in workspace.groups_of(plan, field):
-        location = group.location(plan)
+    for group in ImageTarget(plan, field).groups:
+        location = group.location
         if group.kind == "scores":
             yield from _group_layers(location, SCORES, "scores", limits)
         else:
-            yield from _group_layers(location, LABELS, f"labels {group.name(plan)}")
+            yield from _group_layers(location, LABELS, f"labels {group.name}")
 
 
 def _image_layers(location: Location, channels: Iterable[int] | None = None) -> Iterator[Layer]:

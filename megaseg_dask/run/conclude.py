@@ -1,0 +1,155 @@
+"""How a run begins and ends: its record and empty arrays, then its metadata and its result.
+
+The order of writes is such that a run killed at any moment finds its record
+and goes on; a target without a record is not ours.
+"""
+
+import time
+from collections.abc import Sequence
+from itertools import chain
+
+from megaseg_dask.concurrency import map_threaded
+from megaseg_dask.events import Result
+from megaseg_dask.plan.plan import Plan
+from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.state import Ending, TaskSummary, VolumeState
+from megaseg_dask.run.status import unread_fields
+from megaseg_dask.run.target import publish
+from megaseg_dask.run.target.arrays import Target
+from megaseg_dask.run.target.tables import remove_tables, write_tables
+from megaseg_dask.run.tasks.worker import missing_box, volume_name
+from megaseg_dask.run.workspace import RunFolder
+
+
+def begin(plan: Plan, journal: Journal) -> None:
+    """Record the plan, then create its arrays, again and again until a task is done."""
+    target = Target(plan)
+    folder = RunFolder(plan.run)
+    is_new = journal.n_done == 0
+    if is_new:
+        folder.clear()
+    folder.record(plan)
+    if is_new:
+        target.clear()
+        if plan.options.overwrite:
+            remove_tables(target)
+        publish.create(target)
+    else:
+        reopen(target)
+    publish.refresh_consolidated(target)
+
+
+def reopen(target: Target) -> None:
+    """Unpublish a run that goes on, and remove objects that it was writing when it was stopped."""
+    publish.withdraw(target)
+    for group in target.iter_groups():
+        group.location.sweep_partial()
+    target.plan.run.sweep_partial()
+
+
+def already_done(plan: Plan, journal: Journal) -> Result:
+    """Return the result of a run that was complete before."""
+    # A run that was killed in its last moment left them.
+    RunFolder(plan.run).remove_work()
+    failures = unread_fields(plan)
+    return Result(
+        status="failed" if failures else "done",
+        target=plan.target.url,
+        n_objects=None if failures else count_objects(plan, journal),
+        wall_s=0.0,
+        already_done=True,
+        failures=failures,
+        warnings=journal.result.warnings if journal.result else [],
+        run=plan.run.url,
+    )
+
+
+def conclude(
+    plan: Plan, journal: Journal, started_s: float, *, is_published: bool = True
+) -> Result:
+    """Publish what there is once all tasks were tried; record the end of a run without failures."""
+    failures = [*journal.failed.values(), *unread_fields(plan)]
+    states = read_states(plan, journal)
+    if any(states) and is_published:
+        _publish(plan, journal, states)
+    warnings = _warnings(plan, states, journal)
+    n_objects = None
+    if not failures:
+        n_objects = count_objects(plan, journal)
+        journal.finish(Ending(n_objects, warnings))
+        RunFolder(plan.run).remove_work()
+    return Result(
+        status="failed" if failures else "done",
+        target=plan.target.url,
+        n_objects=n_objects,
+        wall_s=round(time.monotonic() - started_s, 3),
+        failures=failures,
+        warnings=warnings,
+        peak_bytes={
+            name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks
+        },
+        run=plan.run.url,
+    )
+
+
+def _publish(plan: Plan, journal: Journal, states: Sequence[VolumeState | None]) -> None:
+    target = Target(plan)
+    missing = [missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
+    publish.publish(target, states, missing)
+    if "measurements" in plan.options.outputs:
+        write_tables(target)
+    publish.refresh_consolidated(target)
+
+
+def read_states(plan: Plan, journal: Journal) -> list[VolumeState | None]:
+    """Return the state of each volume; ``None`` for one that is missing as a whole."""
+    if plan.is_one_task:
+        return list(map(_state_of, journal.by_index(plan.stages[0].name)))
+    unmeasured = set()
+    for stage, index in journal.failed:
+        if plan.stage(stage).declared.loss == "volume":
+            unmeasured.add(plan.split_index(stage, index)[0])
+
+    def read(volume: int) -> VolumeState | None:
+        return None if volume in unmeasured else RunFolder(plan.run).read_state(volume)
+
+    return map_threaded(read, range(len(plan.volumes)))
+
+
+def _state_of(summary: TaskSummary | None) -> VolumeState | None:
+    if summary is None:
+        return None
+    return VolumeState(statistics=summary.statistics, by_output=summary.by_output)
+
+
+def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal) -> list[str]:
+    """Name volumes whose segmentation is meaningless; count absent chunks and smaller batches."""
+    warnings = []
+    for planned, state in zip(plan.volumes, states, strict=True):
+        if state and any(channel.std == 0 for channel in state.statistics):
+            warnings.append(f"{volume_name(planned)} is constant; its segmentation is meaningless")
+    summaries = list(
+        chain.from_iterable(journal.summaries(stage.name) for stage in plan.stages[:2])
+    )
+    n_absent = sum(summary.absent for summary in summaries)
+    if n_absent:
+        warnings.append(
+            f"{n_absent} chunks of the source are not there, and were read as its fill value"
+        )
+    batches = [summary.batch for summary in summaries if summary.batch]
+    if batches:
+        warnings.append(
+            f"a device ran out of memory: {len(batches)} tasks went in batches down to "
+            f"{min(batches)}, not {plan.batch}, which may change the last bits; "
+            "choose a smaller --batch"
+        )
+    return warnings
+
+
+def count_objects(plan: Plan, journal: Journal) -> int | None:
+    """Return the objects in all volumes; ``None`` if no labels are written."""
+    stage = plan.stage_telling("objects")
+    if stage is None or "labels" not in plan.options.outputs:
+        return None
+    outputs = chain.from_iterable(summary.by_output for summary in journal.summaries(stage.name))
+    return sum(output.n_objects or 0 for output in outputs)

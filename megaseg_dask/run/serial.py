@@ -1,0 +1,61 @@
+"""Tasks in this process, one after the other: `--workers 0`, job arrays, and most tests."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from megaseg_dask.events import Joined
+from megaseg_dask.plan.plan import Plan, runs_folder
+from megaseg_dask.run.lease import Leases, Permit
+from megaseg_dask.run.progress import Emit, Ready
+from megaseg_dask.run.retries import Retries
+from megaseg_dask.run.tasks.worker import Outcome, Worker
+from megaseg_dask.run.workspace import Workspace
+from megaseg_dask.stores import StoreOptions
+
+
+class SerialDispatcher:
+    """Runs the tasks of one run in this process."""
+
+    def __init__(self, worker: Worker, retries: Retries) -> None:
+        """Run tasks by a worker that belongs to this process."""
+        self._worker = worker
+        self._retries = retries
+
+    def outcomes(self, ready: Ready) -> Iterator[tuple[str, Outcome]]:
+        """Yield stage and outcome of each task, in order."""
+        while True:
+            stage, indices = ready(lambda stage, n_ready: 1)
+            if not indices:
+                return
+            for index in indices:
+                yield stage, self._attempt(stage, index)
+
+    def _attempt(self, stage: str, index: int) -> Outcome:
+        attempt = 1
+        outcome = self._worker.attempt(stage, index)
+        while outcome.is_infrastructure and self._retries.allow(attempt):
+            attempt += 1
+            time.sleep(self._retries.pause_s(attempt))
+            outcome = self._worker.attempt(stage, index)
+        return outcome
+
+
+class SerialExecutor:
+    """Carries out the tasks of a request in this process."""
+
+    dashboard: str | None = None
+    workers: Sequence[Joined] = ()
+
+    def check(self) -> None:
+        """Check nothing: this process made the plan."""
+
+    def ready(self, plan: Plan, options: StoreOptions) -> AbstractContextManager[None]:
+        """Do nothing: the stores of this process are configured."""
+        return nullcontext()
+
+    def dispatcher(self, plan: Plan, lease_id: str, emit: Emit) -> SerialDispatcher:
+        """Return a dispatcher of the tasks of one run."""
+        permit = Permit(Leases(runs_folder(plan.target)), lease_id)
+        worker = Worker(Workspace(plan, permit))
+        return SerialDispatcher(worker, Retries(plan.options.retries))

@@ -1,0 +1,50 @@
+"""How the runs on a target are: what is done, pending and failed, from their records alone."""
+
+from megaseg_dask.errors import TargetError
+from megaseg_dask.events import Failure, RunStatus
+from megaseg_dask.plan.plan import Plan, runs_folder
+from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.target.arrays import Target
+from megaseg_dask.run.target.ownership import is_present
+from megaseg_dask.run.workspace import RunFolder
+from megaseg_dask.stores import Location
+
+
+def status(target: str, label_name: str | None = None) -> list[RunStatus]:
+    """Return the status of each run on a target, of one label name or of all.
+
+    Raises:
+        TargetError: No run is recorded there, or its record cannot be read.
+    """
+    where = Location.of(target)
+    where.probe(TargetError)
+    plans = RunFolder.plans(where, label_name)
+    if not plans:
+        named = f" of the name {label_name}" if label_name else ""
+        raise TargetError(
+            f"no run{named} is recorded at {runs_folder(where)}{where.hint()}; "
+            "start one with megaseg segment"
+        )
+    return list(map(_status_of, plans))
+
+
+def _status_of(plan: Plan) -> RunStatus:
+    journal = Journal.read(plan)
+    return RunStatus(
+        label_name=plan.run.basename,
+        # A record beside arrays that are gone is a record of nothing.
+        done=journal.result is not None and is_present(Target(plan)),
+        stages={
+            stage.name: (int(journal.done(stage.name).sum()), stage.n_tasks)
+            for stage in plan.stages
+        },
+        failures=[*journal.failed.values(), *unread_fields(plan)],
+    )
+
+
+def unread_fields(plan: Plan) -> list[Failure]:
+    """Return what a plate lists and cannot be read: it has no task that could fail."""
+    missing = plan.plate.missing if plan.plate is not None else ()
+    return [
+        Failure("plan", number, path, "", reason) for number, (path, reason) in enumerate(missing)
+    ]

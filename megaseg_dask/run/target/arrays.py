@@ -1,0 +1,261 @@
+"""The images of a run at its target: where their groups and arrays are, and how they are made.
+
+A target is one image, or a plate of many. Until a run is published its groups
+carry the run's mark alone, so no reader can take a part for the whole.
+Removing touches only the groups and arrays that the run itself would write.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from megaseg_dask.algorithms.components import label_dtype
+from megaseg_dask.concurrency import map_threaded
+from megaseg_dask.ngff.group import read_ome, write_group
+from megaseg_dask.ngff.image import Image, versioned
+from megaseg_dask.ngff.volume import Volume, create_array
+from megaseg_dask.plan.plan import Output, Plan
+from megaseg_dask.run.target.provenance import PROVENANCE
+from megaseg_dask.stores import METADATA, Location, naming
+
+# Labels before the scores that they belong to: a reader that sees the image then sees all of it.
+_ORDER = ("mask", "labels", "scores")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """An image of scores, or a label image, of one field.
+
+    ``suffix`` is that of its channel, if it is a label image; ``image`` is the image that it is,
+    or belongs to.
+    """
+
+    kind: str
+    image: Location
+    name: str
+    suffix: str
+
+    @property
+    def is_label(self) -> bool:
+        """Return whether it is a label image."""
+        return self.kind != "scores"
+
+    @property
+    def location(self) -> Location:
+        """Return where its levels are."""
+        return self.image / f"labels/{self.name}" if self.is_label else self.image
+
+
+class ImageTarget:
+    """One image of a target: a field of a plate, or the target itself."""
+
+    def __init__(self, plan: Plan, path: str) -> None:
+        """Describe the image at ``path`` below the target; nothing is read."""
+        self.path = path
+        self.location = plan.target / path
+        self.labels = self.location / "labels"
+        self._plan = plan
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """What a run writes of the image."""
+        groups = []
+        for kind in sorted(self._plan.arrays, key=_ORDER.index):
+            suffixes = ("",) if kind == "scores" else self._plan.suffixes
+            groups += [self._group(kind, suffix) for suffix in suffixes]
+        return groups
+
+    @property
+    def label_groups(self) -> list[Group]:
+        """The label images among the groups, masks included."""
+        return [group for group in self.groups if group.is_label]
+
+    def _group(self, kind: str, suffix: str) -> Group:
+        name = self._plan.options.label_name + suffix
+        if kind == "mask":
+            name += "_mask"
+        return Group(kind, self.location, name, suffix)
+
+    @property
+    def nodes(self) -> list[Location]:
+        """The groups and arrays that a run makes of the image."""
+        groups = [group.location for group in self.groups]
+        levels = range(len(self._plan.target_image.levels))
+        nodes = list(groups)
+        for group in groups:
+            nodes += [group / str(level) for level in levels]
+        if self.label_groups:
+            nodes.append(self.labels)
+        return nodes
+
+    def metadata_of(self, group: Group) -> Image:
+        """Return the metadata of a group: of labels, those of the scores without channels."""
+        return self._plan.label_image if group.is_label else self._plan.target_image
+
+    def create(self, *, mark: dict[str, str], in_place: bool) -> None:
+        """Create the groups, with a mark, and the empty arrays.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        version = self._plan.target_image.version
+        for group in self.groups:
+            if group.is_label:
+                write_group(self.labels, version, {})
+            if group.is_label or not in_place:
+                write_group(group.location, version, {PROVENANCE: mark})
+            self._create_arrays(group)
+
+    def _create_arrays(self, group: Group) -> None:
+        plan = self._plan
+        image = self.metadata_of(group)
+        dtypes = {
+            "scores": plan.options.scores_dtype,
+            "mask": "uint8",
+            "labels": str(label_dtype(plan.volume_shape)),
+        }
+        dtype = dtypes[group.kind]
+        for level in range(len(image.levels)):
+            array = group.location / str(level)
+            with naming(array, "create"):
+                create_array(array, image, level, dtype, plan.layout(level), image.version)
+
+    def read_metadata(self) -> dict[str, bytes]:
+        """Return the metadata objects of all nodes, by key below the image."""
+        objects = {}
+        for node in self.nodes:
+            for name in METADATA:
+                data = node.get(name)
+                if data is not None:
+                    key = f"{node.url}/{name}".removeprefix(f"{self.location.url}/")
+                    objects[key] = data
+        return objects
+
+    def clear(self) -> None:
+        """Remove what the run would write of the image; nothing else."""
+        for group in self.groups:
+            if not group.is_label:
+                _remove_levels(group.location)
+            elif group.location.exists():
+                group.location.remove()
+                if folders(self.labels):
+                    self.list_labels(remove=group.name)
+                else:
+                    self.labels.remove()
+
+    def list_labels(self, *, add: str = "", remove: str = "") -> None:
+        """Keep the list of label images in the ``labels`` group, which viewers go by."""
+        version = self._plan.target_image.version
+        ome = read_ome(self.labels)
+        names = [name for name in ome.get("labels") or [] if name not in (add, remove)]
+        if add:
+            names.append(add)
+        listed = versioned({"labels": names}, version)
+        if version == "0.5":
+            listed = {"ome": {**ome, **listed["ome"]}}
+        write_group(self.labels, version, listed)
+
+
+class Target:
+    """All images of a run at its target."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Describe the target of a plan; nothing is read."""
+        self.plan = plan
+        self.location = plan.target
+        self.version = plan.target_image.version
+
+    @cached_property
+    def is_in_place(self) -> bool:
+        """Whether labels go into the source, whose own group and image are not ours."""
+        return self.location.is_same(self.plan.source)
+
+    @property
+    def is_whole_plate(self) -> bool:
+        """Whether the run writes the groups of a plate, and not only into its fields."""
+        return self.plan.plate is not None and not self.is_in_place
+
+    @cached_property
+    def images(self) -> list[ImageTarget]:
+        """The fields of a plate, or the one image that is the target itself."""
+        paths = dict.fromkeys(volume.image for volume in self.plan.volumes)
+        return [ImageTarget(self.plan, path) for path in paths]
+
+    @property
+    def paths(self) -> set[str]:
+        """The paths of all images below the target."""
+        return {image.path for image in self.images}
+
+    def iter_groups(self) -> Iterator[Group]:
+        """Yield all groups that the run writes, image by image."""
+        for image in self.images:
+            yield from image.groups
+
+    def iter_labels(self) -> Iterator[Group]:
+        """Yield the label images of objects: those that have measurements."""
+        return (group for group in self.iter_groups() if group.kind == "labels")
+
+    @property
+    def marked(self) -> list[Location]:
+        """The groups that carry the run's provenance; that of a plate belongs to all its runs."""
+        groups = [group.location for group in self.iter_groups()]
+        if not self.is_in_place and self.plan.plate is None:
+            groups.insert(0, self.location)
+        return list(dict.fromkeys(groups))
+
+    @property
+    def mark(self) -> dict[str, str]:
+        """What the groups of the run carry until it is complete."""
+        return {"unfinished": self.plan.fingerprint}
+
+    def array(self, kind: str, output: Output, level: int = 0) -> Volume:
+        """Return the scores, mask or labels of one output of a volume."""
+        planned = self.plan.volumes[output.volume]
+        channel = self.plan.target_channel(output)
+        if kind == "scores":
+            image = self.plan.target_image
+            group = self.location / planned.image
+        else:
+            image = self.plan.label_image
+            name = self.plan.options.label_name + self.plan.suffixes[channel]
+            if kind == "mask":
+                name += "_mask"
+            group = self.location / planned.image / f"labels/{name}"
+        return Volume(group / str(level), image.axis_names, t=planned.target_t, c=channel)
+
+    def create_images(self) -> None:
+        """Create the groups and empty arrays of all images.
+
+        The fields of a plate are alike: the first is made with care, and its metadata are copied.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        first, *others = self.images
+        first.create(mark=self.mark, in_place=self.is_in_place)
+        template = first.read_metadata() if others else {}
+
+        def copy(image: ImageTarget) -> None:
+            for key, data in template.items():
+                image.location.put(key, data)
+
+        map_threaded(copy, others)
+
+    def clear(self) -> None:
+        """Remove what the run would write at the target; nothing else."""
+        if self.location.exists():
+            map_threaded(ImageTarget.clear, self.images)
+
+
+def folders(group: Location) -> set[str]:
+    """Return the names of the folders in a group."""
+    return {name for name in group.children() if (group / name).is_folder()}
+
+
+def _remove_levels(group: Location) -> None:
+    """Remove the numbered arrays of an image and its metadata; labels and files beside them stay."""
+    for name in group.children():
+        if name.isdigit():
+            (group / name).remove()
+        elif name in ("zarr.json", ".zattrs", ".zgroup"):
+            group.delete(name)

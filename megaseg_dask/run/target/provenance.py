@@ -1,0 +1,117 @@
+"""What the groups of a run say of its making: all that determines the result, and nothing else.
+
+No times, hosts or workers: those are in the run folder. Until a run is
+complete its groups carry a mark in the place of the provenance.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from megaseg_dask.ngff.group import read_attributes
+from megaseg_dask.plan.plan import Plan, PlannedVolume
+from megaseg_dask.run.state import OutputState, VolumeState
+from megaseg_dask.stores import Location
+
+PROVENANCE = "megaseg"
+
+Json = dict[str, Any]
+# A volume, and its state at the end of a run; none if all of it is missing.
+Measured = tuple[PlannedVolume, VolumeState | None]
+
+
+def provenance_at(group: Location) -> Json | None:
+    """Return the mark or the provenance that a run left at a group, ``None`` if none did."""
+    try:
+        attributes = read_attributes(group)
+    except Exception:
+        return None
+    return attributes.get(PROVENANCE)
+
+
+def provenance_by(
+    plan: Plan, volumes: Sequence[Measured] = (), missing_boxes: Sequence[Json] = ()
+) -> Json:
+    """Return the provenance of some volumes of a run; without volumes, that of the whole run."""
+    # Any block gives the same voxels, and the engine has its own entry.
+    engine = plan.engine.record(plan.batch)
+    options = plan.options.result_options()
+    settings = {
+        name: value for name, value in options.items() if name not in engine and name != "block"
+    }
+    threshold: object = plan.options.threshold
+    if plan.options.is_automatic and plan.has_mask:
+        threshold = _thresholds(plan.model.outputs, volumes)
+    return {
+        "model": _model(plan),
+        "settings": settings,
+        "engine": engine,
+        "normalization": _per_channel(volumes, "mean", "std"),
+        "threshold": threshold,
+        "source": {
+            "digest": plan.source_digest,
+            "shape": plan.source_image.levels[0].shape,
+            "dtype": plan.source_image.dtype,
+            "statistics": _per_channel(volumes, "minimum", "maximum"),
+        },
+        "versions": _versions(),
+        "missing_boxes": list(missing_boxes),
+    }
+
+
+def is_of_run(plan: Plan, provenance: Mapping[str, Any] | None) -> bool:
+    """Return whether a group was made by a run of this plan, finished or not."""
+    if provenance is None:
+        return False
+    if provenance == {"unfinished": plan.fingerprint}:
+        return True
+    return _identity(provenance) == _identity(provenance_by(plan))
+
+
+def _identity(provenance: Mapping[str, Any]) -> str:
+    source = provenance.get("source", {}).get("digest")
+    rest = [provenance.get(key) for key in ("model", "settings", "engine")]
+    return json.dumps([source, *rest])
+
+
+def _model(plan: Plan) -> Json:
+    model: Json = {"name": plan.model.name, "digest": plan.model.digest}
+    if len(plan.model.bundles) > 1:
+        model["averaged"] = [
+            {"name": bundle.name, "digest": bundle.digest} for bundle in plan.model.bundles
+        ]
+    return model
+
+
+def _per_channel(volumes: Sequence[Measured], *names: str) -> list[Json]:
+    """Return some statistics of each channel of each volume; ``None`` where it was not measured."""
+    rows = []
+    for planned, state in volumes:
+        statistics = state.statistics if state else ()
+        for number, channel in enumerate(planned.channels):
+            row: Json = {"t": planned.t, "c": channel}
+            for name in names:
+                row[name] = getattr(statistics[number], name) if statistics else None
+            rows.append(row)
+    return rows
+
+
+def _thresholds(outputs: Sequence[str], volumes: Sequence[Measured]) -> list[Json]:
+    """Return the threshold of each output of each volume; ``None`` where none was found."""
+    rows = []
+    for planned, state in volumes:
+        for number, name in enumerate(outputs):
+            row: Json = {"t": planned.t, "c": planned.c}
+            if len(outputs) > 1:
+                row["output"] = name
+            known = state.output(number) if state else OutputState()
+            row["threshold"] = known.threshold
+            rows.append(row)
+    return rows
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("megaseg-dask", "torch", "monai", "numpy")}

@@ -1,0 +1,88 @@
+"""The stage ``measure``: statistics of each channel of a volume, for its normalization."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+from numpy.typing import NDArray
+
+from megaseg_dask.algorithms.geometry import BlockGrid, Box
+from megaseg_dask.algorithms.normalization import (
+    PARTITION_SHAPE,
+    Counts,
+    Normalization,
+    measure,
+    merge_statistics,
+)
+from megaseg_dask.plan.plan import Plan
+from megaseg_dask.run.state import ChannelStatistics, PartStatistics, TaskSummary
+from megaseg_dask.run.workspace import Workspace
+
+
+def measure_block(workspace: Workspace, volume: int, number: int) -> TaskSummary:
+    """Sum the intensities of each channel in one part of the measured level."""
+    plan = workspace.plan
+    level = plan.measure_level or 0
+    box = plan.measure_grid[number]
+    n_absent = 0
+    parts = []
+    for channel in workspace.sources(volume, level):
+        values = channel.read(box)
+        if level == 0:
+            n_absent += channel.count_absent(box, values)
+        parts.append(_measure_parts(plan, values, box))
+        # An error in the statistics then names this part, not the whole volume.
+        describe_channel(plan, parts[-1])
+    return TaskSummary(parts=tuple(parts), absent=n_absent)
+
+
+def _measure_parts(plan: Plan, values: NDArray[Any], box: Box) -> tuple[PartStatistics, ...]:
+    """Return the statistics of the parts of the fixed partition inside ``box``.
+
+    Floats keep an entry for each part; integers add up to one.
+    """
+    partition = BlockGrid(plan.measure_grid.volume_shape, PARTITION_SHAPE)
+    parts = []
+    for position in partition.iter_overlapping(box):
+        core = partition.core(position)
+        statistics = measure(
+            values[core.within(box).slices],
+            core,
+            nan_to_background=plan.options.nan_to_background,
+        )
+        parts.append(PartStatistics(partition.index(position), statistics))
+    if isinstance(parts[0].statistics, Counts):
+        total = merge_statistics(part.statistics for part in parts)
+        return (PartStatistics(parts[0].place, total),)
+    return tuple(parts)
+
+
+def describe_channel(plan: Plan, parts: Iterable[PartStatistics]) -> ChannelStatistics:
+    """Return mean, std and extremes of a channel from its parts, added in grid order.
+
+    Extremes are ``None`` where the settings give mean and std.
+
+    Raises:
+        DataError: The numbers have no exact mean or std.
+    """
+    normalization = plan.options.normalization
+    if isinstance(normalization, tuple):
+        return ChannelStatistics(*normalization)
+    in_order = sorted(parts, key=lambda part: part.place)
+    total = merge_statistics(part.statistics for part in in_order)
+    zscore = asdict(Normalization.of(total))
+    if not total.n:
+        # JSON has no infinity, which is the minimum of a volume without a finite voxel.
+        return ChannelStatistics(**zscore, minimum=0.0, maximum=0.0)
+    return ChannelStatistics(**zscore, minimum=total.minimum, maximum=total.maximum)
+
+
+def describe_volume(plan: Plan, summaries: Sequence[TaskSummary]) -> tuple[ChannelStatistics, ...]:
+    """Return the statistics of each channel of a volume from its ``measure`` tasks."""
+
+    def describe(channel: int) -> ChannelStatistics:
+        of_tasks = (summary.parts[channel] for summary in summaries)
+        return describe_channel(plan, chain.from_iterable(of_tasks))
+
+    return tuple(map(describe, range(plan.model.in_channels)))

@@ -1,0 +1,84 @@
+"""The stages of an automatic threshold: tables of logits, the threshold of a volume, its mask."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask.algorithms import thresholds
+from megaseg_dask.concurrency import read_ahead
+from megaseg_dask.errors import DataError
+from megaseg_dask.plan.memory import TABLES_READ_AHEAD
+from megaseg_dask.plan.plan import Output
+from megaseg_dask.run.state import OutputState
+from megaseg_dask.run.workspace import Workspace
+
+Float32 = NDArray[np.float32]
+
+
+def find_extremes(logits: Float32) -> OutputState:
+    """Return lowest and highest logit of a block; neither if no voxel is a number."""
+    known = logits[~np.isnan(logits)] if np.isnan(logits.min(initial=0)) else logits
+    if not known.size:
+        return OutputState()
+    return OutputState(low=float(known.min()), high=float(known.max()))
+
+
+def merge_extremes(blocks: Sequence[OutputState]) -> OutputState:
+    """Return lowest and highest logit of a volume from those of its blocks."""
+    lows = [block.low for block in blocks if block.low is not None]
+    highs = [block.high for block in blocks if block.high is not None]
+    return OutputState(low=min(lows, default=None), high=max(highs, default=None))
+
+
+def tabulate_block(workspace: Workspace, output: Output, number: int) -> OutputState:
+    """Write the table of one block's logits over the range of the whole volume.
+
+    Raises:
+        DataError: No voxel of the volume is a number.
+    """
+    options = workspace.plan.options
+    logits = workspace.array("logits", output).read(workspace.plan.block_grid()[number])
+    known = logits[~np.isnan(logits)] if options.nan_to_background else logits.ravel()
+    low, high = _range(workspace, output)
+    table = thresholds.tabulate(known, low, high, str(options.threshold))
+    workspace.save(output, _table_name(number), table)
+    return OutputState()
+
+
+def find_cutoff(workspace: Workspace, output: Output, _: int) -> OutputState:
+    """Find the threshold of a volume, a logit, from the tables of its blocks."""
+    tables = read_ahead(
+        lambda number: workspace.load(output, _table_name(number)),
+        workspace.present_blocks(output),
+        TABLES_READ_AHEAD,
+    )
+    merged = thresholds.merge_tables(table for _, table in tables)
+    low, high = _range(workspace, output)
+    method = str(workspace.plan.options.threshold)
+    return OutputState(threshold=thresholds.find_threshold(merged, low, high, method))
+
+
+def threshold_block(workspace: Workspace, output: Output, number: int) -> OutputState:
+    """Write the mask of one block from its logits and the volume's threshold."""
+    core = workspace.plan.block_grid()[number]
+    logits = workspace.array("logits", output).read(core)
+    cutoff = workspace.output_state(output).threshold
+    assert cutoff is not None
+    # Strictly above; a NaN never is.
+    mask = (logits > np.float32(cutoff)).view(np.uint8)
+    workspace.write(workspace.first_mask, output, core, mask)
+    return OutputState()
+
+
+def _range(workspace: Workspace, output: Output) -> tuple[float, float]:
+    state = workspace.output_state(output)
+    if state.low is None or state.high is None:
+        raise DataError(
+            "no voxel of the volume is a number, so it has no threshold; give one with --threshold"
+        )
+    return state.low, state.high
+
+
+def _table_name(number: int) -> str:
+    return f"histograms/{number}.npz"
