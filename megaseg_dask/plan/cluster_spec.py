@@ -189,10 +189,14 @@ def cluster_of(options: Settings) -> Cluster:
 
     Raises :class:`SettingsError` that names the file, its key and what it takes.
     """
+    if options.workers == 0 and (options.cluster or options.scheduler):
+        raise SettingsError(
+            "--workers 0 runs in this process: leave it out, or leave out --scheduler and --cluster"
+        )
     if options.cluster is None:
         if options.scheduler is not None:
             return Cluster(kind="scheduler", address=options.scheduler)
-        return Cluster(kind="local", workers=options.workers)
+        return Cluster(kind="local", workers=options.workers or None)
     if options.scheduler is not None:
         raise SettingsError(
             "--scheduler and --cluster: give one of them; a file of kind scheduler holds an address"

@@ -255,7 +255,11 @@ class Settings(BaseModel):
         "8GB|500MiB",
     )
     workers: int | None = _option(
-        RUN, None, "Worker processes. (default: one, or one per GPU)", "N", gt=0
+        RUN,
+        None,
+        "Worker processes; 0 runs all in this process. (default: one, or one per GPU)",
+        "N",
+        ge=0,
     )
     scheduler: Text | None = _option(
         RUN, None, "Use the running Dask scheduler at this address.", "ADDRESS"

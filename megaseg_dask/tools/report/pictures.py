@@ -12,9 +12,8 @@ from PIL import Image as Picture
 
 from megaseg_dask.algorithms.blending import max_score
 from megaseg_dask.algorithms.geometry import Box
-from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import Output, Plan
-from megaseg_dask.run.workspace import Workspace
+from megaseg_dask.run.workspace import Readable, Workspace
 from megaseg_dask.tools.report.sampling import UNREADABLE, choose_view, whole_or_middle
 from megaseg_dask.tools.report.seams import AXES, Face
 
@@ -95,7 +94,7 @@ def seam_pictures(face: Face) -> list[Thumbnail]:
     return pictures
 
 
-def _volumes_of(face: Face) -> Iterator[tuple[str, Volume, tuple[int, ...]]]:
+def _volumes_of(face: Face) -> Iterator[tuple[str, Readable, tuple[int, ...]]]:
     """Yield kind, volume, and the position in it of the segmented region's first voxel."""
     plan = face.plan
     for kind in _kinds(plan):
