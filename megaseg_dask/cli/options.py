@@ -9,7 +9,6 @@ the command line is built. The declaration of the settings is imported only then
 import functools
 import inspect
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +21,8 @@ Command = Callable[..., None]
 
 # Settings that open a store, for commands that take nothing else of a run.
 STORE = ("endpoint", "anon", "storage_option")
+# What finds a run again.
+_TARGET_OPTIONS = ("label_name", "endpoint", "storage_option")
 
 
 def without_options(command: Command) -> Command:
@@ -136,18 +137,12 @@ def next_commands(target: str, settings: "Settings", *, failed: bool) -> list[tu
 
     The commands keep the options that are needed to find the target, but no secret.
     """
-    from megaseg_dask.stores import is_secret
+    from megaseg_dask.plan.command_line import command_line
 
-    words = [target]
-    if settings.label_name != type(settings).model_fields["label_name"].default:
-        words += ["--label-name", settings.label_name]
-    if settings.endpoint:
-        words += ["--endpoint", settings.endpoint]
-    for option in settings.storage_option or ():
-        if not is_secret(option):
-            words += ["--storage-option", option]
-    rest = shlex.join(words)
-    report = (f"megaseg report {rest}", "quality control")
+    def command(name: str) -> str:
+        return command_line(name, target, settings=settings, options=_TARGET_OPTIONS)
+
+    report = (command("report"), "quality control")
     if failed:
-        return [(f"megaseg status {rest}", "what failed"), report]
-    return [report, (f"megaseg view {rest}", "in a browser")]
+        return [(command("status"), "what failed"), report]
+    return [report, (command("view"), "in a browser")]
