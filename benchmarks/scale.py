@@ -26,6 +26,7 @@ import zarr
 from benchmarks.machine import RESULTS, describe, keep
 from megaseg_dask.ngff.plate import Acquisition, Field, Plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run.cluster.workers import CONFIG, WORKER_ENVIRONMENT
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.request import plan_runs
@@ -258,7 +259,7 @@ def measure_volume(
         "workers": n_workers,
         "block_shape": plan.block_shape,
         "blocks": len(plan.block_grid()),
-        "redundancy": plan.summary()["redundancy"],
+        "redundancy": summarize(plan)["redundancy"],
         "objects": result.n_objects,
         "wall_s": round(wall_s, 1),
         "mvoxels_per_s": round(voxels / wall_s / 1e6, 1),

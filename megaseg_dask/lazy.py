@@ -186,16 +186,15 @@ def predict(
     )
     order = _axis_order(image)
     array = _as_dask(image.transpose(*order))
-    options, ref, _ = open_models(options, array.shape[-3:])
+    opened = open_models(options, array.shape[-3:])
+    ref = opened.ref
     if (ref.in_channels, len(ref.outputs)) != (1, 1):
         raise BundleError(
             f"{ref.name} takes {ref.in_channels} channels and has {len(ref.outputs)} outputs; predict() "
             "is for one of each, segment() for any"
         )
     spec = resolve_engine(requested_engine(options))
-    assert isinstance(options.patch, tuple)
-    assert options.overlap is not None
-    grid = PatchGrid(array.shape[-3:], options.patch, options.overlap)
+    grid = PatchGrid(array.shape[-3:], opened.patch, opened.overlap)
     patches = Patches(grid, ref.window, options.batch or 1)
     blocks = BlockGrid(grid.volume_shape, options.block or _choose_block(grid))
     # What is read for the statistics would otherwise stay in memory until the last block is predicted.

@@ -128,6 +128,7 @@ def plan(
     with exit_codes(json_):
         settings = settings_of(options)
         from megaseg_dask.models.registry import reporting
+        from megaseg_dask.plan.summary import summarize
         from megaseg_dask.run.job_array import record_plans
         from megaseg_dask.run.request import plan_runs
         from megaseg_dask.run.runner import estimate_time
@@ -141,7 +142,7 @@ def plan(
         summaries = []
         for run, journal in runs:
             progress = {"tasks_done": journal.n_done, "done": journal.result is not None}
-            summaries.append({**run.summary(), **estimate_time(run), **progress})
+            summaries.append({**summarize(run), **estimate_time(run), **progress})
         if json_:
             # Several runs: a plate whose fields do not share one plan.
             first, *further = summaries

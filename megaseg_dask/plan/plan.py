@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from typing import Annotated, NamedTuple
@@ -28,12 +28,13 @@ from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.plate import Plate
 from megaseg_dask.plan import stages
 from megaseg_dask.plan.memory import IDLE_BYTES, EngineBytes, Sizes, decoded_bytes
+from megaseg_dask.plan.resolved import Given, OfLevel, Resolved
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.stages import Fact, PlannedStage, Stage
 from megaseg_dask.stores import Location
 
-# On a GPU one task computes, while another reads and a third one labels, compresses and writes. A CPU computes in all
-# of its cores anyway: there it would be memory for nothing.
+# On a GPU one task computes, while another reads and a third one labels, compresses and writes.
+# A CPU computes in all of its cores anyway: there it would be memory for nothing.
 TASKS_AT_ONCE = {"cuda": 3}
 
 
@@ -49,7 +50,7 @@ RecordedLocation = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class PlannedVolume:
-    """One image, timepoint and channel: the unit of normalisation and labelling.
+    """One image, timepoint and channel: the unit of normalization and labelling.
 
     A network of several inputs takes several channels at once. ``image`` is the
     path of a field below its plate; ``target_t`` and ``target_c`` are the places in
@@ -69,7 +70,7 @@ class PlannedVolume:
 
 
 class Output(NamedTuple):
-    """One output of the network, of one volume, by their numbers: it has scores, a mask and labels of its own."""
+    """One output of the network for one volume: it has scores, a mask and labels."""
 
     volume: int
     number: int = 0
@@ -90,20 +91,31 @@ class Plan(BaseModel):
     source_chunk_bytes: int
     n_source_chunks: int
     volumes: tuple[PlannedVolume, ...]
-    # What the label image of each channel of the target has after its name; nothing where there is only one.
+    # What the label image of each channel of the target has after its name; nothing if there is
+    # only one.
     suffixes: tuple[str, ...] = ("",)
     plate: Plate | None = None
     model: ModelRef
-    engine: EngineSpec
-    batch: int
-    options: Settings
+    resolved: Resolved
+    # As they were given: all that does not change the output, and the name of the model.
+    settings: Settings
     memory_bytes: int
     n_parameters: int
     first_filters: int
-    # What `--patch auto` takes, for who asks what it would save.
+    # The patch of `--patch auto`, for the report of what it would save.
     auto_patch: Shape
 
     # -- geometry
+
+    @property
+    def engine(self) -> EngineSpec:
+        """The engine that predicts."""
+        return self.resolved.engine
+
+    @property
+    def batch(self) -> int:
+        """Patches per forward pass."""
+        return self.resolved.batch
 
     @property
     def volume_shape(self) -> Shape:
@@ -113,10 +125,7 @@ class Plan(BaseModel):
     @property
     def region(self) -> Box:
         """The voxels of the source that are segmented: all of a volume, or the ROI."""
-        if self.options.roi is None:
-            return Box.of(self.source_image.volume_shape())
-        start, stop = zip(*self.options.roi, strict=True)
-        return Box(start, stop)
+        return self.resolved.roi or Box.of(self.source_image.volume_shape())
 
     @property
     def label_image(self) -> Image:
@@ -125,16 +134,14 @@ class Plan(BaseModel):
 
     @property
     def block_shape(self) -> Shape:
-        """Voxels of a block's core."""
-        assert self.options.block is not None
-        return self.options.block
+        """Voxels ``(z, y, x)`` of a block's core."""
+        return self.resolved.block
 
     @cached_property
     def patch_grid(self) -> PatchGrid:
         """The network's patches over a volume, of which a ROI is only a part."""
-        assert isinstance(self.options.patch, tuple)
-        assert self.options.overlap is not None
-        return PatchGrid(self.source_image.volume_shape(), self.options.patch, self.options.overlap)
+        shape = self.source_image.volume_shape()
+        return PatchGrid(shape, self.resolved.patch, self.resolved.overlap)
 
     def block_grid(self, level: int = 0) -> BlockGrid:
         """Return the blocks of a level; their cores are whole write units."""
@@ -142,37 +149,40 @@ class Plan(BaseModel):
 
     @property
     def is_one_task(self) -> bool:
-        """Tell whether a volume fits one block, and so runs as one task."""
+        """Return whether a volume fits one block, and so runs as one task."""
+        if len(self.block_grid()) > 1:
+            return False
         # The statistics of a ROI are those of its volume, which may be of any size.
-        return len(self.block_grid()) == 1 and (
-            self.options.roi is None or self.measure_level is None
-        )
+        return self.resolved.roi is None or self.measure_level is None
 
     @property
     def tasks_at_once(self) -> int:
-        """Tasks that a worker has in hand, each on a thread of its own; one at a time computes."""
+        """Tasks that a worker has in hand, each on its own thread; one at a time computes."""
         return TASKS_AT_ONCE.get(self.engine.device, 1)
 
     @property
     def measure_level(self) -> int | None:
-        """Level of the source whose voxels give the normalisation; ``None`` if the settings give it."""
-        match self.options.normalization:
-            case None:
-                return 0
-            case str(text):
-                return int(text.removeprefix("level:")) - self.options.level
-        return None
+        """Level, counted from the segmented one, whose voxels give the normalization.
+
+        ``None`` if the settings give it.
+        """
+        match self.resolved.normalization:
+            case Given():
+                return None
+            case OfLevel(level):
+                return level - self.resolved.level
+        return 0
 
     @property
     def measure_grid(self) -> BlockGrid:
         """What each task of ``measure`` reads: about a block, but whole parts of the fixed partition."""
-        parts = (max(b // p, 1) * p for b, p in zip(self.block_shape, PARTITION_SHAPE, strict=True))
-        return BlockGrid(self.source_image.volume_shape(self.measure_level or 0), tuple(parts))
+        shape = self.source_image.volume_shape(self.measure_level or 0)
+        return BlockGrid(shape, _measured_shape(self.block_shape))
 
     def layout(self, level: int) -> Layout:
         """Return chunk and write unit of a level, ``(z, y, x)``."""
         shape = self.target_image.volume_shape(level)
-        return write_layout(shape, self.block_shape, sharded=self.options.ome_zarr == "0.5")
+        return write_layout(shape, self.block_shape, sharded=self.resolved.ome_zarr == "0.5")
 
     # -- work
 
@@ -190,7 +200,7 @@ class Plan(BaseModel):
 
     def _iter_stages(self) -> Iterator[PlannedStage]:
         for stage in stages.STAGES:
-            if not stage.when(self.options):
+            if not stage.when(self.resolved):
                 continue
             levels = range(1, len(self.target_image.levels)) if stage.over == "levels" else (0,)
             for level in levels:
@@ -210,22 +220,17 @@ class Plan(BaseModel):
     @property
     def arrays(self) -> tuple[str, ...]:
         """The outputs that are images; measurements are a table."""
-        return tuple(kind for kind in self.options.outputs if kind != "measurements")
+        return tuple(kind for kind in self.resolved.outputs if kind != "measurements")
 
     @property
     def intermediates(self) -> dict[str, str]:
-        """Kind and dtype of the arrays that the run folder holds while a volume of several blocks is in work."""
+        """Kind and dtype of the arrays in the run folder while a volume of several blocks is in work."""
         return {
             kind: dtype
             for stage in self.stages
             for kind, dtype in stage.declared.arrays.items()
             if kind not in self.arrays
         }
-
-    @property
-    def has_mask(self) -> bool:
-        """Return whether scores are turned into a mask."""
-        return stages.has_mask(self.options)
 
     def stage(self, name: str) -> PlannedStage:
         """Return a stage.
@@ -247,7 +252,7 @@ class Plan(BaseModel):
         return None
 
     def grid(self, stage: PlannedStage) -> BlockGrid | None:
-        """Return the blocks that the tasks of a stage are about; ``None`` where a task is about a whole volume."""
+        """Return the blocks that the tasks of a stage are about; ``None`` if a task is about a whole volume."""
         return self._grid(stage.declared, stage.level)
 
     def outputs_of(self, volume: int) -> list[Output]:
@@ -262,7 +267,7 @@ class Plan(BaseModel):
         """Return the number of a task's volume, and the task's number in that volume."""
         return divmod(index, self.stage(stage).per_volume)
 
-    # -- identity and cost
+    # -- identity
 
     @property
     def determinants(self) -> dict[str, object]:
@@ -270,7 +275,7 @@ class Plan(BaseModel):
         return {
             "source": self.source_digest,
             "model": self.model.digest,
-            **self.options.result_options(),
+            **self.resolved.options(),
         }
 
     @property
@@ -278,16 +283,18 @@ class Plan(BaseModel):
         """Digest of :attr:`determinants`."""
         return hashlib.sha256(json.dumps(self.determinants, sort_keys=True).encode()).hexdigest()
 
+    def with_block(self, block: Shape) -> "Plan":
+        """Return the same plan with other blocks."""
+        resolved = replace(self.resolved, block=block)
+        # A constructed copy leaves the cached grids and projections of the old block behind.
+        return Plan.model_construct(**{**dict(self), "resolved": resolved})
+
+    # -- memory
+
     @cached_property
     def projected_bytes(self) -> dict[str, int]:
         """Peak memory of a worker in each stage; the stages of all levels are one."""
-        engine = EngineBytes.of(self.engine, self._forward())
-        sizes = self._sizes(engine.forward)
-        is_one_block = sizes.core_voxels == sizes.volume_voxels
-        of_tasks = stages.project(sizes, self.options, is_one_block=is_one_block)
-        # The engine stays open from one task to the next.
-        idle = IDLE_BYTES + engine.kept
-        return {name: idle + n_bytes * self.tasks_at_once for name, n_bytes in of_tasks.items()}
+        return self.project(self.block_shape)
 
     def projected(self, stage: PlannedStage) -> int:
         """Return the peak memory of a worker in a stage, or in the one before it that takes more."""
@@ -300,11 +307,22 @@ class Plan(BaseModel):
                 break
         return n_bytes
 
-    def _forward(self) -> Forward:
+    def project(self, block: Shape) -> dict[str, int]:
+        """Return the peak memory of a worker in each stage, with blocks ``(z, y, x)`` of any shape."""
+        engine = self._engine_bytes
+        sizes = self._sizes_of(block)
+        is_one_block = sizes.core_voxels == sizes.volume_voxels
+        of_tasks = stages.project(sizes, self.resolved, is_one_block=is_one_block)
+        # The engine stays open from one task to the next.
+        idle = IDLE_BYTES + engine.kept
+        return {name: idle + n_bytes * self.tasks_at_once for name, n_bytes in of_tasks.items()}
+
+    @cached_property
+    def _engine_bytes(self) -> EngineBytes:
         n_models = len(self.model.bundles)
         n_outputs = len(self.model.outputs)
-        return Forward(
-            patch_voxels=math.prod(self.patch_grid.patch_shape),
+        forward = Forward(
+            patch_voxels=math.prod(self.resolved.patch),
             batch=self.batch,
             # Heads with layers of their own have as many maps as the backbone has outputs.
             n_filters=max(self.first_filters, n_outputs),
@@ -314,104 +332,46 @@ class Plan(BaseModel):
             n_parameters=self.n_parameters,
             is_averaged=self.engine.tta or n_models > 1,
         )
+        return EngineBytes.of(self.engine, forward)
 
-    def _sizes(self, forward_bytes: int) -> Sizes:
-        settings = self.options
-        grid = self.block_grid()
+    def _sizes_of(self, block: Shape) -> Sizes:
+        grid = BlockGrid(self.volume_shape, block)
+        first = grid[0]
         # Read boxes grow from the rim inwards: a block in the middle has halos on all sides.
         middle = grid.core(tuple(n // 2 for n in grid.grid_shape))
-        cores = [core.shifted(self.region.start) for core in (middle, grid[0])]
-        measured = BlockGrid(self.volume_shape, self.measure_grid.block_shape)
+        offset = self.region.start
+        read_boxes = [self.patch_grid.read_box(core.shifted(offset)) for core in (first, middle)]
+        measured = BlockGrid(self.volume_shape, _measured_shape(block))[0]
+        return replace(
+            self._sizes,
+            core_voxels=first.size,
+            read_voxels=max(box.size for box in read_boxes),
+            measured_voxels=measured.size,
+        )
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        """The sizes of a block without voxels."""
         return Sizes(
             volume_voxels=math.prod(self.volume_shape),
-            core_voxels=grid[0].size,
-            read_voxels=max(self.patch_grid.read_box(core).size for core in cores),
-            measured_voxels=measured[0].size,
+            core_voxels=0,
+            read_voxels=0,
+            measured_voxels=0,
             decoded_bytes=decoded_bytes(self.source_chunk_bytes, self.n_source_chunks),
             source_bytes=np.dtype(self.source_image.dtype).itemsize,
-            scores_bytes=np.dtype(settings.scores_dtype).itemsize,
+            scores_bytes=np.dtype(self.resolved.scores_dtype).itemsize,
             label_bytes=label_dtype(self.volume_shape).itemsize,
-            forward_bytes=forward_bytes,
+            forward_bytes=self._engine_bytes.forward,
             n_inputs=self.model.in_channels,
             n_outputs=len(self.model.outputs),
-            finds_threshold=stages.finds_threshold(settings),
-            fills_holes=stages.fills_holes(settings),
+            finds_threshold=self.resolved.finds_threshold(),
+            fills_holes=self.resolved.fills_holes(),
         )
 
-    def with_block(self, block: Shape) -> "Plan":
-        """Return the same plan with other blocks."""
-        options = self.options.model_copy(update={"block": block})
-        # A constructed copy leaves the cached grids and projections of the old block behind.
-        return Plan.model_construct(**{**dict(self), "options": options})
 
-    def summary(self) -> dict[str, object]:
-        """Return what ``megaseg plan`` shows, as JSON values."""
-        grid = self.patch_grid
-        voxels, n_patches = math.prod(self.volume_shape), grid.count_touching(self.region)
-        n_predicted = grid.count_predicted(self.block_shape, self.region)
-        auto = PatchGrid(grid.volume_shape, self.auto_patch, grid.overlap)
-        item = np.dtype(self.source_image.dtype).itemsize
-        # Statistics take one more read, except where a volume is read once for all.
-        measured = (
-            0
-            if self.is_one_task or self.measure_level is None
-            else math.prod(self.measure_grid.volume_shape)
-        )
-        read = (grid.count_read(self.block_shape, self.region) + measured) * self.model.in_channels
-        if "measurements" in self.options.outputs and not self.is_one_task:
-            read += voxels
-        sizes = {
-            "labels": label_dtype(self.volume_shape).itemsize,
-            "mask": 1,
-            "scores": np.dtype(self.options.scores_dtype).itemsize,
-        }
-        n_images = len({volume.image for volume in self.volumes})
-        written = n_images * sum(math.prod(v.shape) for v in self.target_image.levels)
-        return {
-            "source": self.source.url,
-            "target": self.target.url,
-            "fingerprint": self.fingerprint,
-            "volumes": len(self.volumes),
-            "volume_shape": self.volume_shape,
-            "fields": len({volume.image for volume in self.volumes}) if self.plate else None,
-            # Of a plate: what it lists and does not have, and why; such a run will end as failed.
-            "missing": dict(self.plate.missing) if self.plate else {},
-            "dtype": self.source_image.dtype,
-            "model": {
-                "name": self.model.name,
-                "digest": self.model.digest,
-                "parameters": self.n_parameters,
-                "outputs": self.model.outputs,
-            },
-            "engine": self.engine.record(self.batch),
-            "patch_shape": self.options.patch,
-            "overlap": self.options.overlap,
-            "patches": n_patches,
-            "patch_voxels_per_voxel": round(n_patches * math.prod(grid.patch_shape) / voxels, 2),
-            "auto_patch_shape": self.auto_patch,
-            "auto_patch_voxels_per_voxel": round(
-                len(auto) * math.prod(auto.patch_shape) / voxels, 2
-            ),
-            "block_shape": self.block_shape,
-            "blocks": len(self.block_grid()),
-            "redundancy": round(n_predicted / n_patches, 3),
-            "bytes_read": read * item * len(self.volumes),
-            "read_amplification": round(read / voxels / self.model.in_channels, 2),
-            "bytes_written": written * sum(sizes[name] for name in self.arrays),
-            # Of one volume: they are removed when it is finished.
-            "bytes_intermediate": voxels
-            * len(self.model.outputs)
-            * sum(map(_itemsize, self.intermediates.values())),
-            "label_dtype": str(label_dtype(self.volume_shape)),
-            "memory_bytes": self.memory_bytes,
-            "projected_bytes": self.projected_bytes,
-            "stages": {s.name: s.n_tasks for s in self.stages},
-            "options": self.options.result_options(),
-        }
-
-
-def _itemsize(dtype: str) -> int:
-    return np.dtype(dtype).itemsize
+def _measured_shape(block: Shape) -> Shape:
+    """Return whole parts of the fixed partition, about as large as a block."""
+    return tuple(max(b // p, 1) * p for b, p in zip(block, PARTITION_SHAPE, strict=True))
 
 
 def run_folder(target: Location, label_name: str) -> Location:
@@ -428,7 +388,7 @@ def iter_run_folders(target: Location, label_name: str) -> Iterator[Location]:
 
 
 def run_names(label_name: str) -> re.Pattern[str]:
-    """Return what the names of these folders look like."""
+    """Return the pattern of the names of these folders."""
     return re.compile(rf"{re.escape(label_name)}(\+\d+)?")
 
 

@@ -1,15 +1,15 @@
-"""Settings become a plan: sources and bundles are looked at, what is left open is decided, nothing is written.
+"""Settings become a plan: sources and bundles are read, what is left open is decided, nothing is written.
 
 Whatever can change a bit is resolved here, once, and recorded with the plan:
-a run that resumes never plans anew.
+a run that resumes is never planned again.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from megaseg_dask.algorithms.chunking import iter_block_shapes
 from megaseg_dask.algorithms.geometry import Box, Shape, cheapest_patch
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
 from megaseg_dask.inference.calibration import quickest_batch
-from megaseg_dask.inference.engine import EngineRequest, resolve_engine
+from megaseg_dask.inference.engine import EngineRequest, EngineSpec, resolve_engine
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
@@ -30,6 +30,7 @@ from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
 from megaseg_dask.plan.memory import BUDGET_SHARE
 from megaseg_dask.plan.plan import Plan, PlannedVolume, run_folder
 from megaseg_dask.plan.plate_parts import Part
+from megaseg_dask.plan.resolved import OfLevel, Resolved, normalization_of, threshold_of
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.stores import Location, open_array
 
@@ -42,94 +43,424 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     """Resolve settings into a plan; reads metadata and the bundle, writes nothing.
 
     What the settings leave open is taken from the plan of an earlier run of the
-    same part: a run that resumes never re-plans. What may change a bit on
-    another machine is also taken from that of another part of the plate. Raises
-    :class:`SourceError`, :class:`SettingsError`, :class:`TargetError` or
-    :class:`BundleError`.
+    same part. What may change a bit on another machine is also taken from that of
+    another part of the plate.
+
+    Raises:
+        SourceError: The source cannot be segmented.
+        SettingsError: The settings do not fit the source, the target or the models.
+        TargetError: The target cannot be written, or would replace the source.
+        BundleError: The models cannot be used.
     """
-    where, to = Location.of(source), Location.of(target)
-    plate, whole, recorded = part.plate, part.image, part.recorded
-    if settings.level >= len(whole.levels):
-        raise SettingsError(
-            f"--level {settings.level}: the source has levels 0 to {len(whole.levels) - 1}"
-        )
-    require_measurable(settings, len(whole.levels))
-    image = whole.from_level(settings.level)
-    paths = [field.path for field in plate.fields] if plate else [""]
-    require_segmentable(image, where / paths[0])
-    require_target(settings, where, to)
-    if plate and "scores" not in settings.outputs and not where.is_same(to):
-        raise SettingsError(
-            "a plate of labels alone would list fields without an image, which no reader takes: add scores to "
-            "--outputs, or pass SOURCE as TARGET too, which adds labels to its fields"
-        )
-    if where.is_same(to):
-        # One container holds one version.
-        settings = settings.model_copy(update={"ome_zarr": whole.version})
-    channels = choose_channels(image, settings.channel, where)
-    first, stop = _choose_times(image, settings)
-    if recorded is not None:
-        settings = settings.filled(recorded.options.result_options())
-    elif part.others:
-        earlier = part.others[0].options.result_options()
-        settings = settings.filled({name: earlier[name] for name in _ALIKE})
+    request = _Request(Location.of(source), Location.of(target), settings, part)
+    request.require_levels()
+    image = part.image.from_level(settings.level)
+    require_segmentable(image, request.first_field)
+    request.require_target()
+    channels = choose_channels(image, settings.channel, request.source)
+    times = _choose_times(image, settings)
     cluster = cluster_of(settings)
-    settings = settings.filled(cluster.defaults())
-    level = where / paths[0] / image.levels[0].path
-    array = open_array(level)
-    settings, model, bundles = open_models(settings, image.volume_shape())
-    inputs = _choose_inputs(channels, model.in_channels, settings.channel, where)
-    names = _target_names(image, inputs, model.outputs)
-    engine = resolve_engine(requested_engine(settings))
-    batch = settings.batch or 1
-    if engine.device == "cuda" and settings.batch is None:
-        assert isinstance(settings.patch, tuple)
-        batch = quickest_batch(model, engine, settings.patch)
-    settings = settings.filled(engine.record(batch))
-    assert settings.overlap is not None
+    filled = request.filled().filled(cluster.defaults())
+    chunks = _Chunks.of(request.first_field / image.levels[0].path)
+    models = open_models(filled, image.volume_shape())
+    inputs = _group_channels(channels, models.ref.in_channels, filled.channel, request.source)
+    engine = resolve_engine(requested_engine(filled))
+    resolved = Resolved(
+        channels=tuple(channels),
+        times=times,
+        level=filled.level,
+        roi=_choose_roi(image, filled, request.source),
+        nan_to_background=filled.nan_to_background,
+        normalization=normalization_of(filled),
+        patch=models.patch,
+        overlap=models.overlap,
+        engine=engine,
+        batch=filled.batch or _choose_batch(models, engine),
+        outputs=filled.outputs,
+        threshold=threshold_of(filled),
+        connectivity=filled.connectivity,
+        min_size=filled.min_size,
+        fill_holes=filled.fill_holes,
+        scores_dtype=filled.scores_dtype,
+        label_name=filled.label_name,
+        ome_zarr=filled.ome_zarr,
+        block=filled.block or image.volume_shape(),
+    )
+    names = _target_names(image, inputs, models.ref.outputs)
     plan = Plan(
-        source=where,
-        target=to,
+        source=request.source,
+        target=request.target,
         run=part.run,
         source_image=image,
-        target_image=replace(
-            _cropped(image, settings, where)
-            .with_channels([" ".join(parts) for parts in names])
-            .with_times(first, stop)
-            .with_pyramid(complete=not where.is_same(to)),
-            version=settings.ome_zarr,
-            dtype=settings.scores_dtype,
-        ),
-        source_digest=_digest_of(where, whole, plate),
-        source_sample=sample_of(level),
-        source_chunk_bytes=math.prod(array.chunks) * array.dtype.itemsize,
-        n_source_chunks=math.prod(
-            -(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)
-        ),
-        volumes=tuple(
-            PlannedVolume(t, together, t - first, place * len(model.outputs), field)
-            for field in paths
-            for t in range(first, stop)
-            for place, together in enumerate(inputs)
-        ),
+        target_image=_target_image(image, resolved, names, is_in_place=request.is_in_place),
+        source_digest=_digest_of(request.source, part.image, part.plate),
+        source_sample=sample_of(chunks.array),
+        source_chunk_bytes=chunks.n_bytes,
+        n_source_chunks=chunks.n_chunks,
+        volumes=_list_volumes(request.fields, times, inputs, len(models.ref.outputs)),
         suffixes=tuple("".join(f"_{part}" for part in parts) for parts in names),
-        plate=plate,
-        model=model,
-        engine=engine,
-        batch=batch,
-        # By index: a name may be given to another channel later.
-        options=settings.recorded().model_copy(
-            update={"channel": ",".join(map(str, channels)), "time": (first, stop)}
-        ),
+        plate=part.plate,
+        model=models.ref,
+        resolved=resolved,
+        settings=settings.recorded(),
         memory_bytes=memory_of(settings, cluster),
-        n_parameters=sum(bundle.n_parameters for bundle in bundles),
-        first_filters=max(bundle.network.filters[0] for bundle in bundles),
-        auto_patch=choose_patch("auto", settings.overlap, bundles[0], image.volume_shape()),
+        n_parameters=sum(bundle.n_parameters for bundle in models.bundles),
+        first_filters=max(bundle.network.filters[0] for bundle in models.bundles),
+        auto_patch=_auto_patch(models.bundles[0], models.overlap, image.volume_shape()),
     )
-    if plan.options.block is None:
-        plan = choose_block(plan)
+    if filled.block is None:
+        plan = plan.with_block(choose_block(plan))
     require_memory(plan)
     return plan
+
+
+# -- the request
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked for: settings, and the images they are about."""
+
+    source: Location
+    target: Location
+    settings: Settings
+    part: Part
+
+    @property
+    def is_in_place(self) -> bool:
+        return self.source.is_same(self.target)
+
+    @property
+    def fields(self) -> list[str]:
+        """The paths of all images below the source."""
+        plate = self.part.plate
+        return [field.path for field in plate.fields] if plate else [""]
+
+    @property
+    def first_field(self) -> Location:
+        return self.source / self.fields[0]
+
+    def require_levels(self) -> None:
+        """Raise :class:`SettingsError` if a level is not there that the settings name."""
+        n_levels = len(self.part.image.levels)
+        segmented = self.settings.level
+        if segmented >= n_levels:
+            raise SettingsError(f"--level {segmented}: the source has levels 0 to {n_levels - 1}")
+        match normalization_of(self.settings):
+            case OfLevel(level) if not segmented <= level < n_levels:
+                raise SettingsError(
+                    f"--normalization level:{level}: choose a level from {segmented} to "
+                    f"{n_levels - 1} of the source"
+                )
+
+    def require_target(self) -> None:
+        """Raise if the target lies in the source, would replace it, or cannot be written."""
+        source = self.source
+        target = self.target
+        if target.is_inside(source):
+            raise TargetError(
+                f"{target} lies inside the source; choose a folder beside it, or the source itself "
+                "as target"
+            )
+        run = run_folder(target, self.settings.label_name)
+        if source.is_inside(target) or source.is_inside(run) or source.is_same(run):
+            raise TargetError(f"{target} holds the source; choose another folder")
+        if self.is_in_place:
+            self._require_labels_alone()
+        target.require_writable()
+        if self.part.plate and "scores" not in self.settings.outputs and not self.is_in_place:
+            raise SettingsError(
+                "a plate of labels alone would list fields without an image, which no reader takes: "
+                "add scores to --outputs, or pass SOURCE as TARGET too, which adds labels to its "
+                "fields"
+            )
+
+    def _require_labels_alone(self) -> None:
+        settings = self.settings
+        if "scores" in settings.outputs:
+            raise SettingsError(
+                "the target is the source, whose image stays as it is: pass --outputs labels"
+            )
+        if settings.level or settings.time or settings.roi:
+            raise SettingsError(
+                "--level, --time and --roi need another target than the source: labels in the "
+                "source match all of it"
+            )
+
+    def filled(self) -> Settings:
+        """Return the settings with open ones as earlier runs have them."""
+        settings = self.settings
+        if self.is_in_place:
+            # One container holds one version.
+            settings = settings.model_copy(update={"ome_zarr": self.part.image.version})
+        return settings.filled(self._earlier_options())
+
+    def _earlier_options(self) -> Mapping[str, object]:
+        if self.part.recorded is not None:
+            return self.part.recorded.resolved.options()
+        if not self.part.others:
+            return {}
+        other = self.part.others[0].resolved.options()
+        return {name: other[name] for name in _ALIKE}
+
+
+def require_segmentable(image: Image, where: Location) -> None:
+    """Raise :class:`SourceError` if the network cannot take volumes of this image."""
+    shape = image.volume_shape()
+    if any(n < least for n, least in zip(shape, MINIMUM_SHAPE, strict=True)):
+        raise SourceError(
+            f"{where}: volumes of (z, y, x) = {shape} voxels are too small; the model needs at "
+            f"least {MINIMUM_SHAPE}"
+        )
+    if np.dtype(image.dtype).kind not in "iufb":
+        raise SourceError(f"{where}: voxels are {image.dtype}; integers or floats are needed")
+
+
+# -- the source
+
+
+def choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
+    """Return the indices of the channels to segment, in the order in which they were asked for.
+
+    Raises:
+        SettingsError: A channel is not there, is named twice, or has to be chosen.
+    """
+    names = _channel_names(image)
+    listed = ", ".join(
+        f"{index} ({name})" if name != str(index) else name for index, name in enumerate(names)
+    )
+    if wanted is None:
+        if len(names) > 1:
+            raise SettingsError(
+                f"{where} has {len(names)} channels; choose one with --channel: {listed}"
+            )
+        return [0]
+    # A name may hold a comma.
+    texts = [wanted] if wanted in names else wanted.split(",")
+    channels = []
+    for text in texts:
+        channel = _find_channel(text, names)
+        if channel is None:
+            raise SettingsError(f"--channel {text}: no such channel in {where}; there are {listed}")
+        channels.append(channel)
+    if len(set(channels)) < len(channels):
+        raise SettingsError(f"--channel {wanted}: names a channel twice")
+    return channels
+
+
+def _find_channel(text: str, names: Sequence[str]) -> int | None:
+    """Return the index of the channel that a name or an index means."""
+    if text in names:
+        return names.index(text)
+    if text.strip().isdecimal() and int(text) < len(names):
+        return int(text)
+    return None
+
+
+def _channel_names(image: Image) -> list[str]:
+    """Return the name of each channel, or its number where it has none."""
+    n = image.extent("c")
+    return [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]
+
+
+def _choose_times(image: Image, settings: Settings) -> tuple[int, int]:
+    n = image.extent("t")
+    first, stop = settings.time or (0, None)
+    stop = n if stop is None else stop
+    if not 0 <= first < stop <= n:
+        raise SettingsError(f"--time {first}:{stop}: the source has timepoints 0:{n}")
+    return first, stop
+
+
+def _choose_roi(image: Image, settings: Settings, where: Location) -> Box | None:
+    if settings.roi is None:
+        return None
+    start, stop = zip(*settings.roi, strict=True)
+    box = Box(start, stop)
+    whole = Box.of(image.volume_shape())
+    if box not in whole:
+        raise SettingsError(
+            f"--roi {box}: reaches beyond the volumes of {where}, which are {whole}"
+        )
+    return box
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """How an array is stored: bytes of a chunk, and number of chunks."""
+
+    array: Location
+    n_bytes: int
+    n_chunks: int
+
+    @classmethod
+    def of(cls, location: Location) -> "_Chunks":
+        array = open_array(location)
+        n_bytes = math.prod(array.chunks) * array.dtype.itemsize
+        per_axis = (-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True))
+        return cls(location, n_bytes, math.prod(per_axis))
+
+
+def _digest_of(source: Location, image: Image, plate: Plate | None) -> str:
+    if plate is None:
+        return digest_of(source, image)
+    # Fields of one form differ by name alone.
+    identity = [
+        digest_of(source / plate.fields[0].path, image),
+        [field.path for field in plate.fields],
+    ]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+# -- the target
+
+
+def _group_channels(
+    channels: list[int], n_inputs: int, wanted: str | None, where: Location
+) -> list[tuple[int, ...]]:
+    """Return the channels that are predicted together: one, or all as the inputs of a network of several."""
+    if n_inputs == 1:
+        return [(channel,) for channel in channels]
+    if len(channels) != n_inputs:
+        raise SettingsError(
+            f"--channel {wanted or channels[0]}: the model takes {n_inputs} channels of {where} "
+            "together; name them in its order, separated by commas"
+        )
+    return [tuple(channels)]
+
+
+def _list_volumes(
+    fields: Sequence[str],
+    times: tuple[int, int],
+    inputs: Sequence[tuple[int, ...]],
+    n_outputs: int,
+) -> tuple[PlannedVolume, ...]:
+    first, stop = times
+    return tuple(
+        PlannedVolume(t, channels, t - first, place * n_outputs, field)
+        for field in fields
+        for t in range(first, stop)
+        for place, channels in enumerate(inputs)
+    )
+
+
+def _target_image(
+    image: Image, resolved: Resolved, names: Sequence[Sequence[str]], *, is_in_place: bool
+) -> Image:
+    """Return the metadata of the scores."""
+    cropped = image.cropped(resolved.roi) if resolved.roi else image
+    outlined = (
+        cropped.with_channels([" ".join(parts) for parts in names])
+        .with_times(*resolved.times)
+        .with_pyramid(complete=not is_in_place)
+    )
+    return replace(outlined, version=resolved.ome_zarr, dtype=resolved.scores_dtype)
+
+
+def _target_names(
+    image: Image, inputs: list[tuple[int, ...]], outputs: tuple[str, ...]
+) -> list[list[str]]:
+    """Return the parts of each target channel's name, which become parts of folders' names.
+
+    One part is the source's channel, if there are several; another is the network's output,
+    if there are several.
+    """
+    of_channels: list[list[str]] = [[]] * image.extent("c")
+    if len(inputs) > 1:
+        of_channels = [[part] for part in _folder_names(_channel_names(image))]
+    of_outputs: list[list[str]] = [[]]
+    if len(outputs) > 1:
+        of_outputs = [[part] for part in _folder_names(outputs)]
+    return [of_channels[channels[0]] + output for channels in inputs for output in of_outputs]
+
+
+def _folder_names(names: Sequence[str]) -> list[str]:
+    """Return each name where it can be part of a folder's name, else its number."""
+    safe = [re.sub(r"[^A-Za-z0-9-]+", "-", name).strip("-").lower() for name in names]
+    taken = {"", "mask", *map(str, range(len(names)))}
+    return [
+        name if safe.count(name) == 1 and name not in taken else str(number)
+        for number, name in enumerate(safe)
+    ]
+
+
+# -- the models
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The models of a run, and the patches that they take."""
+
+    ref: ModelRef
+    bundles: tuple[BundleFacts, ...]
+    patch: Shape
+    overlap: tuple[float, ...]
+
+
+def open_models(settings: Settings, volume_shape: Shape) -> Models:
+    """Read what the models that settings name say.
+
+    Patch and overlap are those of the bundles if the settings leave them open.
+
+    Raises:
+        BundleError: The models cannot be averaged.
+        SettingsError: The models do not take these settings.
+    """
+    if settings.checkpoint and len(settings.model) > 1:
+        raise SettingsError(
+            "--checkpoint is of one --model; of several, give the path of each .ckpt as --model"
+        )
+    described = [describe(name, settings.checkpoint) for name in settings.model]
+    bundles = {str(path): bundle for path, bundle in described}
+    if len({bundle.digest for bundle in bundles.values()}) < len(described):
+        raise SettingsError(
+            f"--model {', '.join(settings.model)}: the same model twice; its mean is itself"
+        )
+    ref = ModelRef.of(bundles, settings.checkpoint)
+    first, *_ = bundles.values()
+    if settings.patch is None:
+        _require_alike("patch", "patch_shape", bundles)
+    if settings.overlap is None:
+        _require_alike("overlap", "overlap", bundles)
+    overlap = settings.overlap or first.overlap
+    patch = _choose_patch(settings.patch, overlap, first, volume_shape)
+    for bundle in bundles.values():
+        require_patch(bundle.network, patch)
+    if settings.normalization and not first.preprocessing.has_zscore:
+        raise SettingsError(
+            f"--normalization: {ref.name} takes images without a z-score, by: {first.preprocessing}"
+        )
+    return Models(ref, tuple(bundles.values()), patch, overlap)
+
+
+def _require_alike(
+    option: str, name: Literal["patch_shape", "overlap"], bundles: Mapping[str, BundleFacts]
+) -> None:
+    """Raise :class:`BundleError` if bundles differ in what an option leaves to them."""
+    (first, expected), *others = ((path, getattr(b, name)) for path, b in bundles.items())
+    for path, value in others:
+        if value != expected:
+            raise BundleError(
+                f"{path} has {name} {value}, {first} has {expected}; choose one for both with "
+                f"--{option}"
+            )
+
+
+def _choose_patch(
+    wanted: Shape | Literal["auto"] | None,
+    overlap: tuple[float, ...],
+    bundle: BundleFacts,
+    volume_shape: Shape,
+) -> Shape:
+    """Return the patch: as wanted, the bundle's, or the cheapest near that."""
+    if wanted == "auto":
+        return _auto_patch(bundle, overlap, volume_shape)
+    return wanted or bundle.patch_shape
+
+
+def _auto_patch(bundle: BundleFacts, overlap: tuple[float, ...], volume_shape: Shape) -> Shape:
+    multiple = bundle.network.patch_multiple
+    return cheapest_patch(volume_shape, bundle.patch_shape, overlap, multiple)
 
 
 def requested_engine(settings: Settings) -> EngineRequest:
@@ -143,113 +474,13 @@ def requested_engine(settings: Settings) -> EngineRequest:
     )
 
 
-def open_models(
-    settings: Settings, volume_shape: Shape
-) -> tuple[Settings, ModelRef, list[BundleFacts]]:
-    """Read what the models that settings name say; patch and overlap, where they are left open, are those of the bundles.
-
-    Raises :class:`BundleError` for models that cannot be averaged, and :class:`SettingsError` for other settings
-    than they take.
-    """
-    if settings.checkpoint and len(settings.model) > 1:
-        raise SettingsError(
-            "--checkpoint is of one --model; of several, give the path of each .ckpt as --model"
-        )
-    found = [describe(name, settings.checkpoint) for name in settings.model]
-    bundles = {str(path): bundle for path, bundle in found}
-    if len({bundle.digest for bundle in bundles.values()}) < len(found):
-        raise SettingsError(
-            f"--model {', '.join(settings.model)}: the same model twice; its mean is itself"
-        )
-    model, first = ModelRef.of(bundles, settings.checkpoint), found[0][1]
-    for path, bundle in found:
-        for name in ("patch_shape", "overlap"):
-            mine, theirs = getattr(first, name), getattr(bundle, name)
-            if getattr(settings, name.removesuffix("_shape")) is None and mine != theirs:
-                raise BundleError(
-                    f"{path} has {name} {theirs}, {found[0][0]} has {mine}; choose one for both with "
-                    f"--{name.removesuffix('_shape')}"
-                )
-    overlap = settings.overlap or first.overlap
-    patch = choose_patch(settings.patch, overlap, first, volume_shape)
-    for bundle in bundles.values():
-        require_patch(bundle.network, patch)
-    if settings.normalization and not first.preprocessing.has_zscore:
-        raise SettingsError(
-            f"--normalization: {model.name} takes images without a z-score, by: {first.preprocessing}"
-        )
-    return settings.filled({"patch": patch, "overlap": overlap}), model, list(bundles.values())
+def _choose_batch(models: Models, engine: EngineSpec) -> int:
+    if engine.device != "cuda":
+        return 1
+    return quickest_batch(models.ref, engine, models.patch)
 
 
-def _digest_of(where: Location, image: Image, plate: Plate | None) -> str:
-    if plate is None:
-        return digest_of(where, image)
-    # Fields of one form differ by name alone.
-    identity = [
-        digest_of(where / plate.fields[0].path, image),
-        [field.path for field in plate.fields],
-    ]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def _cropped(image: Image, settings: Settings, where: Location) -> Image:
-    if settings.roi is None:
-        return image
-    start, stop = zip(*settings.roi, strict=True)
-    box, whole = Box(start, stop), Box.of(image.volume_shape())
-    if box not in whole:
-        raise SettingsError(
-            f"--roi {box}: reaches beyond the volumes of {where}, which are {whole}"
-        )
-    return image.cropped(box)
-
-
-def _target_names(
-    image: Image, inputs: list[tuple[int, ...]], outputs: tuple[str, ...]
-) -> list[list[str]]:
-    """Return the parts of each target channel's name: of several source channels its own, of several outputs its own.
-
-    They become parts of folders' names.
-    """
-    channels = (
-        [[part] for part in _safe(_channel_names(image))]
-        if len(inputs) > 1
-        else [[]] * image.extent("c")
-    )
-    of_outputs = [[part] for part in _safe(outputs)] if len(outputs) > 1 else [[]]
-    return [channels[together[0]] + output for together in inputs for output in of_outputs]
-
-
-def _safe(names: Sequence[str]) -> list[str]:
-    """Return each name where it can be part of a folder's name, else its number."""
-    safe = [re.sub(r"[^A-Za-z0-9-]+", "-", name).strip("-").lower() for name in names]
-    taken = {"", "mask", *map(str, range(len(names)))}
-    return [
-        name if safe.count(name) == 1 and name not in taken else str(i)
-        for i, name in enumerate(safe)
-    ]
-
-
-def _channel_names(image: Image) -> list[str]:
-    """Return the name of each channel, or its number where it has none."""
-    n = image.extent("c")
-    return [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]
-
-
-def choose_patch(
-    wanted: Shape | Literal["auto"] | None,
-    overlap: tuple[float, ...],
-    bundle: BundleFacts,
-    volume_shape: Shape,
-) -> Shape:
-    """Return the patch: as wanted, the bundle's, or the cheapest near that; raises :class:`SettingsError`."""
-    if wanted == "auto":
-        return cheapest_patch(
-            volume_shape, bundle.patch_shape, overlap, bundle.network.patch_multiple
-        )
-    patch: Shape = wanted or bundle.patch_shape
-    require_patch(bundle.network, patch)
-    return patch
+# -- memory and blocks
 
 
 def default_memory_bytes(n_workers: int) -> int:
@@ -260,132 +491,49 @@ def default_memory_bytes(n_workers: int) -> int:
 def memory_of(settings: Settings, cluster: Cluster) -> int:
     """Return the bytes that a worker may plan with: as asked for, a job's, or a share of this machine.
 
-    Raises :class:`SettingsError` for more than a job has.
+    Raises:
+        SettingsError: A job has less than is asked for.
     """
-    most = cluster.memory_bytes()
-    if settings.memory and most and settings.memory > most:
+    limit = cluster.memory_bytes()
+    if settings.memory and limit and settings.memory > limit:
         raise SettingsError(
             f"--memory {settings.memory / 1e9:.1f} GB: a worker of {settings.cluster} may plan with "
-            f"{most / 1e9:.1f} GB; raise options.memory there"
+            f"{limit / 1e9:.1f} GB; raise options.memory there"
         )
-    return settings.memory or most or default_memory_bytes(cluster.workers or 1)
+    return settings.memory or limit or default_memory_bytes(cluster.workers or 1)
 
 
-def require_segmentable(image: Image, where: Location) -> None:
-    """Raise :class:`SourceError` if the network cannot take volumes of this image."""
-    shape = image.volume_shape()
-    if any(n < least for n, least in zip(shape, MINIMUM_SHAPE, strict=True)):
-        raise SourceError(
-            f"{where}: volumes of (z, y, x) = {shape} voxels are too small; the model needs at least {MINIMUM_SHAPE}"
-        )
-    if np.dtype(image.dtype).kind not in "iufb":
-        raise SourceError(f"{where}: voxels are {image.dtype}; integers or floats are needed")
+def choose_block(plan: Plan) -> Shape:
+    """Return the block that predicts the fewest patches within the memory budget.
 
-
-def require_measurable(settings: Settings, n_levels: int) -> None:
-    """Raise :class:`SettingsError` if the level to normalise by is not there, or finer than the one segmented."""
-    if isinstance(settings.normalization, str):
-        level = int(settings.normalization.removeprefix("level:"))
-        if not settings.level <= level < n_levels:
-            raise SettingsError(
-                f"--normalization level:{level}: choose a level from {settings.level} to {n_levels - 1} of the source"
-            )
-
-
-def require_target(settings: Settings, source: Location, target: Location) -> None:
-    """Raise if the target lies in the source, would replace it, or cannot be written."""
-    if target.is_inside(source):
-        raise TargetError(
-            f"{target} lies inside the source; choose a folder beside it, or the source itself as target"
-        )
-    run = run_folder(target, settings.label_name)
-    if any(source.is_inside(folder) for folder in (target, run)) or source.is_same(run):
-        raise TargetError(f"{target} holds the source; choose a folder of its own")
-    if source.is_same(target):
-        if "scores" in settings.outputs:
-            raise SettingsError(
-                "the target is the source, whose image stays as it is: pass --outputs labels"
-            )
-        if settings.level or settings.time or settings.roi:
-            raise SettingsError(
-                "--level, --time and --roi need a target of their own: labels in the source match all of it"
-            )
-    target.require_writable()
-
-
-def choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
-    """Return the indices of the channels to segment, in the order in which they were asked for."""
-    n, names = image.extent("c"), _channel_names(image)
-    listed = ", ".join(f"{i} ({name})" if name != str(i) else name for i, name in enumerate(names))
-    if wanted is None and n > 1:
-        raise SettingsError(f"{where} has {n} channels; choose one with --channel: {listed}")
-    if wanted is None:
-        return [0]
-    found = []
-    # A name may hold a comma.
-    for channel in [wanted] if wanted in names else wanted.split(","):
-        if channel in names:
-            found.append(names.index(channel))
-        elif channel.strip().isdecimal() and int(channel) < n:
-            found.append(int(channel))
-        else:
-            raise SettingsError(
-                f"--channel {channel}: no such channel in {where}; there are {listed}"
-            )
-    if len(set(found)) < len(found):
-        raise SettingsError(f"--channel {wanted}: names a channel twice")
-    return found
-
-
-def _choose_inputs(
-    channels: list[int], n_inputs: int, wanted: str | None, where: Location
-) -> list[tuple[int, ...]]:
-    """Return the channels that are predicted together: each by itself, or all as the inputs of a network of several."""
-    if n_inputs == 1:
-        return [(c,) for c in channels]
-    if len(channels) != n_inputs:
-        raise SettingsError(
-            f"--channel {wanted or channels[0]}: the model takes {n_inputs} channels of {where} together; "
-            "name them in its order, separated by commas"
-        )
-    return [tuple(channels)]
-
-
-def _choose_times(image: Image, settings: Settings) -> tuple[int, int]:
-    n = image.extent("t")
-    first, stop = settings.time or (0, None)
-    stop = n if stop is None else stop
-    if not 0 <= first < stop <= n:
-        raise SettingsError(f"--time {first}:{stop}: the source has timepoints 0:{n}")
-    return first, stop
-
-
-def choose_block(plan: Plan) -> Plan:
-    """Return the plan with the block that predicts the fewest patches within the memory budget.
-
-    The smallest block stands if none fits; :func:`require_memory` then says so.
+    It is the smallest block if none fits; :func:`require_memory` then says so.
     """
     shapes = list(iter_block_shapes(plan.volume_shape))
-    # Of equal blocks by that measure the largest: fewer seams, fewer tasks.
-    for block in sorted(shapes, key=lambda b: (plan.patch_grid.count_predicted(b), -math.prod(b))):
-        candidate = plan.with_block(block)
-        if max(candidate.projected_bytes.values()) <= plan.memory_bytes:
-            return candidate
-    return plan.with_block(min(shapes, key=math.prod))
+    for block in sorted(shapes, key=lambda shape: _cost_of(shape, plan)):
+        if max(plan.project(block).values()) <= plan.memory_bytes:
+            return block
+    return min(shapes, key=math.prod)
+
+
+def _cost_of(block: Shape, plan: Plan) -> tuple[int, int]:
+    # Of blocks that predict equally many patches the largest: fewer seams, fewer tasks.
+    return plan.patch_grid.count_predicted(block), -math.prod(block)
 
 
 def require_memory(plan: Plan) -> None:
     """Raise :class:`SettingsError` if a stage's projected peak is above the budget."""
-    stage, most = max(plan.projected_bytes.items(), key=lambda item: item[1])
-    if most > plan.memory_bytes:
-        blocks = map(plan.with_block, iter_block_shapes(plan.volume_shape))
-        least = min(max(block.projected_bytes.values()) for block in blocks)
+    stage, needed = max(plan.projected_bytes.items(), key=lambda item: item[1])
+    if needed <= plan.memory_bytes:
+        return
+    shapes = iter_block_shapes(plan.volume_shape)
+    least = min(max(plan.project(block).values()) for block in shapes)
+    advice = "leave out --block, and one is chosen that fits"
+    if least > plan.memory_bytes:
         advice = (
-            "leave out --block, and one is chosen that fits"
-            if least <= plan.memory_bytes
-            else f"no block needs less than {math.ceil(least / 1e7) / 100:.2f} GB: raise --memory, or make --patch smaller"
+            f"no block needs less than {math.ceil(least / 1e7) / 100:.2f} GB: raise --memory, or "
+            "make --patch smaller"
         )
-        raise SettingsError(
-            f"stage {stage} needs {most / 1e9:.2f} GB with block {plan.block_shape} and patch {plan.options.patch}, "
-            f"and a worker may use {plan.memory_bytes / 1e9:.2f} GB; {advice}"
-        )
+    raise SettingsError(
+        f"stage {stage} needs {needed / 1e9:.2f} GB with block {plan.block_shape} and patch "
+        f"{plan.resolved.patch}, and a worker may use {plan.memory_bytes / 1e9:.2f} GB; {advice}"
+    )

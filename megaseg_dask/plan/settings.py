@@ -341,15 +341,6 @@ class Settings(BaseModel):
         """Return these settings as a run may write them down: without what may be secret."""
         return self.model_copy(update={"storage_option": None})
 
-    @property
-    def is_automatic(self) -> bool:
-        """Tell whether each volume gets a threshold of its own, found from all of it."""
-        return isinstance(self.threshold, str)
-
-    def result_options(self) -> dict[str, object]:
-        """Return the options that can change the output, as JSON values."""
-        return {k: v for k, v in self.model_dump(mode="json").items() if is_result(k)}
-
     def filled(self, values: Mapping[str, object]) -> "Settings":
         """Return these settings with what is left open (``None`` or ``auto``) taken from ``values``."""
         open_ = {k: v for k, v in values.items() if getattr(self, k) in (None, "auto")}

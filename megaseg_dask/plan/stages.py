@@ -12,7 +12,7 @@ from typing import Literal
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.plan import memory
 from megaseg_dask.plan.memory import Sizes
-from megaseg_dask.plan.settings import Settings
+from megaseg_dask.plan.resolved import Resolved
 
 # The blocks of the finest level; parts of the source that are measured; a volume as a whole; or
 # the blocks of each coarser level.
@@ -23,38 +23,8 @@ Loss = Literal["block", "mask", "labels", "table", "volume"]
 Fact = Literal["statistics", "scores", "threshold", "objects"]
 
 
-def _always(_: Settings) -> bool:
+def _always(_: Resolved) -> bool:
     return True
-
-
-def measures(settings: Settings) -> bool:
-    """Return whether voxels are read to find the normalization."""
-    return not isinstance(settings.normalization, tuple)
-
-
-def has_mask(settings: Settings) -> bool:
-    """Return whether scores are turned into a mask."""
-    return bool({"labels", "mask"} & set(settings.outputs))
-
-
-def finds_threshold(settings: Settings) -> bool:
-    """Return whether the threshold of each volume is found from its logits."""
-    return settings.is_automatic and has_mask(settings)
-
-
-def fills_holes(settings: Settings) -> bool:
-    """Return whether holes of the mask are filled."""
-    return settings.fill_holes > 0 and has_mask(settings)
-
-
-def writes_labels(settings: Settings) -> bool:
-    """Return whether objects are labelled."""
-    return "labels" in settings.outputs
-
-
-def measures_objects(settings: Settings) -> bool:
-    """Return whether objects are measured."""
-    return "measurements" in settings.outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +41,7 @@ class Stage:
     over: Over
     # Whether a task is about one output of the network, or all of them at once.
     per: Literal["volume", "output"] = "output"
-    when: Callable[[Settings], bool] = _always
+    when: Callable[[Resolved], bool] = _always
     # Without a function it takes less than the stage before it.
     memory: Callable[[Sizes], int] | None = None
     # Whether its memory counts also where it is left out: the block then does not depend on that.
@@ -106,7 +76,7 @@ STAGES = (
         "statistics.measure_block",
         over="parts",
         per="volume",
-        when=measures,
+        when=Resolved.measures_voxels,
         memory=memory.measure_bytes,
         is_reserved=True,
         # Without statistics nothing of a volume can be predicted.
@@ -125,7 +95,7 @@ STAGES = (
         "histogram",
         "thresholds.tabulate_block",
         over="blocks",
-        when=finds_threshold,
+        when=Resolved.finds_threshold,
         memory=memory.histogram_bytes,
         local=True,
         arrays={"logits": "float32"},
@@ -134,7 +104,7 @@ STAGES = (
         "cutoff",
         "thresholds.find_cutoff",
         over="volume",
-        when=finds_threshold,
+        when=Resolved.finds_threshold,
         memory=memory.cutoff_bytes,
         loss="mask",
         quick=True,
@@ -144,14 +114,14 @@ STAGES = (
         "threshold",
         "thresholds.threshold_block",
         over="blocks",
-        when=finds_threshold,
+        when=Resolved.finds_threshold,
         memory=memory.threshold_bytes,
     ),
     Stage(
         "holes",
         "components.label_holes",
         over="blocks",
-        when=fills_holes,
+        when=Resolved.fills_holes,
         memory=memory.holes_bytes,
         local=True,
         arrays={"unfilled": "uint8", "holes": "uint32"},
@@ -160,7 +130,7 @@ STAGES = (
         "holes-seams",
         "components.pair_seams_of_holes",
         over="blocks",
-        when=fills_holes,
+        when=Resolved.fills_holes,
         loss="mask",
         quick=True,
     ),
@@ -168,7 +138,7 @@ STAGES = (
         "holes-join",
         "components.join_holes",
         over="volume",
-        when=fills_holes,
+        when=Resolved.fills_holes,
         loss="mask",
         quick=True,
     ),
@@ -176,14 +146,14 @@ STAGES = (
         "fill",
         "components.fill_block",
         over="blocks",
-        when=fills_holes,
+        when=Resolved.fills_holes,
         memory=memory.fill_bytes,
     ),
     Stage(
         "label",
         "components.label_block",
         over="blocks",
-        when=writes_labels,
+        when=Resolved.writes_labels,
         memory=memory.label_bytes,
         is_reserved=True,
         local=True,
@@ -193,7 +163,7 @@ STAGES = (
         "seams",
         "components.pair_seams",
         over="blocks",
-        when=writes_labels,
+        when=Resolved.writes_labels,
         memory=memory.seams_bytes,
         is_reserved=True,
         loss="labels",
@@ -203,7 +173,7 @@ STAGES = (
         "join",
         "components.join_objects",
         over="volume",
-        when=writes_labels,
+        when=Resolved.writes_labels,
         memory=memory.joining_bytes,
         is_reserved=True,
         loss="labels",
@@ -214,7 +184,7 @@ STAGES = (
         "relabel",
         "components.relabel_block",
         over="blocks",
-        when=writes_labels,
+        when=Resolved.writes_labels,
         memory=memory.relabel_bytes,
         is_reserved=True,
     ),
@@ -222,7 +192,7 @@ STAGES = (
         "measurements",
         "measurements.measure_objects",
         over="blocks",
-        when=measures_objects,
+        when=Resolved.measures_objects,
         memory=memory.measurements_bytes,
         is_reserved=True,
         local=True,
@@ -232,7 +202,7 @@ STAGES = (
         "table",
         "measurements.collect_objects",
         over="volume",
-        when=measures_objects,
+        when=Resolved.measures_objects,
         memory=memory.table_bytes,
         is_reserved=True,
         loss="table",
@@ -288,11 +258,11 @@ class PlannedStage:
         return self.declared.over == "blocks"
 
 
-def project(sizes: Sizes, settings: Settings, *, is_one_block: bool) -> dict[str, int]:
+def project(sizes: Sizes, resolved: Resolved, *, is_one_block: bool) -> dict[str, int]:
     """Return the bytes of one task of each stage at its peak, beside what an idle worker holds."""
     chosen = (WHOLE_VOLUME,) if is_one_block else STAGES
     return {
         stage.name: stage.memory(sizes)
         for stage in chosen
-        if stage.memory and (stage.is_reserved or stage.when(settings))
+        if stage.memory and (stage.is_reserved or stage.when(resolved))
     }

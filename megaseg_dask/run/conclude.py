@@ -31,7 +31,7 @@ def begin(plan: Plan, journal: Journal) -> None:
     folder.record(plan)
     if is_new:
         target.clear()
-        if plan.options.overwrite:
+        if plan.settings.overwrite:
             remove_tables(target)
         publish.create(target)
     else:
@@ -96,7 +96,7 @@ def _publish(plan: Plan, journal: Journal, states: Sequence[VolumeState | None])
     target = Target(plan)
     missing = [missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
     publish.publish(target, states, missing)
-    if "measurements" in plan.options.outputs:
+    if plan.resolved.measures_objects():
         write_tables(target)
     publish.refresh_consolidated(target)
 
@@ -149,7 +149,7 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
 def count_objects(plan: Plan, journal: Journal) -> int | None:
     """Return the objects in all volumes; ``None`` if no labels are written."""
     stage = plan.stage_telling("objects")
-    if stage is None or "labels" not in plan.options.outputs:
+    if stage is None or not plan.resolved.writes_labels():
         return None
     outputs = chain.from_iterable(summary.by_output for summary in journal.summaries(stage.name))
     return sum(output.n_objects or 0 for output in outputs)

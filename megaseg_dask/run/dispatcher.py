@@ -363,7 +363,7 @@ class DaskExecutor:
 
     def dispatcher(self, plan: Plan, lease_id: str, emit: Emit) -> DaskDispatcher:
         """Return a dispatcher of the tasks of one run."""
-        options = plan.options
+        options = plan.settings
         assignment = Assignment(plan.run, plan.fingerprint, lease_id)
         return DaskDispatcher(
             self._workers, assignment, Retries(options.retries), options.timeout, emit

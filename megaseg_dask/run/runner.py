@@ -72,7 +72,7 @@ def _open_executor(plan: Plan, client: Any, emit: Emit) -> Iterator[Executor]:
 
     The modules of a cluster are imported only if there is one.
     """
-    if client is None and plan.options.workers == 0:
+    if client is None and plan.settings.workers == 0:
         from megaseg_dask.run.serial import SerialExecutor
 
         yield SerialExecutor()
@@ -124,7 +124,7 @@ def segment(
 def _record(runs: Sequence[tuple[Plan, Journal]]) -> None:
     """Record what is to be done, all of it before any of it is."""
     plans = [plan for plan, _ in runs]
-    if plans[0].options.overwrite:
+    if plans[0].settings.overwrite:
         remove_replaced(plans)
     for plan, journal in runs:
         if journal.result is None:

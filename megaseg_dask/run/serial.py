@@ -58,4 +58,4 @@ class SerialExecutor:
         """Return a dispatcher of the tasks of one run."""
         permit = Permit(Leases(runs_folder(plan.target)), lease_id)
         worker = Worker(Workspace(plan, permit))
-        return SerialDispatcher(worker, Retries(plan.options.retries))
+        return SerialDispatcher(worker, Retries(plan.settings.retries))

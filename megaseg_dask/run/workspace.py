@@ -196,7 +196,7 @@ class Workspace:
     @property
     def first_mask(self) -> str:
         """The kind that thresholding writes: the mask, or what it is before holes are filled."""
-        return "unfilled" if self.plan.options.fill_holes else "mask"
+        return "unfilled" if self.plan.resolved.fill_holes else "mask"
 
     def sources(self, volume: int, level: int = 0) -> list[Source]:
         """Return the channels of one volume of the source.

@@ -10,6 +10,7 @@ from megaseg_dask.inference.engine import close_engine
 from megaseg_dask.inference.pytorch import TorchEngine
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run.job_array import record_plans, run_tasks
 from megaseg_dask.run.runner import segment
 from tests.fixtures.bundles import write_checkpoint
@@ -54,7 +55,7 @@ def test_forward_passes_reads_and_intermediate_data_are_those_of_the_plan(
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     for stage in plan.stages:
         assert not run_tasks(plan, stage.name, range(stage.n_tasks)).failures
-    summary = plan.summary()
+    summary = summarize(plan)
     assert counted["forward"] == round(summary["redundancy"] * summary["patches"])
     assert counted["read_voxels"] * image.itemsize == summary["bytes_read"]
     arrays = map(
@@ -78,7 +79,7 @@ def test_averages_pass_each_patch_as_often_as_they_average(
     )
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     assert not run_tasks(plan, "volume", [0]).failures
-    assert counted["forward"] == n_passes * plan.summary()["patches"]
+    assert counted["forward"] == n_passes * summarize(plan)["patches"]
     assert counted["read_voxels"] == 16 * 48 * 48
 
 

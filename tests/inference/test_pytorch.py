@@ -165,7 +165,9 @@ def test_a_gpu_worker_is_planned_with_the_memory_of_all_it_has_in_hand(tmp_path,
         {"model": str(tiny_bundle), "engine": "torch", "threads": 1, "block": "16,16,32"}
     )
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
-    on_gpu = plan.model_copy(update={"engine": replace(plan.engine, device="cuda")})
+    on_gpu = plan.model_copy(
+        update={"resolved": replace(plan.resolved, engine=replace(plan.engine, device="cuda"))}
+    )
     on_gpu = Plan.model_construct(**dict(on_gpu))
     idle = IDLE_BYTES + 4 * plan.n_parameters
     for stage in ("label", "relabel", "downsample"):

@@ -4,7 +4,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -154,7 +154,7 @@ def test_numbers_are_those_of_the_outputs(split):
     (plan,) = find_plans(str(target))
     # Without the table the same is found in the labels.
     bare = plan.model_copy(
-        update={"options": plan.options.model_copy(update={"outputs": ("labels", "scores")})}
+        update={"resolved": replace(plan.resolved, outputs=("labels", "scores"))}
     )
     seen = survey([Run(bare, Journal.read(plan))])
     assert_array_equal(seen.sizes, page.survey.sizes)

@@ -244,7 +244,7 @@ def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
     import distributed  # noqa: F401
 
     _require_main_guard()
-    options = plan.options
+    options = plan.settings
     wanted = cluster_of(options)
     if wanted.kind == "local" and plan.engine.device == "cuda":
         wanted = wanted.model_copy(update={"kind": "cuda"})

@@ -71,7 +71,7 @@ class ImageTarget:
         return [group for group in self.groups if group.is_label]
 
     def _group(self, kind: str, suffix: str) -> Group:
-        name = self._plan.options.label_name + suffix
+        name = self._plan.resolved.label_name + suffix
         if kind == "mask":
             name += "_mask"
         return Group(kind, self.location, name, suffix)
@@ -110,7 +110,7 @@ class ImageTarget:
         plan = self._plan
         image = self.metadata_of(group)
         dtypes = {
-            "scores": plan.options.scores_dtype,
+            "scores": plan.resolved.scores_dtype,
             "mask": "uint8",
             "labels": str(label_dtype(plan.volume_shape)),
         }
@@ -217,7 +217,7 @@ class Target:
             group = self.location / planned.image
         else:
             image = self.plan.label_image
-            name = self.plan.options.label_name + self.plan.suffixes[channel]
+            name = self.plan.resolved.label_name + self.plan.suffixes[channel]
             if kind == "mask":
                 name += "_mask"
             group = self.location / planned.image / f"labels/{name}"

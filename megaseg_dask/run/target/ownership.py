@@ -27,7 +27,7 @@ def remove_replaced(plans: Sequence[Plan]) -> None:
     for plan in plans:
         replaced |= Target(plan).paths
     staying = {plan.run for plan in plans}
-    for earlier in RunFolder.plans(plans[0].target, plans[0].options.label_name):
+    for earlier in RunFolder.plans(plans[0].target, plans[0].resolved.label_name):
         shares_fields = not replaced.isdisjoint(Target(earlier).paths)
         if earlier.run not in staying and shares_fields:
             earlier.run.remove()
@@ -48,7 +48,7 @@ def require_alike(plan: Plan, other: Plan) -> None:
     new = _without(plan.determinants, _PER_PART)
     if old == new:
         return
-    if plan.options.overwrite:
+    if plan.settings.overwrite:
         advice = (
             "--overwrite all of them (without --wells, --fields and --acquisition), "
             f"or choose {_elsewhere(plan)}"
@@ -148,7 +148,7 @@ def _require_free(target: Target, where: Location, *, is_recorded: bool) -> None
             f"{where} holds Zarr data that megaseg did not write, and is never replaced; "
             "choose another target"
         )
-    if target.plan.options.overwrite or (is_recorded and _is_ours(target, where)):
+    if target.plan.settings.overwrite or (is_recorded and _is_ours(target, where)):
         return
     raise TargetError(
         f"{where} exists, without the record of a run; "

@@ -37,12 +37,12 @@ def provenance_by(
     """Return the provenance of some volumes of a run; without volumes, that of the whole run."""
     # Any block gives the same voxels, and the engine has its own entry.
     engine = plan.engine.record(plan.batch)
-    options = plan.options.result_options()
+    options = plan.resolved.options()
     settings = {
         name: value for name, value in options.items() if name not in engine and name != "block"
     }
-    threshold: object = plan.options.threshold
-    if plan.options.is_automatic and plan.has_mask:
+    threshold = options["threshold"]
+    if plan.resolved.finds_threshold():
         threshold = _thresholds(plan.model.outputs, volumes)
     return {
         "model": _model(plan),

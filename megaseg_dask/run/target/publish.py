@@ -178,7 +178,7 @@ def _refresh(group: Location, below: list[Location]) -> None:
 
 
 def _tables(target: Target, image: ImageTarget) -> list[Location]:
-    if "measurements" not in target.plan.options.outputs:
+    if "measurements" not in target.plan.resolved.outputs:
         return []
     tables = image.location / "tables"
     names = [group.name for group in image.groups if group.kind == "labels"]

@@ -44,7 +44,7 @@ def require_own_tables(target: Target) -> None:
     Raises:
         TargetError: One has.
     """
-    if "measurements" in target.plan.options.outputs:
+    if "measurements" in target.plan.resolved.outputs:
         map_threaded(lambda group: require_own_table(group.image, group.name), target.iter_labels())
 
 
@@ -105,8 +105,8 @@ def _rows_of_others(target: Target) -> Iterator[tuple[Place, Columns]]:
     if plan.plate is None:
         return
     tables: list[tuple[Plan, str, Group]] = []
-    for other in RunFolder.plans(target.location, plan.options.label_name):
-        if other.run != plan.run and "measurements" in other.options.outputs:
+    for other in RunFolder.plans(target.location, plan.resolved.label_name):
+        if other.run != plan.run and other.resolved.measures_objects():
             for image in Target(other).images:
                 groups = [group for group in image.groups if group.kind == "labels"]
                 tables += [(other, image.path, group) for group in groups]

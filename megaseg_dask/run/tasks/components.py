@@ -93,7 +93,7 @@ def _label_block(workspace: Workspace, output: Output, number: int, kind: Kind) 
     mask = workspace.array(kind.mask(workspace), output).read(core)
     if kind.is_inverted:
         mask = mask == 0
-    labels = components.label_block(mask, plan.options.connectivity)
+    labels = components.label_block(mask, plan.resolved.connectivity)
     fragments = components.list_fragments(labels, core, plan.volume_shape)
     rows = np.stack([fragments.first, fragments.size])
     workspace.write(kind.provisional, output, core, labels)
@@ -108,7 +108,7 @@ def _pair_seams(workspace: Workspace, output: Output, number: int, kind: Kind) -
     A pair is the neighbor's number, the id here and the id there.
     """
     grid = workspace.plan.block_grid()
-    connectivity = workspace.plan.options.connectivity
+    connectivity = workspace.plan.resolved.connectivity
     missing = set(workspace.state(output.volume).missing)
     here = workspace.load(output, kind.planes(number))
     rows = [np.empty((_PAIR_ROWS, 0), np.uint64)]
@@ -156,7 +156,7 @@ def relabel_block(workspace: Workspace, output: Output, number: int) -> OutputSt
 def join_objects(workspace: Workspace, output: Output, _: int) -> OutputState:
     """Join all fragments of an output into objects, and write the final id of each fragment."""
     volume = _Fragments(workspace, output, OBJECTS)
-    min_size = workspace.plan.options.min_size
+    min_size = workspace.plan.resolved.min_size
     final = components.join_fragments(volume.fragments, volume.iter_pairs(), min_size=min_size)
     volume.write_tables(final)
     return OutputState(n_objects=int(final.max(initial=0)), n_fragments=len(volume.fragments))
@@ -165,7 +165,7 @@ def join_objects(workspace: Workspace, output: Output, _: int) -> OutputState:
 def join_holes(workspace: Workspace, output: Output, _: int) -> OutputState:
     """Join the background's fragments, and write which belong to holes small enough to fill."""
     volume = _Fragments(workspace, output, HOLES)
-    max_size = workspace.plan.options.fill_holes
+    max_size = workspace.plan.resolved.fill_holes
     small = components.fill_table(volume.fragments, volume.iter_pairs(), max_size)
     volume.write_tables(small.view(np.uint8))
     return OutputState(n_fragments=len(volume.fragments))

@@ -10,6 +10,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.normalization import Normalization, require_finite
 from megaseg_dask.inference.block import Block, BlockOutputs, Patches, Preparation, stack
 from megaseg_dask.inference.engine import open_engine
+from megaseg_dask.plan.resolved import Automatic, Fixed
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.tasks.thresholds import find_extremes
 from megaseg_dask.run.workspace import Source, Workspace
@@ -75,12 +76,12 @@ def _predict(workspace: Workspace, values: Array, region: Box, state: VolumeStat
     plan = workspace.plan
     read_box = plan.patch_grid.read_box(region)
     is_float = values.dtype.kind == "f"
-    if is_float and plan.measure_level != 0 and not plan.options.nan_to_background:
+    if is_float and plan.measure_level != 0 and not plan.resolved.nan_to_background:
         # Not every voxel was measured, and the network would take a NaN for the mean.
         for channel in values:
             require_finite(channel, read_box)
     background = None
-    if is_float and plan.options.nan_to_background:
+    if is_float and plan.resolved.nan_to_background:
         background = ~np.isfinite(values[:, *region.within(read_box).slices]).all(axis=0)
     zscores = tuple(Normalization(channel.mean, channel.std) for channel in state.statistics)
     block = Block(
@@ -101,12 +102,15 @@ def _predict(workspace: Workspace, values: Array, region: Box, state: VolumeStat
 def _arrays_to_write(workspace: Workspace, output: BlockOutputs) -> dict[str, Array]:
     """Return scores, and a first mask or the logits to find a threshold from."""
     plan = workspace.plan
-    options = plan.options
+    resolved = plan.resolved
     arrays = {}
-    if "scores" in options.outputs:
-        arrays["scores"] = output.scores(options.scores_dtype)
-    if plan.has_mask and options.is_automatic:
-        arrays["logits"] = output.logits()
-    elif plan.has_mask:
-        arrays[workspace.first_mask] = output.mask(float(options.threshold))
+    if "scores" in resolved.outputs:
+        arrays["scores"] = output.scores(resolved.scores_dtype)
+    if not resolved.has_mask():
+        return arrays
+    match resolved.threshold:
+        case Automatic():
+            arrays["logits"] = output.logits()
+        case Fixed(score):
+            arrays[workspace.first_mask] = output.mask(score)
     return arrays

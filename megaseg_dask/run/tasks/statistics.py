@@ -16,6 +16,7 @@ from megaseg_dask.algorithms.normalization import (
     merge_statistics,
 )
 from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.resolved import Given
 from megaseg_dask.run.state import ChannelStatistics, PartStatistics, TaskSummary
 from megaseg_dask.run.workspace import Workspace
 
@@ -49,7 +50,7 @@ def _measure_parts(plan: Plan, values: NDArray[Any], box: Box) -> tuple[PartStat
         statistics = measure(
             values[core.within(box).slices],
             core,
-            nan_to_background=plan.options.nan_to_background,
+            nan_to_background=plan.resolved.nan_to_background,
         )
         parts.append(PartStatistics(partition.index(position), statistics))
     if isinstance(parts[0].statistics, Counts):
@@ -66,9 +67,9 @@ def describe_channel(plan: Plan, parts: Iterable[PartStatistics]) -> ChannelStat
     Raises:
         DataError: The numbers have no exact mean or std.
     """
-    normalization = plan.options.normalization
-    if isinstance(normalization, tuple):
-        return ChannelStatistics(*normalization)
+    normalization = plan.resolved.normalization
+    if isinstance(normalization, Given):
+        return ChannelStatistics(normalization.mean, normalization.std)
     in_order = sorted(parts, key=lambda part: part.place)
     total = merge_statistics(part.statistics for part in in_order)
     zscore = asdict(Normalization.of(total))

@@ -10,6 +10,7 @@ from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.errors import DataError
 from megaseg_dask.plan.memory import TABLES_READ_AHEAD
 from megaseg_dask.plan.plan import Output
+from megaseg_dask.plan.resolved import Automatic
 from megaseg_dask.run.state import OutputState
 from megaseg_dask.run.workspace import Workspace
 
@@ -37,11 +38,11 @@ def tabulate_block(workspace: Workspace, output: Output, number: int) -> OutputS
     Raises:
         DataError: No voxel of the volume is a number.
     """
-    options = workspace.plan.options
+    resolved = workspace.plan.resolved
     logits = workspace.array("logits", output).read(workspace.plan.block_grid()[number])
-    known = logits[~np.isnan(logits)] if options.nan_to_background else logits.ravel()
+    known = logits[~np.isnan(logits)] if resolved.nan_to_background else logits.ravel()
     low, high = _range(workspace, output)
-    table = thresholds.tabulate(known, low, high, str(options.threshold))
+    table = thresholds.tabulate(known, low, high, _method(workspace))
     workspace.save(output, _table_name(number), table)
     return OutputState()
 
@@ -55,8 +56,8 @@ def find_cutoff(workspace: Workspace, output: Output, _: int) -> OutputState:
     )
     merged = thresholds.merge_tables(table for _, table in tables)
     low, high = _range(workspace, output)
-    method = str(workspace.plan.options.threshold)
-    return OutputState(threshold=thresholds.find_threshold(merged, low, high, method))
+    cutoff = thresholds.find_threshold(merged, low, high, _method(workspace))
+    return OutputState(threshold=cutoff)
 
 
 def threshold_block(workspace: Workspace, output: Output, number: int) -> OutputState:
@@ -69,6 +70,12 @@ def threshold_block(workspace: Workspace, output: Output, number: int) -> Output
     mask = (logits > np.float32(cutoff)).view(np.uint8)
     workspace.write(workspace.first_mask, output, core, mask)
     return OutputState()
+
+
+def _method(workspace: Workspace) -> str:
+    threshold = workspace.plan.resolved.threshold
+    assert isinstance(threshold, Automatic)
+    return threshold.method
 
 
 def _range(workspace: Workspace, output: Output) -> tuple[float, float]:

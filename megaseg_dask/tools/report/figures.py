@@ -234,7 +234,7 @@ def _size_histogram(plan: Plan, survey: Survey) -> Markup:
     last = int(occupied[-1]) + 2
     edges = SIZE_EDGES[first : last + 1].tolist()
     counts = survey.sizes[first:last].tolist()
-    min_size = plan.options.min_size
+    min_size = plan.resolved.min_size
     marks = []
     if min_size and edges[0] <= min_size <= edges[-1]:
         marks.append(Mark(min_size, f"--min-size {min_size}"))
@@ -245,11 +245,12 @@ def _size_histogram(plan: Plan, survey: Survey) -> Markup:
 
 def _threshold_marks(plan: Plan, survey: Survey) -> list[Mark]:
     thresholds = [r.threshold for r in survey.volumes if r.threshold is not None]
-    if not thresholds or not plan.has_mask:
+    if not thresholds or not plan.resolved.has_mask():
         return []
     low = min(thresholds)
     high = max(thresholds)
     if low == high:
         return [Mark(low, f"threshold {number(low)}")]
-    text = f"{plan.options.threshold}: {number(low)} to {number(high)}, median here"
+    method = plan.resolved.options()["threshold"]
+    text = f"{method}: {number(low)} to {number(high)}, median here"
     return [Mark(float(np.median(thresholds)), text)]

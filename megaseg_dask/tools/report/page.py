@@ -21,6 +21,7 @@ from megaseg_dask.ngff.group import read_attributes
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.settings import Settings, is_result
+from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run import log
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import estimate_time
@@ -167,7 +168,7 @@ def make_page(plans: Sequence[Plan]) -> Page:
     return Page(
         plan=plans[0],
         plans=plans,
-        summaries=[plan.summary() for plan in plans],
+        summaries=[summarize(plan) for plan in plans],
         survey=result,
         overview=_overview(runs, result),
         seams=_seams(runs, result),
@@ -278,7 +279,7 @@ def _timings(runs: Sequence[Run]) -> Timings:
 
 
 def _origin(plans: Sequence[Plan]) -> Origin:
-    settings = plans[0].options.result_options()
+    settings = plans[0].resolved.options()
     logs = []
     for plan in plans:
         logs += [f"{plan.run}/{key}" for key in plan.run.keys(log.FOLDER)]
@@ -318,5 +319,6 @@ def commands_of(plans: Sequence[Plan]) -> list[str]:
             # Each plan has another block, and all give the same voxels.
             options.remove("block")
         address = (plan.source, plan.target)
-        commands.append(command_line("segment", *address, settings=plan.options, options=options))
+        settings = plan.resolved.as_settings(plan.settings)
+        commands.append(command_line("segment", *address, settings=settings, options=options))
     return list(dict.fromkeys(commands))

@@ -20,6 +20,7 @@ from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TaskError
 from megaseg_dask.ngff.tables import iter_columns
 from megaseg_dask.plan.plan import Output, Plan
+from megaseg_dask.plan.resolved import Fixed
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.target.arrays import Target
@@ -202,10 +203,10 @@ def _add_statistics(report: VolumeReport, state: VolumeState | TaskSummary | Non
     if state.statistics:
         report.mean = state.statistics[0].mean
         report.std = state.statistics[0].std
-    threshold = report.run.plan.options.threshold
+    threshold = report.run.plan.resolved.threshold
     logit = _output_state(state, report.output).threshold
-    if not isinstance(threshold, str):
-        report.threshold = threshold
+    if isinstance(threshold, Fixed):
+        report.threshold = threshold.score
     elif logit is not None:
         report.threshold = float(sigmoid(np.array([logit], np.float32))[0])
 
@@ -215,7 +216,7 @@ def _add_statistics(report: VolumeReport, state: VolumeState | TaskSummary | Non
 
 def _read_table(plan: Plan, result: Survey) -> bool:
     """Add up the table of measurements; return whether there is one that can be read."""
-    if "measurements" not in plan.options.outputs:
+    if not plan.resolved.measures_objects():
         return False
     n_voxels = dict.fromkeys((report.place for report in result.volumes), 0)
     sizes = np.zeros_like(result.sizes)
@@ -285,7 +286,7 @@ def _measure(view: View, measures_labels: bool, report: VolumeReport) -> Array:
     try:
         if "scores" in plan.arrays:
             mean = view.read(plan, "scores", report.output).mean(dtype=np.float64)
-            report.mean_score = float(mean) / max_score(plan.options.scores_dtype)
+            report.mean_score = float(mean) / max_score(plan.resolved.scores_dtype)
         if measures_labels:
             n_voxels = _object_sizes(view.read(plan, "labels", report.output))
             report.foreground = float(n_voxels.sum()) / view.box.size
@@ -321,7 +322,7 @@ def _count_scores(plan: Plan, reports: Sequence[VolumeReport], result: Survey, n
 
 def _score_histogram(plan: Plan, sample: tuple[Output, Box]) -> Array:
     output, box = sample
-    edges = np.linspace(0, 1, N_SCORE_BINS + 1) * max_score(plan.options.scores_dtype)
+    edges = np.linspace(0, 1, N_SCORE_BINS + 1) * max_score(plan.resolved.scores_dtype)
     try:
         values = Target(plan).array("scores", output).read(box)
     except UNREADABLE:

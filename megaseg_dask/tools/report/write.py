@@ -40,7 +40,7 @@ def find_plans(target: str, label_name: str | None = None) -> list[Plan]:
     location.probe(TargetError)
     recorded: dict[str, list[Plan]] = {}
     for plan in RunFolder.plans(location, label_name):
-        recorded.setdefault(plan.options.label_name, []).append(plan)
+        recorded.setdefault(plan.resolved.label_name, []).append(plan)
     if not recorded:
         raise TargetError(
             f"no run is recorded at {runs_folder(location)}{location.hint()}; "

@@ -165,7 +165,7 @@ def _run_layers(plan: Plan, field: str) -> Iterator[Layer]:
     """Yield the source's channels of a run, then the outputs at its target."""
     channels = set[int]().union(*(volume.channels for volume in plan.volumes))
     yield from _image_layers(plan.source / field, sorted(channels))
-    limits = (0.0, max_score(plan.options.scores_dtype))
+    limits = (0.0, max_score(plan.resolved.scores_dtype))
     for group in ImageTarget(plan, field).groups:
         location = group.location
         if group.kind == "scores":

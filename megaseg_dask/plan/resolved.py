@@ -1,0 +1,183 @@
+"""Settings with nothing left open: what the planner decides once, and all else reads.
+
+All that can change the output is here, typed. How these values are recorded in an
+output, and compared with those of another run, is :meth:`Resolved.options`.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from megaseg_dask.algorithms.geometry import Box, Shape
+from megaseg_dask.inference.engine import EngineSpec
+from megaseg_dask.plan.settings import Settings
+
+_LEVEL = "level:"
+
+
+@dataclass(frozen=True, slots=True)
+class OfVolume:
+    """Mean and standard deviation of all voxels of each volume."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfLevel:
+    """Mean and standard deviation of each volume at a level of the source."""
+
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The same mean and standard deviation for all volumes."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A voxel is foreground if its score, from 0 to 1, is above this."""
+
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Automatic:
+    """The threshold of each volume is found from its logits, by a method of this name."""
+
+    method: str
+
+
+# Longer forms first: of a recorded value, the form whose fields are all there is meant.
+NormalizationSource: TypeAlias = Given | OfLevel | OfVolume
+Threshold: TypeAlias = Fixed | Automatic
+
+
+def normalization_of(settings: Settings) -> NormalizationSource:
+    """Return where mean and standard deviation of a volume come from."""
+    match settings.normalization:
+        case None:
+            return OfVolume()
+        case str(text):
+            return OfLevel(int(text.removeprefix(_LEVEL)))
+        case (mean, std):
+            return Given(mean, std)
+
+
+def threshold_of(settings: Settings) -> Threshold:
+    """Return the threshold, or how it is found."""
+    if isinstance(settings.threshold, str):
+        return Automatic(settings.threshold)
+    return Fixed(settings.threshold)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """All settings that can change the output.
+
+    ``channels`` and ``times`` (half-open) are indices in the source, ``level`` is one of its
+    levels, and ``roi`` is in voxels ``(z, y, x)`` of that level, as are ``patch`` and ``block``.
+    """
+
+    channels: tuple[int, ...]
+    times: tuple[int, int]
+    level: int
+    roi: Box | None
+    nan_to_background: bool
+    normalization: NormalizationSource
+    patch: Shape
+    overlap: tuple[float, ...]
+    engine: EngineSpec
+    batch: int
+    outputs: tuple[str, ...]
+    threshold: Threshold
+    connectivity: int
+    min_size: int
+    fill_holes: int
+    scores_dtype: str
+    label_name: str
+    ome_zarr: str
+    block: Shape
+
+    # -- what follows from them
+
+    def has_mask(self) -> bool:
+        """Return whether scores are turned into a mask."""
+        return bool({"labels", "mask"} & set(self.outputs))
+
+    def finds_threshold(self) -> bool:
+        """Return whether the threshold of each volume is found from its logits."""
+        return isinstance(self.threshold, Automatic) and self.has_mask()
+
+    def fills_holes(self) -> bool:
+        """Return whether holes of the mask are filled."""
+        return self.fill_holes > 0 and self.has_mask()
+
+    def writes_labels(self) -> bool:
+        """Return whether objects are labelled."""
+        return "labels" in self.outputs
+
+    def measures_objects(self) -> bool:
+        """Return whether objects are measured."""
+        return "measurements" in self.outputs
+
+    def measures_voxels(self) -> bool:
+        """Return whether voxels are read to find mean and standard deviation."""
+        return not isinstance(self.normalization, Given)
+
+    # -- as they are recorded
+
+    def options(self) -> dict[str, object]:
+        """Return the options that give these values, as JSON values, in the order of their declaration."""
+        engine = self.engine
+        return {
+            # By index: another channel may later get the name.
+            "channel": ",".join(map(str, self.channels)),
+            "time": list(self.times),
+            "level": self.level,
+            "roi": self._roi_option(),
+            "nan_to_background": self.nan_to_background,
+            "normalization": self._normalization_option(),
+            "tta": engine.tta,
+            "patch": list(self.patch),
+            "overlap": list(self.overlap),
+            "engine": engine.engine,
+            "device": engine.device,
+            "precision": engine.precision,
+            "batch": self.batch,
+            "threads": engine.threads,
+            "outputs": list(self.outputs),
+            "threshold": self._threshold_option(),
+            "connectivity": self.connectivity,
+            "min_size": self.min_size,
+            "fill_holes": self.fill_holes,
+            "scores_dtype": self.scores_dtype,
+            "label_name": self.label_name,
+            "ome_zarr": self.ome_zarr,
+            "block": list(self.block),
+        }
+
+    def _roi_option(self) -> list[list[int]] | None:
+        if self.roi is None:
+            return None
+        return [list(limits) for limits in zip(self.roi.start, self.roi.stop, strict=True)]
+
+    def _normalization_option(self) -> list[float] | str | None:
+        match self.normalization:
+            case OfVolume():
+                return None
+            case OfLevel(level):
+                return f"{_LEVEL}{level}"
+            case Given(mean, std):
+                return [mean, std]
+
+    def _threshold_option(self) -> float | str:
+        match self.threshold:
+            case Fixed(score):
+                return score
+            case Automatic(method):
+                return method
+
+    def as_settings(self, settings: Settings) -> Settings:
+        """Return settings with all that was left open in them replaced by these values."""
+        return Settings.model_validate({**settings.model_dump(), **self.options()})

@@ -1,0 +1,97 @@
+"""What ``megaseg plan`` shows: the work of a plan, and what it reads, writes and takes."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from megaseg_dask.algorithms.components import label_dtype
+from megaseg_dask.algorithms.geometry import PatchGrid
+from megaseg_dask.plan.plan import Plan
+
+
+def summarize(plan: Plan) -> dict[str, Any]:
+    """Return what a plan is about and costs, as JSON values."""
+    images = {volume.image for volume in plan.volumes}
+    return {
+        "source": plan.source.url,
+        "target": plan.target.url,
+        "fingerprint": plan.fingerprint,
+        "volumes": len(plan.volumes),
+        "volume_shape": plan.volume_shape,
+        "fields": len(images) if plan.plate else None,
+        # Fields that a plate lists and lacks, and why; such a run will end as failed.
+        "missing": dict(plan.plate.missing) if plan.plate else {},
+        "dtype": plan.source_image.dtype,
+        "model": {
+            "name": plan.model.name,
+            "digest": plan.model.digest,
+            "parameters": plan.n_parameters,
+            "outputs": plan.model.outputs,
+        },
+        "engine": plan.engine.record(plan.batch),
+        **_patches(plan),
+        "block_shape": plan.block_shape,
+        "blocks": len(plan.block_grid()),
+        "redundancy": _redundancy(plan),
+        **_traffic(plan, len(images)),
+        "label_dtype": str(label_dtype(plan.volume_shape)),
+        "memory_bytes": plan.memory_bytes,
+        "projected_bytes": plan.projected_bytes,
+        "stages": {stage.name: stage.n_tasks for stage in plan.stages},
+        "options": plan.resolved.options(),
+    }
+
+
+def _patches(plan: Plan) -> dict[str, Any]:
+    grid = plan.patch_grid
+    auto = PatchGrid(grid.volume_shape, plan.auto_patch, grid.overlap)
+    voxels = math.prod(plan.volume_shape)
+    n_patches = grid.count_touching(plan.region)
+    return {
+        "patch_shape": grid.patch_shape,
+        "overlap": grid.overlap,
+        "patches": n_patches,
+        "patch_voxels_per_voxel": round(n_patches * math.prod(grid.patch_shape) / voxels, 2),
+        "auto_patch_shape": plan.auto_patch,
+        "auto_patch_voxels_per_voxel": round(len(auto) * math.prod(auto.patch_shape) / voxels, 2),
+    }
+
+
+def _redundancy(plan: Plan) -> float:
+    """Return how often a patch is predicted, on average."""
+    grid = plan.patch_grid
+    n_predicted = grid.count_predicted(plan.block_shape, plan.region)
+    return round(n_predicted / grid.count_touching(plan.region), 3)
+
+
+def _traffic(plan: Plan, n_images: int) -> dict[str, Any]:
+    voxels = math.prod(plan.volume_shape)
+    n_read = _count_read(plan)
+    source_bytes = np.dtype(plan.source_image.dtype).itemsize
+    item_bytes = {
+        "labels": label_dtype(plan.volume_shape).itemsize,
+        "mask": 1,
+        "scores": np.dtype(plan.resolved.scores_dtype).itemsize,
+    }
+    n_written = n_images * sum(math.prod(level.shape) for level in plan.target_image.levels)
+    intermediate = sum(np.dtype(dtype).itemsize for dtype in plan.intermediates.values())
+    return {
+        "bytes_read": n_read * source_bytes * len(plan.volumes),
+        "read_amplification": round(n_read / voxels / plan.model.in_channels, 2),
+        "bytes_written": n_written * sum(item_bytes[kind] for kind in plan.arrays),
+        # Of one volume: they are removed when it is finished.
+        "bytes_intermediate": voxels * len(plan.model.outputs) * intermediate,
+    }
+
+
+def _count_read(plan: Plan) -> int:
+    """Return the voxels of the source that are read for one volume."""
+    predicted = plan.patch_grid.count_read(plan.block_shape, plan.region)
+    # Statistics take one more read, except where a volume is read once for all.
+    is_measured = plan.measure_level is not None and not plan.is_one_task
+    measured = math.prod(plan.measure_grid.volume_shape) if is_measured else 0
+    n_read = (predicted + measured) * plan.model.in_channels
+    if plan.resolved.measures_objects() and not plan.is_one_task:
+        n_read += math.prod(plan.volume_shape)
+    return n_read
