@@ -5,11 +5,11 @@ shard or chunk would lose each other's voxels.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from megaseg_dask.algorithms.geometry import Shape
+from megaseg_dask.algorithms.geometry import PatchGrid, Shape
 
 # Chunks suit viewers; shards keep the objects of a terabyte volume in the thousands.
 CHUNK_SHAPE = (64, 128, 128)
@@ -65,6 +65,18 @@ def _even(n: int, most: int) -> int:
 def _divisor(n: int, most: int) -> int:
     """Return the largest divisor of ``n`` up to ``most``."""
     return max(d for d in range(1, min(n, most) + 1) if n % d == 0)
+
+
+def cheapest_block(volume_shape: Shape, patches: PatchGrid, fits: Callable[[Shape], bool]) -> Shape:
+    """Return the block ``(z, y, x)`` that makes all blocks predict the fewest patches.
+
+    Only blocks that fit are taken; if none does, the smallest block is returned.
+    """
+    shapes = list(iter_block_shapes(volume_shape))
+    # Of equal blocks by that measure the largest: fewer seams, fewer tasks.
+    shapes.sort(key=lambda shape: (patches.count_predicted(shape), -math.prod(shape)))
+    smallest = min(shapes, key=math.prod)
+    return next(filter(fits, shapes), smallest)
 
 
 def iter_block_shapes(volume_shape: Shape) -> Iterator[Shape]:

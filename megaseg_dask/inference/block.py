@@ -2,11 +2,12 @@
 
 The patch grid belongs to the volume, never to a block, and every batch has the
 same shape; so the logits of a voxel are the same bits in any block. The same
-code runs on NumPy arrays and on tensors of a device. What an engine must offer
-is declared here, beside the code that uses it.
+code runs on NumPy arrays and on tensors of a device. What an engine offers is
+declared here, beside the code that uses it.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -51,27 +52,6 @@ class BlockOutputs(Protocol):
 
     def logits(self) -> Float32:
         """Return the blended logits."""
-        ...
-
-
-class Engine(Protocol):
-    """A network, or the mean of several, ready to predict on its device."""
-
-    @property
-    def largest_batch(self) -> int | None:
-        """Largest batch that fits the device, known once a larger one ran out of memory."""
-        ...
-
-    def __call__(self, patches: Float32) -> Float32:
-        """Map prepared patches ``(batch, channels in, z, y, x)`` to logits of the same form."""
-        ...
-
-    def predict_block(self, block: "Block") -> Sequence[BlockOutputs]:
-        """Return each output of the network for the core of a block."""
-        ...
-
-    def close(self) -> None:
-        """Free the memory that the engine holds on its device."""
         ...
 
 
@@ -234,14 +214,19 @@ def predict_block(block: Block, forward: Callable[[Float32], Float32]) -> "list[
     return [HostOutputs(channel) for channel in logits]
 
 
-class HostEngine:
-    """What engines share that map NumPy arrays to NumPy arrays."""
+class Engine(ABC):
+    """A network, or the mean of several, ready to predict.
+
+    An engine whose arrays live on a device predicts whole blocks there, and has its
+    own ``predict_block``. ``largest_batch`` is the largest that fits the memory of
+    the device, known once a larger one did not.
+    """
 
     largest_batch: int | None = None
 
+    @abstractmethod
     def __call__(self, patches: Float32) -> Float32:
         """Map prepared patches ``(batch, channels in, z, y, x)`` to logits of the same form."""
-        raise NotImplementedError
 
     def predict_block(self, block: Block) -> Sequence[BlockOutputs]:
         """Return each output of the network for the core of a block.
@@ -251,8 +236,8 @@ class HostEngine:
         """
         return predict_block(block, self)
 
-    def close(self) -> None:
-        """Do nothing: a network on the host is freed with the engine."""
+    def close(self) -> None:  # noqa: B027  # most engines hold nothing but themselves
+        """Free the memory that the engine holds on a device."""
 
 
 @dataclass(frozen=True, slots=True)

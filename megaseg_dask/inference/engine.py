@@ -164,73 +164,56 @@ ENGINES: Mapping[EngineName, EngineKind] = {
 # -- what `auto` means
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """What settings ask for; ``auto`` and ``None`` are left to this machine."""
-
-    engine: str = "auto"
-    device: str = "auto"
-    precision: str = "auto"
-    threads: int | None = None
-    tta: bool = False
-
-
-def resolve_engine(request: EngineRequest) -> EngineSpec:
-    """Decide what ``auto`` means on this machine.
+def resolve_engine(
+    engine: EngineName | Literal["auto"] = "auto",
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    tta: bool = False,
+) -> EngineSpec:
+    """Decide what ``auto`` and ``None`` mean on this machine.
 
     The device is a GPU if PyTorch sees one. On a CPU the engine is OpenVINO if it is
-    installed. The precision is float16 on a GPU, else float32.
+    installed. The precision is float16 on a GPU, else float32. The threads are the
+    cores.
 
     Raises:
         SettingsError: The engine is not installed, or does not have the precision.
     """
-    device = request.device
     if device == "auto":
-        device = _choose_device(request.engine)
-    name = _choose_engine(request, device)
-    kind = ENGINES[name]
-    precision = request.precision
+        runs_on_gpu = engine == "auto" or ENGINES[engine].offers("cuda", "auto")
+        device = "cuda" if runs_on_gpu and cuda_devices() else "cpu"
+    if engine == "auto":
+        engine = _choose_engine(device, precision)
     if precision == "auto":
         # Of the halves, float16 has more bits of mantissa; normalized activations are far
         # from its largest number.
         precision = "fp16" if device == "cuda" else "fp32"
+    kind = ENGINES[engine]
     if not kind.is_installed:
         raise SettingsError(
-            f"--engine {name}: not installed; {kind.install_command}, or use --engine torch"
+            f"--engine {engine}: not installed; {kind.install_command}, or use --engine torch"
         )
     if not kind.offers(device, precision):
+        offers = "; ".join(map(_list_precisions, ENGINES))
         raise SettingsError(
-            f"--precision {precision}: {name} on {device} does not have it ({_list_precisions()})"
+            f"--precision {precision}: {engine} on {device} does not have it ({offers})"
         )
-    return EngineSpec(name, device, precision, request.threads or n_cores(), request.tta)
+    return EngineSpec(engine, device, precision, threads or n_cores(), tta)
 
 
-def _choose_device(engine: str) -> str:
-    runs_on_gpu = engine == "auto" or "cuda" in ENGINES[_name_of(engine)].precisions
-    if runs_on_gpu and cuda_devices():
-        return "cuda"
-    return "cpu"
-
-
-def _choose_engine(request: EngineRequest, device: str) -> EngineName:
-    if request.engine != "auto":
-        return _name_of(request.engine)
-    usable: list[EngineName] = ["torch"]
+def _choose_engine(device: str, precision: str) -> EngineName:
+    chosen: EngineName = "torch"
     for name, kind in ENGINES.items():
-        if kind.is_installed and kind.offers(device, request.precision):
-            usable.append(name)
-    return usable[-1]
+        if kind.is_installed and kind.offers(device, precision):
+            chosen = name
+    return chosen
 
 
-def _name_of(text: str) -> EngineName:
-    return next(name for name in ENGINES if name == text)
-
-
-def _list_precisions() -> str:
+def _list_precisions(engine: EngineName) -> str:
     return "; ".join(
-        f"{name} on {device}: {', '.join(precisions)}"
-        for name, kind in ENGINES.items()
-        for device, precisions in kind.precisions.items()
+        f"{engine} on {device}: {', '.join(precisions)}"
+        for device, precisions in ENGINES[engine].precisions.items()
     )
 
 

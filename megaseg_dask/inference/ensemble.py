@@ -4,20 +4,20 @@ Patches stay where they are, so an average does not depend on blocks either.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
-from itertools import combinations
+from itertools import chain, combinations, product
 from pathlib import Path
 
 import numpy as np
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.inference.block import Engine, Float32, HostEngine
+from megaseg_dask.inference.block import Engine, Float32
 from megaseg_dask.models import Bundle, BundleFacts, Step, load_bundle, read_facts
 from megaseg_dask.models.staging import path_of
 
-SPACE_AXES = (2, 3, 4)  # of a batch (n, c, z, y, x)
+_SPACE_AXES = (2, 3, 4)  # of a batch (n, c, z, y, x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class ModelRef:
 
 
 @dataclass(frozen=True, slots=True)
-class Averaged(HostEngine):
+class Averaged(Engine):
     """An engine: the mean of the logits of several engines.
 
     With ``is_mirrored`` each engine predicts all eight mirror images of a patch.
@@ -140,7 +140,7 @@ class Averaged(HostEngine):
 
     def __call__(self, patches: Float32) -> Float32:
         """Map prepared patches ``(batch, channels in, z, y, x)`` to the mean logits."""
-        passes = [(engine, axes) for engine in self.engines for axes in self._mirrors]
+        passes = list(product(self.engines, self._mirrors))
         logits = (_predict_mirrored(engine, patches, axes) for engine, axes in passes)
         total: Float32 = functools.reduce(np.add, logits)
         return total / np.float32(len(passes))
@@ -151,11 +151,10 @@ class Averaged(HostEngine):
             engine.close()
 
     @property
-    def _mirrors(self) -> list[tuple[int, ...]]:
+    def _mirrors(self) -> Iterator[tuple[int, ...]]:
         """Axes to mirror a batch along, from none to all three of space."""
-        if not self.is_mirrored:
-            return [()]
-        return [axes for n in range(4) for axes in combinations(SPACE_AXES, n)]
+        max_axes = len(_SPACE_AXES) if self.is_mirrored else 0
+        return chain.from_iterable(combinations(_SPACE_AXES, n) for n in range(max_axes + 1))
 
 
 def _predict_mirrored(engine: Engine, patches: Float32, axes: tuple[int, ...]) -> Float32:

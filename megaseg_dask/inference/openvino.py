@@ -13,7 +13,7 @@ import openvino
 from numpy.typing import NDArray
 
 from megaseg_dask.errors import EngineError
-from megaseg_dask.inference.block import HostEngine
+from megaseg_dask.inference.block import Engine
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.ensemble import BundleRef
 from megaseg_dask.models.home import home
@@ -36,7 +36,7 @@ def open_bundle(ref: BundleRef, spec: EngineSpec) -> "OpenVinoEngine":
     return OpenVinoEngine(ref, spec)
 
 
-class OpenVinoEngine(HostEngine):
+class OpenVinoEngine(Engine):
     """A network compiled for one shape; called with ``(batch, c, z, y, x)``, it returns logits."""
 
     def __init__(self, bundle: BundleRef, spec: EngineSpec) -> None:

@@ -21,7 +21,6 @@ from megaseg_dask.inference.block import (
     Block,
     BlockOutputs,
     Engine,
-    HostEngine,
     Preparation,
     blend_patches,
 )
@@ -35,7 +34,8 @@ Float32 = NDArray[np.float32]
 # Autocast computes convolutions in it; instance norm takes its statistics in float32.
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# TF32 keeps 10 bits of mantissa; promise 1 is about all 23. Deterministic kernels keep the last bit.
+# TF32 keeps 10 bits of mantissa; promise 1 is about all 23. Deterministic kernels keep the last
+# bit.
 _CUDNN_FLAGS = {"allow_tf32": False, "deterministic": True, "benchmark": False}
 
 
@@ -51,7 +51,7 @@ def open_bundle(ref: BundleRef, spec: EngineSpec) -> Engine:
     return engine(ref.load(), spec)
 
 
-class TorchEngine(HostEngine):
+class TorchEngine(Engine):
     """A network on its device; called with ``(batch, c, z, y, x)``, it returns logits of that form.
 
     PyTorch's global settings are changed for each batch and then put back: the
@@ -78,7 +78,6 @@ class TorchEngine(HostEngine):
             # Tensor cores need this layout; for float32 it may change the last bits.
             self._layout = torch.channels_last_3d
             self._network = self._network.to(memory_format=self._layout)  # type: ignore[call-overload]
-        self.largest_batch: int | None = None
 
     def __call__(self, patches: Float32) -> Float32:
         """Predict one batch of prepared patches; in parts, if the device has too little memory.
@@ -144,7 +143,10 @@ def _exact_arithmetic(n_threads: int) -> Iterator[None]:
 
 
 class DeviceEngine(TorchEngine):
-    """An engine whose blocks go up once, as they are stored, and come down as they will be stored."""
+    """An engine whose blocks stay on its device.
+
+    Voxels go up once, as they are stored; outputs come down as they will be stored.
+    """
 
     def predict_block(self, block: Block) -> Sequence[BlockOutputs]:
         """Return each output of the network for the core of a block.

@@ -343,15 +343,7 @@ def _parse_multiscale(
         raise SourceError(
             f"{location} has axes {[str(axis.name) for axis in multiscale.axes]}: one of them twice"
         )
-    if unknown := set(names) - set(_AXIS_TYPES):
-        raise SourceError(
-            f"{location} has axes {names}; {sorted(unknown)} cannot be told apart from t, c, z, y, x"
-        )
-    if missing := [name for name in SPATIAL if name not in names]:
-        raise SourceError(
-            f"{location} has axes {names} and no {' or '.join(missing)}: "
-            "the model segments 3D volumes of z, y and x"
-        )
+    require_axes(location, names)
     # By name: of t and c, the type is only a recommendation.
     axes = tuple(
         Axis(name, _AXIS_TYPES[name], a.unit if isinstance(a.unit, str) else None)
@@ -369,6 +361,23 @@ def _parse_multiscale(
         except ValueError as error:
             raise SourceError(f"{location}: level {dataset.path!r}: {error}") from error
     return axes, levels
+
+
+def require_axes(subject: object, names: Sequence[str]) -> None:
+    """Check the names of the axes of an image; ``subject`` is what has them.
+
+    Raises:
+        SourceError: An axis is none of t, c, z, y, x, or one of z, y, x is missing.
+    """
+    if unknown := set(names) - set(_AXIS_TYPES):
+        raise SourceError(
+            f"{subject} has axes {names}; {sorted(unknown)} cannot be told apart from t, c, z, y, x"
+        )
+    if missing := [name for name in SPATIAL if name not in names]:
+        raise SourceError(
+            f"{subject} has axes {names} and no {' or '.join(missing)}: "
+            "the model segments 3D volumes of z, y and x"
+        )
 
 
 def _multiscale_model(version: str):  # type: ignore[no-untyped-def]  # one of two unrelated classes

@@ -15,11 +15,11 @@ from typing import Literal
 import numpy as np
 import psutil
 
-from megaseg_dask.algorithms.chunking import iter_block_shapes
+from megaseg_dask.algorithms.chunking import cheapest_block, iter_block_shapes
 from megaseg_dask.algorithms.geometry import Box, Shape, cheapest_patch
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
 from megaseg_dask.inference.calibration import quickest_batch
-from megaseg_dask.inference.engine import EngineRequest, EngineSpec, resolve_engine
+from megaseg_dask.inference.engine import EngineSpec, resolve_engine
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
@@ -55,7 +55,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     request = _Request(Location.of(source), Location.of(target), settings, part)
     request.require_levels()
     image = part.image.from_level(settings.level)
-    require_segmentable(image, request.first_field)
+    require_segmentable(request.first_field, image.volume_shape(), image.dtype)
     request.require_target()
     channels = choose_channels(image, settings.channel, request.source)
     times = _choose_times(image, settings)
@@ -64,7 +64,9 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     chunks = _Chunks.of(request.first_field / image.levels[0].path)
     models = open_models(filled, image.volume_shape())
     inputs = _group_channels(channels, models.ref.in_channels, filled.channel, request.source)
-    engine = resolve_engine(requested_engine(filled))
+    engine = resolve_engine(
+        filled.engine, filled.device, filled.precision, filled.threads, filled.tta
+    )
     resolved = Resolved(
         channels=tuple(channels),
         times=times,
@@ -204,16 +206,19 @@ class _Request:
         return {name: other[name] for name in _ALIKE}
 
 
-def require_segmentable(image: Image, where: Location) -> None:
-    """Raise :class:`SourceError` if the network cannot take volumes of this image."""
-    shape = image.volume_shape()
+def require_segmentable(subject: object, shape: Shape, dtype: object) -> None:
+    """Check that the network can take volumes of this form, those of ``subject``.
+
+    Raises:
+        SourceError: It cannot.
+    """
     if any(n < least for n, least in zip(shape, MINIMUM_SHAPE, strict=True)):
         raise SourceError(
-            f"{where}: volumes of (z, y, x) = {shape} voxels are too small; the model needs at "
+            f"{subject}: volumes of (z, y, x) = {shape} voxels are too small; the model needs at "
             f"least {MINIMUM_SHAPE}"
         )
-    if np.dtype(image.dtype).kind not in "iufb":
-        raise SourceError(f"{where}: voxels are {image.dtype}; integers or floats are needed")
+    if np.dtype(str(dtype)).kind not in "iufb":
+        raise SourceError(f"{subject}: voxels are {dtype}; integers or floats are needed")
 
 
 # -- the source
@@ -463,17 +468,6 @@ def _auto_patch(bundle: BundleFacts, overlap: tuple[float, ...], volume_shape: S
     return cheapest_patch(volume_shape, bundle.patch_shape, overlap, multiple)
 
 
-def requested_engine(settings: Settings) -> EngineRequest:
-    """Return what settings ask of the engine."""
-    return EngineRequest(
-        engine=settings.engine,
-        device=settings.device,
-        precision=settings.precision,
-        threads=settings.threads,
-        tta=settings.tta,
-    )
-
-
 def _choose_batch(models: Models, engine: EngineSpec) -> int:
     if engine.device != "cuda":
         return 1
@@ -508,16 +502,11 @@ def choose_block(plan: Plan) -> Shape:
 
     It is the smallest block if none fits; :func:`require_memory` then says so.
     """
-    shapes = list(iter_block_shapes(plan.volume_shape))
-    for block in sorted(shapes, key=lambda shape: _cost_of(shape, plan)):
-        if max(plan.project(block).values()) <= plan.memory_bytes:
-            return block
-    return min(shapes, key=math.prod)
 
+    def fits(block: Shape) -> bool:
+        return max(plan.project(block).values()) <= plan.memory_bytes
 
-def _cost_of(block: Shape, plan: Plan) -> tuple[int, int]:
-    # Of blocks that predict equally many patches the largest: fewer seams, fewer tasks.
-    return plan.patch_grid.count_predicted(block), -math.prod(block)
+    return cheapest_block(plan.volume_shape, plan.patch_grid, fits)
 
 
 def require_memory(plan: Plan) -> None:

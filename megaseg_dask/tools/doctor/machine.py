@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.inference.engine import EngineRequest, n_cores, resolve_engine
+from megaseg_dask.inference.engine import n_cores, resolve_engine
 from megaseg_dask.inference.gpu import cuda_devices, cuda_version
 from megaseg_dask.messages import size_text
 from megaseg_dask.models.registry import PUBLISHED, find
@@ -133,7 +133,7 @@ def _gpu_advice(driver: str | None, cuda: str) -> str:
 
 def _check_engine() -> Finding:
     """Return the engine that ``auto`` chooses here, and why."""
-    spec = resolve_engine(EngineRequest())
+    spec = resolve_engine()
     reason = "PyTorch sees a GPU" if spec.device == "cuda" else "no usable GPU"
     engine = f"engine {spec.engine} {spec.precision} on {spec.device} ({reason})"
     advice = ""
