@@ -134,7 +134,7 @@ def _level(location: Location, image: Image, number: int) -> xarray.Dataset:
 
 
 def _coordinate(image: Image, number: int, name: str) -> xarray.Variable:
-    """Return the positions of voxel centres in µm, times in their unit, or the names of channels."""
+    """Return the positions of voxel centers in µm, times in their unit, or names of channels."""
     level = image.levels[number]
     axis_number = image.axis_names.index(name)
     extent = level.shape[axis_number]
@@ -166,9 +166,9 @@ def predict(
     model: str | Path | Sequence[str | Path] = "starter",
     **settings: object,
 ) -> xarray.DataArray:
-    """Return the scores of ``image``, lazily: float32 from 0 to 1, with its dimensions and coordinates.
+    """Return the scores of ``image``, lazily: float32 from 0 to 1.
 
-    The dimensions are z, y, x and perhaps t and c, in any order; each volume
+    They have its dimensions and coordinates. The dimensions are z, y, x and perhaps t and c, in any order; each volume
     (z, y, x) is normalized and predicted by itself. ``settings`` are ``patch``,
     ``overlap``, ``block``, ``engine``, ``device``, ``precision``, ``batch``,
     ``threads`` and ``tta``, as for :func:`megaseg_dask.segment`, whose scores these

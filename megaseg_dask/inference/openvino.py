@@ -48,7 +48,8 @@ class OpenVinoEngine(Engine):
         """
         if spec.precision == "bf16" and not has_bfloat16():
             raise EngineError(
-                "this CPU has no bfloat16 arithmetic, and the plan asks for it; use --precision fp32"
+                "this CPU has no bfloat16 arithmetic, and the plan asks for it; "
+                "use --precision fp32"
             )
         self._core = openvino.Core()
         self._model = _read_model(self._core, bundle)

@@ -77,7 +77,7 @@ class TorchEngine(Engine):
         if self._half:
             # Tensor cores need this layout; for float32 it may change the last bits.
             self._layout = torch.channels_last_3d
-            self._network = self._network.to(memory_format=self._layout)  # type: ignore[call-overload]
+            self._network.to(memory_format=self._layout)  # type: ignore[call-overload]
 
     def __call__(self, patches: Float32) -> Float32:
         """Predict one batch of prepared patches; in parts, if the device has too little memory.
