@@ -1,0 +1,67 @@
+"""What a worker imports: a second or more each, so only what its engine needs. No clock is asked."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.job_array import record_plans
+from tests.fixtures.images import blobs, write_image
+
+HEAVY = {"torch", "monai", "openvino", "distributed", "xarray", "pandas", "ome_zarr_models"}
+
+# What a worker process does: it reads the recorded plan, runs a task, and says what it imported.
+WORKER = """
+import sys
+from megaseg_dask.run.tasks.worker import run_tasks
+from megaseg_dask.stores import Location
+
+[outcome] = run_tasks(Location.of(sys.argv[1]), sys.argv[2], None, "volume", [0])
+print(outcome.error or " ".join(sorted({heavy} & set(sys.modules))))
+"""
+
+
+def imports_of_worker(plan) -> set[str]:
+    code = WORKER.format(heavy=HEAVY)
+    command = [sys.executable, "-c", code, plan.run.url, plan.fingerprint]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    return set(done.stdout.split())
+
+
+@pytest.fixture
+def record(tmp_path, tiny_bundle, monkeypatch):
+    """Record a plan with some settings, beside an empty cache of models."""
+    monkeypatch.setenv("MEGASEG_HOME", str(tmp_path / "home"))
+    source = write_image(tmp_path / "image.zarr", blobs((16, 32, 32)))
+
+    def record(**settings):
+        parsed = parse_settings({"model": str(tiny_bundle), "threads": 1, **settings})
+        target = tmp_path / f"{settings['engine']}.zarr"
+        [plan] = record_plans(str(source), str(target), parsed)
+        return plan
+
+    return record
+
+
+def test_a_worker_with_a_kept_conversion_imports_neither_torch_nor_monai(record):
+    plan = record(engine="openvino")
+    assert imports_of_worker(plan) == {"openvino", "torch", "monai"}, "it had to convert"
+    assert imports_of_worker(plan) == {"openvino"}
+
+
+def test_a_worker_of_torch_imports_no_other_engine(record):
+    assert imports_of_worker(record(engine="torch")) == {"torch", "monai"}
+
+
+def test_choosing_an_engine_imports_none():
+    code = f"""
+import sys
+from megaseg_dask.inference.engine import resolve_engine
+
+resolve_engine(device="cpu")
+print({HEAVY} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
