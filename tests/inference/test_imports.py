@@ -15,17 +15,16 @@ HEAVY = {"torch", "monai", "openvino", "distributed", "xarray", "pandas", "ome_z
 # What a worker process does: it reads the recorded plan, runs a task, and says what it imported.
 WORKER = """
 import sys
-from megaseg_dask.run.tasks.worker import run_tasks
-from megaseg_dask.stores import Location
+from megaseg_dask.run.job_array import read_plan, run_tasks
 
-[outcome] = run_tasks(Location.of(sys.argv[1]), sys.argv[2], None, "volume", [0])
-print(outcome.error or " ".join(sorted({heavy} & set(sys.modules))))
+result = run_tasks(read_plan(sys.argv[1], "megaseg"), "volume", [0])
+print(*result.failures, *({heavy} & set(sys.modules)))
 """
 
 
 def imports_of_worker(plan) -> set[str]:
     code = WORKER.format(heavy=HEAVY)
-    command = [sys.executable, "-c", code, plan.run.url, plan.fingerprint]
+    command = [sys.executable, "-c", code, plan.target.url]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     return set(done.stdout.split())
 
