@@ -12,11 +12,8 @@ place and a part at a time, and its memory can be projected (:func:`join_bytes`)
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import cc3d
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from megaseg_dask.algorithms.geometry import Box, Shape, steps
 
@@ -67,6 +64,8 @@ class Fragments:
 
 def label_block(mask: NDArray[np.generic], connectivity: int) -> NDArray[np.uint32]:
     """Label one block ``(z, y, x)``; ids 1..n in raster order of their first voxels, uint32."""
+    import cc3d
+
     labels = cc3d.connected_components(
         np.ascontiguousarray(mask, np.uint8),
         connectivity=_CC3D_CONNECTIVITY[connectivity],
@@ -317,6 +316,10 @@ def _follow(root: UInt, rows: NDArray[np.integer]) -> UInt:
 
 def _join_batch(root: UInt, first: UInt64, pairs: NDArray[np.integer]) -> None:
     """Give all that a batch of pairs joins one root; the graph holds the batch's roots alone."""
+    # Here, not above: a client plans with this module's memory model, and joins nothing.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     ends = _follow(root, pairs.T)
     ends = ends[:, ends[0] != ends[1]]
     nodes = _unique(ends.flatten())

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from skimage import filters
 
 from megaseg_dask.errors import DataError
 
@@ -98,6 +97,8 @@ def _of_histogram(counts: NDArray[np.int64], low: float, high: float, method: st
     if method == "triangle":
         return float(centers[_triangle(counts)])
     try:
+        from skimage import filters
+
         return float(getattr(filters, f"threshold_{method}")(hist=(counts, centers)))
     except (RuntimeError, IndexError) as error:
         cause = str(error)
