@@ -13,14 +13,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 from megaseg_dask.errors import EngineError, SettingsError
 from megaseg_dask.inference.block import Engine
+from megaseg_dask.inference.engine_names import EngineName
 from megaseg_dask.inference.ensemble import Averaged, BundleRef, ModelRef
 from megaseg_dask.inference.gpu import cuda_devices
-
-EngineName = Literal["torch", "openvino"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from pydantic import (
 
 from megaseg_dask.algorithms.threshold_methods import METHODS
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.inference.engine import EngineName
+from megaseg_dask.inference.engine_names import EngineName
 from megaseg_dask.messages import closest
 from megaseg_dask.plan.parsing import (
     parse_bytes,

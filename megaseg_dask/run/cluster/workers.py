@@ -18,7 +18,7 @@ import dask
 
 from megaseg_dask.errors import ClusterError, SettingsError
 from megaseg_dask.events import Event, Joined, Notice
-from megaseg_dask.inference.engine import EngineName
+from megaseg_dask.inference.engine_names import EngineName
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.models import staging
 from megaseg_dask.plan.cluster_spec import BATCH, Cluster, cluster_of
