@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from megaseg_dask.errors import EngineError, SettingsError
 from megaseg_dask.inference.block import Engine

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.inference.engine import ENGINES, EngineName
+from megaseg_dask.inference.engine import ENGINES
+from megaseg_dask.inference.engine_names import EngineName
 
 # How many parts of its version have to agree: tasks are our own functions, sent by name; what computes decides the last
 # bits; Dask talks to itself; and pickles of functions do not travel between minor versions of Python.
