@@ -36,8 +36,8 @@ from megaseg_dask.errors import BundleError, SettingsError, SourceError
 from megaseg_dask.inference.block import Block, Patches, Preparation
 from megaseg_dask.inference.engine import EngineSpec, open_engine, resolve_engine
 from megaseg_dask.inference.ensemble import ModelRef
-from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import SPATIAL, Image, read_image, require_axes
+from megaseg_dask.ngff.labels import labels_group, list_labels
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.planner import open_models, require_segmentable
 from megaseg_dask.plan.settings import parse_settings
@@ -93,18 +93,11 @@ def open_image(
     image = read_image(location)
     datasets = _levels(location, image, "")
     if labels:
-        for name in _label_names(location):
-            label = location / "labels" / name
+        for name in list_labels(location):
+            label = labels_group(location) / name
             datasets |= _levels(label, read_image(label), f"labels/{name}/")
     attributes = {"name": image.name, "version": image.version, "axes": list(image.axis_names)}
     return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attributes), **datasets})
-
-
-def _label_names(location: Location) -> list[str]:
-    labels = location / "labels"
-    if labels.size("zarr.json") is None and labels.size(".zgroup") is None:
-        return []
-    return list(map(str, read_ome(labels).get("labels") or ()))
 
 
 def _levels(location: Location, image: Image, prefix: str) -> dict[str, xarray.Dataset]:

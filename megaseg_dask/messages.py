@@ -8,8 +8,12 @@ lines. What is left out is in the journal.
 import time
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from megaseg_dask.events import Epoch, Event, Failure, Fetching, Notice, Progress, Result, Started
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 # The pause between two lines of a stage: at least five seconds, and a thirtieth of the run so far.
 _MIN_PAUSE_S = 5.0
@@ -196,6 +200,11 @@ def first_few(names: Iterable[object], max_names: int = 3) -> str:
     listed = sorted(map(one_line, names))
     more = ["…"] if len(listed) > max_names else []
     return ", ".join(listed[:max_names] + more)
+
+
+def validation_message(problem: "ErrorDetails") -> str:
+    """Return what pydantic found wrong with a value, in our words."""
+    return problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""The groups of OME-Zarr: attributes, Zarr format, and metadata that are repeated above them.
+"""The groups of OME-Zarr: their attributes, and metadata that are repeated above them.
 
 Groups are read and written as JSON objects: one request reads a group, and one
 writes it. Consolidated metadata repeat all that lies below a group. Readers
@@ -9,18 +9,36 @@ another program made them, entry by entry; they are never made here.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import PurePosixPath
 from typing import Any, cast
 
 import zarr
+from pydantic import ValidationError
 
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.errors import TargetError
-from megaseg_dask.stores import METADATA, Location, zarr_store
-
-# Of each version of OME-Zarr.
-ZARR_FORMAT = {"0.4": 2, "0.5": 3}
+from megaseg_dask.errors import SourceError, TargetError
+from megaseg_dask.messages import validation_message
+from megaseg_dask.ngff.versions import VERSIONS, Version, version_of_format
+from megaseg_dask.stores import (
+    METADATA,
+    Location,
+    cause_of,
+    is_store_failure,
+    open_array,
+    store_error,
+    zarr_store,
+)
 
 _CONSOLIDATED_V3 = "consolidated_metadata"
+_FIRST_BYTES = {b"II": "TIFF", b"MM": "TIFF", b"PK": "zip"}
+_MAX_NAMES_SHOWN = 4
+
+# OME metadata that state their version themselves in a group without the key "ome".
+_VERSIONED_PARTS = ("multiscales", "image-label", "plate", "well")
+
+
+# -- reading
 
 
 def open_group(location: Location) -> zarr.Group:
@@ -41,9 +59,139 @@ def read_ome(location: Location) -> dict[str, Any]:
 
 
 def ome_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the OME metadata among a group's attributes: in 0.5 those under ``ome``, else all."""
+    """Return the OME metadata among a group's attributes: those under ``ome``, else all."""
     ome = attributes.get("ome", attributes)
-    return dict(ome) if isinstance(ome, Mapping) else {}
+    if not isinstance(ome, Mapping):
+        return {}
+    return dict(ome)
+
+
+def is_group(location: Location) -> bool:
+    """Return whether there is a group of any version.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    return any(location.size(v.group_file) is not None for v in VERSIONS.values())
+
+
+def open_ome_group(location: Location, expected: str) -> tuple[zarr.Group, dict[str, Any]]:
+    """Open the group at ``location``; return it with its OME metadata.
+
+    Raises:
+        SourceError: There is no group; it says what is there instead of the
+            ``expected``, such as "OME-Zarr image".
+        StoreError: The store failed.
+    """
+    # A first request without patience: it names a wrong address or key at once, in the store's
+    # own words.
+    location.require_readable()
+    try:
+        group = open_group(location)
+        return group, ome_of(group.attrs.asdict())
+    except Exception as error:
+        if not location.is_local and is_store_failure(error):
+            raise store_error(location, "read", error) from error
+        raise SourceError(
+            f"{location} is {_describe_place(location, error)}, not an {expected}"
+        ) from error
+
+
+def require_known_version(
+    location: Location, group: zarr.Group, ome: Mapping[str, Any], part: Mapping[str, Any]
+) -> str:
+    """Return the version of a group's OME metadata, which all of them state or their main ``part``.
+
+    Raises:
+        SourceError: It is another than those that can be read.
+    """
+    stated = ome.get("version") or part.get("version")
+    version = str(stated or version_of_format(group.metadata.zarr_format).name)
+    if version not in VERSIONS:
+        raise SourceError(
+            f"{location} is OME-Zarr {version}; {' and '.join(VERSIONS)} can be read: "
+            "convert it first"
+        )
+    return version
+
+
+def first_problem(error: ValidationError, *parents: str) -> str:
+    """Return what is wrong with metadata: the path of the key below ``parents``, and a message."""
+    problem = error.errors()[0]
+    path = ".".join(map(str, (*parents, *problem["loc"])))
+    return f"{path}: {validation_message(problem)}".removeprefix(": ")
+
+
+def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
+    """Return what a group is, and where an image of it would be, as the end of a sentence."""
+    match ome:
+        case {"multiscales": [_, *_]}:
+            return "an OME-Zarr image"
+        case {"plate": {"wells": [{"path": str(well)}, *_]}}:
+            return f"an HCS plate (name one image in it, such as {location / well}/0)"
+        case {"plate": _}:
+            return "an HCS plate (name one image in it)"
+        case {"well": {"images": [{"path": str(field)}, *_]}}:
+            return f"a well of a plate (name one image in it, such as {location / field})"
+        case {"well": _}:
+            return "a well of a plate (name one image in it)"
+        case {"labels": _}:
+            return f"a labels group (name the image that it belongs to, {location.parent})"
+        case {"bioformats2raw.layout": _}:
+            return f"a bioformats2raw collection (name one image in it, such as {location}/0)"
+    return "a Zarr group without multiscales metadata"
+
+
+def _describe_place(location: Location, error: Exception) -> str:
+    """Return what is where no Zarr group could be opened."""
+    if not location.is_folder():
+        return f"{_describe_file(location)} (convert it, with bioformats2raw for instance)"
+    with suppress(Exception):
+        open_array(location)
+        return f"a single Zarr array (name the folder of its image, perhaps {location.parent})"
+    names = _names_in(location)
+    if any(version.group_file in names for version in VERSIONS.values()):
+        return f"a Zarr group whose metadata cannot be read ({cause_of(error)})"
+    if not names:
+        return "an empty folder"
+    shown = names[:_MAX_NAMES_SHOWN]
+    if len(names) > len(shown):
+        shown.append("…")
+    return f"a folder with {', '.join(shown)}"
+
+
+def _describe_file(location: Location) -> str:
+    first_bytes = location.parent.head(location.basename, 2) or b""
+    suffix = PurePosixPath(location.basename).suffix.removeprefix(".")
+    kind = _FIRST_BYTES.get(first_bytes, suffix)
+    if not kind:
+        return "a file"
+    return f"a {kind} file"
+
+
+def _names_in(location: Location) -> list[str]:
+    if location.is_listable:
+        return location.children()
+    # A web server lists nothing.
+    return [name for name in METADATA if location.size(name) is not None]
+
+
+# -- writing
+
+
+def ome_attributes(parts: Mapping[str, Any], version: str) -> dict[str, Any]:
+    """Return the attributes of a group that hold OME metadata, where their version keeps them."""
+    if VERSIONS[version].has_ome_key:
+        return {"ome": {"version": version, **parts}}
+    return {name: _with_version(name, part, version) for name, part in parts.items()}
+
+
+def _with_version(name: str, part: Any, version: str) -> Any:
+    if name not in _VERSIONED_PARTS:
+        return part
+    if isinstance(part, list):
+        return [{**entry, "version": version} for entry in part]
+    return {**part, "version": version}
 
 
 def require_version(location: Location, version: str) -> None:
@@ -51,15 +199,16 @@ def require_version(location: Location, version: str) -> None:
 
     Raises:
         TargetError: There is one; each reader would see half of the two.
-
+        StoreError: The store failed.
     """
-    zarr_format = ZARR_FORMAT[version]
-    other_format, other_file = (2, ".zgroup") if zarr_format == 3 else (3, "zarr.json")
-    if location.size(other_file) is not None:
-        raise TargetError(
-            f"{location} is a Zarr v{other_format} group, and OME-Zarr {version} is stored as "
-            f"v{zarr_format}; choose the other version with --ome-zarr"
-        )
+    ours = VERSIONS[version]
+    for other in VERSIONS.values():
+        is_other = other.zarr_format != ours.zarr_format
+        if is_other and location.size(other.group_file) is not None:
+            raise TargetError(
+                f"{location} is a Zarr v{other.zarr_format} group, and OME-Zarr {version} is "
+                f"stored as v{ours.zarr_format}; choose the other version with --ome-zarr"
+            )
 
 
 def write_group(
@@ -70,13 +219,37 @@ def write_group(
     Raises:
         TargetError: An array or a group of another Zarr format is there, or damaged metadata.
         StoreError: The store failed.
-
     """
     require_version(location, version)
-    if ZARR_FORMAT[version] == 2:
+    if VERSIONS[version].zarr_format == 2:
         _write_v2(location, attributes, replace=replace)
     else:
         _write_v3(location, attributes, replace=replace)
+
+
+def write_ome(location: Location, version: str, parts: Mapping[str, Any]) -> None:
+    """Create the group if it does not exist, and set OME metadata; all others stay.
+
+    Raises:
+        TargetError: An array or a group of another Zarr format is there, or damaged metadata.
+        StoreError: The store failed.
+    """
+    attributes = ome_attributes(parts, version)
+    if VERSIONS[version].has_ome_key:
+        stored = _stored_attributes(location, version).get("ome")
+        kept = stored if isinstance(stored, dict) else {}
+        attributes = {"ome": {**kept, **attributes["ome"]}}
+    write_group(location, version, attributes)
+
+
+def read_written_ome(location: Location, version: str) -> dict[str, Any]:
+    """Return the OME metadata of a group that is stored in a version; empty if it does not exist.
+
+    Raises:
+        TargetError: The metadata are damaged.
+        StoreError: The store failed.
+    """
+    return ome_of(_stored_attributes(location, version))
 
 
 def _write_v2(location: Location, attributes: Mapping[str, object], *, replace: bool) -> None:
@@ -102,6 +275,21 @@ def _write_v3(location: Location, attributes: Mapping[str, object], *, replace: 
         location.put("zarr.json", _encode(updated))
 
 
+def _stored_attributes(location: Location, version: str) -> dict[str, Any]:
+    stored = VERSIONS[version]
+    return attributes_in(_read_json(location, stored.attributes_file), stored)
+
+
+def attributes_in(document: object, version: Version) -> dict[str, Any]:
+    """Return the attributes in the parsed ``attributes_file`` of a group; empty if it has none."""
+    attributes = document
+    if isinstance(document, dict) and version.zarr_format == 3:
+        attributes = document.get("attributes")
+    if not isinstance(attributes, dict):
+        return {}
+    return attributes
+
+
 def _read_json(location: Location, key: str) -> dict[str, Any]:
     """Return a metadata file, empty if there is none; :class:`TargetError` if it is damaged."""
     try:
@@ -117,6 +305,9 @@ def _encode(document: Mapping[str, object]) -> bytes:
     return json.dumps(document, indent=1).encode()
 
 
+# -- consolidated metadata
+
+
 def update_consolidated(group: Location, paths: Sequence[str]) -> None:
     """Update what the consolidated metadata of a group, if it has some, say of ``paths`` in it.
 
@@ -124,7 +315,6 @@ def update_consolidated(group: Location, paths: Sequence[str]) -> None:
 
     Raises:
         StoreError: The store failed.
-
     """
     _refresh_v3(group, [path for path in paths if path])
     _refresh_v2(group, paths)

@@ -1,14 +1,14 @@
 """HCS plates: which wells and fields there are, read, chosen and written.
 
 A plate is one listing, and one small object per well that lists its fields;
-the fields are images. The names come from whoever wrote the plate: none may lead
+the fields are images. The names come from the plate's writer: none may lead
 out of it, and a well that cannot be read stays in the plate, with the reason.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from textwrap import shorten
@@ -18,14 +18,24 @@ from pydantic import ValidationError
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
-from megaseg_dask.ngff.group import ZARR_FORMAT, ome_of, write_group
-from megaseg_dask.ngff.image import describe_group, open_ome_group, require_known_version
+from megaseg_dask.ngff.group import (
+    attributes_in,
+    describe_group,
+    first_problem,
+    ome_of,
+    open_ome_group,
+    require_known_version,
+    write_group,
+    write_ome,
+)
+from megaseg_dask.ngff.versions import VERSIONS, Version, version_of_format
 from megaseg_dask.stores import Location, cause_of
 from megaseg_dask.stores.failures import understand
 
-_METADATA_KEY = {2: ".zattrs", 3: "zarr.json"}
-_REASON_LENGTH, _MOST_SHOWN = 300, 12
-# Of fields, as OME-Zarr 0.6 has it; 0.4 and 0.5 allow only letters and digits, which Fractal's "0_registered" is not.
+_MAX_REASON_LENGTH = 300
+_MAX_NAMES_SHOWN = 12
+# Of rows, columns and fields, as OME-Zarr 0.6 has it; 0.4 and 0.5 allow only letters and digits,
+# which Fractal's "0_registered" is not.
 _NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -61,7 +71,8 @@ class Field:
 class Plate:
     """A plate: all its rows and columns, and the fields of its wells in the order of the listings.
 
-    ``missing`` holds paths of wells or fields that are listed but cannot be read, each with the reason.
+    ``missing`` holds paths of wells or fields that are listed but cannot be read, each with the
+    reason.
     """
 
     version: str
@@ -73,20 +84,21 @@ class Plate:
     missing: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        rows, columns, ids = (
-            set(self.rows),
-            set(self.columns),
-            {None, *(a.id for a in self.acquisitions)},
-        )
         for name in (*self.rows, *self.columns, *(field.name for field in self.fields)):
             if not _NAME.fullmatch(name):
                 raise SourceError(
-                    f"{name!r} is no name of a row, column or field: expected one such as A, 12 or 0"
+                    f"{name!r} is no name of a row, column or field: "
+                    "expected one such as A, 12 or 0"
                 )
+        rows = set(self.rows)
+        columns = set(self.columns)
+        acquisitions = {None, *(acquisition.id for acquisition in self.acquisitions)}
         for field in self.fields:
-            if field.row not in rows or field.column not in columns or field.acquisition not in ids:
+            is_placed = field.row in rows and field.column in columns
+            if not (is_placed and field.acquisition in acquisitions):
                 raise SourceError(
-                    f"field {field.path!r} is of a row, column or acquisition that the plate has not"
+                    f"field {field.path!r} is of a row, column or acquisition "
+                    "that the plate does not have"
                 )
         _require_once("row", self.rows)
         _require_once("column", self.columns)
@@ -96,21 +108,22 @@ class Plate:
     @property
     def wells(self) -> tuple[str, ...]:
         """Paths of all wells, those that cannot be read last."""
-        return tuple(
-            dict.fromkeys(
-                [*(f.well for f in self.fields), *(_well_of(path) for path, _ in self.missing)]
-            )
-        )
+        readable = [field.well for field in self.fields]
+        missing = [_well_of(path) for path, _ in self.missing]
+        return tuple(dict.fromkeys(readable + missing))
 
     def fields_of(self, acquisition: int) -> list[Field]:
-        """Return the fields of an acquisition; what names none belongs to the only one."""
-        ids = (acquisition, None) if len(self.acquisitions) == 1 else (acquisition,)
+        """Return the fields of an acquisition; a field that names none belongs to the only one."""
+        ids: set[int | None] = {acquisition}
+        if len(self.acquisitions) == 1:
+            ids.add(None)
         return [field for field in self.fields if field.acquisition in ids]
 
 
 def _require_once(kind: str, names: Iterable[object]) -> None:
-    if twice := [name for name, n in Counter(names).items() if n > 1]:
-        raise SourceError(f"{kind} {twice[0]!r} is listed more than once")
+    for name, n in Counter(names).items():
+        if n > 1:
+            raise SourceError(f"{kind} {name!r} is listed more than once")
 
 
 def _well_of(path: str) -> str:
@@ -128,108 +141,122 @@ def _by_well(fields: Iterable[Field]) -> dict[str, list[Field]]:
 
 
 def is_plate(location: Location) -> bool:
-    """Tell whether a plate is at ``location``; raises :class:`StoreError` if its store does not answer."""
+    """Return whether a plate is at ``location``.
+
+    Raises:
+        StoreError: The store does not answer.
+    """
     try:
-        return "plate" in open_ome_group(location, "HCS plate")[1]
+        _, ome = open_ome_group(location, "HCS plate")
     except SourceError:
         return False
+    return "plate" in ome
 
 
 def read_plate(location: Location) -> Plate:
-    """Read and check the metadata of the plate at ``location`` and of its wells; no image is opened.
+    """Read and check the metadata of the plate at ``location`` and its wells; no image is opened.
 
-    Raises :class:`SourceError` that says what is there instead, or which name is none of a plate, and
-    :class:`StoreError` if the store does not answer.
+    Raises:
+        SourceError: There is no plate, or a name in it is invalid.
+        StoreError: The store does not answer.
     """
     group, ome = open_ome_group(location, "HCS plate")
     if "plate" not in ome:
         raise SourceError(f"{location} is {describe_group(location, ome)}, not an HCS plate")
-    listing = ome["plate"] if isinstance(ome["plate"], dict) else {}
+    listing = ome["plate"]
+    if not isinstance(listing, dict):
+        listing = {}
     version = require_known_version(location, group, ome, listing)
-    read = partial(_read_well, location, _METADATA_KEY[group.metadata.zarr_format])
+    name = str(listing.get("name") or location.name)
     try:
-        plate, wells = _parse_listing(version, str(listing.get("name") or location.name), listing)
-        found = list(zip(wells, map_threaded(read, wells), strict=True))
-        fields = tuple(
-            field for _, of_well in found if not isinstance(of_well, str) for field in of_well
-        )
-        missing = tuple((well, reason) for well, reason in found if isinstance(reason, str))
-        # Not every writer lists the acquisitions that its wells name.
-        others = {f.acquisition for f in fields if f.acquisition is not None} - {
-            a.id for a in plate.acquisitions
-        }
-        acquisitions = (*plate.acquisitions, *map(Acquisition, sorted(others)))
-        return replace(plate, fields=fields, acquisitions=acquisitions, missing=missing)
+        plate, wells = _parse_listing(version, name, listing)
+        stored = version_of_format(group.metadata.zarr_format)
+        return _with_fields(plate, location, stored, wells)
     except SourceError as error:
         raise SourceError(
             f"{location}: its OME-Zarr {version} plate is invalid: {error}"
         ) from error
 
 
-def _parse_listing(version: str, name: str, listing: dict[str, Any]) -> tuple[Plate, list[str]]:
+def _parse_listing(version: str, name: str, listing: Mapping[str, Any]) -> tuple[Plate, list[str]]:
     """Return the plate without its fields, and the paths of its wells."""
     # Nothing else is read, so nothing else may be in the way, such as a time that is no number.
     part = {"version": version} | _only(listing, "rows", "columns", "wells", "acquisitions")
     if isinstance(part.get("acquisitions"), list):
         part["acquisitions"] = [_only(entry, "id", "name") for entry in part["acquisitions"]]
     try:
-        found = _model(version).model_validate(part, strict=True)
+        parsed = VERSIONS[version].models.plate.Plate.model_validate(part, strict=True)
     except ValidationError as error:
-        problem = error.errors()[0]
-        message = (
-            problem["msg"]
-            .removeprefix("Value error, ")
-            .removeprefix("Error validating plate metadata:")
-        )
-        where = "".join(f"{part}." for part in problem["loc"])[:-1]
-        raise SourceError(
-            shorten(f"{where}: {message}" if where else message, _REASON_LENGTH)
-        ) from error
-    wells = [well.path for well in found.wells]
+        problem = first_problem(error).removeprefix("Error validating plate metadata:")
+        raise SourceError(shorten(problem, _MAX_REASON_LENGTH)) from error
+    rows = tuple(row.name for row in parsed.rows)
+    columns = tuple(column.name for column in parsed.columns)
+    wells = [well.path for well in parsed.wells]
     _require_once("well", wells)
     if not wells:
         raise SourceError("it lists no wells")
-    rows, columns = (
-        tuple(entry.name for entry in entries) for entries in (found.rows, found.columns)
-    )
-    for well in found.wells:
-        # In range, the numbers may still contradict the path, as in a published example: then the path counts.
-        if not (0 <= well.rowIndex < len(rows) and 0 <= well.columnIndex < len(columns)):
+    for well in parsed.wells:
+        # In range, the numbers may still contradict the path, as in a published example: then the
+        # path counts.
+        is_row = 0 <= well.rowIndex < len(rows)
+        is_column = 0 <= well.columnIndex < len(columns)
+        if not (is_row and is_column):
             raise SourceError(
-                f"well {well.path!r} has rowIndex {well.rowIndex} and columnIndex {well.columnIndex}, "
+                f"well {well.path!r} has rowIndex {well.rowIndex} and "
+                f"columnIndex {well.columnIndex}, "
                 f"but there are {len(rows)} rows and {len(columns)} columns"
             )
-    acquisitions = tuple(Acquisition(a.id, a.name) for a in found.acquisitions or ())
+    acquisitions = tuple(Acquisition(a.id, a.name) for a in parsed.acquisitions or ())
     return Plate(version, name, rows, columns, (), acquisitions), wells
 
 
 def _only(entry: Any, *keys: str) -> Any:
-    return {key: entry[key] for key in keys if key in entry} if isinstance(entry, dict) else entry
+    if not isinstance(entry, dict):
+        return entry
+    return {key: entry[key] for key in keys if key in entry}
 
 
-def _model(version: str) -> Any:
-    from ome_zarr_models import v04, v05
+def _with_fields(plate: Plate, location: Location, version: Version, wells: list[str]) -> Plate:
+    """Return the plate with the fields of its wells, and with what is missing."""
+    fields: list[Field] = []
+    missing: list[tuple[str, str]] = []
+    listed = map_threaded(partial(_read_well, location, version), wells)
+    for well, fields_or_reason in zip(wells, listed, strict=True):
+        if isinstance(fields_or_reason, str):
+            missing.append((well, fields_or_reason))
+        else:
+            fields += fields_or_reason
+    # Not every writer lists the acquisitions that its wells name.
+    ids = {acquisition.id for acquisition in plate.acquisitions}
+    unlisted = {field.acquisition for field in fields if field.acquisition is not None} - ids
+    return replace(
+        plate,
+        fields=tuple(fields),
+        acquisitions=(*plate.acquisitions, *map(Acquisition, sorted(unlisted))),
+        missing=tuple(missing),
+    )
 
-    return {"0.4": v04.plate.Plate, "0.5": v05.plate.Plate}[version]
 
-
-def _read_well(location: Location, key: str, well: str) -> list[Field] | str:
+def _read_well(location: Location, version: Version, well: str) -> list[Field] | str:
     """Return the fields of a well, or why there are none."""
+    key = f"{well}/{version.attributes_file}"
     try:
-        attributes = _read_attributes(location, f"{well}/{key}")
+        data = location.get(key)
+        if data is None:
+            return f"the plate lists this well, but there is no {key}"
+        document = json.loads(data)
     except StoreError as error:
-        # A store that is lost would lose every well to come: who asks again may find it back.
-        if not (location.is_local or understand(error.__cause__ or error).is_of_request):
+        # A store that is lost would lose every well to come; a later run may find it back.
+        is_of_well = location.is_local or understand(error.__cause__ or error).is_of_request
+        if not is_of_well:
             raise
         return str(error)
     except (ValueError, RecursionError) as error:
-        return f"{well}/{key}: {cause_of(error)}"
-    if attributes is None:
-        return f"the plate lists this well, but there is no {well}/{key}"
-    listing = ome_of(attributes).get("well")
+        return f"{key}: {cause_of(error)}"
+    listing = ome_of(attributes_in(document, version)).get("well")
     images = listing.get("images") if isinstance(listing, dict) else None
     if not isinstance(images, list) or not images:
-        return f"{well}/{key} lists no fields"
+        return f"{key} lists no fields"
     row, column = well.split("/")
     fields: dict[str, Field] = {}
     for image in images:
@@ -237,24 +264,13 @@ def _read_well(location: Location, key: str, well: str) -> list[Field] | str:
             case {"path": str(name)} if name not in fields and _is_id(image.get("acquisition")):
                 fields[name] = Field(row, column, name, image.get("acquisition"))
             case _:
-                return f"{well}/{key} lists {shorten(repr(image), _REASON_LENGTH)}, twice or not as a field is listed"
+                shown = shorten(repr(image), _MAX_REASON_LENGTH)
+                return f"{key} lists {shown}, twice or not as a field is listed"
     return list(fields.values())
 
 
 def _is_id(value: object) -> bool:
     return value is None or (type(value) is int and value >= 0)
-
-
-def _read_attributes(location: Location, key: str) -> dict[str, Any] | None:
-    """Return a group's attributes from its one metadata object; ``None`` if there is none."""
-    data = location.get(key)
-    if data is None:
-        return None
-    found = json.loads(data)
-    attributes = (
-        found.get("attributes") if key.endswith("zarr.json") and isinstance(found, dict) else found
-    )
-    return attributes if isinstance(attributes, dict) else {}
 
 
 # -- choosing
@@ -267,92 +283,108 @@ def select_fields(
     fields: str | Sequence[str | int] | None = None,
     acquisition: int | None = None,
 ) -> Plate:
-    """Return the plate with only some of its fields, in their order, and with what is missing in their wells.
+    """Return the plate with only some of its fields, in their order.
 
-    ``wells`` are paths in which ``*`` is any row or column: ``A/1,B/*,*/3``. ``fields`` are names or, where
-    no field has that name, places in the listings of the wells, from 0. ``None`` is everything.
-    Raises :class:`SettingsError` that says what there is, for what does not exist.
+    What is missing in their wells stays. ``wells`` are paths in which ``*`` is
+    any row or column: ``A/1,B/*,*/3``. ``fields`` are names or, where no field
+    has that name, places in the listings of the wells, from 0. ``None`` is
+    everything.
+
+    Raises:
+        SettingsError: A well, field or acquisition does not exist, or no field
+            is in all that is chosen.
     """
     missing = {path for path, _ in plate.missing}
     paths = {field.path for field in plate.fields} | missing
-
-    def in_wells(pattern: str) -> set[str]:
-        wanted = re.compile(re.escape(pattern).replace(r"\*", "[^/]+"))
-        return {path for path in paths if wanted.fullmatch(_well_of(path))}
-
-    def named_or_at(name: str) -> set[str]:
-        place = int(name) if re.fullmatch("[0-9]{1,9}", name) else len(paths)
-        named = {field.path for field in plate.fields if field.name == name}
-        return named or {
-            listed[place].path for listed in _by_well(plate.fields).values() if place < len(listed)
-        }
-
     if wells is not None:
+        in_wells = partial(_paths_in_wells, frozenset(paths))
         paths &= _chosen("well", wells, in_wells, plate.wells)
     if fields is not None and plate.fields:
-        paths &= (
-            _chosen("field", fields, named_or_at, [field.name for field in plate.fields]) | missing
-        )
+        names = [field.name for field in plate.fields]
+        named = _chosen("field", fields, partial(_paths_of_field, plate), names)
+        paths &= named | missing
     if acquisition is not None:
-        there = {
-            str(a.id): {field.path for field in plate.fields_of(a.id)} | missing
-            for a in plate.acquisitions
-        }
-        paths &= _chosen(
-            "acquisition", [acquisition], lambda number: there.get(number, set()), list(there)
+        by_id = {str(a.id): _paths(plate.fields_of(a.id)) for a in plate.acquisitions}
+        of_acquisition = _chosen(
+            "acquisition", [acquisition], lambda number: by_id.get(number, set()), list(by_id)
         )
+        paths &= of_acquisition | missing
     if not paths:
         raise SettingsError(
             "no field of the plate is in these wells, of these names and of this acquisition"
         )
-    kept = tuple(field for field in plate.fields if field.path in paths)
     return replace(
-        plate, fields=kept, missing=tuple(entry for entry in plate.missing if entry[0] in paths)
+        plate,
+        fields=tuple(field for field in plate.fields if field.path in paths),
+        missing=tuple(entry for entry in plate.missing if entry[0] in paths),
     )
+
+
+def _paths(fields: Iterable[Field]) -> set[str]:
+    return {field.path for field in fields}
+
+
+def _paths_in_wells(paths: Collection[str], pattern: str) -> set[str]:
+    well = re.compile(re.escape(pattern).replace(r"\*", "[^/]+"))
+    return {path for path in paths if well.fullmatch(_well_of(path))}
+
+
+def _paths_of_field(plate: Plate, name: str) -> set[str]:
+    named = _paths(field for field in plate.fields if field.name == name)
+    if named or not re.fullmatch("[0-9]{1,9}", name):
+        return named
+    place = int(name)
+    return _paths(f[place] for f in _by_well(plate.fields).values() if place < len(f))
 
 
 def _chosen(
     kind: str,
-    given: str | Sequence[str | int],
+    choice: str | Sequence[str | int],
     matching: Callable[[str], set[str]],
-    there: Sequence[str],
+    existing: Sequence[str],
 ) -> set[str]:
-    chosen = set()
-    for name in [
-        str(part).strip() for part in (given.split(",") if isinstance(given, str) else given)
-    ] or [""]:
-        found = matching(name)
-        if not found:
-            known = list(dict.fromkeys(there))
-            shown = ", ".join(known[:_MOST_SHOWN]) + (
-                f", … ({len(known)} in all)" if known[_MOST_SHOWN:] else ""
-            )
+    """Return the paths that match any name of a choice; each must match one."""
+    names = choice.split(",") if isinstance(choice, str) else choice
+    chosen: set[str] = set()
+    for name in names or [""]:
+        name = str(name).strip()
+        paths = matching(name)
+        if not paths:
             raise SettingsError(
-                f"{kind} {name!r} is not on the plate, which has: {shown or 'none'}"
+                f"{kind} {name!r} is not on the plate, which has: {_shown(existing) or 'none'}"
             )
-        chosen |= found
+        chosen |= paths
     return chosen
+
+
+def _shown(names: Iterable[str]) -> str:
+    distinct = list(dict.fromkeys(names))
+    shown = ", ".join(distinct[:_MAX_NAMES_SHOWN])
+    if len(distinct) > _MAX_NAMES_SHOWN:
+        shown += f", … ({len(distinct)} in all)"
+    return shown
 
 
 # -- writing
 
 
 def join_plates(plate: Plate, other: Plate) -> Plate:
-    """Return the plate with the fields of another beside its own, well by well; ``missing`` is of neither."""
-    rows, columns = (
-        tuple(dict.fromkeys(a + b))
-        for a, b in ((plate.rows, other.rows), (plate.columns, other.columns))
-    )
+    """Return the plate with the fields of another beside its own, well by well.
+
+    It has the ``missing`` of neither.
+    """
+    rows = tuple(dict.fromkeys(plate.rows + other.rows))
+    columns = tuple(dict.fromkeys(plate.columns + other.columns))
     acquisitions = {a.id: a for a in (*other.acquisitions, *plate.acquisitions)}
     fields = plate.fields + other.fields
-    if plate.fields and other.fields:
+
+    def place(field: Field) -> tuple[int, int, int, str]:
         # By length first: 10 comes after 9.
-        fields = tuple(
-            sorted(
-                fields,
-                key=lambda f: (rows.index(f.row), columns.index(f.column), len(f.name), f.name),
-            )
-        )
+        name = field.name
+        return rows.index(field.row), columns.index(field.column), len(name), name
+
+    if plate.fields and other.fields:
+        fields = tuple(sorted(fields, key=place))
     return replace(
         plate,
         rows=rows,
@@ -364,62 +396,67 @@ def join_plates(plate: Plate, other: Plate) -> Plate:
 
 
 def write_plate(location: Location, plate: Plate, version: str) -> None:
-    """Write the groups of plate, rows and wells, without the images; what else is in their attributes stays.
+    """Write the groups of plate, rows and wells, without the images; other attributes stay.
 
-    ``missing`` is not written. The listing comes last: no reader finds a well before it is there.
+    ``missing`` is not written. The listing comes last: no reader finds a well before it exists.
+
+    Raises:
+        SourceError: The plate has no field.
+        TargetError: A group cannot be written.
+        StoreError: The store failed.
     """
     wells = _by_well(plate.fields)
     if not wells:
         raise SourceError(f"plate {plate.name!r} has no field to write")
+    listing = _listing(plate, wells, version)
+
+    def write_row(row: str) -> None:
+        write_group(location / row, version, {})
+
+    def write_well(well: str) -> None:
+        write_ome(location / well, version, {"well": {"images": _images(wells[well])}})
+
+    map_threaded(write_row, dict.fromkeys(field.row for field in plate.fields))
+    map_threaded(write_well, wells)
+    write_ome(location, version, {"plate": listing})
+
+
+def _listing(plate: Plate, wells: Mapping[str, list[Field]], version: str) -> dict[str, Any]:
+    """Return the metadata of a plate, checked."""
+    listed_wells = []
+    for well, (field, *_) in wells.items():
+        row = plate.rows.index(field.row)
+        column = plate.columns.index(field.column)
+        listed_wells.append({"path": well, "rowIndex": row, "columnIndex": column})
+    listed_acquisitions = []
+    for acquisition in plate.acquisitions:
+        n_fields = _largest_well(_by_well(plate.fields_of(acquisition.id)))
+        listed_acquisitions.append(
+            {"id": acquisition.id, "name": acquisition.name, "maximumfieldcount": n_fields}
+        )
     listing = {
         "version": version,
         "name": plate.name,
         "rows": [{"name": name} for name in plate.rows],
         "columns": [{"name": name} for name in plate.columns],
-        "wells": [
-            {
-                "path": well,
-                "rowIndex": plate.rows.index(first.row),
-                "columnIndex": plate.columns.index(first.column),
-            }
-            for well, (first, *_) in wells.items()
-        ],
-        "acquisitions": [
-            {
-                "id": a.id,
-                "name": a.name,
-                "maximumfieldcount": _most(_by_well(plate.fields_of(a.id))),
-            }
-            for a in plate.acquisitions
-        ],
-        "field_count": _most(wells),
+        "wells": listed_wells,
+        "acquisitions": listed_acquisitions,
+        "field_count": _largest_well(wells),
     }
-    checked = _model(version).model_validate(listing).model_dump(exclude_none=True)
-    rows = dict.fromkeys(field.row for field in plate.fields)
-    map_threaded(lambda row: write_group(location / row, version, {}), rows)
-    map_threaded(
-        lambda well: _write_part(location / well, version, "well", _images(wells[well])), wells
-    )
-    _write_part(location, version, "plate", checked)
+    checked = VERSIONS[version].models.plate.Plate.model_validate(listing)
+    metadata: dict[str, Any] = checked.model_dump(exclude_none=True)
+    return metadata
 
 
-def _most(wells: dict[str, list[Field]]) -> int | None:
+def _largest_well(wells: Mapping[str, list[Field]]) -> int | None:
     return max(map(len, wells.values()), default=None)
 
 
-def _images(fields: list[Field]) -> dict[str, Any]:
-    images = [{"path": field.name, "acquisition": field.acquisition} for field in fields]
-    return {
-        "images": [
-            {key: value for key, value in image.items() if value is not None} for image in images
-        ]
-    }
-
-
-def _write_part(location: Location, version: str, name: str, part: dict[str, Any]) -> None:
-    if version == "0.4":
-        write_group(location, version, {name: {**part, "version": version}})
-    else:
-        there = (_read_attributes(location, _METADATA_KEY[ZARR_FORMAT[version]]) or {}).get("ome")
-        kept = there if isinstance(there, dict) else {}
-        write_group(location, version, {"ome": {**kept, "version": version, name: part}})
+def _images(fields: Iterable[Field]) -> list[dict[str, Any]]:
+    images = []
+    for field in fields:
+        image: dict[str, Any] = {"path": field.name}
+        if field.acquisition is not None:
+            image["acquisition"] = field.acquisition
+        images.append(image)
+    return images

@@ -5,6 +5,7 @@ workers. What cannot be read is named by its stored object: a codec knows what
 is wrong with a chunk, but not where it lies.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.chunking import Layout
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, Shape
 from megaseg_dask.errors import DataError, MegasegError, StoreError
-from megaseg_dask.ngff.group import ZARR_FORMAT
 from megaseg_dask.ngff.image import SPATIAL, Image
+from megaseg_dask.ngff.versions import VERSIONS, version_of_format
 from megaseg_dask.stores import (
     Location,
     cached_array,
@@ -28,91 +29,162 @@ from megaseg_dask.stores import (
 
 Array = NDArray[Any]
 
-# A checksum tells a damaged chunk from data. Readers of Zarr v2 (jzarr, and so Fiji and QuPath) know Blosc, not Zstd.
-_COMPRESSORS: dict[str, Any] = {
-    "0.5": {"name": "zstd", "configuration": {"level": 1, "checksum": True}},
-    "0.4": {"id": "blosc", "cname": "zstd", "clevel": 1, "shuffle": 1},
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """One timepoint and channel of one array, seen as ``(z, y, x)``; a value that opens on first use."""
+    """One timepoint and channel of one array, seen as ``(z, y, x)``.
+
+    It is a value that opens on first use.
+    """
 
     location: Location
     axis_names: tuple[str, ...]
     t: int = 0
     c: int = 0
 
+    @classmethod
+    def of(
+        cls, location: Location, image: Image, *, level: int = 0, t: int = 0, c: int = 0
+    ) -> "Volume":
+        """Return a volume of the image at ``location``, at one of its levels."""
+        return cls(location / image.levels[level].path, image.axis_names, t, c)
+
+    # -- reading
+
     def read(self, box: Box) -> Array:
         """Read a box as ``(z, y, x)`` in native byte order.
 
-        Raises :class:`DataError` naming a corrupt chunk, or :class:`StoreError` naming one that cannot be read.
+        Raises:
+            DataError: A chunk is corrupt; it is named.
+            StoreError: A stored object cannot be read; it is named.
         """
         array = self._open()
         try:
             values = np.asarray(array[self._index(box)])
         except Exception as error:
-            raise self._blame(array, box, error) from error
+            raise self._read_error(array, box, error) from error
         if array.shards is not None:
             self._require_no_empty_shard(array, box, values)
         self._require_still_there(array, values)
         return self._to_zyx(values).astype(values.dtype.newbyteorder("="), copy=False)
 
     def count_absent(self, box: Box, values: Array) -> int:
-        """Return how many stored objects that begin in ``box`` are not there; ``values`` is what was read.
+        """Return how many stored objects that begin in ``box`` are absent.
 
-        Zarr reads them as the fill value: legal, and worth telling.
+        ``values`` ``(z, y, x)`` were read from the box. Zarr reads absent
+        objects as the fill value: legal, but users should know.
+
+        Raises:
+            StoreError: The store failed.
         """
-        array, full = cached_array(self.location), self._full_box(box)
-        values = values.transpose(
-            [SPATIAL.index(name) for name in self.axis_names if name in SPATIAL]
-        )
-        values = values.reshape(full.shape)
-        grid = BlockGrid(array.shape, array.shards or array.chunks)
+        array = cached_array(self.location)
+        start = self._stored_box(box).start
         n_absent = 0
-        for position in grid.iter_overlapping(full):
-            core = grid.core(position)
-            begins_here = all(a >= b for a, b in zip(core.start, full.start, strict=True))
-            # Objects are only asked for where all voxels are the fill value: elsewhere something was read.
-            if (
-                begins_here
-                and (values[(core & full).within(full).slices] == array.fill_value).all()
-            ):
-                n_absent += self.location.size(array.metadata.encode_chunk_key(position)) is None
+        for core, key in self._units_of_fill_value(array, box, self._to_stored(values)):
+            begins_here = all(a >= b for a, b in zip(core.start, start, strict=True))
+            n_absent += begins_here and self.location.size(key) is None
         return n_absent
 
+    def _units_of_fill_value(
+        self, array: zarr.Array[Any], box: Box, values: Array
+    ) -> Iterator[tuple[Box, str]]:
+        """Yield the write units in a box whose voxels are all the fill value: their voxels and key.
+
+        The store is asked about these alone: elsewhere something was read.
+        """
+        stored = self._stored_box(box)
+        values = values.reshape(stored.shape)
+        for core, key in self._units(array, box):
+            part = values[(core & stored).within(stored).slices]
+            if (part == array.fill_value).all():
+                yield core, key
+
+    def _units(self, array: zarr.Array[Any], box: Box) -> Iterator[tuple[Box, str]]:
+        """Yield the write units that share a voxel with a box: their voxels and their key."""
+        grid = BlockGrid(array.shape, array.shards or array.chunks)
+        for position in grid.iter_overlapping(self._stored_box(box)):
+            yield grid.core(position), array.metadata.encode_chunk_key(position)
+
+    def _require_no_empty_shard(self, array: zarr.Array[Any], box: Box, values: Array) -> None:
+        """Raise :class:`DataError` for a shard of no bytes: zarr 3.1 reads it as background."""
+        for _, key in self._units_of_fill_value(array, box, values):
+            if self.location.size(key) == 0:
+                raise _corrupt(f"{self.location}/{key}", "it is empty")
+
+    def _require_still_there(self, array: zarr.Array[Any], values: Array) -> None:
+        """Raise :class:`StoreError` if the array is lost: a lost bucket has no chunk either.
+
+        Its absent chunks would read as background.
+        """
+        if self.location.is_local or not _holds_fill_value(values, array.fill_value):
+            return
+        version = version_of_format(array.metadata.zarr_format)
+        if self.location.size(version.array_file) is None:
+            raise self._lost()
+
+    def _read_error(self, array: zarr.Array[Any], box: Box, error: Exception) -> MegasegError:
+        """Return the error that names the stored object that cannot be read.
+
+        Codecs say what is wrong, but not where.
+        """
+        if not self.location.is_local and is_store_failure(error):
+            # The store was asked again and again for minutes already.
+            return store_error(self.location, "read", error)
+        for core, key in self._units(array, box):
+            try:
+                array[(core & self._stored_box(box)).slices]
+            except Exception as cause:
+                return self._unit_error(key, cause)
+        return StoreError(f"cannot read {self.location} at {box}: {cause_of(error)}")
+
+    def _unit_error(self, key: str, cause: Exception) -> MegasegError:
+        """Return the error of a store that failed, and may recover, or of a corrupt chunk."""
+        if is_store_failure(cause):
+            return store_error(self.location / key, "read", cause)
+        try:
+            self.location.get(key)
+        except StoreError as error:
+            return error
+        return _corrupt(f"{self.location}/{key}", f"{type(cause).__name__}: {cause}")
+
+    # -- writing
+
     def write(self, box: Box, values: Array) -> None:
-        """Write a box of ``(z, y, x)`` values of the array's dtype; one task must own its write units."""
+        """Write a box of ``(z, y, x)`` values of the array's dtype; one task must own its units.
+
+        Raises:
+            TypeError: The values have another dtype.
+            StoreError: The array cannot be written.
+        """
         array = self._open(writable=True)
         # zarr casts silently, and a wrapped number would look like data.
         if values.dtype != array.dtype:
             raise TypeError(
                 f"{self.location}: values are {values.dtype}, the array is {array.dtype}"
             )
-        spatial = [name for name in self.axis_names if name in SPATIAL]
-        stored = values.transpose([SPATIAL.index(name) for name in spatial])
         try:
-            try:
-                array[self._index(box)] = stored
-            except ValueError:
-                # zarr reads a shard before it replaces it. One that a power loss tore cannot be read, and is all ours.
-                self._remove_units(array, box)
-                array[self._index(box)] = stored
+            self._write(array, box, self._to_stored(values))
         except Exception as error:
             if not (isinstance(error, OSError) or is_store_failure(error)):
                 raise
             if not self.location.is_local:
                 raise store_error(self.location, "write", error) from error
             raise StoreError(
-                f"cannot write {self.location}: {cause_of(error)}; mend that (make room, mount the "
+                f"cannot write {self.location}: {cause_of(error)}; fix that (make room, mount the "
                 "disk) and run the same command again"
             ) from error
 
-    def _remove_units(self, array: zarr.Array[Any], box: Box) -> None:
-        grid = BlockGrid(array.shape, array.shards or array.chunks)
-        for position in grid.iter_overlapping(self._full_box(box)):
-            self.location.delete(array.metadata.encode_chunk_key(position))
+    def _write(self, array: zarr.Array[Any], box: Box, stored: Array) -> None:
+        try:
+            array[self._index(box)] = stored
+        except ValueError:
+            # zarr reads a shard before it replaces it. A shard that a power loss tore cannot be
+            # read, and is all ours.
+            for _, key in self._units(array, box):
+                self.location.delete(key)
+            array[self._index(box)] = stored
+
+    # -- the array
 
     def _open(self, *, writable: bool = False) -> zarr.Array[Any]:
         try:
@@ -128,108 +200,75 @@ class Volume:
             "restore it and run the same command again"
         )
 
-    def _require_still_there(self, array: zarr.Array[Any], values: Array) -> None:
-        """Raise :class:`StoreError` if what reads as background may be nothing: a lost bucket has no chunk either."""
-        if self.location.is_local or not _holds_fill_value(values, array.fill_value):
-            return
-        if (
-            self.location.size("zarr.json" if array.metadata.zarr_format == 3 else ".zarray")
-            is None
-        ):
-            raise self._lost()
+    @property
+    def _spatial(self) -> list[str]:
+        """The spatial axes in the order of the array."""
+        return [name for name in self.axis_names if name in SPATIAL]
 
     def _index(self, box: Box) -> tuple[int | slice, ...]:
-        where: dict[str, int | slice] = {
-            "t": self.t,
-            "c": self.c,
-            **dict(zip(SPATIAL, box.slices, strict=True)),
-        }
-        return tuple(where[name] for name in self.axis_names)
+        index: dict[str, int | slice] = {"t": self.t, "c": self.c}
+        index.update(zip(SPATIAL, box.slices, strict=True))
+        return tuple(index[name] for name in self.axis_names)
 
-    def _to_zyx(self, values: Array) -> Array:
-        spatial = [name for name in self.axis_names if name in SPATIAL]
-        return np.ascontiguousarray(values.transpose([spatial.index(name) for name in SPATIAL]))
-
-    def _full_box(self, box: Box) -> Box:
-        index = self._index(box)
+    def _stored_box(self, box: Box) -> Box:
+        """Return a box ``(z, y, x)`` in all axes of the array."""
+        start = {"t": self.t, "c": self.c, **dict(zip(SPATIAL, box.start, strict=True))}
+        stop = {"t": self.t + 1, "c": self.c + 1, **dict(zip(SPATIAL, box.stop, strict=True))}
         return Box(
-            tuple(i.start if isinstance(i, slice) else i for i in index),
-            tuple(i.stop if isinstance(i, slice) else i + 1 for i in index),
+            tuple(start[name] for name in self.axis_names),
+            tuple(stop[name] for name in self.axis_names),
         )
 
-    def _require_no_empty_shard(self, array: zarr.Array[Any], box: Box, values: Array) -> None:
-        """Raise :class:`DataError` for a shard of no bytes: zarr 3.1 reads it as background."""
-        full = self._full_box(box)
-        values = values.reshape(full.shape)
-        grid = BlockGrid(array.shape, array.shards or array.chunks)
-        for position in grid.iter_overlapping(full):
-            part = values[(grid.core(position) & full).within(full).slices]
-            # Objects are only asked for where all voxels are the fill value: elsewhere something was read.
-            if (part == array.fill_value).all():
-                key = array.metadata.encode_chunk_key(position)
-                if self.location.size(key) == 0:
-                    raise _corrupt(f"{self.location}/{key}", "it is empty")
+    def _to_zyx(self, values: Array) -> Array:
+        return np.ascontiguousarray(values.transpose([self._spatial.index(n) for n in SPATIAL]))
 
-    def _blame(self, array: zarr.Array[Any], box: Box, error: Exception) -> MegasegError:
-        """Find the stored object that cannot be read: codecs say what is wrong, but not where."""
-        if not self.location.is_local and is_store_failure(error):
-            # It was asked again and again for minutes already.
-            return store_error(self.location, "read", error)
-        full, grid = self._full_box(box), BlockGrid(array.shape, array.shards or array.chunks)
-        for position in grid.iter_overlapping(full):
-            try:
-                array[(grid.core(position) & full).slices]
-            except Exception as cause:
-                return self._judge(array.metadata.encode_chunk_key(position), cause)
-        return StoreError(f"cannot read {self.location} at {box}: {cause_of(error)}")
-
-    def _judge(self, key: str, cause: Exception) -> MegasegError:
-        """Tell a store that failed, and may recover, from a chunk that will never decode."""
-        place = f"{self.location}/{key}"
-        if is_store_failure(cause):
-            return store_error(self.location / key, "read", cause)
-        try:
-            self.location.get(key)
-        except StoreError as error:
-            return error
-        return _corrupt(place, f"{type(cause).__name__}: {cause}")
+    def _to_stored(self, values: Array) -> Array:
+        return values.transpose([SPATIAL.index(name) for name in self._spatial])
 
 
 def _holds_fill_value(values: Array, fill_value: Any) -> bool:
     # Arrays of Zarr v2 may have none, and are then read as zeros.
-    fill_value = 0 if fill_value is None else fill_value
+    if fill_value is None:
+        fill_value = 0
     is_nan = fill_value != fill_value
     # Plane by plane: a mask of the whole block would be memory that nobody planned.
     return any((np.isnan(plane) if is_nan else plane == fill_value).any() for plane in values)
 
 
-def _corrupt(place: str, cause: str) -> DataError:
+def _corrupt(chunk: str, cause: str) -> DataError:
     return DataError(
-        f"chunk {place} is corrupt ({cause}); restore it from a copy and run the same command again"
+        f"chunk {chunk} is corrupt ({cause}); restore it from a copy and run the same command again"
     )
 
 
-def create_array(
-    location: Location, image: Image, level: int, dtype: str, layout: Layout, version: str
-) -> None:
-    """Create one level's array, over what may be there; t and c have chunks of one."""
+def create_array(location: Location, image: Image, level: int, dtype: str, layout: Layout) -> None:
+    """Create one level's array, in the image's version, over what may be there.
 
-    def per_axis(spatial: Shape) -> Shape:
-        return tuple(spatial[SPATIAL.index(n)] if n in SPATIAL else 1 for n in image.axis_names)
-
-    chunks, unit = per_axis(layout.chunk_shape), per_axis(layout.write_unit)
-    v3 = ZARR_FORMAT[version] == 3
+    Chunks have an extent of one in t and c.
+    """
+    version = VERSIONS[image.version]
+    chunks = _per_axis(image, layout.chunk_shape)
+    unit = _per_axis(image, layout.write_unit)
+    options: dict[str, Any] = {}
+    if version.has_shards:
+        options["dimension_names"] = image.axis_names
+        options["shards"] = unit if unit != chunks else None
+    else:
+        # OME-Zarr 0.4 asks for nested folders, which is not Zarr v2's own default.
+        options["chunk_key_encoding"] = {"name": "v2", "separator": "/"}
     zarr.create_array(
         zarr_store(location, read_only=False),
         shape=image.levels[level].shape,
         chunks=chunks,
-        shards=unit if v3 and unit != chunks else None,
         dtype=dtype,
-        compressors=_COMPRESSORS[version],
+        compressors=dict(version.compressor),
         fill_value=0,
-        zarr_format=3 if v3 else 2,
-        dimension_names=image.axis_names if v3 else None,
-        # OME-Zarr 0.4 asks for nested folders, which is not Zarr v2's own default.
-        chunk_key_encoding=None if v3 else {"name": "v2", "separator": "/"},
+        zarr_format=version.zarr_format,
         overwrite=True,
+        **options,
     )
+
+
+def _per_axis(image: Image, spatial: Shape) -> Shape:
+    extents = dict(zip(SPATIAL, spatial, strict=True))
+    return tuple(extents.get(name, 1) for name in image.axis_names)

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.messages import closest
+from megaseg_dask.messages import closest, validation_message
 from megaseg_dask.plan.memory import BUDGET_SHARE
 from megaseg_dask.plan.parsing import parse_bytes, parse_duration
 from megaseg_dask.plan.settings import Positive, Settings
@@ -232,9 +232,7 @@ def _problem(error: ValidationError) -> str:
         members: dict[str, type[BaseModel]] = {"adaptive": Adaptive, "tls": TlsFiles}
         known = members.get(keys[0] if len(keys) > 1 else "", Cluster).model_fields
         return f"no such key: {name}{nearest(keys[-1], known)}"
-    message = (
-        str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    )
+    message = validation_message(problem)
     return f"{name}: {message}" if name else message
 
 

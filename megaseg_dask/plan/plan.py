@@ -26,6 +26,7 @@ from megaseg_dask.inference.engine import EngineSpec, Forward
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.plate import Plate
+from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.plan import stages
 from megaseg_dask.plan.memory import IDLE_BYTES, EngineBytes, Sizes, decoded_bytes
 from megaseg_dask.plan.resolved import Given, OfLevel, Resolved
@@ -182,7 +183,8 @@ class Plan(BaseModel):
     def layout(self, level: int) -> Layout:
         """Return chunk and write unit of a level, ``(z, y, x)``."""
         shape = self.target_image.volume_shape(level)
-        return write_layout(shape, self.block_shape, sharded=self.resolved.ome_zarr == "0.5")
+        has_shards = VERSIONS[self.resolved.ome_zarr].has_shards
+        return write_layout(shape, self.block_shape, sharded=has_shards)
 
     # -- work
 

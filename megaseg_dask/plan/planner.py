@@ -24,7 +24,7 @@ from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.models.registry import describe
-from megaseg_dask.ngff.image import Image, digest_of, sample_of
+from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.plate import Plate
 from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
 from megaseg_dask.plan.memory import BUDGET_SHARE
@@ -32,6 +32,7 @@ from megaseg_dask.plan.plan import Plan, PlannedVolume, run_folder
 from megaseg_dask.plan.plate_parts import Part
 from megaseg_dask.plan.resolved import OfLevel, Resolved, normalization_of, threshold_of
 from megaseg_dask.plan.settings import Settings
+from megaseg_dask.plan.source_identity import digest_of, sample_of
 from megaseg_dask.stores import Location, open_array
 
 DEFAULT_MEMORY_BYTES = 8 * 10**9

@@ -24,7 +24,8 @@ from pydantic import (
 from megaseg_dask.algorithms.threshold_methods import METHODS
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.inference.engine_names import EngineName
-from megaseg_dask.messages import closest
+from megaseg_dask.messages import closest, validation_message
+from megaseg_dask.ngff.versions import LATEST, VERSIONS, VersionName
 from megaseg_dask.plan.parsing import (
     parse_bytes,
     parse_models,
@@ -237,8 +238,8 @@ class Settings(BaseModel):
         OUTPUT, "uint8", "uint8 stores 255 times the score, rounded.", "uint8|float32", result=True
     )
     label_name: Text = _option(OUTPUT, "megaseg", "Name of the label image.", "NAME", result=True)
-    ome_zarr: Annotated[Literal["0.4", "0.5"], BeforeValidator(parse_text)] = _option(
-        OUTPUT, "0.5", "OME-Zarr version to write.", "0.4|0.5", result=True
+    ome_zarr: Annotated[VersionName, BeforeValidator(parse_text)] = _option(
+        OUTPUT, LATEST, "OME-Zarr version to write.", "|".join(VERSIONS), result=True
     )
     overwrite: bool = _option(OUTPUT, False, "Start anew where another run's output stands.")
     block: Triple | None = _option(
@@ -371,9 +372,7 @@ def parse_settings(values: Mapping[str, object]) -> Settings:
         name = str(problem["loc"][0])
         if problem["type"] == "extra_forbidden":
             raise SettingsError(f"no such option: {name}{_nearest(name)}") from error
-        message = (
-            str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-        )
+        message = validation_message(problem)
         takes = declared(name)["metavar"] or "true|false"
         option = f"--{name.replace('_', '-')}"
         raise SettingsError(

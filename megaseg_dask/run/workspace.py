@@ -206,8 +206,8 @@ class Workspace:
         plan = self.plan
         planned = plan.volumes[volume]
         image = plan.source_image
-        array = plan.source / planned.image / image.levels[level].path
-        return [Volume(array, image.axis_names, t=planned.t, c=c) for c in planned.channels]
+        field = plan.source / planned.image
+        return [Volume.of(field, image, level=level, t=planned.t, c=c) for c in planned.channels]
 
     def array(self, kind: str, output: Output, level: int = 0) -> Readable:
         """Return an output's array; intermediate data, if its kind is not an output of the run."""
@@ -236,7 +236,7 @@ class Workspace:
         image = Image(plan.target_image.version, "", axes, (level,), "")
         for array, dtype in self._iter_work(volume):
             typed = replace(image, dtype=dtype)
-            create_array(array, typed, 0, dtype, plan.layout(0), image.version)
+            create_array(array, typed, 0, dtype, plan.layout(0))
 
     def has_work(self, volume: int) -> bool:
         """Return whether the intermediate data of a volume exist.

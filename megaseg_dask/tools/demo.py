@@ -18,7 +18,9 @@ from megaseg_dask.algorithms.matching import Evaluation
 from megaseg_dask.errors import SettingsError, TargetError, TaskError
 from megaseg_dask.events import Result
 from megaseg_dask.ngff.group import write_group
-from megaseg_dask.ngff.image import Axis, Image, Level, image_attributes, versioned
+from megaseg_dask.ngff.image import Axis, Image, Level, image_attributes
+from megaseg_dask.ngff.labels import add_label, labels_group
+from megaseg_dask.ngff.versions import LATEST
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.progress import Emit
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
 
 SPACING_UM = (0.29, 0.26, 0.26)
-_VERSION = "0.5"
 _AXES = ("z", "y", "x")
 _MIN_SIZE = 500
 _MARK = "made-by-megaseg-demo.txt"
@@ -117,18 +118,18 @@ def write_sample(location: Location, image: NDArray[np.uint16], truth: NDArray[n
     """Write an image ``(z, y, x)`` of the sample's spacing, and its labels, as OME-Zarr 0.5."""
     level = Level("0", image.shape, SPACING_UM, (0.0, 0.0, 0.0))
     axes = tuple(Axis(name, "space", "micrometer") for name in _AXES)
-    described = Image(_VERSION, "nuclei", axes, (level,), "uint16")
-    labels = location / "labels"
-    write_group(location, _VERSION, image_attributes(described))
-    write_group(labels, _VERSION, versioned({"labels": ["truth"]}, _VERSION))
-    write_group(labels / "truth", _VERSION, image_attributes(described, label=True))
+    described = Image(LATEST, "nuclei", axes, (level,), "uint16")
+    labels = labels_group(location)
+    write_group(location, LATEST, image_attributes(described))
+    add_label(location, LATEST, "truth")
+    write_group(labels / "truth", LATEST, image_attributes(described, label=True))
     _write_level(location / "0", described, image)
     _write_level(labels / "truth" / "0", described, truth)
 
 
 def _write_level(array: Location, described: Image, values: NDArray[np.uint16]) -> None:
     layout = write_layout(values.shape, values.shape, sharded=True)
-    create_array(array, described, 0, "uint16", layout, _VERSION)
+    create_array(array, described, 0, "uint16", layout)
     Volume(array, _AXES).write(Box.of(values.shape), values)
 
 

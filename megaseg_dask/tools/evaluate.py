@@ -15,6 +15,7 @@ from megaseg_dask.algorithms.matching import Contingency, Evaluation, evaluate_c
 from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import Image, read_image
+from megaseg_dask.ngff.labels import labels_group, list_labels
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.stores import Location
 
@@ -33,8 +34,7 @@ def find_labels(address: str, name: str | None = None) -> Location:
     location = Location.of(address)
     if not location.exists():
         raise SourceError(f"{location} does not exist{location.hint()}; check the path")
-    labels = location / "labels"
-    names = (read_ome(labels).get("labels") or []) if labels.exists() else []
+    names = list_labels(location)
     if not names:
         return location
     listed = ", ".join(names)
@@ -44,7 +44,7 @@ def find_labels(address: str, name: str | None = None) -> Location:
         name = names[0]
     elif name not in names:
         raise SettingsError(f"{location} has no label image {name}; it has {listed}")
-    return labels / name
+    return labels_group(location) / name
 
 
 def is_label_image(location: Location) -> bool:
@@ -96,7 +96,7 @@ class _Labels:
 
     def read(self, t: int, box: Box) -> NDArray[np.uint64]:
         """Return labels ``(z, y, x)``, with ids that are unique over all timepoints."""
-        volume = Volume(self.location / self.image.levels[0].path, self.image.axis_names, t=t)
+        volume = Volume.of(self.location, self.image, t=t)
         ids = volume.read(box).astype(np.uint64)
         unique = ids + np.uint64(t * _IDS_PER_TIMEPOINT)
         return np.where(ids > 0, unique, np.uint64(0))

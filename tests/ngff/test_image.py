@@ -17,7 +17,7 @@ from megaseg_dask.algorithms.chunking import write_layout
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.errors import DataError, SourceError, StoreError
 from megaseg_dask.ngff.group import write_group
-from megaseg_dask.ngff.image import digest_of, image_attributes, read_image
+from megaseg_dask.ngff.image import image_attributes, read_image
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.stores import Location, clear_array_cache
 from tests.fixtures.images import blobs, write_image
@@ -33,8 +33,8 @@ def _fresh_cache():
 
 
 def volume_of(path: Path, level: int = 0, t: int = 0, c: int = 0) -> Volume:
-    image = read_image(Location.of(path))
-    return Volume(Location.of(path) / image.levels[level].path, image.axis_names, t=t, c=c)
+    location = Location.of(path)
+    return Volume.of(location, read_image(location), level=level, t=t, c=c)
 
 
 def ome_of(path: Path) -> dict:
@@ -254,17 +254,6 @@ def test_spacing_is_in_micrometres(tmp_path, unit, um):
 
     path = edit(write_image(tmp_path / "i.zarr", blobs(SHAPE), scale={"z": 2.0}), change)
     assert_allclose(read_image(Location.of(path)).spacing_um, (2 * um, um, um))
-
-
-def test_digest_is_of_the_data_not_of_the_address(tmp_path):
-    a, b, c = (
-        write_image(tmp_path / n, blobs(s))
-        for n, s in (("a", SHAPE), ("b", SHAPE), ("c", (9, 20, 18)))
-    )
-    digests = [digest_of(Location.of(p), read_image(Location.of(p))) for p in (a, b, c)]
-    assert digests[0] == digests[1] != digests[2]
-    edit(b, lambda entry: entry.update(name="other"))
-    assert digest_of(Location.of(b), read_image(Location.of(b))) != digests[0]
 
 
 PIXELS = "omezarr/pixels"
@@ -632,9 +621,7 @@ def test_blocks_written_in_any_order_are_read_back(tmp_path, axes, version, bloc
     )
     image = read_image(Location.of(source))
     location = Location.of(tmp_path / "target/0")
-    create_array(
-        location, image, 0, "uint32", write_layout(SHAPE, block, sharded=version == "0.5"), version
-    )
+    create_array(location, image, 0, "uint32", write_layout(SHAPE, block, sharded=version == "0.5"))
     array = zarr.open_array(location.url, mode="r")
     assert array.shape == image.levels[0].shape
     unit = array.shards or array.chunks
@@ -656,11 +643,12 @@ def test_blocks_written_in_any_order_are_read_back(tmp_path, axes, version, bloc
 )
 def test_a_torn_object_is_written_over(tmp_path, version, block, chunk, torn):
     """A block that is done again after a power loss replaces what it finds, at the volume's rim and in shards too."""
-    image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
+    source = write_image(tmp_path / "source", blobs(SHAPE), version=version)
+    image = read_image(Location.of(source))
     location = Location.of(tmp_path / "target/0")
     layout = write_layout(SHAPE, block, sharded=version == "0.5")
     layout = replace(layout, chunk_shape=chunk or layout.chunk_shape)
-    create_array(location, image, 0, "uint8", layout, version)
+    create_array(location, image, 0, "uint8", layout)
     volume = Volume(location, image.axis_names)
     for value in (1, 2):
         for box in BlockGrid(SHAPE, block):
@@ -679,13 +667,14 @@ def test_a_torn_object_is_written_over(tmp_path, version, block, chunk, torn):
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_arrays_are_created_over_what_was_there(tmp_path, version):
-    image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
+    source = write_image(tmp_path / "source", blobs(SHAPE), version=version)
+    image = read_image(Location.of(source))
     location = Location.of(tmp_path / "target/0")
     layout = write_layout(SHAPE, (4, 8, 8), sharded=version == "0.5")
-    create_array(location, image, 0, "uint8", layout, version)
+    create_array(location, image, 0, "uint8", layout)
     Volume(location, image.axis_names).write(Box.of(SHAPE), np.ones(SHAPE, "uint8"))
     clear_array_cache()
-    create_array(location, image, 0, "float32", layout, version)
+    create_array(location, image, 0, "float32", layout)
     values = Volume(location, image.axis_names).read(Box.of(SHAPE))
     assert values.dtype == "float32"
     assert not values.any()
@@ -694,7 +683,7 @@ def test_arrays_are_created_over_what_was_there(tmp_path, version):
 def test_values_are_never_cast_on_the_way(tmp_path):
     image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
     location = Location.of(tmp_path / "0")
-    create_array(location, image, 0, "uint8", write_layout(SHAPE, SHAPE, sharded=True), "0.5")
+    create_array(location, image, 0, "uint8", write_layout(SHAPE, SHAPE, sharded=True))
     with pytest.raises(TypeError, match="values are uint16, the array is uint8"):
         Volume(location, image.axis_names).write(Box.of(SHAPE), np.full(SHAPE, 300, "uint16"))
 
@@ -702,7 +691,7 @@ def test_values_are_never_cast_on_the_way(tmp_path):
 def test_a_store_that_cannot_be_written_is_named(tmp_path):
     image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
     location = Location.of(tmp_path / "0")
-    create_array(location, image, 0, "uint8", write_layout(SHAPE, SHAPE, sharded=True), "0.5")
+    create_array(location, image, 0, "uint8", write_layout(SHAPE, SHAPE, sharded=True))
     (tmp_path / "0/c").write_text("in the way")
     with pytest.raises(StoreError, match=f"cannot write {location}: .*run the same command again"):
         Volume(location, image.axis_names).write(Box.of(SHAPE), np.ones(SHAPE, "uint8"))
@@ -710,11 +699,10 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path):
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_a_damaged_bit_of_what_we_wrote_never_passes(tmp_path, version):
-    image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
+    source = write_image(tmp_path / "source", blobs(SHAPE), version=version)
+    image = read_image(Location.of(source))
     location = Location.of(tmp_path / "0")
-    create_array(
-        location, image, 0, "uint16", write_layout(SHAPE, SHAPE, sharded=version == "0.5"), version
-    )
+    create_array(location, image, 0, "uint16", write_layout(SHAPE, SHAPE, sharded=version == "0.5"))
     volume, data = Volume(location, image.axis_names), blobs(SHAPE)
     volume.write(Box.of(SHAPE), data)
     victim = location.path / ("c/0/0/0" if version == "0.5" else "0/0/0")

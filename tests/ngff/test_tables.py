@@ -10,14 +10,13 @@ from numpy.testing import assert_array_equal
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.measurements import measure_block, to_columns
 from megaseg_dask.errors import StoreError, TargetError
-from megaseg_dask.ngff import tables
 from megaseg_dask.ngff.group import write_group
-from megaseg_dask.ngff.image import versioned
+from megaseg_dask.ngff.labels import add_label
 from megaseg_dask.ngff.tables import (
     IMAGE_SCHEMA,
     RUN_SCHEMA,
+    ImageTable,
     Place,
-    write_ngio_table,
     write_parquet,
 )
 from megaseg_dask.stores import Location
@@ -122,11 +121,10 @@ def test_no_objects_make_a_table_without_rows(tmp_path, volumes):
     assert pq.read_table(tmp_path / "run.parquet").schema == RUN_SCHEMA
 
 
-def test_small_volumes_share_a_row_group_and_large_ones_have_several(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_GROUP_ROWS", 20)
+def test_small_volumes_share_a_row_group_and_large_ones_have_several(tmp_path):
     sizes = [3, 0, 9, 9, 1, 50, 2]
     volumes = [(Place(t, 0), measured(n, seed=t)) for t, n in enumerate(sizes)]
-    write_parquet(Location.of(tmp_path), "run.parquet", iter(volumes))
+    write_parquet(Location.of(tmp_path), "run.parquet", iter(volumes), group_rows=20)
     metadata = pq.read_metadata(tmp_path / "run.parquet")
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [
         20,
@@ -140,7 +138,6 @@ def test_small_volumes_share_a_row_group_and_large_ones_have_several(tmp_path, m
 
 
 def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_GROUP_ROWS", 20)
     written = []
     monkeypatch.setattr(
         pq.ParquetWriter, "write_table", lambda self, rows, **_: written.append(rows.num_rows)
@@ -152,7 +149,7 @@ def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
             seen.append(sum(written))
             yield Place(t, 0), measured(10)
 
-    write_parquet(Location.of(tmp_path), "run.parquet", volumes())
+    write_parquet(Location.of(tmp_path), "run.parquet", volumes(), group_rows=20)
     assert seen == [0, 0, 20, 20, 40, 40]
 
 
@@ -195,14 +192,13 @@ def labelled(request, tmp_path):
     label.attrs.update(
         described if version == "0.4" else {"ome": {**label.attrs["ome"], "image-label": {}}}
     )
-    write_group(Location.of(path / "labels"), version, versioned({"labels": ["nuclei"]}, version))
+    add_label(Location.of(path), version, "nuclei")
     return version, Location.of(path)
 
 
-def write_table(image, version, volumes, name="nuclei", **options):
-    write_ngio_table(
-        image, version, name, volumes, label_name="nuclei", provenance={"model": "tiny"}, **options
-    )
+def write_table(image, version, volumes, name="nuclei"):
+    table = ImageTable(image, name)
+    table.write(version, volumes, label_name="nuclei", provenance={"model": "tiny"})
 
 
 def test_ngio_reads_the_table(labelled):

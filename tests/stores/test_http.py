@@ -9,9 +9,10 @@ from numpy.testing import assert_array_equal
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import SettingsError, SourceError, StoreError, TargetError
-from megaseg_dask.ngff.image import digest_of, read_image, sample_of
+from megaseg_dask.ngff.image import read_image
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.plan.source_identity import digest_of, sample_of
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.stores import Location, StoreOptions, clear_array_cache, configure
 from tests.fixtures.images import blobs, write_image

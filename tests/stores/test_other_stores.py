@@ -12,6 +12,7 @@ import time
 import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,8 @@ def behaves(location: Location, tmp_path: Path) -> None:
     for version in ("0.4", "0.5"):
         group = location / version
         write_group(group, version, {"answer": 42})
-        create_array(
-            group / "0", image, 0, "uint16", write_layout(SHAPE, (4, 8, 8), sharded=True), version
-        )
+        layout = write_layout(SHAPE, (4, 8, 8), sharded=True)
+        create_array(group / "0", replace(image, version=version), 0, "uint16", layout)
         volume = Volume(group / "0", image.axis_names)
         assert not volume.read(Box.of(SHAPE)).any()
         volume.write(Box.of(SHAPE), blobs(SHAPE))

@@ -23,8 +23,9 @@ from megaseg_dask.errors import (
     TargetError,
 )
 from megaseg_dask.ngff.group import open_group, read_attributes, require_version, write_group
-from megaseg_dask.ngff.image import digest_of, read_image, sample_of
+from megaseg_dask.ngff.image import read_image
 from megaseg_dask.ngff.volume import Volume, create_array
+from megaseg_dask.plan.source_identity import digest_of, sample_of
 from megaseg_dask.stores import (
     Location,
     StoreOptions,
@@ -199,13 +200,13 @@ def test_an_image_reads_as_it_does_from_a_disk(s3, folder, stored, tmp_path):
     ("version", "block"), [("0.4", (4, 8, 8)), ("0.5", (4, 8, 8)), ("0.5", (128, 256, 256))]
 )
 def test_arrays_are_written_and_read_back(s3, folder, version, block, tmp_path):
-    image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
+    image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE), version=version)))
     location, data = Location.of(f"{folder}/out.zarr"), blobs(SHAPE, dtype="uint32")
     write_group(location, version, {"answer": 42})
     layout = write_layout(SHAPE, block, sharded=version == "0.5")
     for _ in range(2):
         # The second time over what is there.
-        create_array(location / "0", image, 0, "uint32", layout, version)
+        create_array(location / "0", image, 0, "uint32", layout)
         clear_store_caches()
         volume = Volume(location / "0", image.axis_names)
         assert not volume.read(Box.of(SHAPE)).any()
@@ -536,9 +537,7 @@ def test_wrong_endpoints_are_named(s3, monkeypatch, endpoint, words):
 def test_a_server_that_restarts_is_waited_for(own_s3, tmp_path):
     location = Location.of("s3://private/run")
     image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
-    create_array(
-        location / "0", image, 0, "uint16", write_layout(SHAPE, (4, 8, 8), sharded=True), "0.5"
-    )
+    create_array(location / "0", image, 0, "uint16", write_layout(SHAPE, (4, 8, 8), sharded=True))
     volume = Volume(location / "0", image.axis_names)
     volume.write(Box.of(SHAPE), blobs(SHAPE))
     location.put("before", b"1")

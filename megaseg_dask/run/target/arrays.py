@@ -11,8 +11,9 @@ from functools import cached_property
 
 from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.ngff.group import read_ome, write_group
-from megaseg_dask.ngff.image import Image, versioned
+from megaseg_dask.ngff.group import write_group
+from megaseg_dask.ngff.image import Image
+from megaseg_dask.ngff.labels import labels_group, remove_label
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run.target.provenance import PROVENANCE
@@ -53,7 +54,7 @@ class ImageTarget:
         """Describe the image at ``path`` below the target; nothing is read."""
         self.path = path
         self.location = plan.target / path
-        self.labels = self.location / "labels"
+        self.labels = labels_group(self.location)
         self._plan = plan
 
     @cached_property
@@ -118,7 +119,7 @@ class ImageTarget:
         for level in range(len(image.levels)):
             array = group.location / str(level)
             with naming(array, "create"):
-                create_array(array, image, level, dtype, plan.layout(level), image.version)
+                create_array(array, image, level, dtype, plan.layout(level))
 
     def read_metadata(self) -> dict[str, bytes]:
         """Return the metadata objects of all nodes, by key below the image."""
@@ -139,21 +140,9 @@ class ImageTarget:
             elif group.location.exists():
                 group.location.remove()
                 if folders(self.labels):
-                    self.list_labels(remove=group.name)
+                    remove_label(self.location, self._plan.target_image.version, group.name)
                 else:
                     self.labels.remove()
-
-    def list_labels(self, *, add: str = "", remove: str = "") -> None:
-        """Keep the list of label images in the ``labels`` group, which viewers go by."""
-        version = self._plan.target_image.version
-        ome = read_ome(self.labels)
-        names = [name for name in ome.get("labels") or [] if name not in (add, remove)]
-        if add:
-            names.append(add)
-        listed = versioned({"labels": names}, version)
-        if version == "0.5":
-            listed = {"ome": {**ome, **listed["ome"]}}
-        write_group(self.labels, version, listed)
 
 
 class Target:
@@ -221,7 +210,7 @@ class Target:
             if kind == "mask":
                 name += "_mask"
             group = self.location / planned.image / f"labels/{name}"
-        return Volume(group / str(level), image.axis_names, t=planned.target_t, c=channel)
+        return Volume.of(group, image, level=level, t=planned.target_t, c=channel)
 
     def create_images(self) -> None:
         """Create the groups and empty arrays of all images.

@@ -11,8 +11,9 @@ from typing import Any
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SourceError, StoreError
-from megaseg_dask.ngff.group import update_consolidated, write_group
-from megaseg_dask.ngff.image import image_attributes, open_ome_group
+from megaseg_dask.ngff.group import open_ome_group, update_consolidated, write_group
+from megaseg_dask.ngff.image import image_attributes
+from megaseg_dask.ngff.labels import add_label, remove_label
 from megaseg_dask.ngff.plate import Plate, is_plate, join_plates, read_plate, write_plate
 from megaseg_dask.run.state import VolumeState
 from megaseg_dask.run.target.arrays import ImageTarget, Target
@@ -50,7 +51,7 @@ def withdraw(target: Target) -> None:
     def withdraw_image(image: ImageTarget) -> None:
         for group in image.label_groups:
             if provenance_at(group.location) != target.mark:
-                image.list_labels(remove=group.name)
+                remove_label(image.location, target.version, group.name)
 
     def withdraw_group(group: Location) -> None:
         if provenance_at(group) != target.mark:
@@ -93,7 +94,7 @@ def publish(
             metadata = image_attributes(image.metadata_of(group), label=group.is_label)
             write_group(group.location, target.version, {**metadata, **provenance})
             if group.is_label:
-                image.list_labels(add=group.name)
+                add_label(image.location, target.version, group.name)
 
     map_threaded(publish_image, target.images)
     if plan.plate is not None and not target.is_in_place:

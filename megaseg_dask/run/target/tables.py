@@ -13,11 +13,8 @@ from megaseg_dask.algorithms.measurements import Sums, to_columns
 from megaseg_dask.concurrency import map_threaded, read_ahead
 from megaseg_dask.ngff.tables import (
     Columns,
+    ImageTable,
     Place,
-    read_ngio_table,
-    remove_own_table,
-    require_own_table,
-    write_ngio_table,
     write_parquet,
 )
 from megaseg_dask.plan.plan import Output, Plan
@@ -45,7 +42,7 @@ def require_own_tables(target: Target) -> None:
         TargetError: One has.
     """
     if "measurements" in target.plan.resolved.outputs:
-        map_threaded(lambda group: require_own_table(group.image, group.name), target.iter_labels())
+        map_threaded(lambda group: _table(group).require_own(), target.iter_labels())
 
 
 def remove_tables(target: Target) -> None:
@@ -53,7 +50,7 @@ def remove_tables(target: Target) -> None:
     if not target.is_in_place:
         table = table_location(target.location)
         table.parent.delete(table.basename)
-    map_threaded(lambda group: remove_own_table(group.image, group.name), target.iter_labels())
+    map_threaded(lambda group: _table(group).remove_own(), target.iter_labels())
 
 
 def write_tables(target: Target) -> None:
@@ -73,16 +70,18 @@ def write_tables(target: Target) -> None:
     }
 
     def write_table(group: Group) -> None:
-        write_ngio_table(
-            group.image,
+        _table(group).write(
             target.version,
-            group.name,
             _rows(plan, of_group[group.location]),
             label_name=group.name,
             provenance=made_by,
         )
 
     map_threaded(write_table, target.iter_labels(), _N_WRITERS)
+
+
+def _table(group: Group) -> ImageTable:
+    return ImageTable(group.image, group.name)
 
 
 def _rows(plan: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Place, Columns]]:
@@ -113,7 +112,7 @@ def _rows_of_others(target: Target) -> Iterator[tuple[Place, Columns]]:
 
     def read(number: int) -> list[tuple[int, int, Columns]]:
         group = tables[number][2]
-        return read_ngio_table(group.image, group.name)
+        return _table(group).read()
 
     for number, volumes in read_ahead(read, range(len(tables)), _MAX_READ_AHEAD):
         other, path, group = tables[number]

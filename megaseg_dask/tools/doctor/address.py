@@ -90,7 +90,7 @@ def _check_image(location: Location, has_run: bool) -> Iterator[Finding]:
         return
     subject = f"plate of {len(fields)} fields, the first" if fields else "image"
     yield _describe_image(image, subject)
-    volume = Volume(first / image.levels[0].path, image.axis_names)
+    volume = Volume.of(first, image)
     values, read_s = _timed(lambda: volume.read(Box.centered(_READ_SHAPE, image.volume_shape())))
     yield Finding("", f"can be read: {_speed_text(values.nbytes, read_s)} of voxels")
     if values.size and (values == values.flat[0]).all():

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.errors import SettingsError, SourceError
-from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import Image, read_image
+from megaseg_dask.ngff.labels import labels_group, list_labels
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.planner import choose_channels
 from megaseg_dask.stores import Location
@@ -125,12 +125,12 @@ def open_image(
         advice = "name it instead of a CSV, or one file each"
         raise SourceError(f"{location} has {n_times} timepoints; {advice}")
     c = _choose_channel(location, image, channel)
-    return _volume(location, image, 0, c), image.volume_shape()
+    return Volume.of(location, image, c=c), image.volume_shape()
 
 
 def has_labels(location: Location) -> bool:
     """Return whether an image has label images."""
-    return bool(_label_names(location))
+    return bool(list_labels(location))
 
 
 def examples_of(
@@ -142,10 +142,10 @@ def examples_of(
         SourceError: for labels of another shape, or that are no integers.
         SettingsError: if the channel or the label image has to be chosen, or does not exist.
     """
-    names = _label_names(location)
+    names = list_labels(location)
     if not names:
         return []
-    place = location / "labels" / _choose_label(location, names, label)
+    place = labels_group(location) / _choose_label(location, names, label)
     image = read_image(location)
     labels = read_image(place)
     c = _choose_channel(location, image, channel)
@@ -161,8 +161,8 @@ def examples_of(
         example = Example(
             name=f"{name}/{t}" if shape[0] > 1 else name,
             group=name,
-            image=_volume(location, image, t, c),
-            labels=_volume(place, labels, t, labels_c),
+            image=Volume.of(location, image, t=t, c=c),
+            labels=Volume.of(place, labels, t=t, c=labels_c),
             box=Box.of(image.volume_shape()),
         )
         examples.append(example)
@@ -172,13 +172,6 @@ def examples_of(
 def _require_labels(location: Location, image: Image) -> None:
     if np.dtype(image.dtype).kind not in "iub":
         raise SourceError(f"{location} holds {image.dtype}; labels are integers")
-
-
-def _label_names(location: Location) -> list[str]:
-    labels = location / "labels"
-    if not labels.exists():
-        return []
-    return list(read_ome(labels).get("labels") or [])
 
 
 def _choose_label(location: Location, names: list[str], label: str | None) -> str:
@@ -197,7 +190,3 @@ def _choose_channel(location: Location, image: Image, channel: str | None) -> in
     if len(channels) > 1:
         raise SettingsError(f"--channel {channel}: a recipe is trained on one channel")
     return channels[0]
-
-
-def _volume(location: Location, image: Image, t: int, c: int) -> Volume:
-    return Volume(location / image.levels[0].path, image.axis_names, t=t, c=c)

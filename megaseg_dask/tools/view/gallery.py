@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.blending import max_score
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, SourceError, TargetError
-from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import Image, read_image
+from megaseg_dask.ngff.labels import labels_group, list_labels
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import Plan
@@ -151,7 +151,7 @@ class Gallery:
             location = self.location / field
             yield from _image_layers(location)
             for name in _label_names(location):
-                yield from _group_layers(location / "labels" / name, LABELS, f"labels {name}")
+                yield from _group_layers(labels_group(location) / name, LABELS, f"labels {name}")
 
 
 def _read_plans(location: Location, label_name: str | None) -> list[Plan]:
@@ -210,11 +210,10 @@ def _try_read(location: Location) -> Image | None:
 
 def _label_names(image: Location) -> list[str]:
     try:
-        names = read_ome(image / "labels").get("labels")
+        return list_labels(image)
     except Exception:
-        # An image without labels.
+        # Labels that cannot be read hide no image.
         return []
-    return [str(name) for name in names or []]
 
 
 def _gray_limits(location: Location, image: Image, c: int) -> Limits:
@@ -231,5 +230,5 @@ def _gray_limits(location: Location, image: Image, c: int) -> Limits:
 def _sample(location: Location, image: Image, c: int) -> NDArray[Any]:
     """Read the middle of the coarsest level, ``(z, y, x)``."""
     level = len(image.levels) - 1
-    volume = Volume(location / image.levels[level].path, image.axis_names, c=c)
+    volume = Volume.of(location, image, level=level, c=c)
     return volume.read(Box.centered(_SAMPLE_SHAPE, image.volume_shape(level)))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megaseg_dask.ngff.group import ZARR_FORMAT
+from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.tools.view.gallery import IMAGE, LABELS, SCORES, Layer, Limits, Scene
 
 # Neuroglancer's JSON, of its own form.
@@ -86,7 +86,7 @@ def _layers(scene: Scene, url_of: Callable[[Layer], str]) -> list[State]:
     layers = []
     n_images = 0
     for layer in scene.layers:
-        driver = f"zarr{ZARR_FORMAT[layer.image.version]}"
+        driver = f"zarr{VERSIONS[layer.image.version].zarr_format}"
         common: State = {
             "name": layer.name,
             "source": f"{url_of(layer)}/|{driver}:",
