@@ -19,6 +19,8 @@ settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "megaseg")
 )
 
+pytest_plugins = ["tests.fixtures.stores"]
+
 SHARED = Path(__file__).parents[2] / "shared/data"
 
 

@@ -24,7 +24,6 @@ from megaseg_dask.run import journal, lease
 from megaseg_dask.run.job_array import record_plans, run_tasks
 from megaseg_dask.stores import Location, cached_array, clear_array_cache
 from tests.fixtures.images import blobs, write_image
-from tests.stores.conftest import _environment, folder, s3, s3_server  # noqa: F401
 
 KEPT = Path(__file__).parent / "counts.json"
 
@@ -135,7 +134,7 @@ def test_a_run_asks_its_store_as_often_as_it_did(name, tmp_path, tiny_bundle, co
     source, target = write_source(name, tmp_path), str(tmp_path / "out.zarr")
     if "bucket" in name:
         request.getfixturevalue("s3")
-        target = f"{request.getfixturevalue('folder')}/out.zarr"
+        target = f"{request.getfixturevalue('bucket_folder')}/out.zarr"
     settings = parse_settings(
         {"model": str(tiny_bundle), "engine": "torch", "threads": 1, **SCENARIOS[name]}
     )

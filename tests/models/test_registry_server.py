@@ -22,6 +22,8 @@ from tests.fixtures.images import blobs, write_image
 from tests.fixtures.relay import relay_to
 from tests.fixtures.servers import free_port, plain_server, range_server, write_certificate
 
+pytestmark = pytest.mark.usefixtures("store_environment")
+
 PIECE = 2**16
 MEGASEG = [sys.executable, "-m", "megaseg_dask"]
 

@@ -29,8 +29,6 @@ from megaseg_dask.stores import Location, StoreOptions, configure
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.servers import web_server
 from tests.ngff.test_image import places
-from tests.stores.conftest import _environment, s3, s3_server  # noqa: F401
-from tests.stores.conftest import folder as bucket  # noqa: F401
 from tests.stores.test_stores import unreadable
 
 VERSIONS = ["0.4", "0.5"]
@@ -621,8 +619,8 @@ def key_of(version: str) -> str:
 
 
 @BOTH
-def test_a_bucket_holds_plates(s3, bucket, version):  # noqa: F811
-    location = Location.of(bucket) / "plate.zarr"
+def test_a_bucket_holds_plates(s3, bucket_folder, version):
+    location = Location.of(bucket_folder) / "plate.zarr"
     assert not is_plate(location)
     write_plate(location, some_plate("A/1", "B/2"), version)
     assert read_plate(location) == replace(some_plate("A/1", "B/2"), version=version)
