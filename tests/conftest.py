@@ -39,7 +39,7 @@ def tiny_bundle(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def client():
-    """Two real worker processes, shared by the tests of one test process."""
+    """A real worker process, shared by the tests of one test process."""
     import dask
     from distributed import Client, LocalCluster
 
@@ -47,7 +47,7 @@ def client():
 
     with dask.config.set(CONFIG):
         cluster = LocalCluster(
-            n_workers=2,
+            n_workers=1,
             threads_per_worker=1,
             memory_limit=0,
             dashboard_address="127.0.0.1:0",

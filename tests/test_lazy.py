@@ -130,11 +130,11 @@ def test_a_shard_is_a_chunk_unless_it_is_large(tmp_path, monkeypatch):
     assert megaseg_dask.open_image(source)["0/image"].data.chunksize == (16, 16, 16)
 
 
-def test_label_images_are_there_too(tmp_path, tiny_bundle, client):
+def test_label_images_are_there_too(tmp_path, tiny_bundle):
     source = write_image(tmp_path / "image.zarr", blobs((16, 32, 300)))
     out = tmp_path / "out.zarr"
     result = megaseg_dask.segment(
-        source, out, model=str(tiny_bundle), client=client, threads=1, label_name="cells"
+        source, out, model=str(tiny_bundle), workers=0, threads=1, label_name="cells"
     )
     tree = megaseg_dask.open_image(out)
     labels = tree["labels/cells"]

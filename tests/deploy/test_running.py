@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment
 from tests.counts.test_engine_calls import contents
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 from tests.fixtures.slurm import running_slurm
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -34,10 +34,10 @@ def source(tmp_path) -> Path:
 
 
 @pytest.fixture
-def expected(source, tmp_path, tiny_bundle, client) -> dict:
+def expected(source, tmp_path, tiny_bundle) -> dict:
     target = tmp_path / "expected.zarr"
     settings = parse_settings({"model": str(tiny_bundle), **OPTIONS})
-    result = segment(str(source), str(target), settings, client=client)
+    result = segment_here(str(source), str(target), settings)
     assert result.status == "done", result.failures
     return contents(target)
 

@@ -15,6 +15,7 @@ from megaseg_dask.run.cluster import start
 from megaseg_dask.run.runner import segment
 from megaseg_dask.run.status import status
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 SHAPE = (40, 80, 100)
 N_BLOCKS = 8
@@ -55,9 +56,9 @@ def assert_same(one, other) -> None:
 
 
 @pytest.fixture
-def undisturbed(request_of, client):
+def undisturbed(request_of):
     source, target, settings = request_of("undisturbed.zarr")
-    assert segment(source, target, settings, client=client).status == "done"
+    assert segment_here(source, target, settings).status == "done"
     return arrays(target)
 
 
@@ -127,9 +128,7 @@ SLOW = pytest.mark.slow
         "downsample-1",
     ],
 )
-def test_a_stage_that_fails_is_named_and_mended(
-    stage, request_of, haunted, tmp_path, tiny_bundle, client
-):
+def test_a_stage_that_fails_is_named_and_mended(stage, request_of, haunted, tmp_path, tiny_bundle):
     source = write_image(tmp_path / "wide.zarr", blobs((16, 64, 300)), chunks=(16, 64, 100))
     options = {
         "model": str(tiny_bundle),
@@ -139,9 +138,7 @@ def test_a_stage_that_fails_is_named_and_mended(
         "retries": 0,
     }
     undisturbed, target = str(tmp_path / "undisturbed.zarr"), str(tmp_path / "out.zarr")
-    assert (
-        segment(str(source), undisturbed, parse_settings(options), client=client).status == "done"
-    )
+    assert segment_here(str(source), undisturbed, parse_settings(options)).status == "done"
     haunted.poison(stage, 0, "bug")
     settings = parse_settings({**options, "workers": 1})
     result = segment(str(source), target, settings)
@@ -201,14 +198,12 @@ def test_a_cluster_that_does_not_end_holds_back_nobody(monkeypatch):
         del cluster._close
 
 
-def test_numbers_that_float64_cannot_hold_fail_their_volume_and_no_other(
-    request_of, client, tmp_path
-):
+def test_numbers_that_float64_cannot_hold_fail_their_volume_and_no_other(request_of, tmp_path):
     image = np.stack([blobs(SHAPE), blobs(SHAPE)]).astype(np.uint64)
     image[1, 3, 4, 5] = 2**60
     source = write_image(tmp_path / "series.zarr", image, axes="tzyx", chunks=(1, 20, 40, 50))
     _, target, settings = request_of()
-    result = segment(str(source), target, settings, client=client)
+    result = segment_here(str(source), target, settings)
     assert result.status == "failed"
     assert {(f.stage, f.volume) for f in result.failures} == {("measure", "t=1 c=0")}
     assert "2^53" in str(result.failures[0].error)

@@ -18,7 +18,6 @@ from megaseg_dask.models import load_bundle
 from megaseg_dask.models.build import build_network
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.request import plan_runs
-from megaseg_dask.run.runner import segment
 from tests.fixtures.bundles import (
     OVERLAP,
     PATCH_SHAPE,
@@ -29,6 +28,7 @@ from tests.fixtures.bundles import (
     write_folder,
 )
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 from tests.models.test_registry import run as run  # the command line, in this process
 
 SHAPE = (18, 37, 50)
@@ -72,7 +72,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_averages_are_monais_at_any_block(name, bundles, tmp_path, client):
+def test_averages_are_monais_at_any_block(name, bundles, tmp_path):
     n_models, tta, engine, agreement = CASES[name]
     image = blobs(SHAPE)
     source = write_image(tmp_path / "image.zarr", image)
@@ -87,10 +87,7 @@ def test_averages_are_monais_at_any_block(name, bundles, tmp_path, client):
     written = []
     for i, block in enumerate(BLOCKS):
         settings = parse_settings({**options, "scores_dtype": "float32", "block": block})
-        assert (
-            segment(str(source), str(tmp_path / f"{i}.zarr"), settings, client=client).status
-            == "done"
-        )
+        assert segment_here(str(source), str(tmp_path / f"{i}.zarr"), settings).status == "done"
         out = zarr.open_group(tmp_path / f"{i}.zarr", mode="r")
         written.append(out["0"][...])
         provenance = out.attrs["megaseg"]
@@ -104,12 +101,12 @@ def test_averages_are_monais_at_any_block(name, bundles, tmp_path, client):
     assert_array_equal(lazy.values, written[0])
 
 
-def test_another_average_is_another_run(bundles, tmp_path, client):
+def test_another_average_is_another_run(bundles, tmp_path):
     source, target = write_image(tmp_path / "image.zarr", blobs(SHAPE)), str(tmp_path / "out.zarr")
     options = {"threads": 1, "overlap": 0}
     first = parse_settings({**options, "model": list(map(str, bundles))})
-    assert segment(str(source), target, first, client=client).status == "done"
-    assert segment(str(source), target, first, client=client).already_done
+    assert segment_here(str(source), target, first).status == "done"
+    assert segment_here(str(source), target, first).already_done
     for change in ({"model": str(bundles[0])}, {"model": list(map(str, bundles)), "tta": True}):
         with pytest.raises(TargetError, match="belongs to another run"):
             plan_runs(str(source), target, parse_settings({**options, **change}))
@@ -210,7 +207,7 @@ def test_measured_peaks_stay_below_the_projection(block, engine, bundles, tmp_pa
     }
     settings = parse_settings({**options, "engine": engine, "block": block})
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)
-    result = segment(str(source), str(tmp_path / "out.zarr"), settings)
+    result = segment_here(str(source), str(tmp_path / "out.zarr"), settings)
     assert result.status == "done"
     for stage, peak in result.peak_bytes.items():
         assert 50e6 < peak <= plan.projected_bytes[stage.split("-")[0]], (

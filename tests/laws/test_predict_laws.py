@@ -16,9 +16,9 @@ import megaseg_dask
 from megaseg_dask.models import load_bundle
 from megaseg_dask.models.build import build_network
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment
 from tests.fixtures.bundles import OVERLAP, PATCH_SHAPE, one_thread
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 SHAPE = (24, 40, 70)
 CASES = {
@@ -47,7 +47,7 @@ def lazily(values, bundle, dims="zyx", **options):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_scores_are_those_of_the_command(name, tmp_path, tiny_bundle, client):
+def test_scores_are_those_of_the_command(name, tmp_path, tiny_bundle):
     case = {"shape": SHAPE, "dtype": "uint16", "version": "0.5", "axes": "zyx", **CASES[name]}
     values = blobs(case["shape"], dtype=case["dtype"])
     values = values.transpose(["zyx".index(axis) for axis in case["axes"]])
@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_command(name, tmp_path, tiny_bundle, client):
     )
     common = {"threads": 1, "block": (16, 32, 64), "overlap": 0.25}
     run = parse_settings({"model": str(tiny_bundle), "scores_dtype": "float32", **common})
-    assert segment(str(source), str(tmp_path / "out.zarr"), run, client=client).status == "done"
+    assert segment_here(str(source), str(tmp_path / "out.zarr"), run).status == "done"
     image = megaseg_dask.open_image(source)["0"]["image"]
     scores = megaseg_dask.predict(image, str(tiny_bundle), **{**common, "block": (24, 24, 70)})
     assert scores.dtype == np.float32

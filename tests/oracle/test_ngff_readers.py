@@ -14,8 +14,8 @@ import zarr
 from numpy.testing import assert_allclose, assert_array_equal
 
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 SCALE = {"t": 60.0, "c": 1.0, "z": 0.29, "y": 0.108, "x": 0.108}
 UNITS = {"t": "second", **dict.fromkeys("zyx", "micrometer")}
@@ -66,14 +66,14 @@ def source_of(folder: Path, case: Case) -> Path:
     return write_image(folder / "source.zarr", *levels, axes=case.axes, scale=SCALE)
 
 
-def run(source: Path, target: Path, bundle: Path, client, **options) -> None:
+def run(source: Path, target: Path, bundle: Path, **options) -> None:
     settings = parse_settings({"model": str(bundle), "threads": 1, **options})
-    result = segment(str(source), str(target), settings, client=client)
+    result = segment_here(str(source), str(target), settings)
     assert result.status == "done", result.failures
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
-def written(request, tmp_path_factory, tiny_bundle, client) -> tuple[Case, Path]:
+def written(request, tmp_path_factory, tiny_bundle) -> tuple[Case, Path]:
     """A segmented image with scores, labels and mask."""
     case, folder = request.param, tmp_path_factory.mktemp("written")
     options = {
@@ -82,7 +82,7 @@ def written(request, tmp_path_factory, tiny_bundle, client) -> tuple[Case, Path]
         "threshold": 0.45,
         **case.options,
     }
-    run(source_of(folder, case), folder / "target.zarr", tiny_bundle, client, **options)
+    run(source_of(folder, case), folder / "target.zarr", tiny_bundle, **options)
     return case, folder / "target.zarr"
 
 
@@ -274,12 +274,12 @@ def labelled_source(request, tmp_path) -> tuple[str, Path]:
     return version, path
 
 
-def test_labels_in_place_leave_the_source_as_it_was(labelled_source, tiny_bundle, client):
+def test_labels_in_place_leave_the_source_as_it_was(labelled_source, tiny_bundle):
     import ngio
 
     version, path = labelled_source
     before = snapshot(path)
-    run(path, path, tiny_bundle, client, outputs="labels", ome_zarr=version, threshold=0.45)
+    run(path, path, tiny_bundle, outputs="labels", ome_zarr=version, threshold=0.45)
     after = snapshot(path)
     listing = "labels/.zattrs" if version == "0.4" else "labels/zarr.json"
     changed = {name for name in after if after[name] != before.get(name)}
@@ -293,7 +293,7 @@ def test_labels_in_place_leave_the_source_as_it_was(labelled_source, tiny_bundle
     assert container.get_label("megaseg").get_as_numpy().max() > 1
 
 
-def test_labels_in_place_twice_and_under_another_name(labelled_source, tiny_bundle, client):
+def test_labels_in_place_twice_and_under_another_name(labelled_source, tiny_bundle):
     version, path = labelled_source
     before = snapshot(path)
     for name, options in (("a", {}), ("b", {}), ("a", {"overwrite": True, "min_size": 10})):
@@ -301,7 +301,6 @@ def test_labels_in_place_twice_and_under_another_name(labelled_source, tiny_bund
             path,
             path,
             tiny_bundle,
-            client,
             outputs="labels",
             ome_zarr=version,
             label_name=name,

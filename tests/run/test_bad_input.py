@@ -26,14 +26,14 @@ OPTIONS = ["--threads", "1", "--block", "20,40,50", "--overlap", "0"]
 
 
 @pytest.fixture
-def megaseg(client, tiny_bundle, capsys):
-    """The command on the workers that the tests share; returns exit code, stdout and stderr."""
+def megaseg(tiny_bundle, capsys):
+    """The command in this process; returns exit code, stdout and stderr."""
     before = signal.getsignal(signal.SIGTERM)
     shared = [
         "--model",
         str(tiny_bundle),
-        "--scheduler",
-        client.scheduler.address,
+        "--workers",
+        "0",
         "--retries",
         "0",
     ]
@@ -54,14 +54,14 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(source, client, tiny_bundle, tmp_path_factory) -> dict[str, object]:
+def undisturbed(source, tiny_bundle, tmp_path_factory) -> dict[str, object]:
     """What a run gives that nothing goes wrong in."""
     target = tmp_path_factory.mktemp("undisturbed") / "out.zarr"
     arguments = [
         "--model",
         str(tiny_bundle),
-        "--scheduler",
-        client.scheduler.address,
+        "--workers",
+        "0",
         "--quiet",
         *OPTIONS,
     ]

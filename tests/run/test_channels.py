@@ -19,7 +19,6 @@ from megaseg_dask.models.build import build_network
 from megaseg_dask.ngff.image import read_image
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.request import plan_runs
-from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from tests.fixtures.bundles import (
     OVERLAP,
@@ -30,6 +29,7 @@ from tests.fixtures.bundles import (
     write_folder,
 )
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 SHAPE = (18, 45, 50)
 BLOCKS = [None, (13, 29, 31)]
@@ -37,7 +37,7 @@ TWO_IN = replace(TINY, in_channels=2, out_channels=3)
 ZSCORE = NormalizeIntensity(channel_wise=True)
 
 
-def run(source, target, bundle, client, **options):
+def run(source, target, bundle, **options):
     options = {
         "model": str(bundle),
         "engine": "torch",
@@ -45,7 +45,7 @@ def run(source, target, bundle, client, **options):
         "scores_dtype": "float32",
         **options,
     }
-    result = segment(str(source), str(target), parse_settings(options), client=client)
+    result = segment_here(str(source), str(target), parse_settings(options))
     assert result.status == "done", result.failures
     return zarr.open_group(target, mode="r"), result
 
@@ -95,7 +95,7 @@ def image():
 
 
 @pytest.mark.parametrize("threshold", [0.5, "otsu"])
-def test_several_channels_are_predicted_together(threshold, image, two_in, tmp_path, client):
+def test_several_channels_are_predicted_together(threshold, image, two_in, tmp_path):
     source = write_image(
         tmp_path / "image.zarr", image, axes="czyx", channels=["dna", "er", "actin"]
     )
@@ -110,7 +110,7 @@ def test_several_channels_are_predicted_together(threshold, image, two_in, tmp_p
             "block": block,
         }
         target = tmp_path / f"{i}.zarr"
-        out, result = run(source, target, two_in, client, **options)
+        out, result = run(source, target, two_in, **options)
         scores = out["0"][...]
         assert np.abs(scores - sigmoid(logits)).max() <= 1e-5
         unsplit = scores if unsplit is None else unsplit
@@ -141,12 +141,12 @@ def test_several_channels_are_predicted_together(threshold, image, two_in, tmp_p
         assert result.n_objects == n_objects
 
 
-def test_each_head_has_labels_of_its_name(heads, tmp_path, client):
+def test_each_head_has_labels_of_its_name(heads, tmp_path):
     image = blobs(SHAPE)
     source = write_image(tmp_path / "image.zarr", image)
     scores = sigmoid(predict_whole(image[None], heads))
     for i, block in enumerate(BLOCKS):
-        out, _ = run(source, tmp_path / f"{i}.zarr", heads, client, block=block)
+        out, _ = run(source, tmp_path / f"{i}.zarr", heads, block=block)
         assert np.abs(out["0"][...] - scores).max() <= 1e-5
         assert sorted(out["labels"]) == ["megaseg_golgi", "megaseg_nuclei-0", "megaseg_nuclei-1"]
         for k, name in enumerate(["nuclei-0", "nuclei-1", "golgi"]):
@@ -154,7 +154,7 @@ def test_each_head_has_labels_of_its_name(heads, tmp_path, client):
             assert_array_equal(out[f"labels/megaseg_{name}/0"][...], expected)
 
 
-def test_channels_one_by_one_and_several_heads(image, heads, tmp_path, client):
+def test_channels_one_by_one_and_several_heads(image, heads, tmp_path):
     series = np.stack([image, image[::-1]])
     source = write_image(
         tmp_path / "image.zarr", series, axes="tczyx", channels=["dna", "er", "actin"]
@@ -163,7 +163,6 @@ def test_channels_one_by_one_and_several_heads(image, heads, tmp_path, client):
         source,
         tmp_path / "out.zarr",
         heads,
-        client,
         channel="er,dna",
         outputs="labels,scores",
         time="1:2",
@@ -176,36 +175,33 @@ def test_channels_one_by_one_and_several_heads(image, heads, tmp_path, client):
         assert_array_equal(out[f"labels/megaseg_{name}_golgi/0"][0], golgi)
 
 
-def test_labels_in_the_source_and_a_region(image, two_in, tmp_path, client):
+def test_labels_in_the_source_and_a_region(image, two_in, tmp_path):
     source = write_image(tmp_path / "image.zarr", image[:2], axes="czyx")
-    whole, _ = run(source, tmp_path / "whole.zarr", two_in, client, channel="0,1")
-    part, _ = run(
-        source, tmp_path / "part.zarr", two_in, client, channel="0,1", roi="1:17,5:40,3:44"
-    )
+    whole, _ = run(source, tmp_path / "whole.zarr", two_in, channel="0,1")
+    part, _ = run(source, tmp_path / "part.zarr", two_in, channel="0,1", roi="1:17,5:40,3:44")
     assert_array_equal(part["0"][...], whole["0"][:, 1:17, 5:40, 3:44])
-    inside, _ = run(source, source, two_in, client, channel="0,1", outputs="labels")
+    inside, _ = run(source, source, two_in, channel="0,1", outputs="labels")
     for k in range(3):
         assert_array_equal(
             inside[f"labels/megaseg_seg-{k}/0"][...], whole[f"labels/megaseg_seg-{k}/0"][...]
         )
 
 
-def test_a_number_missing_in_one_channel_is_background_in_all(image, two_in, tmp_path, client):
+def test_a_number_missing_in_one_channel_is_background_in_all(image, two_in, tmp_path):
     values = image[:2].astype(np.float32)
     values[1, 4:6, 7:30, 8] = np.nan
     source = write_image(tmp_path / "image.zarr", values, axes="czyx")
     unsplit = None
     for i, block in enumerate(BLOCKS):
         options = {"channel": "0,1", "nan_to_background": True, "block": block}
-        out, _ = run(source, tmp_path / f"{i}.zarr", two_in, client, **options)
+        out, _ = run(source, tmp_path / f"{i}.zarr", two_in, **options)
         assert not out["0"][:, 4:6, 7:30, 8].any()
         unsplit = out["0"][...] if unsplit is None else unsplit
         assert_array_equal(out["0"][...], unsplit)
-    refused = segment(
+    refused = segment_here(
         str(source),
         str(tmp_path / "no.zarr"),
         parse_settings({"model": str(two_in), "channel": "0,1"}),
-        client=client,
     )
     assert "(4, 7, 8) is nan" in refused.failures[0].error
 
@@ -230,7 +226,7 @@ PREPARED = {
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 @pytest.mark.parametrize("name", PREPARED)
-def test_other_preprocessing_is_monais(name, dtype, tmp_path, client):
+def test_other_preprocessing_is_monais(name, dtype, tmp_path):
     transforms, theirs = PREPARED[name]
     config = train_config()
     config["data"]["transforms"]["predict"]["transforms"] = [
@@ -243,7 +239,7 @@ def test_other_preprocessing_is_monais(name, dtype, tmp_path, client):
     scores = sigmoid(predict_whole(image[None], bundle, Compose(theirs)))[0]
     unsplit = None
     for i, block in enumerate(BLOCKS):
-        out, _ = run(source, tmp_path / f"{i}.zarr", bundle, client, block=block)
+        out, _ = run(source, tmp_path / f"{i}.zarr", bundle, block=block)
         assert np.abs(out["0"][...] - scores).max() <= 1e-5
         unsplit = out["0"][...] if unsplit is None else unsplit
         assert_array_equal(out["0"][...], unsplit)
@@ -294,7 +290,7 @@ def test_measured_peaks_stay_below_the_projection(block, engine, two_in, tmp_pat
         "channel": "0,1",
     }
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
-    result = segment(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
+    result = segment_here(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
     assert result.status == "done"
     for stage, peak in result.peak_bytes.items():
         assert 50e6 < peak <= plan.projected_bytes[stage.split("-")[0]], (

@@ -9,15 +9,15 @@ from skimage.measure import regionprops_table
 
 from megaseg_dask.errors import TargetError
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 SHAPE = (24, 50, 70)
 SCALE = {"z": 0.5, "y": 0.2, "x": 0.2}
 
 
 @pytest.fixture
-def run(tmp_path, tiny_bundle, client):
+def run(tmp_path, tiny_bundle):
     def call(source, target, **options):
         options = {
             "model": str(tiny_bundle),
@@ -27,9 +27,7 @@ def run(tmp_path, tiny_bundle, client):
             "threshold": "otsu",
             **options,
         }
-        result = segment(
-            str(source), str(tmp_path / target), parse_settings(options), client=client
-        )
+        result = segment_here(str(source), str(tmp_path / target), parse_settings(options))
         assert result.status == "done", result.failures
         return pq.read_table(tmp_path / f"{target}.measurements.parquet")
 

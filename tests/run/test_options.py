@@ -11,15 +11,15 @@ from skimage.morphology import remove_small_holes, remove_small_objects
 from megaseg_dask.algorithms.threshold_methods import METHODS
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 SHAPE = (24, 50, 70)
 ONE, MANY = "24,50,70", "13,29,31"
 
 
 @pytest.fixture
-def run(tmp_path, tiny_bundle, client):
+def run(tmp_path, tiny_bundle):
     image = blobs(SHAPE)
     source = write_image(tmp_path / "image.zarr", image, image[::2, ::2, ::2])
 
@@ -34,7 +34,7 @@ def run(tmp_path, tiny_bundle, client):
             "block": block,
             **options,
         }
-        result = segment(str(source), str(tmp_path / name), parse_settings(options), client=client)
+        result = segment_here(str(source), str(tmp_path / name), parse_settings(options))
         assert result.status == "done", result.failures
         group = zarr.open_group(tmp_path / name, mode="r")
         found = {
@@ -111,7 +111,7 @@ def test_the_statistics_of_a_coarser_level(run):
 
 
 @pytest.mark.parametrize("block", [ONE, MANY])
-def test_a_nan_that_nobody_measured_is_still_an_error(block, tmp_path, tiny_bundle, client):
+def test_a_nan_that_nobody_measured_is_still_an_error(block, tmp_path, tiny_bundle):
     image = blobs(SHAPE).astype(np.float32)
     image[3, 4, 5] = np.nan
     source = write_image(tmp_path / "image.zarr", image)
@@ -122,15 +122,13 @@ def test_a_nan_that_nobody_measured_is_still_an_error(block, tmp_path, tiny_bund
         "block": block,
         "normalization": "1000,400",
     }
-    result = segment(
-        str(source), str(tmp_path / "out.zarr"), parse_settings(options), client=client
-    )
+    result = segment_here(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
     assert result.status == "failed"
     assert "(3, 4, 5) is nan" in result.failures[0].error
 
 
 @pytest.mark.parametrize("block", [ONE, MANY])
-def test_nan_as_background_has_no_part_in_a_threshold(block, tmp_path, tiny_bundle, client):
+def test_nan_as_background_has_no_part_in_a_threshold(block, tmp_path, tiny_bundle):
     image = blobs(SHAPE).astype(np.float32)
     image[:, :10] = np.nan
     source = write_image(tmp_path / "image.zarr", image)
@@ -143,9 +141,7 @@ def test_nan_as_background_has_no_part_in_a_threshold(block, tmp_path, tiny_bund
         "nan_to_background": True,
         "outputs": "mask,scores",
     }
-    result = segment(
-        str(source), str(tmp_path / "out.zarr"), parse_settings(options), client=client
-    )
+    result = segment_here(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
     assert result.status == "done", result.failures
     mask = zarr.open_group(tmp_path / "out.zarr", mode="r")["labels/megaseg_mask/0"][...]
     assert not mask[:, :10].any()

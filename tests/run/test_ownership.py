@@ -10,22 +10,22 @@ from numpy.testing import assert_array_equal
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 SHAPE = (20, 40, 50)
 
 
 @pytest.fixture
-def run(tmp_path, tiny_bundle, client):
+def run(tmp_path, tiny_bundle):
     source = write_image(tmp_path / "image.zarr", blobs(SHAPE))
 
     def call(target="out.zarr", source=source, **options):
         settings = parse_settings(
             {"model": str(tiny_bundle), "threads": 1, "overlap": 0, **options}
         )
-        result = segment(str(source), str(tmp_path / target), settings, client=client)
+        result = segment_here(str(source), str(tmp_path / target), settings)
         assert result.status == "done", result.failures
         return result
 
@@ -103,12 +103,12 @@ def test_labels_in_place_have_the_levels_of_the_image(run, tmp_path):
 
 
 @pytest.mark.parametrize("value", [1e200, 3e38])
-def test_a_voxel_that_overflows_the_network_is_a_failure(tmp_path, tiny_bundle, client, value):
+def test_a_voxel_that_overflows_the_network_is_a_failure(tmp_path, tiny_bundle, value):
     image = blobs(SHAPE).astype(np.float64)
     image[3, 4, 5] = value
     source = write_image(tmp_path / "image.zarr", image)
     settings = parse_settings({"model": str(tiny_bundle), "threads": 1, "overlap": 0})
-    result = segment(str(source), str(tmp_path / "out.zarr"), settings, client=client)
+    result = segment_here(str(source), str(tmp_path / "out.zarr"), settings)
     if value > 1e100:
         assert result.status == "failed"
         assert "rescale" in result.failures[0].error

@@ -14,17 +14,17 @@ from pandas.testing import assert_frame_equal
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.ngff.plate import Acquisition, Field, Plate, read_plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment
 from megaseg_dask.run.status import status
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 SHAPE = (16, 40, 44)
 CHANNELS = ["dna", "actin"]
 
 
 @pytest.fixture
-def run(tmp_path, tiny_bundle, client):
+def run(tmp_path, tiny_bundle):
     def call(source, target, emit=lambda _: None, **options):
         options = {
             "model": str(tiny_bundle),
@@ -33,9 +33,7 @@ def run(tmp_path, tiny_bundle, client):
             "scores_dtype": "float32",
             **options,
         }
-        return segment(
-            str(source), str(tmp_path / target), parse_settings(options), client=client, emit=emit
-        )
+        return segment_here(str(source), str(tmp_path / target), parse_settings(options), emit=emit)
 
     return call
 

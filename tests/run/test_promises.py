@@ -15,16 +15,18 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
 from tests.fixtures.bundles import one_thread
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 # Between them: smaller than the patch, one patch, primes, long and thin, several patches each way.
 SHAPES = [(16, 20, 23), (16, 32, 32), (17, 61, 43), (37, 16, 97), (40, 70, 66)]
+OVERLAPS = [0.0, 0.25, 0.5]
 BLOCKS = [(16, 32, 32), (13, 29, 31), (40, 35, 22)]
 
 
-def run(source, target, bundle, client, **options):
+def run(source, target, bundle, *, by=segment_here, **options):
     fixed = {"model": str(bundle), "engine": "torch", "threads": 1, "scores_dtype": "float32"}
     settings = parse_settings({**fixed, **options})
-    result = segment(str(source), str(target), settings, client=client)
+    result = by(str(source), str(target), settings)
     assert result.status == "done", result.failures
     return zarr.open_group(target, mode="r")
 
@@ -45,9 +47,19 @@ def predict_whole(image, bundle, overlap) -> np.ndarray:
     return torch.sigmoid(logits)[0, 0].numpy()
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_split_equals_unsplit(shape, overlap, tmp_path, tiny_bundle, client):
+def cases():
+    """Each shape with each overlap; fast tests take one overlap for each shape.
+
+    `tests/oracle/test_monai.py` tries any shape, block and overlap without the network.
+    """
+    for number, shape in enumerate(SHAPES):
+        for place, overlap in enumerate(OVERLAPS):
+            is_fast = place == number % len(OVERLAPS)
+            yield pytest.param(shape, overlap, marks=() if is_fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("shape", "overlap"), list(cases()), ids=str)
+def test_split_equals_unsplit(shape, overlap, tmp_path, tiny_bundle):
     image = blobs(shape)
     source = write_image(tmp_path / "image.zarr", image)
     expected = predict_whole(image, tiny_bundle, overlap)
@@ -59,7 +71,6 @@ def test_split_equals_unsplit(shape, overlap, tmp_path, tiny_bundle, client):
             source,
             target,
             tiny_bundle,
-            client,
             overlap=overlap,
             outputs="labels,scores,mask",
             **options,
@@ -74,9 +85,7 @@ def test_split_equals_unsplit(shape, overlap, tmp_path, tiny_bundle, client):
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
-def test_openvino_is_split_invariant_and_close_to_the_reference(
-    shape, tmp_path, tiny_bundle, client
-):
+def test_openvino_is_split_invariant_and_close_to_the_reference(shape, tmp_path, tiny_bundle):
     pytest.importorskip("openvino")
     image = blobs(shape)
     source = write_image(tmp_path / "image.zarr", image)
@@ -85,7 +94,6 @@ def test_openvino_is_split_invariant_and_close_to_the_reference(
             source,
             tmp_path / f"{i}.zarr",
             tiny_bundle,
-            client,
             engine="openvino",
             overlap=0.25,
             **options,
@@ -103,7 +111,7 @@ def test_openvino_is_split_invariant_and_close_to_the_reference(
 @pytest.mark.parametrize("connectivity", [1, 2, 3])
 @pytest.mark.parametrize("min_size", [0, 6])
 def test_labels_equal_skimages_labels_of_the_written_mask(
-    connectivity, min_size, tmp_path, tiny_bundle, client
+    connectivity, min_size, tmp_path, tiny_bundle
 ):
     from tests.laws.test_labels import survivors
 
@@ -116,7 +124,7 @@ def test_labels_equal_skimages_labels_of_the_written_mask(
             "outputs": "labels,mask",
             "overlap": 0,
         }
-        out = run(source, target, tiny_bundle, client, block=block, threshold=0.93, **options)
+        out = run(source, target, tiny_bundle, block=block, threshold=0.93, **options)
         expected = survivors(
             label(out["labels/megaseg_mask/0"][...], connectivity=connectivity), min_size
         )
@@ -128,31 +136,21 @@ def test_labels_equal_skimages_labels_of_the_written_mask(
 def test_worker_counts_agree_bit_for_bit(workers, tmp_path, tiny_bundle):
     image = blobs((33, 47, 53), seed=5)
     source = write_image(tmp_path / "image.zarr", image)
-    out = run(
-        source,
-        tmp_path / "out.zarr",
-        tiny_bundle,
-        None,
-        block=(17, 23, 29),
-        workers=workers,
-        overlap=0.25,
-    )
+    options = {"block": (17, 23, 29), "overlap": 0.25}
+    target = tmp_path / "out.zarr"
+    out = run(source, target, tiny_bundle, by=segment, workers=workers, **options)
     assert np.abs(out["0"][...] - predict_whole(image, tiny_bundle, 0.25)).max() <= 1e-5
-    # Bit for bit against one block: both worker counts then agree with each other.
-    whole = run(
-        source, tmp_path / "whole.zarr", tiny_bundle, None, workers=3 - workers, overlap=0.25
-    )
-    assert_array_equal(out["0"][...], whole["0"][...])
+    # Bit for bit against this process: both worker counts then agree with each other.
+    here = run(source, tmp_path / "here.zarr", tiny_bundle, **options)
+    assert_array_equal(out["0"][...], here["0"][...])
 
 
-def test_float_images_and_timepoints_and_channels(tmp_path, tiny_bundle, client):
+def test_float_images_and_timepoints_and_channels(tmp_path, tiny_bundle):
     image = np.stack(
         [[blobs((18, 40, 36), seed=t * 2 + c) for c in range(2)] for t in range(3)]
     ).astype(">f4")
     source = write_image(tmp_path / "image.zarr", image, axes="tczyx", channels=["dna", "actin"])
-    out = run(
-        source, tmp_path / "out.zarr", tiny_bundle, client, channel="actin", block=(11, 40, 17)
-    )
+    out = run(source, tmp_path / "out.zarr", tiny_bundle, channel="actin", block=(11, 40, 17))
     assert out["0"].shape == (3, 18, 40, 36)
     assert out["0"].chunks[0] == 1
     for t in range(3):
@@ -161,32 +159,30 @@ def test_float_images_and_timepoints_and_channels(tmp_path, tiny_bundle, client)
         assert_array_equal(
             out["labels/megaseg/0"][t], label(out["0"][t] > np.float32(0.5), connectivity=1)
         )
-    part = run(source, tmp_path / "part.zarr", tiny_bundle, client, channel=1, time="1:3")
+    part = run(source, tmp_path / "part.zarr", tiny_bundle, channel=1, time="1:3")
     assert_array_equal(part["0"][...], out["0"][1:])
 
 
 @pytest.mark.parametrize("batch", [2, 3])
-def test_batches_are_split_invariant_against_themselves(batch, tmp_path, tiny_bundle, client):
+def test_batches_are_split_invariant_against_themselves(batch, tmp_path, tiny_bundle):
     source = write_image(tmp_path / "image.zarr", blobs((20, 50, 61)))
-    whole = run(source, tmp_path / "whole.zarr", tiny_bundle, client, batch=batch)
-    split = run(
-        source, tmp_path / "split.zarr", tiny_bundle, client, batch=batch, block=(11, 29, 23)
-    )
+    whole = run(source, tmp_path / "whole.zarr", tiny_bundle, batch=batch)
+    split = run(source, tmp_path / "split.zarr", tiny_bundle, batch=batch, block=(11, 29, 23))
     assert_array_equal(whole["0"][...], split["0"][...])
 
 
-def test_integers_without_an_exact_float_fail_on_both_paths(tmp_path, tiny_bundle, client):
+def test_integers_without_an_exact_float_fail_on_both_paths(tmp_path, tiny_bundle):
     image = blobs((16, 40, 40)).astype(np.uint64) + np.uint64(2**63)
     source = write_image(tmp_path / "image.zarr", image)
     options = {"model": str(tiny_bundle), "threads": 1, "overlap": 0}
     for name, block in [("whole", {}), ("staged", {"block": "16,20,20"})]:
         settings = parse_settings({**options, **block})
-        result = segment(str(source), str(tmp_path / f"{name}.zarr"), settings, client=client)
+        result = segment_here(str(source), str(tmp_path / f"{name}.zarr"), settings)
         assert "subtract the offset" in result.failures[0].error
 
 
-def test_a_constant_volume_is_called_meaningless(tmp_path, tiny_bundle, client):
+def test_a_constant_volume_is_called_meaningless(tmp_path, tiny_bundle):
     source = write_image(tmp_path / "image.zarr", np.full((16, 32, 40), 7, np.uint8))
     settings = parse_settings({"model": str(tiny_bundle), "threads": 1})
-    result = segment(str(source), str(tmp_path / "out.zarr"), settings, client=client)
+    result = segment_here(str(source), str(tmp_path / "out.zarr"), settings)
     assert result.warnings == ["t=0 c=0 is constant; its segmentation is meaningless"]

@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from megaseg_dask.cli.app import build_app
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 
 def status(target) -> tuple[int, dict, dict]:
@@ -26,7 +26,7 @@ def settings(tiny_bundle):
     )
 
 
-def test_done_pending_and_no_run(tmp_path, settings, client):
+def test_done_pending_and_no_run(tmp_path, settings):
     source = write_image(tmp_path / "image.zarr", blobs((40, 40, 100)))
     target = tmp_path / "out.zarr"
 
@@ -35,29 +35,29 @@ def test_done_pending_and_no_run(tmp_path, settings, client):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        segment(str(source), str(target), settings, client=client, emit=interrupt)
+        segment_here(str(source), str(target), settings, emit=interrupt)
     code, run, _ = status(target)
     assert code == 3
     assert run["stages"]["segment"] == [4, 4]
     assert run["stages"]["label"][0] < 4
-    assert segment(str(source), str(target), settings, client=client).status == "done"
+    assert segment_here(str(source), str(target), settings).status == "done"
     assert status(target)[0] == 0
     nothing = CliRunner().invoke(build_app(), ["status", str(source)])
     assert nothing.exit_code == 2
 
 
-def test_a_failure_is_named_until_a_later_run_mends_it(tmp_path, settings, client):
+def test_a_failure_is_named_until_a_later_run_mends_it(tmp_path, settings):
     image = blobs((40, 40, 100))
     source = write_image(tmp_path / "image.zarr", image, chunks=(20, 40, 50))
     target = tmp_path / "out.zarr"
     chunk = source / "0/c/1/0/1"
     good = chunk.read_bytes()
     chunk.write_bytes(good[:10])
-    assert segment(str(source), str(target), settings, client=client).status == "failed"
+    assert segment_here(str(source), str(target), settings).status == "failed"
     code, run, result = status(target)
     assert (code, result["status"]) == (1, "failed")
     assert "0/c/1/0/1" in run["failures"][0]["error"]
     assert "FAILED" in CliRunner().invoke(build_app(), ["status", str(target)]).output
     chunk.write_bytes(good)
-    assert segment(str(source), str(target), settings, client=client).status == "done"
+    assert segment_here(str(source), str(target), settings).status == "done"
     assert status(target)[:1] == (0,)

@@ -16,6 +16,7 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from tests.fixtures.images import write_image
+from tests.fixtures.runs import segment_here
 from tests.fixtures.servers import range_server
 from tests.stores.test_runs import arrays, upload
 
@@ -44,7 +45,7 @@ def deepen(plate: Path, n: int) -> None:
             new[...] = deep
 
 
-def test_plates_of_other_programs_in_both_versions(shared_data, tmp_path, options, client):
+def test_plates_of_other_programs_in_both_versions(shared_data, tmp_path, options):
     import ome_zarr_models
     from ngio import open_ome_zarr_plate
 
@@ -57,7 +58,7 @@ def test_plates_of_other_programs_in_both_versions(shared_data, tmp_path, option
         wanted = parse_settings(
             {**options, "channel": "0,2", "ome_zarr": version, "threshold": "otsu"}
         )
-        result = segment(str(plate), str(target), wanted, client=client)
+        result = segment_here(str(plate), str(target), wanted)
         assert result.status == "done", result.failures
         model = {"0.4": ome_zarr_models.v04.HCS, "0.5": ome_zarr_models.v05.HCS}[version]
         model.from_zarr(zarr.open_group(target, mode="r"))
@@ -105,7 +106,7 @@ def screen(cells, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("where", ["disk", pytest.param("bucket", marks=pytest.mark.slow)])
-def test_a_plate_of_real_cells(where, screen, tmp_path, options, request, client):
+def test_a_plate_of_real_cells(where, screen, tmp_path, options, request):
     source, target = str(screen), str(tmp_path / "out.zarr")
     if where == "bucket":
         folder = request.getfixturevalue("s3") and request.getfixturevalue("folder")
@@ -119,9 +120,13 @@ def test_a_plate_of_real_cells(where, screen, tmp_path, options, request, client
         }
     )
     # Workers of a bucket are started with its credentials in their environment.
-    result = segment(source, target, settings, client=client if where == "disk" else None)
+    result = (
+        segment_here(source, target, settings)
+        if where == "disk"
+        else segment(source, target, settings)
+    )
     assert result.status == "done", result.failures
-    assert segment(source, target, settings).already_done
+    assert segment_here(source, target, settings).already_done
     fields = read_plate(Location.of(target)).fields
     assert [f.path for f in fields] == [f"{r}/{c}/{n}" for r in "AB" for c in "123" for n in "01"]
     data = Location.of(f"{target}.measurements.parquet")
@@ -137,7 +142,7 @@ def test_a_plate_of_real_cells(where, screen, tmp_path, options, request, client
         for c, channel in enumerate(["nuclei", "again"]):
             alone = str(tmp_path / f"{field.path.replace('/', '-')}-{c}.zarr")
             single = parse_settings({**options, "channel": channel, "threshold": "otsu"})
-            assert segment(str(screen / field.path), alone, single, client=client).status == "done"
+            assert segment_here(str(screen / field.path), alone, single).status == "done"
             expected = arrays(alone)
             assert_array_equal(here[f"labels/megaseg_{channel}/0"], expected["labels/megaseg/0"])
             assert_array_equal(here["0"][:, c], expected["0"])
@@ -158,22 +163,19 @@ def test_a_plate_of_real_cells(where, screen, tmp_path, options, request, client
                 assert_allclose(rows.intensity_mean, measured["intensity_mean"], rtol=1e-9)
 
 
-def test_an_image_by_the_address_that_the_idr_gives(shared_data, tmp_path, options, client):
+def test_an_image_by_the_address_that_the_idr_gives(shared_data, tmp_path, options):
     """``https://.../6001240.zarr``, an OME-Zarr 0.4 image behind a web server that lists nothing."""
     served = tmp_path / "zarr/v0.4/idr0062A"
     shutil.copytree(shared_data / "omezarr/pixels/5d_dataset_v4.ome.zarr", served / "6001240.zarr")
     settings = parse_settings({**options, "channel": "1", "time": "1:3"})
     with range_server(tmp_path) as url:
-        result = segment(
+        result = segment_here(
             f"{url}/zarr/v0.4/idr0062A/6001240.zarr",
             str(tmp_path / "out.zarr"),
             settings,
-            client=client,
         )
     assert result.status == "done", result.failures
-    local = segment(
-        str(served / "6001240.zarr"), str(tmp_path / "local.zarr"), settings, client=client
-    )
+    local = segment_here(str(served / "6001240.zarr"), str(tmp_path / "local.zarr"), settings)
     assert local.status == "done"
     found, expected = arrays(str(tmp_path / "out.zarr")), arrays(str(tmp_path / "local.zarr"))
     assert found["0"].shape == (2, 16, 64, 64)

@@ -20,7 +20,6 @@ from megaseg_dask.cli.app import build_app
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.request import plan_runs
-from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.page import (
     Origin,
@@ -37,6 +36,7 @@ from megaseg_dask.tools.report.sampling import choose_view, spread, whole_or_mid
 from megaseg_dask.tools.report.survey import Run, survey
 from megaseg_dask.tools.report.write import find_plans, write_report
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 from tests.run.test_plates import plate  # noqa: F401
 
 
@@ -72,7 +72,7 @@ def options(tiny_bundle) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory, options, client) -> tuple[Path, Path]:
+def split(tmp_path_factory, options) -> tuple[Path, Path]:
     """An image in 2x2x2 blocks, and what became of it."""
     folder = tmp_path_factory.mktemp("split")
     source = write_image(folder / "image.zarr", blobs((40, 64, 100)))
@@ -82,7 +82,7 @@ def split(tmp_path_factory, options, client) -> tuple[Path, Path]:
         "outputs": "labels,scores,measurements",
         "min_size": 5,
     }
-    result = segment(str(source), str(folder / "out.zarr"), parse_settings(wanted), client=client)
+    result = segment_here(str(source), str(folder / "out.zarr"), parse_settings(wanted))
     assert result.status == "done", result.failures
     return source, folder / "out.zarr"
 
@@ -204,12 +204,10 @@ def test_a_fault_at_a_seam_is_found(fault, split, tmp_path):
     assert told == {"labels": set(), "scores": {"score step"}, "cut": {"objects end"}}[fault]
 
 
-def test_faces_where_patches_meet_are_compared_with_such_places(split, options, tmp_path, client):
+def test_faces_where_patches_meet_are_compared_with_such_places(split, options, tmp_path):
     """Without overlap, scores step from patch to patch, in one block as well as at its faces."""
     wanted = parse_settings({**options, "block": "40,64,32"})
-    assert (
-        segment(str(split[0]), str(tmp_path / "out.zarr"), wanted, client=client).status == "done"
-    )
+    assert segment_here(str(split[0]), str(tmp_path / "out.zarr"), wanted).status == "done"
     page = page_of(tmp_path / "out.zarr")
     (profile,) = page.seams.result.profiles
     assert profile.n_on_borders == profile.n_faces == 3
@@ -218,14 +216,14 @@ def test_faces_where_patches_meet_are_compared_with_such_places(split, options, 
     assert step.verdict in ("patches", "inside")
 
 
-def test_a_plate_with_failures(plate, options, tmp_path, client):  # noqa: F811
+def test_a_plate_with_failures(plate, options, tmp_path):  # noqa: F811
     import shutil
 
     shutil.rmtree(plate / "B/2/1")
     for chunk in (p for p in (plate / "A/2/0/0").rglob("0/*") if p.is_file()):
         chunk.write_bytes(b"nothing")
     wanted = parse_settings({**options, "channel": "dna,actin"})
-    assert segment(str(plate), str(tmp_path / "out.zarr"), wanted, client=client).status == "failed"
+    assert segment_here(str(plate), str(tmp_path / "out.zarr"), wanted).status == "failed"
     page = page_of(tmp_path / "out.zarr")
     assert page.overview.status == "failed"
     failed = [f.name for f in page.survey.volumes if f.failures]
@@ -248,7 +246,7 @@ def test_a_plate_with_failures(plate, options, tmp_path, client):  # noqa: F811
     assert text.count('href="#m0"') == 8
 
 
-def test_a_name_from_a_plate_is_text_not_markup(options, tmp_path, client):
+def test_a_name_from_a_plate_is_text_not_markup(options, tmp_path):
     source = write_image(
         tmp_path / "image.zarr", blobs((1, 16, 40, 44)), axes="czyx", channels=["<b onclick=x>"]
     )
@@ -257,9 +255,7 @@ def test_a_name_from_a_plate_is_text_not_markup(options, tmp_path, client):
     ome["multiscales"][0]["name"] = "<script>alert(1)</script>"
     group.attrs["ome"] = ome
     assert (
-        segment(
-            str(source), str(tmp_path / "out.zarr"), parse_settings(options), client=client
-        ).status
+        segment_here(str(source), str(tmp_path / "out.zarr"), parse_settings(options)).status
         == "done"
     )
     text = Path(write_report(str(tmp_path / "out.zarr")).url).read_text()
