@@ -198,9 +198,9 @@ class Location:
             folder.delete(name)
         if created != [True, False]:
             raise TargetError(
-                f"{self} is on a store that replaces an object where it is asked to create one only "
-                "if there is none (If-None-Match), so two runs could not be kept apart; choose "
-                "another"
+                f"{self} is on a store that replaces an object where it is asked to create one "
+                "only if there is none (If-None-Match), so two runs could not be kept apart; "
+                "choose another"
             )
 
     # -- small objects
