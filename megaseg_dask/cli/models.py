@@ -60,8 +60,8 @@ def list_models(*, bucket: Bucket = None, endpoint: Endpoint = None, json_: Json
         rows = _local_models()
         warnings = []
         try:
-            depot = registry.open_depot(bucket, endpoint)
-            for name, entry in registry.offered(depot).items():
+            opened = registry.open_bucket(bucket, endpoint)
+            for name, entry in registry.offered(opened).items():
                 row = rows.setdefault(name, {"name": name, "state": "offered"})
                 row |= {"offered": entry.url, "offered_bytes": entry.n_bytes}
         except MegasegError as error:
@@ -157,16 +157,9 @@ def fetch(
         if key is None and url is None and is_renamed:
             # Otherwise the registry finds the object by the model's name.
             key = registry.PUBLISHED.get(model) or f"{model}.zip"
-        with reporter(json_, quiet) as emit, registry.reporting(emit):
-            record = registry.fetch(
-                name or default_name,
-                url=url,
-                key=key,
-                bucket=bucket,
-                endpoint=endpoint,
-                sha256=sha256,
-                overwrite=overwrite,
-            )
+        origin = registry.Origin(url, key, bucket, endpoint, sha256)
+        with reporter(json_, quiet) as emit:
+            record = registry.fetch(name or default_name, origin, overwrite=overwrite, emit=emit)
         _print_record(record, json_)
 
 

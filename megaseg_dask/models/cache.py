@@ -1,7 +1,7 @@
-"""Models kept on this machine: one folder each, with the bundle's file and a record of what it must be.
+"""Models kept on this machine: a folder for each, with the bundle's file and a record of it.
 
-A model gets its name by one rename, after its bundle was loaded and its digest
-recorded. A bundle that does not have that digest any more is refused.
+A model gets its name by one rename, after its bundle was read and its digest recorded. A bundle
+that does not have that digest any more is refused.
 """
 
 import json
@@ -27,29 +27,34 @@ from megaseg_dask.models.home import HOME, home, sha256_of, writing
 RECORD = "record.json"
 FORMS = (".zip", ".ckpt")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_RENAMES = 100
+
+
+# -- names and records
 
 
 def is_name(text: str) -> bool:
-    """Tell whether a model may be called so: its name is a folder's, and no path or file."""
-    return (
-        bool(_NAME.fullmatch(text))
-        and not text.endswith((".", *FORMS))
-        and text.casefold() != "starter"
-    )
+    """Return whether a model may be called so: its name is a folder's, and no path or file."""
+    is_reserved = text.endswith((".", *FORMS)) or text.casefold() == "starter"
+    return bool(_NAME.fullmatch(text)) and not is_reserved
 
 
 def require_name(text: str) -> None:
-    """Raise BundleError unless a model may be called so."""
+    """Check that a model may be called so.
+
+    Raises:
+        BundleError: It may not.
+    """
     if not is_name(text):
         raise BundleError(
-            f"a model cannot be called {short(text)}: expected up to 64 letters, digits, '.', '-' and "
-            "'_', not the name of a .zip or .ckpt, and not starter"
+            f"a model cannot be called {short(text)}: expected up to 64 letters, digits, '.', '-' "
+            "and '_', not the name of a .zip or .ckpt, and not starter"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where a model came from and what it must be: SHA-256 of its file, and the digest of the bundle in it."""
+    """Where a model came from, the SHA-256 of its file, and the digest of the bundle in it."""
 
     name: str
     file: str
@@ -67,13 +72,17 @@ class Record:
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a model; the name is one that `is_name`."""
+    """Return the folder of a model; raises `BundleError` for what is no name."""
     require_name(name)
     return home() / "models" / name
 
 
 def read_record(name: str) -> Record | None:
-    """What is recorded of a model; None if it is not in the cache. Raises BundleError for a broken record."""
+    """Return what is recorded of a model; None if it is not in the cache.
+
+    Raises:
+        BundleError: The record is broken, or cannot be read.
+    """
     path = folder_of(name) / RECORD
     try:
         content = json.loads(path.read_bytes())
@@ -88,19 +97,19 @@ def read_record(name: str) -> Record | None:
             f"{path} cannot be read: {error.strerror}; set {HOME} to a folder of yours"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} is damaged; {_again(name)}") from error
+        raise BundleError(f"{path} is damaged; {_get_again(name)}") from error
     return record
 
 
 def cached_names() -> list[str]:
-    """Names of the models in the cache, sorted."""
+    """Return the names of the models in the cache, sorted."""
     with suppress(OSError):
-        return sorted(
-            path.name
-            for path in (home() / "models").iterdir()
-            if is_name(path.name) and path.is_dir()
-        )
+        folders = [path for path in (home() / "models").iterdir() if path.is_dir()]
+        return sorted(path.name for path in folders if is_name(path.name))
     return []
+
+
+# -- reading
 
 
 def read_cached_facts(record: Record, checkpoint: str | None = None) -> BundleFacts:
@@ -108,7 +117,6 @@ def read_cached_facts(record: Record, checkpoint: str | None = None) -> BundleFa
 
     Raises:
         BundleError: It is not what was recorded.
-
     """
     _require_file(record)
     facts = read_facts(record.path, checkpoint)
@@ -121,7 +129,6 @@ def load_cached(record: Record, checkpoint: str | None = None) -> Bundle:
 
     Raises:
         BundleError: It is not what was recorded.
-
     """
     _require_file(record)
     bundle = load_bundle(record.path, checkpoint)
@@ -131,11 +138,14 @@ def load_cached(record: Record, checkpoint: str | None = None) -> Bundle:
 
 def _require_file(record: Record) -> None:
     if not record.path.is_file():
-        raise BundleError(f"{record.path} is not there, but its record is; {_again(record.name)}")
+        raise BundleError(
+            f"{record.path} is not there, but its record is; {_get_again(record.name)}"
+        )
 
 
 def _require_recorded(record: Record, facts: BundleFacts, checkpoint: str | None) -> None:
-    # The recorded digest is that of the checkpoint taken by default; for another, the file's must do.
+    # The recorded digest is that of the checkpoint taken by default; for another, the file's must
+    # do.
     kind = "digest"
     found = facts.digest
     recorded = record.digest
@@ -146,14 +156,17 @@ def _require_recorded(record: Record, facts: BundleFacts, checkpoint: str | None
     if found != recorded:
         raise BundleError(
             f"{record.path} has {kind} {found[:12]}, its record says {recorded[:12]}; "
-            f"{_again(record.name)}"
+            f"{_get_again(record.name)}"
         )
 
 
-def _again(name: str) -> str:
+def _get_again(name: str) -> str:
     return (
         f"get it again with `megaseg models fetch {name} --overwrite`, or import with --overwrite"
     )
+
+
+# -- writing
 
 
 def install(
@@ -161,8 +174,12 @@ def install(
 ) -> Record:
     """Give a bundle its name in the cache, in place of one that has it; returns its record.
 
-    ``fill`` puts its file where it is told. Raises BundleError, and leaves what
-    was there, if it is not a whole bundle that can be run.
+    ``fill`` writes the bundle's file, which is a ``.zip`` or ``.ckpt``, as ``form`` says.
+
+    Raises:
+        BundleError: It is not a whole bundle that can be run; the cache stays as it was.
+        SettingsError: The cache is not a folder that this user can write.
+        StoreError: Writing failed.
     """
     target = folder_of(name)
     staging = target.with_name(f".{name}-{uuid.uuid4().hex[:8]}")
@@ -171,16 +188,15 @@ def install(
         try:
             path = staging / f"{name}{form}"
             fill(path)
-            facts = _read_whole(path)
             record = Record(
-                name,
-                path.name,
-                source,
-                sha256_of(path),
-                path.stat().st_size,
-                facts.digest,
-                datetime.now(UTC).isoformat(timespec="seconds"),
-                version,
+                name=name,
+                file=path.name,
+                source=source,
+                sha256=sha256_of(path),
+                n_bytes=path.stat().st_size,
+                digest=_read_whole(path).digest,
+                date=datetime.now(UTC).isoformat(timespec="seconds"),
+                version=version,
             )
             (staging / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
             for file in (path, staging / RECORD):
@@ -192,7 +208,7 @@ def install(
 
 
 def _read_whole(path: Path) -> BundleFacts:
-    """Read a bundle, and read every other byte of its zip too."""
+    """Read a bundle, and every other byte of its zip too."""
     try:
         if zipfile.is_zipfile(path):
             with open_zip(path) as archive:
@@ -200,7 +216,7 @@ def _read_whole(path: Path) -> BundleFacts:
                     raise BundleError(f"{short(damaged)} in it is damaged")
         return read_facts(path)
     except BundleError as error:
-        # Not where it lies for the moment.
+        # The path is only where it lies for the moment.
         raise BundleError(str(error).removeprefix(f"{path}: ")) from error
     except OSError:
         raise
@@ -212,20 +228,18 @@ def _read_whole(path: Path) -> BundleFacts:
 def _replace(staging: Path, target: Path) -> None:
     """Rename a folder to one that may exist, which is moved away and removed."""
     old = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.old")
-    for _ in range(100):
+    for _ in range(_MAX_RENAMES):
         try:
             staging.rename(target)
-            break
+            return
         except OSError:
-            # Of two at once one comes second; it finds the other's folder.
+            # Of two processes at once one comes second; it finds the other's folder.
             if not target.exists():
                 raise
-            with suppress(FileNotFoundError):
-                target.rename(old)
+        with suppress(FileNotFoundError):
+            target.rename(old)
         shutil.rmtree(old, ignore_errors=True)
-    else:
-        raise OSError(f"{target} is replaced by others all the time")
-    shutil.rmtree(old, ignore_errors=True)
+    raise OSError(f"{target} is replaced by others all the time")
 
 
 def _sync(file: Path) -> None:
@@ -236,32 +250,35 @@ def _sync(file: Path) -> None:
 def import_bundle(
     path: Path, name: str, *, checkpoint: str | None = None, overwrite: bool = False
 ) -> Record:
-    """Copy a bundle into the cache under a name: a zip or .ckpt as it is, of a folder what is needed to run it.
+    """Copy a bundle into the cache under a name.
 
-    Raises BundleError if the name is taken and not to be overwritten, or it is no bundle.
+    A zip or .ckpt is copied as it is, of a folder what is needed to run it.
+
+    Raises:
+        BundleError: The name is taken and not to be overwritten, or it is no bundle.
     """
     require_name(name)
     if not overwrite and folder_of(name).exists():
         raise BundleError(
-            f"{name} is in the cache already; choose another name, or pass --overwrite to replace it"
+            f"{name} is in the cache already; choose another name, or pass --overwrite to replace "
+            "it"
         )
     if not path.exists():
         raise BundleError(f"{path} does not exist; give a bundle's folder, its zip or a .ckpt")
     # What is wrong with it is said of the path that was given.
     digest = read_facts(path, checkpoint).digest
-    packed = (
-        path.is_dir() or folder_around(path) or (checkpoint is not None and path.suffix == ".zip")
-    )
-    form = ".zip" if packed or path.suffix == ".zip" else ".ckpt"
+    is_choice = checkpoint is not None and path.suffix == ".zip"
+    is_packed = path.is_dir() or folder_around(path) is not None or is_choice
 
     def fill(target: Path) -> None:
-        if not packed:
+        if not is_packed:
             shutil.copyfile(path, target)
             return
         with zipfile.ZipFile(target, "w") as archive:
-            for inside, data in read_parts(path, checkpoint):
-                archive.writestr(inside, data)
+            for file, data in read_parts(path, checkpoint):
+                archive.writestr(file, data)
 
+    form = ".zip" if is_packed or path.suffix == ".zip" else ".ckpt"
     record = install(name, form, fill, source=str(path.absolute()))
     assert record.digest == digest
     return record

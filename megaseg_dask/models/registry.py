@@ -1,41 +1,48 @@
-"""Where a model's name leads: the starter in the package, the cache, a bundle on disk, or a bucket to fetch it from.
+"""Where a model's name leads: the packaged starter, the cache, a bundle on disk, or a bucket.
 
-The published models lie in a public bucket; another one is named by
-``MEGASEG_BUCKET``. With ``MEGASEG_OFFLINE`` set no network is asked.
+The published models lie in a public bucket; another one is named by ``MEGASEG_BUCKET``. With
+``MEGASEG_OFFLINE`` set no network is asked.
 """
 
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TypeAlias
 
 from megaseg_dask.errors import BundleError, MegasegError
 from megaseg_dask.events import Event, Fetching
 from megaseg_dask.messages import first_few, one_line
 from megaseg_dask.models import cache
+from megaseg_dask.models.bucket import Bucket, StoredObject
 from megaseg_dask.models.bundle import Bundle, BundleFacts
 from megaseg_dask.models.cache import FORMS, Record, is_name, read_record
 from megaseg_dask.models.cytodl.read import load_bundle
-from megaseg_dask.models.depot import Depot, Entry
 from megaseg_dask.models.download import discard, download, turn
 from megaseg_dask.models.facts import read_facts
-from megaseg_dask.models.home import home
+from megaseg_dask.models.home import home, sha256_of
 from megaseg_dask.stores import Location
+
+Emit: TypeAlias = Callable[[Event], None]
 
 # Name → object in the public bucket, where its name is known.
 PUBLISHED: Mapping[str, str | None] = {"MegaSeg_v1": "megaSeg.zip", "MegaSeg_light": None}
-PUBLIC_BUCKET, PUBLIC_REGION = "production-aics-ml-segmenter-models", "us-west-2"
+PUBLIC_BUCKET = "production-aics-ml-segmenter-models"
+PUBLIC_REGION = "us-west-2"
 PUBLIC_ENDPOINT = f"https://s3.{PUBLIC_REGION}.amazonaws.com"
-BUCKET, OFFLINE = "MEGASEG_BUCKET", "MEGASEG_OFFLINE"
+BUCKET = "MEGASEG_BUCKET"
+OFFLINE = "MEGASEG_OFFLINE"
+STARTER = Path(__file__).parent / "starter"
 
-_emit: ContextVar[Callable[[Event], None]] = ContextVar("_emit", default=lambda _: None)
+
+_emit: ContextVar[Emit] = ContextVar("_emit", default=lambda _: None)
 
 
 @contextmanager
-def reporting(emit: Callable[[Event], None]) -> Iterator[None]:
+def reporting(emit: Emit) -> Iterator[None]:
     """Tell ``emit`` of the progress of what is fetched meanwhile."""
     token = _emit.set(emit)
     try:
@@ -44,37 +51,51 @@ def reporting(emit: Callable[[Event], None]) -> Iterator[None]:
         _emit.reset(token)
 
 
+def _ignore(event: Event) -> None:
+    _emit.get()(event)
+
+
 # -- what a name means
 
 
-def locate(model: str) -> Path:
+def locate(model: str, emit: Emit = _ignore) -> Path:
     """Return the bundle that a name, path or URL means, fetched if need be.
 
-    Raises :class:`BundleError` that says how to get it.
+    ``emit`` is told of the progress of a fetch.
+
+    Raises:
+        BundleError: There is no such model here, and it was not fetched; it says how to get it.
     """
-    found = find(model)
-    if found is None and model in PUBLISHED:
-        found = _fetch_or_advise(model, None).path
-    if found is None and "://" in model:
+    path = find(model)
+    if path is not None:
+        return path
+    if model in PUBLISHED:
+        return _fetch_or_advise(model, Origin(), emit).path
+    if "://" in model:
         name = PurePosixPath(model).stem
         if not is_name(name) or cache.folder_of(name).exists():
             raise BundleError(
                 f"--model {model}: fetch it under a name of its own, `megaseg models fetch {model} "
                 "--name NAME`, and pass that"
             )
-        found = _fetch_or_advise(name, model).path
-    if found is None:
-        raise BundleError(
-            f"--model {one_line(model)}: neither a known model ({', '.join([*PUBLISHED, 'starter'])}), nor one in the "
-            f"cache ({first_few(cache.cached_names()) or 'empty'}), nor a path that exists; see `megaseg models list`"
-        )
-    return found
+        return _fetch_or_advise(name, Origin(url=model), emit).path
+    raise BundleError(
+        f"--model {one_line(model)}: neither a known model ({', '.join([*PUBLISHED, 'starter'])}), "
+        f"nor one in the cache ({first_few(cache.cached_names()) or 'empty'}), nor a path that "
+        "exists; see `megaseg models list`"
+    )
 
 
 def find(model: str) -> Path | None:
-    """Return the bundle that a name, path or URL means, if it is on this machine; a name comes before a path."""
+    """Return the bundle that a name, path or URL means, if it is on this machine.
+
+    A name comes before a path.
+
+    Raises:
+        BundleError: The record of a model with that name is broken.
+    """
     if model == "starter":
-        return _starter()
+        return STARTER
     if is_name(model) and (record := read_record(model)):
         return record.path
     if "://" in model:
@@ -83,23 +104,28 @@ def find(model: str) -> Path | None:
     return path.absolute() if path.exists() else None
 
 
-def describe(model: str, checkpoint: str | None = None) -> tuple[Path, BundleFacts]:
+def describe(
+    model: str, checkpoint: str | None = None, emit: Emit = _ignore
+) -> tuple[Path, BundleFacts]:
     """Return where a model is and what it says, without torch if it was read before.
 
-    One of the cache must be what was recorded of it. Raises :class:`BundleError`.
+    Raises:
+        BundleError: As for `locate` and `read_facts`, or one of the cache is not what was recorded.
     """
-    path = locate(model)
-    record = _record_at(path)
-    if record:
+    path = locate(model, emit)
+    if record := _record_at(path):
         return path, cache.read_cached_facts(record, checkpoint)
     return path, read_facts(path, checkpoint)
 
 
 def load(model: str, checkpoint: str | None = None) -> tuple[Path, Bundle]:
-    """Locate and load a model; one of the cache must be what was recorded of it. Raises :class:`BundleError`."""
+    """Locate and load a model.
+
+    Raises:
+        BundleError: As for `locate` and `load_bundle`, or one of the cache is not what was recorded.
+    """
     path = locate(model)
-    record = _record_at(path)
-    if record:
+    if record := _record_at(path):
         return path, cache.load_cached(record, checkpoint)
     return path, load_bundle(path, checkpoint)
 
@@ -108,179 +134,236 @@ def _record_at(path: Path) -> Record | None:
     return next((record for record in _records() if record.path == path), None)
 
 
-def _starter() -> Path:
-    spec = importlib.util.find_spec("megaseg_dask")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "models" / "starter"
-
-
 def _records() -> Iterator[Record]:
     for name in cache.cached_names():
         try:
             record = read_record(name)
         except BundleError:
-            # Who asks for it by name hears of it.
+            # Whoever asks for it by name hears of it.
             continue
         if record:
             yield record
-
-
-def _fetch_or_advise(name: str, url: str | None) -> Record:
-    """Fetch a model that is not in the cache; what prevents it is told with the other ways to get it."""
-    try:
-        return fetch(name, url=url)
-    except MegasegError as error:
-        brought = PUBLISHED.get(name) or f"{name}.zip"
-        raise BundleError(
-            f"{name} is not in the cache {home()} and was not fetched: {error}. Where there is a network run "
-            f"`megaseg models fetch {url or name}`, or bring its zip here and run `megaseg models import {brought} "
-            f"{name}`; --model starter is a small model of this project that ships with it"
-        ) from error
 
 
 # -- buckets
 
 
 def is_offline() -> bool:
-    """Tell whether ``MEGASEG_OFFLINE`` forbids to ask the network."""
+    """Return whether ``MEGASEG_OFFLINE`` forbids to ask the network."""
     return os.environ.get(OFFLINE, "").lower() not in ("", "0", "no", "false")
 
 
-def open_depot(bucket: str | None = None, endpoint: str | None = None) -> Depot:
-    """Return the bucket where models are, by default the public one; its name or address may be in ``MEGASEG_BUCKET``.
+def open_bucket(address: str | None = None, endpoint: str | None = None) -> Bucket:
+    """Return the bucket where models are: as given, of ``MEGASEG_BUCKET``, or the public one.
 
-    Raises :class:`BundleError` where no network may be asked.
+    Raises:
+        BundleError: No network may be asked.
+        SettingsError: It is not the name or address of a bucket.
     """
     if is_offline():
         raise BundleError(
-            f"{OFFLINE} is set, so no network is asked; unset it, or `megaseg models import` a zip you bring"
+            f"{OFFLINE} is set, so no network is asked; unset it, or `megaseg models import` a zip "
+            "you bring"
         )
-    bucket = bucket or os.environ.get(BUCKET)
-    if bucket:
-        return Depot.of(bucket if "://" in bucket else f"s3://{bucket}", endpoint)
+    address = address or os.environ.get(BUCKET)
+    if address:
+        return Bucket.at(address if "://" in address else f"s3://{address}", endpoint)
     # AWS_ENDPOINT_URL is where the user's data are, not that bucket.
-    return Depot.of(
-        f"s3://{PUBLIC_BUCKET}", endpoint or PUBLIC_ENDPOINT, PUBLIC_REGION, public=True
-    )
+    endpoint = endpoint or PUBLIC_ENDPOINT
+    return Bucket.at(f"s3://{PUBLIC_BUCKET}", endpoint, PUBLIC_REGION, is_public=True)
 
 
-def offered(depot: Depot) -> dict[str, Entry]:
-    """List the models of a bucket: its zips and checkpoints, by the names under which `fetch` gets them."""
-    found: dict[str, Entry] = {}
-    known = {key: name for name, key in PUBLISHED.items() if key}
-    for entry in depot.entries():
-        file = PurePosixPath(entry.key)
-        name = known.get(file.name) or next(
-            (n for n in PUBLISHED if _plain(n) == _plain(file.stem)), file.stem
-        )
+def offered(bucket: Bucket) -> dict[str, StoredObject]:
+    """List the models of a bucket, its zips and checkpoints, by the names that `fetch` takes.
+
+    Raises:
+        BundleError: It cannot be listed.
+        StoreError: The store does not answer.
+    """
+    models: dict[str, StoredObject] = {}
+    for stored in bucket.objects():
+        file = PurePosixPath(stored.key)
+        name = _name_of(file)
         if file.suffix in FORMS and is_name(name):
-            found.setdefault(name, entry)
-    return found
+            models.setdefault(name, stored)
+    return models
+
+
+def _name_of(file: PurePosixPath) -> str:
+    """Return the published model that an object is by its name, else the object's own name."""
+    for name, key in PUBLISHED.items():
+        if file.name == key or _plain(name) == _plain(file.stem):
+            return name
+    return file.stem
 
 
 def _plain(name: str) -> str:
     return "".join(filter(str.isalnum, name)).casefold()
 
 
-def _find_entry(depot: Depot, name: str, key: str | None) -> Entry:
-    wanted = key or PUBLISHED.get(name) or f"{name}.zip"
-    if entry := depot.entry(wanted):
-        return entry
-    if not depot.location.is_listable:
-        raise BundleError(f"{depot} has no {wanted}; check the address")
-    models = offered(depot)
+def _find_object(bucket: Bucket, name: str, key: str | None) -> StoredObject:
+    expected = key or PUBLISHED.get(name) or f"{name}.zip"
+    if stored := bucket.find(expected):
+        return stored
+    if not bucket.location.is_listable:
+        raise BundleError(f"{bucket} has no {expected}; check the address")
+    models = offered(bucket)
     if key is None and name in models:
         return models[name]
     listed = first_few(map(one_line, models), 10) or "no models"
     raise BundleError(
-        f"{depot} has no {one_line(wanted)}; it has {listed}: fetch one of them by its name, or say "
-        "which object it is with --object"
+        f"{bucket} has no {one_line(expected)}; it has {listed}: fetch one of them by its name, or "
+        "say which object it is with --object"
     )
 
 
 # -- into the cache
 
 
-def fetch(
-    name: str,
-    *,
-    url: str | None = None,
-    key: str | None = None,
-    bucket: str | None = None,
-    endpoint: str | None = None,
-    sha256: str | None = None,
-    overwrite: bool = False,
-) -> Record:
-    """Fetch a model into the cache under a name: from a URL, else from a bucket; one that is there is only checked.
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where to fetch a model from: a URL, or an object ``key`` of a bucket.
 
-    Raises :class:`StoreError` if the store is lost on the way, which the same
-    command resumes, and :class:`BundleError` for what is no bundle, or not the one asked for.
+    What is left out follows from the model's name, or is the public bucket.
     """
-    if not overwrite and (record := read_record(name)):
-        return _require_same(record, url, key, sha256)
+
+    url: str | None = None
+    key: str | None = None
+    bucket: str | None = None
+    endpoint: str | None = None
+    sha256: str | None = None
+
+    def find(self, name: str) -> tuple[Bucket, StoredObject]:
+        """Return the object with the model of that name, and the bucket that has it.
+
+        Raises:
+            BundleError: There is none.
+            StoreError: The store does not answer.
+        """
+        address = self.bucket
+        key = self.key
+        if self.url:
+            location = Location.of(self.url)
+            address = location.parent.url
+            key = location.basename
+        bucket = open_bucket(address, self.endpoint)
+        if key and PurePosixPath(key).suffix not in FORMS:
+            raise BundleError(f"{bucket}: expected a .zip or .ckpt, and {one_line(key)} is neither")
+        return bucket, _find_object(bucket, name, key)
+
+
+def fetch(
+    name: str, origin: Origin | None = None, *, overwrite: bool = False, emit: Emit = _ignore
+) -> Record:
+    """Fetch a model into the cache under a name; one that is there is only checked.
+
+    ``emit`` is told of the progress.
+
+    Raises:
+        BundleError: It is no bundle, or not the one asked for.
+        StoreError: The store is lost on the way; the same command resumes.
+    """
+    origin = origin or Origin()
+    record = None if overwrite else read_record(name)
+    if record:
+        _require_same(record, origin)
+        return record
     cache.require_name(name)
-    if url:
-        place = Location.of(url)
-        bucket, key = place.parent.url, place.basename
-    depot = open_depot(bucket, endpoint)
-    if key and PurePosixPath(key).suffix not in FORMS:
-        raise BundleError(f"{depot}: expected a .zip or .ckpt, and {one_line(key)} is neither")
-    entry = _find_entry(depot, name, key)
-    form = PurePosixPath(entry.key).suffix
-    tell = _teller(name, entry)
+    bucket, stored = origin.find(name)
+    tell = _Teller(name, stored, emit)
     with turn(name, tell):
-        if not overwrite and (record := read_record(name)):
+        record = None if overwrite else read_record(name)
+        if record:
             return record  # another process was faster
         try:
-            part = download(depot, entry, name, tell, sha256)
+            part = download(bucket, stored, name, tell)
+            _require_digests(part, stored, origin.sha256)
             record = cache.install(
                 name,
-                form,
-                lambda to: _move(part, to),
-                source=url or entry.url,
-                version=entry.version,
+                PurePosixPath(stored.key).suffix,
+                lambda file: _move(part, file),
+                source=origin.url or stored.url,
+                version=stored.version,
             )
         except BundleError as error:
-            # What is wrong with its bytes is not mended by more of them.
+            # What is wrong with its bytes is not cured by more of them.
             discard(name)
-            told = (
-                str(error) if entry.url in str(error) else f"{entry.url}: {error}; it was removed"
-            )
-            raise BundleError(told) from error
+            line = str(error)
+            if stored.url not in line:
+                line = f"{stored.url}: {line}; it was removed"
+            raise BundleError(line) from error
         discard(name)
     return record
 
 
-def _move(file: Path, to: Path) -> None:
-    file.replace(to)
-
-
-def _require_same(record: Record, url: str | None, key: str | None, sha256: str | None) -> Record:
-    """Check a model that is in the cache against what was asked for, and against its record."""
-    other = (url and record.source != url) or (
-        key and PurePosixPath(record.source).name != PurePosixPath(key).name
-    )
-    if other or (sha256 and record.sha256 != sha256.lower()):
+def _fetch_or_advise(name: str, origin: Origin, emit: Emit) -> Record:
+    """Fetch a model that is not in the cache; an error has the other ways to get it."""
+    try:
+        return fetch(name, origin, emit=emit)
+    except MegasegError as error:
+        file = PUBLISHED.get(name) or f"{name}.zip"
         raise BundleError(
-            f"{record.name} is in the cache already, from {record.source} with SHA-256 {record.sha256}; "
-            "choose another name, or pass --overwrite to replace it"
+            f"{name} is not in the cache {home()} and was not fetched: {error}. Where there is a "
+            f"network run `megaseg models fetch {origin.url or name}`, or bring its zip here and "
+            f"run `megaseg models import {file} {name}`; --model starter is a small model of this "
+            "project that ships with it"
+        ) from error
+
+
+def _move(part: Path, file: Path) -> None:
+    part.replace(file)
+
+
+def _require_digests(part: Path, stored: StoredObject, sha256: str | None) -> None:
+    for algorithm, expected, witness in (
+        ("md5", stored.md5, "the store says"),
+        ("sha256", sha256, "--sha256 says"),
+    ):
+        found = sha256_of(part, algorithm) if expected else None
+        if expected and found != expected.lower():
+            raise BundleError(
+                f"{stored.url}: what was received has {algorithm.upper()} {found}, {witness} "
+                f"{expected}; it was removed, fetch it again"
+            )
+
+
+def _require_same(record: Record, origin: Origin) -> None:
+    """Check a model that is in the cache against what was asked for, and against its record."""
+    is_other = origin.url is not None and record.source != origin.url
+    if origin.key is not None:
+        is_other |= PurePosixPath(record.source).name != PurePosixPath(origin.key).name
+    if origin.sha256 is not None:
+        is_other |= record.sha256 != origin.sha256.lower()
+    if is_other:
+        raise BundleError(
+            f"{record.name} is in the cache already, from {record.source} with SHA-256 "
+            f"{record.sha256}; choose another name, or pass --overwrite to replace it"
         )
     cache.read_cached_facts(record)
-    return record
 
 
-def _teller(name: str, entry: Entry) -> Callable[[int], None]:
-    """Return what makes events of a number of bytes."""
-    started, first = time.monotonic(), [-1]
+@dataclass(slots=True)
+class _Teller:
+    """Makes events of a number of bytes."""
 
-    def tell(n_bytes: int) -> None:
-        if first[0] < 0:
-            first[0] = n_bytes
-        elapsed = time.monotonic() - started
-        rate = (n_bytes - first[0]) / elapsed if elapsed else 0.0
-        _emit.get()(
-            Fetching(name, entry.url, n_bytes, entry.n_bytes, round(elapsed, 2), round(rate))
+    name: str
+    stored: StoredObject
+    emit: Emit
+    began: float = field(default_factory=time.monotonic)
+    n_first: int | None = None
+
+    def __call__(self, n_bytes: int) -> None:
+        if self.n_first is None:
+            self.n_first = n_bytes
+        elapsed_s = time.monotonic() - self.began
+        bytes_per_s = (n_bytes - self.n_first) / elapsed_s if elapsed_s else 0.0
+        self.emit(
+            Fetching(
+                model=self.name,
+                source=self.stored.url,
+                n_bytes=n_bytes,
+                total_bytes=self.stored.n_bytes,
+                elapsed_s=round(elapsed_s, 2),
+                bytes_per_s=round(bytes_per_s),
+            )
         )
-
-    return tell

@@ -1,8 +1,7 @@
-"""Copies of bundles beside a run: each worker elsewhere fetches one once, to a disk of its own.
+"""Copies of bundles beside a run: each worker elsewhere fetches one once, to its own disk.
 
-A path of the client may mean nothing to a worker on another machine, or be read
-over a network by all of them for every task. The target's store is what all of
-them reach.
+A path of the client may mean nothing to a worker on another machine, or be read over a network by
+all of them for every task. The target's store is what all of them reach.
 """
 
 import threading
@@ -24,19 +23,29 @@ class Copies:
     scratch: str
 
     def fetch(self, digest: str) -> Path:
-        """Return the copy of a bundle on this machine, fetched unless it was; raises :class:`BundleError`."""
-        folder, to = Location(self.url) / digest, Path(self.scratch) / f"megaseg-{digest}"
+        """Return the copy of a bundle on this machine, fetched unless it was.
+
+        Raises:
+            BundleError: There is no copy.
+        """
+        copy = Location(self.url) / digest
+        folder = Path(self.scratch) / f"megaseg-{digest}"
         names = [key.removeprefix(f"{digest}/") for key in Location(self.url).keys(digest)]
         if not names:
-            raise BundleError(f"{folder} is not there: the run that sent this task is over")
+            raise BundleError(f"{copy} is not there: the run that sent this task is over")
         for name in names:
-            if not (to / name).exists():
-                (to / name).parent.mkdir(parents=True, exist_ok=True)
-                part = to / f"{name}.part"
-                part.write_bytes(folder.get(name) or b"")
-                part.replace(to / name)
-        # A file is a zip or a checkpoint, which are loaded as they are; the rest is a folder.
-        return to / names[0] if len(names) == 1 and "/" not in names[0] else to
+            if not (folder / name).exists():
+                _write_whole(folder / name, copy.get(name) or b"")
+        # A single file is a zip or a checkpoint, which is loaded as it is; the rest is a folder.
+        is_file = len(names) == 1 and "/" not in names[0]
+        return folder / names[0] if is_file else folder
+
+
+def _write_whole(file: Path, data: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(data)
+    part.replace(file)
 
 
 _current: Copies | None = None
@@ -50,16 +59,24 @@ def use(copies: Copies | None) -> None:
 
 
 def path_of(path: str, digest: str) -> Path:
-    """Return where this process loads a bundle from: its own copy, or where the plan found it."""
+    """Return where this process loads a bundle from: its copy, or where the plan found it."""
     if _current is None:
         return Path(path)
     with _lock:
         return _current.fetch(digest)
 
 
-def put(path: str, digest: str, to: Location, checkpoint: str | None = None) -> None:
-    """Write what is needed of a bundle, or of one of its checkpoints, where workers fetch it from."""
+def put(path: str, digest: str, folder: Location, checkpoint: str | None = None) -> None:
+    """Write what is needed of a bundle, or of one of its checkpoints, where workers fetch it from.
+
+    Raises:
+        BundleError: There is no such bundle any more.
+        StoreError: The folder cannot be written.
+    """
     file = Path(path)
-    whole = file.is_file() and folder_around(file) is None
-    for name, data in [(file.name, file.read_bytes())] if whole else read_parts(file, checkpoint):
-        (to / digest).put(name, data)
+    copy = folder / digest
+    if file.is_file() and folder_around(file) is None:
+        copy.put(file.name, file.read_bytes())
+        return
+    for name, data in read_parts(file, checkpoint):
+        copy.put(name, data)

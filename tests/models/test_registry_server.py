@@ -16,11 +16,13 @@ from megaseg_dask.errors import BundleError, MegasegError, StoreError
 from megaseg_dask.models import cache, download, load_bundle, registry
 from megaseg_dask.models.cache import read_record
 from megaseg_dask.models.home import home as cache_home
+from megaseg_dask.models.registry import Origin
 from megaseg_dask.stores import clear_store_caches
 from tests.fixtures.bundles import write_zip
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.relay import relay_to
 from tests.fixtures.servers import free_port, plain_server, range_server, write_certificate
+from tests.stores.conftest import _environment, s3, s3_server  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("store_environment")
 
@@ -38,7 +40,7 @@ def megaseg_zip(tmp_path_factory):
 
 
 @pytest.fixture
-def bucket(s3_server, megaseg_zip):
+def bucket(s3_server, megaseg_zip):  # noqa: F811
     """The public bucket with the models in it, and things that are none."""
     client = s3_server.client()
     put(s3_server, "megaSeg.zip", megaseg_zip.read_bytes())
@@ -164,13 +166,15 @@ def test_each_byte_is_sent_once(relay, megaseg_zip):
 def test_other_names_are_found_in_the_bucket(relay):
     assert registry.fetch("MegaSeg_light").source == "s3://public/Megaseg-Light.zip"
     assert registry.fetch("megaSeg").path.name == "megaSeg.zip"
-    assert registry.fetch("mine", key="megaSeg.zip").digest == registry.fetch("megaSeg").digest
+    assert (
+        registry.fetch("mine", Origin(key="megaSeg.zip")).digest == registry.fetch("megaSeg").digest
+    )
     with pytest.raises(
         BundleError, match=r"has no nuclei.zip; it has MegaSeg_light, MegaSeg_v1: fetch one of them"
     ):
         registry.fetch("nuclei")
     with pytest.raises(BundleError, match=r"notes.txt is neither"):
-        registry.fetch("notes", key="notes.txt")
+        registry.fetch("notes", Origin(key="notes.txt"))
 
 
 def test_segment_fetches_what_it_needs_and_says_so(relay, tmp_path):
@@ -222,7 +226,7 @@ registry.fetch("MegaSeg_v1")
 
 def leave_part(relay, n: int) -> None:
     """Fetch until the store is lost after ``n`` pieces."""
-    read = registry.Depot.read
+    read = registry.Bucket.read
     calls = iter(range(n))
 
     def lost(self, *arguments):
@@ -231,7 +235,7 @@ def leave_part(relay, n: int) -> None:
         return read(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry.Depot, "read", lost)
+        patch.setattr(registry.Bucket, "read", lost)
         with pytest.raises(StoreError, match="the line was cut"):
             registry.fetch("MegaSeg_v1")
     assert download.part_of("MegaSeg_v1").stat().st_size == n * PIECE
@@ -255,7 +259,7 @@ def test_a_bit_that_flipped_is_refused_and_removed(relay):
 
 @pytest.mark.parametrize("where", [300, 700_000, -30])
 def test_a_bit_that_flipped_is_found_without_the_stores_digest(relay, monkeypatch, where):
-    monkeypatch.setattr(registry.Depot, "_entry", without_md5(registry.Depot._entry))
+    monkeypatch.setattr(registry.Bucket, "_stored", without_md5(registry.Bucket._stored))
     leave_part(relay, 0)
     spoilt = []
 
@@ -283,13 +287,13 @@ def without_md5(entry_of):
 
 def test_another_sha256_is_refused(relay, megaseg_zip):
     with pytest.raises(BundleError, match=r"has SHA256 \w+, --sha256 says 00"):
-        registry.fetch("MegaSeg_v1", sha256="00")
+        registry.fetch("MegaSeg_v1", Origin(sha256="00"))
     digest = hashlib.sha256(megaseg_zip.read_bytes()).hexdigest()
-    assert registry.fetch("MegaSeg_v1", sha256=digest.upper()).sha256 == digest
+    assert registry.fetch("MegaSeg_v1", Origin(sha256=digest.upper())).sha256 == digest
     with pytest.raises(
         BundleError, match=r"in the cache already, from s3://public/megaSeg.zip with SHA-256"
     ):
-        registry.fetch("MegaSeg_v1", sha256="00")
+        registry.fetch("MegaSeg_v1", Origin(sha256="00"))
 
 
 def test_an_object_that_changed_meanwhile_starts_anew(relay, bucket, tmp_path):
@@ -313,7 +317,7 @@ def test_an_object_that_changes_during_the_fetch_is_not_mixed(relay, bucket, meg
 
     relay.spoil = spoil
     with pytest.raises(
-        StoreError, match=r"megaSeg.zip changed while it was fetched; the same command starts anew"
+        StoreError, match=r"megaSeg.zip changed while it was fetched; the same command starts again"
     ):
         registry.fetch("MegaSeg_v1")
     put(bucket, "megaSeg.zip", megaseg_zip.read_bytes())
@@ -392,22 +396,22 @@ def test_offline_asks_nobody(relay, monkeypatch):
 )
 def test_a_bucket_that_cannot_be_read(relay, bucket_name, message):
     with pytest.raises(MegasegError, match=message) as raised:
-        registry.fetch("MegaSeg_v1", bucket=bucket_name)
+        registry.fetch("MegaSeg_v1", Origin(bucket=bucket_name))
     assert raised.value.exit_code == 2
     assert "\n" not in str(raised.value)
 
 
-def test_a_private_bucket_with_credentials(s3, megaseg_zip, monkeypatch, tmp_path):
+def test_a_private_bucket_with_credentials(s3, megaseg_zip, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.delenv("MEGASEG_OFFLINE")
     monkeypatch.setenv("MEGASEG_HOME", str(tmp_path / "home"))
     s3.client().put_object(
         Bucket="private", Key="lab/models/nuclei.zip", Body=megaseg_zip.read_bytes()
     )
     assert (
-        registry.fetch("nuclei", bucket="s3://private/lab/models").source
+        registry.fetch("nuclei", Origin(bucket="s3://private/lab/models")).source
         == "s3://private/lab/models/nuclei.zip"
     )
-    assert list(registry.offered(registry.open_depot("s3://private/lab/models"))) == ["nuclei"]
+    assert list(registry.offered(registry.open_bucket("s3://private/lab/models"))) == ["nuclei"]
 
 
 def test_what_is_no_bundle_gets_no_name(relay, bucket):
@@ -427,13 +431,13 @@ def test_what_is_no_bundle_gets_no_name(relay, bucket):
 def test_from_a_web_server(relay, megaseg_zip, serve):
     with serve(megaseg_zip.parent) as upstream, relay_to(upstream) as web:
         url = web.url
-        record = registry.fetch("MegaSeg_v1", url=f"{url}/megaSeg.zip")
+        record = registry.fetch("MegaSeg_v1", Origin(url=f"{url}/megaSeg.zip"))
         assert record.source == f"{url}/megaSeg.zip"
         # A server that gives no parts is asked for all, once, after it was asked for a part.
         assert web.n_bytes <= megaseg_zip.stat().st_size * (1 if serve is range_server else 2)
         assert registry.locate(f"{url}/megaSeg.zip") == record.path
         with pytest.raises(BundleError, match=r"has no nothing.zip; check the address"):
-            registry.fetch("nothing", url=f"{url}/nothing.zip")
+            registry.fetch("nothing", Origin(url=f"{url}/nothing.zip"))
     assert read_record("MegaSeg_v1").digest == load_bundle(megaseg_zip).digest
 
 
