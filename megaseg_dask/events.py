@@ -4,8 +4,9 @@ An event is a small frozen value. Who listens chooses by its type; scripts get
 its JSON form, in which the key ``event`` holds the kind.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,13 @@ class Event:
     def to_json(self) -> dict[str, object]:
         """Return the fields as JSON values, after the kind under ``event``."""
         return {"event": self.kind, **asdict(self)}
+
+
+Emit: TypeAlias = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)

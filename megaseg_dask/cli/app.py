@@ -127,7 +127,6 @@ def plan(
     """
     with exit_codes(json_):
         settings = settings_of(options)
-        from megaseg_dask.models.registry import reporting
         from megaseg_dask.plan.summary import summarize
         from megaseg_dask.run.job_array import record_plans
         from megaseg_dask.run.request import plan_runs
@@ -135,10 +134,10 @@ def plan(
         from megaseg_dask.run.status import status as status_of
 
         # Events go to stderr: stdout holds the plan alone.
-        with reporter(as_json=False, quiet=False) as emit, reporting(emit):
+        with reporter(as_json=False, quiet=False) as emit:
             if record:
-                record_plans(source, target, settings)
-            runs = plan_runs(source, target, settings)
+                record_plans(source, target, settings, emit)
+            runs = plan_runs(source, target, settings, emit)
         summaries = []
         for run, journal in runs:
             progress = {"tasks_done": journal.n_done, "done": journal.result is not None}

@@ -15,8 +15,8 @@ from obstore.exceptions import NotSupportedError
 from megaseg_dask.errors import BundleError, MegasegError, SettingsError, StoreError
 from megaseg_dask.stores import Location, StoreOptions, is_store_failure
 from megaseg_dask.stores.access import Client, open_client
-from megaseg_dask.stores.clouds import has_credentials
 from megaseg_dask.stores.address import AZURE, S3, WEB, scheme_of, split
+from megaseg_dask.stores.clouds import has_credentials
 from megaseg_dask.stores.failures import explain
 
 # Each request for a part of an object is repeated for this long; what was received stays.

@@ -1,4 +1,4 @@
-"""A bundle comes over the network in pieces, so that an interrupted fetch goes on with the next one.
+"""A bundle comes over the network in pieces: an interrupted fetch goes on with the next one.
 
 What was received lies beside a note of the version of the object; of another version nothing is
 used. One process at a time fetches a model, others wait for it.

@@ -95,13 +95,14 @@ def _records() -> "TypeAdapter[FactsRecord]":
 
 
 def _key_of(path: Path, checkpoint: str | None) -> str | None:
-    """Return the SHA-256 of all that facts follow from, or None for what is not a bundle's files."""
+    """Return the SHA-256 of all that facts follow from; None for what are no files of a bundle."""
     try:
         files, reason = files_of(path, checkpoint)
         if any(not file.is_file() or file.stat().st_size > MAX_BYTES for file in files):
             return None
-        stated = [_RULES, checkpoint, reason, [(file.name, sha256_of(file)) for file in files]]
+        digests = [(file.name, sha256_of(file)) for file in files]
     except (BundleError, OSError):
         # Loading it says what is wrong.
         return None
+    stated = [_RULES, checkpoint, reason, digests]
     return sha256(json.dumps(stated).encode()).hexdigest()

@@ -6,15 +6,12 @@ The published models lie in a public bucket; another one is named by ``MEGASEG_B
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias
 
 from megaseg_dask.errors import BundleError, MegasegError
-from megaseg_dask.events import Event, Fetching
+from megaseg_dask.events import Emit, Fetching, ignore
 from megaseg_dask.messages import first_few, one_line
 from megaseg_dask.models import cache
 from megaseg_dask.models.bucket import Bucket, StoredObject
@@ -26,8 +23,6 @@ from megaseg_dask.models.facts import read_facts
 from megaseg_dask.models.home import home, sha256_of
 from megaseg_dask.stores import Location
 
-Emit: TypeAlias = Callable[[Event], None]
-
 # Name → object in the public bucket, where its name is known.
 PUBLISHED: Mapping[str, str | None] = {"MegaSeg_v1": "megaSeg.zip", "MegaSeg_light": None}
 PUBLIC_BUCKET = "production-aics-ml-segmenter-models"
@@ -38,27 +33,10 @@ OFFLINE = "MEGASEG_OFFLINE"
 STARTER = Path(__file__).parent / "starter"
 
 
-_emit: ContextVar[Emit] = ContextVar("_emit", default=lambda _: None)
-
-
-@contextmanager
-def reporting(emit: Emit) -> Iterator[None]:
-    """Tell ``emit`` of the progress of what is fetched meanwhile."""
-    token = _emit.set(emit)
-    try:
-        yield
-    finally:
-        _emit.reset(token)
-
-
-def _ignore(event: Event) -> None:
-    _emit.get()(event)
-
-
 # -- what a name means
 
 
-def locate(model: str, emit: Emit = _ignore) -> Path:
+def locate(model: str, emit: Emit = ignore) -> Path:
     """Return the bundle that a name, path or URL means, fetched if need be.
 
     ``emit`` is told of the progress of a fetch.
@@ -105,12 +83,12 @@ def find(model: str) -> Path | None:
 
 
 def describe(
-    model: str, checkpoint: str | None = None, emit: Emit = _ignore
+    model: str, checkpoint: str | None = None, emit: Emit = ignore
 ) -> tuple[Path, BundleFacts]:
     """Return where a model is and what it says, without torch if it was read before.
 
     Raises:
-        BundleError: As for `locate` and `read_facts`, or one of the cache is not what was recorded.
+        BundleError: As for `locate` and `read_facts`, or one of the cache is not as recorded.
     """
     path = locate(model, emit)
     if record := _record_at(path):
@@ -122,7 +100,7 @@ def load(model: str, checkpoint: str | None = None) -> tuple[Path, Bundle]:
     """Locate and load a model.
 
     Raises:
-        BundleError: As for `locate` and `load_bundle`, or one of the cache is not what was recorded.
+        BundleError: As for `locate` and `load_bundle`, or one of the cache is not as recorded.
     """
     path = locate(model)
     if record := _record_at(path):
@@ -253,7 +231,7 @@ class Origin:
 
 
 def fetch(
-    name: str, origin: Origin | None = None, *, overwrite: bool = False, emit: Emit = _ignore
+    name: str, origin: Origin | None = None, *, overwrite: bool = False, emit: Emit = ignore
 ) -> Record:
     """Fetch a model into the cache under a name; one that is there is only checked.
 

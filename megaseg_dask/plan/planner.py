@@ -18,6 +18,7 @@ import psutil
 from megaseg_dask.algorithms.chunking import cheapest_block, iter_block_shapes
 from megaseg_dask.algorithms.geometry import Box, Shape, cheapest_patch
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
+from megaseg_dask.events import Emit, ignore
 from megaseg_dask.inference.calibration import quickest_batch
 from megaseg_dask.inference.engine import EngineSpec, resolve_engine
 from megaseg_dask.inference.ensemble import ModelRef
@@ -40,8 +41,12 @@ DEFAULT_MEMORY_BYTES = 8 * 10**9
 _ALIKE = ("patch", "overlap", "engine", "device", "precision", "batch", "threads")
 
 
-def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
+def make_plan(
+    source: str, target: str, settings: Settings, part: Part, emit: Emit = ignore
+) -> Plan:
     """Resolve settings into a plan; reads metadata and the bundle, writes nothing.
+
+    ``emit`` is told of the progress of models that are fetched.
 
     What the settings leave open is taken from the plan of an earlier run of the
     same part. What may change a bit on another machine is also taken from that of
@@ -63,7 +68,7 @@ def make_plan(source: str, target: str, settings: Settings, part: Part) -> Plan:
     cluster = cluster_of(settings)
     filled = request.filled().filled(cluster.defaults())
     chunks = _Chunks.of(request.first_field / image.levels[0].path)
-    models = open_models(filled, image.volume_shape())
+    models = open_models(filled, image.volume_shape(), emit)
     inputs = _group_channels(channels, models.ref.in_channels, filled.channel, request.source)
     engine = resolve_engine(
         filled.engine, filled.device, filled.precision, filled.threads, filled.tta
@@ -403,7 +408,7 @@ class Models:
     overlap: tuple[float, ...]
 
 
-def open_models(settings: Settings, volume_shape: Shape) -> Models:
+def open_models(settings: Settings, volume_shape: Shape, emit: Emit = ignore) -> Models:
     """Read what the models that settings name say.
 
     Patch and overlap are those of the bundles if the settings leave them open.
@@ -416,7 +421,7 @@ def open_models(settings: Settings, volume_shape: Shape) -> Models:
         raise SettingsError(
             "--checkpoint is of one --model; of several, give the path of each .ckpt as --model"
         )
-    described = [describe(name, settings.checkpoint) for name in settings.model]
+    described = [describe(name, settings.checkpoint, emit) for name in settings.model]
     bundles = {str(path): bundle for path, bundle in described}
     if len({bundle.digest for bundle in bundles.values()}) < len(described):
         raise SettingsError(

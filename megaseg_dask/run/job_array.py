@@ -37,7 +37,9 @@ _TAKE_BACK = "the same megaseg plan … --record"
 # -- the plan
 
 
-def record_plans(source: str, target: str, settings: Settings) -> list[Plan]:
+def record_plans(
+    source: str, target: str, settings: Settings, emit: Emit = lambda _: None
+) -> list[Plan]:
     """Write the plans of a request and their empty arrays, so that tasks can be run one by one.
 
     A run that failed in part is taken back: what was published, and what was computed in the
@@ -46,7 +48,7 @@ def record_plans(source: str, target: str, settings: Settings) -> list[Plan]:
     Raises:
         MegasegError: The request cannot be carried out.
     """
-    planned = PlannedRequest(Request(source, target, settings))
+    planned = PlannedRequest(Request(source, target, settings, emit))
     with Leases(runs_folder(Location.of(target))).hold() as lease:
         runs = planned.reopen_runs(lease)
         plans = [plan for plan, _ in runs]

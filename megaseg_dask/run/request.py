@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.events import Emit, ignore
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.planner import make_plan
 from megaseg_dask.plan.plate_parts import Part, read_parts
@@ -56,11 +57,12 @@ class PlannedPart:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a command asks for."""
+    """What a command asks for; ``emit`` is told of the progress of models that are fetched."""
 
     source: str
     target: str
     settings: Settings
+    emit: Emit = ignore
 
     @property
     def store_options(self) -> StoreOptions:
@@ -87,7 +89,7 @@ class Request:
         where = Location.of(self.target)
         parts = read_parts(Location.of(self.source), where, self.settings, recorded)
         return [
-            PlannedPart(make_plan(self.source, self.target, self.settings, part), part)
+            PlannedPart(make_plan(self.source, self.target, self.settings, part, self.emit), part)
             for part in parts
         ]
 
@@ -144,7 +146,9 @@ class PlannedRequest:
         ]
 
 
-def plan_runs(source: str, target: str, settings: Settings) -> list[tuple[Plan, Journal]]:
+def plan_runs(
+    source: str, target: str, settings: Settings, emit: Emit = ignore
+) -> list[tuple[Plan, Journal]]:
     """Return the plans of a request, and what earlier runs of them finished; writes nothing.
 
     There are several plans only for a plate whose fields are of several forms, or were planned at
@@ -153,7 +157,7 @@ def plan_runs(source: str, target: str, settings: Settings) -> list[tuple[Plan, 
     Raises:
         MegasegError: The request cannot be carried out.
     """
-    return PlannedRequest(Request(source, target, settings)).open_runs()
+    return PlannedRequest(Request(source, target, settings, emit)).open_runs()
 
 
 def synced_by(lease: Held, target: Location) -> Sync:

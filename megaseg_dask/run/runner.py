@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from megaseg_dask.errors import MegasegError
 from megaseg_dask.events import Event, Joined, Result, Started
 from megaseg_dask.inference.calibration import measure_patch_s
-from megaseg_dask.models.registry import reporting
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.conclude import already_done, begin, conclude
@@ -99,10 +98,9 @@ def segment(
     Raises:
         MegasegError: The request cannot be carried out, or was stopped.
     """
-    with reporting(emit):
-        request = Request(source, target, settings)
-        planned = PlannedRequest(request)
-        runs = planned.open_runs()
+    request = Request(source, target, settings, emit)
+    planned = PlannedRequest(request)
+    runs = planned.open_runs()
     if all(journal.result is not None for _, journal in runs):
         result = join_results([already_done(plan, journal) for plan, journal in runs])
         emit(result)

@@ -1,4 +1,4 @@
-"""Values that a configuration states, with their origin, and the check that each one is carried out.
+"""Values that a configuration states, with their origin; and the check that each is carried out.
 
 A value is found by its dotted path. A value that only refers to another, as
 ``${data._aux.patch_shape}``, is followed; one that would have to be computed states nothing. Names
@@ -56,7 +56,7 @@ class Source:
     root: object
 
     def at(self, path: str, hops: int = MAX_HOPS) -> object:
-        """Return the value at a dotted path, None where it is absent or would have to be computed."""
+        """Return the value at a dotted path; None if absent, or if it would have to be computed."""
         value = self.root
         for key in path.split("."):
             value = self.follow(_child(value, key), hops)

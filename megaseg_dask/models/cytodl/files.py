@@ -261,6 +261,7 @@ def _read_checkpoint(file: File) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         keys = first_few(content) if isinstance(content, dict) else type(content).__name__
         raise BundleError(
-            f"{name} is not a Lightning checkpoint: expected a state_dict, found {keys or 'nothing'}"
+            f"{name} is not a Lightning checkpoint: expected a state_dict, found "
+            f"{keys or 'nothing'}"
         )
     return content

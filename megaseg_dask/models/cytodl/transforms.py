@@ -78,7 +78,7 @@ ANYWHERE = {"_target_", "keys", "allow_missing_keys"}
 
 
 def read_preprocessing(config: Source, n_channels: int) -> tuple[Preprocessing, str]:
-    """Return the steps that the predict transforms of a train_config.yaml ask for, and their origin.
+    """Return the steps that the predict transforms of a configuration ask for, and their origin.
 
     Without predict transforms, the normalization in training is taken.
 
@@ -210,7 +210,7 @@ StepMaker: TypeAlias = Callable[[_Transform, Section], list[Step]]
 
 
 def _base(name: str) -> str:
-    # MONAI's dictionary transforms are known by three names each, as NormalizeIntensityd, …D, …Dict.
+    # MONAI's dictionary transforms have three names each: NormalizeIntensityd, …D and …Dict.
     return re.sub(r"(d|D|Dict)$", "", name)
 
 
