@@ -1,4 +1,4 @@
-"""MegaSeg 3D segmentation of any volume, split over Dask workers, identical to predicting it whole."""
+"""MegaSeg 3D segmentation of any volume over Dask workers, identical to predicting it whole."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +19,26 @@ def segment(
     client: Any = None,
     **settings: Any,
 ) -> "Result":
-    """Segment the OME-Zarr image ``source`` into ``target``: what the command ``megaseg segment`` calls.
+    """Segment the OME-Zarr image ``source`` into ``target``, as ``megaseg segment`` does.
 
     Of several models the logits are averaged. ``settings`` are the command's
     options with underscores; ``client`` is a Dask client to use instead of
-    starting workers. Raises :class:`~megaseg_dask.errors.MegasegError` for a
-    request that cannot be carried out; tasks that failed are named in the result.
+    starting workers. The result names the tasks that failed.
+
+    Raises:
+        MegasegError: for a request that cannot be carried out.
     """
     from megaseg_dask.plan.settings import parse_settings
     from megaseg_dask.run import runner
 
-    return runner.segment(
-        str(source), str(target), parse_settings({"model": model, **settings}), client=client
-    )
+    parsed = parse_settings({"model": model, **settings})
+    return runner.segment(str(source), str(target), parsed, client=client)
 
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        # xarray and Dask's arrays take a second to import; nobody who only segments pays for it.
+        # xarray and Dask's arrays take a second to import; segmenting does not need them.
         if name not in ("open_image", "predict"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from megaseg_dask import lazy

@@ -1,6 +1,6 @@
 """Compare the starter bundle with what a threshold can do, on real stacks and hard simulations.
 
-    python -m starter.compare [--bundle FOLDER] [--data ../shared/data] [--json FILE] [--pictures FOLDER]
+    python -m starter.compare [--bundle FOLDER] [--data FOLDER] [--json FILE] [--pictures FOLDER]
 
 Prints Dice of starter, Otsu and a local threshold (scikit-image, untouched
 images), and writes them as JSON with the machine. Rows whose data are absent
@@ -10,6 +10,7 @@ are skipped with a notice. The simulations have seeds that training never uses.
 # ruff: noqa: T201 - a command of its own: its result is what it prints
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -61,7 +62,7 @@ def starter(bundle: Bundle) -> Method:
 
 
 def otsu(image: Array) -> Array:
-    """Return what is above one threshold for the whole stack."""
+    """Return voxels above one threshold for the whole stack."""
     return np.asarray(image > threshold_otsu(image))
 
 
@@ -71,13 +72,13 @@ def otsu_smoothed(image: Array) -> Array:
 
 
 def local(image: Array) -> Array:
-    """Return what is above the Gaussian mean around it, slice by slice (scikit-image's own default offset, 0)."""
+    """Return voxels above the Gaussian mean around them, slice by slice, as scikit-image does."""
     smooth = gaussian(image.astype(np.float32), 1, preserve_range=True)
     return np.stack([plane > threshold_local(plane, 51) for plane in smooth])
 
 
 def local_3d(image: Array) -> Array:
-    """Return what stands out of its surroundings in 3D by more than half the image's deviation from them."""
+    """Return voxels that exceed their surroundings in 3D by the image's deviation from them."""
     smooth = gaussian(image.astype(np.float32), 1, preserve_range=True)
     apart = smooth - gaussian(image.astype(np.float32), (6, 15, 15), preserve_range=True)
     return np.asarray(apart > apart.std())
@@ -87,35 +88,33 @@ def real_images(data: Path) -> Iterator[tuple[str, Array, Array | None]]:
     """Yield the labelled stacks, and LaminB1 without labels, as far as they are there."""
     import tifffile
 
-    for name, files in {
-        "nuclei": NUCLEI,
-        "idr0062 DAPI": DAPI,
-        "idr0062 LaminB1": (LAMIN,),
-    }.items():
-        if all((data / file).is_file() for file in files):
-            image, *truth = (tifffile.imread(data / file) for file in files)
-            yield name, image, truth[0] > 0 if truth else None
-        else:
-            print(f"{name}: skipped, {data / files[0]} is not there")
+    stacks = {"nuclei": NUCLEI, "idr0062 DAPI": DAPI, "idr0062 LaminB1": (LAMIN, None)}
+    for name, (image, labels) in stacks.items():
+        files = [data / file for file in (image, labels) if file is not None]
+        if not all(file.is_file() for file in files):
+            print(f"{name}: skipped, {files[0]} is not there")
+            continue
+        truth = None if labels is None else tifffile.imread(data / labels) > 0
+        yield name, tifffile.imread(data / image), truth
 
 
 def hard_images() -> Iterator[tuple[str, Array, Array]]:
     """Yield simulations at signal-to-noise ratios of 1.5 to 3, uneven and of mixed contrast."""
     for number, kind in enumerate(KINDS):
-        # An image whose field holds next to nothing says nothing about a method.
-        made = (
-            simulate(HARD_SEED + 1000 * number + i, HARD_SHAPE, kind, difficulty=1)
-            for i in range(1000)
-        )
-        full = (one for one in made if one.mask.mean() > 0.002)
-        for one, _ in zip(full, range(N_HARD), strict=False):
-            yield f"hard {kind}", one.image, one.mask
+        seeds = itertools.count(HARD_SEED + 1000 * number)
+        n_left = N_HARD
+        while n_left:
+            simulated = simulate(next(seeds), HARD_SHAPE, kind, difficulty=1)
+            # An image whose field holds next to nothing says nothing about a method.
+            if simulated.mask.mean() > 0.002:
+                n_left -= 1
+                yield f"hard {kind}", simulated.image, simulated.mask
 
 
 def compare(
     methods: dict[str, Method], data: Path, pictures: Path | None
 ) -> dict[str, dict[str, float]]:
-    """Return {row: {method: mean Dice}}; rows are the real stacks and the kinds of hard simulation."""
+    """Return the mean Dice by row and method; rows are real stacks and kinds of simulation."""
     scores: dict[str, dict[str, list[float]]] = {}
     for name, image, truth in [*real_images(data), *hard_images()]:
         masks = {}
@@ -130,10 +129,11 @@ def compare(
                 row.append(evaluate(mask, truth).dice)
         if pictures is not None and len(scores.get(name, {}).get("starter", [0])) == 1:
             draw(pictures / f"{name.replace(' ', '_')}.png", image, truth, masks["starter"])
-    return {
-        name: {m: round(float(np.mean(v)), 4) for m, v in row.items()}
-        for name, row in scores.items()
-    }
+    return {name: _means(row) for name, row in scores.items()}
+
+
+def _means(scores: dict[str, list[float]]) -> dict[str, float]:
+    return {method: round(float(np.mean(values)), 4) for method, values in scores.items()}
 
 
 def draw(file: Path, image: Array, truth: Array | None, mask: Array) -> None:
@@ -142,12 +142,14 @@ def draw(file: Path, image: Array, truth: Array | None, mask: Array) -> None:
 
     low, high = np.percentile(image, [0.5, 99.7])
     shown = (np.clip((image - low) / max(high - low, 1), 0, 1) * 255).astype(np.uint8)
-    stacks = [shown, *(m * np.uint8(255) for m in (truth, mask) if m is not None)]
+    masks = [mask] if truth is None else [truth, mask]
+    stacks = [shown, *(inside * np.uint8(255) for inside in masks)]
     slices = np.linspace(0.1, 0.9, 5) * len(image)
-    rows = [
-        np.hstack([*(s[int(z)] for z in slices), _tall(s[:, s.shape[1] // 2], s.shape[1])])
-        for s in stacks
-    ]
+    rows = []
+    for stack in stacks:
+        height = stack.shape[1]
+        planes = [stack[int(z)] for z in slices]
+        rows.append(np.hstack([*planes, _tall(stack[:, height // 2], height)]))
     file.parent.mkdir(parents=True, exist_ok=True)
     iio.imwrite(file, np.vstack(rows))
 
@@ -160,10 +162,8 @@ def machine() -> dict[str, Any]:
     """Describe where this ran."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor()
     versions = {
         "torch": torch.__version__,
         "monai": monai.__version__,
@@ -196,9 +196,7 @@ def main() -> None:
     methods = {"starter": starter(bundle), **thresholds}
     rows = compare(methods, args.data, args.pictures)
     hard = [row for name, row in rows.items() if name.startswith("hard")]
-    rows["hard, mean of kinds"] = {
-        m: round(float(np.mean([row[m] for row in hard])), 4) for m in methods
-    }
+    rows["hard, mean of kinds"] = _means({m: [row[m] for row in hard] for m in methods})
     print(f"\n{'Dice':24}" + "".join(f"{method:>10}" for method in methods))
     for name, row in rows.items():
         print(f"{name:24}" + "".join(f"{row[method]:10.3f}" for method in methods))

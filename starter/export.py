@@ -22,11 +22,8 @@ def export(run: Path, bundle: Path, epoch: int) -> Path:
     """Return the path of the checkpoint that was written."""
     if (run / "last.pt").exists():
         average = torch.load(run / "last.pt", weights_only=True)["average"]
-        weights = {
-            name.removeprefix("module."): value
-            for name, value in average.items()
-            if name != "n_averaged"
-        }
+        del average["n_averaged"]
+        weights = {name.removeprefix("module."): value for name, value in average.items()}
     else:
         weights = load_bundle(run).weights
     patch_shape = STAGES[-1][2]

@@ -93,9 +93,8 @@ def _stamp(space: Space, points: Floats, values: Floats, radius: float) -> NDArr
     """Draw balls of one radius around many points."""
     dye = np.zeros(space.shape, dtype=np.float32)
     reach = [int(radius / step) for step in space.steps]
-    offsets = np.stack(
-        np.meshgrid(*(np.arange(-n, n + 1) for n in reach), indexing="ij"), -1
-    ).reshape(-1, 3)
+    ranges = [np.arange(-n, n + 1) for n in reach]
+    offsets = np.stack(np.meshgrid(*ranges, indexing="ij"), -1).reshape(-1, 3)
     offsets = offsets[((offsets * space.steps) ** 2).sum(1) <= radius**2]
     voxels = np.rint(points / space.steps).astype(np.intp)
     for offset in offsets:
@@ -124,8 +123,10 @@ def _filaments(space: Space, radius: float, per_area: float, wander: float) -> N
 
 def _distance_to_zero(space: Space, field: Floats) -> NDArray[np.float32]:
     """First-order distance to the field's zero set: |f| / |grad f|."""
-    thick = [axis for axis, n in enumerate(space.shape) if n > 1]  # np.gradient needs two voxels
-    slope = np.sqrt(sum(np.gradient(field, space.steps[axis], axis=axis) ** 2 for axis in thick))
+    # np.gradient needs two voxels along an axis.
+    thick = [axis for axis, n in enumerate(space.shape) if n > 1]
+    slopes = [np.gradient(field, space.steps[axis], axis=axis) for axis in thick]
+    slope = np.sqrt(sum(along_axis**2 for along_axis in slopes))
     # Near a saddle the slope vanishes and the estimate would swell without this floor.
     return np.asarray(np.abs(field) / np.maximum(slope, 0.4 * np.median(slope)), dtype=np.float32)
 
@@ -137,7 +138,7 @@ def _sheets(space: Space) -> NDArray[np.float32]:
 
 
 def _junctions(space: Space, cell: float, thickness: float, n_layers: int) -> NDArray[np.float32]:
-    """Voronoi walls of cell layers, as full-height sheets or as belts that follow a curved surface."""
+    """Voronoi walls of cell layers: sheets of full height, or belts along a curved surface."""
     rng = space.rng
     plane = np.array(space.shape[1:])
     n = int(np.prod(plane + 4 * cell) / cell**2) + 4
@@ -149,22 +150,20 @@ def _junctions(space: Space, cell: float, thickness: float, n_layers: int) -> ND
         wall = _distance_to_wall(moved, space.shape[1:]) <= thickness
         middle = space.extent[0] * (layer + rng.uniform(0.3, 0.7)) / n_layers
         surface = middle + space.between(1, 8) * space.field(2.5 * cell, axes=(1, 2))
-        half_height = (
-            space.between(1.2, 5) if n_layers > 1 or rng.random() < 0.6 else space.extent[0] * 0.3
-        )
+        is_belt = n_layers > 1 or rng.random() < 0.6
+        half_height = space.between(1.2, 5) if is_belt else space.extent[0] * 0.3
         for z, height in enumerate(np.arange(space.shape[0]) * space.anisotropy):
             shifts = [round(t * (height - middle)) for t in tilt]
-            dye[z][np.roll(wall, shifts, (0, 1)) & (np.abs(height - surface) <= half_height)] = 1
+            is_near = np.abs(height - surface) <= half_height
+            dye[z][np.roll(wall, shifts, (0, 1)) & is_near] = 1
     return dye * _patchy(space)
 
 
 def _contacts(space: Space) -> NDArray[np.float32]:
     """Cell-cell contacts, continuous or in spots as desmosomes are."""
-    cell, thickness, is_spotted = (
-        space.between(25, 90),
-        space.between(0.9, 2),
-        space.rng.random() < 0.4,
-    )
+    cell = space.between(25, 90)
+    thickness = space.between(0.9, 2)
+    is_spotted = space.rng.random() < 0.4
     dye = _junctions(space, cell, thickness, n_layers=1)
     if is_spotted:
         dye *= space.field(space.between(1.5, 4)) > space.rng.uniform(-0.5, 0.7)
@@ -174,15 +173,16 @@ def _contacts(space: Space) -> NDArray[np.float32]:
 def _distance_to_wall(seeds: Floats, shape: tuple[int, int]) -> Floats:
     """Distance of each pixel to the bisector of its two nearest seeds."""
     pixels = np.moveaxis(np.indices(shape), 0, -1)
-    away, which = (np.asarray(found) for found in cKDTree(seeds).query(pixels, k=2))
-    between = np.linalg.norm(seeds[which[..., 1]] - seeds[which[..., 0]], axis=-1)
-    distance: Floats = (away[..., 1] ** 2 - away[..., 0] ** 2) / (2 * between)
-    return distance
+    distances, indices = cKDTree(seeds).query(pixels, k=2)
+    between = np.linalg.norm(seeds[indices[..., 1]] - seeds[indices[..., 0]], axis=-1)
+    to_wall: Floats = (distances[..., 1] ** 2 - distances[..., 0] ** 2) / (2 * between)
+    return to_wall
 
 
 def _tubes(space: Space) -> NDArray[np.float32]:
     """Curves where two fields vanish, long or cut into short rods by a third."""
-    length, radius = space.between(7, 20), space.between(1.2, 3.5)
+    length = space.between(7, 20)
+    radius = space.between(1.2, 3.5)
     far = [_distance_to_zero(space, space.field(length)) for _ in range(2)]
     tube: Mask = np.hypot(*far) <= radius
     cut = space.field(space.between(5, 25)) > space.rng.choice([-9.0, -0.3, 0.5])
@@ -193,7 +193,7 @@ def _tubes(space: Space) -> NDArray[np.float32]:
 def _blobs(
     space: Space, radii: tuple[float, float], hollow: bool, fill: float
 ) -> NDArray[np.float32]:
-    """Draw many small ellipsoids, crowded where a smooth field is high; hollow ones keep their skin."""
+    """Draw many small ellipsoids, crowded where a field is high; hollow ones keep their skin."""
     rng = space.rng
     middle = space.between(*radii)
     n = 4 + int(fill * np.prod(space.extent) / (4.2 * middle**3))
@@ -202,9 +202,9 @@ def _blobs(
     rank = space.looked_up(crowd, points) + rng.normal(0, rng.uniform(0.2, 3), 3 * n)
     points = points[np.argsort(-rank)[:n]]
     dye = np.zeros(space.shape, dtype=np.float32)
-    for centre, value in zip(points, _contrast(space, n), strict=True):
+    for center, value in zip(points, _contrast(space, n), strict=True):
         radius = np.clip(middle * rng.lognormal(0, 0.2), *radii)
-        box, distance = _ellipsoid(space, centre, radius * rng.uniform(0.85, 1.2, 3), np.eye(3))
+        box, distance = _ellipsoid(space, center, radius * rng.uniform(0.85, 1.2, 3), np.eye(3))
         inner = 1 - 1.8 / radius if hollow else -1.0
         dye[box][(distance <= 1) & (distance >= inner)] = value
     return dye
@@ -213,21 +213,27 @@ def _blobs(
 def _nuclei(space: Space, shell: bool) -> NDArray[np.float32]:
     """Large warped ellipsoids, apart or touching: filled with chromatin, or only their envelope."""
     rng = space.rng
-    radius, flat = space.between(8, 34), rng.uniform(0.45, 1.0)
-    warp, amount = space.field(max(0.6 * radius, 5)), rng.uniform(0.02, 0.14)
+    radius = space.between(8, 34)
+    flatness = rng.uniform(0.45, 1.0)
+    warp = space.field(max(0.6 * radius, 5))
+    amount = rng.uniform(0.02, 0.14)
     texture = _chromatin(space)
-    rim, skin = rng.uniform(0, 1.6), space.between(0.9, 2.0)
+    rim = rng.uniform(0, 1.6)
+    skin = space.between(0.9, 2.0)
     dye = np.zeros(space.shape, dtype=np.float32)
-    centres = _spread(space, radius, rng.uniform(0.95, 1.9))
-    for centre, value in zip(centres, _contrast(space, len(centres)), strict=True):
-        radii = radius * np.array([flat, 1, 1]) * rng.uniform(0.7, 1.25, 3)
-        mitotic = rng.random() < 0.06
-        radii, value = (radii * rng.uniform(0.3, 0.6, 3), value * 3) if mitotic else (radii, value)
+    centers = _spread(space, radius, rng.uniform(0.95, 1.9))
+    for center, value in zip(centers, _contrast(space, len(centers)), strict=True):
+        radii = radius * np.array([flatness, 1, 1]) * rng.uniform(0.7, 1.25, 3)
+        is_mitotic = rng.random() < 0.06
+        roughness = amount
+        if is_mitotic:
+            radii = radii * rng.uniform(0.3, 0.6, 3)
+            value = value * 3
+            roughness = amount * 3
         # Monolayers lie flat; in tissue (flat nuclei at any angle) the whole rotation is free.
-        box, distance = _ellipsoid(
-            space, centre, radii, _rotation(rng, free=flat < 0.7 and radius < 20)
-        )
-        distance = distance + amount * (3 if mitotic else 1) * warp[box]
+        is_tissue = flatness < 0.7 and radius < 20
+        box, distance = _ellipsoid(space, center, radii, _rotation(rng, free=is_tissue))
+        distance = distance + roughness * warp[box]
         depth = (1 - distance) * float(radii.min())
         if shell:
             dye[box][np.abs(depth) <= skin] = value
@@ -241,7 +247,8 @@ def _chromatin(space: Space) -> NDArray[np.float32]:
     """Brightness inside nuclei: grains or threads, and dark nucleoli."""
     rng = space.rng
     grains = space.field(space.between(1.2, 6))
-    if rng.random() < 0.5:  # threads around voids, as of heterochromatin, instead of grains
+    if rng.random() < 0.5:
+        # Threads around voids, as of heterochromatin.
         grains = 1 - 2 * np.abs(grains)
     grains = np.exp(rng.uniform(0.05, 1.1) * grains)
     nucleoli = space.field(space.between(3, 8)) > rng.uniform(0.9, 2.5)
@@ -249,43 +256,46 @@ def _chromatin(space: Space) -> NDArray[np.float32]:
 
 
 def _spread(space: Space, radius: float, gap: float) -> NDArray[np.float64]:
-    """Centres about `gap` diameters apart or more (random sequential), in one layer or throughout."""
+    """Centers about `gap` diameters apart or more (random sequential), in a layer or throughout."""
     n = int(12 * np.prod(space.extent[1:] + 2 * radius) / radius**2) + 8
     candidates = space.positions(n, margin=radius)
     if space.rng.random() < 0.6:
         height = space.extent[0] * space.rng.uniform(0.3, 0.7)
         candidates[:, 0] = height + space.rng.normal(0, 0.3 * radius, n)
-    kept: list[NDArray[np.float64]] = []
-    for candidate in candidates:
-        if (
-            not kept
-            or (((np.array(kept) - candidate) ** 2).sum(1) >= (2 * radius * gap * 0.85) ** 2).all()
-        ):
-            kept.append(candidate)
-    return np.array(kept)
+    min_squared = (2 * radius * gap * 0.85) ** 2
+    kept = candidates[:1]
+    for candidate in candidates[1:]:
+        squared = ((kept - candidate) ** 2).sum(1)
+        if (squared >= min_squared).all():
+            kept = np.append(kept, candidate[None], axis=0)
+    return kept
 
 
 def _ellipsoid(
-    space: Space, centre: Floats, radii: Floats, axes: Floats
+    space: Space, center: Floats, radii: Floats, axes: Floats
 ) -> tuple[tuple[slice, ...], Floats]:
-    """Return a box with room around the ellipsoid, and distances from its centre in units of its radius."""
+    """Return a box with room around an ellipsoid, and distances in units of its radius."""
     reach = 1.5 * float(radii.max()) + 1
-    ends = np.rint((centre + np.array([[-reach], [reach]])) / space.steps)
+    ends = np.rint((center + np.array([[-reach], [reach]])) / space.steps)
     ends = np.clip(ends, 0, space.shape).astype(int)
     box = tuple(slice(low, high) for low, high in ends.T)
-    grid = np.ogrid[box]
-    apart = [g * step - c for g, step, c in zip(grid, space.steps, centre, strict=True)]
-    parts = [
-        sum(row[i] * apart[i] for i in range(3)) / r for row, r in zip(axes, radii, strict=True)
-    ]
-    distance: Floats = np.sqrt(sum(part**2 for part in parts))
+    z, y, x = (
+        index * step - origin
+        for index, step, origin in zip(np.ogrid[box], space.steps, center, strict=True)
+    )
+    along_axes = [row[0] * z + row[1] * y + row[2] * x for row in axes]
+    distance: Floats = np.sqrt(
+        sum((part / radius) ** 2 for part, radius in zip(along_axes, radii, strict=True))
+    )
     return box, np.broadcast_to(distance, tuple(s.stop - s.start for s in box))
 
 
 def _rotation(rng: np.random.Generator, free: bool) -> NDArray[np.float64]:
     if free:
         return np.linalg.qr(rng.standard_normal((3, 3)))[0]
-    cos, sin = np.cos(angle := rng.uniform(0, np.pi)), np.sin(angle)
+    angle = rng.uniform(0, np.pi)
+    cos = np.cos(angle)
+    sin = np.sin(angle)
     return np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
 
 
@@ -296,9 +306,8 @@ def _contrast(space: Space, n: int) -> NDArray[np.float64]:
 
 def _patchy(space: Space) -> NDArray[np.float32]:
     """Brightness that drifts within one connected structure."""
-    drift: NDArray[np.float32] = np.float32(space.rng.uniform(0, 0.5)) * space.field(
-        space.between(10, 60)
-    )
+    amount = np.float32(space.rng.uniform(0, 0.5))
+    drift: NDArray[np.float32] = amount * space.field(space.between(10, 60))
     return np.exp(drift)
 
 
@@ -337,14 +346,13 @@ def _blur(space: Space, dye: Floats) -> NDArray[np.float32]:
     coarse = sharp[:: factors[0], :: factors[1], :: factors[2]]
     sigmas = [space.between(5, 14) / f / s for f, s in zip(factors, space.steps, strict=True)]
     wide = ndimage.gaussian_filter(coarse, sigmas)
-    full = ndimage.zoom(
-        wide, np.array(space.shape) / wide.shape, order=1, grid_mode=True, mode="nearest"
-    )
+    zoom = np.array(space.shape) / wide.shape
+    full = ndimage.zoom(wide, zoom, order=1, grid_mode=True, mode="nearest")
     return np.asarray(sharp + space.rng.uniform(0, 0.8) * full, dtype=np.float32)
 
 
 def _background(space: Space, difficulty: float) -> NDArray[np.float32]:
-    """Autofluorescence, cytoplasmic haze and a slope, in units of the structure's mean brightness."""
+    """Autofluorescence, haze and a slope, in units of the structure's mean brightness."""
     rng = space.rng
     level = space.between(0.05, 0.3 + difficulty)
     haze = np.maximum(space.field(space.between(18, 60)) + rng.uniform(-1, 1), 0)
@@ -386,11 +394,15 @@ def simulate(
     `kind` is one of KINDS, or None for any. `difficulty` runs from 0 (bright,
     even) to 1 (signal-to-noise ratio 1.5 to 3, background as bright as the
     structure and uneven).
+
+    Raises:
+        ValueError: for an unknown kind.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     rng = np.random.default_rng(seed)
-    kind = kind if kind is not None else str(rng.choice(KINDS))
+    if kind is None:
+        kind = str(rng.choice(KINDS))
     space = Space(rng, shape, anisotropy=float(rng.choice([1.0, rng.uniform(1, 3)])))
     dye = _DRAW[kind](space)
     mask = dye > 0
@@ -398,7 +410,6 @@ def simulate(
     signal /= signal[mask].mean() if mask.any() else 1
     background = _background(space, difficulty)
     snr = space.between(12 * 0.125**difficulty, 50 * 0.06**difficulty)
-    image = _expose(
-        space, (signal + background) * _light(space, difficulty), float(background.mean()), snr
-    )
+    scene = (signal + background) * _light(space, difficulty)
+    image = _expose(space, scene, float(background.mean()), snr)
     return Simulated(image, mask, kind, seed, space.anisotropy, snr)

@@ -1,4 +1,4 @@
-"""Train the light network on simulated structures, with the published recipe's loss and optimiser.
+"""Train the light network on simulated structures, with the published recipe's loss and optimizer.
 
     nice -n 19 python -m starter.train RUN_FOLDER --steps 3600
 
@@ -16,7 +16,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# One thread by default: several people may share the machine. Set before numpy and torch start theirs.
+# One thread by default: several people may share the machine.
+# Set before numpy and torch start theirs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -32,7 +33,8 @@ IMAGE_SHAPE = (64, 208, 208)
 # Instance norm ties the answer to what a patch holds: end at the patch that inference uses.
 STAGES = ((0.25, 4, (32, 64, 64)), (0.75, 2, (32, 96, 96)), (1.0, 1, (64, 128, 128)))
 # Large objects are the hardest to fill, shells the likeliest to be confused with them.
-WEIGHTS = np.array([{"nuclei": 5.0, "shells": 1.5}.get(kind, 1.0) for kind in KINDS])
+_KIND_WEIGHTS = {"nuclei": 5.0, "shells": 1.5}
+WEIGHTS = np.array([_KIND_WEIGHTS.get(kind, 1.0) for kind in KINDS])
 MAX_NORM = 30.0  # gradients of the first steps reach 5
 HELD_OUT = 10**9  # seeds from here on are never trained on
 
@@ -63,29 +65,30 @@ class Pool:
     made: int = 0
 
     def renew(self) -> None:
-        """Simulate one image, distort and normalise it."""
+        """Simulate one image, distort and normalize it."""
         kind = str(self.rng.choice(KINDS, p=WEIGHTS / WEIGHTS.sum()))
-        made = simulate(
-            self.first_seed + self.made, IMAGE_SHAPE, kind, difficulty=self.rng.uniform(0, 1)
-        )
-        image, mask = self.distort(made.image.astype(np.float32), made.mask)
+        seed = self.first_seed + self.made
+        simulated = simulate(seed, IMAGE_SHAPE, kind, difficulty=self.rng.uniform(0, 1))
+        image, mask = self.distort(simulated.image.astype(np.float32), simulated.mask)
         self.made += 1
         inside = np.flatnonzero(mask)
-        inside = self.rng.choice(inside, 2000) if len(inside) else inside
-        self.images.append(
-            (((image - image.mean()) / image.std()).astype(np.float32), mask, inside)
-        )
+        if len(inside):
+            inside = self.rng.choice(inside, 2000)
+        normalized = ((image - image.mean()) / image.std()).astype(np.float32)
+        self.images.append((normalized, mask, inside))
         self.images = self.images[-self.size :]
 
     def distort(self, image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gamma, smoothing (images that somebody resampled) and coarser z steps."""
         if self.rng.random() < 0.3:
-            low, high = image.min(), image.max()
+            low = image.min()
+            high = image.max()
             image = ((image - low) / (high - low)) ** self.rng.uniform(0.6, 1.5)
         if self.rng.random() < 0.3:
             image = ndimage.gaussian_filter(image, self.rng.uniform(0, 0.9, 3), truncate=2)
         if self.rng.random() < 0.1:
-            image, mask = (np.concatenate([a[::2], a[::-2]]) for a in (image, mask))
+            image = np.concatenate([image[::2], image[::-2]])
+            mask = np.concatenate([mask[::2], mask[::-2]])
         return image, mask
 
     def patch(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -98,17 +101,19 @@ class Pool:
             corner = np.clip(middle - (self.rng.random(3) * shape).astype(int), 0, room)
         box = tuple(slice(c, c + n) for c, n in zip(corner, shape, strict=True))
         turns = [slice(None, None, int(self.rng.choice([1, -1]))) for _ in range(3)]
-        cut = [a[box][tuple(turns)] for a in (image, mask)]
+        image = image[box][tuple(turns)]
+        mask = mask[box][tuple(turns)]
         if self.rng.random() < 0.5:
-            cut = [a.swapaxes(1, 2) for a in cut]
-        return np.ascontiguousarray(cut[0]), np.ascontiguousarray(cut[1])
+            image = image.swapaxes(1, 2)
+            mask = mask.swapaxes(1, 2)
+        return np.ascontiguousarray(image), np.ascontiguousarray(mask)
 
     def batch(self, n: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return n patches and their truth, float32 (n, 1, z, y, x)."""
-        images, masks = zip(*(self.patch(shape) for _ in range(n)), strict=True)
-        return torch.from_numpy(np.stack(images)[:, None]), torch.from_numpy(
-            np.stack(masks)[:, None]
-        ).float()
+        patches = [self.patch(shape) for _ in range(n)]
+        images = np.stack([image for image, _ in patches])[:, None]
+        masks = np.stack([mask for _, mask in patches])[:, None]
+        return torch.from_numpy(images), torch.from_numpy(masks).float()
 
 
 def forward(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -122,7 +127,8 @@ def keep_bottleneck_float32(network: DynUNet) -> None:
     """Compute the bottleneck in float32, forwards and backwards.
 
     On torch 2.13's CPU, the bfloat16 weight gradient of a channels-last convolution over so few
-    voxels is garbage in one of 25 calls (the same call repeated is not). It costs next to nothing here.
+    voxels is garbage in one of 25 calls (the same call repeated is not). Here float32 costs next to
+    nothing.
     """
     compute = network.bottleneck.forward
 
@@ -135,102 +141,150 @@ def keep_bottleneck_float32(network: DynUNet) -> None:
 
 
 def held_out() -> list[tuple[str, torch.Tensor, np.ndarray]]:
-    """Two images of every kind that training never sees: a fair one and a hard one."""
+    """Return two images of every kind that training never sees: a fair one and a hard one."""
     images = []
     for i, kind in enumerate(KINDS):
-        for difficulty in (0.3, 1.0):
-            made = simulate(HELD_OUT + i, (64, 128, 128), kind, difficulty)
-            image = torch.from_numpy(made.image.astype(np.float32))[None, None]
-            name = kind if difficulty < 1 else f"{kind} hard"
-            images.append((name, (image - image.mean()) / image.std(), made.mask))
+        for difficulty, name in ((0.3, kind), (1.0, f"{kind} hard")):
+            simulated = simulate(HELD_OUT + i, (64, 128, 128), kind, difficulty)
+            image = torch.from_numpy(simulated.image.astype(np.float32))[None, None]
+            images.append((name, (image - image.mean()) / image.std(), simulated.mask))
     return images
 
 
 def validate(
     network: torch.nn.Module, images: list[tuple[str, torch.Tensor, np.ndarray]]
 ) -> dict[str, float]:
-    """Dice of each held-out image."""
+    """Return the Dice of each held-out image."""
     scores = {}
     with torch.inference_mode():
         for name, image, truth in images:
             mask = forward(network, image)[0, 0].numpy() > 0
-            scores[name] = round(
-                float(2 * (mask & truth).sum() / max(mask.sum() + truth.sum(), 1)), 3
-            )
+            dice = 2 * (mask & truth).sum() / max(mask.sum() + truth.sum(), 1)
+            scores[name] = round(float(dice), 3)
     return scores
 
 
-def train(
-    folder: Path, steps: int, rate: float, seed: int, start: Path | None, every_s: float
-) -> None:
-    """Run or continue a training; one JSON line of progress goes to the log at each checkpoint."""
-    torch.manual_seed(seed)
-    network = build().to(memory_format=torch.channels_last_3d)
-    average = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    )
-    keep_bottleneck_float32(network)
-    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
-    loss_of = GeneralizedDiceFocalLoss(sigmoid=True)
-    saved, step, made, skipped, minutes = folder / "last.pt", 0, 0, 0, 0.0
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, made, minutes = state["step"], state["made"], state["minutes"]
-    elif start is not None:
-        weights = torch.load(start, weights_only=True)["average"]
-        network.load_state_dict(
-            {k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"}
+@dataclass(frozen=True)
+class Options:
+    """How long to train, how fast, from which seed and weights, and how often to checkpoint."""
+
+    steps: int
+    rate: float
+    seed: int
+    start: Path | None
+    checkpoint_s: float
+
+
+class Training:
+    """One training in a folder: network, moving average and optimizer, at a step."""
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        torch.manual_seed(options.seed)
+        self.options = options
+        self.saved = folder / "last.pt"
+        self.log = folder / "log.jsonl"
+        self.network = build().to(memory_format=torch.channels_last_3d)
+        self.average = torch.optim.swa_utils.AveragedModel(
+            self.network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
         )
-    pool = Pool(np.random.default_rng([seed, step]), first_seed=seed * 10**6, made=made)
-    for _ in range(12):
-        pool.renew()
-    images, losses = held_out(), []
-    begun = marked = time.monotonic()
-    while step < steps:
-        n, shape = next((n, shape) for end, n, shape in STAGES if step < end * steps)
-        # Cosine decay after a short warm-up; Adam and the loss are the published recipe's.
-        warm = min(1.0, (step + 1) / 50)
-        optimizer.param_groups[0]["lr"] = (
-            rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
-        )
-        if step % 2 == 0:
+        keep_bottleneck_float32(self.network)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=options.rate)
+        self.loss_of = GeneralizedDiceFocalLoss(sigmoid=True)
+        self.step = 0
+        self.made = 0
+        self.skipped = 0
+        self.minutes = 0.0
+        self.losses: list[float] = []
+        if self.saved.exists():
+            self._continue()
+        elif options.start is not None:
+            self._start_from(options.start)
+
+    def _continue(self) -> None:
+        state = torch.load(self.saved, weights_only=True)
+        self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.made = state["made"]
+        self.minutes = state["minutes"]
+
+    def _start_from(self, file: Path) -> None:
+        weights = torch.load(file, weights_only=True)["average"]
+        del weights["n_averaged"]
+        self.network.load_state_dict({k.removeprefix("module."): v for k, v in weights.items()})
+
+    def run(self) -> None:
+        """Train to the last step; each checkpoint adds one JSON line of progress to the log."""
+        options = self.options
+        rng = np.random.default_rng([options.seed, self.step])
+        pool = Pool(rng, first_seed=options.seed * 10**6, made=self.made)
+        for _ in range(12):
             pool.renew()
-        x, y = pool.batch(n, shape)
-        optimizer.zero_grad()
-        loss = loss_of(forward(network, x), y)
+        images = held_out()
+        earlier_minutes = self.minutes
+        began = time.monotonic()
+        last_checkpoint = began
+        while self.step < options.steps:
+            if self.step % 2 == 0:
+                pool.renew()
+            n, shape = self._stage()
+            self._learn(*pool.batch(n, shape))
+            self.step += 1
+            now = time.monotonic()
+            if now - last_checkpoint > options.checkpoint_s or self.step == options.steps:
+                last_checkpoint = now
+                self.made = pool.made
+                self.minutes = earlier_minutes + (now - began) / 60
+                self._save(validate(self.average, images))
+
+    def _stage(self) -> tuple[int, tuple[int, int, int]]:
+        """Return how many patches a batch has at this step, and their shape."""
+        for end, n, shape in STAGES:
+            if self.step < end * self.options.steps:
+                return n, shape
+        raise ValueError(f"step {self.step} is beyond the last stage")
+
+    def _learn(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        # Cosine decay after a short warm-up; Adam and the loss are the published recipe's.
+        warm = min(1.0, (self.step + 1) / 50)
+        decay = 0.5 + 0.5 * math.cos(math.pi * self.step / self.options.steps)
+        self.optimizer.param_groups[0]["lr"] = self.options.rate * warm * decay + 1e-6
+        self.optimizer.zero_grad()
+        loss = self.loss_of(forward(self.network, x), y)
         loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0))
-        # Should another layer's gradient turn out garbage (see keep_bottleneck_float32), leave it out.
-        if np.isfinite(loss.item()) and norm < MAX_NORM:
-            optimizer.step()
-            average.update_parameters(network)
-            losses.append(loss.item())
-        else:
-            skipped += 1
-        step += 1
-        if time.monotonic() - marked > every_s or step == steps:
-            marked = time.monotonic()
-            spent = minutes + (marked - begun) / 60
-            scores = validate(average, images)
-            state = {"network": network, "average": average, "optimizer": optimizer}
-            state = {name: part.state_dict() for name, part in state.items()}
-            torch.save(
-                state | {"step": step, "made": pool.made, "minutes": spent}, folder / "last.part"
-            )
-            (folder / "last.part").replace(saved)
-            line = {
-                "step": step,
-                "minutes": round(spent, 1),
-                "skipped": skipped,
-                "loss": round(float(np.mean(losses)), 4),
-            }
-            line |= {"dice": round(float(np.mean(list(scores.values()))), 4), "each": scores}
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            losses = []
+        norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0))
+        # Leave out a gradient that is garbage, of whichever layer: see keep_bottleneck_float32.
+        if not np.isfinite(loss.item()) or norm >= MAX_NORM:
+            self.skipped += 1
+            return
+        self.optimizer.step()
+        self.average.update_parameters(self.network)
+        self.losses.append(loss.item())
+
+    def _save(self, dice: dict[str, float]) -> None:
+        state = {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "made": self.made,
+            "minutes": self.minutes,
+        }
+        part = self.saved.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(self.saved)
+        progress = {
+            "step": self.step,
+            "minutes": round(self.minutes, 1),
+            "skipped": self.skipped,
+            "loss": round(float(np.mean(self.losses)), 4),
+            "dice": round(float(np.mean(list(dice.values()))), 4),
+            "each": dice,
+        }
+        with self.log.open("a") as log:
+            log.write(json.dumps(progress) + "\n")
+        self.losses = []
 
 
 def main() -> None:
@@ -250,7 +304,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.folder.mkdir(parents=True, exist_ok=True)
-    train(args.folder, args.steps, args.rate, args.seed, args.start, args.every)
+    options = Options(args.steps, args.rate, args.seed, args.start, args.every)
+    Training(args.folder, options).run()
 
 
 if __name__ == "__main__":
