@@ -32,7 +32,7 @@ import numpy as np
 from megaseg_dask.plan import plan
 from megaseg_dask.run import workspace
 from megaseg_dask.inference import pytorch
-from megaseg_dask.run.tasks import pyramids, scores, whole_volume
+from megaseg_dask.run.tasks import components, pyramids, statistics
 
 plan.TASKS_AT_ONCE["cpu"] = {n_tasks}
 MASK = np.load({mask!r}).view(np.uint8)
@@ -72,11 +72,12 @@ def noting(module, name, kind):
     setattr(module, name, noted)
 
 
-noting(scores, "read_channels", "read")
-noting(whole_volume, "_measure", "statistics")
+noting(workspace.MemoryWorkspace, "sources", "read")
+noting(statistics, "measure_block", "statistics")
 noting(SleepingEngine, "predict_block", "inference")
-noting(whole_volume, "_label", "label")
-noting(workspace, "write", "write")
+for name in ("label_block", "pair_seams", "join_objects", "relabel_block"):
+    noting(components, name, "label")
+noting(workspace.Workspace, "write", "write")
 noting(pyramids, "downsample", "downsample")
 """
 

@@ -21,7 +21,7 @@ from megaseg_dask.run.conclude import already_done, begin, conclude, reopen
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases
 from megaseg_dask.run.progress import Emit, GroupSize, Recorder, StageProgress
-from megaseg_dask.run.request import PlannedRequest, Request, synced_by
+from megaseg_dask.run.request import Request, synced_by
 from megaseg_dask.run.runner import join_results
 from megaseg_dask.run.schedule import Schedule, VolumeProgress
 from megaseg_dask.run.serial import SerialExecutor
@@ -48,9 +48,9 @@ def record_plans(
     Raises:
         MegasegError: The request cannot be carried out.
     """
-    planned = PlannedRequest(Request(source, target, settings, emit))
+    request = Request(source, target, settings, emit)
     with Leases(runs_folder(Location.of(target))).hold() as lease:
-        runs = planned.reopen_runs(lease)
+        runs = request.reopen_runs(lease)
         plans = [plan for plan, _ in runs]
         if settings.overwrite:
             remove_replaced(plans)

@@ -4,8 +4,7 @@ Planning happens once. When the lease is held, only records, journals and marks
 are read again: another client may have worked on the target until then.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Emit, ignore
@@ -27,128 +26,79 @@ from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location, StoreOptions, configure
 
 Sync = Callable[[], None]
+Runs = list[tuple[Plan, Journal]]
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedPart:
-    """The plan of an image, or of one part of a plate."""
-
-    plan: Plan
-    part: Part
-
-    def open_journal(self, sync: Sync = lambda: None) -> Journal:
-        """Return the journal of the run, after a look at what is at the target.
-
-        Raises:
-            TargetError: The target holds another run, or is not ours.
-        """
-        target = Target(self.plan)
-        if self.part.recorded is not None:
-            require_same(self.plan, self.part.recorded)
-            if is_present(target):
-                return Journal.read(self.plan, sync=sync)
-        for other in self.part.others:
-            require_alike(self.plan, other)
-        # Arrays that do not exist hold nothing, whatever a record beside them says.
-        require_free(target, is_joining=bool(self.part.others))
-        require_own_tables(target)
-        return Journal.of(self.plan, sync=sync)
-
-
-@dataclass(frozen=True, slots=True)
 class Request:
-    """What a command asks for; ``emit`` is told of the progress of models that are fetched."""
+    """What a command asks for, and the plans that carry it out."""
 
-    source: str
-    target: str
-    settings: Settings
-    emit: Emit = ignore
+    def __init__(self, source: str, target: str, settings: Settings, emit: Emit = ignore) -> None:
+        """Plan the runs of a request; writes nothing.
 
-    @property
-    def store_options(self) -> StoreOptions:
-        """How the stores of the request are opened.
+        ``emit`` is told of the progress of models that are fetched.
 
         Raises:
-            SettingsError: An option of the stores is wrong.
-        """
-        settings = self.settings
-        options = settings.storage_option or ()
-        return StoreOptions.parse(settings.endpoint, settings.anon, options, self.source)
-
-    def read_recorded(self) -> list[Plan]:
-        """Return the plans that are recorded at the target under the label name."""
-        return RunFolder.plans(Location.of(self.target), self.settings.label_name)
-
-    def plan(self, recorded: Sequence[Plan]) -> list[PlannedPart]:
-        """Plan the runs, beside those that are ``recorded``; writes nothing.
-
-        Raises:
-            SettingsError: The request is wrong.
+            SettingsError: The request is wrong, or the target is on a web server.
+            SourceError: The source cannot be read.
             TargetError: The target cannot be used.
+            BundleError: The model cannot be used.
         """
-        where = Location.of(self.target)
-        parts = read_parts(Location.of(self.source), where, self.settings, recorded)
+        self.store_options = StoreOptions.parse(
+            settings.endpoint, settings.anon, settings.storage_option or (), source
+        )
+        configure(self.store_options)
+        self._source = source
+        self._settings = settings
+        self._emit = emit
+        self._target = Location.of(target)
+        # Before all else: a store that is not there is asked only once.
+        if not self._target.is_listable:
+            raise SettingsError(
+                f"{self._target}: nothing can be written to a web server; "
+                "choose a folder or a bucket as TARGET"
+            )
+        self._target.probe(TargetError)
+        self._recorded = self._read_recorded()
+        self._parts = self._plan()
+
+    def _read_recorded(self) -> list[Plan]:
+        return RunFolder.plans(self._target, self._settings.label_name)
+
+    def _plan(self) -> list[tuple[Plan, Part]]:
+        """Plan beside the recorded runs."""
+        source = Location.of(self._source)
+        parts = read_parts(source, self._target, self._settings, self._recorded)
+        target = self._target.url
         return [
-            PlannedPart(make_plan(self.source, self.target, self.settings, part, self.emit), part)
+            (make_plan(self._source, target, self._settings, part, self._emit), part)
             for part in parts
         ]
 
-    def require_target(self) -> None:
-        """Check that the target is on a store that answers and that lists its objects.
-
-        Before all else: a store that is not there is asked only once.
-
-        Raises:
-            SettingsError: It is on a web server.
-            TargetError: The store refuses the address.
-        """
-        where = Location.of(self.target)
-        if not where.is_listable:
-            raise SettingsError(
-                f"{where}: nothing can be written to a web server; "
-                "choose a folder or a bucket as TARGET"
-            )
-        where.probe(TargetError)
-
-
-class PlannedRequest:
-    """A request with its plans."""
-
-    def __init__(self, request: Request) -> None:
-        """Plan a request; writes nothing.
-
-        Raises:
-            MegasegError: It cannot be carried out.
-        """
-        configure(request.store_options)
-        request.require_target()
-        self._request = request
-        self._recorded = request.read_recorded()
-        self._parts = request.plan(self._recorded)
-
-    def open_runs(self) -> list[tuple[Plan, Journal]]:
+    def open_runs(self) -> Runs:
         """Return the plans and what earlier runs of them finished; writes nothing.
 
         Raises:
             TargetError: The target holds another run, or is not ours.
         """
-        return [(part.plan, part.open_journal()) for part in self._parts]
+        return [(plan, _open_journal(plan, part)) for plan, part in self._parts]
 
-    def reopen_runs(self, lease: Held) -> list[tuple[Plan, Journal]]:
-        """Return the same once the lease is held; plan again only if other plans were recorded."""
-        recorded = self._request.read_recorded()
+    def reopen_runs(self, lease: Held) -> Runs:
+        """Return the same now that the lease is held, with journals that may be written.
+
+        It is planned again only if other plans were recorded meanwhile.
+
+        Raises:
+            TargetError: The target holds another run, or is not ours.
+        """
+        recorded = self._read_recorded()
         if recorded != self._recorded:
-            self._parts = self._request.plan(recorded)
             self._recorded = recorded
-        return [
-            (part.plan, part.open_journal(synced_by(lease, part.plan.target)))
-            for part in self._parts
-        ]
+            self._parts = self._plan()
+        sync = synced_by(lease, self._target)
+        return [(plan, _open_journal(plan, part, sync)) for plan, part in self._parts]
 
 
-def plan_runs(
-    source: str, target: str, settings: Settings, emit: Emit = ignore
-) -> list[tuple[Plan, Journal]]:
+def plan_runs(source: str, target: str, settings: Settings, emit: Emit = ignore) -> Runs:
     """Return the plans of a request, and what earlier runs of them finished; writes nothing.
 
     There are several plans only for a plate whose fields are of several forms, or were planned at
@@ -157,7 +107,7 @@ def plan_runs(
     Raises:
         MegasegError: The request cannot be carried out.
     """
-    return PlannedRequest(Request(source, target, settings, emit)).open_runs()
+    return Request(source, target, settings, emit).open_runs()
 
 
 def synced_by(lease: Held, target: Location) -> Sync:
@@ -168,3 +118,18 @@ def synced_by(lease: Held, target: Location) -> Sync:
         target.sync()
 
     return sync
+
+
+def _open_journal(plan: Plan, part: Part, sync: Sync = lambda: None) -> Journal:
+    """Return the journal of a run, after a look at what is at the target."""
+    target = Target(plan)
+    if part.recorded is not None:
+        require_same(plan, part.recorded)
+        if is_present(target):
+            return Journal.read(plan, sync=sync)
+    for other in part.others:
+        require_alike(plan, other)
+    # Arrays that do not exist hold nothing, whatever a record beside them says.
+    require_free(target, is_joining=bool(part.others))
+    require_own_tables(target)
+    return Journal.of(plan, sync=sync)

@@ -25,7 +25,7 @@ from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases, Timing
 from megaseg_dask.run.log import logged
 from megaseg_dask.run.progress import Dispatcher, Emit, Recorder, StageProgress
-from megaseg_dask.run.request import PlannedRequest, Request
+from megaseg_dask.run.request import Request
 from megaseg_dask.run.schedule import Schedule
 from megaseg_dask.run.status import unread_fields
 from megaseg_dask.run.target.ownership import remove_replaced
@@ -99,8 +99,7 @@ def segment(
         MegasegError: The request cannot be carried out, or was stopped.
     """
     request = Request(source, target, settings, emit)
-    planned = PlannedRequest(request)
-    runs = planned.open_runs()
+    runs = request.open_runs()
     if all(journal.result is not None for _, journal in runs):
         result = join_results([already_done(plan, journal) for plan, journal in runs])
         emit(result)
@@ -110,7 +109,7 @@ def segment(
         # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
         executor.check()
         with Leases(runs_folder(plan.target), LEASE_TIMING).hold() as lease:
-            runs = planned.reopen_runs(lease)
+            runs = request.reopen_runs(lease)
             _record(runs)
             with executor.ready(plan, request.store_options):
                 session = _Session(executor, lease, emit)

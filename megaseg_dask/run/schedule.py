@@ -59,13 +59,8 @@ class VolumeProgress:
     def missing_before(self, stage: PlannedStage) -> list[int]:
         """Return the numbers of the blocks that failed in an earlier stage."""
         earlier = self._stages_before(stage)
-        return sorted(
-            {
-                number
-                for failed, number in self._failures()
-                if failed in earlier and failed.loses_block
-            }
-        )
+        failures = self._failures()
+        return sorted({n for failed, n in failures if failed in earlier and failed.loses_block})
 
     def stale_after(self, stage: PlannedStage) -> list[str]:
         """Return the later stages that were begun before all of this stage was done."""
@@ -162,7 +157,10 @@ class VolumeProgress:
 
 
 class VolumeSchedule:
-    """The tasks of one volume that may start now; a stage follows when the one before is settled."""
+    """The tasks of one volume that may start now.
+
+    A stage follows when the one before is settled.
+    """
 
     def __init__(self, progress: VolumeProgress, stages: Sequence[PlannedStage]) -> None:
         """Make the first stage ready that has something left."""

@@ -39,7 +39,10 @@ class PartStatistics:
 
 @dataclass(frozen=True, slots=True)
 class ChannelStatistics:
-    """Statistics of one channel of a volume; extremes are ``None`` where the settings give mean and std."""
+    """Statistics of one channel of a volume.
+
+    Extremes are ``None`` where the settings give mean and std.
+    """
 
     mean: float
     std: float
@@ -160,7 +163,7 @@ class VolumeState:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The work of one client on a run: when it began, in seconds since 1970, and on which workers."""
+    """The work of one client on a run: its begin, in seconds since 1970, and its workers."""
 
     began: int
     wall_s: float

@@ -61,30 +61,24 @@ class RunFolder:
 
     location: Location
 
-    # -- runs of a target
-
-    @classmethod
-    def find(cls, target: Location, label_name: str | None = None) -> list["RunFolder"]:
-        """Return the runs that are recorded at a target, of one label name or of all.
-
-        A plate may take several runs; those of one label name are in the order of their numbers.
-        """
-        runs = runs_folder(target)
-        names = runs.children()
-        if label_name is not None:
-            names = list(filter(run_names(label_name).fullmatch, names))
-        folders = [cls(runs / name) for name in sorted(names, key=_by_label_and_number)]
-        is_recorded = map_threaded(lambda folder: folder.is_recorded, folders)
-        return [folder for folder, has_plan in zip(folders, is_recorded, strict=True) if has_plan]
-
     @classmethod
     def plans(cls, target: Location, label_name: str | None = None) -> list[Plan]:
-        """Return the plans of the runs that :meth:`find` returns.
+        """Return the plans of the runs at a target, of one label name or of all.
+
+        A plate may take several runs; those of one label name are in the order of their numbers.
 
         Raises:
             TargetError: One cannot be read.
         """
-        return map_threaded(cls.read_plan, cls.find(target, label_name))
+        runs = runs_folder(target)
+        names = sorted(runs.children(), key=_by_label_and_number)
+        if label_name is None:
+            # The lease of a client is a file beside the folders.
+            names = [name for name in names if (runs / name).is_folder()]
+        else:
+            names = list(filter(run_names(label_name).fullmatch, names))
+        plans = map_threaded(lambda name: cls(runs / name).find_plan(), names)
+        return [plan for plan in plans if plan is not None]
 
     # -- the record
 
@@ -93,18 +87,15 @@ class RunFolder:
         """Whether a plan is recorded here."""
         return self.location.size(_PLAN) is not None
 
-    def read_plan(self) -> Plan:
-        """Return the recorded plan.
+    def find_plan(self) -> Plan | None:
+        """Return the recorded plan, if there is one.
 
         Raises:
-            TargetError: There is none, or it cannot be read.
+            TargetError: It cannot be read.
         """
         data = self.location.get(_PLAN)
         if data is None:
-            raise TargetError(
-                f"no run is recorded at {self.location}; "
-                "record one with megaseg plan SOURCE TARGET --record"
-            )
+            return None
         try:
             return Plan.model_validate_json(data)
         except ValueError as error:
@@ -112,6 +103,20 @@ class RunFolder:
                 f"{self.location}/{_PLAN} is damaged, or of another version of megaseg; "
                 "start again with --overwrite"
             ) from error
+
+    def read_plan(self) -> Plan:
+        """Return the recorded plan.
+
+        Raises:
+            TargetError: There is none, or it cannot be read.
+        """
+        plan = self.find_plan()
+        if plan is None:
+            raise TargetError(
+                f"no run is recorded at {self.location}; "
+                "record one with megaseg plan SOURCE TARGET --record"
+            )
+        return plan
 
     def record(self, plan: Plan) -> None:
         """Record the plan of the run."""

@@ -448,7 +448,7 @@ def broken(monkeypatch):
         def fail(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("megaseg_dask.run.runner.PlannedRequest", fail)
+        monkeypatch.setattr("megaseg_dask.run.runner.Request", fail)
 
     return set_error
 

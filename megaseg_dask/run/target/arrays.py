@@ -242,7 +242,7 @@ def folders(group: Location) -> set[str]:
 
 
 def _remove_levels(group: Location) -> None:
-    """Remove the numbered arrays of an image and its metadata; labels and files beside them stay."""
+    """Remove the numbered arrays of an image and its metadata; all else stays."""
     for name in group.children():
         if name.isdigit():
             (group / name).remove()

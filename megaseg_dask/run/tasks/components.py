@@ -32,7 +32,7 @@ _PAIR_ROWS = 3
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of components: objects of a mask, or holes, which are those of the voxels around it."""
+    """A kind of components: objects of a mask, or holes: components of the voxels around it."""
 
     folder: str
     provisional: str

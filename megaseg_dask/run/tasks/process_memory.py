@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def release() -> None:
-    """Give freed memory back to the system, where the C library can (glibc): stages differ in what they hold."""
+    """Give freed memory back to the system, where the C library can (glibc)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
