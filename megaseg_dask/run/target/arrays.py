@@ -63,7 +63,7 @@ class ImageTarget:
         groups = []
         for kind in sorted(self._plan.arrays, key=_ORDER.index):
             suffixes = ("",) if kind == "scores" else self._plan.suffixes
-            groups += [self._group(kind, suffix) for suffix in suffixes]
+            groups += [self.group(kind, suffix) for suffix in suffixes]
         return groups
 
     @property
@@ -71,7 +71,8 @@ class ImageTarget:
         """The label images among the groups, masks included."""
         return [group for group in self.groups if group.is_label]
 
-    def _group(self, kind: str, suffix: str) -> Group:
+    def group(self, kind: str, suffix: str) -> Group:
+        """Return the group of a kind; that of labels also by the suffix of its channel."""
         name = self._plan.resolved.label_name + suffix
         if kind == "mask":
             name += "_mask"
@@ -201,16 +202,10 @@ class Target:
         """Return the scores, mask or labels of one output of a volume."""
         planned = self.plan.volumes[output.volume]
         channel = self.plan.target_channel(output)
-        if kind == "scores":
-            image = self.plan.target_image
-            group = self.location / planned.image
-        else:
-            image = self.plan.label_image
-            name = self.plan.resolved.label_name + self.plan.suffixes[channel]
-            if kind == "mask":
-                name += "_mask"
-            group = self.location / planned.image / f"labels/{name}"
-        return Volume.of(group, image, level=level, t=planned.target_t, c=channel)
+        image = ImageTarget(self.plan, planned.image)
+        group = image.group(kind, "" if kind == "scores" else self.plan.suffixes[channel])
+        metadata = image.metadata_of(group)
+        return Volume.of(group.location, metadata, level=level, t=planned.target_t, c=channel)
 
     def create_images(self) -> None:
         """Create the groups and empty arrays of all images.
