@@ -1,11 +1,11 @@
 """What each plan is about: an image, or those fields of a plate that are of one form and were planned together.
 
-A plate is done in parts, each by a run of its own in one target. A field stays in
+A plate is done in parts, each by its own run in one target. A field stays in
 the part in which it was planned; fields of another form, and those that are chosen
 or can be read only later, make new parts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megaseg_dask.concurrency import map_threaded
@@ -15,6 +15,9 @@ from megaseg_dask.ngff.plate import Plate, is_plate, read_plate, select_fields
 from megaseg_dask.plan.plan import Plan, iter_run_folders
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.stores import Location
+
+# Reasons that a message lists.
+_MAX_REASONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,70 +38,72 @@ class Part:
 def read_parts(
     source: Location, target: Location, settings: Settings, recorded: Sequence[Plan]
 ) -> list[Part]:
-    """Return the parts of what is asked for, those that ``recorded`` holds first; reads metadata alone.
+    """Return the parts of a request, those of ``recorded`` runs first; reads metadata alone.
 
-    Raises :class:`SourceError` and :class:`SettingsError`, and :class:`TargetError` if only some fields of a
-    recorded part are asked for: a run is done as a whole.
+    Raises:
+        SourceError: The source cannot be read.
+        SettingsError: What is chosen is not there.
+        TargetError: Only some fields of a recorded part are chosen: a run is done as a whole.
     """
-    folders = iter_run_folders(target, settings.label_name)
     if not is_plate(source):
-        image = read_image(source)
-        if _is_choice(settings):
-            raise SettingsError(
-                f"{source} is no plate: --wells, --fields and --acquisition choose among its images"
-            )
-        earlier = None if settings.overwrite else next(iter(recorded), None)
-        return [Part(next(folders), image, recorded=earlier)]
-    plate, images = _read_fields(source, settings)
-    # A run on an image stands for all that its target holds.
-    known = {
-        plan.run: [f.path for f in plan.plate.fields] if plan.plate else list(images)
-        for plan in recorded
-    }
-    mine = [plan for plan in recorded if not images.keys().isdisjoint(known[plan.run])]
-    others = tuple(plan for plan in recorded if plan not in mine)
-    chosen: list[tuple[Location, list[str], Plan | None]] = []
-    if not settings.overwrite:
-        for plan in mine:
-            _require_all(known[plan.run], images, plate, target)
-            chosen.append((plan.run, known[plan.run], plan))
-    begun = {path for _, paths, _ in chosen for path in paths}
-    forms: dict[Image, list[str]] = {}
-    for path in images:
-        if path not in begun:
-            forms.setdefault(_form(images[path]), []).append(path)
-    taken = {plan.run for plan in (others if settings.overwrite else recorded)}
-    free = (folder for folder in folders if folder not in taken)
-    chosen += [(next(free), paths, None) for paths in forms.values()]
-    fields = {field.path: field for field in plate.fields}
-    # What is made anew replaces a run as a whole, unless only some of its fields are chosen: then the others stay.
-    staying = [
-        p
-        for p in mine
-        if not settings.overwrite or (_is_choice(settings) and set(known[p.run]) - images.keys())
-    ]
-    parts = []
-    for number, (run, paths, earlier) in enumerate(chosen):
-        first = images[paths[0]]
-        if changed := next((path for path in paths if _form(images[path]) != _form(first)), None):
-            raise TargetError(
-                f"{source}: field {changed} has another shape, voxel size or dtype than when the run at {target} "
-                "began; choose another target, or start anew with --overwrite"
-            )
-        # What cannot be read is told by the last of them, which stays unfinished until it is mended.
-        missing = plate.missing if number == len(chosen) - 1 else ()
-        its = replace(plate, fields=tuple(fields[path] for path in paths), missing=missing)
-        beside = others if earlier else (*others, *staying)
-        parts.append(Part(run, replace(first, name=plate.name), its, earlier, beside))
-    return parts
+        return [_read_image_part(source, target, settings, recorded)]
+    fields = _read_fields(source, settings)
+    runs = _Runs.of(recorded, fields, settings)
+    for plan in runs.resumed:
+        _require_all(plan, fields, target)
+    parts = [*_resumed_parts(runs, fields, target), *_new_parts(runs, fields, target, settings)]
+    # Fields that cannot be read are told by the last part, which stays unfinished until they can.
+    *before, last = parts
+    assert last.plate is not None
+    return [*before, replace(last, plate=replace(last.plate, missing=fields.plate.missing))]
 
 
-def _is_choice(settings: Settings) -> bool:
+def _read_image_part(
+    source: Location, target: Location, settings: Settings, recorded: Sequence[Plan]
+) -> Part:
+    image = read_image(source)
+    if _chooses_fields(settings):
+        raise SettingsError(
+            f"{source} is no plate: --wells, --fields and --acquisition choose among its images"
+        )
+    run = next(iter_run_folders(target, settings.label_name))
+    earlier = None if settings.overwrite else next(iter(recorded), None)
+    return Part(run, image, recorded=earlier)
+
+
+def _chooses_fields(settings: Settings) -> bool:
     return bool(settings.wells or settings.fields) or settings.acquisition is not None
 
 
-def _read_fields(source: Location, settings: Settings) -> tuple[Plate, dict[str, Image]]:
-    """Return the chosen part of a plate, and the images of the fields that can be read."""
+# -- the fields
+
+
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """The chosen fields of a plate that can be read, by path; ``forms`` is what fields of one part share."""
+
+    source: Location
+    plate: Plate
+    images: dict[str, Image]
+    forms: dict[str, Image]
+
+    def of_plan(self, plan: Plan) -> list[str]:
+        """Return the paths of a run's fields; a run on an image stands for all that its target holds."""
+        if plan.plate is None:
+            return list(self.images)
+        return [field.path for field in plan.plate.fields]
+
+    def plate_of(self, paths: Sequence[str]) -> Plate:
+        """Return the plate with only some of its fields, in this order."""
+        fields = {field.path: field for field in self.plate.fields}
+        return replace(self.plate, fields=tuple(fields[path] for path in paths), missing=())
+
+    def image_of(self, paths: Sequence[str]) -> Image:
+        """Return the image of some fields: that of the first, with the name of the plate."""
+        return replace(self.images[paths[0]], name=self.plate.name)
+
+
+def _read_fields(source: Location, settings: Settings) -> _Fields:
     plate = select_fields(
         read_plate(source),
         wells=settings.wells,
@@ -106,18 +111,21 @@ def _read_fields(source: Location, settings: Settings) -> tuple[Plate, dict[str,
         acquisition=settings.acquisition,
     )
     if not plate.fields:
-        listed = "; ".join(f"{path}: {reason}" for path, reason in plate.missing[:3])
+        listed = "; ".join(f"{path}: {reason}" for path, reason in plate.missing[:_MAX_REASONS])
         raise SourceError(f"{source} has no field that can be read ({listed})")
-    found = map_threaded(lambda field: _try_image(source / field.path), plate.fields)
-    images = {f.path: i for f, i in zip(plate.fields, found, strict=True) if isinstance(i, Image)}
-    broken = tuple(
-        (f.path, str(i))
-        for f, i in zip(plate.fields, found, strict=True)
-        if isinstance(i, SourceError)
-    )
+    images = {}
+    unreadable = []
+    results = map_threaded(lambda field: _try_image(source / field.path), plate.fields)
+    for field, result in zip(plate.fields, results, strict=True):
+        if isinstance(result, Image):
+            images[field.path] = result
+        else:
+            unreadable.append((field.path, str(result)))
     if not images:
-        raise SourceError(broken[0][1])
-    return replace(plate, missing=(*plate.missing, *broken)), images
+        raise SourceError(unreadable[0][1])
+    plate = replace(plate, missing=(*plate.missing, *unreadable))
+    forms = {path: _form(image) for path, image in images.items()}
+    return _Fields(source, plate, images, forms)
 
 
 def _try_image(location: Location) -> Image | SourceError:
@@ -129,22 +137,98 @@ def _try_image(location: Location) -> Image | SourceError:
 
 def _form(image: Image) -> Image:
     """Return what the fields of one part have in common: all but their names and places."""
-    levels = tuple(replace(v, translation=()) for v in image.levels)
+    levels = tuple(replace(level, translation=()) for level in image.levels)
     return replace(image, name="", levels=levels, channel_names=())
 
 
-def _require_all(
-    paths: Sequence[str], images: dict[str, Image], plate: Plate, target: Location
-) -> None:
-    absent = next((path for path in paths if path not in images), None)
+# -- the runs of a target
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """The recorded runs of a target, by what becomes of them.
+
+    ``resumed`` are the runs of the chosen fields, ``others`` those of other fields, and
+    ``staying`` overwritten runs of which only some fields are chosen.
+    """
+
+    recorded: tuple[Plan, ...]
+    resumed: tuple[Plan, ...]
+    others: tuple[Plan, ...]
+    staying: tuple[Plan, ...]
+
+    @classmethod
+    def of(cls, recorded: Sequence[Plan], fields: _Fields, settings: Settings) -> "_Runs":
+        chosen = []
+        others = []
+        for plan in recorded:
+            if fields.images.keys().isdisjoint(fields.of_plan(plan)):
+                others.append(plan)
+            else:
+                chosen.append(plan)
+        if not settings.overwrite:
+            return cls(tuple(recorded), tuple(chosen), tuple(others), tuple(chosen))
+        staying = []
+        if _chooses_fields(settings):
+            staying = [p for p in chosen if set(fields.of_plan(p)) - fields.images.keys()]
+        return cls(tuple(recorded), (), tuple(others), tuple(staying))
+
+
+def _resumed_parts(runs: _Runs, fields: _Fields, target: Location) -> Iterator[Part]:
+    for plan in runs.resumed:
+        paths = fields.of_plan(plan)
+        _require_one_form(paths, fields, target)
+        image = fields.image_of(paths)
+        yield Part(plan.run, image, fields.plate_of(paths), plan, runs.others)
+
+
+def _new_parts(
+    runs: _Runs, fields: _Fields, target: Location, settings: Settings
+) -> Iterator[Part]:
+    """Yield a part for each form of the fields that no run has."""
+    begun: set[str] = set()
+    for plan in runs.resumed:
+        begun.update(fields.of_plan(plan))
+    by_form: dict[Image, list[str]] = {}
+    for path, form in fields.forms.items():
+        if path not in begun:
+            by_form.setdefault(form, []).append(path)
+    standing = runs.others if settings.overwrite else runs.recorded
+    taken = {plan.run for plan in standing}
+    folders = iter_run_folders(target, settings.label_name)
+    free = (folder for folder in folders if folder not in taken)
+    beside = (*runs.others, *runs.staying)
+    for paths in by_form.values():
+        yield Part(next(free), fields.image_of(paths), fields.plate_of(paths), None, beside)
+
+
+def _require_one_form(paths: Sequence[str], fields: _Fields, target: Location) -> None:
+    form = fields.forms[paths[0]]
+    for path in paths:
+        if fields.forms[path] != form:
+            raise TargetError(
+                f"{fields.source}: field {path} has another shape, voxel size or dtype than when the "
+                f"run at {target} began; choose another target, or start anew with --overwrite"
+            )
+
+
+def _require_all(plan: Plan, fields: _Fields, target: Location) -> None:
+    """Raise :class:`TargetError` if a field of a run is not chosen, or cannot be read now."""
+    paths = fields.of_plan(plan)
+    absent = next((path for path in paths if path not in fields.images), None)
     if absent is None:
         return
-    reason = next(
-        (why for path, why in plate.missing if absent == path or absent.startswith(f"{path}/")),
-        None,
-    )
+    reason = _reason_of(absent, fields.plate)
     told = f"cannot be read now ({reason})" if reason else "is not chosen"
     raise TargetError(
-        f"{target} belongs to a run on {len(paths)} fields, of which {absent} {told}; choose all of them with --wells "
-        "and --fields, choose another target, or start anew with --overwrite"
+        f"{target} belongs to a run on {len(paths)} fields, of which {absent} {told}; choose all of "
+        "them with --wells and --fields, choose another target, or start anew with --overwrite"
     )
+
+
+def _reason_of(field: str, plate: Plate) -> str | None:
+    """Return why a field, or its well, cannot be read."""
+    for path, reason in plate.missing:
+        if field == path or field.startswith(f"{path}/"):
+            return reason
+    return None
