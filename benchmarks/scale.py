@@ -27,7 +27,7 @@ from benchmarks.machine import RESULTS, describe, keep
 from megaseg_dask.ngff.plate import Acquisition, Field, Plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.plan.summary import summarize
-from megaseg_dask.run.cluster.workers import CONFIG, WORKER_ENVIRONMENT
+from megaseg_dask.run.cluster.dask_config import CONFIG, WORKER_ENVIRONMENT
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment

@@ -30,7 +30,7 @@ from megaseg_dask.algorithms.normalization import Counts
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run import dispatcher
 from megaseg_dask.run.cluster import worker_plugin
-from megaseg_dask.run.cluster.workers import CONFIG
+from megaseg_dask.run.cluster.dask_config import CONFIG
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment

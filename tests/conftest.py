@@ -43,7 +43,7 @@ def client():
     import dask
     from distributed import Client, LocalCluster
 
-    from megaseg_dask.run.cluster.workers import CONFIG
+    from megaseg_dask.run.cluster.dask_config import CONFIG
 
     with dask.config.set(CONFIG):
         cluster = LocalCluster(
@@ -71,11 +71,13 @@ def shared_data() -> Path:
 @pytest.fixture
 def haunted(tmp_path, monkeypatch) -> Haunted:
     """Let the workers that a run starts do what :class:`Haunted` says."""
-    from megaseg_dask.run.cluster import workers
+    from megaseg_dask.run.cluster import dask_config
 
     (tmp_path / "haunted").mkdir()
     haunted = Haunted(tmp_path / "haunted")
     monkeypatch.setitem(
-        workers.CONFIG, "distributed.worker.preload", [workers.WORKER_PRELOAD, haunted.preload]
+        dask_config.CONFIG,
+        "distributed.worker.preload",
+        [dask_config.WORKER_PRELOAD, haunted.preload],
     )
     return haunted

@@ -18,7 +18,8 @@ from typing import Any
 from megaseg_dask.errors import ClusterError
 from megaseg_dask.events import Joined, Notice
 from megaseg_dask.plan.plan import Plan
-from megaseg_dask.run.cluster.workers import Workers, connect
+from megaseg_dask.run.cluster.connection import connect
+from megaseg_dask.run.cluster.workers import Workers
 from megaseg_dask.run.progress import Emit, Ready
 from megaseg_dask.run.retries import Retries
 from megaseg_dask.run.tasks.worker import Assignment, Outcome, is_infrastructure, run_tasks
@@ -286,7 +287,7 @@ class DaskDispatcher:
                 f"the scheduler does not answer ({error}); run the same command again"
             ) from error
         self._n_workers = max(self._n_workers, len(threads))
-        self._workers.look(len(threads))
+        self._workers.watch(len(threads))
         # A worker works on the groups that it was given first; the rest waits there.
         addresses: dict[Any, str] = {}
         for address, n_threads in threads.items():
@@ -355,7 +356,7 @@ class DaskExecutor:
         Raises:
             SettingsError: They cannot carry out the plan.
         """
-        self._workers.greet()
+        self._workers.check_workers()
 
     def ready(self, plan: Plan, options: StoreOptions) -> AbstractContextManager[None]:
         """Give the workers the model and the options of stores, and take it back at the end."""
@@ -378,7 +379,7 @@ def open_workers(plan: Plan, client: Any, emit: Emit) -> Iterator[DaskExecutor]:
         SettingsError: A scheduler does not answer, jobs are refused, or no worker comes.
     """
     if client is not None:
-        yield DaskExecutor(Workers(client, plan.engine.engine, plan.engine.device, emit))
+        yield DaskExecutor(Workers(client, plan.engine, emit))
         return
     with connect(plan, emit) as workers:
         yield DaskExecutor(workers)

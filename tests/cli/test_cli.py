@@ -400,7 +400,7 @@ def test_a_wrong_request_in_a_real_process(command, tmp_path):
 
 
 def test_a_scheduler_that_does_not_answer_writes_nothing(run, tiny_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("megaseg_dask.run.cluster.workers.START_S", 1)
+    monkeypatch.setattr("megaseg_dask.run.cluster.connection.START_S", 1)
     image(tmp_path)
     before = tree(tmp_path)
     address = ["--scheduler", "tcp://127.0.0.1:1"]

@@ -14,6 +14,7 @@ from distributed import Client, Security
 
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.events import Joined
+from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.cluster import worker_plugin
 from megaseg_dask.run.cluster.gpus import GpuCluster, visible_devices
@@ -22,6 +23,8 @@ from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location, StoreOptions
 from tests.faults.test_faults import arrays, assert_same
 from tests.fixtures.images import blobs, write_image
+
+ENGINE = EngineSpec("torch", "cpu", "fp32", threads=1)
 
 
 class Apart:
@@ -216,8 +219,8 @@ def test_a_worker_of_another_version_that_comes_late_is_sent_away(
 ):
     with apart.client() as client:
         events = []
-        workers = Workers(client, emit=events.append)
-        workers.greet()
+        workers = Workers(client, ENGINE, emit=events.append)
+        workers.check_workers()
         with workers.ready(_NoModel, Location.of(tmp_path / "run"), StoreOptions()):
             other = apart.worker("other", other_version)
             good = apart.worker("second")
@@ -225,7 +228,7 @@ def test_a_worker_of_another_version_that_comes_late_is_sent_away(
             while other.poll() is None or len(client.nthreads()) < 2:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
-            workers.look(2)
+            workers.watch(2)
         _end(good)
     assert {event.name for event in events if event.kind == "worker"} == {"first", "second"}
     assert [
@@ -267,7 +270,7 @@ def test_each_gpu_worker_sees_one_device_also_after_it_was_lost(monkeypatch):
 
 
 def test_two_workers_on_one_gpu_are_refused(client):
-    workers = Workers(client)
+    workers = Workers(client, ENGINE)
     for name in ("one", "two"):
         workers.joined[name] = Joined(name, name, "host", 8, 0, "NVIDIA H100", "GPU-a")
     with pytest.raises(SettingsError, match="workers one and two share GPU GPU-a on host"):

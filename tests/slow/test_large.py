@@ -43,7 +43,7 @@ def test_shards_of_a_ragged_volume_lose_nothing_to_many_writers(tmp_path, tiny_b
     import dask
     from distributed import Client, LocalCluster
 
-    from megaseg_dask.run.cluster.workers import CONFIG
+    from megaseg_dask.run.cluster.dask_config import CONFIG
 
     source = write_image(tmp_path / "image.zarr", blobs((37, 263, 521)))
     options = {

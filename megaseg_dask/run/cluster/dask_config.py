@@ -1,22 +1,24 @@
-"""How Dask has to be set for our workers, and how processes that somebody else starts get these settings."""
+"""How Dask is configured for our workers, and how processes that somebody else starts get it."""
 
 from typing import Any
 
 import dask
 
-# Read by libraries as they load, so set before a worker starts; worth a factor of 2 and of 4 (docs/decisions.md).
+# Read by libraries as they load, so set before a worker starts; worth a factor of 2 and of 4
+# (docs/decisions.md).
 WORKER_ENVIRONMENT = {
-    # A forward pass frees and allocates gigabytes: keep them, rather than return and fault them in each time. One
-    # arena, because glibc gives other arenas, which threads get, heaps of at most 64 MB.
+    # A forward pass frees and allocates gigabytes: keep them, rather than return them and fault
+    # them in each time. One arena, because glibc gives other arenas, which threads get, heaps of at
+    # most 64 MB.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "2000000000",
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
-    # Threads that spin at a barrier hold up each other as soon as another process wants a core.
+    # Threads that spin at a barrier hold each other up as soon as another process wants a core.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
-# Ctrl-C reaches every process of a terminal: the client alone answers it, and ends its workers. What fails in a
-# worker comes back to the client, which says so once and in one line.
+# Ctrl-C reaches every process of a terminal: the client alone answers it, and ends its workers.
+# An error in a worker comes back to the client, which reports it once and in one line.
 WORKER_PRELOAD = """
 import logging
 import signal
@@ -26,14 +28,15 @@ def dask_setup(worker):
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
 """
 
-# A worker that sends no sign of life for so long is given up; a call that holds the interpreter may be silent a while.
+# A worker without a heartbeat for this long is given up; a call that holds the interpreter may be
+# silent for a while.
 WORKER_TIMEOUT_S = 120.0
 
 # What a scheduler decides, whoever started it.
 SCHEDULER_CONFIG = {
-    # A worker never holds a second task in waiting, so a task that kills it takes no neighbour along.
+    # A worker never holds a second waiting task, so a task that kills it takes no neighbor along.
     "distributed.scheduler.worker-saturation": 1.0,
-    # We count attempts ourselves, and tell who dies for its neighbour from who killed the worker.
+    # The run counts attempts itself, and tells a task that killed its worker from its neighbors.
     "distributed.scheduler.allowed-failures": 0,
 }
 
@@ -55,14 +58,15 @@ CONFIG = {
 
 
 def inherited() -> dict[str, str]:
-    """Return the environment variable by which a Dask process elsewhere takes over :data:`CONFIG`, and nothing else.
+    """Return the environment variable by which a Dask process elsewhere gets :data:`CONFIG`.
 
-    Dask's own mechanism would hand on the whole configuration of this process, credentials included. What a worker
-    elsewhere logs goes to its job's output, and may be all there is to find out why it ended.
+    Dask's own mechanism would hand on the whole configuration of this process,
+    credentials included. The preload is left out: it silences the log, and the log of a
+    worker elsewhere goes to its job's output, and may be all there is to find out why it
+    ended.
     """
+    config = dict(CONFIG)
+    del config["distributed.worker.preload"]
     nested: dict[str, Any] = {}
-    dask.config.set(
-        {key: value for key, value in CONFIG.items() if key != "distributed.worker.preload"},
-        config=nested,
-    )
+    dask.config.set(config, config=nested)
     return {"DASK_INTERNAL_INHERIT_CONFIG": dask.config.serialize(nested)}

@@ -15,7 +15,7 @@ from megaseg_dask.plan.cluster_spec import Cluster, TlsFiles, nearest
 from megaseg_dask.plan.plan import TASKS_AT_ONCE
 from megaseg_dask.run.cluster.dask_config import inherited
 
-# On loopback: a dashboard asks nobody who he is, whatever the rest is protected by.
+# On loopback: a dashboard asks for no credentials, whatever the rest is protected by.
 _DASHBOARD = "127.0.0.1:0"
 
 # kind: class of dask-jobqueue, and the command by which jobs are submitted.
@@ -44,9 +44,11 @@ _CLOSE_S = 90.0
 
 @contextmanager
 def started(wanted: Cluster) -> Iterator[Any]:
-    """Yield Dask's cluster object with the first workers on their way, and give all of it back.
+    """Yield Dask's cluster object with the first workers on their way, and close it at the end.
 
-    Raises :class:`SettingsError` for what cannot be started, with the reason that the batch system gives.
+    Raises:
+        SettingsError: Workers cannot be started, with the reason that the batch system gives.
+        EngineError: Workers of this machine cannot be started.
     """
     with ExitStack() as stack:
         try:
@@ -62,34 +64,40 @@ def started(wanted: Cluster) -> Iterator[Any]:
 
 
 def _close(cluster: Any) -> None:
-    # A job that could not be submitted has a status that Dask does not expect at the end. A nanny whose worker hung may
-    # wait for ever: the run is over by then, and what is left ends with this process.
+    # A job that could not be submitted has a status that Dask does not expect at the end. A nanny
+    # whose worker hung may wait for ever: the run is over by then, and what is left ends with this
+    # process.
     with suppress(TimeoutError, OSError, AssertionError):
         cluster.close(timeout=_CLOSE_S)
 
 
 def _scale(wanted: Cluster, cluster: Any) -> None:
-    n = wanted.workers or (max(wanted.adaptive.minimum, 1) if wanted.adaptive else None)
-    if n is None or wanted.kind == "local":
+    n_workers = wanted.workers
+    if wanted.adaptive and not n_workers:
+        n_workers = max(wanted.adaptive.minimum, 1)
+    if n_workers is None or wanted.kind == "local":
         return
-    cluster.scale(n)
+    cluster.scale(n_workers)
     if wanted.kind in _BATCH:
         # Dask submits in the background.
-        async def submitted() -> None:
-            await cluster
-
-        cluster.sync(submitted)
+        cluster.sync(_wait_for, cluster)
         if refused := cluster.job_cls.refused:
             raise _explained(wanted, refused[0])
 
 
+async def _wait_for(cluster: Any) -> None:
+    await cluster
+
+
 def require_queued(wanted: Cluster, cluster: Any) -> None:
-    """Raise :class:`SettingsError` if all jobs have ended before a worker joined: waiting longer is in vain."""
-    jobs = (
-        [str(job.job_id) for job in cluster.workers.values() if job.job_id]
-        if wanted.kind == "slurm"
-        else []
-    )
+    """Check that a job is left whose worker may join.
+
+    Raises:
+        SettingsError: All jobs have ended before a worker joined.
+    """
+    if wanted.kind != "slurm":
+        return
+    jobs = [str(job.job_id) for job in cluster.workers.values() if job.job_id]
     if not jobs:
         return
     command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"]
@@ -105,22 +113,24 @@ def require_queued(wanted: Cluster, cluster: Any) -> None:
 def adapt(wanted: Cluster, cluster: Any) -> None:
     """Let Dask choose the number of workers from now on, if the file says so."""
     if wanted.adaptive:
-        # Not none at all while a run goes on: the next task would wait for a queue.
+        # At least one while a run lasts: the next task would otherwise wait for a queue.
         cluster.adapt(minimum=max(wanted.adaptive.minimum, 1), maximum=wanted.adaptive.maximum)
 
 
 def security_of(wanted: Cluster) -> Any:
-    """Return the certificates of a cluster: made for it, from files, or ``None``; raises :class:`SettingsError`."""
+    """Return the certificates of a cluster: made for it, from files, or ``None``.
+
+    Raises:
+        SettingsError: Certificates cannot be made here.
+    """
     from distributed import Security
 
     if isinstance(files := wanted.tls, TlsFiles):
-        ca_file, cert, key = (
-            str(path.expanduser().absolute()) for path in (files.ca_file, files.cert, files.key)
-        )
-        named = {f"tls_{role}_cert": cert for role in _ROLES} | {
-            f"tls_{role}_key": key for role in _ROLES
-        }
-        return Security(tls_ca_file=ca_file, require_encryption=True, **named)
+        named = {"tls_ca_file": _absolute(files.ca_file)}
+        for role in _ROLES:
+            named[f"tls_{role}_cert"] = _absolute(files.cert)
+            named[f"tls_{role}_key"] = _absolute(files.key)
+        return Security(require_encryption=True, **named)
     if not wanted.encrypted:
         return None
     try:
@@ -130,6 +140,10 @@ def security_of(wanted: Cluster) -> Any:
             "tls: certificates are made by cryptography, which is not installed: "
             "pip install 'megaseg-dask[jobqueue]', or set tls: false"
         ) from error
+
+
+def _absolute(path: Path) -> str:
+    return str(path.expanduser().absolute())
 
 
 # -- one function per kind
@@ -160,59 +174,59 @@ def _cuda(wanted: Cluster, _: ExitStack) -> Any:
     from megaseg_dask.inference.gpu import cuda_devices
     from megaseg_dask.run.cluster.gpus import GpuCluster, visible_devices
 
-    n = len(cuda_devices())
-    if not n:
+    n_devices = len(cuda_devices())
+    if not n_devices:
         raise SettingsError(
             "--device cuda: PyTorch sees no GPU here; run megaseg doctor, or use --device cpu"
         )
-    most = wanted.workers or (wanted.adaptive.maximum if wanted.adaptive else n)
-    if most > n:
+    max_workers = wanted.workers
+    if wanted.adaptive and not max_workers:
+        max_workers = wanted.adaptive.maximum
+    if max_workers and max_workers > n_devices:
         raise SettingsError(
-            f"{most} workers: there are {n} GPUs here, and a worker has one for itself"
+            f"{max_workers} workers: there are {n_devices} GPUs here, and a worker has one for "
+            "itself"
         )
-    # One thread computes, while others read and write.
-    threads = {"threads_per_worker": TASKS_AT_ONCE["cuda"]}
-    options = {**_local_options(wanted), **threads, **_options(wanted, LocalCluster, Nanny, Worker)}
-    cluster = GpuCluster(visible_devices(n), **options)
-    if not wanted.workers and not wanted.adaptive:
-        cluster.scale(n)
+    options = {
+        **_local_options(wanted),
+        # One thread computes, while others read and write.
+        "threads_per_worker": TASKS_AT_ONCE["cuda"],
+        **_options(wanted, LocalCluster, Nanny, Worker),
+    }
+    cluster = GpuCluster(visible_devices(n_devices), **options)
+    if not max_workers:
+        cluster.scale(n_devices)
     return cluster
 
 
 def _batch(wanted: Cluster, stack: ExitStack) -> Any:
-    name, _ = _BATCH[wanted.kind]
+    class_name, _ = _BATCH[wanted.kind]
     library = _library("dask_jobqueue", "jobqueue")
-    cls = getattr(library, name)
-    options = _options(wanted, cls, *_ancestors(cls.job_cls))
+    cls = getattr(library, class_name)
+    options = {"processes": 1, **_options(wanted, cls, *_ancestors(cls.job_cls))}
+    folder = options.pop("shared_temp_directory", ".")
     exports = [f"export {key}={value}" for key, value in inherited().items()]
-    # Of two the last counts: a task uses all cores of its worker.
-    arguments = [
-        "--nthreads",
-        _n_threads(wanted),
-        "--no-dashboard",
-        *options.get("worker_extra_args", ()),
-    ]
+    # Of two --nthreads the last counts: a task uses all cores of its worker.
+    arguments = ["--nthreads", _n_threads(wanted), "--no-dashboard"]
+    options["job_script_prologue"] = [*exports, *options.get("job_script_prologue", ())]
+    options["worker_extra_args"] = [*arguments, *options.get("worker_extra_args", ())]
+    options["scheduler_options"] = {
+        "dashboard_address": _DASHBOARD,
+        **options.get("scheduler_options", {}),
+    }
     return cls(
         n_workers=0,
-        job_cls=_outspoken(cls.job_cls),
-        security=_in_files(security_of(wanted), options.pop("shared_temp_directory", "."), stack),
-        **{
-            "processes": 1,
-            **options,
-            "job_script_prologue": [*exports, *options.get("job_script_prologue", ())],
-            "worker_extra_args": arguments,
-            "scheduler_options": {
-                "dashboard_address": _DASHBOARD,
-                **options.get("scheduler_options", {}),
-            },
-        },
+        job_cls=_job_class(cls.job_cls),
+        security=_in_files(security_of(wanted), folder, stack),
+        **options,
     )
 
 
-def _outspoken(job_cls: Any) -> Any:
-    """Return the class of a job that keeps what the batch system says against it; Dask would log it and go on."""
+def _job_class(job_cls: Any) -> Any:
+    """Return the class of a job that keeps the error of a refusal; Dask would log it and go on."""
+    from distributed.core import Status
 
-    class Outspoken(job_cls):  # type: ignore[misc]  # known when it is called
+    class Job(job_cls):  # type: ignore[misc]  # known when it is called
         refused: ClassVar[list[Exception]] = []
 
         async def start(self) -> None:
@@ -227,9 +241,7 @@ def _outspoken(job_cls: Any) -> Any:
             await super().close()
             self.status = Status.closed
 
-    from distributed.core import Status
-
-    return Outspoken
+    return Job
 
 
 def _n_threads(wanted: Cluster) -> str:
@@ -238,38 +250,36 @@ def _n_threads(wanted: Cluster) -> str:
 
 
 def _in_files(security: Any, folder: str, stack: ExitStack) -> Any:
-    """Put certificates that were made for a cluster where its jobs read them, which begin in the folder of the command.
+    """Write certificates that were made for a cluster to files that its jobs can read.
 
-    The library would do so too, with files that it closes when nobody knows.
+    Jobs begin in the folder of the command. The library would do so too, with files
+    that it closes at a time of its choice.
     """
-    if security is None or "\n" not in security.tls_ca_file:
+    is_text = security is not None and "\n" in security.tls_ca_file
+    if not is_text:
         return security
-    to = Path(
-        stack.enter_context(
-            tempfile.TemporaryDirectory(prefix=".megaseg-", dir=Path(folder).expanduser())
-        )
-    )
-    for name in (
-        "tls_ca_file",
-        *(f"tls_{role}_{part}" for role in _ROLES for part in ("cert", "key")),
-    ):
-        # The folder is its owner's alone.
-        (to / name).write_text(getattr(security, name))
-        setattr(security, name, str((to / name).absolute()))
+    temporary = tempfile.TemporaryDirectory(prefix=".megaseg-", dir=Path(folder).expanduser())
+    # The folder is readable by its owner alone.
+    target = Path(stack.enter_context(temporary))
+    certificates = [f"tls_{role}_cert" for role in _ROLES]
+    keys = [f"tls_{role}_key" for role in _ROLES]
+    for name in ("tls_ca_file", *certificates, *keys):
+        path = target / name
+        path.write_text(getattr(security, name))
+        setattr(security, name, str(path.absolute()))
     return security
 
 
 def _kubernetes(wanted: Cluster, _: ExitStack) -> Any:
     library = _library("dask_kubernetes.operator", "kubernetes")
     options = _options(wanted, library.KubeCluster, library.make_cluster_spec)
-    made = {
-        key: options.pop(key)
-        for key in inspect.signature(library.make_cluster_spec).parameters
-        if key in options
-    }
-    spec = options.pop("custom_cluster_spec", None) or kubernetes_spec(
-        n_workers=wanted.workers or 1, n_threads=_n_threads(wanted), **made
-    )
+    parameters = inspect.signature(library.make_cluster_spec).parameters
+    spec_options = {key: options.pop(key) for key in parameters if key in options}
+    spec = options.pop("custom_cluster_spec", None)
+    if not spec:
+        spec = kubernetes_spec(
+            n_workers=wanted.workers or 1, n_threads=_n_threads(wanted), **spec_options
+        )
     return library.KubeCluster(custom_cluster_spec=spec, quiet=True, **options)
 
 
@@ -281,20 +291,25 @@ def kubernetes_spec(
     n_threads: str = "1",
     **options: Any,
 ) -> dict[str, Any]:
-    """Return the DaskCluster resource: our settings in the environment, and no GPU for the scheduler."""
+    """Return the DaskCluster resource, with our settings in the environment.
+
+    The scheduler gets no GPU.
+    """
     command = worker_command or ["dask", "worker", "--nthreads", n_threads]
     library = _library("dask_kubernetes.operator", "kubernetes")
     spec: dict[str, Any] = library.make_cluster_spec(
         name, env={**inherited(), **(env or {})}, worker_command=command, **options
     )
     (container,) = spec["spec"]["scheduler"]["spec"]["containers"]
-    # The operator's own maker gives the scheduler what a worker gets.
-    for kind, amounts in list((container.get("resources") or {}).items()):
-        container["resources"] = {
-            **container["resources"],
-            kind: {key: amount for key, amount in amounts.items() if not key.endswith("/gpu")},
-        }
+    # The operator's own function gives the scheduler what a worker gets.
+    resources = container.get("resources") or {}
+    if resources:
+        container["resources"] = {kind: _without_gpu(resources[kind]) for kind in resources}
     return spec
+
+
+def _without_gpu(amounts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: amount for key, amount in amounts.items() if not key.endswith("/gpu")}
 
 
 _KINDS: dict[str, Callable[[Cluster, ExitStack], Any]] = {
@@ -320,23 +335,22 @@ def _library(name: str, extra: str) -> Any:
 
 def _ancestors(cls: type) -> Iterator[Any]:
     # Each class of the library passes on what it does not know itself.
-    yield from (
-        parent for parent in cls.__mro__ if "__init__" in vars(parent) and parent is not object
-    )
-    yield from _cluster_class().__mro__[:1]
-
-
-def _cluster_class() -> Any:
-    return _library("dask_jobqueue.core", "jobqueue").JobQueueCluster
+    for parent in cls.__mro__:
+        if "__init__" in vars(parent) and parent is not object:
+            yield parent
+    yield _library("dask_jobqueue.core", "jobqueue").JobQueueCluster
 
 
 def _options(wanted: Cluster, *takers: Any) -> dict[str, Any]:
-    """Return the options of the file; raises :class:`SettingsError` for one that the library does not take."""
-    known = (
-        {name for taker in takers for name in inspect.signature(taker).parameters}
-        - _OURS
-        - {"args", "kwargs"}
-    )
+    """Return the options of the file, which its library takes.
+
+    Raises:
+        SettingsError: The library does not take one of them.
+    """
+    known: set[str] = set()
+    for taker in takers:
+        known.update(inspect.signature(taker).parameters)
+    known -= _OURS | {"args", "kwargs"}
     for key in wanted.options:
         if key not in known:
             raise SettingsError(f"options: {wanted.kind} takes no {key}{nearest(key, known)}")
@@ -347,13 +361,15 @@ def _explained(wanted: Cluster, error: Exception) -> MegasegError:
     """Return an error of a library or of a batch system as one line."""
     if wanted.is_local:
         return EngineError(
-            f"workers could not start ({error}); in a script, put its calls under `if __name__ == '__main__':`"
+            f"workers could not start ({error}); "
+            "in a script, put its calls under `if __name__ == '__main__':`"
         )
     if isinstance(error, FileNotFoundError) and wanted.kind in _BATCH:
         command = _BATCH[wanted.kind][1]
         return SettingsError(
             f"kind {wanted.kind}: there is no {command} here; run this where jobs are submitted"
         )
-    found = re.search(r"stderr:\n(.+)", str(error), re.DOTALL)
-    reason = " ".join((found[1] if found else str(error) or type(error).__name__).split())
-    return SettingsError(f"kind {wanted.kind}: {reason}")
+    text = str(error) or type(error).__name__
+    output = re.search(r"stderr:\n(.+)", text, re.DOTALL)
+    reason = output[1] if output else text
+    return SettingsError(f"kind {wanted.kind}: {' '.join(reason.split())}")

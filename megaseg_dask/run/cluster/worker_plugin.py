@@ -1,14 +1,14 @@
-"""What a worker gets as it joins a run, the first as well as one that comes hours later, and what it says of itself.
+"""What a worker gets as it joins a run, the first as well as one that comes hours later.
 
-It is one plugin, which the scheduler gives to each worker before its first
-task, and takes back at the end.
+It is one plugin, which the scheduler gives to each worker before its first task,
+and takes back at the end. A worker says here too what it is.
 """
 
-import os
 import socket
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from megaseg_dask.inference.engine import n_cores
 from megaseg_dask.models import staging
 from megaseg_dask.stores import StoreOptions, configure
 
@@ -24,62 +24,75 @@ def make_plugin(
     versions: Mapping[str, list[str]],
     lifetime_s: Lifetime,
 ) -> Any:
-    """Return the plugin: store options, where copies of bundles are, versions to insist on, and when to leave.
+    """Return the plugin that makes a worker ready for the tasks of a run.
 
-    A worker whose packages do not begin with ``versions`` leaves before it has done anything. The class is made here,
-    so that it travels as a whole: another version of this package may not have it.
+    ``bundles`` is the address of the copies of bundles, if workers need them. A worker
+    whose packages do not begin with ``versions`` leaves before it has done anything.
+    The class is made here, so that it travels as a whole: another version of this
+    package may not have it.
     """
     from distributed import WorkerPlugin
 
     topic = NAME
     module = __name__
 
-    class Joining(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
+    class RunPlugin(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         name = topic
 
         async def setup(self, worker: Any) -> None:
             import importlib
             from importlib.metadata import PackageNotFoundError, version
 
-            for name, wanted in versions.items():
+            for package, required in versions.items():
                 try:
-                    found = version(name)
+                    installed = version(package)
                 except PackageNotFoundError:
-                    found = "missing"
-                if found.partition("+")[0].split(".")[: len(wanted)] != wanted:
-                    text = f"worker {worker.address} was sent away: it has {name} {found}, not {'.'.join(wanted)}"
-                    worker.log_event(topic, {"notice": text})
+                    installed = "missing"
+                parts = installed.partition("+")[0].split(".")
+                if parts[: len(required)] != required:
+                    notice = (
+                        f"worker {worker.address} was sent away: "
+                        f"it has {package} {installed}, not {'.'.join(required)}"
+                    )
+                    worker.log_event(topic, {"notice": notice})
                     worker.loop.add_callback(worker.close, reason="megaseg-version")
                     return
-            importlib.import_module(module).join(worker, options, bundles, lifetime_s)
+            plugin = importlib.import_module(module)
+            plugin.set_up_worker(worker, options, bundles, lifetime_s)
 
         def teardown(self, worker: Any) -> None:
             import importlib
 
-            importlib.import_module(module).leave(worker)
+            importlib.import_module(module).tear_down_worker()
 
-    return Joining()
+    return RunPlugin()
 
 
-def join(worker: Any, options: StoreOptions, bundles: str | None, lifetime_s: Lifetime) -> None:
+def set_up_worker(
+    worker: Any, options: StoreOptions, bundles: str | None, lifetime_s: Lifetime
+) -> None:
     """Make this process ready for the tasks of a run."""
     configure(options)
     staging.use(staging.Copies(bundles, worker.local_directory) if bundles else None)
     if lifetime_s:
         import random
 
-        after_s = lifetime_s[0] + random.uniform(-1, 1) * lifetime_s[1]
+        mean_s, spread_s = lifetime_s
+        after_s = mean_s + random.uniform(-1, 1) * spread_s
         worker.loop.call_later(after_s, _retire, worker)
 
 
-def leave(worker: Any) -> None:
-    """Forget what :func:`join` said; options of stores may be secret."""
+def tear_down_worker() -> None:
+    """Undo :func:`set_up_worker`; options of stores may be secret."""
     configure(StoreOptions())
     staging.use(None)
 
 
 async def _retire(worker: Any) -> None:
-    """Take no further task, finish the one at hand, and leave: Dask's own lifetime would throw that one away."""
+    """Take no further task, finish the current one, and leave.
+
+    Dask's own lifetime would throw the current task away.
+    """
     import asyncio
 
     from distributed.core import Status
@@ -91,21 +104,20 @@ async def _retire(worker: Any) -> None:
 
 
 def describe(on_gpu: bool, dask_worker: Any = None) -> dict[str, Any]:
-    """Return what this worker is, as :class:`~megaseg_dask.events.Joined` tells it; Dask passes ``dask_worker``."""
-    worker = dask_worker
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    found = {
-        "name": str(worker.name),
-        "address": worker.address,
+    """Return the fields of this worker's :class:`~megaseg_dask.events.Joined`.
+
+    Dask passes ``dask_worker``.
+    """
+    description = {
+        "name": str(dask_worker.name),
+        "address": dask_worker.address,
         "host": socket.gethostname(),
-        "cores": cores,
-        "memory_limit": worker.memory_manager.memory_limit or 0,
+        "cores": n_cores(),
+        "memory_limit": dask_worker.memory_manager.memory_limit or 0,
     }
     if on_gpu:
         from megaseg_dask.inference.gpu import cuda_identity
 
         device, uuid = cuda_identity() or (None, None)
-        found |= {"device": device, "uuid": uuid}
-    return found
+        description |= {"device": device, "uuid": uuid}
+    return description

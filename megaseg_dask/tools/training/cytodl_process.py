@@ -12,7 +12,7 @@ from typing import Any
 
 from megaseg_dask.errors import SettingsError, TaskError
 from megaseg_dask.events import Epoch, Event, Progress
-from megaseg_dask.run.cluster.workers import WORKER_ENVIRONMENT
+from megaseg_dask.run.cluster.dask_config import WORKER_ENVIRONMENT
 from megaseg_dask.tools.training.folder import TrainingFolder
 from megaseg_dask.tools.training.recipes import Recipe
 

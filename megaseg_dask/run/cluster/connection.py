@@ -1,0 +1,145 @@
+"""From a plan's settings to its workers: a scheduler that answers, and a first worker that joined."""
+
+import logging
+import multiprocessing
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import dask
+
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.events import Notice
+from megaseg_dask.plan.cluster_spec import BATCH, Cluster, cluster_of
+from megaseg_dask.plan.plan import Plan
+from megaseg_dask.run.cluster.dask_config import CONFIG, WORKER_TIMEOUT_S
+from megaseg_dask.run.cluster.start import adapt, require_queued, security_of, started
+from megaseg_dask.run.cluster.workers import QUEUE_S, Emit, Workers
+
+# A first worker on this machine joins within seconds.
+START_S = 60.0
+# After this long a person is told what the run waits for.
+_NOTICE_S = 10.0
+
+
+@contextmanager
+def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
+    """Yield the workers that the plan's settings ask for, once the first is there; end them after.
+
+    Raises:
+        SettingsError: A scheduler does not answer, jobs are refused, or no worker comes.
+    """
+    # Its defaults join the configuration at the import: within ours they would be gone when that
+    # ends, and with them the next run of this process.
+    import distributed  # noqa: F401
+
+    _require_main_guard()
+    cluster = cluster_of(plan.settings)
+    if cluster.kind == "local" and plan.engine.device == "cuda":
+        cluster = cluster.model_copy(update={"kind": "cuda"})
+    timeout_s = min(plan.settings.timeout or WORKER_TIMEOUT_S, WORKER_TIMEOUT_S)
+    config = {**CONFIG, "distributed.scheduler.worker-ttl": f"{timeout_s}s"}
+    with dask.config.set(config), _quiet(), _dask_cluster(cluster) as dask_cluster:
+        with _open_client(cluster, dask_cluster, emit) as client:
+            _wait_for_worker(client, cluster, emit)
+            adapt(cluster, dask_cluster)
+            yield Workers(client, plan.engine, emit, cluster)
+
+
+def _dask_cluster(cluster: Cluster) -> Any:
+    if cluster.kind == "scheduler":
+        return nullcontext()
+    return started(cluster)
+
+
+def _open_client(cluster: Cluster, dask_cluster: Any, emit: Emit) -> Any:
+    from distributed import Client
+
+    if dask_cluster is not None:
+        return Client(dask_cluster)
+    # A scheduler that was started beside this command may need a moment.
+    notice = Notice(
+        f"no answer from the scheduler at {cluster.address} yet; waiting {START_S:.0f} s in all"
+    )
+    timer = threading.Timer(_NOTICE_S / 2, emit, [notice])
+    timer.start()
+    try:
+        return Client(cluster.address, timeout=START_S, security=security_of(cluster))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"--scheduler {cluster.address}: no answer: {error}; check the address, and that dask "
+            "scheduler runs there"
+        ) from error
+    except (TypeError, RuntimeError) as error:
+        raise SettingsError(
+            f"--scheduler {cluster.address}: {error}; name its certificates in a cluster file "
+            "(docs/clusters.md)"
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def _require_main_guard() -> None:
+    """Refuse to run while a worker imports the user's script: it would start workers, without end."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SettingsError(
+            "workers import your script: put its calls under `if __name__ == '__main__':`"
+        )
+
+
+def _wait_for_worker(client: Any, cluster: Cluster, emit: Emit) -> None:
+    """Wait for the first worker: seconds on this machine, as long as it takes in a queue."""
+    max_wait_s = cluster.wait or (QUEUE_S if cluster.is_queued else START_S)
+    ends = time.monotonic() + max_wait_s
+    is_silent = not cluster.is_local
+    while True:
+        left_s = ends - time.monotonic()
+        try:
+            client.wait_for_workers(1, timeout=max(min(_NOTICE_S, left_s), 0.1))
+            return
+        except TimeoutError as error:
+            require_queued(cluster, client.cluster)
+            if left_s <= _NOTICE_S:
+                raise SettingsError(
+                    f"no worker joined within {max_wait_s:.0f} s; {_where_to_look(cluster, client)}"
+                ) from error
+        if is_silent:
+            emit(
+                Notice(
+                    f"waiting for the first worker, for {max_wait_s / 60:.0f} minutes at most; "
+                    "it joins when its job runs"
+                )
+            )
+            is_silent = False
+
+
+def _where_to_look(cluster: Cluster, client: Any) -> str:
+    if cluster.kind in BATCH:
+        return (
+            "look at the output of its jobs (options: log_directory), "
+            "and whether they may reach this machine"
+        )
+    return f"see {client.dashboard_link}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Dask's log lines about workers that come and go from the user's terminal."""
+    names = ("distributed", "distributed.nanny", "distributed.scheduler")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # A busy dashboard port is replaced by a free one, which the address shown later tells.
+            warnings.filterwarnings("ignore", "Port .* is already in use")
+            # The run compares versions itself, and says which difference matters.
+            warnings.filterwarnings("ignore", "Mismatched versions found")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
