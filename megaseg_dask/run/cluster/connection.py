@@ -1,4 +1,4 @@
-"""From a plan's settings to its workers: a scheduler that answers, and a first worker that joined."""
+"""The way to workers: a scheduler that answers, and a first worker that joined."""
 
 import logging
 import multiprocessing
@@ -27,7 +27,9 @@ _NOTICE_S = 10.0
 
 @contextmanager
 def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
-    """Yield the workers that the plan's settings ask for, once the first is there; end them after.
+    """Yield the workers that the plan's settings ask for, once the first is there.
+
+    They are given back at the end.
 
     Raises:
         SettingsError: A scheduler does not answer, jobs are refused, or no worker comes.
@@ -83,7 +85,7 @@ def _open_client(cluster: Cluster, dask_cluster: Any, emit: Emit) -> Any:
 
 
 def _require_main_guard() -> None:
-    """Refuse to run while a worker imports the user's script: it would start workers, without end."""
+    """Refuse to run while a worker imports the user's script: it would start more workers."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SettingsError(
             "workers import your script: put its calls under `if __name__ == '__main__':`"

@@ -1,4 +1,4 @@
-"""Starting workers: one small function per kind of cluster, each by the library that exists for it."""
+"""Starting workers: one small function per kind of cluster, by the library that exists for it."""
 
 import importlib
 import inspect
