@@ -1,4 +1,7 @@
-"""``make bench``: run the measurements and keep their results; ``--small`` only shows that they run."""
+"""``make bench``: run the measurements and keep their results.
+
+``--small`` only shows that they run.
+"""
 
 import argparse
 

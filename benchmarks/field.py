@@ -1,4 +1,6 @@
-"""One field, each engine against MONAI eager, which is what cyto-dl runs: the same network, the same windows.
+"""One field: each engine against MONAI eager, which is what cyto-dl runs.
+
+The network and the windows are the same.
 
 Ours is the whole job, from Zarr to scores, labels and pyramid, with the
 options' defaults; MONAI's and nnU-Net's are the forward passes and blending
@@ -130,16 +132,14 @@ def _run(
     source: Path, targets: Path, case: Case, model: str, expected: np.ndarray
 ) -> dict[str, Any]:
     options = {"model": model, **case.options}
-    exact, log, folder = (
-        f"{targets}-float32.zarr",
-        Path(f"{targets}.passes"),
-        Path(f"{targets}.workers"),
-    )
+    exact = f"{targets}-float32.zarr"
+    log = Path(f"{targets}.passes")
+    folder = Path(f"{targets}.workers")
     folder.mkdir()
-    with cluster(
-        folder, 1, TIMED_ENGINE.replace("LOG", repr(str(log))), environment=case.environment
-    ) as running:
-        # The first run of a worker holds its imports and the compilation of the network; those after it are the pace.
+    preload = TIMED_ENGINE.replace("LOG", repr(str(log)))
+    with cluster(folder, 1, preload, environment=case.environment) as running:
+        # The first run of a worker holds its imports and the compilation of the network; later
+        # ones show the pace.
         started = time.perf_counter()
         of_first = parse_settings({**options, "scores_dtype": "float32", "outputs": "scores"})
         segment(str(source), exact, of_first, client=running["client"])
@@ -147,9 +147,11 @@ def _run(
 
         def again(target: str) -> dict[str, Any]:
             log.unlink()
-            before, started = cpu_s(), time.perf_counter()
+            before = cpu_s()
+            started = time.perf_counter()
             result = segment(str(source), target, parse_settings(options), client=running["client"])
-            wall_s, spent_s = time.perf_counter() - started, cpu_s() - before
+            wall_s = time.perf_counter() - started
+            spent_s = cpu_s() - before
             [(plan, journal)] = plan_runs(str(source), target, parse_settings(options))
             passes = [float(line) for line in log.read_text().splitlines()]
             task_s = journal.timings["volume"].seconds
@@ -167,16 +169,18 @@ def _run(
             }
 
         best = min((again(f"{targets}-{n}.zarr") for n in range(2)), key=lambda run: run["wall_s"])
-    return {**best, **_compare(np.asarray(open_array(Location.of(exact) / "0")[...]), expected)}
+    scores = np.asarray(open_array(Location.of(exact) / "0")[...])
+    return {**best, **_compare(scores, expected)}
 
 
 def _compare(scores: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    one, other = scores > 0.5, expected > 0.5
+    mask = scores > 0.5
+    expected_mask = expected > 0.5
+    n_voxels = max(mask.sum() + expected_mask.sum(), 1)
+    dice = float(2 * (mask & expected_mask).sum() / n_voxels)
     return {
         "largest_difference": float(np.abs(scores - expected).max()),
-        "dice_with_monai": round(
-            float(2 * (one & other).sum() / max(one.sum() + other.sum(), 1)), 6
-        ),
+        "dice_with_monai": round(dice, 6),
     }
 
 
@@ -280,10 +284,12 @@ def main() -> None:
     parser.add_argument("--filters", help="an untrained network with these, in place of --model")
     options = parser.parse_args()
     shape = tuple(map(int, options.shape.split(",")))
+    model = options.model
     with tempfile.TemporaryDirectory() as folder:
-        filters = tuple(map(int, options.filters.split(","))) if options.filters else ()
-        model = write_untrained(Path(folder), filters) if filters else options.model
-        keep(options.name, measure(shape, str(model)))
+        if options.filters:
+            filters = tuple(map(int, options.filters.split(",")))
+            model = str(write_untrained(Path(folder), filters))
+        keep(options.name, measure(shape, model))
 
 
 if __name__ == "__main__":

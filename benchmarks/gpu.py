@@ -1,6 +1,6 @@
-"""The table of a GPU in one command: ``python -m benchmarks.gpu``; ``--tiny`` runs all of it on a CPU in seconds.
+"""The table of a GPU in one command: ``python -m benchmarks.gpu``.
 
-Seconds per field, cold and steady, beside what the card reaches in a large
+``--tiny`` runs all of it on a CPU in seconds. Seconds per field, cold and steady, beside what the card reaches in a large
 bfloat16 product and in a copy; agreement with float32; the ten kernels that
 take longest; and fields per second from Zarr to Zarr.
 """
@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,10 @@ TINY = Size("cpu", (24, 40, 48), (16, 32, 32), (8, 8, 16, 16, 16), 256, 2**20, 2
 
 def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
     """Return all figures of this machine's GPU."""
-    peak, bandwidth = measure_peak(size), measure_copy(size)
-    cases, jobs = {}, {}
+    peak = measure_peak(size)
+    bandwidth = measure_copy(size)
+    cases = {}
+    jobs = {}
     with tempfile.TemporaryDirectory() as folder:
         models = {
             "MegaSeg_v1's network": str(write_untrained(Path(folder), size.filters)),
@@ -76,11 +79,10 @@ def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
         }
         for name, model in models.items():
             bundle = load(model)[1]
-            for overlap in (0.0, 0.25):
-                for precision in size.precisions:
-                    found = measure_field(size, bundle, overlap, precision, compiled)
-                    found["fraction_of_peak"] = round(found["flop"] / found["steady_s"] / peak, 4)
-                    cases[f"{name}, overlap {overlap}, {precision}"] = found
+            for overlap, precision in product((0.0, 0.25), size.precisions):
+                case = measure_field(size, bundle, overlap, precision, compiled)
+                case["fraction_of_peak"] = round(case["flop"] / case["steady_s"] / peak, 4)
+                cases[f"{name}, overlap {overlap}, {precision}"] = case
             jobs[name] = measure_job(size, model)
     return {
         "machine": describe(),
@@ -97,13 +99,12 @@ def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
 def measure_field(
     size: Size, bundle: Bundle, overlap: float, precision: str, compiled: bool
 ) -> dict[str, Any]:
-    """Return seconds of one field from host to host: the first one, and the quickest of those that follow."""
+    """Return seconds of one field from host to host: the first one, and the quickest of later ones."""
     image = simulate(0, size.field).image[None]
     grid = PatchGrid(size.field, size.patch, (overlap,) * 3)
     core = Box.of(size.field)
-    prepare = Preparation(
-        (Step("zscore"),), (Normalization(float(image.mean()), float(image.std())),)
-    )
+    normalization = Normalization(float(image.mean()), float(image.std()))
+    prepare = Preparation((Step("zscore"),), (normalization,))
 
     def run(engine: DeviceEngine, batch: int) -> tuple[np.ndarray, np.ndarray]:
         patches = Patches(grid, batch=batch)
@@ -153,7 +154,7 @@ def open_engine(bundle: Bundle, size: Size, precision: str, compiled: bool = Fal
 
 
 def measure_peak(size: Size) -> float:
-    """Return what a large product of bfloat16 matrices reaches, in floating-point operations a second."""
+    """Return what a large product of bfloat16 matrices reaches, in operations a second."""
     a = torch.randn((size.matmul, size.matmul), device=size.device, dtype=torch.bfloat16)
     a @ a
     return 2 * size.matmul**3 / min(timed(lambda: a @ a) for _ in range(5))
@@ -169,21 +170,24 @@ def measure_copy(size: Size) -> float:
 
 def timed(work: Callable[[], Any]) -> float:
     """Return the seconds of some work, the device's included."""
-    synchronise()
+    synchronize()
     started = time.perf_counter()
     work()
-    synchronise()
+    synchronize()
     return time.perf_counter() - started
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def count_flop(bundle: Bundle, patch: Shape) -> int:
-    """Return floating-point operations of a forward pass, counted at the least patch: they grow with its voxels."""
+    """Return the floating-point operations of a forward pass.
+
+    They are counted at the smallest patch, and grow with its voxels.
+    """
     least = tuple(2 * n for n in bundle.network.patch_multiple)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         build_network(bundle)(torch.zeros((1, bundle.network.in_channels, *least)))
@@ -195,28 +199,33 @@ def top_kernels(work: Callable[[], Any], device: str) -> list[dict[str, Any]]:
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device == "cuda"
-    with profile(
-        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    ) as recorded:
+    activities = [ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as recorded:
         work()
-        synchronise()
-    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = sorted(recorded.key_averages(), key=lambda event: getattr(event, key), reverse=True)
-    total = sum(getattr(event, key) for event in events) or 1
+        synchronize()
+
+    def time_of(event: Any) -> float:
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    events = sorted(recorded.key_averages(), key=time_of, reverse=True)
+    total = sum(map(time_of, events)) or 1
     return [
         {
             "kernel": event.key[:80],
             "calls": event.count,
-            "share": round(getattr(event, key) / total, 3),
+            "share": round(time_of(event) / total, 3),
         }
         for event in events[:10]
     ]
 
 
 def measure_job(size: Size, model: str) -> dict[str, Any]:
-    """Return fields per second of the whole job, a timelapse from Zarr to scores, labels and pyramid.
+    """Return fields per second of a whole job: a timelapse from Zarr to scores, labels and pyramid.
 
-    Counted between the first and the last field: without the start of the worker, and the first field's compilation.
+    They are counted between the first and the last field: without the start of the
+    worker, and the first field's compilation.
     """
     image = np.broadcast_to(simulate(0, size.field).image, (size.n_fields, 1, *size.field))
     done: list[float] = []
@@ -254,7 +263,8 @@ def main() -> None:
     if options.tiny:
         print(measure(TINY, compiled=options.compile))
     else:
-        keep("gpu-compiled" if options.compile else "gpu", measure(compiled=options.compile))
+        name = "gpu-compiled" if options.compile else "gpu"
+        keep(name, measure(compiled=options.compile))
 
 
 if __name__ == "__main__":

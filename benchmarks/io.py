@@ -1,4 +1,4 @@
-"""Zarr at speed: codecs, chunks, codec pipelines, stores and threads, for images and for what we write.
+"""Zarr at speed: codecs, chunks, codec pipelines, stores and threads, for images and outputs.
 
 One field (65×624×924): the simulated image as uint16, scores as uint8, labels
 as uint32. Each case is written and read back whole, three times; the quickest
@@ -11,6 +11,7 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from starter.simulation import simulate
 
 Array = NDArray[Any]
 
-ZSTD, BLOSC = zarr.codecs.ZstdCodec, zarr.codecs.BloscCodec
+ZSTD = zarr.codecs.ZstdCodec
+BLOSC = zarr.codecs.BloscCodec
 CODECS: dict[str, Any] = {
     "zstd 1, checksum (ours)": ZSTD(level=1, checksum=True),
     "zstd 1": ZSTD(level=1),
@@ -45,11 +47,13 @@ CHUNKS = {
     "17×63×58": (17, 63, 58),
     "1×624×924, planes": (1, 624, 924),
 }
+STORES = ("zarr's LocalStore", "obstore")
 PIPELINES = {
     "zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline",
     "zarrs": "zarrs.ZarrsCodecPipeline",
 }
-CHUNK, SHARD = CHUNKS["33×125×116 (ours)"], (66, 375, 464)
+CHUNK = CHUNKS["33×125×116 (ours)"]
+SHARD = (66, 375, 464)
 
 
 def products(shape: tuple[int, ...]) -> dict[str, Array]:
@@ -66,31 +70,20 @@ def products(shape: tuple[int, ...]) -> dict[str, Array]:
 
 def measure(shape: tuple[int, ...] = PUBLISHED_SHAPE, repeats: int = 3) -> dict[str, Any]:
     """Return what each case reads and writes, megabytes of voxels a second."""
-    machine, arrays = describe(), products(shape)
+    machine = describe()
+    arrays = products(shape)
     with tempfile.TemporaryDirectory() as name:
         trial = Trial(Path(name), repeats)
-        of_codecs = {
-            kind: {codec: trial.run(values, compressors=how) for codec, how in CODECS.items()}
-            for kind, values in arrays.items()
-        }
-        of_chunks = {
-            kind: {
-                chunk: trial.run(values, chunks=_fit(extents, shape))
-                for chunk, extents in CHUNKS.items()
-            }
-            for kind, values in arrays.items()
-        }
+        of_codecs = {kind: trial.run_codecs(values) for kind, values in arrays.items()}
+        of_chunks = {kind: trial.run_chunks(values) for kind, values in arrays.items()}
         sharded = {kind: trial.run(values, shards=SHARD) for kind, values in arrays.items()}
-        pipelines = {
-            f"{pipeline}, {store}, {threads} threads": trial.run(
-                arrays["image"], pipeline, store, threads
-            )
-            for pipeline in PIPELINES
-            if importlib.util.find_spec(pipeline)
-            for store in ("zarr's LocalStore", "obstore")
-            if pipeline == "zarr" or store != "obstore"  # zarrs opens folders itself
-            for threads in (1, 2, 4, 16)
-        }
+        pipelines = {}
+        for pipeline, store, threads in product(PIPELINES, STORES, (1, 2, 4, 16)):
+            # zarrs opens folders itself.
+            is_possible = pipeline == "zarr" or store != "obstore"
+            if is_possible and importlib.util.find_spec(pipeline):
+                case = f"{pipeline}, {store}, {threads} threads"
+                pipelines[case] = trial.run(arrays["image"], pipeline, store, threads)
     return {
         "machine": machine,
         "shape": shape,
@@ -105,7 +98,19 @@ class Trial:
     """Writes and reads arrays in a folder, each in turn."""
 
     def __init__(self, folder: Path, repeats: int) -> None:
-        self.folder, self.repeats = folder, repeats
+        self.folder = folder
+        self.repeats = repeats
+
+    def run_codecs(self, values: Array) -> dict[str, dict[str, float]]:
+        """Return the figures of each codec."""
+        return {name: self.run(values, compressors=codec) for name, codec in CODECS.items()}
+
+    def run_chunks(self, values: Array) -> dict[str, dict[str, float]]:
+        """Return the figures of each chunk shape."""
+        return {
+            name: self.run(values, chunks=_fit(chunk, values.shape))
+            for name, chunk in CHUNKS.items()
+        }
 
     def run(
         self,
@@ -115,7 +120,7 @@ class Trial:
         threads: int | None = None,
         **how: Any,
     ) -> dict[str, float]:
-        """Return megabytes a second written and read, and how many times smaller the array is on disk."""
+        """Return megabytes a second written and read, and how many times smaller the array became."""
         settings = {"codec_pipeline.path": PIPELINES[pipeline], "threading.max_workers": threads}
         how = {
             "chunks": _fit(CHUNK, values.shape),

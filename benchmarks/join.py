@@ -1,4 +1,4 @@
-"""One volume labelled by blocks, by dask-image and by scikit-image; and the join of its fragments alone, up to 10^8.
+"""One volume labelled by blocks, by dask-image and by scikit-image; and joins of up to 10^8 fragments.
 
 Each variant runs in a fresh process, on the same mask, which it finds in
 memory; ours works on one thread, dask-image on all cores. Every answer is
@@ -33,13 +33,16 @@ T = TypeVar("T")
 
 VARIANTS = ("ours", "dask_image", "whole", "cc3d")
 BLOCK = 128
-# What a variant may take before it counts as failed; processor seconds, since others may use the machine too.
-LIMIT_CPU_S, LIMIT_BYTES = 100, 10 * 10**9
+# What a variant may take before it counts as failed; processor seconds, since others may use the
+# machine too.
+LIMIT_CPU_S = 100
+LIMIT_BYTES = 10 * 10**9
 
-# Site percolation in blocks so small that many fragments touch a seam: density and connectivity of a tile.
-# By faces 39 % touch one, with 0.30 pairs a fragment; by corners 52 % and 0.40.
+# Site percolation in blocks so small that many fragments touch a seam: density and connectivity of
+# a tile. By faces 39 % touch one, with 0.30 pairs a fragment; by corners 52 % and 0.40.
 TABLES = {"faces": (0.3, 1), "corners": (0.08, 3)}
-TILE, TILE_BLOCK = (64, 64, 64), (8, 8, 8)
+TILE = (64, 64, 64)
+TILE_BLOCK = (8, 8, 8)
 
 
 # -- our path, without files
@@ -48,7 +51,7 @@ TILE, TILE_BLOCK = (64, 64, 64), (8, 8, 8)
 def label_blocks(
     labels: np.ndarray, mask: np.ndarray, block: Shape, connectivity: int
 ) -> components.Fragments:
-    """Write provisional ids of each block into ``labels``, and return the fragments of all blocks."""
+    """Write provisional ids of each block into ``labels``; return the fragments of all blocks."""
     tables = []
     for core in BlockGrid(mask.shape, block):
         found = components.label_block(mask[core.slices], connectivity)
@@ -62,7 +65,7 @@ def label_blocks(
 def pair_blocks(
     labels: np.ndarray, block: Shape, connectivity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs of rows that touch across any seam, int64, and where each block's rows start."""
+    """Return the pairs of rows that touch across any seam, int64, and the first row of each block."""
     grid = BlockGrid(labels.shape, block)
     offsets = components.offsets_of([int(labels[core.slices].max()) for core in grid])
     pairs = [np.empty((0, 2), np.int64)]
@@ -142,7 +145,10 @@ def digest(labels: np.ndarray, table: np.ndarray | None = None) -> str:
     """Return a digest of the voxels as uint32, through a table of ids if there is one."""
     state = hashlib.sha256()
     for plane in labels:
-        state.update((plane if table is None else table[plane]).astype("<u4").tobytes())
+        ids = plane
+        if table is not None:
+            ids = table[plane]
+        state.update(ids.astype("<u4").tobytes())
     return state.hexdigest()
 
 
@@ -150,12 +156,17 @@ def digest(labels: np.ndarray, table: np.ndarray | None = None) -> str:
 
 
 def spend(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
-    """Return what ``work`` returns, its wall time and the processor time of all threads; memory starts afresh."""
+    """Return the result of ``work``, its wall time, and the processor time of all threads.
+
+    The measurement of peak memory starts again.
+    """
     reset_peak()
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    cpu = time.process_time()
     result = work()
-    spent = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
-    return result, {name: round(seconds, 2) for name, seconds in spent.items()}
+    wall_s = time.perf_counter() - wall
+    cpu_s = time.process_time() - cpu
+    return result, {"wall_s": round(wall_s, 2), "cpu_s": round(cpu_s, 2)}
 
 
 def measure_labels(variant: str, path: Path, block: int) -> dict[str, Any]:
@@ -173,19 +184,21 @@ def measure_labels(variant: str, path: Path, block: int) -> dict[str, Any]:
     release()
     before = psutil.Process().memory_info().rss
     (labels, details), spent = spend(lambda: label(mask, block))
+    # dask-image gives other ids to the same objects.
+    table = renumber(labels) if variant == "dask_image" else None
     return {
         **spent,
         "peak_bytes": peak_bytes() - before,
         "dtype": str(labels.dtype),
         "n_objects": int(labels.max()),
-        "digest": digest(labels, renumber(labels) if variant == "dask_image" else None),
+        "digest": digest(labels, table),
         **details,
     }
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A random mask, its fragments, and their pairs: within the tile, and from it to one just like it below."""
+    """A random mask, its fragments, and their pairs: within the tile, and to an equal one below."""
 
     mask: np.ndarray
     fragments: components.Fragments
@@ -209,25 +222,21 @@ class Tile:
 
     def stack(self, n_tiles: int) -> tuple[components.Fragments, np.ndarray]:
         """Return fragments and pairs of this many tiles, stacked along z."""
-        n, tiles = len(self.fragments), np.arange(n_tiles)[:, None]
+        tiles = np.arange(n_tiles)[:, None]
         first = self.fragments.first + tiles.astype(np.uint64) * np.uint64(self.mask.size)
-        pairs = np.empty(
-            (n_tiles * (len(self.within) + len(self.below)) - len(self.below), 2), np.int64
-        )
+        rows = tiles[..., None] * len(self.fragments)
         middle = n_tiles * len(self.within)
-        np.add(self.within, tiles[..., None] * n, out=pairs[:middle].reshape(n_tiles, -1, 2))
-        np.add(
-            self.below, tiles[:-1, ..., None] * n, out=pairs[middle:].reshape(n_tiles - 1, -1, 2)
-        )
+        pairs = np.empty((middle + (n_tiles - 1) * len(self.below), 2), np.int64)
+        np.add(self.within, rows, out=pairs[:middle].reshape(n_tiles, -1, 2))
+        np.add(self.below, rows[:-1], out=pairs[middle:].reshape(n_tiles - 1, -1, 2))
         return components.Fragments(first.ravel(), np.tile(self.fragments.size, n_tiles)), pairs
 
 
 def measure_table(kind: str, n_fragments: int) -> dict[str, Any]:
     """Join a table alone; memory includes the table, the pairs and the ids."""
     tile = Tile.of(kind)
-    components.join_fragments(
-        *tile.stack(2)
-    )  # what the libraries load stays out of the measurement
+    # What the libraries load stays out of the measurement.
+    components.join_fragments(*tile.stack(2))
     release()
     before = psutil.Process().memory_info().rss
     fragments, pairs = tile.stack(-(-n_fragments // len(tile.fragments)))
@@ -248,7 +257,7 @@ def measure_table(kind: str, n_fragments: int) -> dict[str, Any]:
 
 
 def require_exact_tables(kind: str) -> None:
-    """Check three tiles of a table against scikit-image: the id of each fragment is that of its first voxel."""
+    """Check three tiles against scikit-image: a fragment has the id of its first voxel."""
     from skimage.measure import label
 
     tile = Tile.of(kind)
@@ -261,7 +270,11 @@ def require_exact_tables(kind: str) -> None:
 
 
 def random_mask(kind: str, extent: int) -> np.ndarray:
-    """Return ``percolation`` (sites at 0.3, just below the threshold of 6 neighbours) or ``blobs`` (round, 18 %)."""
+    """Return ``percolation`` or ``blobs``.
+
+    Percolation has sites at 0.3, just below the threshold of 6 neighbors; blobs are
+    round and fill 18 %.
+    """
     from scipy.ndimage import gaussian_filter
 
     rng = np.random.default_rng(0)
@@ -308,20 +321,22 @@ def measure(
     block: int = BLOCK,
     n_fragments: tuple[int, ...] = (10**6, 10**7, 10**8),
 ) -> dict[str, Any]:
-    """Return seconds and peak memory of all variants on both kinds of mask, and of joins of growing tables."""
-    machine = {
-        **describe(),
-        **{name: version(name) for name in ("dask-image", "scikit-image", "scipy")},
-    }
+    """Return seconds and peak memory of all variants on both masks, and of joins of growing tables."""
+    machine = describe()
+    for package in ("dask-image", "scikit-image", "scipy"):
+        machine[package] = version(package)
+    joins = {}
     for kind in TABLES:
         require_exact_tables(kind)
+    for kind in TABLES:
+        joins[kind] = [run_fresh("table", kind, n) for n in n_fragments]
     return {
         "machine": machine,
         "block": [block] * 3,
         "connectivity": 1,
         "limits": {"cpu_s": LIMIT_CPU_S, "bytes": LIMIT_BYTES},
         "labels": {kind: compare(kind, extents, block) for kind in ("percolation", "blobs")},
-        "join": {kind: [run_fresh("table", kind, n) for n in n_fragments] for kind in TABLES},
+        "join": joins,
     }
 
 

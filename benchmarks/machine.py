@@ -32,7 +32,9 @@ def describe() -> dict[str, Any]:
 
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    return path.read_text().splitlines()
 
 
 def keep(name: str, result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Size: many tasks and large volumes, with an engine that does nothing, so that all else can be seen.
+"""Size: many tasks and large volumes, with an engine that does nothing, to see all else.
 
 Tasks per second through scheduler and journal; peak memory of client,
 scheduler and worker; the time to find out that all is done. Workers and
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def cluster(
     n_threads: int = 1,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Start a scheduler and workers, and yield the scheduler's address and what their largest sizes were so far."""
+    """Start a scheduler and workers; yield a client of theirs, and their largest sizes so far."""
     # Dask loads it twice in a worker, and what is wrapped once too often counts double.
     once = "import sys\nif not hasattr(sys, 'is_preloaded'):\n    sys.is_preloaded = True\n"
     (folder / "preload.py").write_text(once + textwrap.indent(preload, "    "))
@@ -171,7 +172,10 @@ def _mb(n: float) -> int:
 
 
 def measure_tasks(n_per_axis: int, outputs: str) -> dict[str, Any]:
-    """Run so many empty tasks (its cube, per stage) through scheduler and journal, then ask whether all is done."""
+    """Run empty tasks through scheduler and journal, then ask whether all is done.
+
+    Each stage has the cube of ``n_per_axis`` of them.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         grid = tuple(-(-n_per_axis * 16 // c) for c in CHUNK_SHAPE)
@@ -217,20 +221,28 @@ def measure_tasks(n_per_axis: int, outputs: str) -> dict[str, Any]:
         "after_a_third_mb": [_mb(n) for n in sizes["over_time"][third][1:]],
         "at_the_end_mb": [_mb(n) for n in sizes["over_time"][-1][1:]],
         "journal_segments": len(segments),
-        "journal_mb": _mb(sum(s.stat().st_size for s in segments))
-        if segments[0].exists()
-        else None,
+        "journal_mb": _size_mb(segments),
     }
+
+
+def _size_mb(segments: list[Path]) -> int | None:
+    if not segments[0].exists():
+        return None
+    return _mb(sum(segment.stat().st_size for segment in segments))
 
 
 def measure_volume(
     grid_shape: tuple[int, ...], memory: str, n_workers: int = 1, **options: Any
 ) -> dict[str, Any]:
-    """Segment a large volume with an empty engine within a memory budget; compare peaks with the projection."""
+    """Segment a large volume with an empty engine within a memory budget.
+
+    Its peaks are compared with the projection.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write_volume(folder / "volume.zarr", grid_shape)
-        # An engine that does nothing gives the image itself: at a middling score it is noise, of 36 million fragments.
+        # An engine that does nothing gives the image itself: at a middling score it is noise, of 36
+        # million fragments.
         fixed = {
             "model": "starter",
             "engine": "torch",
@@ -302,7 +314,8 @@ def measure_fields(n_fields: int = 2000) -> dict[str, Any]:
     """Stream a plate of small fields through two workers with an empty engine."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source, target = write_screen(folder / "screen.zarr", n_fields), str(folder / "out.zarr")
+        source = write_screen(folder / "screen.zarr", n_fields)
+        target = str(folder / "out.zarr")
         settings = parse_settings(
             {
                 "model": "starter",
@@ -326,7 +339,8 @@ def measure_fields(n_fields: int = 2000) -> dict[str, Any]:
                 client=running["client"],
                 emit=lambda event: times.append(time.perf_counter()),
             )
-            wall_s, sizes = time.perf_counter() - started, running["sizes"]
+            wall_s = time.perf_counter() - started
+            sizes = running["sizes"]
         assert result.status == "done", result
     third = len(sizes["over_time"]) // 3
     return {
@@ -344,12 +358,14 @@ def measure_fields(n_fields: int = 2000) -> dict[str, Any]:
 
 
 def measure_plate() -> dict[str, Any]:
-    """Time a plate of 2×3 wells × 2 fields × 3 timepoints × 2 channels of real nuclei, and its fields one by one."""
-    nuclei, shape = read_sample()[0], (24, 64, 72)
-    rng, fields = (
-        np.random.default_rng(0),
-        [Field(r, c, n, 0) for r in "AB" for c in "123" for n in "01"],
-    )
+    """Time a plate of real nuclei, and its fields one by one.
+
+    It has 2×3 wells × 2 fields × 3 timepoints × 2 channels.
+    """
+    nuclei = read_sample()[0]
+    shape = (24, 64, 72)
+    rng = np.random.default_rng(0)
+    fields = [Field(row, column, name, 0) for row, column, name in product("AB", "123", "01")]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plate = Plate(
@@ -357,11 +373,7 @@ def measure_plate() -> dict[str, Any]:
         )
         write_plate(Location.of(folder / "screen.zarr"), plate, "0.5")
         for field in fields:
-            starts = [
-                [int(rng.integers(n - m + 1)) for n, m in zip(nuclei.shape, shape, strict=True)]
-                for _ in range(6)
-            ]
-            crops = [nuclei[z : z + 24, y : y + 64, x : x + 72] for z, y, x in starts]
+            crops = [_random_crop(nuclei, shape, rng) for _ in range(6)]
             write_series(folder / "screen.zarr" / field.path, np.stack(crops).reshape(3, 2, *shape))
         settings = parse_settings(
             {
@@ -375,12 +387,8 @@ def measure_plate() -> dict[str, Any]:
 
         def timed(source: Path, target: str) -> float:
             started = time.perf_counter()
-            assert (
-                segment(
-                    str(source), str(folder / target), settings, client=running["client"]
-                ).status
-                == "done"
-            )
+            result = segment(str(source), str(folder / target), settings, client=running["client"])
+            assert result.status == "done"
             return time.perf_counter() - started
 
         paces = {}
@@ -389,11 +397,12 @@ def measure_plate() -> dict[str, Any]:
                 # Workers open the network: several volumes, so that each of them does.
                 timed(folder / "screen.zarr" / fields[0].path, f"first-{n}.zarr")
                 plate_s = timed(folder / "screen.zarr", f"plate-{n}.zarr")
-                paces[f"{n} worker{'s' * (n > 1)}"] = round(len(fields) * 6 / plate_s, 2)
+                workers = "1 worker" if n == 1 else f"{n} workers"
+                paces[workers] = round(len(fields) * 6 / plate_s, 2)
                 if n == 2:
                     alone_s = [
-                        timed(folder / "screen.zarr" / f.path, f"{i}.zarr")
-                        for i, f in enumerate(fields)
+                        timed(folder / "screen.zarr" / field.path, f"{i}.zarr")
+                        for i, field in enumerate(fields)
                     ]
     return {
         "volumes": len(fields) * 6,
@@ -405,9 +414,15 @@ def measure_plate() -> dict[str, Any]:
     }
 
 
+def _random_crop(image: np.ndarray, shape: tuple[int, ...], rng: Any) -> np.ndarray:
+    start = [int(rng.integers(n - m + 1)) for n, m in zip(image.shape, shape, strict=True)]
+    return image[tuple(slice(first, first + m) for first, m in zip(start, shape, strict=True))]
+
+
 def write_series(path: Path, image: Any) -> None:
     """Write an image of ``(t, c, z, y, x)``."""
-    group, axes = zarr.open_group(path, mode="w"), "tczyx"
+    group = zarr.open_group(path, mode="w")
+    axes = "tczyx"
     array = group.create_array(
         "0",
         shape=image.shape,
@@ -430,7 +445,7 @@ def keep_case(name: str, result: dict[str, Any]) -> None:
 
 
 def measure_overhead() -> dict[str, Any]:
-    """Compare the staged path with the one-task path on one volume, with an engine that does nothing."""
+    """Compare the staged path with the one-task path on one volume, with an empty engine."""
     one = measure_volume((1, 4, 4), "8GB", block="64,1024,1024")
     staged = measure_volume((1, 4, 4), "8GB", block="64,512,512")
     return {"one_task": one, "staged": staged, "ratio": round(staged["wall_s"] / one["wall_s"], 2)}

@@ -69,13 +69,18 @@ class Machine:
 def simulate(
     loads: Sequence[Load], n_workers: int, machine: Machine, seed: int = 0
 ) -> dict[str, Any]:
-    """Return wall time, what workers, scheduler and store were busy with, of stages one after the other."""
-    rng, clock, busy, hub_busy, peak = np.random.default_rng(seed), 0.0, 0.0, 0.0, 0.0
+    """Return the wall time of stages one after the other, and how busy all parts were."""
+    rng = np.random.default_rng(seed)
+    clock = 0.0
+    busy = 0.0
+    hub_busy = 0.0
+    peak = 0.0
     stage_s = {}
     for load in loads:
         began = clock
         clock, of_workers, of_hub = _run_stage(load, n_workers, machine, rng, clock)
-        busy, hub_busy = busy + of_workers, hub_busy + of_hub
+        busy += of_workers
+        hub_busy += of_hub
         stage_s[load.stage] = round(clock - began, 1)
         peak = max(peak, load.n_requests * load.n_tasks / max(clock - began, 1e-9))
     ideal = sum(_task_s(load, 1, machine) * load.n_tasks for load in loads) / n_workers
@@ -95,16 +100,27 @@ def simulate(
 
 def _task_s(load: Load, n_busy: int, machine: Machine) -> float:
     moved = load.n_bytes / min(machine.worker_bytes_per_s, machine.store_bytes_per_s / n_busy)
-    return max(load.compute_s, moved) if machine.overlapped else load.compute_s + moved
+    if machine.overlapped:
+        return max(load.compute_s, moved)
+    return load.compute_s + moved
 
 
 def _run_stage(
     load: Load, n_workers: int, machine: Machine, rng: Any, clock: float
 ) -> tuple[float, float, float]:
-    """Run one stage from ``clock`` on; return when it ends, and how long workers and scheduler were busy."""
+    """Run one stage from ``clock`` on.
+
+    Return when it ends, and how long workers and scheduler were busy.
+    """
     task_s = _task_s(load, min(n_workers, load.n_tasks), machine)
-    waiting, queued, n_left = n_workers, deque[int](), load.n_tasks
-    n_running, hub_free, busy, hub_busy, mean = 0, clock, 0.0, 0.0, 0.0
+    waiting = n_workers
+    queued = deque[int]()
+    n_left = load.n_tasks
+    n_running = 0
+    hub_free = clock
+    busy = 0.0
+    hub_busy = 0.0
+    mean = 0.0
     events: list[tuple[float, int, str, int]] = []
     n = 0
 
@@ -117,7 +133,8 @@ def _run_stage(
         nonlocal n_left, n_running, hub_free, hub_busy
         while n_left and n_running < dispatcher.window_of(n_workers):
             size = min(dispatcher.group_size_of(mean or None, n_left, n_workers), n_left)
-            n_left, n_running = n_left - size, n_running + 1
+            n_left -= size
+            n_running += 1
             hub_free = max(hub_free, now) + machine.group_cost_s / 2
             hub_busy += machine.group_cost_s / 2
             push(hub_free, "sent", size)
@@ -132,16 +149,16 @@ def _run_stage(
             hub_busy += machine.group_cost_s / 2
             push(hub_free, "known", size)
         elif kind == "known":
-            n_running, mean = n_running - 1, task_s
+            n_running -= 1
+            mean = task_s
             refill(now)
         else:
             queued.append(size)
         while queued and waiting:
             waiting -= 1
             size = queued.popleft()
-            took = (
-                task_s * size * max(1 + machine.jitter * rng.standard_normal() / np.sqrt(size), 0.1)
-            )
+            jitter = machine.jitter * rng.standard_normal() / np.sqrt(size)
+            took = task_s * size * max(1 + jitter, 0.1)
             busy += took
             push(now + took, "ended", size)
     return now, busy, hub_busy
@@ -149,9 +166,11 @@ def _run_stage(
 
 # -- what is simulated
 
-# Targets of the design for MegaSeg_v1 on an H200, as no GPU was there to measure: 0.25 s of network for a field of
-# 65×624×924 at overlap 0, 0.5 s with all else on the worker's 16 cores.
-FIELD_SHAPE, FIELD_S, NETWORK_S = (65, 624, 924), 0.5, 0.25
+# Targets of the design for MegaSeg_v1 on an H200, as no GPU was there to measure: 0.25 s of network
+# for a field of 65×624×924 at overlap 0, 0.5 s with all else on the worker's 16 cores.
+FIELD_SHAPE = (65, 624, 924)
+FIELD_S = 0.5
+NETWORK_S = 0.25
 # Nanoseconds a voxel on one core, measured: benchmarks/results/scale.json, volume_64gb.
 _STAGES_64GB = ("measure", "label", "relabel", "downsample-1", "downsample-2", "downsample-3")
 
@@ -159,19 +178,18 @@ _STAGES_64GB = ("measure", "label", "relabel", "downsample-1", "downsample-2", "
 def plate() -> list[Load]:
     """384 wells × 9 fields × 100 timepoints: each volume is one task."""
     voxels = float(np.prod(FIELD_SHAPE))
-    # Source uint16 in chunks of 2 MiB; scores and labels in one shard a level, 0.5 of their bytes after compression.
+    # Source uint16 in chunks of 2 MiB; scores and labels in one shard a level, 0.5 of their bytes
+    # after compression.
     n_requests = voxels * 2 / 2**21 + 2 * 3 * 2
-    return [
-        Load(
-            "volume", 384 * 9 * 100, FIELD_S, voxels * 2 + voxels * (1 + 4) * 1.15 * 0.5, n_requests
-        )
-    ]
+    n_bytes = voxels * 2 + voxels * (1 + 4) * 1.15 * 0.5
+    return [Load("volume", 384 * 9 * 100, FIELD_S, n_bytes, n_requests)]
 
 
 def light_sheet(cores: int = 8) -> list[Load]:
-    """8 TB of uint16 in blocks of 256×1024×1024; stages of a core's arithmetic go on all ``cores`` of a worker."""
+    """8 TB of uint16 in blocks of 256×1024×1024; a worker's tasks use all of its ``cores``."""
     scale = json.loads((Path(__file__).parent / "results/scale.json").read_text())["volume_64gb"]
-    measured, voxels = float(np.prod(scale["shape"])), 4e12
+    measured = float(np.prod(scale["shape"]))
+    voxels = 4e12
     block = 256 * 1024 * 1024
     n = round(voxels / block)
     core_s = {stage: scale["stage_s"][stage] / measured for stage in _STAGES_64GB}
@@ -219,12 +237,15 @@ def sleeping(task_s: float) -> Iterator[None]:
 
 
 def _describe(on_gpu: bool) -> dict[str, Any]:
-    """Stand in for what a worker says of itself: of many in one process, Dask does not know which one is asked."""
+    """Stand in for the description of a worker.
+
+    Of many workers in one process, Dask does not know which one is asked.
+    """
     return {"name": "sleeper", "address": "", "host": "", "cores": 1, "memory_limit": 0}
 
 
 def run_sleeping(n_per_axis: int, task_s: float, n_workers: int = 64) -> dict[str, Any]:
-    """Run about the cube of ``n_per_axis`` sleeping tasks by the real client, scheduler and journal."""
+    """Run sleeping tasks, about the cube of ``n_per_axis``, by the real scheduler and journal."""
     from distributed import Client, LocalCluster
 
     with (
@@ -270,12 +291,16 @@ def run_sleeping(n_per_axis: int, task_s: float, n_workers: int = 64) -> dict[st
             result = segment(str(source), target, settings, client=client, emit=note)
         assert result.status == "done", result
     # From the moment that the stage begins: what comes before is the start of a run.
-    n_tasks, wall_s = plan.stage("segment").n_tasks, round(times[-1] - times[0], 2)
-    return {"workers": n_workers, "task_s": task_s, "tasks": n_tasks, "wall_s": wall_s}
+    return {
+        "workers": n_workers,
+        "task_s": task_s,
+        "tasks": plan.stage("segment").n_tasks,
+        "wall_s": round(times[-1] - times[0], 2),
+    }
 
 
 def calibrate(n_per_axis: int = 8) -> float:
-    """Return what client and scheduler take for a group, from tasks of no length that go one by one."""
+    """Return the seconds of client and scheduler for a group, from empty tasks one by one."""
     with (
         mock.patch.object(dispatcher, "_GROUP_S", 0.0),
         mock.patch.object(dispatcher, "_GROUP_COST_S", 0.0),
@@ -303,7 +328,8 @@ def compare_network(n_workers: int, group_cost_s: float) -> dict[str, Any]:
     """Segment a volume of 16 blocks, and simulate it with the mean seconds of its tasks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source, target = write_volume(folder / "volume.zarr", (1, 1, 1)), str(folder / "out.zarr")
+        source = write_volume(folder / "volume.zarr", (1, 1, 1))
+        target = str(folder / "out.zarr")
         settings = parse_settings(
             {
                 "model": "starter",
@@ -316,9 +342,8 @@ def compare_network(n_workers: int, group_cost_s: float) -> dict[str, Any]:
         )
         [(plan, _)] = plan_runs(str(source), target, settings)
         with cluster(folder, n_workers, "") as running:
-            segment(
-                str(source), str(folder / "first.zarr"), settings, client=running["client"]
-            )  # opens the network
+            # The first run opens the network.
+            segment(str(source), str(folder / "first.zarr"), settings, client=running["client"])
             result = segment(str(source), target, settings, client=running["client"])
         timings = Journal.read(plan).timings
     loads = [Load(s.name, s.n_tasks, timings[s.name].seconds / s.n_tasks) for s in plan.stages]
@@ -339,7 +364,7 @@ def table(loads: Sequence[Load], machine: Machine, price: float) -> list[dict[st
 
 
 def _in_small_groups(loads: Sequence[Load], machine: Machine, price: float) -> list[dict[str, Any]]:
-    """Return the table with groups of half a second and 512 of them in flight, whatever the number of workers."""
+    """Return the table with groups of half a second, and at most 512 of them in flight."""
     with (
         mock.patch.object(dispatcher, "_GROUP_COST_S", 0.0),
         mock.patch.object(dispatcher, "window_of", lambda n: min(max(8, 4 * n), 512)),
@@ -355,8 +380,8 @@ def measure(price: float = 3.0) -> dict[str, Any]:
         compare_sleeping(11, 1.0, group_cost_s),
         compare_sleeping(11, 0.25, group_cost_s),
     ]
-    # Of a quiet machine with a core each for client and scheduler, as facts of earlier runs say; the calibration is
-    # this machine's, with all else that ran on it.
+    # Of a quiet machine with a core each for client and scheduler, as facts of earlier runs say; the
+    # calibration is this machine's, with all else that ran on it.
     machine = Machine(group_cost_s=0.003)
     fast = replace(machine, store_bytes_per_s=300e9)
     return {

@@ -1,4 +1,6 @@
-"""The tables of docs/performance.md, from the kept results: ``python -m benchmarks.tables`` writes them anew.
+"""The tables of docs/performance.md, from the kept results.
+
+``python -m benchmarks.tables`` writes them again.
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; a test
 compares each with its results, so no page keeps a number that was measured
@@ -20,7 +22,8 @@ Rows = Iterable[Iterable[object]]
 
 def field(found: dict[str, Any]) -> str:
     """Return the table of one field: each engine against MONAI."""
-    windows, monai_s = found["windows"], found["monai_s"]
+    windows = found["windows"]
+    monai_s = found["monai_s"]
     rows = [
         [
             "MONAI `sliding_window_inference`, eager",
@@ -48,11 +51,9 @@ def field(found: dict[str, Any]) -> str:
             ]
         )
     for name, case in found["ours"].items():
-        agreement = (
-            _agreement(case)
-            if case["patches"] == windows
-            else ["other windows, another answer", ""]
-        )
+        agreement = ["other windows, another answer", ""]
+        if case["patches"] == windows:
+            agreement = _agreement(case)
         share = f"{100 * case['share_not_inference']:.0f} %"
         rows.append(
             [
@@ -112,10 +113,11 @@ def timeline(found: dict[str, Any]) -> str:
 
 
 def volumes(found: dict[str, Any]) -> str:
-    """Return large volumes within a memory budget: the stage whose peak comes nearest to it, and the wall time."""
+    """Return large volumes within a memory budget: the largest peak of a stage, and the wall time."""
     rows = []
     for case in (found[name] for name in ("volume_8gb", "volume_64gb")):
-        peak, projected = max(case["peak_gb"].values()), max(case["projected_gb"].values())
+        peak = max(case["peak_gb"].values())
+        projected = max(case["projected_gb"].values())
         shape = "×".join(map(str, case["shape"]))
         rows.append(
             [
@@ -238,7 +240,8 @@ def whole_job(found: dict[str, Any]) -> str:
 
 def plate(found: dict[str, Any]) -> str:
     """Return plates: many small fields, and real nuclei by one and two workers."""
-    fields, case = found["fields"], found["plate"]
+    fields = found["fields"]
+    case = found["plate"]
     sizes = [
         fields[f"scheduler_and_client_{when}_mb"][1] for when in ("after_a_third", "at_the_end")
     ]
@@ -278,21 +281,25 @@ def filled(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         result, make = TABLES[match[1]]
-        return f"<!-- table {match[1]} -->\n{make(json.loads((RESULTS / f'{result}.json').read_text()))}\n<!-- end -->"
+        kept = json.loads((RESULTS / f"{result}.json").read_text())
+        return f"<!-- table {match[1]} -->\n{make(kept)}\n<!-- end -->"
 
     return re.sub(r"<!-- table ([^>]+) -->\n.*?<!-- end -->", table, page, flags=re.S)
 
 
 def _table(head: list[str], rows: Rows) -> str:
-    lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _by_kind(found: dict[str, dict[str, Any]], what: str) -> str:
-    rows = [
-        [name, *(_speed(by[name]) for by in found.values())] for name in next(iter(found.values()))
-    ]
+    names = next(iter(found.values()))
+    rows = [[name, *_speeds(found, name)] for name in names]
     return _table([what, *(f"{kind}: write / read, MB/s (× smaller)" for kind in found)], rows)
+
+
+def _speeds(found: dict[str, dict[str, Any]], name: str) -> list[str]:
+    return [_speed(by_name[name]) for by_name in found.values()]
 
 
 def _speed(case: dict[str, Any]) -> str:
@@ -310,15 +317,13 @@ def _agreement(case: dict[str, Any]) -> list[str]:
 def _took(case: dict[str, Any] | None) -> str:
     if case is None:
         return "had failed before"
-    return (
-        case["failed"]
-        if "failed" in case
-        else f"{case['wall_s']} s, {case['peak_bytes'] / 1e9:.2f} GB"
-    )
+    if "failed" in case:
+        return str(case["failed"])
+    return f"{case['wall_s']} s, {case['peak_bytes'] / 1e9:.2f} GB"
 
 
 def fill() -> None:
-    """Write the tables of the page anew."""
+    """Write the tables of the page."""
     PAGE.write_text(filled(PAGE.read_text()))
 
 

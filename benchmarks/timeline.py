@@ -1,4 +1,4 @@
-"""What a worker does when: reading, inference and writing of successive fields, as a trace that Chrome opens.
+"""When a worker reads, predicts and writes successive fields, as a trace that Chrome opens.
 
 The real worker, source and target; in place of the network an engine that
 sleeps, as a CPU does while a GPU computes: with one task in hand, and with
@@ -10,6 +10,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections import Counter
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
 from starter.simulation import simulate
 
-# What a worker does in place of inference, and who notes when.
+# What a worker does in place of inference, and the functions whose calls are noted.
 PRELOAD = """
 import functools, json, os, threading, time
 import numpy as np
+from megaseg_dask.inference import pytorch
 from megaseg_dask.plan import plan
 from megaseg_dask.run import workspace
-from megaseg_dask.inference import pytorch
 from megaseg_dask.run.tasks import components, pyramids, statistics
 
 plan.TASKS_AT_ONCE["cpu"] = {n_tasks}
@@ -64,8 +65,14 @@ def noting(module, name, kind):
         try:
             return work(*args, **kwargs)
         finally:
-            event = dict(name=kind, ph="X", pid=os.getpid(), tid=threading.get_native_id(), ts=began * 1e6,
-                         dur=(time.time() - began) * 1e6)
+            event = dict(
+                name=kind,
+                ph="X",
+                pid=os.getpid(),
+                tid=threading.get_native_id(),
+                ts=began * 1e6,
+                dur=(time.time() - began) * 1e6,
+            )
             with open({log!r}, "a") as file:
                 file.write(json.dumps(event) + chr(10))
 
@@ -87,8 +94,12 @@ def measure(
     n_fields: int = 12,
     paces: tuple[float, ...] = (0.25, 1.5),
 ) -> dict[str, Any]:
-    """Return fields per second, and how busy the engine is, with one task in hand and with three, at some paces."""
-    machine, made = describe(), simulate(0, shape)
+    """Return fields per second, and how busy the engine is, at some paces.
+
+    A worker has one task in hand, and then three.
+    """
+    machine = describe()
+    made = simulate(0, shape)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "series.zarr"
@@ -111,7 +122,7 @@ def measure(
 def run(
     source: Path, folder: Path, n_tasks: int, field_s: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Segment a timelapse with so many tasks in hand; return what it took, and the events of the trace."""
+    """Segment a timelapse with ``n_tasks`` in hand; return its figures, and the events of the trace."""
     log = folder / "events.jsonl"
     preload = PRELOAD
     filled = {
@@ -134,35 +145,37 @@ def run(
         wall_s = time.perf_counter() - started
     assert result.status == "done", result
     events = [json.loads(line) for line in log.read_text().splitlines()]
+    return {"wall_s": round(wall_s, 2), **_figures(events)}, events
+
+
+def _figures(events: list[dict[str, Any]]) -> dict[str, Any]:
     inference = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "inference")
     # From the second field on: the first waits for imports.
-    (began, _), (_, ended) = inference[1], inference[-1]
-    busy = sum(stop - start for start, stop in inference[1:])
-    waits = sorted(after[0] - before[1] for before, after in pairwise(inference[1:]))
-    per_field = {
-        kind: round(sum(e["dur"] for e in events if e["name"] == kind) / len(inference) / 1e6, 3)
-        for kind in dict.fromkeys(e["name"] for e in events)
-    }
+    steady = inference[1:]
+    elapsed = steady[-1][1] - steady[0][0]
+    busy = sum(stop - start for start, stop in steady)
+    waits = sorted(after[0] - before[1] for before, after in pairwise(steady))
+    totals: Counter[str] = Counter()
+    for event in events:
+        totals[event["name"]] += event["dur"]
     return {
-        "wall_s": round(wall_s, 2),
-        "fields_per_s": round((len(inference) - 1) / (ended - began) * 1e6, 2),
-        "inference_busy": round(busy / (ended - began), 3),
+        "fields_per_s": round(len(steady) / elapsed * 1e6, 2),
+        "inference_busy": round(busy / elapsed, 3),
         "median_wait_s": round(waits[len(waits) // 2] / 1e6, 3),
-        "seconds_a_field": per_field,
-    }, events
+        "seconds_a_field": {
+            kind: round(total / len(inference) / 1e6, 3) for kind, total in totals.items()
+        },
+    }
 
 
 def keep_both(found: dict[str, Any]) -> None:
     """Keep the result, and the trace beside it."""
     events = found.pop("trace")
     first = min(event["ts"] for event in events)
-    text = json.dumps(
-        {
-            "traceEvents": [
-                {**e, "ts": round(e["ts"] - first), "dur": round(e["dur"])} for e in events
-            ]
-        }
-    )
+    for event in events:
+        event["ts"] = round(event["ts"] - first)
+        event["dur"] = round(event["dur"])
+    text = json.dumps({"traceEvents": events})
     (RESULTS / "timeline.trace.json").write_text(text + "\n")
     keep("timeline", found)
 
