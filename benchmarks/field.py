@@ -232,7 +232,8 @@ def predict_by_nnunet(
 ) -> tuple[float, int, np.ndarray]:
     """Return the seconds, windows and scores of nnU-Net's own predictor, given our network.
 
-    As many windows, of the same size and weights; at equal distances, where MONAI pushes the last ones back.
+    As many windows, of the same size and weights. They lie at equal distances, where MONAI pushes
+    the last ones back.
     """
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 

@@ -1,8 +1,9 @@
 """The table of a GPU in one command: ``python -m benchmarks.gpu``.
 
-``--tiny`` runs all of it on a CPU in seconds. Seconds per field, cold and steady, beside what the card reaches in a large
-bfloat16 product and in a copy; agreement with float32; the ten kernels that
-take longest; and fields per second from Zarr to Zarr.
+``--tiny`` runs all of it on a CPU in seconds. Measured are the seconds per
+field, cold and steady, beside what the card reaches in a large bfloat16 product
+and in a copy; agreement with float32; the ten kernels that take longest; and
+fields per second from Zarr to Zarr.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
 def measure_field(
     size: Size, bundle: Bundle, overlap: float, precision: str, compiled: bool
 ) -> dict[str, Any]:
-    """Return seconds of one field from host to host: the first one, and the quickest of later ones."""
+    """Return seconds of one field from host to host: of the first, and of the quickest later one."""
     image = simulate(0, size.field).image[None]
     grid = PatchGrid(size.field, size.patch, (overlap,) * 3)
     core = Box.of(size.field)

@@ -120,7 +120,7 @@ class Trial:
         threads: int | None = None,
         **how: Any,
     ) -> dict[str, float]:
-        """Return megabytes a second written and read, and how many times smaller the array became."""
+        """Return megabytes a second written and read, and how many times smaller it became."""
         settings = {"codec_pipeline.path": PIPELINES[pipeline], "threading.max_workers": threads}
         how = {
             "chunks": _fit(CHUNK, values.shape),

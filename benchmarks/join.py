@@ -1,4 +1,4 @@
-"""One volume labelled by blocks, by dask-image and by scikit-image; and joins of up to 10^8 fragments.
+"""One volume labelled by blocks, by dask-image and by scikit-image; and large joins of fragments.
 
 Each variant runs in a fresh process, on the same mask, which it finds in
 memory; ours works on one thread, dask-image on all cores. Every answer is
@@ -65,7 +65,7 @@ def label_blocks(
 def pair_blocks(
     labels: np.ndarray, block: Shape, connectivity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs of rows that touch across any seam, int64, and the first row of each block."""
+    """Return the pairs of rows that touch across any seam, int64, and each block's first row."""
     grid = BlockGrid(labels.shape, block)
     offsets = components.offsets_of([int(labels[core.slices].max()) for core in grid])
     pairs = [np.empty((0, 2), np.int64)]
@@ -321,7 +321,7 @@ def measure(
     block: int = BLOCK,
     n_fragments: tuple[int, ...] = (10**6, 10**7, 10**8),
 ) -> dict[str, Any]:
-    """Return seconds and peak memory of all variants on both masks, and of joins of growing tables."""
+    """Return seconds and peak memory of all variants on both masks, and of growing joins."""
     machine = describe()
     for package in ("dask-image", "scikit-image", "scipy"):
         machine[package] = version(package)

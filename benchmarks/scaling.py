@@ -380,7 +380,7 @@ def measure(price: float = 3.0) -> dict[str, Any]:
         compare_sleeping(11, 1.0, group_cost_s),
         compare_sleeping(11, 0.25, group_cost_s),
     ]
-    # Of a quiet machine with a core each for client and scheduler, as facts of earlier runs say; the
+    # Of a quiet machine with a core each for client and scheduler, as earlier runs say; the
     # calibration is this machine's, with all else that ran on it.
     machine = Machine(group_cost_s=0.003)
     fast = replace(machine, store_bytes_per_s=300e9)

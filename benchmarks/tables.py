@@ -113,7 +113,7 @@ def timeline(found: dict[str, Any]) -> str:
 
 
 def volumes(found: dict[str, Any]) -> str:
-    """Return large volumes within a memory budget: the largest peak of a stage, and the wall time."""
+    """Return large volumes within a memory budget: the largest peak, and the wall time."""
     rows = []
     for case in (found[name] for name in ("volume_8gb", "volume_64gb")):
         peak = max(case["peak_gb"].values())

@@ -122,7 +122,7 @@ def measure(
 def run(
     source: Path, folder: Path, n_tasks: int, field_s: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Segment a timelapse with ``n_tasks`` in hand; return its figures, and the events of the trace."""
+    """Segment a timelapse with ``n_tasks`` in hand; return its figures, and its trace."""
     log = folder / "events.jsonl"
     preload = PRELOAD
     filled = {
