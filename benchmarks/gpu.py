@@ -100,7 +100,7 @@ def measure(size: Size = FULL, *, compiled: bool = False) -> dict[str, Any]:
 def measure_field(
     size: Size, bundle: Bundle, overlap: float, precision: str, compiled: bool
 ) -> dict[str, Any]:
-    """Return seconds of one field from host to host: of the first, and of the quickest later one."""
+    """Return seconds of one field from host to host: the first, and the quickest later one."""
     image = simulate(0, size.field).image[None]
     grid = PatchGrid(size.field, size.patch, (overlap,) * 3)
     core = Box.of(size.field)
