@@ -140,7 +140,7 @@ def curves(
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """Places values on pixels ``start`` to ``stop``; ``low`` and ``high`` are transformed values."""
+    """Places values on pixels ``start`` to ``stop``; ``low``, ``high`` are transformed values."""
 
     low: float
     high: float

@@ -4,6 +4,7 @@ The template contains the texts, and computes nothing.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -19,7 +20,7 @@ from megaseg_dask.events import Failure
 from megaseg_dask.messages import duration
 from megaseg_dask.ngff.group import read_attributes
 from megaseg_dask.plan.command_line import command_line
-from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.plan.settings import Settings, is_result
 from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run import log
@@ -213,9 +214,11 @@ def _n_absent(run: Run) -> int:
 
 def _seams(runs: Sequence[Run], result: Survey) -> SeamSection | None:
     plan = runs[0].plan
-    complete = [report for report in result.volumes if not report.failures]
-    outputs = [(run.plan, [r.output for r in complete if r.run is run]) for run in runs]
-    seams = check_seams(outputs)
+    complete: dict[int, list[Output]] = defaultdict(list)
+    for report in result.volumes:
+        if not report.failures:
+            complete[report.run.number].append(report.output)
+    seams = check_seams([(run.plan, complete[run.number]) for run in runs])
     if seams is None:
         return None
     faces = [profile.best for profile in seams.profiles if profile.best]

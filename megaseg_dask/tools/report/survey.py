@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,7 @@ class Survey:
 def survey(runs: Sequence[Run]) -> Survey:
     """Measure the volumes of all runs on a target; unreadable data are noted, never an error."""
     by_run = [_read_journal(run) for run in runs]
-    result = Survey([report for reports in by_run for report in reports])
+    result = Survey(list(chain(*by_run)))
     has_table = _read_table(runs[0].plan, result)
     for run, reports in zip(runs, by_run, strict=True):
         _measure_samples(run.plan, reports, result, len(runs), has_table=has_table)
