@@ -276,15 +276,15 @@ def test_workers_on_gpus_up_to_where_cuda_is_asked_for():
 def test_what_is_set_for_a_run_leaves_the_defaults_of_dask_behind():
     """Dask's defaults come with an import, and would go with what was set around it."""
     code = """
-from megaseg_dask.run import cluster
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.run.cluster import connection
 import types, dask
 from megaseg_dask.plan.settings import parse_settings
-options = parse_settings({"scheduler": "tcp://127.0.0.1:1"})
-plan = types.SimpleNamespace(options=options, engine=types.SimpleNamespace(device="cpu"))
-cluster.START_S = 1
+settings = parse_settings({"scheduler": "tcp://127.0.0.1:1"})
+plan = types.SimpleNamespace(settings=settings, engine=types.SimpleNamespace(device="cpu"))
+connection.START_S = 1
 try:
-    with cluster.connect(plan):
+    with connection.connect(plan):
         pass
 except SettingsError:
     pass

@@ -171,7 +171,7 @@ NONSENSE = [
     ("memory", "1.2.3GB", "such as 8GB"),
     ("memory", "0", "greater than 0"),
     ("memory", "-8GB", "such as 8GB"),
-    ("workers", "0", "greater than 0"),
+    ("workers", "-1", "greater than or equal to 0"),
     ("scheduler", "", "expected something"),
     ("cluster", "", "expected something"),
     ("retries", "-1", "greater than or equal to 0"),

@@ -5,18 +5,19 @@ from dataclasses import replace
 import pytest
 
 from megaseg_dask.plan import stages
+from megaseg_dask.plan.resolved import Resolved
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.plan.stages import STAGES, WHOLE_VOLUME, Stage
 from megaseg_dask.run.job_array import join_run, record_plans, run_tasks
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.state import OutputState
-from megaseg_dask.run.tasks import components, worker
+from megaseg_dask.run.tasks import components, functions
 from tests.fixtures.images import blobs, write_image
 
 
 @pytest.mark.parametrize("stage", [WHOLE_VOLUME, *STAGES], ids=lambda stage: stage.name)
 def test_every_stage_names_a_function(stage):
-    assert callable(worker.function_of(stage))
+    assert callable(functions.function_of(stage))
 
 
 def test_every_fact_is_told_by_one_stage():
@@ -39,7 +40,7 @@ def plan_blocks(folder, bundle):
 def test_a_new_stage_is_one_entry_and_one_function(tmp_path, tiny_bundle, monkeypatch):
     calls = []
 
-    def count_voxels(plan, output, number):
+    def count_voxels(workspace, output, number):
         calls.append((output.number, number))
         return OutputState()
 
@@ -48,7 +49,7 @@ def test_a_new_stage_is_one_entry_and_one_function(tmp_path, tiny_bundle, monkey
         "count",
         "components.count_voxels",
         over="blocks",
-        when=stages.writes_labels,
+        when=Resolved.writes_labels,
         memory=lambda sizes: sizes.core_voxels * 1000,
         local=True,
     )
@@ -70,7 +71,7 @@ def test_a_stage_that_a_block_cannot_do_without_leaves_out_those_after_it(
 ):
     """What a failure costs is declared too: without this stage there are no labels."""
 
-    def fail(plan, output, number):
+    def fail(workspace, output, number):
         raise RuntimeError("no")
 
     monkeypatch.setattr(components, "fail", fail, raising=False)
