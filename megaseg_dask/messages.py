@@ -210,3 +210,12 @@ def validation_message(problem: "ErrorDetails") -> str:
 def closest(word: str, words: Iterable[str]) -> str | None:
     """Return the most similar of some words, for "did you mean"; ``None`` if none is similar."""
     return next(iter(get_close_matches(word, list(words), n=1)), None)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return the advice that ends a line about an unknown word: the closest one, or all."""
+    all_words = list(words)
+    word_meant = closest(word, all_words)
+    if word_meant:
+        return f"; did you mean {word_meant}?"
+    return f"; there are {', '.join(all_words)}"

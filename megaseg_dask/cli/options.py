@@ -58,17 +58,17 @@ def _with_parameters(command: Command, options: list[inspect.Parameter]) -> Comm
 
 def _parameter(name: str) -> inspect.Parameter:
     """Return a setting as a parameter; the setting's own validator parses its text."""
-    from megaseg_dask.plan.settings import Settings, declared
+    from megaseg_dask.plan.settings import Settings, declared, option_text
 
     field = Settings.model_fields[name]
-    extra = declared(name)
+    shown = declared(name)
     option = typer.Option(
-        f"--{name.replace('_', '-')}",
-        help=f"{field.description}{_default_text(field.default)}",
-        metavar=extra["metavar"],
-        rich_help_panel=extra["panel"],
+        option_text(name),
+        help=f"{shown.help}{_default_text(field.default)}",
+        metavar=shown.metavar,
+        rich_help_panel=shown.panel,
         show_default=False,
-        autocompletion=_completion(extra["metavar"]),
+        autocompletion=_completion(shown.metavar),
     )
     is_flag = field.annotation is bool
     value_type: Any = bool if is_flag else str | None

@@ -179,7 +179,7 @@ def _parse_patch(text: str | None) -> tuple[int, int, int] | None:
     """Return a patch shape; one number stands for all three axes."""
     if text is None:
         return None
-    from megaseg_dask.plan.parsing import parse_three
+    from megaseg_dask.plan.option_types import parse_three
 
     try:
         z, y, x = map(int, parse_three(text))

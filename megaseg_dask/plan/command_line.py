@@ -2,14 +2,9 @@
 
 import shlex
 from collections.abc import Container
-from itertools import chain
-from typing import Any
 
-from megaseg_dask.plan.settings import Settings
+from megaseg_dask.plan.settings import Settings, option_text
 from megaseg_dask.stores import is_secret
-
-# Several values are several options: a path may contain a comma.
-_REPEATED = "model"
 
 
 def command_line(
@@ -23,28 +18,30 @@ def command_line(
     words = ["megaseg", command, *map(str, addresses)]
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
-        if name in options and value not in (None, field.default):
-            words += _option(name, value)
+        if name not in options or value in (None, field.default):
+            continue
+        option = option_text(name)
+        if value is True:
+            words.append(option)
+            continue
+        for text in _texts(name, value):
+            words += [option, text]
     return shlex.join(words)
 
 
-def _option(name: str, value: object) -> list[str]:
-    """Return the words of one option."""
-    option = f"--{name.replace('_', '-')}"
-    if value is True:
-        return [option]
-    if name == _REPEATED and isinstance(value, tuple):
-        return list(chain(*((option, str(each)) for each in value)))
-    text = _text(name, value)
-    return [option, text] if text else []
-
-
-def _text(name: str, value: Any) -> str:
+def _texts(name: str, value: object) -> list[str]:
+    """Return the value of an option, or the values of one that is repeated."""
+    if not isinstance(value, tuple):
+        return [str(value)]
     match name:
+        case "model":
+            # A path may contain a comma.
+            return [str(model) for model in value]
         case "roi":
-            return ",".join(f"{start}:{stop}" for start, stop in value)
+            return [",".join(f"{start}:{stop}" for start, stop in value)]
         case "time":
-            return ":".join("" if bound is None else str(bound) for bound in value)
+            return [":".join("" if bound is None else str(bound) for bound in value)]
         case "storage_option":
-            value = tuple(option for option in value if not is_secret(option))
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            public = ",".join(option for option in value if not is_secret(option))
+            return [public] if public else []
+    return [",".join(map(str, value))]

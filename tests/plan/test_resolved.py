@@ -15,7 +15,7 @@ from megaseg_dask.plan.resolved import (
     normalization_of,
     threshold_of,
 )
-from megaseg_dask.plan.settings import Settings, is_result, parse_settings
+from megaseg_dask.plan.settings import Settings, declared, parse_settings
 
 VALUES = {
     "channels": (2, 0),
@@ -41,7 +41,7 @@ VALUES = {
 
 
 def test_options_are_those_that_can_change_the_result_in_their_order():
-    names = [name for name in Settings.model_fields if is_result(name)]
+    names = [name for name in Settings.model_fields if declared(name).changes_result]
     assert list(Resolved(**VALUES).options()) == names
 
 

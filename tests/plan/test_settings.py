@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.plan.settings import Settings, declared, is_result, parse_settings
+from megaseg_dask.plan.settings import Settings, declared, parse_settings
 
 # option: text as on the command line, the same as a Python value, what is stored
 VALUES = [
@@ -185,7 +185,7 @@ def test_nonsense_names_option_value_and_what_it_takes(name, value, message):
     line = str(raised.value)
     assert line.startswith(f"--{name.replace('_', '-')} ")
     assert message in line
-    assert line.endswith(f"(takes {declared(name)['metavar'] or 'true|false'})")
+    assert line.endswith(f"(takes {declared(name).metavar or 'true|false'})")
     assert len(line.splitlines()) == 1
 
 
@@ -230,7 +230,7 @@ def test_open_options_are_filled_and_given_ones_stay():
 
 
 def test_only_how_and_where_may_change_when_a_run_resumes():
-    free = {name for name in Settings.model_fields if not is_result(name)}
+    free = {name for name in Settings.model_fields if not declared(name).changes_result}
     # The model counts by its digest, not by its name.
     assert free == {
         "model",
@@ -253,5 +253,5 @@ def test_only_how_and_where_may_change_when_a_run_resumes():
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_option_has_help_and_a_heading(name):
-    assert Settings.model_fields[name].description.endswith((".", ")"))
-    assert declared(name)["panel"]
+    assert declared(name).help.endswith((".", ")"))
+    assert declared(name).panel

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megaseg_dask.errors import EngineError, MegasegError, SettingsError
-from megaseg_dask.plan.cluster_spec import Cluster, TlsFiles, nearest
+from megaseg_dask.messages import nearest
+from megaseg_dask.plan.cluster_spec import Cluster, TlsFiles
 from megaseg_dask.plan.plan import TASKS_AT_ONCE
 from megaseg_dask.run.cluster.dask_config import inherited
 
@@ -353,7 +354,9 @@ def _options(wanted: Cluster, *takers: Any) -> dict[str, Any]:
     known -= _OURS | {"args", "kwargs"}
     for key in wanted.options:
         if key not in known:
-            raise SettingsError(f"options: {wanted.kind} takes no {key}{nearest(key, known)}")
+            raise SettingsError(
+                f"options: {wanted.kind} takes no {key}{nearest(key, sorted(known))}"
+            )
     return dict(wanted.options)
 
 

@@ -21,7 +21,7 @@ from megaseg_dask.messages import duration
 from megaseg_dask.ngff.group import read_attributes
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Output, Plan
-from megaseg_dask.plan.settings import Settings, is_result
+from megaseg_dask.plan.settings import Settings, declared
 from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run import log
 from megaseg_dask.run.journal import Journal
@@ -313,7 +313,8 @@ def commands_of(plans: Sequence[Plan]) -> list[str]:
     """
     commands = []
     for plan in plans:
-        options = {name for name in Settings.model_fields if is_result(name)} | _REPEATED_OPTIONS
+        options = {n for n in Settings.model_fields if declared(n).changes_result}
+        options |= _REPEATED_OPTIONS
         # The planner writes these down also where the source leaves no choice.
         for option, axis in (("time", "t"), ("channel", "c")):
             if plan.source_image.extent(axis) == 1:
