@@ -67,36 +67,39 @@ def parse_whole(value: object) -> object:
     return value
 
 
-def parse_bytes(value: object) -> object:
+def bytes_of(text: str) -> int:
     """Return the number of bytes that a size such as ``8GB`` means.
 
     Raises:
         ValueError: The text is no size.
     """
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
     # ByteSize alone also takes what only begins with a size, such as 1.2.3GB.
-    if not _SIZE.fullmatch(text):
+    if not _SIZE.fullmatch(text.strip()):
         raise ValueError("expected a size such as 8GB or 500MiB")
-    return int(_BYTE_SIZE.validate_python(text))
+    return int(_BYTE_SIZE.validate_python(text.strip()))
 
 
-def parse_duration(value: object) -> object:
+def seconds_of(text: str) -> int:
     """Return the seconds that a time such as ``55m``, ``1h30m`` or ``01:00:00`` means.
 
     Raises:
         ValueError: The text is no time.
     """
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    # YAML reads 01:00:00 in base 60, quoted it comes here.
+    text = text.strip()
     match = _CLOCK.fullmatch(text) or _UNITS.fullmatch(text)
     if not text or not match:
         raise ValueError("expected a time such as 55m, 1h30m or 90s")
     hours, minutes, seconds = (int(number or 0) for number in match.groups())
     return 3600 * hours + 60 * minutes + seconds
+
+
+def _parse_bytes(value: object) -> object:
+    return bytes_of(value) if isinstance(value, str) else value
+
+
+def _parse_duration(value: object) -> object:
+    # YAML reads 01:00:00 in base 60; in quotes it is a text.
+    return seconds_of(value) if isinstance(value, str) else value
 
 
 # -- numbers per axis
@@ -237,8 +240,8 @@ Limits: TypeAlias = tuple[int, int]
 Text = Annotated[str, BeforeValidator(parse_text)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 Models = Annotated[tuple[str, ...], BeforeValidator(parse_models), Field(min_length=1)]
-Bytes = Annotated[Positive, BeforeValidator(parse_bytes)]
-Seconds = Annotated[PositiveFloat, BeforeValidator(parse_duration)]
+Bytes = Annotated[Positive, BeforeValidator(_parse_bytes)]
+Seconds = Annotated[PositiveFloat, BeforeValidator(_parse_duration)]
 Triple = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(parse_three)]
 Patch = Annotated[
     tuple[Positive, Positive, Positive] | Literal["auto"], BeforeValidator(parse_patch)

@@ -60,6 +60,10 @@ REFUSED = [
         "tls: /no is not there",
     ),
     ("kind: kubernetes\ntls: true", "the operator encrypts nothing"),
+    ("kind: custom", "class names the cluster class of kind custom"),
+    ("kind: local\nclass: distributed:LocalCluster", "of kind custom, and of no other kind"),
+    ("kind: custom\nclass: LocalCluster", "class: expected package:Class, such as"),
+    ("kind: custom\nclas: distributed:LocalCluster", "no such key: clas; did you mean class?"),
 ]
 
 
@@ -162,6 +166,53 @@ def test_a_library_that_is_not_installed_is_one_line(module, kind, extra, monkey
         pytest.raises(SettingsError, match=rf"pip install 'megaseg-dask\[{extra}\]'"),
         start.started(Cluster(kind=kind)),
     ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("not_installed:Cluster", "No module named 'not_installed'; install the package"),
+        ("distributed:LocalClustr", "distributed has no LocalClustr; did you mean LocalCluster?"),
+        ("distributed:Client", "Client: is no class of Dask clusters, which have the methods"),
+    ],
+)
+def test_a_class_that_starts_no_cluster_is_one_line(name, message):
+    custom = Cluster.model_validate({"kind": "custom", "class": name})
+    with pytest.raises(SettingsError) as raised, start.started(custom):
+        pass
+    assert message in str(raised.value)
+    assert str(raised.value).startswith(f"class {name}: ")
+    assert "\n" not in str(raised.value)
+
+
+class StrictCluster:
+    """A class of clusters by its methods, which no library knows."""
+
+    def __init__(self, *, cores: int) -> None:
+        self.cores = cores
+
+    def scale(self, n: int) -> None:
+        raise RuntimeError(f"the site has\nno room for {n}")
+
+    def adapt(self, **limits: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_workers": 2}, r"options\.n_workers: follows from the rest of the file; leave it out"),
+        ({"threads": 2}, r"kind custom: .*unexpected keyword argument 'threads'"),
+        ({"cores": 2}, r"kind custom: the site has no room for 3"),
+    ],
+)
+def test_what_a_custom_class_refuses_is_one_line(options, message):
+    custom = Cluster.model_validate(
+        {"kind": "custom", "class": f"{__name__}:StrictCluster", "workers": 3, "options": options}
+    )
+    with pytest.raises(SettingsError, match=message), start.started(custom):
         pass
 
 

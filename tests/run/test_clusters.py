@@ -292,3 +292,16 @@ def test_local_workers_over_tls(how_many, request_of, tmp_path):
     addresses = [event.address for event in events if event.kind == "worker"]
     assert addresses
     assert all(address.startswith("tls://127.0.0.1") for address in addresses)
+
+
+def test_workers_of_any_class_of_clusters(request_of, tmp_path):
+    path = tmp_path / "custom.yaml"
+    path.write_text(
+        "kind: custom\nclass: distributed:LocalCluster\nworkers: 1\n"
+        "options: {threads_per_worker: 1, host: 127.0.0.1, memory_limit: 0}\n"
+    )
+    source, target, settings = request_of("out.zarr", cluster=str(path))
+    events = []
+    result = segment(source, target, settings, emit=events.append)
+    assert result.status == "done", result.failures
+    assert len([event for event in events if event.kind == "worker"]) == 1

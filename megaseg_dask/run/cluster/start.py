@@ -8,10 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 from megaseg_dask.errors import EngineError, MegasegError, SettingsError
-from megaseg_dask.messages import nearest
+from megaseg_dask.messages import closest, nearest
 from megaseg_dask.plan.cluster_spec import Cluster, TlsFiles
 from megaseg_dask.plan.plan import TASKS_AT_ONCE
 from megaseg_dask.run.cluster.dask_config import inherited
@@ -39,6 +40,10 @@ _OURS = {
     "scheduler_cls",
 }
 
+# Of a custom class: decided by the file's other keys, or by how we talk to a cluster.
+_DECIDED_BY_FILE = {"n_workers", "security", "asynchronous", "loop"}
+_CLUSTER_METHODS = ("scale", "adapt", "close")
+
 # Workers end within seconds, on a busy machine within a minute.
 _CLOSE_S = 90.0
 
@@ -54,13 +59,12 @@ def started(wanted: Cluster) -> Iterator[Any]:
     with ExitStack() as stack:
         try:
             cluster = _KINDS[wanted.kind](wanted, stack)
+            stack.callback(_close, cluster)
+            _scale(wanted, cluster)
         except (MegasegError, KeyboardInterrupt):
             raise
         except Exception as error:
             raise _explained(wanted, error) from error
-        # On a busy machine workers may take longer to end than Dask waits; what they did is done.
-        stack.callback(_close, cluster)
-        _scale(wanted, cluster)
         yield cluster
 
 
@@ -68,14 +72,14 @@ def _close(cluster: Any) -> None:
     # A job that could not be submitted has a status that Dask does not expect at the end. A nanny
     # whose worker hung may wait for ever: the run is over by then, and what is left ends with this
     # process.
+    has_timeout = "timeout" in inspect.signature(cluster.close).parameters
+    limit = {"timeout": _CLOSE_S} if has_timeout else {}
     with suppress(TimeoutError, OSError, AssertionError):
-        cluster.close(timeout=_CLOSE_S)
+        cluster.close(**limit)
 
 
 def _scale(wanted: Cluster, cluster: Any) -> None:
-    n_workers = wanted.workers
-    if wanted.adaptive and not n_workers:
-        n_workers = max(wanted.adaptive.minimum, 1)
+    n_workers = _n_first_workers(wanted)
     if n_workers is None or wanted.kind == "local":
         return
     cluster.scale(n_workers)
@@ -84,6 +88,13 @@ def _scale(wanted: Cluster, cluster: Any) -> None:
         cluster.sync(_wait_for, cluster)
         if refused := cluster.job_cls.refused:
             raise _explained(wanted, refused[0])
+
+
+def _n_first_workers(wanted: Cluster) -> int | None:
+    """Return how many workers are started at first; ``None`` if the class decides that."""
+    if wanted.adaptive and not wanted.workers:
+        return max(wanted.adaptive.minimum, 1)
+    return wanted.workers
 
 
 async def _wait_for(cluster: Any) -> None:
@@ -313,10 +324,58 @@ def _without_gpu(amounts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: amount for key, amount in amounts.items() if not key.endswith("/gpu")}
 
 
+def _custom(wanted: Cluster, _: ExitStack) -> Any:
+    cls = _cluster_class(wanted.class_name or "")
+    options = dict(wanted.options)
+    for key in _DECIDED_BY_FILE & options.keys():
+        raise SettingsError(f"options.{key}: follows from the rest of the file; leave it out")
+    if wanted.tls:
+        options["security"] = security_of(wanted)
+    n_workers = _n_first_workers(wanted)
+    if n_workers is not None and "n_workers" in inspect.signature(cls).parameters:
+        # The class could otherwise start more, only to have them stopped again.
+        options["n_workers"] = n_workers
+    return cls(**options)
+
+
+def _cluster_class(name: str) -> Any:
+    """Return the class that ``package:Class`` names.
+
+    Raises:
+        SettingsError: It is not there, or not a class of Dask clusters.
+    """
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SettingsError(
+            f"class {name}: {error}; install the package that has it beside megaseg-dask"
+        ) from error
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        raise SettingsError(
+            f"class {name}: {module_name} has no {class_name}{_classes_like(class_name, module)}"
+        )
+    has_methods = all(callable(getattr(cls, method, None)) for method in _CLUSTER_METHODS)
+    if not isinstance(cls, type) or not has_methods:
+        raise SettingsError(
+            f"class {name}: is no class of Dask clusters, which have the methods "
+            f"{', '.join(_CLUSTER_METHODS)}; name one that has them"
+        )
+    return cls
+
+
+def _classes_like(name: str, module: ModuleType) -> str:
+    classes = [each for each, value in vars(module).items() if isinstance(value, type)]
+    meant = closest(name, classes)
+    return f"; did you mean {meant}?" if meant else "; see the package's own documentation"
+
+
 _KINDS: dict[str, Callable[[Cluster, ExitStack], Any]] = {
     "local": _local,
     "cuda": _cuda,
     "kubernetes": _kubernetes,
+    "custom": _custom,
     **dict.fromkeys(_BATCH, _batch),
 }
 
