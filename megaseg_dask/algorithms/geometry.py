@@ -164,17 +164,18 @@ def steps(ndim: int, connectivity: int) -> list[Shape]:
     return [step for step in all_steps if 0 < sum(map(abs, step)) <= connectivity]
 
 
-def _axis_starts(extent: int, patch: int, overlap: float) -> list[int]:
+@functools.cache
+def _axis_starts(extent: int, patch: int, overlap: float) -> tuple[int, ...]:
     """Return the patch starts along one axis, in the volume's coordinates, ascending.
 
     They are those of MONAI's ``dense_patch_slices`` with ``_get_scan_interval``.
     """
     if extent <= patch:
-        return [-_axis_padding(extent, patch)]
+        return (-_axis_padding(extent, patch),)
     stride = max(int(patch * (1 - overlap)), 1)
     last = extent - patch
     n_patches = -(-last // stride) + 1
-    return [min(i * stride, last) for i in range(n_patches)]
+    return tuple(min(i * stride, last) for i in range(n_patches))
 
 
 def _axis_padding(extent: int, patch: int) -> int:
@@ -209,7 +210,7 @@ class PatchGrid:
         return tuple(map(_axis_padding, self.volume_shape, self.patch_shape))
 
     @property
-    def starts(self) -> tuple[list[int], ...]:
+    def starts(self) -> tuple[tuple[int, ...], ...]:
         """Patch starts per axis, in the volume's coordinates, ascending."""
         return tuple(map(_axis_starts, self.volume_shape, self.patch_shape, self.overlap))
 
@@ -260,7 +261,7 @@ class PatchGrid:
         )
 
 
-def _touching(starts: list[int], patch: int, start: int, stop: int) -> list[int]:
+def _touching(starts: Sequence[int], patch: int, start: int, stop: int) -> list[int]:
     return [s for s in starts if s < stop and s + patch > start]
 
 

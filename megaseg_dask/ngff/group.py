@@ -31,6 +31,7 @@ from megaseg_dask.stores import (
 )
 
 _CONSOLIDATED_V3 = "consolidated_metadata"
+_GROUP_KEYS = {"zarr_format", "node_type", "attributes", _CONSOLIDATED_V3}
 _FIRST_BYTES = {b"II": "TIFF", b"MM": "TIFF", b"PK": "zip"}
 _MAX_NAMES_SHOWN = 4
 
@@ -75,8 +76,8 @@ def is_group(location: Location) -> bool:
     return any(location.size(v.group_file) is not None for v in VERSIONS.values())
 
 
-def open_ome_group(location: Location, expected: str) -> tuple[zarr.Group, dict[str, Any]]:
-    """Open the group at ``location``; return it with its OME metadata.
+def open_ome_group(location: Location, expected: str) -> tuple[int, dict[str, Any]]:
+    """Return the Zarr format of the group at ``location``, and its OME metadata.
 
     Raises:
         SourceError: There is no group; it says what is there instead of the
@@ -87,8 +88,8 @@ def open_ome_group(location: Location, expected: str) -> tuple[zarr.Group, dict[
     # own words.
     location.require_readable()
     try:
-        group = open_group(location)
-        return group, ome_of(group.attrs.asdict())
+        zarr_format, attributes = _read_group(location)
+        return zarr_format, ome_of(attributes)
     except Exception as error:
         if not location.is_local and is_store_failure(error):
             raise store_error(location, "read", error) from error
@@ -97,8 +98,20 @@ def open_ome_group(location: Location, expected: str) -> tuple[zarr.Group, dict[
         ) from error
 
 
+def _read_group(location: Location) -> tuple[int, Mapping[str, Any]]:
+    """Return the format and the attributes of a group; raises what zarr and stores raise."""
+    # One request reads a usual group, where zarr makes four. It decides about all others.
+    document = _parse(location.backend().get("zarr.json"))
+    attributes = document.get("attributes", {})
+    is_group = document.get("zarr_format") == 3 and document.get("node_type") == "group"
+    if is_group and isinstance(attributes, dict) and document.keys() <= _GROUP_KEYS:
+        return 3, attributes
+    group = open_group(location)
+    return group.metadata.zarr_format, group.attrs.asdict()
+
+
 def require_known_version(
-    location: Location, group: zarr.Group, ome: Mapping[str, Any], part: Mapping[str, Any]
+    location: Location, zarr_format: int, ome: Mapping[str, Any], part: Mapping[str, Any]
 ) -> str:
     """Return the version of a group's OME metadata, which all of them state or their main ``part``.
 
@@ -106,7 +119,7 @@ def require_known_version(
         SourceError: It is another than those that can be read.
     """
     stated = ome.get("version") or part.get("version")
-    version = str(stated or version_of_format(group.metadata.zarr_format).name)
+    version = str(stated or version_of_format(zarr_format).name)
     if version not in VERSIONS:
         raise SourceError(
             f"{location} is OME-Zarr {version}; {' and '.join(VERSIONS)} can be read: "

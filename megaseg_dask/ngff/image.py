@@ -5,6 +5,9 @@ its spatial axes may come in any order. Metadata pass through the models of
 ome-zarr-models in both directions, so what is written is valid by construction.
 """
 
+import functools
+import json
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 import zarr
 from pydantic import ValidationError
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.algorithms.pyramids import default_level_shapes
@@ -25,9 +30,15 @@ from megaseg_dask.ngff.group import (
     require_known_version,
 )
 from megaseg_dask.ngff.versions import VERSIONS
-from megaseg_dask.stores import Location, cause_of, open_array
+from megaseg_dask.stores import Location, cause_of
 
 T = TypeVar("T")
+
+# The thousands of fields of a plate have few different metadata documents. Each is parsed and
+# checked once; this many are kept.
+_MAX_DOCUMENTS = 64
+# Fields are read in threads, of which the first would otherwise all parse the same document.
+_PARSING = threading.Lock()
 
 SPATIAL = ("z", "y", "x")
 _AXIS_TYPES = {"t": "time", "c": "channel", **dict.fromkeys(SPATIAL, "space")}
@@ -249,41 +260,47 @@ def read_image(location: Location) -> Image:
         SourceError: There is no image that can be read; it says what there is instead.
         StoreError: The store failed.
     """
-    group, ome = open_ome_group(location, "OME-Zarr image")
+    zarr_format, ome = open_ome_group(location, "OME-Zarr image")
     entries = ome.get("multiscales")
     if not entries or not isinstance(entries, list) or not isinstance(entries[0], dict):
         raise SourceError(f"{location} is {describe_group(location, ome)}, not an OME-Zarr image")
     entry = entries[0]
-    version = require_known_version(location, group, ome, entry)
+    version = require_known_version(location, zarr_format, ome, entry)
     multiscale = _parse_multiscale(location, version, entry)
     axes = _read_axes(location, multiscale)
     unopened = [_read_dataset(location, multiscale, data) for data in multiscale.datasets]
-    arrays = [_open_level(location, level.path, axes) for level in unopened]
-    levels = [replace(v, shape=array.shape) for v, array in zip(unopened, arrays, strict=True)]
+    forms = [_read_level_form(location, level.path, axes) for level in unopened]
+    levels = [replace(v, shape=form.shape) for v, form in zip(unopened, forms, strict=True)]
     return Image(
         version=version,
         name=str(entry.get("name") or location.name),
         axes=axes,
         levels=tuple(levels),
-        # Volumes are read in native byte order, so that is the dtype they have.
-        dtype=str(arrays[0].dtype.newbyteorder("=")),
+        dtype=forms[0].dtype,
         channel_names=_channel_names(ome),
     )
 
 
 def _parse_multiscale(location: Location, version: str, entry: Mapping[str, object]) -> Any:
-    model = VERSIONS[version].models.multiscales.Multiscale
+    # Fields of a plate may differ in their names alone.
+    unnamed = {key: value for key, value in entry.items() if key != "name"}
     try:
-        with warnings.catch_warnings():
-            # The models warn of what the specification only recommends: no reason to refuse an
-            # image.
-            warnings.simplefilter("ignore")
-            return model.model_validate(entry)
+        with _PARSING:
+            return _validate_multiscale(version, json.dumps(unnamed))
     except ValidationError as error:
         raise SourceError(
             f"{location}: its OME-Zarr {version} metadata are invalid: "
             f"{first_problem(error, 'multiscales')}"
         ) from error
+
+
+@functools.lru_cache(maxsize=_MAX_DOCUMENTS)
+def _validate_multiscale(version: str, document: str) -> Any:
+    model = VERSIONS[version].models.multiscales.Multiscale
+    with warnings.catch_warnings():
+        # The models warn of what the specification only recommends: no reason to refuse an image.
+        warnings.simplefilter("ignore")
+        return model.model_validate(json.loads(document))
 
 
 def _read_axes(location: Location, multiscale: Any) -> tuple[Axis, ...]:
@@ -339,9 +356,17 @@ def _compose(
     return tuple(map(float, scale)), tuple(map(float, translation))
 
 
-def _open_level(location: Location, path: str, axes: Sequence[Axis]) -> zarr.Array[Any]:
+@dataclass(frozen=True, slots=True)
+class _ArrayForm:
+    """The shape of an array, and its dtype in native byte order."""
+
+    shape: Shape
+    dtype: str
+
+
+def _read_level_form(location: Location, path: str, axes: Sequence[Axis]) -> _ArrayForm:
     try:
-        array = open_array(location / path)
+        form = _read_array_form(location / path)
     except StoreError:
         raise
     except FileNotFoundError as error:
@@ -352,10 +377,31 @@ def _open_level(location: Location, path: str, axes: Sequence[Axis]) -> zarr.Arr
         raise SourceError(
             f"{location / path} is no Zarr array that can be opened: {cause_of(error)}"
         ) from error
-    if array.ndim != len(axes):
+    n_dims = len(form.shape)
+    if n_dims != len(axes):
         names = [axis.name for axis in axes]
-        raise SourceError(f"{location}/{path}: {array.ndim} dimensions for axes {names}")
-    return array
+        raise SourceError(f"{location}/{path}: {n_dims} dimensions for axes {names}")
+    return form
+
+
+def _read_array_form(location: Location) -> _ArrayForm:
+    # Newest version first: zarr prefers it too where there are documents of two versions.
+    for version in sorted(VERSIONS.values(), key=lambda each: -each.zarr_format):
+        document = location.get(version.array_file)
+        if document is not None:
+            with _PARSING:
+                return _parse_array(version.array_file, document)
+    raise FileNotFoundError(location.url)
+
+
+@functools.lru_cache(maxsize=_MAX_DOCUMENTS)
+def _parse_array(name: str, document: bytes) -> _ArrayForm:
+    # As the only object of a store in memory: to open an array in its place, zarr would ask for
+    # three objects.
+    buffer = default_buffer_prototype().buffer.from_bytes(document)
+    array = zarr.open_array(MemoryStore({name: buffer}), mode="r")
+    # Volumes are read in native byte order, so that is the dtype they have.
+    return _ArrayForm(tuple(array.shape), str(array.dtype.newbyteorder("=")))
 
 
 def _channel_names(ome: Mapping[str, object]) -> tuple[str, ...]:

@@ -160,17 +160,17 @@ def read_plate(location: Location) -> Plate:
         SourceError: There is no plate, or a name in it is invalid.
         StoreError: The store does not answer.
     """
-    group, ome = open_ome_group(location, "HCS plate")
+    zarr_format, ome = open_ome_group(location, "HCS plate")
     if "plate" not in ome:
         raise SourceError(f"{location} is {describe_group(location, ome)}, not an HCS plate")
     listing = ome["plate"]
     if not isinstance(listing, dict):
         listing = {}
-    version = require_known_version(location, group, ome, listing)
+    version = require_known_version(location, zarr_format, ome, listing)
     name = str(listing.get("name") or location.name)
     try:
         plate, wells = _parse_listing(version, name, listing)
-        stored = version_of_format(group.metadata.zarr_format)
+        stored = version_of_format(zarr_format)
         return _with_fields(plate, location, stored, wells)
     except SourceError as error:
         raise SourceError(

@@ -35,7 +35,8 @@ class LocalFolder:
         return True
 
     def get(self, key: str) -> bytes | None:
-        if not self.path.exists():
+        # A file in the place of a folder holds no objects either.
+        if not self.path.is_dir():
             return None
         try:
             return bytes(obstore.get(LocalStore(prefix=self.path), key).bytes())

@@ -304,6 +304,11 @@ def _level_gone(path):
     shutil.rmtree(write_image(path, blobs(SHAPE), blobs((5, 10, 9))) / "1")
 
 
+def _level_is_a_file(path):
+    _level_gone(path)
+    (path / "1").write_text("5, 10, 9")
+
+
 def _level_broken(path):
     (write_image(path, blobs(SHAPE)) / "0/zarr.json").write_text("{")
 
@@ -353,6 +358,7 @@ NO_IMAGE = {
     "empty multiscales": (lambda p: group(p, {"ome": {"multiscales": []}}), "without multiscales"),
     "broken json": (_broken_json, "metadata cannot be read"),
     "level gone": (_level_gone, "lists level '1', but no Zarr array is there"),
+    "level is a file": (_level_is_a_file, "lists level '1', but no Zarr array is there"),
     "level broken": (_level_broken, "no Zarr array that can be opened"),
     "level is a group": (
         _with(lambda e: e["datasets"][0].update(path="")),
