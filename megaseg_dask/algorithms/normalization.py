@@ -54,7 +54,9 @@ class Moments:
         # last bit.
         values = np.ascontiguousarray(values)
         mean = float(values.mean(dtype=np.float64))
-        squares = float(np.square(values - np.float64(mean)).sum())
+        # An infinite sum is refused later, by a message that names the volume.
+        with np.errstate(over="ignore"):
+            squares = float(np.square(values - np.float64(mean)).sum())
         return cls(values.size, mean, squares, float(values.min()), float(values.max()))
 
     def __add__(self, other: "Moments") -> "Moments":

@@ -18,6 +18,7 @@ from megaseg_dask.models import load_bundle
 from megaseg_dask.models.build import build_network
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
 from tests.fixtures.bundles import (
     OVERLAP,
     PATCH_SHAPE,
@@ -69,9 +70,11 @@ CASES = {
     "two models, mirrored": (2, True, "torch", 1e-5),
     "through OpenVINO": (2, True, "openvino", 1e-3),
 }
+FAST = ("mirrored", "two models")
+SLOW = ("two models, mirrored", "through OpenVINO")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_averages_are_monais_at_any_block(name, bundles, tmp_path):
     n_models, tta, engine, agreement = CASES[name]
     image = blobs(SHAPE)
@@ -194,6 +197,7 @@ def test_the_command_takes_several_models(bundles, tmp_path, run):
     assert all(plan["projected_bytes"][stage] > n for stage, n in one["projected_bytes"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize("block", ["48,256,256", "48,128,128"])
 def test_measured_peaks_stay_below_the_projection(block, engine, bundles, tmp_path):
@@ -207,7 +211,7 @@ def test_measured_peaks_stay_below_the_projection(block, engine, bundles, tmp_pa
     }
     settings = parse_settings({**options, "engine": engine, "block": block})
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)
-    result = segment_here(str(source), str(tmp_path / "out.zarr"), settings)
+    result = segment(str(source), str(tmp_path / "out.zarr"), settings)
     assert result.status == "done"
     for stage, peak in result.peak_bytes.items():
         assert 50e6 < peak <= plan.projected_bytes[stage.split("-")[0]], (

@@ -22,7 +22,6 @@ from tests.fixtures.bundles import write_zip
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.relay import relay_to
 from tests.fixtures.servers import free_port, plain_server, range_server, write_certificate
-from tests.stores.conftest import _environment, s3, s3_server  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("store_environment")
 
@@ -40,7 +39,7 @@ def megaseg_zip(tmp_path_factory):
 
 
 @pytest.fixture
-def bucket(s3_server, megaseg_zip):  # noqa: F811
+def bucket(s3_server, megaseg_zip):
     """The public bucket with the models in it, and things that are none."""
     client = s3_server.client()
     put(s3_server, "megaSeg.zip", megaseg_zip.read_bytes())
@@ -401,7 +400,7 @@ def test_a_bucket_that_cannot_be_read(relay, bucket_name, message):
     assert "\n" not in str(raised.value)
 
 
-def test_a_private_bucket_with_credentials(s3, megaseg_zip, monkeypatch, tmp_path):  # noqa: F811
+def test_a_private_bucket_with_credentials(s3, megaseg_zip, monkeypatch, tmp_path):
     monkeypatch.delenv("MEGASEG_OFFLINE")
     monkeypatch.setenv("MEGASEG_HOME", str(tmp_path / "home"))
     s3.client().put_object(

@@ -121,7 +121,7 @@ def test_a_corrupt_chunk_is_named_and_mended(damage, block, megaseg, source, und
     code, out, err = megaseg(image, target, "--block", block)
     assert (code, out) == (1, "")
     assert str(chunk) in err
-    assert "Run the same command again" in err
+    assert "run the same command again" in err
     assert is_no_image(target)
     chunk.write_bytes(whole)
     assert megaseg(image, target, "--block", block)[0] == 0

@@ -19,6 +19,7 @@ from megaseg_dask.models.build import build_network
 from megaseg_dask.ngff.image import read_image
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from tests.fixtures.bundles import (
     OVERLAP,
@@ -272,6 +273,7 @@ def test_what_does_not_fit_the_model_is_refused(image, two_in, tmp_path):
     assert "takes images without a z-score, by: none" in refusal(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize("block", ["48,256,256", "48,128,128"])
 def test_measured_peaks_stay_below_the_projection(block, engine, two_in, tmp_path):
@@ -290,7 +292,7 @@ def test_measured_peaks_stay_below_the_projection(block, engine, two_in, tmp_pat
         "channel": "0,1",
     }
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
-    result = segment_here(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
+    result = segment(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
     assert result.status == "done"
     for stage, peak in result.peak_bytes.items():
         assert 50e6 < peak <= plan.projected_bytes[stage.split("-")[0]], (

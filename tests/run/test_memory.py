@@ -12,7 +12,11 @@ from tests.fixtures.images import blobs, write_image
 
 @pytest.mark.parametrize(
     ("block", "engine"),
-    [("48,256,256", "torch"), ("48,128,128", "torch"), ("48,128,128", "openvino")],
+    [
+        pytest.param("48,256,256", "torch", marks=pytest.mark.slow),
+        ("48,128,128", "torch"),
+        pytest.param("48,128,128", "openvino", marks=pytest.mark.slow),
+    ],
 )
 def test_measured_peaks_stay_below_the_projection(block, engine, tmp_path, tiny_bundle):
     if engine == "openvino":

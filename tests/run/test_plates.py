@@ -135,7 +135,7 @@ def test_a_field_that_is_not_there_is_named_and_the_others_are_done(run, plate, 
     events = []
     result = run(plate, "out.zarr", events.append, channel="dna")
     assert result.exit_code == 1
-    assert [f["volume"] for f in result.failures] == ["B/2/1"]
+    assert [f.volume for f in result.failures] == ["B/2/1"]
     assert [event.volume for event in events if event.kind == "failure"] == ["B/2/1"]
     assert len(read_plate(Location.of(tmp_path / "out.zarr")).fields) == 7
 
@@ -151,7 +151,7 @@ def test_a_field_that_is_mended_later_is_added_by_the_same_command(run, plate, t
     shutil.move(plate / "B/1/1", tmp_path / "aside")
     options = {"channel": "dna", "outputs": "labels,scores,measurements"}
     first = run(plate, "out.zarr", **options)
-    assert [f["volume"] for f in first.failures] == ["B/1/1"]
+    assert [f.volume for f in first.failures] == ["B/1/1"]
     assert run(plate, "out.zarr", **options).exit_code == 1
     shutil.move(tmp_path / "aside", plate / "B/1/1")
     result = run(plate, "out.zarr", **options)

@@ -20,6 +20,7 @@ from megaseg_dask.cli.app import build_app
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.page import (
     Origin,
@@ -72,8 +73,8 @@ def options(tiny_bundle) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory, options) -> tuple[Path, Path]:
-    """An image in 2x2x2 blocks, and what became of it."""
+def split(tmp_path_factory, options, client) -> tuple[Path, Path]:
+    """An image in 2x2x2 blocks, segmented by a worker, whose memory is measured."""
     folder = tmp_path_factory.mktemp("split")
     source = write_image(folder / "image.zarr", blobs((40, 64, 100)))
     wanted = {
@@ -82,7 +83,7 @@ def split(tmp_path_factory, options) -> tuple[Path, Path]:
         "outputs": "labels,scores,measurements",
         "min_size": 5,
     }
-    result = segment_here(str(source), str(folder / "out.zarr"), parse_settings(wanted))
+    result = segment(str(source), str(folder / "out.zarr"), parse_settings(wanted), client=client)
     assert result.status == "done", result.failures
     return source, folder / "out.zarr"
 
