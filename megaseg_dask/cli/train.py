@@ -182,7 +182,7 @@ def _parse_patch(text: str | None) -> tuple[int, int, int] | None:
     from megaseg_dask.plan.option_types import parse_three
 
     try:
-        z, y, x = map(int, parse_three(text))
+        z, y, x = map(int, map(str, parse_three(text)))
     except (TypeError, ValueError) as error:
         expected = "three whole numbers, such as 64,128,128"
         raise SettingsError(f"--patch {text}: expected {expected}") from error

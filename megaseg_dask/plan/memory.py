@@ -1,10 +1,10 @@
-"""What one worker needs at its peak, per stage, before anything starts.
+"""The peak memory of one worker in each stage, known before anything starts.
 
-Each stage is a sum of arrays that live at the same moment, counted in bytes
-per voxel of the block, plus what an idle worker holds. The factors of library
-calls (convolutions, codecs, component labelling) were measured; a test
-measures whole stages against this projection. Which function is of which
-stage, the declaration of the stages says (:mod:`megaseg_dask.plan.stages`).
+The memory of a stage is the sum of the arrays that live at the same moment, in bytes
+per voxel of the block, plus that of an idle worker. The factors of library calls
+(convolutions, codecs, component labelling) were measured, and a test measures whole
+stages against this projection. :mod:`megaseg_dask.plan.stages` declares which function
+belongs to which stage.
 """
 
 from dataclasses import dataclass
@@ -12,25 +12,26 @@ from dataclasses import dataclass
 from megaseg_dask.algorithms.components import join_bytes
 from megaseg_dask.inference.engine import ENGINES, EngineSpec, Forward
 
-# Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, before it has done anything.
+# Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, before its first task.
 IDLE_BYTES = 760 * 10**6
 
 # Share of a machine's memory that workers may plan with; the rest is the client's and the system's.
 BUDGET_SHARE = 0.8
 
-# The join holds fragments, not voxels. How many there are only the data know: an estimate, from a
-# small nucleus.
+# The join holds fragments, not voxels. Their number depends on the data: this is an estimate, from
+# the size of a small nucleus.
 _VOXELS_PER_FRAGMENT = 10_000
 
-# Working memory of the mode per finer voxel, where all windows are mixed.
+# Working memory of the mode per finer voxel, if no window has one value alone.
 _MODE_BYTES = 16
-# Finer voxels that a coarser level is computed from at a time.
+# Finer voxels from which a coarser level is computed at a time.
 _MAX_MODE_VOXELS = 2**24
 
 # zarr decodes this many whole chunks of the source at a time, however little of them is read.
 _MAX_DECODED_CHUNKS = 10
 
-# Making the table of a block's logits, and a table: those of Li's method, measured, are the largest.
+# Making the table of a block's logits, and the table itself. Measured for Li's method, whose tables
+# are the largest.
 _TABULATING_BYTES = 160 * 10**6
 _TABLE_BYTES = 60 * 10**6
 TABLES_READ_AHEAD = 3
@@ -47,10 +48,10 @@ _LABELLING_BYTES = 12
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the memory of a task follows from: voxels of boxes, and bytes of voxels."""
+    """Voxels of boxes and bytes of voxels, from which the memory of a task follows."""
 
     volume_voxels: int
-    # Of a block: its core, what it reads of the source, and what a task of ``measure`` reads.
+    # Of a block: its core, the box that it reads, and the box that a task of ``measure`` reads.
     core_voxels: int
     read_voxels: int
     measured_voxels: int
@@ -59,7 +60,7 @@ class Sizes:
     source_bytes: int
     scores_bytes: int
     label_bytes: int
-    # A forward pass on the host; 0 on a device, and of an engine that keeps its memory.
+    # A forward pass on the host. It is 0 on a device, and for an engine that keeps its memory.
     forward_bytes: int
     n_inputs: int
     n_outputs: int
@@ -79,14 +80,15 @@ def decoded_bytes(chunk_bytes: int, n_chunks: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EngineBytes:
-    """Memory of an engine on the host: what stays from one task to the next, and what a pass adds."""
+    """Memory of an engine on the host."""
 
+    # From one task to the next, and in addition during a forward pass.
     kept: int
     forward: int
 
     @classmethod
     def of(cls, engine: EngineSpec, forward: Forward) -> "EngineBytes":
-        """Return the memory of an engine that makes such forward passes."""
+        """Return the memory of an engine that makes these forward passes."""
         memory = ENGINES[engine.engine].memory
         n_bytes = memory.forward_bytes(forward)
         if memory.is_kept:
@@ -101,12 +103,12 @@ class EngineBytes:
 
 
 def measure_bytes(sizes: Sizes) -> int:
-    """Return what measuring a block of the source takes."""
+    """Return the bytes of measuring a block of the source."""
     return sizes.measured_voxels * sizes.source_bytes * 2 + _STATISTICS_BYTES + sizes.decoded_bytes
 
 
 def segment_bytes(sizes: Sizes) -> int:
-    """Return what predicting a block takes: its passes, or turning logits into scores."""
+    """Return the bytes of predicting a block, or of turning its logits into scores if more."""
     core = sizes.core_voxels
     # Blending holds sums and weights; turning logits into scores holds three more float32 arrays.
     blended = sizes.read_voxels * sizes.source_bytes * 2 * sizes.n_inputs
@@ -119,70 +121,70 @@ def segment_bytes(sizes: Sizes) -> int:
 
 
 def histogram_bytes(sizes: Sizes) -> int:
-    """Return what the table of a block's logits takes: the logits, and those that are known."""
+    """Return the bytes of making the table of a block's logits: all, and the known ones."""
     return sizes.core_voxels * 4 * 2 + _TABULATING_BYTES
 
 
 def cutoff_bytes(_: Sizes) -> int:
-    """Return what merging the tables of all blocks takes."""
+    """Return the bytes of merging the tables of all blocks."""
     return _TABLE_BYTES * (TABLES_READ_AHEAD + 2)
 
 
 def threshold_bytes(sizes: Sizes) -> int:
-    """Return what the mask of a block's logits takes."""
+    """Return the bytes of turning a block's logits into a mask."""
     return sizes.core_voxels * 6
 
 
 def holes_bytes(sizes: Sizes) -> int:
-    """Return what labelling the background of a block takes."""
+    """Return the bytes of labelling the background of a block."""
     return label_bytes(sizes) + sizes.core_voxels
 
 
 def fill_bytes(sizes: Sizes) -> int:
-    """Return what filling the holes of a block takes."""
+    """Return the bytes of filling the holes of a block."""
     return sizes.core_voxels * 7
 
 
 def label_bytes(sizes: Sizes) -> int:
-    """Return what labelling the mask of a block takes."""
+    """Return the bytes of labelling the mask of a block."""
     return sizes.core_voxels * (1 + 2 * 4 + _LABELLING_BYTES)
 
 
 def seams_bytes(sizes: Sizes) -> int:
-    """Return what pairing the fragments of a block with its neighbours' takes."""
+    """Return the bytes of pairing the fragments of a block with those of its neighbors."""
     return sizes.core_voxels
 
 
 def joining_bytes(sizes: Sizes) -> int:
-    """Return what joining the fragments of a volume takes."""
+    """Return the bytes of joining the fragments of a volume."""
     return join_bytes(sizes.volume_voxels // _VOXELS_PER_FRAGMENT)
 
 
 def relabel_bytes(sizes: Sizes) -> int:
-    """Return what giving a block its final ids takes."""
+    """Return the bytes of giving a block its final ids."""
     return sizes.core_voxels * (4 + 3 * sizes.label_bytes)
 
 
 def measurements_bytes(sizes: Sizes) -> int:
-    """Return what measuring the objects of a block takes."""
+    """Return the bytes of measuring the objects of a block."""
     voxels = sizes.core_voxels * (sizes.label_bytes + sizes.source_bytes) * 2
     return voxels + sizes.decoded_bytes + _MEASURING_BYTES
 
 
 def table_bytes(_: Sizes) -> int:
-    """Return what adding up the measurements of a volume takes."""
+    """Return the bytes of adding up the measurements of a volume."""
     return _MEASURING_BYTES
 
 
 def downsample_bytes(sizes: Sizes) -> int:
-    """Return what a block of a coarser level takes: finer voxels in parts, and the unit that they make up."""
+    """Return the bytes of a block of a coarser level: part of its finer voxels, and its own."""
     core = sizes.core_voxels
     finer = min(core, _MAX_MODE_VOXELS) * 2 * (sizes.label_bytes + _MODE_BYTES)
     return finer + core * sizes.label_bytes
 
 
 def whole_volume_bytes(sizes: Sizes) -> int:
-    """Return what all stages of a volume take that is one block, and stays in memory."""
+    """Return the bytes of all stages of a volume that is one block, and stays in memory."""
     core = sizes.core_voxels
     volume = core * (sizes.source_bytes * sizes.n_inputs + sizes.scores_bytes + 1)
     predicting = segment_bytes(sizes)
@@ -192,7 +194,7 @@ def whole_volume_bytes(sizes: Sizes) -> int:
         predicting += holes_bytes(sizes)
     labelling = label_bytes(sizes) + relabel_bytes(sizes)
     if sizes.n_outputs > 1:
-        # One output after the other is labelled, beside the scores, and mask or logits, of all.
+        # Outputs are labelled one after the other, beside the scores, and mask or logits, of all.
         kept = sizes.scores_bytes + (4 if sizes.finds_threshold else 1)
         labelling += core * sizes.n_outputs * max(4, kept)
     return volume + max(predicting, labelling) + _MEASURING_BYTES

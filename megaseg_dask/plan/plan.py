@@ -1,7 +1,7 @@
-"""The plan of a run: what is computed, by which tasks of which stages, and at what cost.
+"""The plan of a run: its tasks, stage by stage, and their memory.
 
-A plan is a value: it prints, it is JSON, and two plans with one fingerprint
-give the same output. Tasks are numbered per stage, volume by volume.
+A plan is a value: it prints, it is JSON, and two plans with one fingerprint give the
+same output. The tasks of a stage are numbered, volume by volume.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.stages import Fact, PlannedStage, Stage
 from megaseg_dask.stores import Location
 
-# On a GPU one task computes, while another reads and a third one labels, compresses and writes.
-# A CPU computes in all of its cores anyway: there it would be memory for nothing.
+# On a GPU one task computes, while another reads and a third labels, compresses and writes. On a
+# CPU one task already uses all cores: more tasks would only take more memory.
 TASKS_AT_ONCE = {"cuda": 3}
 
 
@@ -53,9 +53,9 @@ RecordedLocation = Annotated[
 class PlannedVolume:
     """One image, timepoint and channel: the unit of normalization and labelling.
 
-    A network of several inputs takes several channels at once. ``image`` is the
-    path of a field below its plate; ``target_t`` and ``target_c`` are the places in
-    the output of its first, or only, output.
+    A network of several inputs takes several ``channels`` at once. ``image`` is the path of
+    a field below its plate. ``target_t`` and ``target_c`` are the timepoint and the channel
+    of the target to which the first output of the network goes.
     """
 
     t: int
@@ -71,7 +71,7 @@ class PlannedVolume:
 
 
 class Output(NamedTuple):
-    """One output of the network for one volume: it has scores, a mask and labels."""
+    """One output of the network for one volume, with its scores, mask and labels."""
 
     volume: int
     number: int = 0
@@ -92,25 +92,25 @@ class Plan(BaseModel):
     source_chunk_bytes: int
     n_source_chunks: int
     volumes: tuple[PlannedVolume, ...]
-    # What the label image of each channel of the target has after its name; nothing if there is
-    # only one.
+    # For each channel of the target, the end of the name of its label image. Empty if there is only
+    # one channel.
     suffixes: tuple[str, ...] = ("",)
     plate: Plate | None = None
     model: ModelRef
     resolved: Resolved
-    # As they were given: all that does not change the output, and the name of the model.
+    # The settings as they were given. They alone hold the options that do not change the output.
     settings: Settings
     memory_bytes: int
     n_parameters: int
     first_filters: int
-    # The patch of `--patch auto`, for the report of what it would save.
+    # The patch of ``--patch auto``, to report how much it would save.
     auto_patch: Shape
 
     # -- geometry
 
     @property
     def engine(self) -> EngineSpec:
-        """The engine that predicts."""
+        """The engine that runs the network."""
         return self.resolved.engine
 
     @property
@@ -125,12 +125,12 @@ class Plan(BaseModel):
 
     @property
     def region(self) -> Box:
-        """The voxels of the source that are segmented: all of a volume, or the ROI."""
+        """The voxels of each source volume that are segmented: all of them, or the ROI."""
         return self.resolved.roi or Box.of(self.source_image.volume_shape())
 
     @property
     def label_image(self) -> Image:
-        """Metadata of a label image: those of the scores without channels."""
+        """Metadata of a label image, which has no channels."""
         return self.target_image.without_channels()
 
     @property
@@ -140,25 +140,25 @@ class Plan(BaseModel):
 
     @cached_property
     def patch_grid(self) -> PatchGrid:
-        """The network's patches over a volume, of which a ROI is only a part."""
+        """The network's patches over a whole volume, also if only a ROI is segmented."""
         shape = self.source_image.volume_shape()
         return PatchGrid(shape, self.resolved.patch, self.resolved.overlap)
 
     def block_grid(self, level: int = 0) -> BlockGrid:
-        """Return the blocks of a level; their cores are whole write units."""
+        """Return the blocks of a level, whose cores are whole write units."""
         return BlockGrid(self.target_image.volume_shape(level), self.block_shape)
 
     @property
     def is_one_task(self) -> bool:
-        """Return whether a volume fits one block, and so runs as one task."""
+        """Whether a volume is one block, and so one task."""
         if len(self.block_grid()) > 1:
             return False
-        # The statistics of a ROI are those of its volume, which may be of any size.
+        # A ROI has the statistics of its whole volume, which may be large.
         return self.resolved.roi is None or self.measure_level is None
 
     @property
     def tasks_at_once(self) -> int:
-        """Tasks that a worker has in hand, each on its own thread; one at a time computes."""
+        """Tasks that a worker runs at once, each in a thread; one of them computes."""
         return TASKS_AT_ONCE.get(self.engine.device, 1)
 
     @property
@@ -176,12 +176,12 @@ class Plan(BaseModel):
 
     @property
     def measure_grid(self) -> BlockGrid:
-        """What each task of ``measure`` reads: about a block, but whole parts of the fixed partition."""
+        """The boxes that tasks of ``measure`` read: whole parts of the fixed partition."""
         shape = self.source_image.volume_shape(self.measure_level or 0)
         return BlockGrid(shape, _measured_shape(self.block_shape))
 
     def layout(self, level: int) -> Layout:
-        """Return chunk and write unit of a level, ``(z, y, x)``."""
+        """Return the chunk and the write unit ``(z, y, x)`` of a level."""
         shape = self.target_image.volume_shape(level)
         has_shards = VERSIONS[self.resolved.ome_zarr].has_shards
         return write_layout(shape, self.block_shape, sharded=has_shards)
@@ -190,14 +190,14 @@ class Plan(BaseModel):
 
     @cached_property
     def stages(self) -> tuple[PlannedStage, ...]:
-        """The stages in order, with their number of tasks over all volumes."""
+        """The stages in order, with the number of their tasks."""
         if self.is_one_task:
             return (PlannedStage(stages.WHOLE_VOLUME, len(self.volumes), 1),)
         return self.staged
 
     @cached_property
     def staged(self) -> tuple[PlannedStage, ...]:
-        """The stages over blocks, which one task runs in memory where a volume fits one block."""
+        """The stages over blocks; if a volume is one block, one task runs them all in memory."""
         return tuple(self._iter_stages())
 
     def _iter_stages(self) -> Iterator[PlannedStage]:
@@ -221,24 +221,22 @@ class Plan(BaseModel):
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """The outputs that are images; measurements are a table."""
+        """The outputs that are images, not tables."""
         return tuple(kind for kind in self.resolved.outputs if kind != "measurements")
 
     @property
     def intermediates(self) -> dict[str, str]:
-        """Kind and dtype of the arrays in the run folder while a volume of several blocks is in work."""
-        return {
-            kind: dtype
-            for stage in self.stages
-            for kind, dtype in stage.declared.arrays.items()
-            if kind not in self.arrays
-        }
+        """Kinds and dtypes of the arrays that are in the run folder until a volume is done."""
+        dtypes: dict[str, str] = {}
+        for stage in self.stages:
+            dtypes.update(stage.declared.arrays)
+        return {kind: dtype for kind, dtype in dtypes.items() if kind not in self.arrays}
 
     def stage(self, name: str) -> PlannedStage:
-        """Return a stage.
+        """Return the stage of a name.
 
         Raises:
-            SettingsError: If there is none of this name; it lists those there are.
+            SettingsError: There is none; the message lists the names.
         """
         for stage in self.stages:
             if stage.name == name:
@@ -247,33 +245,33 @@ class Plan(BaseModel):
         raise SettingsError(f"no stage {name} in this run; it has {names}")
 
     def stage_telling(self, fact: Fact) -> PlannedStage | None:
-        """Return the stage whose summaries tell something of each volume, if it is part of the plan."""
+        """Return the stage whose summaries hold a fact about each volume, if it is planned."""
         for stage in self.stages:
             if fact in stage.declared.tells:
                 return stage
         return None
 
     def grid(self, stage: PlannedStage) -> BlockGrid | None:
-        """Return the blocks that the tasks of a stage are about; ``None`` if a task is about a whole volume."""
+        """Return the boxes of a stage's tasks; ``None`` if each task is about a whole volume."""
         return self._grid(stage.declared, stage.level)
 
     def outputs_of(self, volume: int) -> list[Output]:
-        """Return the outputs of a volume, in the order of the network's."""
+        """Return the outputs of a volume, in the network's order."""
         return [Output(volume, number) for number in range(len(self.model.outputs))]
 
     def target_channel(self, output: Output) -> int:
-        """Return the channel of the target that an output is."""
+        """Return the channel of the target that holds an output."""
         return self.volumes[output.volume].target_c + output.number
 
     def split_index(self, stage: str, index: int) -> tuple[int, int]:
-        """Return the number of a task's volume, and the task's number in that volume."""
+        """Return the volume of a task, and the task's number in that volume."""
         return divmod(index, self.stage(stage).per_volume)
 
     # -- identity
 
     @property
     def determinants(self) -> dict[str, object]:
-        """All that determines the output, as JSON values: never an address, a time or a worker."""
+        """All that determines the output, as JSON values; no address, time or worker does."""
         return {
             "source": self.source_digest,
             "model": self.model.digest,
@@ -288,18 +286,21 @@ class Plan(BaseModel):
     def with_block(self, block: Shape) -> "Plan":
         """Return the same plan with other blocks."""
         resolved = replace(self.resolved, block=block)
-        # A constructed copy leaves the cached grids and projections of the old block behind.
+        # A copy would keep the cached grids and projections of the old block.
         return Plan.model_construct(**{**dict(self), "resolved": resolved})
 
     # -- memory
 
     @cached_property
     def projected_bytes(self) -> dict[str, int]:
-        """Peak memory of a worker in each stage; the stages of all levels are one."""
+        """Peak memory of a worker in each stage, in bytes; all levels are one stage."""
         return self.project(self.block_shape)
 
     def projected(self, stage: PlannedStage) -> int:
-        """Return the peak memory of a worker in a stage, or in the one before it that takes more."""
+        """Return the peak memory of a worker in a stage, in bytes.
+
+        A stage that has no projection takes less than the last stage before it that has one.
+        """
         if self.is_one_task:
             return self.projected_bytes[stage.name]
         n_bytes = 0
@@ -310,12 +311,12 @@ class Plan(BaseModel):
         return n_bytes
 
     def project(self, block: Shape) -> dict[str, int]:
-        """Return the peak memory of a worker in each stage, with blocks ``(z, y, x)`` of any shape."""
+        """Return the peak memory of a worker in each stage with other blocks ``(z, y, x)``."""
         engine = self._engine_bytes
         sizes = self._sizes_of(block)
         is_one_block = sizes.core_voxels == sizes.volume_voxels
         of_tasks = stages.project(sizes, self.resolved, is_one_block=is_one_block)
-        # The engine stays open from one task to the next.
+        # The engine is kept open from one task to the next.
         idle = IDLE_BYTES + engine.kept
         return {name: idle + n_bytes * self.tasks_at_once for name, n_bytes in of_tasks.items()}
 
@@ -339,7 +340,7 @@ class Plan(BaseModel):
     def _sizes_of(self, block: Shape) -> Sizes:
         grid = BlockGrid(self.volume_shape, block)
         first = grid[0]
-        # Read boxes grow from the rim inwards: a block in the middle has halos on all sides.
+        # A block in the middle reads the most: it has halos on all sides.
         middle = grid.core(tuple(n // 2 for n in grid.grid_shape))
         offset = self.region.start
         read_boxes = [self.patch_grid.read_box(core.shifted(offset)) for core in (first, middle)]
@@ -353,7 +354,7 @@ class Plan(BaseModel):
 
     @cached_property
     def _sizes(self) -> Sizes:
-        """The sizes of a block without voxels."""
+        """The sizes that are the same for all block shapes."""
         return Sizes(
             volume_voxels=math.prod(self.volume_shape),
             core_voxels=0,
@@ -372,28 +373,28 @@ class Plan(BaseModel):
 
 
 def _measured_shape(block: Shape) -> Shape:
-    """Return whole parts of the fixed partition, about as large as a block."""
+    """Return a shape of whole parts of the fixed partition, about as large as a block."""
     return tuple(max(b // p, 1) * p for b, p in zip(block, PARTITION_SHAPE, strict=True))
 
 
 def run_folder(target: Location, label_name: str) -> Location:
-    """Return where the plan, the journal and intermediate data of a run live."""
+    """Return the folder of a run's plan, journal and intermediate data."""
     return runs_folder(target) / label_name
 
 
 def iter_run_folders(target: Location, label_name: str) -> Iterator[Location]:
-    """Yield where the runs of one label name live, without end: a plate is done in one run or several."""
+    """Yield the folders that runs of one label name use in turn; a plate may need several."""
     yield run_folder(target, label_name)
     for number in count(2):
-        # No label name holds a plus.
+        # No label name contains a plus.
         yield run_folder(target, f"{label_name}+{number}")
 
 
 def run_names(label_name: str) -> re.Pattern[str]:
-    """Return the pattern of the names of these folders."""
+    """Return the pattern of the names of the run folders of a label name."""
     return re.compile(rf"{re.escape(label_name)}(\+\d+)?")
 
 
 def runs_folder(target: Location) -> Location:
-    """Return what holds the run folders of a target, and its lease: all runs write its scores and metadata."""
+    """Return the folder that holds a target's run folders, and the lease that they share."""
     return target.sibling(".run")

@@ -1,7 +1,7 @@
-"""Settings become a plan: sources and bundles are read, what is left open is decided, nothing is written.
+"""Planning: settings, a source and models become a plan, and nothing is written.
 
-Whatever can change a bit is resolved here, once, and recorded with the plan:
-a run that resumes is never planned again.
+Everything that can change a bit of the output is decided here, once, and recorded with
+the plan. A run that resumes keeps its decisions.
 """
 
 import hashlib
@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, product
+from operator import lt
 from typing import Literal
 
 import numpy as np
@@ -46,11 +48,9 @@ def make_plan(
 ) -> Plan:
     """Resolve settings into a plan; reads metadata and the bundle, writes nothing.
 
-    ``emit`` is told of the progress of models that are fetched.
-
-    What the settings leave open is taken from the plan of an earlier run of the
-    same part. What may change a bit on another machine is also taken from that of
-    another part of the plate.
+    Options that the settings leave open are taken from the plan of an earlier run of the
+    same part. Those that follow from the machine are also taken from the plan of another
+    part of the plate. ``emit`` gets the progress of models that are fetched.
 
     Raises:
         SourceError: The source cannot be segmented.
@@ -106,7 +106,7 @@ def make_plan(
         source_chunk_bytes=chunks.n_bytes,
         n_source_chunks=chunks.n_chunks,
         volumes=_list_volumes(request.fields, times, inputs, len(models.ref.outputs)),
-        suffixes=tuple("".join(f"_{part}" for part in parts) for parts in names),
+        suffixes=tuple(map(_suffix, names)),
         plate=part.plate,
         model=models.ref,
         resolved=resolved,
@@ -127,7 +127,7 @@ def make_plan(
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What is asked for: settings, and the images they are about."""
+    """Settings, and the images that they are about."""
 
     source: Location
     target: Location
@@ -149,7 +149,7 @@ class _Request:
         return self.source / self.fields[0]
 
     def require_levels(self) -> None:
-        """Raise :class:`SettingsError` if a level is not there that the settings name."""
+        """Raise :class:`SettingsError` if the source lacks a level that the settings name."""
         n_levels = len(self.part.image.levels)
         segmented = self.settings.level
         if segmented >= n_levels:
@@ -178,9 +178,9 @@ class _Request:
         target.require_writable()
         if self.part.plate and "scores" not in self.settings.outputs and not self.is_in_place:
             raise SettingsError(
-                "a plate of labels alone would list fields without an image, which no reader takes: "
-                "add scores to --outputs, or pass SOURCE as TARGET too, which adds labels to its "
-                "fields"
+                "a plate of labels alone would list fields without an image, which no reader "
+                "takes: add scores to --outputs, or pass SOURCE as TARGET too, which adds labels "
+                "to its fields"
             )
 
     def _require_labels_alone(self) -> None:
@@ -196,7 +196,7 @@ class _Request:
             )
 
     def filled(self) -> Settings:
-        """Return the settings with open ones as earlier runs have them."""
+        """Return the settings, with open ones as in the plans of earlier runs."""
         settings = self.settings
         if self.is_in_place:
             # One container holds one version.
@@ -218,7 +218,7 @@ def require_segmentable(subject: object, shape: Shape, dtype: object) -> None:
     Raises:
         SourceError: It cannot.
     """
-    if any(n < least for n, least in zip(shape, MINIMUM_SHAPE, strict=True)):
+    if any(map(lt, shape, MINIMUM_SHAPE)):
         raise SourceError(
             f"{subject}: volumes of (z, y, x) = {shape} voxels are too small; the model needs at "
             f"least {MINIMUM_SHAPE}"
@@ -231,15 +231,13 @@ def require_segmentable(subject: object, shape: Shape, dtype: object) -> None:
 
 
 def choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
-    """Return the indices of the channels to segment, in the order in which they were asked for.
+    """Return the indices of the channels to segment, in the order of ``wanted``.
 
     Raises:
         SettingsError: A channel is not there, is named twice, or has to be chosen.
     """
     names = _channel_names(image)
-    listed = ", ".join(
-        f"{index} ({name})" if name != str(index) else name for index, name in enumerate(names)
-    )
+    listed = ", ".join(map(_channel_text, count(), names))
     if wanted is None:
         if len(names) > 1:
             raise SettingsError(
@@ -257,6 +255,10 @@ def choose_channels(image: Image, wanted: str | None, where: Location) -> list[i
     if len(set(channels)) < len(channels):
         raise SettingsError(f"--channel {wanted}: names a channel twice")
     return channels
+
+
+def _channel_text(index: int, name: str) -> str:
+    return name if name == str(index) else f"{index} ({name})"
 
 
 def _find_channel(text: str, names: Sequence[str]) -> int | None:
@@ -329,7 +331,7 @@ def _digest_of(source: Location, image: Image, plate: Plate | None) -> str:
 def _group_channels(
     channels: list[int], n_inputs: int, wanted: str | None, where: Location
 ) -> list[tuple[int, ...]]:
-    """Return the channels that are predicted together: one, or all as the inputs of a network of several."""
+    """Return the channels of each prediction: one, or all of them if the network takes several."""
     if n_inputs == 1:
         return [(channel,) for channel in channels]
     if len(channels) != n_inputs:
@@ -347,12 +349,10 @@ def _list_volumes(
     n_outputs: int,
 ) -> tuple[PlannedVolume, ...]:
     first, stop = times
-    return tuple(
-        PlannedVolume(t, channels, t - first, place * n_outputs, field)
-        for field in fields
-        for t in range(first, stop)
-        for place, channels in enumerate(inputs)
-    )
+    volumes = []
+    for field, t, (number, channels) in product(fields, range(first, stop), enumerate(inputs)):
+        volumes.append(PlannedVolume(t, channels, t - first, number * n_outputs, field))
+    return tuple(volumes)
 
 
 def _target_image(
@@ -376,13 +376,19 @@ def _target_names(
     One part is the source's channel, if there are several; another is the network's output,
     if there are several.
     """
-    of_channels: list[list[str]] = [[]] * image.extent("c")
+    of_channels: list[list[str]] = [[]]
     if len(inputs) > 1:
-        of_channels = [[part] for part in _folder_names(_channel_names(image))]
+        names = _folder_names(_channel_names(image))
+        of_channels = [[names[channels[0]]] for channels in inputs]
     of_outputs: list[list[str]] = [[]]
     if len(outputs) > 1:
-        of_outputs = [[part] for part in _folder_names(outputs)]
-    return [of_channels[channels[0]] + output for channels in inputs for output in of_outputs]
+        of_outputs = [[name] for name in _folder_names(outputs)]
+    return [channel + output for channel, output in product(of_channels, of_outputs)]
+
+
+def _suffix(parts: Sequence[str]) -> str:
+    """Return the end of the name of a label image: an underscore before each part."""
+    return "".join(f"_{part}" for part in parts)
 
 
 def _folder_names(names: Sequence[str]) -> list[str]:
@@ -409,7 +415,7 @@ class Models:
 
 
 def open_models(settings: Settings, volume_shape: Shape, emit: Emit = ignore) -> Models:
-    """Read what the models that settings name say.
+    """Read the bundles of the models that settings name.
 
     Patch and overlap are those of the bundles if the settings leave them open.
 
@@ -447,9 +453,11 @@ def open_models(settings: Settings, volume_shape: Shape, emit: Emit = ignore) ->
 def _require_alike(
     option: str, name: Literal["patch_shape", "overlap"], bundles: Mapping[str, BundleFacts]
 ) -> None:
-    """Raise :class:`BundleError` if bundles differ in what an option leaves to them."""
-    (first, expected), *others = ((path, getattr(b, name)) for path, b in bundles.items())
-    for path, value in others:
+    """Raise :class:`BundleError` if bundles differ in a value that an option leaves open."""
+    first, *_ = bundles
+    expected = getattr(bundles[first], name)
+    for path, bundle in bundles.items():
+        value = getattr(bundle, name)
         if value != expected:
             raise BundleError(
                 f"{path} has {name} {value}, {first} has {expected}; choose one for both with "
@@ -489,7 +497,7 @@ def default_memory_bytes(n_workers: int) -> int:
 
 
 def memory_of(settings: Settings, cluster: Cluster) -> int:
-    """Return the bytes that a worker may plan with: as asked for, a job's, or a share of this machine.
+    """Return the bytes that a worker may plan with: asked for, of a job, or of this machine.
 
     Raises:
         SettingsError: A job has less than is asked for.
@@ -497,8 +505,8 @@ def memory_of(settings: Settings, cluster: Cluster) -> int:
     limit = cluster.memory_bytes()
     if settings.memory and limit and settings.memory > limit:
         raise SettingsError(
-            f"--memory {settings.memory / 1e9:.1f} GB: a worker of {settings.cluster} may plan with "
-            f"{limit / 1e9:.1f} GB; raise options.memory there"
+            f"--memory {settings.memory / 1e9:.1f} GB: a worker of {settings.cluster} may plan "
+            f"with {limit / 1e9:.1f} GB; raise options.memory there"
         )
     return settings.memory or limit or default_memory_bytes(cluster.workers or 1)
 

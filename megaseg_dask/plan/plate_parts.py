@@ -1,8 +1,8 @@
-"""What each plan is about: an image, or those fields of a plate that are of one form and were planned together.
+"""Parts of a request, one for each plan: an image, or fields of a plate that have one form.
 
-A plate is done in parts, each by its own run in one target. A field stays in
-the part in which it was planned; fields of another form, and those that are chosen
-or can be read only later, make new parts.
+A plate is done in parts, each by its own run in one target. A field stays in the part
+in which it was planned. Fields of another form, and fields that are chosen or become
+readable later, make new parts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,10 @@ _MAX_REASONS = 3
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """An image, or fields of one form, whose image is what they have in common.
+    """An image, or fields of one form; ``image`` is then the metadata that they share.
 
-    ``run`` is where its plan is recorded, or will be; ``recorded`` that of an
-    earlier run of this part; ``others`` those of other parts of the target.
+    ``run`` is the folder of its run. ``recorded`` is the plan of an earlier run of this
+    part, and ``others`` are the plans of other parts of the target.
     """
 
     run: Location
@@ -80,7 +80,10 @@ def _chooses_fields(settings: Settings) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """The chosen fields of a plate that can be read, by path; ``forms`` is what fields of one part share."""
+    """The chosen fields of a plate that can be read: images and forms by their paths.
+
+    The form of an image is all that the fields of one part have in common.
+    """
 
     source: Location
     plate: Plate
@@ -88,7 +91,10 @@ class _Fields:
     forms: dict[str, Image]
 
     def of_plan(self, plan: Plan) -> list[str]:
-        """Return the paths of a run's fields; a run on an image stands for all that its target holds."""
+        """Return the paths of a run's fields.
+
+        A run on an image, where a plate is now, takes the place of all fields.
+        """
         if plan.plate is None:
             return list(self.images)
         return [field.path for field in plan.plate.fields]
@@ -207,8 +213,8 @@ def _require_one_form(paths: Sequence[str], fields: _Fields, target: Location) -
     for path in paths:
         if fields.forms[path] != form:
             raise TargetError(
-                f"{fields.source}: field {path} has another shape, voxel size or dtype than when the "
-                f"run at {target} began; choose another target, or start anew with --overwrite"
+                f"{fields.source}: field {path} has another shape, voxel size or dtype than when "
+                f"the run at {target} began; choose another target, or replace it with --overwrite"
             )
 
 
@@ -221,8 +227,8 @@ def _require_all(plan: Plan, fields: _Fields, target: Location) -> None:
     reason = _reason_of(absent, fields.plate)
     told = f"cannot be read now ({reason})" if reason else "is not chosen"
     raise TargetError(
-        f"{target} belongs to a run on {len(paths)} fields, of which {absent} {told}; choose all of "
-        "them with --wells and --fields, choose another target, or start anew with --overwrite"
+        f"{target} belongs to a run on {len(paths)} fields, of which {absent} {told}; choose all "
+        "of them with --wells and --fields, choose another target, or replace it with --overwrite"
     )
 
 

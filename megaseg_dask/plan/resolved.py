@@ -128,7 +128,7 @@ class Resolved:
     # -- as they are recorded
 
     def options(self) -> dict[str, object]:
-        """Return the options that give these values, as JSON values, in the order of their declaration."""
+        """Return the options that give these values, as JSON values, in their declared order."""
         engine = self.engine
         return {
             # By index: another channel may later get the name.

@@ -232,9 +232,11 @@ def declared(name: str) -> Stage:
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """A stage of one plan: its tasks may run in any order once those of the same volume before are done.
+    """A stage of one plan.
 
-    ``level`` is that of the pyramid whose blocks it computes; 0 for all stages but those over levels.
+    Its tasks may run in any order as soon as the stages before it are done for their volume.
+    ``level`` is the level of the pyramid whose blocks it computes. It is 0 except for stages
+    over levels.
     """
 
     declared: Stage
@@ -244,22 +246,22 @@ class PlannedStage:
 
     @property
     def name(self) -> str:
-        """The name by which people and the journal know it."""
+        """The name that people and the journal use."""
         return f"{self.declared.name}-{self.level}" if self.level else self.declared.name
 
     @property
     def loses_block(self) -> bool:
-        """Return whether a failed task leaves a hole of one block in all that follows."""
+        """Whether a failed task leaves a hole of one block in all later stages."""
         return self.declared.over == "blocks" and self.declared.loss == "block"
 
     @property
     def skips_missing(self) -> bool:
-        """Return whether it has nothing to do where a block is missing."""
+        """Whether it has nothing to do where a block is missing."""
         return self.declared.over == "blocks"
 
 
 def project(sizes: Sizes, resolved: Resolved, *, is_one_block: bool) -> dict[str, int]:
-    """Return the bytes of one task of each stage at its peak, beside what an idle worker holds."""
+    """Return the peak bytes of one task of each stage, beside those of an idle worker."""
     chosen = (WHOLE_VOLUME,) if is_one_block else STAGES
     return {
         stage.name: stage.memory(sizes)

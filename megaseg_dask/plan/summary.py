@@ -1,7 +1,6 @@
 """What ``megaseg plan`` shows: the work of a plan, and what it reads, writes and takes."""
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from megaseg_dask.algorithms.geometry import PatchGrid
 from megaseg_dask.plan.plan import Plan
 
 
-def summarize(plan: Plan) -> dict[str, Any]:
+def summarize(plan: Plan) -> dict[str, object]:
     """Return what a plan is about and costs, as JSON values."""
     images = {volume.image for volume in plan.volumes}
     return {
@@ -43,7 +42,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _patches(plan: Plan) -> dict[str, Any]:
+def _patches(plan: Plan) -> dict[str, object]:
     grid = plan.patch_grid
     auto = PatchGrid(grid.volume_shape, plan.auto_patch, grid.overlap)
     voxels = math.prod(plan.volume_shape)
@@ -65,7 +64,7 @@ def _redundancy(plan: Plan) -> float:
     return round(n_predicted / grid.count_touching(plan.region), 3)
 
 
-def _traffic(plan: Plan, n_images: int) -> dict[str, Any]:
+def _traffic(plan: Plan, n_images: int) -> dict[str, object]:
     voxels = math.prod(plan.volume_shape)
     n_read = _count_read(plan)
     source_bytes = np.dtype(plan.source_image.dtype).itemsize
