@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 import warnings
 
 import numpy as np
@@ -296,3 +297,22 @@ def test_a_region_beyond_the_volume_is_told(run, tmp_path):
     with pytest.raises(SettingsError, match="reaches beyond"):
         run(source, "out.zarr", roi="0:16,0:41,0:44")
     assert json.dumps(sorted(p.name for p in tmp_path.iterdir())) == '["image.zarr"]'
+
+
+def test_each_field_lists_the_tables_of_all_channels(run, plate, tmp_path, monkeypatch):
+    put = Location.put
+
+    def put_late(self, name, data, *args, **kwargs):
+        # A reader of the list that does not wait for its writer would now see the old list.
+        if self.basename == "tables":
+            time.sleep(0.02)
+        return put(self, name, data, *args, **kwargs)
+
+    monkeypatch.setattr(Location, "put", put_late)
+    options = {"channel": "dna,actin", "outputs": "labels,scores,measurements", "time": "0:1"}
+    assert run(plate, "out.zarr", **options).status == "done"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path in ALL:
+            tables = zarr.open_group(tmp_path / "out.zarr" / path / "tables", mode="r")
+            assert tables.attrs["tables"] == ["megaseg_dna", "megaseg_actin"]

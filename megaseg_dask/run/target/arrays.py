@@ -8,6 +8,7 @@ Removing touches only the groups and arrays that the run itself would write.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.concurrency import map_threaded
@@ -56,6 +57,11 @@ class ImageTarget:
         self.location = plan.target / path
         self.labels = labels_group(self.location)
         self._plan = plan
+
+    @property
+    def measured_groups(self) -> list[Group]:
+        """The label images of objects: those that have measurements."""
+        return [group for group in self.groups if group.kind == "labels"]
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -183,7 +189,7 @@ class Target:
 
     def iter_labels(self) -> Iterator[Group]:
         """Yield the label images of objects: those that have measurements."""
-        return (group for group in self.iter_groups() if group.kind == "labels")
+        return chain.from_iterable(image.measured_groups for image in self.images)
 
     @property
     def marked(self) -> list[Location]:

@@ -18,7 +18,7 @@ from megaseg_dask.ngff.tables import (
     write_parquet,
 )
 from megaseg_dask.plan.plan import Output, Plan
-from megaseg_dask.run.target.arrays import Group, Target
+from megaseg_dask.run.target.arrays import Group, ImageTarget, Target
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
@@ -50,7 +50,13 @@ def remove_tables(target: Target) -> None:
     if not target.is_in_place:
         table = table_location(target.location)
         table.parent.delete(table.basename)
-    map_threaded(lambda group: _table(group).remove_own(), target.iter_labels())
+
+    def remove(image: ImageTarget) -> None:
+        for group in image.measured_groups:
+            _table(group).remove_own()
+
+    # One thread for each image: its tables share one list of tables.
+    map_threaded(remove, target.images)
 
 
 def write_tables(target: Target) -> None:
@@ -69,15 +75,17 @@ def write_tables(target: Target) -> None:
         "digest": plan.model.digest,
     }
 
-    def write_table(group: Group) -> None:
-        _table(group).write(
-            target.version,
-            _rows(plan, of_group[group.location]),
-            label_name=group.name,
-            provenance=made_by,
-        )
+    def write(image: ImageTarget) -> None:
+        for group in image.measured_groups:
+            _table(group).write(
+                target.version,
+                _rows(plan, of_group[group.location]),
+                label_name=group.name,
+                provenance=made_by,
+            )
 
-    map_threaded(write_table, target.iter_labels(), _N_WRITERS)
+    # One thread for each image: its tables share one list of tables.
+    map_threaded(write, target.images, _N_WRITERS)
 
 
 def _table(group: Group) -> ImageTable:
@@ -107,8 +115,7 @@ def _rows_of_others(target: Target) -> Iterator[tuple[Place, Columns]]:
     for other in RunFolder.plans(target.location, plan.resolved.label_name):
         if other.run != plan.run and other.resolved.measures_objects():
             for image in Target(other).images:
-                groups = [group for group in image.groups if group.kind == "labels"]
-                tables += [(other, image.path, group) for group in groups]
+                tables += [(other, image.path, group) for group in image.measured_groups]
 
     def read(number: int) -> list[tuple[int, int, Columns]]:
         group = tables[number][2]
