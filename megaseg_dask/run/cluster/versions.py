@@ -65,13 +65,13 @@ def compare(mine: Versions, theirs: Versions, engine: EngineName, owner: str) ->
         there = _public(theirs.get(name))
         if theirs.get(name) is None:
             raise SettingsError(f"{owner} has no {name}; install {name} {here} there")
-        difference = f"{owner} has {name} {there}, this client has {here}"
         if here.split(".")[:n_parts] != there.split(".")[:n_parts]:
             raise SettingsError(
-                f"{difference}: it would give other results, or fail; install the same on both"
+                f"{owner} has {name} {there}, this client has {here}: it would give other results, "
+                "or fail; install the same on both"
             )
         if here != there and name != "python":
-            yield difference
+            yield f"{owner} has {name} {there}, this client has {here}"
 
 
 def _n_parts(engine: EngineName) -> Mapping[str, int]:
