@@ -1,4 +1,8 @@
-"""MegaSeg 3D segmentation of any volume over Dask workers, identical to predicting it whole."""
+"""MegaSeg 3D segmentation of any volume over Dask workers, identical to predicting it whole.
+
+This module, :mod:`megaseg_dask.errors` and :mod:`megaseg_dask.events` are the public API. All
+other modules may change at any time.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,8 +11,20 @@ if TYPE_CHECKING:
 
     from megaseg_dask.events import Result
     from megaseg_dask.lazy import open_image, predict
+    from megaseg_dask.models import Bundle, read_bundle
+    from megaseg_dask.run.status import status
 
-__all__ = ["open_image", "predict", "segment"]
+__all__ = ["Bundle", "Result", "open_image", "predict", "read_bundle", "segment", "status"]
+
+# Importing all of them takes a second, so each comes with its first use.
+_MODULES = {
+    "Bundle": "megaseg_dask.models",
+    "Result": "megaseg_dask.events",
+    "open_image": "megaseg_dask.lazy",
+    "predict": "megaseg_dask.lazy",
+    "read_bundle": "megaseg_dask.models",
+    "status": "megaseg_dask.run.status",
+}
 
 
 def segment(
@@ -38,9 +54,8 @@ def segment(
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        # xarray and Dask's arrays take a second to import; segmenting does not need them.
-        if name not in ("open_image", "predict"):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from megaseg_dask import lazy
+        from importlib import import_module
 
-        return getattr(lazy, name)
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_MODULES[name]), name)

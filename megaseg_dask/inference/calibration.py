@@ -10,8 +10,8 @@ from megaseg_dask.inference.block import Engine
 from megaseg_dask.inference.engine import EngineSpec, close_engine, open_engine
 from megaseg_dask.inference.ensemble import ModelRef
 
-_MAX_PASSES = 4
-_MAX_S = 3.0
+_MAX_PASSES = 3
+_MAX_S = 1.0
 
 _LARGER_BATCHES = (2, 4, 8)
 # A larger batch is taken if a patch then takes at most this share of the time.
