@@ -1,4 +1,6 @@
-"""Draw docs/exactness.png: the nuclei of the demo, predicted whole, in blocks, and block by block as by a simple loop.
+"""Draw docs/exactness.png.
+
+The nuclei of the demo, predicted whole, in blocks, and block by block as by a simple loop.
 
 Run ``python docs/exactness_figure.py``; it prints the numbers that docs/exactness.md states.
 """
@@ -41,7 +43,8 @@ def main() -> None:
         masks = [values > 0.5 for values in (whole, found)]
         dice = 2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum())
         print(
-            f"{name}: largest difference {np.abs(found - whole).max():.3g}, Dice of the masks {dice:.4f}"
+            f"{name}: largest difference {np.abs(found - whole).max():.3g}, "
+            f"Dice of the masks {dice:.4f}"
         )
     z = image.shape[0] // 2
     figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.4), layout="constrained")

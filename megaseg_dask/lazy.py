@@ -161,10 +161,11 @@ def predict(
 ) -> xarray.DataArray:
     """Return the scores of ``image``, lazily: float32 from 0 to 1.
 
-    They have its dimensions and coordinates. The dimensions are z, y, x and perhaps t and c, in any order; each volume
-    (z, y, x) is normalized and predicted by itself. ``settings`` are ``patch``,
-    ``overlap``, ``block``, ``engine``, ``device``, ``precision``, ``batch``,
-    ``threads`` and ``tta``, as for :func:`megaseg_dask.segment`, whose scores these
+    They have its dimensions and coordinates. The dimensions are z, y, x and perhaps t and c,
+    in any order. Each volume (z, y, x) is normalized and predicted by itself.
+
+    ``settings`` are ``patch``, ``overlap``, ``block``, ``engine``, ``device``, ``precision``,
+    ``batch``, ``threads`` and ``tta``, as for :func:`megaseg_dask.segment`, whose scores these
     are, bit for bit on a CPU, at any ``block`` (z, y, x), which is the chunk of the
     result. Computing a part of them predicts only the blocks there, with the
     statistics of the whole volume. PyTorch's own settings are changed only during a

@@ -1,4 +1,6 @@
-"""The pages: what is generated is current, what is quoted is still said, and all of it builds, offline.
+"""The pages: what is generated is current, what is quoted is still said.
+
+Also all of it builds, offline.
 
 ``python -m tests.test_docs`` writes the generated pages anew.
 """

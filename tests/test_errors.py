@@ -1,4 +1,7 @@
-"""The tree of errors: each one refines a builtin, travels between processes and has an exit code."""
+"""The tree of errors.
+
+Each one refines a builtin, travels between processes and has an exit code.
+"""
 
 import pickle
 
@@ -10,7 +13,8 @@ from megaseg_dask.errors import MegasegError
 CHILDREN = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, MegasegError)]
 CHILDREN.remove(MegasegError)
 
-# What a message with this class tells a script: 2 the request is wrong and nothing was written, 1 go on later.
+# What a message with this class tells a script: 2 the request is wrong and nothing was written, 1
+# go on later.
 EXIT_CODES = {
     "SettingsError": 2,
     "SourceError": 2,

@@ -30,7 +30,10 @@ FIRST = {"README.md", "index.md"}
 
 
 def pages() -> list[Any]:
-    """Language and text of the fenced blocks of each page, in order: a block may go on from the one before it."""
+    """Language and text of the fenced blocks of each page, in order.
+
+    A block may go on from the one before it.
+    """
     found = []
     for page in PAGES:
         blocks = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(), re.M | re.S)
@@ -56,7 +59,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def write_small_plate(path: Path) -> None:
-    """Write the plate of docs/plates.md: real nuclei, two wells of a field, two timepoints and channels."""
+    """Write the plate of docs/plates.md.
+
+    Real nuclei, two wells of a field, two timepoints and channels.
+    """
     nuclei, _ = read_sample()
     fields = (Field("A", "1", "0"), Field("B", "2", "0"))
     write_plate(Location.of(path), Plate("0.5", "plate", ("A", "B"), ("1", "2"), fields), "0.5")
@@ -112,7 +118,8 @@ def run_block(language, text, folder, request) -> None:
                 f"no make target {target}"
             )
         elif command.startswith(("git clone", "pip install", "source ", "cd megaseg-demo")):
-            continue  # each command runs in the demo's folder already, with the environment on its PATH
+            # Each command runs in the demo's folder already, with the environment on its PATH.
+            continue
         elif command.startswith("megaseg view "):
             show(command, folder)
         elif command:
@@ -125,7 +132,10 @@ def path() -> dict[str, str]:
 
 
 def show(command: str, folder) -> None:
-    """Run the viewer, which shows until it is interrupted; twice at once, as by `timeout`, is one interrupt."""
+    """Run the viewer, which shows until it is interrupted.
+
+    Twice at once, as by `timeout`, is one interrupt.
+    """
     words = [*shlex.split(command), "--no-browser"]
     with subprocess.Popen(
         words, cwd=folder, env=path(), stdout=subprocess.PIPE, text=True

@@ -274,5 +274,8 @@ def test_a_voxel_that_is_no_number_is_named_when_it_is_found(tiny_bundle):
 
 
 def test_the_package_is_imported_without_what_it_may_not_need():
-    code = "import sys, megaseg_dask; print([m for m in ('xarray', 'dask', 'torch', 'zarr') if m in sys.modules])"
+    code = (
+        "import sys, megaseg_dask; "
+        "print([m for m in ('xarray', 'dask', 'torch', 'zarr') if m in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,4 +1,7 @@
-"""What a run says: few lines for a long night, bars on a terminal, colours only where they are wanted."""
+"""What a run says.
+
+Few lines for a long night, bars on a terminal, colours only where they are wanted.
+"""
 
 import contextlib
 import os
@@ -99,7 +102,10 @@ def shown(
 
 
 def read_all(master: int) -> bytes:
-    """What a terminal got; one that nobody writes to any more is at its end, which Linux calls an error."""
+    """What a terminal got.
+
+    One that nobody writes to any more is at its end, which Linux calls an error.
+    """
     found = b""
     with contextlib.suppress(OSError):
         while part := os.read(master, 2**16):

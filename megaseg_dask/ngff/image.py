@@ -116,7 +116,10 @@ class Image:
 
     @property
     def spacing_um(self) -> tuple[float, ...]:
-        """Voxel size ``(z, y, x)`` of the finest level; µm unless the unit is missing or unknown."""
+        """Voxel size ``(z, y, x)`` of the finest level.
+
+        It is in µm unless the unit is missing or unknown.
+        """
         scale = self.levels[0].scale
         return self.spatial([s * axis.in_um for s, axis in zip(scale, self.axes, strict=True)])
 

@@ -85,7 +85,9 @@ def write_parquet(
     schema: pa.Schema = RUN_SCHEMA,
     group_rows: int = _GROUP_ROWS,
 ) -> int:
-    """Write the rows of all volumes, in the order given, into one Parquet file; return their number.
+    """Write the rows of all volumes, in the order given, into one Parquet file.
+
+    Return their number.
 
     ``volumes`` pairs a place with the columns of ``measurements.to_columns``;
     it is read once, and the rows of a volume or of a row group, whichever are

@@ -1,4 +1,7 @@
-"""The command line: help that answers at once, and one clear line for every wrong request, with nothing written."""
+"""The command line.
+
+Help that answers at once, and one clear line for every wrong request, with nothing written.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""The container's steps in an environment of their own, on this machine: no image is built, all else is run."""
+"""The container's steps in an environment of their own, on this machine.
+
+No image is built, all else is run.
+"""
 
 import os
 import re
@@ -21,7 +24,7 @@ _OF_CONTAINERS = ("useradd",)
 
 
 def steps(variant: str) -> list[tuple[str, str]]:
-    """Return the instructions of the stages that one variant goes through, with its arguments filled in."""
+    """Return the instructions of the stages of one variant, with its arguments filled in."""
     text = re.sub(r"\\\n", " ", DOCKERFILE.read_text())
     lines = [
         line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")

@@ -1,4 +1,7 @@
-"""What lies in deploy/: each file is read by what will read it, or by the checker that knows it best."""
+"""What lies in deploy/.
+
+Each file is read by what will read it, or by the checker that knows it best.
+"""
 
 import copy
 import importlib.resources
@@ -132,7 +135,10 @@ def test_cluster_files(path):
 
 
 def crd(kind: str) -> dict:
-    """The operator's own schema of a resource, made strict: keys that it does not name are refused."""
+    """The operator's own schema of a resource, made strict.
+
+    Keys that it does not name are refused.
+    """
     folder = importlib.resources.files(pytest.importorskip("dask_kubernetes"))
     path = folder / f"operator/deployment/helm/dask-kubernetes-operator/crds/{kind.lower()}.yaml"
     [definition] = [d for d in yaml.safe_load_all(path.read_text()) if d]

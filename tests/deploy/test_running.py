@@ -1,4 +1,7 @@
-"""What deploy/ runs: the containers' commands as processes of this machine, and job arrays in a real SLURM."""
+"""What deploy/ runs.
+
+The containers' commands as processes of this machine, and job arrays in a real SLURM.
+"""
 
 import os
 import re

@@ -1,4 +1,7 @@
-"""Promises 5 and 6: a worker that dies or hangs, a block that kills, a block that fails; nothing is lost or hidden."""
+"""Promises 5 and 6.
+
+A worker that dies or hangs, a block that kills, a block that fails; nothing is lost or hidden.
+"""
 
 import asyncio
 import time
@@ -78,7 +81,8 @@ def test_a_block_that_kills_workers_is_named_and_the_rest_is_finished(
     )
     assert "died or hung (attempt 3)" in result.failures[0].error
     assert haunted.calls["segment", 5] == 3
-    # Its neighbours are finished, in their first attempts or, where they were blamed, in later ones.
+    # Its neighbours are finished, in their first attempts or, where they were blamed, in later
+    # ones.
     (run,) = status(target)
     assert run.stages["segment"] == (N_BLOCKS - 1, N_BLOCKS)
     assert run.exit_code == 1
@@ -173,14 +177,16 @@ def test_timepoints_that_failed_do_not_hold_back_the_others(tmp_path, tiny_bundl
 
 @pytest.mark.parametrize("fault", ["stop", pytest.param("sleep", marks=SLOW)])
 def test_a_worker_that_hangs_is_given_up(fault, request_of, haunted, undisturbed):
-    # The first task of a worker holds its imports: on a busy machine they are not to pass for a hang.
+    # The first task of a worker holds its imports: on a busy machine they are not to pass for a
+    # hang.
     source, target, settings = request_of(workers=2, retries=2, timeout=15)
     haunted.poison("segment", 2, fault)
     started = time.monotonic()
     result = segment(source, target, settings)
     assert result.status == "done", result.failures
     assert haunted.calls["segment", 2] == 2
-    # Long before a worker that says nothing is given up by itself, and far from the hour of the fault.
+    # Long before a worker that says nothing is given up by itself, and far from the hour of the
+    # fault.
     assert time.monotonic() - started < 250
     assert_same(arrays(target), undisturbed)
 

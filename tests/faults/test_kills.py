@@ -1,4 +1,7 @@
-"""Promise 5: SIGKILL any process at any instant; the same command resumes, to the arrays of an undisturbed run."""
+"""Promise 5: SIGKILL any process at any instant.
+
+The same command resumes, to the arrays of an undisturbed run.
+"""
 
 import json
 import os
@@ -17,7 +20,10 @@ from tests.fixtures.faults import Haunted
 from tests.fixtures.images import blobs, write_image
 
 SHAPE = (40, 90, 130)  # 3 x 3 x 2 ragged blocks
-STAGES = "measure segment histogram cutoff threshold holes holes-seams holes-join fill label seams join relabel".split()
+STAGES = (
+    "measure segment histogram cutoff threshold holes holes-seams holes-join fill "
+    "label seams join relabel"
+).split()
 
 # The command, with the workers that the tests watch.
 _COMMAND = """

@@ -1,4 +1,7 @@
-"""Mirrored patches and several models: their logits are averaged, patch by patch, and nothing else changes."""
+"""Mirrored patches and several models.
+
+Their logits are averaged, patch by patch, and nothing else changes.
+"""
 
 import json
 from itertools import combinations

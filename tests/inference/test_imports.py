@@ -1,4 +1,7 @@
-"""What a worker imports: a second or more each, so only what its engine needs. No clock is asked."""
+"""What a worker imports.
+
+A second or more each, so only what its engine needs. No clock is asked.
+"""
 
 import os
 import subprocess

@@ -109,7 +109,10 @@ def test_logits_that_are_no_numbers_fail_on_the_device_too(tiny_bundle):
 def test_a_worker_reads_the_next_volume_and_writes_the_last_one_while_it_computes(
     tmp_path, tiny_bundle, monkeypatch
 ):
-    """By order: a forward pass waits until the next volume is read, and the last one's writing waits for that pass."""
+    """By order: a forward pass waits until the next volume is read.
+
+    Also the last one's writing waits for that pass.
+    """
     n = 4
     source = write_image(
         tmp_path / "image.zarr", np.stack([blobs((16, 32, 32), t) for t in range(n)]), axes="tzyx"

@@ -24,7 +24,7 @@ connectivities = st.sampled_from([1, 2, 3])
 
 
 def snake(shape, rng) -> np.ndarray:
-    """A thin path that wanders through the volume and so crosses many blocks, also at edges and corners."""
+    """A thin path through the volume that crosses blocks at faces, edges and corners."""
     mask = np.zeros(shape, bool)
     place = np.array([rng.integers(n) for n in shape])
     for _ in range(3 * sum(shape)):
@@ -35,7 +35,8 @@ def snake(shape, rng) -> np.ndarray:
 
 @st.composite
 def masks(draw) -> np.ndarray:
-    # scikit-image reorders the axes of a volume with an extent of 1, and then does not number in raster order.
+    # scikit-image reorders the axes of a volume with an extent of 1, and then does not number in
+    # raster order.
     shape = draw(st.tuples(*[st.integers(2, 14)] * 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(["sparse", "medium", "dense", "snake", "empty", "full"]))
@@ -49,7 +50,10 @@ def masks(draw) -> np.ndarray:
 
 @dataclass
 class Labelled:
-    """What the stages ``label`` and ``seams`` leave: provisional ids per block that is there, and the tables of all."""
+    """What the stages ``label`` and ``seams`` leave.
+
+    Provisional ids per block that is there, and the tables of all.
+    """
 
     cores: dict[int, Box]
     blocks: dict[int, np.ndarray]
@@ -68,7 +72,10 @@ class Labelled:
 
 
 def label_blocks(mask, block_shape, connectivity, missing=frozenset()) -> Labelled:
-    """The stages ``label`` and ``seams`` without their files; a missing block has no fragments and no seams."""
+    """The stages ``label`` and ``seams`` without their files.
+
+    A missing block has no fragments and no seams.
+    """
     grid = BlockGrid(mask.shape, block_shape)
     there = {i: core for i, core in enumerate(grid) if i not in missing}
     blocks = {
@@ -148,7 +155,10 @@ def test_missing_blocks_count_as_background(mask, connectivity, min_size, data):
 @settings(max_examples=200)
 @given(masks(), connectivities, st.integers(0, 60), st.data())
 def test_holes_are_those_of_the_whole_mask(mask, connectivity, max_size, data):
-    """Also with blocks missing: there is nothing to fill in them, and no background that goes through them."""
+    """Also with blocks missing.
+
+    There is nothing to fill in them, and no background that goes through them.
+    """
     block_shape, missing, gone = data.draw(cuts(mask.shape))
     found = label_blocks(~mask, block_shape, connectivity, missing)
     table = components.fill_table(found.fragments, found.pairs, max_size)

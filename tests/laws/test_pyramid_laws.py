@@ -18,7 +18,10 @@ shapes = st.tuples(*[st.integers(1, 9)] * 3)
 
 @st.composite
 def fine_and_coarse(draw, elements=small_ids, dtype="uint32"):
-    """A finer level and the shape of a coarser one: whole factors rounded either way, or any extent."""
+    """A finer level and the shape of a coarser one.
+
+    Whole factors rounded either way, or any extent.
+    """
     fine = draw(shapes)
     coarse = []
     for n in fine:

@@ -151,7 +151,8 @@ def test_lis_threshold_is_within_a_millionth_of_the_range(parts):
     rounds = []
     single, double = expected(whole, "li"), expected(whole.astype(np.float64), "li", rounds)
     tolerance = 1e-6 * span + 2**-23 * float(np.abs(whole).max())
-    # Where a voxel lies on a threshold on the way, the last bit of a mean decides its side, and scikit-image's
+    # Where a voxel lies on a threshold on the way, the last bit of a mean decides its side, and
+    # scikit-image's
     # answers for float32 and float64 are two. Means of small integers are exact.
     assume(single is not None and double is not None and abs(single - double) <= tolerance)
     beside = min(np.abs(whole - np.float64(threshold)).min() for threshold in rounds)

@@ -320,7 +320,10 @@ def test_a_patch_is_taken_exactly_when_the_network_runs(patch_shape):
 
 
 def test_importing_models_does_not_import_torch():
-    code = "import sys, megaseg_dask.models as m; m.NetworkSpec(); print({'torch', 'monai', 'yaml'} & set(sys.modules))"
+    code = (
+        "import sys, megaseg_dask.models as m; m.NetworkSpec(); "
+        "print({'torch', 'monai', 'yaml'} & set(sys.modules))"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -830,7 +830,10 @@ def test_what_would_have_to_be_computed_is_told(tmp_path):
     }
     bundle = load_bundle(write_folder(tmp_path / "x", config=config, hyper_parameters=False))
     assert bundle.patch_shape == (64, 128, 128)
-    told = "reference value (train_config.yaml: model.inference_args.roi_size is '${data._aux.patch_shape}')"
+    told = (
+        "reference value (train_config.yaml: "
+        "model.inference_args.roi_size is '${data._aux.patch_shape}')"
+    )
     assert bundle.origins["patch_shape"] == told
     assert (
         bundle.origins["window"]

@@ -1,4 +1,7 @@
-"""Facts of bundles: the same as those of the loaded bundle, without torch from the second time on."""
+"""Facts of bundles.
+
+The same as those of the loaded bundle, without torch from the second time on.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,6 @@
-"""A table of hostile bundles: each ends as one line that names file, cause and what to do, and does nothing else.
+"""A table of hostile bundles.
+
+Each ends as one line that names file, cause and what to do, and does nothing else.
 
 ``python -m tests.models.test_hostile_bundles`` writes the table into docs/bundles.md.
 """
@@ -266,7 +268,8 @@ CASES = [
                 "hyper_parameters": {"x": Runs(os.system, f"touch {MARKER}")},
             }
         ),
-        "a.ckpt pickles posix.system, neither a plain tensor nor a plain value; it is not safe and was not loaded",
+        "a.ckpt pickles posix.system, neither a plain tensor nor a plain value; "
+        "it is not safe and was not loaded",
     ),
     Case(
         "a plain pickle that calls os.system",
@@ -343,7 +346,8 @@ CASES = [
     Case(
         "weights with NaN",
         weights(**{"input_block.norm1.weight": torch.full((4,), float("nan"))}),
-        "input_block.norm1.weight holds NaN or infinity; the training diverged, take an earlier checkpoint",
+        "input_block.norm1.weight holds NaN or infinity; "
+        "the training diverged, take an earlier checkpoint",
     ),
     Case(
         "weights beyond float32",
@@ -505,7 +509,8 @@ CASES = [
     Case(
         "a transform that is os.system",
         changed("data.transforms.predict.transforms", [{"_target_": "os.system"}]),
-        "predict transform 'os.system' at data.transforms.predict.transforms.0 is none of monai.transforms",
+        "predict transform 'os.system' at data.transforms.predict.transforms.0 "
+        "is none of monai.transforms",
     ),
     Case(
         "an activation that is os.system",

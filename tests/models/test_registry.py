@@ -1,4 +1,7 @@
-"""The cache of models: names, records, what is imported and what is refused, without any network."""
+"""The cache of models.
+
+Names, records, what is imported and what is refused, without any network.
+"""
 
 import json
 import signal

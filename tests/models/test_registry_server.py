@@ -1,4 +1,7 @@
-"""Models from a real S3 server in the layout of the public bucket: listed, fetched, interrupted, spoilt, changed."""
+"""Models from a real S3 server in the layout of the public bucket.
+
+Listed, fetched, interrupted, spoilt, changed.
+"""
 
 import hashlib
 import json
@@ -52,7 +55,10 @@ def bucket(s3_server, megaseg_zip):
 
 @pytest.fixture
 def relay(bucket, tmp_path, monkeypatch):
-    """The way to that bucket, without credentials, through something that counts; and an empty cache."""
+    """The way to that bucket, without credentials, through something that counts.
+
+    And an empty cache.
+    """
     with relay_to(bucket.url) as relay:
         monkeypatch.setenv("MEGASEG_BUCKET", "public")
         monkeypatch.setenv("AWS_ENDPOINT_URL", relay.url)

@@ -648,7 +648,7 @@ def test_blocks_written_in_any_order_are_read_back(tmp_path, axes, version, bloc
     [*((version, block, None) for version, block in WRITTEN), ("0.5", (4, 8, 8), (2, 4, 4))],
 )
 def test_a_torn_object_is_written_over(tmp_path, version, block, chunk, torn):
-    """A block that is done again after a power loss replaces what it finds, at the volume's rim and in shards too."""
+    """A block that is done again after a power loss replaces what it finds, also in shards."""
     source = write_image(tmp_path / "source", blobs(SHAPE), version=version)
     image = read_image(Location.of(source))
     location = Location.of(tmp_path / "target/0")

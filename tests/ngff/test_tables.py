@@ -1,4 +1,7 @@
-"""Tables on disk: one Parquet file for a run, and a feature table that ngio reads beside the labels."""
+"""Tables on disk.
+
+One Parquet file for a run, and a feature table that ngio reads beside the labels.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +34,8 @@ centroid_z:double centroid_y:double centroid_x:double
 centroid_z_um:double centroid_y_um:double centroid_x_um:double
 bbox_z_start:int64 bbox_y_start:int64 bbox_x_start:int64
 bbox_z_stop:int64 bbox_y_stop:int64 bbox_x_stop:int64
-intensity_mean:double intensity_min:double intensity_max:double intensity_std:double intensity_sum:double
+intensity_mean:double intensity_min:double intensity_max:double
+intensity_std:double intensity_sum:double
 touches_border:bool
 """.split()
 

@@ -55,7 +55,10 @@ def check(predicted, true):
 
 @st.composite
 def label_images(draw):
-    """Two label images: the second is noise, or the first with some voxels changed or halves renamed."""
+    """Two label images.
+
+    The second is noise, or the first with some voxels changed or halves renamed.
+    """
     shape = draw(hnp.array_shapes(min_dims=1, max_dims=3, max_side=7))
     few = hnp.arrays(np.int32, shape, elements=st.integers(0, draw(st.integers(1, 9))))
     predicted, other = draw(few), draw(few)

@@ -1,4 +1,4 @@
-"""Measurements of blocks, merged, against ``skimage.measure.regionprops_table`` of the whole volume."""
+"""Merged measurements of blocks against ``regionprops_table`` of the whole volume."""
 
 import numpy as np
 import pytest

@@ -73,7 +73,8 @@ def test_mean_and_std_equal_monai_to_a_millionth():
     exact = volume.astype(np.float64)
     assert found.mean == pytest.approx(exact.mean(), rel=1e-12)
     assert found.std == pytest.approx(exact.std(), rel=1e-9)
-    # MONAI sums in float32, so on an ordinary image rather than on a small spread over a large offset.
+    # MONAI sums in float32, so on an ordinary image rather than on a small spread over a large
+    # offset.
     image = rng.gamma(3, 130, (64, 200, 256)).astype(np.float32)
     found = measure(image, Box.of(image.shape))
     assert found.mean == pytest.approx(NormalizeIntensity._mean(image), rel=1e-6)
@@ -87,7 +88,10 @@ def test_a_constant_volume_gives_zeros(value):
 
 
 class Blur:
-    """A cheap stand-in for a network in grid laws: depends on the whole patch, as instance norm does."""
+    """A cheap stand-in for a network in grid laws.
+
+    Depends on the whole patch, as instance norm does.
+    """
 
     def __call__(self, patches):
         mean = patches.mean(axis=(2, 3, 4), keepdims=True)

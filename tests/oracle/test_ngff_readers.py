@@ -1,4 +1,6 @@
-"""What the command writes, read by the field's own libraries: the same voxels, shapes, scales and units.
+"""What the command writes, read by the field's own libraries.
+
+The same voxels, shapes, scales and units.
 
 ome-zarr-models validates, ngio and ome-zarr-py and bioio-ome-zarr read. None
 of them takes part in the reading on the other side: that is zarr alone.
@@ -262,7 +264,8 @@ def labelled_source(request, tmp_path) -> tuple[str, Path]:
         path / "labels/cells", np.ones((16, 33, 40), "uint16"), version=version, scale=SCALE
     )
     cells = zarr.open_group(path / "labels/cells", mode="r+")
-    # ngio 1.1 takes no label image of 0.4 without this entry, which the specification only recommends.
+    # ngio 1.1 takes no label image of 0.4 without this entry, which the specification only
+    # recommends.
     cells.attrs.update({"image-label": {"version": "0.4"}} if version == "0.4" else {})
     zarr_format = 2 if version == "0.4" else 3
     labels = zarr.open_group(path / "labels", mode="a", zarr_format=zarr_format)

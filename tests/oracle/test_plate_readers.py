@@ -223,7 +223,10 @@ def test_plates_of_ngio(tmp_path, version):
 
 
 def make_iohub_plate(path: Path, version: str) -> dict[str, np.ndarray]:
-    """Write what iohub 0.3.11 writes, as measured; it needs Python 3.12, so it is not installed here."""
+    """Write what iohub 0.3.11 writes, as measured.
+
+    It needs Python 3.12, so it is not installed here.
+    """
     voxels = {
         place: blobs((1, 2, *SHAPE), seed=i)
         for i, place in enumerate(("A/1/0", "A/1/1", "H/12/000000"))
@@ -339,7 +342,10 @@ def test_a_plate_of_many_acquisitions(shared_data, tmp_path):
 
 
 def test_a_broken_plate_reads_as_far_as_it_goes(shared_data):
-    """Its listing is whole; a well has no metadata, and of some images levels, axes or groups are missing."""
+    """Its listing is whole.
+
+    A well has no metadata, and of some images levels, axes or groups are missing.
+    """
     location = Location.of(shared_data / METADATA / "yaozarrs/broken/broken_v05.ome.zarr")
     plate = read_plate(location)
     assert plate.missing == (("C/3", "C/3/zarr.json lists no fields"),)

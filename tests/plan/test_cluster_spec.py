@@ -1,4 +1,7 @@
-"""Cluster files: what they say, what is refused in one line, and what each kind asks its library for."""
+"""Cluster files.
+
+What they say, what is refused in one line, and what each kind asks its library for.
+"""
 
 import os
 import subprocess
@@ -88,7 +91,8 @@ def test_a_missing_file_and_two_addresses_are_refused(tmp_path):
 def test_the_plan_follows_from_what_a_job_has(tmp_path):
     found = read(
         tmp_path,
-        "kind: slurm\ndevice: cuda\noptions: {cores: 8, memory: 32GB, processes: 2, walltime: '1:40:00'}",
+        "kind: slurm\ndevice: cuda\n"
+        "options: {cores: 8, memory: 32GB, processes: 2, walltime: '1:40:00'}",
     )
     assert found.defaults() == {"device": "cuda", "threads": 4}
     assert found.memory_bytes() == 12_800_000_000

@@ -1,4 +1,7 @@
-"""What goes wrong while a run works: it ends with its exit code and a line, and the same command goes on."""
+"""What goes wrong while a run works.
+
+It ends with its exit code and a line, and the same command goes on.
+"""
 
 import json
 import os
@@ -273,7 +276,10 @@ def alive(session: int) -> list[str]:
 
 
 def hear_interrupts() -> None:
-    """Tests that a shell runs in the background inherit that SIGINT is ignored; a user's terminal does not."""
+    """Tests that a shell runs in the background inherit that SIGINT is ignored.
+
+    A user's terminal does not.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

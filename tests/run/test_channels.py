@@ -1,4 +1,7 @@
-"""Networks of several inputs and outputs: one prediction, and for each output scores, a threshold and labels."""
+"""Networks of several inputs and outputs.
+
+One prediction, and for each output scores, a threshold and labels.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,7 @@
-"""Clusters that this machine can be: a scheduler and workers started apart over TLS, pinned workers, local ones."""
+"""Clusters that this machine can be.
+
+A scheduler and workers started apart over TLS, pinned workers, local ones.
+"""
 
 import json
 import os
@@ -28,7 +31,10 @@ ENGINE = EngineSpec("torch", "cpu", "fp32", threads=1)
 
 
 class Apart:
-    """A Dask scheduler and workers as somebody else starts them: other processes, certificates in files."""
+    """A Dask scheduler and workers as somebody else starts them.
+
+    Other processes, certificates in files.
+    """
 
     def __init__(self, folder: Path) -> None:
         made = Security.temporary()
@@ -71,7 +77,8 @@ class Apart:
         }
         command = [sys.executable, "-m", f"distributed.cli.{program}", *files, *options]
         with (self.folder / f"{program}.log").open("a") as log:
-            # Elsewhere: what an editable installation left in this folder would be found before all else.
+            # Elsewhere: what an editable installation left in this folder would be found before all
+            # else.
             started = subprocess.Popen(
                 command, env=environment, cwd=self.folder, stdout=log, stderr=log
             )

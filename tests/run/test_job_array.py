@@ -1,4 +1,7 @@
-"""Single tasks in many processes at once, as a job array runs them, and their end: the arrays of one client's run."""
+"""Single tasks in many processes at once, as a job array runs them, and their end.
+
+The arrays of one client's run.
+"""
 
 import json
 import multiprocessing

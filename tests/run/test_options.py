@@ -1,4 +1,7 @@
-"""Options that look at the whole volume: automatic thresholds, holes, other normalisations; staged and in one task."""
+"""Options that look at the whole volume.
+
+Automatic thresholds, holes, other normalisations; staged and in one task.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,7 @@
-"""Whose data stand at a target: a run touches what it made, and knows it again; all else it refuses."""
+"""Whose data stand at a target.
+
+A run touches what it made, and knows it again; all else it refuses.
+"""
 
 import shutil
 

@@ -1,4 +1,7 @@
-"""Plates, channels and regions: each field, channel and region gets what the run of it alone would give."""
+"""Plates, channels and regions.
+
+Each field, channel and region gets what the run of it alone would give.
+"""
 
 import json
 import shutil

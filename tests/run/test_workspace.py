@@ -32,7 +32,8 @@ def busy_collector():
 
 
 def test_many_threads_unpack_at_once(busy_collector):
-    # Of Python 3.11 alone this fails without a lock: its parser counts the depth of all threads together.
+    # Of Python 3.11 alone this fails without a lock: its parser counts the depth of all threads
+    # together.
     arrays = {f"{n}": np.arange(n) for n in range(6)}
     data = pack(arrays)
 

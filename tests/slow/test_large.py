@@ -1,4 +1,7 @@
-"""Promise 7 at size: memory of worker, client and scheduler does not grow with the volume or the number of tasks."""
+"""Promise 7 at size.
+
+Memory of worker, client and scheduler does not grow with the volume or the number of tasks.
+"""
 
 import json
 import subprocess
@@ -18,7 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 
 def measured(case: str) -> dict[str, Any]:
-    """Run one case of the benchmark: in a process of its own, since the client's size is one of its figures."""
+    """Run one case of the benchmark.
+
+    In a process of its own, since the client's size is one of its figures.
+    """
     script = f"import json; from benchmarks.scale import *; print(json.dumps({case}))"
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
     return dict(json.loads(done.stdout))

@@ -1,4 +1,7 @@
-"""`--cluster slurm.yaml` on a real SLURM: jobs that are cancelled in mid-run, refused, and given back."""
+"""`--cluster slurm.yaml` on a real SLURM.
+
+Jobs that are cancelled in mid-run, refused, and given back.
+"""
 
 import json
 import signal
@@ -53,7 +56,10 @@ def slurm(tmp_path_factory):
 
 @pytest.fixture
 def cluster_file(tmp_path, monkeypatch):
-    """Write a cluster file; the folder it is run in, and where its jobs write, is the test's own."""
+    """Write a cluster file.
+
+    The folder it is run in, and where its jobs write, is the test's own.
+    """
     monkeypatch.chdir(tmp_path)
 
     def write(seconds: float = 1, **changes) -> str:

@@ -49,7 +49,10 @@ def test_hard_means_a_signal_to_noise_ratio_of_three_at_most():
 
 
 def test_the_noise_is_what_the_ratio_says():
-    """Over flat ground next voxels differ only by noise, and the signal stands `snr` times above it."""
+    """Over flat ground next voxels differ only by noise.
+
+    Also the signal stands `snr` times above it.
+    """
     made = simulate(11, (24, 160, 160), "nuclei", difficulty=1)
     core = ndimage.binary_erosion(made.mask, iterations=5)
     away = ~ndimage.binary_dilation(made.mask, iterations=12)

@@ -1,4 +1,7 @@
-"""Images on real web servers: read by name, in parts where the server can, and errors that say what is wrong."""
+"""Images on real web servers.
+
+Read by name, in parts where the server can, and errors that say what is wrong.
+"""
 
 import socket
 import time

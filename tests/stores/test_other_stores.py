@@ -84,7 +84,10 @@ def behaves(location: Location, tmp_path: Path) -> None:
 
 
 class _ReadersOnly(tornado.web.StaticFileHandler):
-    """As AWS answers those who may read and not list: what is absent is denied, so that nobody learns that it is."""
+    """As AWS answers those who may read and not list.
+
+    What is absent is denied, so that nobody learns that it is.
+    """
 
     def write_error(self, status_code: int, **_: object) -> None:
         self.set_status(403)
@@ -208,7 +211,10 @@ def wait_for(port: int) -> None:
 
 def _make_container(url: str, name: str) -> None:
     date = datetime.datetime.now(datetime.UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
-    signed = f"PUT{chr(10) * 12}x-ms-date:{date}\nx-ms-version:2021-08-06\n/{ACCOUNT}/{ACCOUNT}/{name}\nrestype:container"
+    signed = (
+        f"PUT{chr(10) * 12}x-ms-date:{date}\nx-ms-version:2021-08-06\n"
+        f"/{ACCOUNT}/{ACCOUNT}/{name}\nrestype:container"
+    )
     mac = hmac.new(base64.b64decode(ACCOUNT_KEY), signed.encode(), hashlib.sha256)
     headers = {
         "x-ms-date": date,
@@ -241,7 +247,10 @@ class TestAzure:
     def test_a_connection_string_says_it_all(self, azurite, monkeypatch, tmp_path):
         for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"):
             monkeypatch.delenv(name)
-        text = f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={ACCOUNT_KEY};BlobEndpoint={azurite};"
+        text = (
+            f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={ACCOUNT_KEY};"
+            f"BlobEndpoint={azurite};"
+        )
         monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", text)
         configure(StoreOptions())
         behaves(Location.of(f"az://images/{uuid.uuid4().hex}"), tmp_path)

@@ -164,7 +164,7 @@ def test_a_plate_of_real_cells(where, screen, tmp_path, options, request):
 
 
 def test_an_image_by_the_address_that_the_idr_gives(shared_data, tmp_path, options):
-    """``https://.../6001240.zarr``, an OME-Zarr 0.4 image behind a web server that lists nothing."""
+    """An OME-Zarr 0.4 image behind a web server that lists nothing."""
     served = tmp_path / "zarr/v0.4/idr0062A"
     shutil.copytree(shared_data / "omezarr/pixels/5d_dataset_v4.ome.zarr", served / "6001240.zarr")
     settings = parse_settings({**options, "channel": "1", "time": "1:3"})

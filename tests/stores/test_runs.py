@@ -1,4 +1,4 @@
-"""Whole runs whose source, target, plan, journal and intermediate data live in a real S3 server, or behind HTTP."""
+"""Whole runs: source, target, plan, journal and intermediate data in a real S3 server, or HTTP."""
 
 import time
 import warnings
@@ -108,7 +108,10 @@ def test_a_server_that_is_killed_in_mid_run(own_s3, folder, image, expected, opt
 
 @pytest.mark.slow
 def test_a_store_that_is_gone_is_waited_for_once_and_told_once(own_s3, folder, image, options):
-    """A store that is waited for 20 s: the journal, the lease and what else is left do not each take as long again."""
+    """A store that is waited for 20 s.
+
+    The journal, the lease and what else is left do not each take as long again.
+    """
     source, target = upload(image, f"{folder}/image.zarr"), f"{folder}/out.zarr"
     killed = []
 

@@ -1,4 +1,7 @@
-"""A real S3 server: small objects, arrays, who may do what, and a server that dies, hangs or loses a bucket."""
+"""A real S3 server.
+
+Small objects, arrays, who may do what, and a server that dies, hangs or loses a bucket.
+"""
 
 import multiprocessing
 import pickle
@@ -57,7 +60,10 @@ HASTY = (("read_timeout", "1"), ("timeout", "1"), ("max_retries", "0"))
 
 
 def one_line(caught: pytest.ExceptionInfo[MegasegError], *parts: str) -> str:
-    """Check that a message is one line with everything in it that helps, and nothing that must stay secret."""
+    """Check that a message is one line with everything in it that helps.
+
+    Also nothing that must stay secret.
+    """
     message = str(caught.value)
     assert "\n" not in message
     assert "Debug" not in message
@@ -328,7 +334,8 @@ REFUSED = {
         "private",
         probe,
         TargetError,
-        "access denied (AccessDenied); check whether AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY may "
+        "access denied (AccessDenied); "
+        "check whether AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY may "
         "write it",
     ),
     "missing bucket, read": (
@@ -405,7 +412,8 @@ def test_a_public_bucket_is_read_without_credentials_and_nothing_else_is(
         read_image(private)
     one_line(
         caught,
-        "access denied (AccessDenied); it is not public: leave out --anon, and set AWS_ACCESS_KEY_ID",
+        "access denied (AccessDenied); it is not public: "
+        "leave out --anon, and set AWS_ACCESS_KEY_ID",
     )
 
 

@@ -1,4 +1,7 @@
-"""Credentials given as options reach the workers, and nothing else: no run folder, no output, no report, no log."""
+"""Credentials given as options reach the workers, and nothing else.
+
+No run folder, no output, no report, no log.
+"""
 
 import json
 
@@ -16,7 +19,8 @@ def test_a_secret_of_the_command_line_is_written_nowhere(
         write_image(tmp_path / "image.zarr", blobs((20, 40, 60))), f"{folder}/image.zarr"
     )
     target = f"{folder}/out.zarr"
-    # The environment has none, so the options alone lead to the data, in the client and in its workers.
+    # The environment has none, so the options alone lead to the data, in the client and in its
+    # workers.
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     options = ["--storage-option", f"access_key_id={KEY},secret_access_key={SECRET}"]

@@ -315,7 +315,8 @@ def test_interrupted_writes_are_swept(tmp_path, monkeypatch, options):
     whole = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", die)
-        # One object at a time: of several, the others may still be written when the first has failed.
+        # One object at a time: of several, the others may still be written when the first has
+        # failed.
         with pytest.raises(Killed):
             array[:2, :2] = 2
         if array.metadata.zarr_format == 3:

@@ -1,4 +1,7 @@
-"""The report: one file that opens offline, numbers that the outputs have, and a check of seams that finds faults."""
+"""The report: one file that opens offline, numbers that the outputs have.
+
+Also a check of seams that finds faults.
+"""
 
 import json
 import shlex
@@ -105,7 +108,8 @@ def test_one_file_that_needs_nothing_else(split):
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
     assert "<script" not in text
-    # How it was made: versions, every setting, what it said, and how long the network was thought to need.
+    # How it was made: versions, every setting, what it said, and how long the network was thought
+    # to need.
     assert "torch 2" in page.text
     assert "connectivity" in page.text
     assert "out.zarr.run/megaseg/log/0001.txt" in page.text

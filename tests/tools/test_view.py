@@ -1,4 +1,7 @@
-"""The viewer's server: objects in parts, to the one who has the address alone; and what a scene is made of."""
+"""The viewer's server.
+
+Objects in parts, to the one who has the address alone; and what a scene is made of.
+"""
 
 import asyncio
 import json

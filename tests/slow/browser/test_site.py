@@ -1,4 +1,7 @@
-"""The built pages in a real browser: nothing is asked of another host, and nothing is complained of."""
+"""The built pages in a real browser.
+
+Nothing is asked of another host, and nothing is complained of.
+"""
 
 import os
 import subprocess

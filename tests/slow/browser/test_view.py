@@ -1,4 +1,7 @@
-"""The viewer in a real browser: what is seen follows the controls, and nothing leaves this machine."""
+"""The viewer in a real browser.
+
+What is seen follows the controls, and nothing leaves this machine.
+"""
 
 import io
 import json
@@ -66,7 +69,8 @@ def grey(seen: np.ndarray) -> np.ndarray:
 
 def move(browser, control: str, value: float) -> None:
     browser.run(
-        f"{{ const e = document.getElementById('{control}'); e.value = {value}; e.dispatchEvent(new Event('input')); }}"
+        f"{{ const e = document.getElementById('{control}'); e.value = {value}; "
+        "e.dispatchEvent(new Event('input')); }"
     )
 
 

@@ -57,7 +57,10 @@ def predict(case):
 
 
 def compile_names(checkpoint, target):
-    """Write a checkpoint with the names that ``compile: True`` gives its weights: those of a compiled module."""
+    """Write a checkpoint with the names that ``compile.
+
+    True`` gives its weights: those of a compiled module.
+    """
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     module = torch.nn.Module()
     module.backbone = torch.compile(network(content["hyper_parameters"]["backbone"]))

@@ -1,6 +1,7 @@
 """What cyto-dl predicts with a bundle that it trained, and what we predict with it: the same.
 
-On both engines of a CPU. Logits within 1e-4; masks of p > 0.5 differ only within 1e-5 of it, those of Otsu in 5
+On both engines of a CPU. Logits within 1e-4; masks of p > 0.5 differ only within 1e-5 of it,
+those of Otsu in 5
 voxels at most.
 """
 
@@ -77,7 +78,8 @@ def predicted(cytodl, trained, shared) -> Path:
             (checkpoint,) = (trained / "checkpoints").glob("*.ckpt")
             asked = []
             for name, case in CASES.items():
-                # Of a series cyto-dl predicts the first timepoint alone: each gets a file of its own.
+                # Of a series cyto-dl predicts the first timepoint alone: each gets a file of its
+                # own.
                 for t in range(case.shape[0] if case.axes == "tczyx" else 1):
                     file = folder / f"{name} {t}.ome.tif"
                     values = case.image if case.axes == "zyx" else case.image[t]

@@ -163,7 +163,8 @@ def test_it_learns_from_an_omezarr_whose_channel_and_labels_are_named(start, tmp
     out = tmp_path / "out"
     command = training(source, start, out, "--channel", "DNA", "--label", "nuclei")
     result = events_of(megaseg(*command, "--max-epochs", "500", "--max-time", "00:00:01"))[-1]
-    # One step at least is made, and its epoch ended with a validation: however slow, there is a bundle.
+    # One step at least is made, and its epoch ended with a validation: however slow, there is a
+    # bundle.
     assert (result["status"], result["stopped"]) == ("done", "max_time")
     assert load_bundle(out).digest == result["digest"]
     n_epochs = result["n_epochs"] + 1
