@@ -17,7 +17,7 @@ from megaseg_dask.errors import BundleError
 from megaseg_dask.messages import one_line
 from megaseg_dask.models.network import NetworkSpec, Triple
 
-# torch takes a second to import; whoever reads only a bundle's facts does not pay for it.
+# torch takes a second to import; a process that reads only a bundle's facts does not pay for it.
 if TYPE_CHECKING:
     import torch
 

@@ -220,7 +220,7 @@ def _read_whole(path: Path) -> BundleFacts:
         raise BundleError(str(error).removeprefix(f"{path}: ")) from error
     except OSError:
         raise
-    # Each decompressor has errors of its own.
+    # Each decompressor raises its own errors.
     except Exception as error:
         raise BundleError(f"the zip is damaged ({short(str(error))})") from error
 

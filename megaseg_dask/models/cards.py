@@ -50,7 +50,7 @@ PUBLISHED_CARDS: Mapping[str, Mapping[str, str]] = {
 }
 
 _OURS = "that of this package"
-_UNKNOWN = "not stated in the bundle; ask whoever made it"
+_UNKNOWN = "not stated in the bundle; ask its author"
 
 
 def card_of(name: str, path: Path, facts: BundleFacts) -> dict[str, object]:

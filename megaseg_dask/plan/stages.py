@@ -51,7 +51,7 @@ class Stage:
     local: bool = False
     # What is missing if a task fails for good.
     loss: Loss = "block"
-    # Milliseconds a block, or one task a volume: whoever joins a run does what is left of it.
+    # Milliseconds a block, or one task a volume: a process that joins a run finishes these stages.
     quick: bool = False
     # Arrays that it reads or writes, and their dtypes; in the run folder if they are no output.
     arrays: Mapping[str, str] = field(default_factory=dict, hash=False)

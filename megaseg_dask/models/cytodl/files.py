@@ -213,7 +213,7 @@ def _read_bytes(file: File, max_bytes: int) -> bytes:
         return file.read_bytes()
     except OSError:
         raise
-    # Each decompressor has errors of its own.
+    # Each decompressor raises its own errors.
     except Exception as error:
         raise BundleError(
             f"{one_line(file.name)} cannot be read ({short(str(error))}); fetch the zip again"
@@ -240,7 +240,7 @@ def _read_yaml(file: File) -> dict[str, Any]:
 
 
 def _read_checkpoint(file: File) -> dict[str, Any]:
-    # torch takes a second to import; whoever finds a record of the bundle does not pay for it.
+    # torch takes a second to import; a process that finds a record of the bundle does not pay for it.
     import torch
 
     name = one_line(file.name)

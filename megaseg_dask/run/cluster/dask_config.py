@@ -32,7 +32,7 @@ def dask_setup(worker):
 # silent for a while.
 WORKER_TIMEOUT_S = 120.0
 
-# What a scheduler decides, whoever started it.
+# Settings that only a scheduler decides.
 SCHEDULER_CONFIG = {
     # A worker never holds a second waiting task, so a task that kills it takes no neighbor along.
     "distributed.scheduler.worker-saturation": 1.0,

@@ -97,7 +97,7 @@ class Worker:
 
     @contextmanager
     def _measured(self, stage: str) -> Iterator[None]:
-        """Measure memory anew when a stage begins, unless tasks of another are still running."""
+        """Measure memory again when a stage begins, unless tasks of another are still running."""
         with self._lock:
             if stage != self._stage and self._n_running == 0:
                 release()
