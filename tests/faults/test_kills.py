@@ -28,11 +28,11 @@ STAGES = (
 # The command, with the workers that the tests watch.
 _COMMAND = """
 import sys
-from megaseg_dask.run import cluster
 from megaseg_dask.cli import main
+from megaseg_dask.run.cluster import dask_config
 
 if __name__ == "__main__":
-    cluster.CONFIG["distributed.worker.preload"].append({preload!r})
+    dask_config.CONFIG["distributed.worker.preload"].append({preload!r})
     main(sys.argv[1:])
 """
 

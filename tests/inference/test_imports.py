@@ -38,23 +38,27 @@ def record(tmp_path, tiny_bundle, monkeypatch):
     monkeypatch.setenv("MEGASEG_HOME", str(tmp_path / "home"))
     source = write_image(tmp_path / "image.zarr", blobs((16, 32, 32)))
 
-    def record(**settings):
+    def record(name="out.zarr", **settings):
         parsed = parse_settings({"model": str(tiny_bundle), "threads": 1, **settings})
-        target = tmp_path / f"{settings['engine']}.zarr"
-        [plan] = record_plans(str(source), str(target), parsed)
+        [plan] = record_plans(str(source), str(tmp_path / name), parsed)
         return plan
 
     return record
 
 
+# MONAI imports pandas where it is installed.
+BUILDING_A_NETWORK = {"torch", "monai", "pandas"}
+
+
 def test_a_worker_with_a_kept_conversion_imports_neither_torch_nor_monai(record):
-    plan = record(engine="openvino")
-    assert imports_of_worker(plan) == {"openvino", "torch", "monai"}, "it had to convert"
-    assert imports_of_worker(plan) == {"openvino"}
+    first = imports_of_worker(record("first.zarr", engine="openvino"))
+    assert {"torch", "openvino"} <= first <= {"openvino", *BUILDING_A_NETWORK}, "it had to convert"
+    assert imports_of_worker(record("second.zarr", engine="openvino")) == {"openvino"}
 
 
 def test_a_worker_of_torch_imports_no_other_engine(record):
-    assert imports_of_worker(record(engine="torch")) == {"torch", "monai"}
+    imports = imports_of_worker(record(engine="torch"))
+    assert {"torch", "monai"} <= imports <= BUILDING_A_NETWORK
 
 
 def test_choosing_an_engine_imports_none():

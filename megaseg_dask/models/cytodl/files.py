@@ -240,7 +240,7 @@ def _read_yaml(file: File) -> dict[str, Any]:
 
 
 def _read_checkpoint(file: File) -> dict[str, Any]:
-    # torch takes a second to import; a process that finds a record of the bundle does not pay for it.
+    # torch takes a second to import: a process that finds a record does without it.
     import torch
 
     name = one_line(file.name)

@@ -98,7 +98,7 @@ def _require_safe_zip(archive: zipfile.ZipFile) -> None:
     for entry in entries:
         if danger := _danger(entry):
             raise Unsafe(f"zip entry {short(entry.filename)} {danger}")
-        # Also names that only some file systems tell apart: a program that unpacks it would get either.
+        # Also names that only some file systems tell apart.
         if entry.filename.casefold() in names:
             raise Unsafe(f"zip entry {short(entry.filename)} is there twice")
         names.add(entry.filename.casefold())
