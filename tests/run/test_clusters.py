@@ -305,7 +305,8 @@ def test_workers_of_any_class_of_clusters(request_of, tmp_path):
     path = tmp_path / "custom.yaml"
     path.write_text(
         "kind: custom\nclass: distributed:LocalCluster\nworkers: 1\n"
-        "options: {threads_per_worker: 1, host: 127.0.0.1, memory_limit: 0}\n"
+        "options: {threads_per_worker: 1, host: 127.0.0.1, memory_limit: 0, "
+        "dashboard_address: null}\n"
     )
     source, target, settings = request_of("out.zarr", cluster=str(path))
     events = []
