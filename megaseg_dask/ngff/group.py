@@ -101,7 +101,12 @@ def open_ome_group(location: Location, expected: str) -> tuple[int, dict[str, An
 def _read_group(location: Location) -> tuple[int, Mapping[str, Any]]:
     """Return the format and the attributes of a group; raises what zarr and stores raise."""
     # One request reads a usual group, where zarr makes four. It decides about all others.
-    document = _parse(location.backend().get("zarr.json"))
+    try:
+        document = _parse(location.backend().get("zarr.json"))
+    except Exception:
+        # A store that may not be listed denies absent objects: zarr asks for all files of a group,
+        # and raises if the store fails.
+        document = {}
     attributes = document.get("attributes", {})
     is_group = document.get("zarr_format") == 3 and document.get("node_type") == "group"
     if is_group and isinstance(attributes, dict) and document.keys() <= _GROUP_KEYS:

@@ -389,11 +389,21 @@ def _read_level_form(location: Location, path: str, axes: Sequence[Axis]) -> _Ar
 
 def _read_array_form(location: Location) -> _ArrayForm:
     # Newest version first: zarr prefers it too where there are documents of two versions.
+    denied: StoreError | None = None
     for version in sorted(VERSIONS.values(), key=lambda each: -each.zarr_format):
-        document = location.get(version.array_file)
+        try:
+            document = location.get(version.array_file)
+        except StoreError as error:
+            # A store that may not be listed denies absent objects.
+            if "access denied" not in str(error):
+                raise
+            denied = denied or error
+            continue
         if document is not None:
             with _PARSING:
                 return _parse_array(version.array_file, document)
+    if denied is not None:
+        raise denied
     raise FileNotFoundError(location.url)
 
 
