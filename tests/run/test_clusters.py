@@ -301,6 +301,8 @@ def test_local_workers_over_tls(how_many, request_of, tmp_path):
     assert all(address.startswith("tls://127.0.0.1") for address in addresses)
 
 
+# Clusters of the tests before leave a socket to the garbage collector, which may run here.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 def test_workers_of_any_class_of_clusters(request_of, tmp_path):
     path = tmp_path / "custom.yaml"
     path.write_text(
