@@ -29,6 +29,7 @@ from megaseg_dask.stores import (
     store_error,
     zarr_store,
 )
+from megaseg_dask.stores.failures import is_denied
 
 _CONSOLIDATED_V3 = "consolidated_metadata"
 _GROUP_KEYS = {"zarr_format", "node_type", "attributes", _CONSOLIDATED_V3}
@@ -103,9 +104,10 @@ def _read_group(location: Location) -> tuple[int, Mapping[str, Any]]:
     # One request reads a usual group, where zarr makes four. It decides about all others.
     try:
         document = _parse(location.backend().get("zarr.json"))
-    except Exception:
-        # A store that may not be listed denies absent objects: zarr asks for all files of a group,
-        # and raises if the store fails.
+    except Exception as error:
+        # A store that may not be listed denies absent objects: zarr asks for all files of a group.
+        if not is_denied(error):
+            raise
         document = {}
     attributes = document.get("attributes", {})
     is_group = document.get("zarr_format") == 3 and document.get("node_type") == "group"

@@ -31,6 +31,7 @@ from megaseg_dask.ngff.group import (
 )
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.stores import Location, cause_of
+from megaseg_dask.stores.failures import is_denied
 
 T = TypeVar("T")
 
@@ -395,7 +396,7 @@ def _read_array_form(location: Location) -> _ArrayForm:
             document = location.get(version.array_file)
         except StoreError as error:
             # A store that may not be listed denies absent objects.
-            if "access denied" not in str(error):
+            if not is_denied(error):
                 raise
             denied = denied or error
             continue

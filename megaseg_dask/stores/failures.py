@@ -104,6 +104,12 @@ def is_store_failure(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is not None
 
 
+def is_denied(error: BaseException) -> bool:
+    """Return whether a store denied a request, also where another error names that."""
+    reason = error.__cause__ or error
+    return is_store_failure(reason) and understand(reason).kind == "denied"
+
+
 def require_bucket(error: FileNotFoundError) -> None:
     """Raise an error again that means an absent bucket, and not only an absent object."""
     if understand(error).kind == "bucket":
