@@ -14,11 +14,11 @@ class Backend(Protocol):
     Errors are those of the operating system or of the store's client.
     """
 
-    def put(self, key: str, data: bytes) -> None:
-        """Write one object, whole or not at all."""
+    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        """Write one object, whole or not at all; a ``durable`` one survives a power loss."""
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Write one object unless it exists; return whether it was written."""
+    def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
+        """Write one object unless it exists, as ``put`` does; return whether it was written."""
 
     def get(self, key: str) -> bytes | None:
         """Read one object; ``None`` if it does not exist."""

@@ -4,43 +4,72 @@ import ctypes
 import os
 import re
 import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import obstore
-import obstore.exceptions
 import zarr.storage
-from obstore.store import LocalStore
 
 from megaseg_dask.errors import TargetError
 
 # zarr 3.1's LocalStore writes here and renames: the name without its last suffix, a UUID and this.
+# Objects of ours are written in the same way.
 _PARTIAL = re.compile(r".*\.[0-9a-f]{32}\.partial")
+# A file in the place of a folder holds no objects, and a folder is none.
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class LocalFolder:
-    """A folder of a file system, a :class:`Backend`; objects appear in it whole, by renaming."""
+    """A folder of a file system, a :class:`Backend`; objects appear in it whole, by renaming.
+
+    A file that cannot be asked for is an error, and never taken for an absent one.
+    """
 
     path: Path
 
-    def put(self, key: str, data: bytes) -> None:
-        obstore.put(LocalStore(prefix=self.path, mkdir=True), key, data)
+    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        with self._staged(key, data, durable=durable) as staged:
+            staged.replace(self.path / key)
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
         try:
-            obstore.put(LocalStore(prefix=self.path, mkdir=True), key, data, mode="create")
-        except obstore.exceptions.AlreadyExistsError:
+            with self._staged(key, data, durable=durable) as staged:
+                (self.path / key).hardlink_to(staged)
+        except FileExistsError:
             return False
         return True
 
-    def get(self, key: str) -> bytes | None:
-        # A file in the place of a folder holds no objects either.
-        if not self.path.is_dir():
-            return None
+    @contextmanager
+    def _staged(self, key: str, data: bytes, *, durable: bool) -> Iterator[Path]:
+        """Yield a file beside an object that holds its data, and is gone afterwards."""
+        target = self.path / key
+        standing = _nearest_existing([*target.parents])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
         try:
-            return bytes(obstore.get(LocalStore(prefix=self.path), key).bytes())
-        except FileNotFoundError:
+            with staged.open("xb") as file:
+                file.write(data)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            yield staged
+        finally:
+            staged.unlink(missing_ok=True)
+        if durable:
+            # The entry of the file, and those of the folders that were made for it.
+            for folder in target.parents:
+                _sync_folder(folder)
+                if folder == standing:
+                    break
+
+    def get(self, key: str) -> bytes | None:
+        try:
+            return (self.path / key).read_bytes()
+        except _ABSENT:
             return None
 
     def get_range(self, key: str, start: int, stop: int) -> bytes | None:
@@ -48,42 +77,64 @@ class LocalFolder:
             with (self.path / key).open("rb") as file:
                 file.seek(start)
                 return file.read(stop - start)
-        except FileNotFoundError:
+        except _ABSENT:
             return None
 
     def size(self, key: str) -> int | None:
-        if not self.path.exists():
-            return None
-        try:
-            return obstore.head(LocalStore(prefix=self.path), key)["size"]
-        except FileNotFoundError:
-            return None
+        found = _look(self.path / key)
+        return found.st_size if found and not stat.S_ISDIR(found.st_mode) else None
 
     def delete(self, key: str) -> None:
         (self.path / key).unlink(missing_ok=True)
 
     def keys(self, prefix: str) -> list[str]:
-        if not self.path.exists():
-            return []
-        entries = obstore.list(LocalStore(prefix=self.path), prefix).collect()
-        return sorted(str(entry["path"]) for entry in entries)
+        keys = []
+        for folder, _, names in os.walk(self.path / prefix, onerror=_raise_unless_absent):
+            below = Path(folder).relative_to(self.path)
+            keys += [(below / name).as_posix() for name in names if not _PARTIAL.fullmatch(name)]
+        return sorted(keys)
 
     def children(self) -> list[str]:
-        if not self.path.exists():
+        if _look(self.path) is None:
             return []
         return sorted(child.name for child in self.path.iterdir())
 
     def exists(self) -> bool:
-        return self.path.exists()
+        return _look(self.path) is not None
 
     def is_folder(self) -> bool:
-        return self.path.is_dir()
+        found = _look(self.path)
+        return found is not None and stat.S_ISDIR(found.st_mode)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=not self.path.exists())
+        while _look(self.path) is not None:
+            # Another process may remove the same files.
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self.path)
 
     def arrays(self, *, read_only: bool) -> zarr.storage.StoreLike:
         return zarr.storage.LocalStore(self.path, read_only=read_only)
+
+
+def _look(path: Path) -> os.stat_result | None:
+    """Return what is at a path, ``None`` if nothing is; any other failure is raised."""
+    try:
+        return path.stat()
+    except _ABSENT:
+        return None
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, _ABSENT):
+        raise error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def require_writable(path: Path) -> None:
@@ -127,7 +178,7 @@ def sync(path: Path) -> None:
 
 
 def _nearest_existing(paths: list[Path]) -> Path:
-    return next(path for path in paths if path.exists())
+    return next(path for path in paths if _look(path) is not None)
 
 
 def sweep_partial(path: Path) -> int:

@@ -205,8 +205,8 @@ class Location:
 
     # -- small objects
 
-    def put(self, key: str, data: bytes, *, patient: bool = True) -> None:
-        """Write one object, whole or not at all.
+    def put(self, key: str, data: bytes, *, patient: bool = True, durable: bool = False) -> None:
+        """Write one object, whole or not at all; a ``durable`` one survives a power loss.
 
         Without ``patient``, a silent store is asked once.
 
@@ -214,10 +214,10 @@ class Location:
             StoreError: The store failed.
         """
         with naming(self / key, "write"):
-            self.backend(patient=patient).put(key, data)
+            self.backend(patient=patient).put(key, data, durable=durable)
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Write one object unless it exists; return whether it was written.
+    def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
+        """Write one object unless it exists, as :meth:`put` does; return whether it was written.
 
         Of several writers at once, one succeeds.
 
@@ -225,7 +225,7 @@ class Location:
             StoreError: The store failed.
         """
         with naming(self / key, "write"):
-            return self.backend().create(key, data)
+            return self.backend().create(key, data, durable=durable)
 
     def delete(self, key: str) -> None:
         """Remove one object, if it exists.

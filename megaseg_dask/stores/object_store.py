@@ -39,15 +39,15 @@ class _ZarrObjects(zarr.storage.ObjectStore[Client]):
 
 @dataclass(frozen=True, slots=True)
 class BucketFolder:
-    """All keys of a bucket below a prefix, a :class:`Backend`."""
+    """All keys of a bucket below a prefix, a :class:`Backend`; what it answers for is durable."""
 
     client: Client
     prefix: str
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
         obstore.put(self.client, self._key(key), data)
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
         try:
             obstore.put(self.client, self._key(key), data, mode="create")
         except obstore.exceptions.AlreadyExistsError:

@@ -48,7 +48,7 @@ class WebFolder:
     def arrays(self, *, read_only: bool) -> zarr.storage.StoreLike:
         return self.objects.arrays(read_only=read_only)
 
-    def _refuse_to_write(self, *_: object) -> NoReturn:
+    def _refuse_to_write(self, *_: object, **_options: object) -> NoReturn:
         raise io.UnsupportedOperation(_READ_ONLY)
 
     put = create = delete = remove = _refuse_to_write
