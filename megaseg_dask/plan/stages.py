@@ -46,9 +46,11 @@ class Stage:
     memory: Callable[[Sizes], int] | None = None
     # Whether its memory counts also where it is left out: the block then does not depend on that.
     is_reserved: bool = False
-    # A local stage needs only the same block of the stage before: a block that was computed again
+    # A local stage reads only the same block of stages before it: a block that was computed again
     # redoes nothing of its neighbors.
     local: bool = False
+    # What it has to know of the whole volume: it is told nothing else.
+    needs: tuple[Fact, ...] = ()
     # What is missing if a task fails for good.
     loss: Loss = "block"
     # Milliseconds a block, or one task a volume: a process that joins a run finishes these stages.
@@ -89,6 +91,7 @@ STAGES = (
         over="blocks",
         per="volume",
         memory=memory.segment_bytes,
+        needs=("statistics",),
         tells=("scores",),
     ),
     Stage(
@@ -98,6 +101,7 @@ STAGES = (
         when=Resolved.finds_threshold,
         memory=memory.histogram_bytes,
         local=True,
+        needs=("scores",),
         arrays={"logits": "float32"},
     ),
     Stage(
@@ -106,6 +110,7 @@ STAGES = (
         over="volume",
         when=Resolved.finds_threshold,
         memory=memory.cutoff_bytes,
+        needs=("scores",),
         loss="mask",
         quick=True,
         tells=("threshold",),
@@ -116,6 +121,8 @@ STAGES = (
         over="blocks",
         when=Resolved.finds_threshold,
         memory=memory.threshold_bytes,
+        local=True,
+        needs=("threshold",),
     ),
     Stage(
         "holes",
@@ -248,6 +255,14 @@ class PlannedStage:
     def name(self) -> str:
         """The name that people and the journal use."""
         return f"{self.declared.name}-{self.level}" if self.level else self.declared.name
+
+    def depends_on(self, stage: "PlannedStage") -> bool:
+        """Return whether tasks that are done change if tasks of an earlier stage run again.
+
+        A local stage reads its own block alone, which was not there before.
+        """
+        needed = set(self.declared.needs)
+        return not self.declared.local or not needed.isdisjoint(stage.declared.tells)
 
     @property
     def loses_block(self) -> bool:

@@ -8,17 +8,17 @@ import time
 from collections.abc import Sequence
 from itertools import chain
 
-from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.events import Result
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.schedule import VolumeProgress
 from megaseg_dask.run.state import Ending, TaskSummary, VolumeState
 from megaseg_dask.run.status import unread_fields
 from megaseg_dask.run.target import publish
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.tables import remove_tables, write_tables
 from megaseg_dask.run.tasks.worker import missing_box, volume_name
-from megaseg_dask.run.workspace import RunFolder
+from megaseg_dask.run.workspace import RunFolder, Workspace
 
 
 def begin(plan: Plan, journal: Journal) -> None:
@@ -105,15 +105,15 @@ def read_states(plan: Plan, journal: Journal) -> list[VolumeState | None]:
     """Return the state of each volume; ``None`` for one that is missing as a whole."""
     if plan.is_one_task:
         return list(map(_state_of, journal.by_index(plan.stages[0].name)))
-    unmeasured = set()
-    for stage, index in journal.failed:
-        if plan.stage(stage).declared.loss == "volume":
-            unmeasured.add(plan.split_index(stage, index)[0])
+    workspace = Workspace(plan)
+    measure = plan.stage_telling("statistics")
 
-    def read(volume: int) -> VolumeState | None:
-        return None if volume in unmeasured else RunFolder(plan.run).read_state(volume)
+    def state_of(volume: int) -> VolumeState | None:
+        if measure is not None and not journal.is_stage_complete(measure.name, volume):
+            return None
+        return VolumeProgress(workspace, journal, volume).state(("statistics", "threshold"))
 
-    return map_threaded(read, range(len(plan.volumes)))
+    return list(map(state_of, range(len(plan.volumes))))
 
 
 def _state_of(summary: TaskSummary | None) -> VolumeState | None:

@@ -14,7 +14,7 @@ from megaseg_dask.plan.plan import Output
 from megaseg_dask.plan.stages import Fact, PlannedStage
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.progress import GroupSize
-from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
+from megaseg_dask.run.state import ChannelStatistics, OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.tasks.statistics import describe_volume
 from megaseg_dask.run.tasks.thresholds import merge_extremes
 from megaseg_dask.run.workspace import Workspace
@@ -64,11 +64,14 @@ class VolumeProgress:
 
     def stale_after(self, stage: PlannedStage) -> list[str]:
         """Return the later stages that were begun before all of this stage was done."""
+        # Stages of which tasks run again, here only where a block was missing.
+        redone = [stage]
         is_stale = False
         names = []
         position = self._plan.stages.index(stage)
         for later in self._plan.stages[position + 1 :]:
-            is_stale = is_stale or not later.declared.local
+            is_stale = is_stale or any(map(later.depends_on, redone))
+            redone.append(later)
             if is_stale and self._journal.has_begun(later.name, self.volume):
                 names.append(later.name)
         return names
@@ -100,25 +103,30 @@ class VolumeProgress:
             self._workspace.create_work(self.volume)
 
     def state_before(self, stage: PlannedStage) -> VolumeState:
-        """Return what the tasks of a stage have to know of the whole volume."""
-        state = VolumeState(
-            missing=tuple(self.missing_before(stage)), outputs=tuple(self._outputs())
-        )
-        if "statistics" in stage.declared.tells:
-            return state
+        """Return what the tasks of a stage have to know of the whole volume, and nothing else."""
         return replace(
-            state,
-            statistics=describe_volume(self._plan, self._summaries("statistics")),
-            by_output=tuple(map(self._output_state, self._plan.outputs_of(self.volume))),
+            self.state(stage.declared.needs),
+            missing=tuple(self.missing_before(stage)),
+            outputs=tuple(self._outputs()),
         )
 
-    def _output_state(self, output: Output) -> OutputState:
-        """Return extremes and threshold of an output, as far as they are known and needed."""
-        extremes = merge_extremes(self._told_of(output, "scores"))
-        thresholds = self._told_of(output, "threshold")
-        if not thresholds:
-            return extremes
-        return replace(extremes, threshold=thresholds[0].threshold)
+    def state(self, facts: Sequence[Fact]) -> VolumeState:
+        """Return facts about the volume, from what its finished tasks told."""
+        statistics: tuple[ChannelStatistics, ...] = ()
+        if "statistics" in facts:
+            statistics = describe_volume(self._plan, self._summaries("statistics"))
+        outputs = self._plan.outputs_of(self.volume)
+        by_output = tuple(self._output_state(output, facts) for output in outputs)
+        return VolumeState(statistics=statistics, by_output=by_output)
+
+    def _output_state(self, output: Output, facts: Sequence[Fact]) -> OutputState:
+        state = OutputState()
+        if "scores" in facts:
+            state = merge_extremes(self._told_of(output, "scores"))
+        if "threshold" in facts:
+            for told in self._told_of(output, "threshold"):
+                state = replace(state, threshold=told.threshold)
+        return state
 
     def _told_of(self, output: Output, fact: Fact) -> list[OutputState]:
         summaries = self._summaries(fact)
