@@ -30,11 +30,14 @@ def begin(plan: Plan, journal: Journal) -> None:
         folder.clear()
     folder.record(plan)
     if is_new:
+        # Records of an earlier run must not come back after a power loss, and find other arrays.
+        plan.run.sync()
         target.clear()
         if plan.settings.overwrite:
             remove_tables(target)
         publish.create(target)
     else:
+        journal.discard_damaged()
         reopen(target)
     publish.refresh_consolidated(target)
 

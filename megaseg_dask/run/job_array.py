@@ -204,6 +204,13 @@ def run_tasks(plan: Plan, stage: str, indices: Sequence[int], emit: Emit = lambd
     planned = plan.stage(stage)
     with Leases(plan.run.parent).share(plan.run.basename, stage) as lease:
         journal = Journal.read(plan, uuid.uuid4().hex, synced_by(lease, plan.target))
+        if journal.discarded:
+            # What this process records would follow them, and not count either.
+            raise TargetError(
+                f"{plan.run}/{journal.discarded[0]} is damaged, so it and the "
+                f"{len(journal.discarded) - 1} records after it do not count; "
+                f"take them back first: {_TAKE_BACK}"
+            )
         process = _Process(plan, journal, lease, emit)
         with journal.flushed():
             left = _prepare(process, planned, indices)
@@ -285,6 +292,7 @@ def _join(plan: Plan, lease: Held, emit: Emit) -> Result | None:
     started_s = time.monotonic()
     if journal.result is not None:
         return already_done(plan, journal)
+    journal.discard_damaged()
     reopen(Target(plan))
     process = _Process(plan, journal, lease, emit)
     with journal.flushed(), journal.session():

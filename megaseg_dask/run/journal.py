@@ -1,10 +1,13 @@
 """Which tasks of a plan are done: an append-only record in the run folder, tied to one plan.
 
 Object stores cannot append, so the record is a row of numbered segments, each
-written once, that names its plan. A task is recorded after its data are
-written and flushed to the disk, so what the journal says is true, also after a
-power loss; what it does not say, or says of another plan, is computed again.
-In memory a finished task is one byte, so a million blocks weigh a megabyte.
+written once, that names its plan and carries a digest of itself. A task is
+recorded after its data are written and flushed to the disk, and the record is
+flushed too, so what the journal says is true, also after a power loss. What it
+does not say, or says of another plan, is computed again. So is all that was
+recorded after a segment that is damaged or lost: that one may have taken back
+what stands in later ones. In memory a finished task is one byte, so a million
+blocks weigh a megabyte.
 
 Processes of a job array write at the same time. Each has one segment with its
 own name, which it writes whole each time, so there are as many as processes.
@@ -12,6 +15,7 @@ A segment's number is above all those that its writer had read, so what began
 after another had ended is replayed after it.
 """
 
+import hashlib
 import json
 import re
 import time
@@ -42,6 +46,8 @@ _MAX_SEGMENT_S = 10.0
 _SEGMENTS_PER_AGE = 300
 
 Record = Mapping[str, Any]
+# What reading a record raises that no journal of this version writes.
+_UNSOUND = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 @dataclass
@@ -106,11 +112,41 @@ class TaskRecord:
         tasks = self._tasks_of(stage, volume)
         return bool(self._done[stage][tasks.start : tasks.stop].any())
 
+    def require_sound(self, record: Record) -> None:
+        """Check a record that was read.
+
+        Raises:
+            ValueError: It is none that this journal could have written, as several other errors
+                tell too.
+        """
+        match record:
+            case {"result": result}:
+                Ending.from_json(result)
+            case {"session": session}:
+                Session.from_json(session)
+            case {"undo": stage, "volume": volume}:
+                self._require_among(volume, self._n_volumes)
+                self._done[stage]
+            case {"stage": stage, "index": index, "failure": failure}:
+                self._require_among(index, self._done[stage].size)
+                if Failure(**failure).index != index:
+                    raise ValueError("a failure of another task")
+            case {"stage": stage, "index": index, "s": float() | int(), "peak": int()}:
+                self._require_among(index, self._done[stage].size)
+                TaskSummary.from_json(record.get("summary", {}))
+            case _:
+                raise ValueError("a record of no known kind")
+
+    @staticmethod
+    def _require_among(index: object, n: int) -> None:
+        if type(index) is not int or not 0 <= index < n:
+            raise ValueError(f"index {index} of {n}")
+
     def replay(self, record: Record) -> None:
         """Take over one record of the journal."""
         match record:
             case {"result": result}:
-                self.result = Ending(**result)
+                self.result = Ending.from_json(result)
             case {"session": session}:
                 self.sessions.append(Session.from_json(session))
             case {"undo": stage, "volume": volume}:
@@ -139,10 +175,13 @@ class TaskRecord:
             self._summaries[stage].pop(index, None)
             self.failed.pop((stage, index), None)
 
-    def _tasks_of(self, stage: str, volume: int) -> range:
+    @property
+    def _n_volumes(self) -> int:
         first = self.stages[0]
-        n_volumes = first.n_tasks // first.per_volume
-        per_volume = self._done[stage].size // n_volumes
+        return first.n_tasks // first.per_volume
+
+    def _tasks_of(self, stage: str, volume: int) -> range:
+        per_volume = self._done[stage].size // self._n_volumes
         return range(volume * per_volume, (volume + 1) * per_volume)
 
 
@@ -172,6 +211,8 @@ class Journal(TaskRecord):
         # Of the pending records, those that one of several processes wrote already.
         self._n_written = 0
         self._n_segments = 0
+        # Segments that are damaged, or follow a damaged or lost one.
+        self.discarded: list[str] = []
         self._began_s = time.monotonic()
         self._last_write_s = self._began_s
 
@@ -194,25 +235,44 @@ class Journal(TaskRecord):
             match = _SEGMENT.fullmatch(key)
             if match:
                 numbers[key] = int(match[1])
-        self._n_segments = max(numbers.values(), default=-1) + 1
         keys = sorted(numbers, key=lambda key: (numbers[key], key))
         for first in range(0, len(keys), _MAX_SEGMENTS_AT_ONCE):
-            for data in map_threaded(self._run.get, keys[first : first + _MAX_SEGMENTS_AT_ONCE]):
-                self._read_segment(data or b"")
+            some = keys[first : first + _MAX_SEGMENTS_AT_ONCE]
+            for key, data in zip(some, map_threaded(self._run.get, some), strict=True):
+                follows = numbers[key] <= self._n_segments
+                if not follows or not self._read_segment(data or b""):
+                    self.discarded = keys[keys.index(key) :]
+                    return self
+                self._n_segments = numbers[key] + 1
         return self
 
-    def _read_segment(self, data: bytes) -> None:
-        """Replay a segment of this plan.
-
-        Of one torn by a power loss nothing counts, and its tasks run again.
-        """
+    def _read_segment(self, data: bytes) -> bool:
+        """Replay a segment, if it is of this plan; return whether it is undamaged."""
+        first_line, _, lines = data.partition(b"\n")
         try:
-            head, *records = map(json.loads, data.splitlines())
-        except ValueError:
-            return
-        if head == {"plan": self._fingerprint}:
+            head = json.loads(first_line)
+            if head["digest"] != _digest(lines):
+                return False
+            if head["plan"] != self._fingerprint:
+                return True
+            records = [json.loads(line) for line in lines.splitlines()]
             for record in records:
-                self.replay(record)
+                self.require_sound(record)
+        except _UNSOUND:
+            return False
+        for record in records:
+            self.replay(record)
+        return True
+
+    def discard_damaged(self) -> None:
+        """Remove the segments that do not count, for what follows them would not count either.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        for key in self.discarded:
+            self._run.delete(key)
+        self.discarded = []
 
     # -- writing
 
@@ -267,16 +327,22 @@ class Journal(TaskRecord):
     def flush(self) -> None:
         """Write the records since the last segment; one of several processes, all its records.
 
+        When it returns, they survive a power loss.
+
         Raises:
             StoreError: The store failed; the records are kept for the next try.
 
         """
         if len(self._pending) > self._n_written:
-            records = [{"plan": self._fingerprint}, *self._pending]
-            data = "\n".join(json.dumps(record, sort_keys=True) for record in records).encode()
+            lines = "\n".join(
+                json.dumps(record, sort_keys=True) for record in self._pending
+            ).encode()
+            head = json.dumps({"plan": self._fingerprint, "digest": _digest(lines)}).encode()
+            data = head + b"\n" + lines
             self._sync()
             if self._writer:
-                self._run.put(f"{FOLDER}/{self._n_segments:08d}-{self._writer}.jsonl", data)
+                key = f"{FOLDER}/{self._n_segments:08d}-{self._writer}.jsonl"
+                self._run.put(key, data, durable=True)
                 self._n_written = len(self._pending)
             else:
                 self._create_segment(data)
@@ -288,9 +354,11 @@ class Journal(TaskRecord):
 
         A client that was stopped for a while must not write over its successor's segment.
         """
+        self.discard_damaged()
         is_created = False
         while not is_created:
-            is_created = self._run.create(f"{FOLDER}/{self._n_segments:08d}.jsonl", data)
+            key = f"{FOLDER}/{self._n_segments:08d}.jsonl"
+            is_created = self._run.create(key, data, durable=True)
             self._n_segments += 1
 
     @contextmanager
@@ -320,6 +388,10 @@ class Journal(TaskRecord):
             except StoreError:
                 stop_waiting()
                 raise
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read_summary(text: str) -> TaskSummary:

@@ -34,6 +34,7 @@ class PartStatistics:
         """Return the value that :meth:`to_json` wrote."""
         place, fields = value
         kind = Counts if "total" in fields else Moments
+        _require_numbers({"place": place, **fields})
         return cls(place, kind(**fields))
 
 
@@ -107,12 +108,15 @@ class TaskSummary:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TaskSummary":
         """Return the value that :meth:`to_json` wrote."""
+        absent = value.get("absent", 0)
+        batch = value.get("batch")
+        _require_numbers({"absent": absent, "batch": batch})
         return cls(
             parts=tuple(
                 tuple(map(PartStatistics.from_json, parts)) for parts in value.get("parts", ())
             ),
-            absent=value.get("absent", 0),
-            batch=value.get("batch"),
+            absent=absent,
+            batch=batch,
             statistics=statistics_from_json(value),
             by_output=outputs_from_json(value),
         )
@@ -187,15 +191,34 @@ class Ending:
     n_objects: int | None = None
     warnings: list[str] = field(default_factory=list)
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Ending":
+        """Return the value that ``asdict`` made JSON."""
+        return cls(value["n_objects"], list(map(str, value["warnings"])))
+
 
 def statistics_from_json(value: Mapping[str, Any]) -> tuple[ChannelStatistics, ...]:
     """Return the statistics of each channel of a state or a summary."""
-    return tuple(ChannelStatistics(**channel) for channel in value.get("statistics", ()))
+    return tuple(ChannelStatistics(**channel) for channel in _rows_of(value, "statistics"))
 
 
 def outputs_from_json(value: Mapping[str, Any]) -> tuple[OutputState, ...]:
     """Return what a state or a summary has of each output, under ``by_output``."""
-    return tuple(OutputState(**output) for output in value.get("by_output", ()))
+    return tuple(OutputState(**output) for output in _rows_of(value, "by_output"))
+
+
+def _rows_of(value: Mapping[str, Any], name: str) -> list[Json]:
+    """Return a list of fields that are all numbers."""
+    rows: list[Json] = value.get(name, [])
+    for row in rows:
+        _require_numbers(row)
+    return rows
+
+
+def _require_numbers(fields: Json) -> None:
+    for name, value in fields.items():
+        if value is not None and type(value) not in (int, float):
+            raise TypeError(f"{name} is {value!r}, which is no number")
 
 
 def outputs_to_json(outputs: Iterable[OutputState]) -> list[Json]:

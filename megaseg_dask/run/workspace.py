@@ -120,7 +120,7 @@ class RunFolder:
 
     def record(self, plan: Plan) -> None:
         """Record the plan of the run."""
-        self.location.put(_PLAN, plan.model_dump_json(indent=1).encode())
+        self.location.put(_PLAN, plan.model_dump_json(indent=1).encode(), durable=True)
 
     def clear(self) -> None:
         """Remove all that an earlier run left here, but its plan and its log."""
