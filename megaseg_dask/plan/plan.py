@@ -34,6 +34,8 @@ from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.stages import Fact, PlannedStage, Stage
 from megaseg_dask.stores import Location
 
+# The folder of a target's runs has its name and this ending.
+_RUNS = ".run"
 # On a GPU one task computes, while another reads and a third labels, compresses and writes. On a
 # CPU one task already uses all cores: more tasks would only take more memory.
 TASKS_AT_ONCE = {"cuda": 3}
@@ -289,6 +291,15 @@ class Plan(BaseModel):
         # A copy would keep the cached grids and projections of the old block.
         return Plan.model_construct(**{**dict(self), "resolved": resolved})
 
+    def found_in(self, run: Location) -> "Plan":
+        """Return the plan of a run that is found in a folder.
+
+        Recorded addresses say where it was made. A source that was the target still is.
+        """
+        target = target_of(run)
+        source = target if self.source.is_same(self.target) else self.source
+        return self.model_copy(update={"source": source, "target": target, "run": run})
+
     # -- memory
 
     @cached_property
@@ -397,4 +408,10 @@ def run_names(label_name: str) -> re.Pattern[str]:
 
 def runs_folder(target: Location) -> Location:
     """Return the folder that holds a target's run folders, and the lease that they share."""
-    return target.sibling(".run")
+    return target.sibling(_RUNS)
+
+
+def target_of(run: Location) -> Location:
+    """Return the target beside which a run folder lies."""
+    runs = run.parent
+    return replace(runs, url=runs.url.removesuffix(_RUNS))

@@ -108,15 +108,16 @@ def read_states(plan: Plan, journal: Journal) -> list[VolumeState | None]:
     """Return the state of each volume; ``None`` for one that is missing as a whole."""
     if plan.is_one_task:
         return list(map(_state_of, journal.by_index(plan.stages[0].name)))
-    workspace = Workspace(plan)
+    return [state_of(plan, journal, volume) for volume in range(len(plan.volumes))]
+
+
+def state_of(plan: Plan, journal: Journal, volume: int) -> VolumeState | None:
+    """Return what a staged run knows of a volume; ``None`` if it is not measured."""
     measure = plan.stage_telling("statistics")
-
-    def state_of(volume: int) -> VolumeState | None:
-        if measure is not None and not journal.is_stage_complete(measure.name, volume):
-            return None
-        return VolumeProgress(workspace, journal, volume).state(("statistics", "threshold"))
-
-    return list(map(state_of, range(len(plan.volumes))))
+    if measure is not None and not journal.is_stage_complete(measure.name, volume):
+        return None
+    progress = VolumeProgress(Workspace(plan), journal, volume)
+    return progress.state(("statistics", "threshold"))
 
 
 def _state_of(summary: TaskSummary | None) -> VolumeState | None:

@@ -88,21 +88,28 @@ class RunFolder:
         return self.location.size(_PLAN) is not None
 
     def find_plan(self) -> Plan | None:
-        """Return the recorded plan, if there is one.
+        """Return the recorded plan, if there is one, with the addresses where it is found.
 
         Raises:
-            TargetError: It cannot be read.
+            TargetError: It cannot be read, or is that of another run.
         """
         data = self.location.get(_PLAN)
         if data is None:
             return None
         try:
-            return Plan.model_validate_json(data)
+            plan = Plan.model_validate_json(data)
         except ValueError as error:
             raise TargetError(
                 f"{self.location}/{_PLAN} is damaged, or of another version of megaseg; "
                 "start again with --overwrite"
             ) from error
+        name = plan.resolved.label_name
+        if not run_names(name).fullmatch(self.location.basename):
+            raise TargetError(
+                f"{self.location}/{_PLAN} is that of a run named {name}, and does not belong in "
+                "this folder; move it back"
+            )
+        return plan.found_in(self.location)
 
     def read_plan(self) -> Plan:
         """Return the recorded plan.

@@ -9,7 +9,7 @@ import re
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
-from megaseg_dask.errors import SettingsError
+from megaseg_dask.errors import SettingsError, SourceError
 
 LOCAL = "file"
 S3 = "s3"
@@ -128,9 +128,17 @@ def split(url: str) -> tuple[str, str]:
 
 
 def join(url: str, name: str) -> str:
-    """Return the address of something below a folder."""
+    """Return the address of something below a folder.
+
+    Raises:
+        SourceError: The name leads out of the folder; names come from metadata and records too.
+    """
     if not name:
         return url
+    if ".." in name.split("/"):
+        raise SourceError(
+            f"the path {name!r} leads out of {url}, and is not followed; correct the metadata"
+        )
     if scheme_of(url) in WEB:
         name = quote(name, safe=_UNESCAPED)
     return f"{url.rstrip('/')}/{name}"

@@ -17,15 +17,14 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.blending import max_score, sigmoid
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.errors import TaskError
 from megaseg_dask.ngff.tables import iter_columns
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.plan.resolved import Fixed
+from megaseg_dask.run.conclude import state_of
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.tables import table_location
-from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.tools.report.sampling import (
     UNREADABLE,
     View,
@@ -162,7 +161,7 @@ def _read_journal(run: Run) -> list[VolumeReport]:
     states: Mapping[int, VolumeState | TaskSummary | None] = summaries
     if not plan.is_one_task:
         chosen = spread(len(plan.volumes), _MAX_VOLUMES)
-        states = dict(zip(chosen, map_threaded(partial(_state, plan), chosen), strict=True))
+        states = {volume: state_of(plan, run.journal, volume) for volume in chosen}
     failures = defaultdict(list)
     for (stage, index), failure in sorted(run.journal.failed.items()):
         volume, _ = plan.split_index(stage, index)
@@ -181,13 +180,6 @@ def _summaries(run: Run) -> dict[int, TaskSummary | None]:
     """Return the summary of each volume's task that counts its objects; empty if there is none."""
     stage = run.plan.stage_telling("objects")
     return dict(enumerate(run.journal.by_index(stage.name))) if stage else {}
-
-
-def _state(plan: Plan, volume: int) -> VolumeState | None:
-    try:
-        return RunFolder(plan.run).read_state(volume)
-    except TaskError:
-        return None
 
 
 def _output_state(state: VolumeState | TaskSummary | None, output: Output) -> OutputState:
