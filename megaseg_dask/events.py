@@ -29,13 +29,14 @@ def ignore(event: Event) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Started(Event):
-    """A run began, or continues an earlier one."""
+    """A run began, or continues an earlier one; ``channels`` are those that it takes."""
 
     kind: ClassVar[str] = "started"
     target: str
     n_tasks: int
     n_done: int
     dashboard: str | None = None
+    channels: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

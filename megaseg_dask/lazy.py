@@ -39,7 +39,8 @@ from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.ngff.image import SPATIAL, Image, read_image, require_axes
 from megaseg_dask.ngff.labels import labels_group, list_labels
 from megaseg_dask.ngff.volume import Volume
-from megaseg_dask.plan.planner import open_models, require_segmentable
+from megaseg_dask.plan.choice import require_segmentable
+from megaseg_dask.plan.planner import open_models
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.stores import Location, StoreOptions, cached_array, clear_array_cache
 
@@ -128,14 +129,14 @@ def _level(location: Location, image: Image, number: int) -> xarray.Dataset:
 
 def _coordinate(image: Image, number: int, name: str) -> xarray.Variable:
     """Return the positions of voxel centers in µm, times in their unit, or names of channels."""
-    level = image.levels[number]
     axis_number = image.axis_names.index(name)
-    extent = level.shape[axis_number]
+    extent = image.levels[number].shape[axis_number]
     if name == "c":
         names = image.channel_names[:extent]
         return xarray.Variable(name, [*names, *map(str, range(len(names), extent))])
     axis = image.axes[axis_number]
-    positions = np.arange(extent) * level.scale[axis_number] + level.translation[axis_number]
+    scale, translation = image.transform(number)
+    positions = np.arange(extent) * scale[axis_number] + translation[axis_number]
     unit = "µm" if axis.is_in_um else axis.unit
     return xarray.Variable(name, positions * axis.in_um, {"units": unit} if unit else {})
 

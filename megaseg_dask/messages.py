@@ -78,10 +78,12 @@ def _first_lines(line: str, number: int, max_number: int, more: str) -> list[str
 
 
 def started_line(event: Started) -> str:
-    """Return how many tasks a run has."""
+    """Return how many tasks a run has, and the channels that it takes."""
     line = count(event.n_tasks, "task")
     if event.n_done:
         line += f", {event.n_done} of them done before"
+    if event.channels:
+        line += f"; channel {', '.join(event.channels)}"
     if event.dashboard:
         line += f"; dashboard {event.dashboard}"
     return line

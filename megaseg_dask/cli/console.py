@@ -254,7 +254,7 @@ def print_plan(summary: Mapping[str, Any]) -> None:
 
 def _source_text(summary: Mapping[str, Any]) -> str:
     volumes = f"{summary['volumes']} × {_shape(summary['volume_shape'])} {summary['dtype']}"
-    return f"{summary['source']}  ({volumes})"
+    return f"{summary['source']}  ({volumes}, channel {', '.join(summary['channels'])})"
 
 
 def _model_text(model: Mapping[str, Any]) -> str:

@@ -73,7 +73,10 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One resolution of an image; tuples follow the image's axes, scales are in the axes' units."""
+    """One resolution of an image; tuples follow the image's axes, scales are in the axes' units.
+
+    Scale and translation are its own: those of the image come after them.
+    """
 
     path: str
     shape: Shape
@@ -82,8 +85,21 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """What images of one form have for themselves: a name, and where they and their levels lie."""
+
+    name: str
+    translations: tuple[tuple[float, ...], ...]
+    translation: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Image:
-    """The metadata of a multiscale image, finest level first."""
+    """The metadata of a multiscale image, finest level first.
+
+    ``scale`` and ``translation`` hold for all levels, after each one's own; empty if the metadata
+    have none. Some readers ignore them, so they are written as they were read, where they were.
+    """
 
     version: str
     name: str
@@ -91,6 +107,8 @@ class Image:
     levels: tuple[Level, ...]
     dtype: str
     channel_names: tuple[str, ...] = ()
+    scale: tuple[float, ...] = ()
+    translation: tuple[float, ...] = ()
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -121,8 +139,34 @@ class Image:
 
         It is in µm unless the unit is missing or unknown.
         """
-        scale = self.levels[0].scale
-        return self.spatial([s * axis.in_um for s, axis in zip(scale, self.axes, strict=True)])
+        scale, _ = self.transform()
+        return self.spatial([abs(s) * a.in_um for s, a in zip(scale, self.axes, strict=True)])
+
+    def transform(self, level: int = 0) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the scale and the translation of a level, with those of the image applied."""
+        own = self.levels[level]
+        n = len(self.axes)
+        factors = self.scale or (1.0,) * n
+        offsets = self.translation or (0.0,) * n
+        scale = tuple(s * f for s, f in zip(own.scale, factors, strict=True))
+        moved = zip(own.translation, factors, offsets, strict=True)
+        return scale, tuple(t * f + o for t, f, o in moved)
+
+    @property
+    def placement(self) -> Placement:
+        """The name and the place of the image."""
+        translations = tuple(level.translation for level in self.levels)
+        return Placement(self.name, translations, self.translation)
+
+    def placed(self, placement: Placement) -> "Image":
+        """Return the image with the name and the place of another one of its form."""
+        levels = zip(self.levels, placement.translations, strict=True)
+        return replace(
+            self,
+            name=placement.name,
+            levels=tuple(replace(level, translation=place) for level, place in levels),
+            translation=placement.translation,
+        )
 
     def from_level(self, level: int) -> "Image":
         """Return the image that starts at a coarser level."""
@@ -163,6 +207,8 @@ class Image:
             axes=put(self.axes, Axis("c", _AXIS_TYPES["c"])),
             levels=levels,
             channel_names=tuple(names) if has_several else (),
+            scale=put(self.scale, 1.0) if self.scale else (),
+            translation=put(self.translation, 0.0) if self.translation else (),
         )
 
     def cropped(self, box: Box) -> "Image":
@@ -272,7 +318,8 @@ def read_image(location: Location) -> Image:
     version = require_known_version(location, zarr_format, ome, entry)
     multiscale = _parse_multiscale(location, version, entry)
     axes = _read_axes(location, multiscale)
-    unopened = [_read_dataset(location, multiscale, data) for data in multiscale.datasets]
+    unopened = [_read_dataset(location, len(axes), data) for data in multiscale.datasets]
+    scale, translation = _read_transforms(location, len(axes), multiscale)
     forms = [_read_level_form(location, level.path, axes) for level in unopened]
     levels = [replace(v, shape=form.shape) for v, form in zip(unopened, forms, strict=True)]
     return Image(
@@ -282,6 +329,8 @@ def read_image(location: Location) -> Image:
         levels=tuple(levels),
         dtype=forms[0].dtype,
         channel_names=_channel_names(ome),
+        scale=scale,
+        translation=translation,
     )
 
 
@@ -319,20 +368,30 @@ def _read_axes(location: Location, multiscale: Any) -> tuple[Axis, ...]:
     return tuple(axes)
 
 
-def _read_dataset(location: Location, multiscale: Any, dataset: Any) -> Level:
+def _read_dataset(location: Location, n_axes: int, dataset: Any) -> Level:
     """Return a level without its shape."""
     path = dataset.path
     if path.startswith("/") or {"", ".", ".."} & set(path.split("/")):
         raise SourceError(f"{location}: level {path!r} does not lie in the image")
-    transforms = [
-        *(dataset.coordinateTransformations or ()),
-        *(multiscale.coordinateTransformations or ()),
-    ]
-    try:
-        scale, translation = _compose(len(multiscale.axes), transforms)
-    except ValueError as error:
-        raise SourceError(f"{location}: level {path!r}: {error}") from error
+    scale, translation = _read_transforms(location / path, n_axes, dataset)
     return Level(path, (), scale, translation)
+
+
+def _read_transforms(
+    location: Location, n_axes: int, part: Any
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return scale and translation of a dataset, or of a multiscale; both are empty if it has none.
+
+    Raises:
+        SourceError: They are not numbers in the metadata.
+    """
+    transforms = part.coordinateTransformations
+    if not transforms:
+        return (), ()
+    try:
+        return _compose(n_axes, transforms)
+    except ValueError as error:
+        raise SourceError(f"{location}: {error}") from error
 
 
 def _compose(
@@ -436,15 +495,30 @@ def image_attributes(image: Image, *, label: bool = False) -> dict[str, Any]:
     models = VERSIONS[image.version].models
     axes = [models.axes.Axis(name=a.name, type=a.type, unit=a.unit) for a in image.axes]
     datasets = [
-        models.multiscales.Dataset.build(
+        models.multiscales.Dataset(
             path=level.path,
-            scale=level.scale,
-            translation=level.translation if any(level.translation) else None,
+            coordinateTransformations=_transforms(level.scale, level.translation),
         )
         for level in image.levels
     ]
-    multiscale = models.multiscales.Multiscale(axes=axes, datasets=tuple(datasets), name=image.name)
+    multiscale = models.multiscales.Multiscale(
+        axes=axes,
+        datasets=tuple(datasets),
+        coordinateTransformations=_transforms(image.scale, image.translation) or None,
+        name=image.name,
+    )
     parts: dict[str, Any] = {"multiscales": [multiscale.model_dump(exclude_none=True)]}
     if label:
         parts["image-label"] = {"source": {"image": "../../"}}
     return ome_attributes(parts, image.version)
+
+
+def _transforms(
+    scale: tuple[float, ...], translation: tuple[float, ...]
+) -> tuple[dict[str, Any], ...]:
+    transforms: list[dict[str, Any]] = []
+    if scale:
+        transforms.append({"type": "scale", "scale": list(scale)})
+    if any(translation):
+        transforms.append({"type": "translation", "translation": list(translation)})
+    return tuple(transforms)

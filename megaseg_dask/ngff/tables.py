@@ -43,6 +43,7 @@ _OF_PLACE = {
     "field": "string",
     "timepoint": "int32",
     "channel": "int32",
+    "channel_name": "string",
     "output": "string",
 }
 # An image knows its own place in a plate, and each of its label images has its own table.
@@ -66,6 +67,7 @@ IMAGE_SCHEMA = _schema(_OF_PLACE_IN_IMAGE | COLUMNS)
 class Place:
     """The volume whose objects some rows describe; a plain image has no plate, well and field.
 
+    Channels go by index in their image, and have names: fields may list them in another order.
     ``output`` is the output of the network, if it has several.
     """
 
@@ -74,6 +76,7 @@ class Place:
     plate: str | None = None
     well: str | None = None
     field: str | None = None
+    channel_name: str | None = None
     output: str | None = None
 
 

@@ -24,10 +24,12 @@ from megaseg_dask.algorithms.normalization import PARTITION_SHAPE
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.inference.engine import EngineSpec, Forward
 from megaseg_dask.inference.ensemble import ModelRef
-from megaseg_dask.ngff.image import Image
+from megaseg_dask.messages import first_few
+from megaseg_dask.ngff.image import Image, Placement
 from megaseg_dask.ngff.plate import Plate
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.plan import stages
+from megaseg_dask.plan.choice import channel_text
 from megaseg_dask.plan.memory import IDLE_BYTES, EngineBytes, Sizes, decoded_bytes
 from megaseg_dask.plan.resolved import Given, OfLevel, Resolved
 from megaseg_dask.plan.settings import Settings
@@ -72,6 +74,14 @@ class PlannedVolume:
         return self.channels[0]
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedImage:
+    """What is one image's own: its place at the target, and the names of the chosen channels."""
+
+    placement: Placement
+    channel_names: tuple[str, ...]
+
+
 class Output(NamedTuple):
     """One output of the network for one volume, with its scores, mask and labels."""
 
@@ -94,6 +104,8 @@ class Plan(BaseModel):
     source_chunk_bytes: int
     n_source_chunks: int
     volumes: tuple[PlannedVolume, ...]
+    # By their paths below the source and the target. The images above are those of the first one.
+    images: dict[str, PlannedImage]
     # For each channel of the target, the end of the name of its label image. Empty if there is only
     # one channel.
     suffixes: tuple[str, ...] = ("",)
@@ -130,10 +142,23 @@ class Plan(BaseModel):
         """The voxels of each source volume that are segmented: all of them, or the ROI."""
         return self.resolved.roi or Box.of(self.source_image.volume_shape())
 
+    def target_image_at(self, path: str) -> Image:
+        """Return the metadata of the scores of one image."""
+        return self.target_image.placed(self.images[path].placement)
+
+    def channel_name(self, path: str, channel: int) -> str:
+        """Return the name of a chosen channel of one image; its index if it has none."""
+        number = self.resolved.channels.index(channel)
+        return self.images[path].channel_names[number]
+
     @property
-    def label_image(self) -> Image:
-        """Metadata of a label image, which has no channels."""
-        return self.target_image.without_channels()
+    def channel_texts(self) -> list[str]:
+        """Each chosen channel as people know it: its index, and its names in the images."""
+        texts = []
+        for number, channel in enumerate(self.resolved.channels):
+            names = {image.channel_names[number] for image in self.images.values()}
+            texts.append(channel_text(channel, first_few(names)))
+        return texts
 
     @property
     def block_shape(self) -> Shape:

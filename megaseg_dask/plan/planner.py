@@ -9,31 +9,28 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import count, product
-from operator import lt
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Literal
 
-import numpy as np
 import psutil
 
 from megaseg_dask.algorithms.chunking import cheapest_block, iter_block_shapes
-from megaseg_dask.algorithms.geometry import Box, Shape, cheapest_patch
+from megaseg_dask.algorithms.geometry import Shape, cheapest_patch
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
 from megaseg_dask.events import Emit, ignore
 from megaseg_dask.inference.calibration import quickest_batch
 from megaseg_dask.inference.engine import EngineSpec, resolve_engine
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.models import BundleFacts, require_patch
-from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.models.registry import describe
 from megaseg_dask.ngff.image import Image
-from megaseg_dask.ngff.plate import Plate
+from megaseg_dask.plan.choice import Choice
 from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
 from megaseg_dask.plan.memory import BUDGET_SHARE
-from megaseg_dask.plan.plan import Plan, PlannedVolume, run_folder
-from megaseg_dask.plan.plate_parts import Part
-from megaseg_dask.plan.resolved import OfLevel, Resolved, normalization_of, threshold_of
+from megaseg_dask.plan.plan import Plan, PlannedImage, PlannedVolume, run_folder
+from megaseg_dask.plan.plate_parts import Part, first_refusal
+from megaseg_dask.plan.resolved import Resolved, normalization_of, threshold_of
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.source_identity import digest_of, sample_of
 from megaseg_dask.stores import Location, open_array
@@ -41,6 +38,38 @@ from megaseg_dask.stores import Location, open_array
 DEFAULT_MEMORY_BYTES = 8 * 10**9
 # How all parts of a plate are predicted; the block follows from each one's shape.
 _ALIKE = ("patch", "overlap", "engine", "device", "precision", "batch", "threads")
+
+
+def make_plans(
+    source: str, target: str, settings: Settings, parts: Sequence[Part], emit: Emit = ignore
+) -> list[tuple[Plan, Part]]:
+    """Return the plan of each part of a request.
+
+    Fields of a plate that cannot be planned are named by the last plan, beside those that cannot
+    be read; the others go on.
+
+    Raises:
+        MegasegError: No part can be planned; as :func:`make_plan`.
+    """
+    plans: list[tuple[Plan, Part]] = []
+    refused: dict[str, SettingsError | SourceError] = {}
+    missing: list[tuple[str, str]] = []
+    for part in parts:
+        try:
+            plans.append((make_plan(source, target, settings, part, emit), part))
+        except (SettingsError, SourceError) as error:
+            refused |= dict.fromkeys(part.fields, error)
+        if part.plate is not None:
+            missing += part.plate.missing
+    if not plans:
+        raise first_refusal(refused.values())
+    if refused:
+        missing += [(path, str(error)) for path, error in refused.items()]
+        last, part = plans[-1]
+        assert last.plate is not None
+        plate = replace(last.plate, missing=tuple(missing))
+        plans[-1] = (last.model_copy(update={"plate": plate}), part)
+    return plans
 
 
 def make_plan(
@@ -59,25 +88,22 @@ def make_plan(
         BundleError: The models cannot be used.
     """
     request = _Request(Location.of(source), Location.of(target), settings, part)
-    request.require_levels()
-    image = part.image.from_level(settings.level)
-    require_segmentable(request.first_field, image.volume_shape(), image.dtype)
     request.require_target()
-    channels = choose_channels(image, settings.channel, request.source)
-    times = _choose_times(image, settings)
+    choice = part.first.choice
+    image = request.first_image
     cluster = cluster_of(settings)
     filled = request.filled().filled(cluster.defaults())
     chunks = _Chunks.of(request.first_field / image.levels[0].path)
     models = open_models(filled, image.volume_shape(), emit)
-    inputs = _group_channels(channels, models.ref.in_channels, filled.channel, request.source)
+    inputs = _group_channels(choice, models.ref.in_channels, settings.channel, request.source)
     engine = resolve_engine(
         filled.engine, filled.device, filled.precision, filled.threads, filled.tta
     )
     resolved = Resolved(
-        channels=tuple(channels),
-        times=times,
+        channels=choice.channels,
+        times=choice.times,
         level=filled.level,
-        roi=_choose_roi(image, filled, request.source),
+        roi=choice.roi,
         nan_to_background=filled.nan_to_background,
         normalization=normalization_of(filled),
         patch=models.patch,
@@ -94,18 +120,23 @@ def make_plan(
         ome_zarr=filled.ome_zarr,
         block=filled.block or image.volume_shape(),
     )
-    names = _target_names(image, inputs, models.ref.outputs)
+    names = _target_names(choice, inputs, models.ref.outputs)
+    targets = request.plan_images(resolved, names)
     plan = Plan(
         source=request.source,
         target=request.target,
         run=part.run,
         source_image=image,
-        target_image=_target_image(image, resolved, names, is_in_place=request.is_in_place),
-        source_digest=_digest_of(request.source, part.image, part.plate),
+        target_image=next(iter(targets.values())),
+        source_digest=_digest_of(request, targets),
         source_sample=sample_of(chunks.array),
         source_chunk_bytes=chunks.n_bytes,
         n_source_chunks=chunks.n_chunks,
-        volumes=_list_volumes(request.fields, times, inputs, len(models.ref.outputs)),
+        volumes=_list_volumes(list(part.fields), choice.times, inputs, len(models.ref.outputs)),
+        images={
+            path: PlannedImage(target.placement, part.fields[path].choice.channel_names)
+            for path, target in targets.items()
+        },
         suffixes=tuple(map(_suffix, names)),
         plate=part.plate,
         model=models.ref,
@@ -139,27 +170,21 @@ class _Request:
         return self.source.is_same(self.target)
 
     @property
-    def fields(self) -> list[str]:
-        """The paths of all images below the source."""
-        plate = self.part.plate
-        return [field.path for field in plate.fields] if plate else [""]
+    def first_field(self) -> Location:
+        return self.source / next(iter(self.part.fields))
 
     @property
-    def first_field(self) -> Location:
-        return self.source / self.fields[0]
+    def first_image(self) -> Image:
+        """The metadata of the first image, from the level that is segmented."""
+        return self.part.first.image.from_level(self.settings.level)
 
-    def require_levels(self) -> None:
-        """Raise :class:`SettingsError` if the source lacks a level that the settings name."""
-        n_levels = len(self.part.image.levels)
-        segmented = self.settings.level
-        if segmented >= n_levels:
-            raise SettingsError(f"--level {segmented}: the source has levels 0 to {n_levels - 1}")
-        match normalization_of(self.settings):
-            case OfLevel(level) if not segmented <= level < n_levels:
-                raise SettingsError(
-                    f"--normalization level:{level}: choose a level from {segmented} to "
-                    f"{n_levels - 1} of the source"
-                )
+    def plan_images(self, resolved: Resolved, names: Sequence[Sequence[str]]) -> dict[str, Image]:
+        """Return the metadata of the scores of all images, by their paths."""
+        images = {}
+        for path, field in self.part.fields.items():
+            image = field.image.from_level(resolved.level)
+            images[path] = _target_image(image, resolved, names, is_in_place=self.is_in_place)
+        return images
 
     def require_target(self) -> None:
         """Raise if the target lies in the source, would replace it, or cannot be written."""
@@ -200,7 +225,7 @@ class _Request:
         settings = self.settings
         if self.is_in_place:
             # One container holds one version.
-            settings = settings.model_copy(update={"ome_zarr": self.part.image.version})
+            settings = settings.model_copy(update={"ome_zarr": self.first_image.version})
         return settings.filled(self._earlier_options())
 
     def _earlier_options(self) -> Mapping[str, object]:
@@ -212,90 +237,7 @@ class _Request:
         return {name: other[name] for name in _ALIKE}
 
 
-def require_segmentable(subject: object, shape: Shape, dtype: object) -> None:
-    """Check that the network can take volumes of this form, those of ``subject``.
-
-    Raises:
-        SourceError: It cannot.
-    """
-    if any(map(lt, shape, MINIMUM_SHAPE)):
-        raise SourceError(
-            f"{subject}: volumes of (z, y, x) = {shape} voxels are too small; the model needs at "
-            f"least {MINIMUM_SHAPE}"
-        )
-    if np.dtype(str(dtype)).kind not in "iufb":
-        raise SourceError(f"{subject}: voxels are {dtype}; integers or floats are needed")
-
-
 # -- the source
-
-
-def choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
-    """Return the indices of the channels to segment, in the order of ``wanted``.
-
-    Raises:
-        SettingsError: A channel is not there, is named twice, or has to be chosen.
-    """
-    names = _channel_names(image)
-    listed = ", ".join(map(_channel_text, count(), names))
-    if wanted is None:
-        if len(names) > 1:
-            raise SettingsError(
-                f"{where} has {len(names)} channels; choose one with --channel: {listed}"
-            )
-        return [0]
-    # A name may hold a comma.
-    texts = [wanted] if wanted in names else wanted.split(",")
-    channels = []
-    for text in texts:
-        channel = _find_channel(text, names)
-        if channel is None:
-            raise SettingsError(f"--channel {text}: no such channel in {where}; there are {listed}")
-        channels.append(channel)
-    if len(set(channels)) < len(channels):
-        raise SettingsError(f"--channel {wanted}: names a channel twice")
-    return channels
-
-
-def _channel_text(index: int, name: str) -> str:
-    return name if name == str(index) else f"{index} ({name})"
-
-
-def _find_channel(text: str, names: Sequence[str]) -> int | None:
-    """Return the index of the channel that a name or an index means."""
-    if text in names:
-        return names.index(text)
-    if text.strip().isdecimal() and int(text) < len(names):
-        return int(text)
-    return None
-
-
-def _channel_names(image: Image) -> list[str]:
-    """Return the name of each channel, or its number where it has none."""
-    n = image.extent("c")
-    return [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]
-
-
-def _choose_times(image: Image, settings: Settings) -> tuple[int, int]:
-    n = image.extent("t")
-    first, stop = settings.time or (0, None)
-    stop = n if stop is None else stop
-    if not 0 <= first < stop <= n:
-        raise SettingsError(f"--time {first}:{stop}: the source has timepoints 0:{n}")
-    return first, stop
-
-
-def _choose_roi(image: Image, settings: Settings, where: Location) -> Box | None:
-    if settings.roi is None:
-        return None
-    start, stop = zip(*settings.roi, strict=True)
-    box = Box(start, stop)
-    whole = Box.of(image.volume_shape())
-    if box not in whole:
-        raise SettingsError(
-            f"--roi {box}: reaches beyond the volumes of {where}, which are {whole}"
-        )
-    return box
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,24 +256,23 @@ class _Chunks:
         return cls(location, n_bytes, math.prod(per_axis))
 
 
-def _digest_of(source: Location, image: Image, plate: Plate | None) -> str:
-    if plate is None:
-        return digest_of(source, image)
-    # Fields of one form differ by name alone.
-    identity = [
-        digest_of(source / plate.fields[0].path, image),
-        [field.path for field in plate.fields],
-    ]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+def _digest_of(request: _Request, targets: Mapping[str, Image]) -> str:
+    digest = digest_of(request.first_field, request.part.first.image)
+    if request.part.plate is None:
+        return digest
+    # Fields of one form differ by name and place alone.
+    placements = {path: asdict(target.placement) for path, target in targets.items()}
+    return hashlib.sha256(json.dumps([digest, placements]).encode()).hexdigest()
 
 
 # -- the target
 
 
 def _group_channels(
-    channels: list[int], n_inputs: int, wanted: str | None, where: Location
+    choice: Choice, n_inputs: int, wanted: str | None, where: Location
 ) -> list[tuple[int, ...]]:
     """Return the channels of each prediction: one, or all of them if the network takes several."""
+    channels = choice.channels
     if n_inputs == 1:
         return [(channel,) for channel in channels]
     if len(channels) != n_inputs:
@@ -339,7 +280,7 @@ def _group_channels(
             f"--channel {wanted or channels[0]}: the model takes {n_inputs} channels of {where} "
             "together; name them in its order, separated by commas"
         )
-    return [tuple(channels)]
+    return [channels]
 
 
 def _list_volumes(
@@ -369,7 +310,7 @@ def _target_image(
 
 
 def _target_names(
-    image: Image, inputs: list[tuple[int, ...]], outputs: tuple[str, ...]
+    choice: Choice, inputs: list[tuple[int, ...]], outputs: tuple[str, ...]
 ) -> list[list[str]]:
     """Return the parts of each target channel's name, which become parts of folders' names.
 
@@ -378,11 +319,10 @@ def _target_names(
     """
     of_channels: list[list[str]] = [[]]
     if len(inputs) > 1:
-        names = _folder_names(_channel_names(image))
-        of_channels = [[names[channels[0]]] for channels in inputs]
+        of_channels = [[name] for name in _folder_names(choice.channel_names, choice.channels)]
     of_outputs: list[list[str]] = [[]]
     if len(outputs) > 1:
-        of_outputs = [[name] for name in _folder_names(outputs)]
+        of_outputs = [[name] for name in _folder_names(outputs, range(len(outputs)))]
     return [channel + output for channel, output in product(of_channels, of_outputs)]
 
 
@@ -391,13 +331,12 @@ def _suffix(parts: Sequence[str]) -> str:
     return "".join(f"_{part}" for part in parts)
 
 
-def _folder_names(names: Sequence[str]) -> list[str]:
+def _folder_names(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
     """Return each name where it can be part of a folder's name, else its number."""
     safe = [re.sub(r"[^A-Za-z0-9-]+", "-", name).strip("-").lower() for name in names]
-    taken = {"", "mask", *map(str, range(len(names)))}
     return [
-        name if safe.count(name) == 1 and name not in taken else str(number)
-        for number, name in enumerate(safe)
+        str(number) if safe.count(name) > 1 or name in ("", "mask") or name.isdecimal() else name
+        for number, name in zip(numbers, safe, strict=True)
     ]
 
 

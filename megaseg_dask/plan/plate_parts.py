@@ -5,13 +5,14 @@ in which it was planned. Fields of another form, and fields that are chosen or b
 readable later, make new parts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.errors import MegasegError, SettingsError, SourceError, TargetError
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate, select_fields
+from megaseg_dask.plan.choice import Choice, choose
 from megaseg_dask.plan.plan import Plan, iter_run_folders
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.stores import Location
@@ -22,17 +23,53 @@ _MAX_REASONS = 3
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """An image, or fields of one form; ``image`` is then the metadata that they share.
+    """An image, or fields of one form, of which the settings choose the same.
 
-    ``run`` is the folder of its run. ``recorded`` is the plan of an earlier run of this
-    part, and ``others`` are the plans of other parts of the target.
+    ``run`` is the folder of its run, and ``fields`` are its images by their paths. ``recorded`` is
+    the plan of an earlier run of this part, and ``others`` are the plans of other parts of the
+    target.
     """
 
     run: Location
-    image: Image
+    fields: dict[str, "Readable"]
     plate: Plate | None = None
     recorded: Plan | None = None
     others: tuple[Plan, ...] = ()
+
+    @property
+    def first(self) -> "Readable":
+        """The first of its images."""
+        return next(iter(self.fields.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """An image that can be segmented, and what the settings choose in it."""
+
+    image: Image
+    choice: Choice
+
+    @classmethod
+    def at(cls, location: Location, settings: Settings) -> "Readable":
+        """Read the metadata of an image.
+
+        Raises:
+            SourceError: It cannot be read or segmented.
+            SettingsError: It lacks what is chosen.
+            StoreError: The store failed.
+        """
+        image = read_image(location)
+        return cls(image, choose(image, settings, location))
+
+    @property
+    def form(self) -> "Readable":
+        """What the fields of one part have in common: all but their names and places."""
+        choice = self.choice
+        levels = tuple(replace(level, translation=()) for level in self.image.levels)
+        image = replace(self.image, name="", levels=levels, channel_names=(), translation=())
+        # The name of an only channel changes nothing: no label image is named after it.
+        names = choice.channel_names if len(choice.channels) > 1 else ()
+        return Readable(image, replace(choice, channel_names=names))
 
 
 def read_parts(
@@ -66,9 +103,10 @@ def _read_image_part(
         raise SettingsError(
             f"{source} is no plate: --wells, --fields and --acquisition choose among its images"
         )
+    readable = Readable(image, choose(image, settings, source))
     run = next(iter_run_folders(target, settings.label_name))
     earlier = None if settings.overwrite else next(iter(recorded), None)
-    return Part(run, image, recorded=earlier)
+    return Part(run, {"": readable}, recorded=earlier)
 
 
 def _chooses_fields(settings: Settings) -> bool:
@@ -80,15 +118,11 @@ def _chooses_fields(settings: Settings) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """The chosen fields of a plate that can be read: images and forms by their paths.
-
-    The form of an image is all that the fields of one part have in common.
-    """
+    """The chosen fields of a plate that can be segmented, by their paths."""
 
     source: Location
     plate: Plate
-    images: dict[str, Image]
-    forms: dict[str, Image]
+    readable: dict[str, Readable]
 
     def of_plan(self, plan: Plan) -> list[str]:
         """Return the paths of a run's fields.
@@ -96,17 +130,21 @@ class _Fields:
         A run on an image, where a plate is now, takes the place of all fields.
         """
         if plan.plate is None:
-            return list(self.images)
+            return list(self.readable)
         return [field.path for field in plan.plate.fields]
 
-    def plate_of(self, paths: Sequence[str]) -> Plate:
-        """Return the plate with only some of its fields, in this order."""
+    def part(
+        self,
+        run: Location,
+        paths: Sequence[str],
+        recorded: Plan | None,
+        others: tuple[Plan, ...],
+    ) -> Part:
+        """Return the part of some fields, in this order."""
         fields = {field.path: field for field in self.plate.fields}
-        return replace(self.plate, fields=tuple(fields[path] for path in paths), missing=())
-
-    def image_of(self, paths: Sequence[str]) -> Image:
-        """Return the image of some fields: that of the first, with the name of the plate."""
-        return replace(self.images[paths[0]], name=self.plate.name)
+        plate = replace(self.plate, fields=tuple(fields[path] for path in paths), missing=())
+        readable = {path: self.readable[path] for path in paths}
+        return Part(run, readable, plate, recorded, others)
 
 
 def _read_fields(source: Location, settings: Settings) -> _Fields:
@@ -119,32 +157,30 @@ def _read_fields(source: Location, settings: Settings) -> _Fields:
     if not plate.fields:
         listed = "; ".join(f"{path}: {reason}" for path, reason in plate.missing[:_MAX_REASONS])
         raise SourceError(f"{source} has no field that can be read ({listed})")
-    images = {}
-    unreadable = []
-    results = map_threaded(lambda field: _try_image(source / field.path), plate.fields)
+    readable = {}
+    refused = {}
+    results = map_threaded(lambda field: _try_field(source / field.path, settings), plate.fields)
     for field, result in zip(plate.fields, results, strict=True):
-        if isinstance(result, Image):
-            images[field.path] = result
+        if isinstance(result, Readable):
+            readable[field.path] = result
         else:
-            unreadable.append((field.path, str(result)))
-    if not images:
-        raise SourceError(unreadable[0][1])
-    plate = replace(plate, missing=(*plate.missing, *unreadable))
-    forms = {path: _form(image) for path, image in images.items()}
-    return _Fields(source, plate, images, forms)
+            refused[field.path] = result
+    if not readable:
+        raise first_refusal(refused.values())
+    unread = [(path, str(error)) for path, error in refused.items()]
+    return _Fields(source, replace(plate, missing=(*plate.missing, *unread)), readable)
 
 
-def _try_image(location: Location) -> Image | SourceError:
+def _try_field(location: Location, settings: Settings) -> Readable | MegasegError:
     try:
-        return read_image(location)
-    except SourceError as error:
+        return Readable.at(location, settings)
+    except (SettingsError, SourceError) as error:
         return error
 
 
-def _form(image: Image) -> Image:
-    """Return what the fields of one part have in common: all but their names and places."""
-    levels = tuple(replace(level, translation=()) for level in image.levels)
-    return replace(image, name="", levels=levels, channel_names=())
+def first_refusal(errors: Iterable[MegasegError]) -> MegasegError:
+    """Return the error to raise where nothing can be done: a wrong request before damaged data."""
+    return min(errors, key=lambda error: not isinstance(error, SettingsError))
 
 
 # -- the runs of a target
@@ -168,7 +204,7 @@ class _Runs:
         chosen = []
         others = []
         for plan in recorded:
-            if fields.images.keys().isdisjoint(fields.of_plan(plan)):
+            if fields.readable.keys().isdisjoint(fields.of_plan(plan)):
                 others.append(plan)
             else:
                 chosen.append(plan)
@@ -176,7 +212,7 @@ class _Runs:
             return cls(tuple(recorded), tuple(chosen), tuple(others), tuple(chosen))
         staying = []
         if _chooses_fields(settings):
-            staying = [p for p in chosen if set(fields.of_plan(p)) - fields.images.keys()]
+            staying = [p for p in chosen if set(fields.of_plan(p)) - fields.readable.keys()]
         return cls(tuple(recorded), (), tuple(others), tuple(staying))
 
 
@@ -184,8 +220,7 @@ def _resumed_parts(runs: _Runs, fields: _Fields, target: Location) -> Iterator[P
     for plan in runs.resumed:
         paths = fields.of_plan(plan)
         _require_one_form(paths, fields, target)
-        image = fields.image_of(paths)
-        yield Part(plan.run, image, fields.plate_of(paths), plan, runs.others)
+        yield fields.part(plan.run, paths, plan, runs.others)
 
 
 def _new_parts(
@@ -195,33 +230,34 @@ def _new_parts(
     begun: set[str] = set()
     for plan in runs.resumed:
         begun.update(fields.of_plan(plan))
-    by_form: dict[Image, list[str]] = {}
-    for path, form in fields.forms.items():
+    by_form: dict[Readable, list[str]] = {}
+    for path, readable in fields.readable.items():
         if path not in begun:
-            by_form.setdefault(form, []).append(path)
+            by_form.setdefault(readable.form, []).append(path)
     standing = runs.others if settings.overwrite else runs.recorded
     taken = {plan.run for plan in standing}
     folders = iter_run_folders(target, settings.label_name)
     free = (folder for folder in folders if folder not in taken)
     beside = (*runs.others, *runs.staying)
     for paths in by_form.values():
-        yield Part(next(free), fields.image_of(paths), fields.plate_of(paths), None, beside)
+        yield fields.part(next(free), paths, None, beside)
 
 
 def _require_one_form(paths: Sequence[str], fields: _Fields, target: Location) -> None:
-    form = fields.forms[paths[0]]
+    form = fields.readable[paths[0]].form
     for path in paths:
-        if fields.forms[path] != form:
+        if fields.readable[path].form != form:
             raise TargetError(
-                f"{fields.source}: field {path} has another shape, voxel size or dtype than when "
-                f"the run at {target} began; choose another target, or replace it with --overwrite"
+                f"{fields.source}: field {path} has another shape, voxel size, dtype or order of "
+                f"channels than when the run at {target} began; choose another target, or replace "
+                "it with --overwrite"
             )
 
 
 def _require_all(plan: Plan, fields: _Fields, target: Location) -> None:
     """Raise :class:`TargetError` if a field of a run is not chosen, or cannot be read now."""
     paths = fields.of_plan(plan)
-    absent = next((path for path in paths if path not in fields.images), None)
+    absent = next((path for path in paths if path not in fields.readable), None)
     if absent is None:
         return
     reason = _reason_of(absent, fields.plate)

@@ -180,4 +180,7 @@ class Resolved:
 
     def as_settings(self, settings: Settings) -> Settings:
         """Return settings with all that was left open in them replaced by these values."""
-        return Settings.model_validate({**settings.model_dump(), **self.options()})
+        options = self.options()
+        # A name means the right channel in each field of a plate; an index does not.
+        options["channel"] = settings.channel or options["channel"]
+        return Settings.model_validate({**settings.model_dump(), **options})

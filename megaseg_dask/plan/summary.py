@@ -22,6 +22,7 @@ def summarize(plan: Plan) -> dict[str, object]:
         # Fields that a plate lists and lacks, and why; such a run will end as failed.
         "missing": dict(plan.plate.missing) if plan.plate else {},
         "dtype": plan.source_image.dtype,
+        "channels": plan.channel_texts,
         "model": {
             "name": plan.model.name,
             "digest": plan.model.digest,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Emit, ignore
 from megaseg_dask.plan.plan import Plan
-from megaseg_dask.plan.planner import make_plan
+from megaseg_dask.plan.planner import make_plans
 from megaseg_dask.plan.plate_parts import Part, read_parts
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.journal import Journal
@@ -68,11 +68,7 @@ class Request:
         """Plan beside the recorded runs."""
         source = Location.of(self._source)
         parts = read_parts(source, self._target, self._settings, self._recorded)
-        target = self._target.url
-        return [
-            (make_plan(self._source, target, self._settings, part, self._emit), part)
-            for part in parts
-        ]
+        return make_plans(self._source, self._target.url, self._settings, parts, self._emit)
 
     def open_runs(self) -> Runs:
         """Return the plans and what earlier runs of them finished; writes nothing.

@@ -153,7 +153,14 @@ class _Session:
     def _run(self, plan: Plan, journal: Journal, emit: Emit) -> Result:
         started_s = time.monotonic()
         n_tasks = sum(stage.n_tasks for stage in plan.stages)
-        emit(Started(plan.target.url, n_tasks, journal.n_done, self._executor.dashboard))
+        started = Started(
+            target=plan.target.url,
+            n_tasks=n_tasks,
+            n_done=journal.n_done,
+            dashboard=self._executor.dashboard,
+            channels=plan.channel_texts,
+        )
+        emit(started)
         for failure in unread_fields(plan):
             emit(failure)
         dispatcher = self._executor.dispatcher(plan, self._lease.id, emit)

@@ -28,7 +28,8 @@ from tests.fixtures.images import blobs, write_image
 SCALE = {"z": 0.5, "y": 0.25, "x": 0.25}
 
 COLUMNS = """
-plate:string well:string field:string timepoint:int32 channel:int32 output:string
+plate:string well:string field:string timepoint:int32
+channel:int32 channel_name:string output:string
 label:int64 volume_voxels:int64 volume_um3:double
 centroid_z:double centroid_y:double centroid_x:double
 centroid_z_um:double centroid_y_um:double centroid_x_um:double
@@ -55,7 +56,7 @@ def rows_of(volumes) -> dict:
     expected: dict = {name: [] for name in RUN_SCHEMA.names}
     for place, columns in volumes:
         n = len(columns["label"])
-        for name in ("plate", "well", "field", "timepoint", "channel", "output"):
+        for name in ("plate", "well", "field", "timepoint", "channel", "channel_name", "output"):
             expected[name] += [getattr(place, name)] * n
         for name, values in columns.items():
             expected[name] += values.tolist()
@@ -75,11 +76,12 @@ VOLUMES = [
 
 def test_the_columns_never_change():
     assert [f"{field.name}:{field.type}" for field in RUN_SCHEMA] == COLUMNS
-    assert [f"{field.name}:{field.type}" for field in IMAGE_SCHEMA] == [*COLUMNS[3:5], *COLUMNS[6:]]
+    assert [f"{field.name}:{field.type}" for field in IMAGE_SCHEMA] == [*COLUMNS[3:5], *COLUMNS[7:]]
     assert [field.name for field in RUN_SCHEMA if field.nullable] == [
         "plate",
         "well",
         "field",
+        "channel_name",
         "output",
     ]
 

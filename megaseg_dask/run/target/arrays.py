@@ -98,7 +98,8 @@ class ImageTarget:
 
     def metadata_of(self, group: Group) -> Image:
         """Return the metadata of a group: of labels, those of the scores without channels."""
-        return self._plan.label_image if group.is_label else self._plan.target_image
+        image = self._plan.target_image_at(self.path)
+        return image.without_channels() if group.is_label else image
 
     def create(self, *, mark: dict[str, str], in_place: bool) -> None:
         """Create the groups, with a mark, and the empty arrays.

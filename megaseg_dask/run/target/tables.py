@@ -130,7 +130,12 @@ def _rows_of_others(target: Target) -> Iterator[tuple[Place, Columns]]:
 
 def _place(plan: Plan, image: str, timepoint: int, channel: int, output: int) -> Place:
     names = plan.model.outputs
-    place = Place(timepoint, channel, output=names[output] if len(names) > 1 else None)
+    place = Place(
+        timepoint,
+        channel,
+        channel_name=plan.channel_name(image, channel),
+        output=names[output] if len(names) > 1 else None,
+    )
     if plan.plate is None:
         return place
     row, column, field = image.split("/")

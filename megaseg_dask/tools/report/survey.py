@@ -101,7 +101,7 @@ class VolumeReport:
         self.place = (volume.image, volume.target_t, volume.c, output_name)
         # Channel and output, if there are several.
         has_channels = len(plan.suffixes) > len(outputs)
-        channel_name = _channel_name(plan, volume.c) if has_channels else ""
+        channel_name = plan.channel_name(volume.image, volume.c) if has_channels else ""
         self.channel = " ".join(filter(None, [channel_name, output_name]))
         has_time = plan.source_image.extent("t") > 1
         words = [self.image, f"t={self.t}" if has_time else "", self.channel]
@@ -144,11 +144,6 @@ def survey(runs: Sequence[Run]) -> Survey:
         _count_scores(run.plan, reports, result, len(runs))
     _find_outliers(result.volumes)
     return result
-
-
-def _channel_name(plan: Plan, c: int) -> str:
-    names = plan.source_image.channel_names
-    return names[c] if c < len(names) else f"c={c}"
 
 
 # -- the journal

@@ -15,7 +15,7 @@ from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.labels import labels_group, list_labels
 from megaseg_dask.ngff.volume import Volume
-from megaseg_dask.plan.planner import choose_channels
+from megaseg_dask.plan.choice import choose_channels
 from megaseg_dask.stores import Location
 
 TRAIN = "train"

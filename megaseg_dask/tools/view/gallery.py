@@ -71,12 +71,13 @@ class Scene:
     def dimensions(self) -> dict[str, tuple[float, str]]:
         """Scale and unit of each axis that is shown, by name, x first."""
         image = self.layers[0].image
-        scales = image.levels[0].scale
+        scales, _ = image.transform()
         dimensions = {}
         for axis, scale in zip(reversed(image.axes), reversed(scales), strict=True):
             if axis.name != "c":
                 factor, unit = _UNITS.get(axis.unit or "", (1.0, ""))
-                dimensions[axis.name] = (scale * factor, unit)
+                # Some files say 0 for an unknown size, and mirror an axis by a negative one.
+                dimensions[axis.name] = ((abs(scale) or 1.0) * factor, unit)
         return dimensions
 
     @property
@@ -91,11 +92,11 @@ class Scene:
         It is not 0 where the image is a region or a range of timepoints.
         """
         image = self.layers[0].image
-        level = image.levels[0]
+        scales, offsets = image.transform()
         origin = {}
-        for axis, offset, scale in zip(image.axes, level.translation, level.scale, strict=True):
+        for axis, offset, scale in zip(image.axes, offsets, scales, strict=True):
             if axis.name != "c":
-                origin[axis.name] = offset / scale
+                origin[axis.name] = offset / (abs(scale) or 1.0)
         return origin
 
 

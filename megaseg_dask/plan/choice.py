@@ -1,0 +1,168 @@
+"""What settings choose in one image: a level, channels, timepoints and a region.
+
+It is resolved for each field of a plate by itself: fields may list their
+channels in another order, and have other levels, timepoints and extents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from operator import lt
+
+import numpy as np
+
+from megaseg_dask.algorithms.geometry import Box, Shape
+from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.models.cards import MINIMUM_SHAPE
+from megaseg_dask.ngff.image import Image
+from megaseg_dask.plan.resolved import OfLevel, normalization_of
+from megaseg_dask.plan.settings import Settings
+from megaseg_dask.stores import Location
+
+_INDEX = "index:"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Channels of one image with their names, half-open timepoints, and a region of its volumes."""
+
+    channels: tuple[int, ...]
+    channel_names: tuple[str, ...]
+    times: tuple[int, int]
+    roi: Box | None
+
+
+def choose(image: Image, settings: Settings, where: Location) -> Choice:
+    """Return what the settings choose in the image at ``where``.
+
+    Raises:
+        SettingsError: The image lacks a level, channel, timepoint or region that is chosen.
+        SourceError: The network cannot take its volumes.
+    """
+    if 0 in image.levels[0].shape:
+        extents = dict(zip(image.axis_names, image.levels[0].shape, strict=True))
+        raise SourceError(f"{where} is empty: it has extents {extents}")
+    _require_levels(image, settings)
+    segmented = image.from_level(settings.level)
+    require_segmentable(where, segmented.volume_shape(), segmented.dtype)
+    channels = choose_channels(segmented, settings.channel, where)
+    names = _channel_names(segmented)
+    return Choice(
+        channels=tuple(channels),
+        channel_names=tuple(names[channel] for channel in channels),
+        times=_choose_times(segmented, settings),
+        roi=_choose_roi(segmented, settings, where),
+    )
+
+
+def require_segmentable(subject: object, shape: Shape, dtype: object) -> None:
+    """Check that the network can take volumes of this form, those of ``subject``.
+
+    Raises:
+        SourceError: It cannot.
+    """
+    if any(map(lt, shape, MINIMUM_SHAPE)):
+        raise SourceError(
+            f"{subject}: volumes of (z, y, x) = {shape} voxels are too small; the model needs at "
+            f"least {MINIMUM_SHAPE}"
+        )
+    if np.dtype(str(dtype)).kind not in "iufb":
+        raise SourceError(f"{subject}: voxels are {dtype}; integers or floats are needed")
+
+
+def _require_levels(image: Image, settings: Settings) -> None:
+    """Raise :class:`SettingsError` if an image lacks a level that the settings name."""
+    n_levels = len(image.levels)
+    segmented = settings.level
+    if segmented >= n_levels:
+        raise SettingsError(f"--level {segmented}: the source has levels 0 to {n_levels - 1}")
+    match normalization_of(settings):
+        case OfLevel(level) if not segmented <= level < n_levels:
+            raise SettingsError(
+                f"--normalization level:{level}: choose a level from {segmented} to "
+                f"{n_levels - 1} of the source"
+            )
+
+
+def _choose_times(image: Image, settings: Settings) -> tuple[int, int]:
+    n = image.extent("t")
+    first, stop = settings.time or (0, None)
+    stop = n if stop is None else stop
+    if not 0 <= first < stop <= n:
+        raise SettingsError(f"--time {first}:{stop}: the source has timepoints 0:{n}")
+    return first, stop
+
+
+def _choose_roi(image: Image, settings: Settings, where: Location) -> Box | None:
+    if settings.roi is None:
+        return None
+    start, stop = zip(*settings.roi, strict=True)
+    box = Box(start, stop)
+    whole = Box.of(image.volume_shape())
+    if box not in whole:
+        raise SettingsError(
+            f"--roi {box}: reaches beyond the volumes of {where}, which are {whole}"
+        )
+    return box
+
+
+# -- channels
+
+
+def choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
+    """Return the indices of the channels to segment, in the order of ``wanted``.
+
+    A channel is chosen by its name, its index, or ``index:N``, which no name can equal.
+
+    Raises:
+        SettingsError: A channel is not there, is named twice, or has to be chosen.
+    """
+    names = _channel_names(image)
+    if wanted is None:
+        if len(names) > 1:
+            raise SettingsError(
+                f"{where} has {len(names)} channels; choose one with --channel: {_listed(names)}"
+            )
+        return [0]
+    # A name may hold a comma.
+    texts = [wanted] if wanted in names else wanted.split(",")
+    channels = [_find_channel(text, names, where) for text in texts]
+    if len(set(channels)) < len(channels):
+        raise SettingsError(f"--channel {wanted}: names a channel of {where} twice")
+    return channels
+
+
+def _find_channel(text: str, names: Sequence[str], where: Location) -> int:
+    """Return the index of the channel that a name or an index means."""
+    number = text.strip().removeprefix(_INDEX)
+    by_index = set()
+    if number.isdecimal() and int(number) < len(names):
+        by_index.add(int(number))
+    by_name = {index for index, name in enumerate(names) if name == text}
+    meant = by_index | by_name
+    if len(meant) > 1:
+        choices = [f"{_INDEX}{index} ({names[index]})" for index in sorted(meant)]
+        raise SettingsError(
+            f"--channel {text}: {len(meant)} channels of {where} can be meant; choose one with "
+            f"--channel {' or '.join(choices)}"
+        )
+    if not meant:
+        raise SettingsError(
+            f"--channel {text}: no such channel in {where}; there are {_listed(names)}"
+        )
+    return meant.pop()
+
+
+def channel_text(index: int, name: str) -> str:
+    """Return the index of a channel with its name, if it has one."""
+    return name if name == str(index) else f"{index} ({name})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(channel_text, count(), names))
+
+
+def _channel_names(image: Image) -> list[str]:
+    """Return the name of each channel, or its number where it has none."""
+    n = image.extent("c")
+    return [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]

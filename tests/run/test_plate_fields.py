@@ -1,0 +1,242 @@
+"""What is true of one field of a plate is never assumed of another.
+
+Each field has its own order of channels, place, name, levels and faults. A field that cannot be
+done is named, and the others get what a run on each of them alone gives.
+"""
+
+import json
+import re
+
+import numpy as np
+import ome_zarr_models
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from numpy.testing import assert_array_equal
+
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.events import Started
+from megaseg_dask.messages import Narrator
+from megaseg_dask.ngff.plate import read_plate
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.plan.summary import summarize
+from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.status import status
+from megaseg_dask.stores import Location
+from tests.fixtures.images import write_image
+from tests.fixtures.plates import FieldSpec, write_fields
+from tests.fixtures.runs import segment_here
+
+VERSIONS = ["0.4", "0.5"]
+PLACED = pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
+VERSIONED = pytest.mark.parametrize("version", VERSIONS)
+
+GOOD = {
+    "A/1/0": FieldSpec(seed=1, translation=(1.0, 2.0, 3.0), name="first"),
+    "A/2/0": FieldSpec(("actin", "dna"), seed=2, translation=(-4.0, 0.5, 7.0), name="second"),
+    "B/1/0": FieldSpec(("er", "actin", "dna"), seed=3, outer=(10.0, 20.0, 30.0)),
+    "B/2/0": FieldSpec(seed=4, outer=(-1.0, 0.0, 9.5), translation=(0.0, 8.0, 8.0), name="last"),
+    "B/2/1": FieldSpec(seed=5),
+}
+ODD = {
+    "A/1/flat": (FieldSpec(shape=(1, 32, 32)), "volumes of .* are too small"),
+    "A/1/never": (FieldSpec(n_times=0), "is empty"),
+    "A/2/blind": (FieldSpec(channels=()), "is empty"),
+    "A/2/other": (FieldSpec(("er", "golgi")), "no such channel .*there are 0 .er., 1 .golgi."),
+    "B/1/twice": (FieldSpec(("dna", "dna", "actin")), "2 channels of .* can be meant"),
+}
+
+
+@pytest.fixture
+def run(tiny_bundle):
+    def call(source, target, emit=lambda _: None, **options):
+        options = {
+            "model": str(tiny_bundle),
+            "threads": 1,
+            "overlap": 0,
+            "patch": "16,32,32",
+            "scores_dtype": "float32",
+            **options,
+        }
+        return segment_here(str(source), str(target), parse_settings(options), emit=emit)
+
+    return call
+
+
+def multiscale(path) -> dict:
+    attributes = zarr.open_group(path, mode="r").attrs.asdict()
+    return attributes.get("ome", attributes)["multiscales"][0]
+
+
+def transforms(entry: dict, axes: str) -> list:
+    """All transformations of an image, each where it stands, of some of its axes."""
+    kept = [number for number, axis in enumerate(entry["axes"]) if axis["name"] in axes]
+
+    def numbers(owner: dict) -> list:
+        found = {"scale": None, "translation": [0.0] * len(kept)}
+        for transform in owner.get("coordinateTransformations", []):
+            kind = transform["type"]
+            found[kind] = [transform[kind][i] for i in kept]
+        return [found["scale"], found["translation"]]
+
+    return [numbers(entry), *map(numbers, entry["datasets"])]
+
+
+def alone(run, folder, spec: FieldSpec, channel: str) -> zarr.Group:
+    """A run on one channel of one field, with nothing beside it."""
+    source = write_image(folder / "alone.zarr", spec.voxels(channel)[0])
+    assert run(source, folder / "alone-out.zarr", overwrite=True).status == "done"
+    return zarr.open_group(folder / "alone-out.zarr", mode="r")
+
+
+@VERSIONED
+@PLACED
+def test_each_field_is_done_as_it_is_and_named_if_it_cannot(version, in_place, run, tmp_path):
+    fields = GOOD | {path: spec for path, (spec, _) in ODD.items()}
+    source = write_fields(tmp_path / "plate.zarr", version, fields)
+    target = source if in_place else tmp_path / "out.zarr"
+    options = {"channel": "dna", "outputs": "labels" if in_place else "labels,scores"}
+    if not in_place:
+        options["ome_zarr"] = version
+    result = run(source, target, **options)
+    assert result.exit_code == 1
+    reasons = {failure.volume: failure.error for failure in result.failures}
+    assert reasons.keys() == ODD.keys()
+    for path, (_, reason) in ODD.items():
+        assert re.search(reason, reasons[path]), reasons[path]
+        assert path in reasons[path]
+    for path, spec in GOOD.items():
+        out = zarr.open_group(target / path, mode="r")
+        expected = alone(run, tmp_path, spec, "dna")
+        assert_array_equal(out["labels/megaseg/0"][0].squeeze(), expected["labels/megaseg/0"][:])
+        outputs = [target / path / "labels/megaseg"]
+        if not in_place:
+            assert_array_equal(out["0"][0].squeeze(), expected["0"][:])
+            outputs.append(target / path)
+        for output in outputs:
+            entry = multiscale(output)
+            assert entry["name"] == spec.name
+            assert transforms(entry, "tzyx") == transforms(multiscale(source / path), "tzyx")
+    if not in_place:
+        assert [f.path for f in read_plate(Location.of(target)).fields] == list(GOOD)
+    # Nothing is done again, and what could not be done is told again.
+    events = []
+    again = run(source, target, events.append, **options)
+    assert again.exit_code == 1
+    assert all(event.n_done == event.n_tasks for event in events if isinstance(event, Started))
+    failures = [failure for found in status(str(target)) for failure in found.failures]
+    assert {failure.volume for failure in failures} == ODD.keys()
+    group = zarr.open_group(target, mode="r")
+    if not in_place:
+        ome_zarr_models.open_ome_zarr(group, version=version)
+
+
+def test_labels_and_tables_of_several_channels_follow_their_names(run, tmp_path):
+    source = write_fields(
+        tmp_path / "plate.zarr", "0.5", {p: GOOD[p] for p in ("A/1/0", "A/2/0", "B/1/0")}
+    )
+    outputs = "labels,scores,measurements"
+    result = run(source, tmp_path / "out.zarr", channel="dna,actin", outputs=outputs)
+    assert result.status == "done", result.failures
+    table = pq.read_table(tmp_path / "out.zarr.measurements.parquet").to_pandas()
+    for path, rows in table.groupby(table["well"] + "/" + table["field"]):
+        spec = GOOD[path]
+        out = zarr.open_group(tmp_path / "out.zarr" / path, mode="r")
+        for c, name in enumerate(("dna", "actin")):
+            expected = alone(run, tmp_path, spec, name)["labels/megaseg/0"][:]
+            assert_array_equal(out["0"][0, c], zarr.open_group(tmp_path / "alone-out.zarr")["0"][:])
+            assert_array_equal(out[f"labels/megaseg_{name}/0"][0], expected)
+            of_channel = rows[rows["channel_name"] == name]
+            assert set(of_channel["channel"]) == {spec.channels.index(name)}
+            assert of_channel["intensity_sum"].sum() == spec.voxels(name)[0][expected > 0].sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"channel": "dna", "time": "0:2"}, "the source has timepoints 0:1"),
+        ({"channel": "dna", "level": "1"}, "volumes of .* are too small"),
+        ({"channel": "dna", "roi": "0:16,0:32,0:48"}, "reaches beyond"),
+        ({"channel": "2"}, "no such channel"),
+        ({}, "choose one with --channel"),
+    ],
+)
+def test_what_one_field_lacks_is_no_fault_of_another(options, reason, run, tmp_path):
+    able = FieldSpec(("dna", "actin", "er"), shape=(16, 64, 64), n_times=2)
+    if not options:
+        able = FieldSpec(("dna",))
+    fields = {"A/1/0": FieldSpec(), "A/1/1": able, "A/1/2": FieldSpec()}
+    fields["A/1/0"] = FieldSpec(shape=(16, 24, 24)) if "level" in options else FieldSpec()
+    fields["A/1/2"] = fields["A/1/0"]
+    source = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    result = run(source, tmp_path / "out.zarr", **options)
+    assert sorted(failure.volume for failure in result.failures) == ["A/1/0", "A/1/2"]
+    for failure in result.failures:
+        assert re.search(reason, failure.error)
+    assert [f.path for f in read_plate(Location.of(tmp_path / "out.zarr")).fields] == ["A/1/1"]
+
+
+@pytest.mark.parametrize("wanted", ["golgi", None])
+def test_what_no_field_has_is_a_wrong_request(wanted, run, tmp_path):
+    source = write_fields(tmp_path / "plate.zarr", "0.5", {p: GOOD[p] for p in ("A/1/0", "A/2/0")})
+    with pytest.raises(SettingsError, match=r"0 \(dna\), 1 \(actin\)"):
+        run(source, tmp_path / "out.zarr", channel=wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["plate.zarr"]
+
+
+def test_a_field_too_large_for_the_memory_does_not_block_the_others(run, tmp_path):
+    fields = {"A/1/0": FieldSpec(("dna",)), "A/2/0": FieldSpec(("dna",))}
+    source = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    # One chunk of 32 GB, of which nothing is stored.
+    large = (1, 1, 16, 2**15, 2**15)
+    zarr.create_array(source / "A/1/0/0", shape=large, chunks=large, dtype="uint16", overwrite=True)
+    result = run(source, tmp_path / "out.zarr", memory="2GB")
+    [failure] = result.failures
+    assert (failure.volume, "raise --memory" in failure.error) == ("A/1/0", True)
+    assert [f.path for f in read_plate(Location.of(tmp_path / "out.zarr")).fields] == ["A/2/0"]
+
+
+# -- which channel is taken
+
+AMBIGUOUS = [
+    (["dna", "dna"], "dna", {0, 1}),
+    (["1", "gfp"], "1", {0, 1}),
+    (["1", "0"], "0", {0, 1}),
+    (["a", "b", "b"], "b,a", {1, 2}),
+]
+
+
+@pytest.mark.parametrize(("names", "wanted", "choices"), AMBIGUOUS)
+def test_a_channel_that_can_mean_two_is_refused_and_each_choice_works(
+    names, wanted, choices, tmp_path, tiny_bundle
+):
+    data = np.stack([FieldSpec().voxels(str(c))[0] for c in range(len(names))])
+    source = write_image(tmp_path / "image.zarr", data, axes="czyx", channels=names)
+
+    def plan(channel):
+        settings = parse_settings({"model": str(tiny_bundle), "channel": channel})
+        [(made, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)
+        return made
+
+    with pytest.raises(SettingsError, match=r"2 channels of .* can be meant") as raised:
+        plan(wanted)
+    for index in choices:
+        assert f"index:{index} ({names[index]})" in str(raised.value)
+        made = plan(f"index:{index}")
+        assert made.resolved.channels == (index,)
+        shown = names[index] if names[index] == str(index) else f"{index} ({names[index]})"
+        assert summarize(made)["channels"] == [shown]
+
+
+def test_plan_and_the_first_line_say_which_channel_is_taken(run, tmp_path, tiny_bundle):
+    fields = {path: GOOD[path] for path in ("A/1/0", "A/2/0")}
+    source = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    lines = []
+    narrator = Narrator()
+    run(source, tmp_path / "out.zarr", lambda e: lines.extend(narrator.lines(e)), channel="dna")
+    begun = [line for line in lines if "; channel " in line]
+    assert ["channel 0 (dna)" in begun[0], "channel 1 (dna)" in begun[1]] == [True, True]
+    settings = parse_settings({"model": str(tiny_bundle), "channel": "0"})
+    [(plan, _)] = plan_runs(str(source), str(tmp_path / "other.zarr"), settings)
+    # By index, it is another dye in each.
+    assert json.dumps(summarize(plan)["channels"]) == '["0 (actin, dna)"]'
