@@ -16,10 +16,10 @@ demo: $(VENV)/.installed  ## Segment real cells and say where to look
 	$(BIN)/megaseg demo megaseg-demo
 
 test: $(VENV)/.installed  ## Every promise, fast
-	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --durations=10
 
 test-slow: $(VENV)/.installed  ## What takes longer: kills, large volumes, servers
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile --durations=10
 
 check: $(VENV)/.installed  ## Lint, types and layers
 	$(BIN)/ruff check .

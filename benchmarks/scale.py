@@ -56,13 +56,13 @@ tasks.run_task = lambda workspace, stage, index: known.get(stage, TaskSummary())
 CHUNK_SHAPE = (64, 256, 256)
 
 
-def write_volume(path: Path, grid_shape: tuple[int, ...]) -> Path:
+def write_volume(path: Path, grid_shape: tuple[int, ...], dtype: str = "uint16") -> Path:
     """Write an image of one chunk, repeated by links: large, and yet small on the disk."""
-    tile = simulate(0, CHUNK_SHAPE).image.astype(np.uint16)
+    tile = simulate(0, CHUNK_SHAPE).image.astype(dtype)
     shape = tuple(c * n for c, n in zip(CHUNK_SHAPE, grid_shape, strict=True))
     group = zarr.open_group(path, mode="w")
     array = group.create_array(
-        "0", shape=shape, chunks=CHUNK_SHAPE, dtype="uint16", dimension_names=list("zyx")
+        "0", shape=shape, chunks=CHUNK_SHAPE, dtype=dtype, dimension_names=list("zyx")
     )
     array[tuple(map(slice, CHUNK_SHAPE))] = tile
     first = path / "0/c/0/0/0"
@@ -232,7 +232,11 @@ def _size_mb(segments: list[Path]) -> int | None:
 
 
 def measure_volume(
-    grid_shape: tuple[int, ...], memory: str, n_workers: int = 1, **options: Any
+    grid_shape: tuple[int, ...],
+    memory: str,
+    n_workers: int = 1,
+    dtype: str = "uint16",
+    **options: Any,
 ) -> dict[str, Any]:
     """Segment a large volume with an empty engine within a memory budget.
 
@@ -240,7 +244,7 @@ def measure_volume(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = write_volume(folder / "volume.zarr", grid_shape)
+        source = write_volume(folder / "volume.zarr", grid_shape, dtype)
         # An engine that does nothing gives the image itself: at a middling score it is noise, of 36
         # million fragments.
         fixed = {
@@ -266,7 +270,7 @@ def measure_volume(
     voxels = float(np.prod(plan.volume_shape))
     return {
         "shape": plan.volume_shape,
-        "source_gb": round(voxels * 2 / 1e9, 1),
+        "source_gb": round(voxels * np.dtype(dtype).itemsize / 1e9, 1),
         "memory_gb": plan.memory_bytes / 1e9,
         "workers": n_workers,
         "block_shape": plan.block_shape,

@@ -20,15 +20,25 @@ settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "megaseg")
 )
 
-pytest_plugins = ["tests.fixtures.stores"]
+pytest_plugins = ["tests.fixtures.engines", "tests.fixtures.stores"]
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
 
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory) -> Path:
+    """A folder for all test processes of this session."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+
 @pytest.fixture(autouse=True)
-def _no_models(monkeypatch, tmp_path_factory):
-    """An empty cache of models, and no network to fetch any from."""
-    monkeypatch.setenv("MEGASEG_HOME", str(tmp_path_factory.getbasetemp() / "no-models"))
+def _no_models(monkeypatch, session_folder):
+    """A cache without models, and no network to fetch any from.
+
+    One for the session: a converted network is kept there, and converting takes seconds.
+    """
+    monkeypatch.setenv("MEGASEG_HOME", str(session_folder / "no-models"))
     monkeypatch.setenv("MEGASEG_OFFLINE", "1")
 
 

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 def test_the_field_benchmark_runs():
     from benchmarks.field import measure
 
-    found = measure((24, 80, 96))
+    found = measure((24, 80, 96), cases=("torch", "openvino"))
     assert found["ours"]["torch"]["largest_difference"] <= 1e-5
     assert found["ours"]["openvino"]["dice_with_monai"] >= 0.999
 

@@ -228,8 +228,9 @@ PREPARED = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "float32"])
-@pytest.mark.parametrize("name", PREPARED)
+@pytest.mark.parametrize(
+    ("name", "dtype"), list(zip(PREPARED, ["uint16", "float32"] * 2, strict=True))
+)
 def test_other_preprocessing_is_monais(name, dtype, tmp_path):
     transforms, theirs = PREPARED[name]
     config = train_config()
@@ -277,12 +278,11 @@ def test_what_does_not_fit_the_model_is_refused(image, two_in, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["torch", "openvino"])
-@pytest.mark.parametrize("block", ["48,256,256", "48,128,128"])
+@pytest.mark.parametrize(("block", "engine"), [("48,128,256", "openvino"), ("48,128,128", "torch")])
 def test_measured_peaks_stay_below_the_projection(block, engine, two_in, tmp_path):
     source = write_image(
         tmp_path / "image.zarr",
-        np.stack([blobs((48, 256, 256), seed=c) for c in range(2)]),
+        np.stack([blobs((48, 128, 256), seed=c) for c in range(2)]),
         axes="czyx",
     )
     options = {
@@ -293,6 +293,7 @@ def test_measured_peaks_stay_below_the_projection(block, engine, two_in, tmp_pat
         "overlap": 0,
         "block": block,
         "channel": "0,1",
+        "workers": 1,
     }
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
     result = segment(str(source), str(tmp_path / "out.zarr"), parse_settings(options))

@@ -30,6 +30,7 @@ def test_measured_peaks_stay_below_the_projection(block, engine, tmp_path, tiny_
             "overlap": 0,
             "block": block,
             "engine": engine,
+            "workers": 1,
         }
     )
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)

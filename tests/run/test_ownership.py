@@ -21,12 +21,18 @@ SHAPE = (20, 40, 50)
 
 
 @pytest.fixture
-def run(tmp_path, tiny_bundle):
+def run(tmp_path, tiny_bundle, cheap_engine):
     source = write_image(tmp_path / "image.zarr", blobs(SHAPE))
 
     def call(target="out.zarr", source=source, **options):
         settings = parse_settings(
-            {"model": str(tiny_bundle), "threads": 1, "overlap": 0, **options}
+            {
+                "model": str(tiny_bundle),
+                "engine": "torch",
+                "threads": 1,
+                "overlap": 0,
+                **options,
+            }
         )
         result = segment_here(str(source), str(tmp_path / target), settings)
         assert result.status == "done", result.failures

@@ -28,10 +28,11 @@ CHANNELS = ["dna", "actin"]
 
 
 @pytest.fixture
-def run(tmp_path, tiny_bundle):
+def run(tmp_path, tiny_bundle, cheap_engine):
     def call(source, target, emit=lambda _: None, **options):
         options = {
             "model": str(tiny_bundle),
+            "engine": "torch",
             "threads": 1,
             "overlap": 0,
             "scores_dtype": "float32",

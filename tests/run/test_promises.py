@@ -14,6 +14,7 @@ from megaseg_dask.models.build import build_network
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
 from tests.fixtures.bundles import one_thread
+from tests.fixtures.engines import blur
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
 
@@ -31,8 +32,11 @@ def run(source, target, bundle, *, by=segment_here, **options):
     return zarr.open_group(target, mode="r")
 
 
-def predict_whole(image, bundle, overlap) -> np.ndarray:
-    """What MONAI, and so cyto-dl, computes for the whole volume at once."""
+def predict_whole(image, bundle, overlap, forward=None) -> np.ndarray:
+    """What MONAI, and so cyto-dl, computes for the whole volume at once.
+
+    The network is the bundle's, or ``forward`` in its place.
+    """
     loaded = load_bundle(bundle)
     normalised = NormalizeIntensity(channel_wise=True)(image[None].astype(np.float32))
     with torch.inference_mode(), one_thread():
@@ -40,40 +44,26 @@ def predict_whole(image, bundle, overlap) -> np.ndarray:
             torch.as_tensor(np.asarray(normalised))[None],
             loaded.patch_shape,
             1,
-            build_network(loaded),
+            forward or build_network(loaded),
             overlap=overlap,
             mode="gaussian",
         )
     return torch.sigmoid(logits)[0, 0].numpy()
 
 
-def cases():
-    """Each shape with each overlap; fast tests take one overlap for each shape.
-
-    `tests/oracle/test_monai.py` tries any shape, block and overlap without the network.
-    """
-    for number, shape in enumerate(SHAPES):
-        for place, overlap in enumerate(OVERLAPS):
-            is_fast = place == number % len(OVERLAPS)
-            yield pytest.param(shape, overlap, marks=() if is_fast else pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("shape", "overlap"), list(cases()), ids=str)
-def test_split_equals_unsplit(shape, overlap, tmp_path, tiny_bundle):
-    image = blobs(shape)
-    source = write_image(tmp_path / "image.zarr", image)
-    expected = predict_whole(image, tiny_bundle, overlap)
+def require_split_is_unsplit(image, overlap, blocks, folder, bundle, forward=None) -> None:
+    """Compare runs in some blocks with MONAI, with skimage, and bit by bit with each other."""
+    source = write_image(folder / "image.zarr", image)
+    expected = predict_whole(image, bundle, overlap, forward)
     unsplit = None
-    for i, block in enumerate([None, *BLOCKS]):
-        options = {} if block is None else {"block": block}
-        target = tmp_path / f"{i}.zarr"
+    for block in blocks:
         out = run(
             source,
-            target,
-            tiny_bundle,
+            folder / f"{block}.zarr",
+            bundle,
             overlap=overlap,
             outputs="labels,scores,mask",
-            **options,
+            block=block,
         )
         scores, mask = out["0"][...], out["labels/megaseg_mask/0"][...]
         assert np.abs(scores - expected).max() <= 1e-5
@@ -84,7 +74,33 @@ def test_split_equals_unsplit(shape, overlap, tmp_path, tiny_bundle):
     assert 0.01 < mask.mean() < 0.99, "a constant mask would prove nothing"
 
 
-@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=map(str, SHAPES))
+def test_split_equals_unsplit(number, tmp_path, tiny_bundle):
+    """Each shape with one overlap and two blocks, by the network."""
+    # No overlap for the largest: what costs is the network.
+    overlap = OVERLAPS[(number + 2) % 3]
+    block = BLOCKS[number % 3]
+    image = blobs(SHAPES[number])
+    require_split_is_unsplit(image, overlap, [None, block], tmp_path, tiny_bundle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_split_equals_unsplit_in_any_block(shape, overlap, tmp_path, tiny_bundle, cheap_engine):
+    """Each shape with each overlap and block, by an engine that depends on the whole patch.
+
+    `tests/oracle/test_monai.py` tries any shape, block and overlap on arrays in memory.
+    """
+
+    def forward(patches):
+        return torch.from_numpy(blur(patches.numpy()))
+
+    blocks = [None, *BLOCKS]
+    require_split_is_unsplit(blobs(shape), overlap, blocks, tmp_path, tiny_bundle, forward)
+
+
+@pytest.mark.parametrize("shape", SHAPES[2:4], ids=str)
 def test_openvino_is_split_invariant_and_close_to_the_reference(shape, tmp_path, tiny_bundle):
     pytest.importorskip("openvino")
     image = blobs(shape)
@@ -108,15 +124,14 @@ def test_openvino_is_split_invariant_and_close_to_the_reference(shape, tmp_path,
     assert 2 * (one & other).sum() / (one.sum() + other.sum()) >= 0.999
 
 
-@pytest.mark.parametrize("connectivity", [1, 2, 3])
-@pytest.mark.parametrize("min_size", [0, 6])
+@pytest.mark.parametrize(("connectivity", "min_size"), [(1, 0), (2, 6), (3, 6)])
 def test_labels_equal_skimages_labels_of_the_written_mask(
-    connectivity, min_size, tmp_path, tiny_bundle
+    connectivity, min_size, tmp_path, tiny_bundle, cheap_engine
 ):
     from tests.laws.test_labels import survivors
 
     source = write_image(tmp_path / "image.zarr", blobs((24, 50, 61), seed=3))
-    for block in [(24, 50, 61), (9, 21, 19)]:
+    for block in [(24, 50, 61), (13, 27, 31)]:
         target = tmp_path / f"{block}.zarr"
         options = {
             "connectivity": connectivity,
@@ -132,15 +147,14 @@ def test_labels_equal_skimages_labels_of_the_written_mask(
         assert expected.max() > 1
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_worker_counts_agree_bit_for_bit(workers, tmp_path, tiny_bundle):
-    image = blobs((33, 47, 53), seed=5)
+def test_worker_counts_agree_bit_for_bit(tmp_path, tiny_bundle):
+    image = blobs((20, 40, 53), seed=5)
     source = write_image(tmp_path / "image.zarr", image)
     options = {"block": (17, 23, 29), "overlap": 0.25}
     target = tmp_path / "out.zarr"
-    out = run(source, target, tiny_bundle, by=segment, workers=workers, **options)
+    out = run(source, target, tiny_bundle, by=segment, workers=2, **options)
     assert np.abs(out["0"][...] - predict_whole(image, tiny_bundle, 0.25)).max() <= 1e-5
-    # Bit for bit against this process: both worker counts then agree with each other.
+    # One process that does one task at a time; tests that share a worker compare with it too.
     here = run(source, tmp_path / "here.zarr", tiny_bundle, **options)
     assert_array_equal(out["0"][...], here["0"][...])
 

@@ -16,6 +16,7 @@ from megaseg_dask.run.runner import segment
 from megaseg_dask.run.status import status
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 from tests.fixtures.servers import KEY, SECRET, range_server
 
 SHAPE = (40, 60, 90)
@@ -40,10 +41,11 @@ def arrays(where: str) -> dict[str, np.ndarray]:
         }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def options(tiny_bundle):
     return {
         "model": str(tiny_bundle),
+        "engine": "torch",
         "threads": 1,
         "block": "20,30,50",
         "overlap": 0,
@@ -51,15 +53,16 @@ def options(tiny_bundle):
     }
 
 
-@pytest.fixture
-def image(tmp_path):
-    return write_image(tmp_path / "image.zarr", blobs(SHAPE), chunks=(20, 30, 45))
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("image")
+    return write_image(folder / "image.zarr", blobs(SHAPE), chunks=(20, 30, 45))
 
 
-@pytest.fixture
-def expected(image, tmp_path, options):
-    target = str(tmp_path / "expected.zarr")
-    assert segment(str(image), target, parse_settings(options)).status == "done"
+@pytest.fixture(scope="module")
+def expected(image, options):
+    target = str(image.parent / "expected.zarr")
+    assert segment_here(str(image), target, parse_settings(options)).status == "done"
     return arrays(target)
 
 
@@ -72,17 +75,17 @@ def assert_same(where: str, expected) -> None:
 
 def test_source_and_target_in_a_bucket(s3, folder, image, expected, options):
     source, target = upload(image, f"{folder}/image.zarr"), f"{folder}/out.zarr"
-    settings = parse_settings({**options, "threshold": 0.5})
+    settings = parse_settings({**options, "workers": 1})
     result = segment(source, target, settings)
     assert result.status == "done", result.failures
     assert_same(target, expected)
-    assert segment(source, target, settings).already_done
+    assert segment_here(source, target, settings).already_done
     (run,) = status(target)
     assert run.done
     # Nothing that is secret was written down.
     for key in Location.of(f"{target}.run").keys(""):
         assert b"secret" not in (Location.of(f"{target}.run").get(key) or b"").lower(), key
-    labels_only = segment(source, source, parse_settings({**options, "outputs": "labels"}))
+    labels_only = segment_here(source, source, parse_settings({**options, "outputs": "labels"}))
     assert labels_only.status == "done", labels_only.failures
     assert_array_equal(arrays(source)["labels/megaseg/0"], expected["labels/megaseg/0"])
 
@@ -97,11 +100,13 @@ def test_a_server_that_is_killed_in_mid_run(own_s3, folder, image, expected, opt
             raise KeyboardInterrupt
 
     # What is to be written at the end waits for the store, too.
-    impatient = parse_settings({**options, "retries": 0, "storage_option": "retry_timeout=5"})
+    impatient = parse_settings(
+        {**options, "workers": 1, "retries": 0, "storage_option": "retry_timeout=5"}
+    )
     with pytest.raises((KeyboardInterrupt, MegasegError)):
         segment(source, target, impatient, emit=kill)
     own_s3.start()
-    result = segment(source, target, parse_settings(options))
+    result = segment_here(source, target, parse_settings(options))
     assert result.status == "done", result.failures
     assert_same(target, expected)
 
@@ -120,13 +125,15 @@ def test_a_store_that_is_gone_is_waited_for_once_and_told_once(own_s3, folder, i
             own_s3.kill()
             killed.append(time.monotonic())
 
-    patient = parse_settings({**options, "retries": 0, "storage_option": "retry_timeout=20"})
+    patient = parse_settings(
+        {**options, "workers": 1, "retries": 0, "storage_option": "retry_timeout=20"}
+    )
     with pytest.raises(StoreError, match="connection refused") as raised:
         segment(source, target, patient, emit=kill)
     assert raised.value.exit_code == 1
     assert time.monotonic() - killed[0] < 45
     own_s3.start()
-    assert segment(source, target, parse_settings(options)).status == "done"
+    assert segment_here(source, target, parse_settings(options)).status == "done"
 
 
 def test_commands_on_a_target_take_the_options_of_its_store(
@@ -145,11 +152,12 @@ def test_commands_on_a_target_take_the_options_of_its_store(
         f"{folder}/out.zarr",
     )
     fixed = ("--model", options["model"], "--threads", "1", "--overlap", "0", "--block", "20,30,50")
+    fixed += ("--engine", "torch")
     assert megaseg("plan", image, target, *fixed, *store, "--record") == 0
     assert megaseg("task", target, "measure", "999", *store) == 2
     assert megaseg("task", target, "measure", "0", *store) == 0
     assert megaseg("status", target, *store) == 3
-    assert megaseg("segment", image, target, *fixed, *store) == 0
+    assert megaseg("segment", image, target, *fixed, "--workers", "0", *store) == 0
     assert megaseg("status", target, "--label-name", "megaseg", *store) == 0
     assert megaseg("evaluate", target, target, *store) == 0
     assert "1.000" in capsys.readouterr().out
@@ -161,14 +169,15 @@ def test_commands_on_a_target_take_the_options_of_its_store(
 
 def test_reading_over_http(image, expected, options, tmp_path):
     with range_server(image.parent) as url:
-        result = segment(f"{url}/image.zarr", str(tmp_path / "out.zarr"), parse_settings(options))
+        target = str(tmp_path / "out.zarr")
+        result = segment_here(f"{url}/image.zarr", target, parse_settings(options))
     assert result.status == "done", result.failures
     assert_same(str(tmp_path / "out.zarr"), expected)
 
 
 def test_a_bucket_that_is_not_there(s3, image, options):
     with pytest.raises(MegasegError, match="no such bucket") as raised:
-        segment(str(image), "s3://nowhere-at-all/out.zarr", parse_settings(options))
+        segment_here(str(image), "s3://nowhere-at-all/out.zarr", parse_settings(options))
     assert raised.value.exit_code == 2
 
 
@@ -179,6 +188,6 @@ def test_a_wrong_key(s3, folder, image, options, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
     clear_store_caches()
     with pytest.raises(MegasegError) as raised:
-        segment(source, f"{folder}/out.zarr", parse_settings(options))
+        segment_here(source, f"{folder}/out.zarr", parse_settings(options))
     assert raised.value.exit_code == 2
     assert "not-the-secret" not in str(raised.value)

@@ -72,7 +72,13 @@ class Parsed(HTMLParser):
 
 @pytest.fixture(scope="module")
 def options(tiny_bundle) -> dict[str, object]:
-    return {"model": str(tiny_bundle), "threads": 1, "overlap": 0, "retries": 0}
+    return {
+        "model": str(tiny_bundle),
+        "engine": "torch",
+        "threads": 1,
+        "overlap": 0,
+        "retries": 0,
+    }
 
 
 @pytest.fixture(scope="module")
