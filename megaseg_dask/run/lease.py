@@ -1,10 +1,16 @@
 """Who works on the runs of a target: one client at a time, or processes of one stage.
 
-Two clients on one target would clear and write under each other. The lease is
-an object in the runs folder, created only if there is none; its owner counts a
-beat up in it. A client that finds a lease watches it for a while: a count that
-does not change belongs to a client that is gone. No clock of another machine
-is read.
+Two clients on one target would clear and write under each other. Leases of
+clients are numbered objects in the runs folder. The holder is the client that
+created the highest number, and each number is created only if it is not there,
+so of many clients that find a dead one a single one follows it. Nobody writes
+the object of another, and the highest number is never removed: a client that
+stood still for any time finds a higher one, whatever its late requests do.
+
+The holder counts a beat up in its object. A client that finds a lease watches
+it for a while: a count that does not change belongs to a client that is gone.
+No clock and no host name of another machine is believed. A process id is, if
+it is of the same boot and PID namespace.
 
 Processes of a job array share a run: each has a lease under the name of its
 stage. Each first writes its lease, then looks for others, so of two that
@@ -26,9 +32,15 @@ from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import StoreError, TargetError, TaskError
 from megaseg_dask.stores import Location
 
-KEY = "lease.json"
-# Leases of job arrays, by run and stage; no label name, and so no run, begins with a plus.
+# Leases of clients by number, those of job arrays by run and stage. No label name, and so no run,
+# begins with a plus.
+_CLIENTS = "+lease"
 _SHARED = "+tasks"
+
+
+def clock_s() -> float:
+    """Return seconds on a clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +59,34 @@ class Timing:
         """Return the seconds between two beats of a lease."""
         return self.shared_beat_s if _is_shared(lease_id) else self.beat_s
 
+    def trust_of(self, lease_id: str) -> float:
+        """Return for how many seconds a holder relies on its last look at the store."""
+        return self.patience * self.beat_of(lease_id) / 3
+
+    @property
+    def grace_s(self) -> float:
+        """How long a successor waits before it writes.
+
+        A client that wakes up may rely on a look from before it was replaced.
+        """
+        return self.patience * self.beat_s / 2
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The holder of a run: a unique id, and a name for people.
 
-    The id of a process of a job array is its run, its stage and a number, divided by slashes.
+    The id of a process of a job array is its run, its stage, the number of the last client's
+    lease and a random part. A lease without an id only takes the place of a client that is gone.
     """
 
     id: str
     host: str
     pid: int
+    boot: str = ""
+    namespace: str = ""
     beat: int = 0
+    is_over: bool = False
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -66,13 +94,20 @@ class Lease:
     @classmethod
     def own(cls, lease_id: str) -> "Lease":
         """Return a new lease of this process."""
-        return cls(lease_id, socket.gethostname(), os.getpid())
+        return cls(lease_id, socket.gethostname(), os.getpid(), *_place())
 
     @property
     def is_gone(self) -> bool:
-        """Return whether it is a process of this machine that does not exist any more."""
-        is_here = self.host == socket.gethostname()
-        return is_here and not Path(f"/proc/{self.pid}").exists() and Path("/proc").exists()
+        """Return whether its process is known not to exist any more."""
+        if not self.boot or (self.boot, self.namespace) != _place():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):
+            return False
+        return False
 
     def to_json(self) -> bytes:
         """Return the object that is stored."""
@@ -82,10 +117,23 @@ class Lease:
     def from_json(cls, data: bytes) -> "Lease":
         """Return the lease of a stored object."""
         try:
-            return cls(**json.loads(data))
+            lease = cls(**json.loads(data))
         except (ValueError, TypeError):
             # Torn by a power loss: nobody beats in it, so it is taken over as one that is gone.
-            return cls("", "an unknown host", 0)
+            lease = cls("torn", "an unknown host", 0)
+        return lease
+
+
+def _place() -> tuple[str, str]:
+    """Return where the process ids of this process hold: the boot and the PID namespace.
+
+    Both are empty where the system does not tell them.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return boot, str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return "", ""
 
 
 class Leases:
@@ -96,15 +144,44 @@ class Leases:
         self.folder = folder
         self.timing = timing or Timing()
 
-    def read(self, lease_id: str = "", *, patient: bool = True) -> Lease | None:
-        """Return the client's lease, or that of a process of a job array by its id."""
-        data = self.folder.get(key_of(lease_id), patient=patient)
-        return None if data is None else Lease.from_json(data)
+    # -- what is there
+
+    def last(self) -> tuple[int, Lease | None]:
+        """Return number and lease of the last client; 0 and ``None`` if there never was one."""
+        while number := self.last_number():
+            lease = self._read(_key_of_client(number))
+            # It was removed in between if another client came.
+            if lease is not None:
+                return number, lease
+        return 0, None
+
+    def last_number(self) -> int:
+        """Return the number of the last client's lease; 0 if there never was one."""
+        return max(self._numbers(), default=0)
+
+    def _numbers(self) -> list[int]:
+        names = [key.rpartition("/")[2] for key in self.folder.keys(_CLIENTS)]
+        numbers = [name.removesuffix(".json") for name in names]
+        return [int(number) for number in numbers if number.isdecimal()]
 
     def shared_ids(self) -> list[str]:
         """Return the ids of the leases of job arrays."""
         keys = self.folder.keys(_SHARED)
         return [key.removeprefix(f"{_SHARED}/").removesuffix(".json") for key in keys]
+
+    def holds(self, lease_id: str) -> bool:
+        """Return whether a lease is still that of its process."""
+        if _is_shared(lease_id):
+            is_there = self._read(key_of(lease_id)) is not None
+            return is_there and self.last_number() == _number_in(lease_id)
+        _, last = self.last()
+        return last is not None and last.id == lease_id
+
+    def _read(self, key: str) -> Lease | None:
+        data = self.folder.get(key)
+        return None if data is None else Lease.from_json(data)
+
+    # -- holding
 
     @contextmanager
     def hold(self) -> Iterator["Held"]:
@@ -115,14 +192,53 @@ class Leases:
 
         """
         lease = Lease.own(uuid.uuid4().hex)
-        self._acquire(lease)
-        with self._beating(lease) as held:
-            if process := self._find_alive(self.shared_ids()):
+        # A new number would end the work of job arrays.
+        self._require_unshared()
+        number = self._follow(lease)
+        with self._beating(lease, _key_of_client(number)) as held:
+            self._require_unshared()
+            for earlier in self._numbers():
+                if earlier < number:
+                    self.folder.delete(_key_of_client(earlier))
+            yield held
+
+    def _require_unshared(self) -> None:
+        if process := self._find_alive(self.shared_ids()):
+            raise TargetError(
+                f"{process} is running tasks of {self.folder}; "
+                "wait for it, or end it, and try again"
+            )
+
+    def _follow(self, lease: Lease) -> int:
+        """Create the number after the last, once that is over; return it.
+
+        Raises:
+            TargetError: Its client lives.
+        """
+        while True:
+            number, last = self.last()
+            if last is not None and last.id == lease.id:
+                # A request that was repeated had been carried out the first time.
+                return number
+            if process := self._watch_client(number, last):
                 raise TargetError(
-                    f"{process} is running tasks of {self.folder}; "
+                    f"{self.folder} is being written by {process}; "
                     "wait for it, or end it, and try again"
                 )
-            yield held
+            key = _key_of_client(number + 1)
+            if self.folder.create(key, lease.to_json()):
+                if last is not None and not last.is_over and not last.is_gone:
+                    time.sleep(self.timing.grace_s)
+                if self.last_number() == number + 1:
+                    return number + 1
+                # Others came, and removed this number, before it was created again.
+                self.folder.delete(key)
+
+    def _watch_client(self, number: int, last: Lease | None) -> Lease | None:
+        """Return the lease of the last client if it is alive."""
+        if last is None or last.is_over or not last.id:
+            return None
+        return self._watch({_key_of_client(number): last}, self.timing.beat_s)
 
     @contextmanager
     def share(self, run: str, stage: str) -> Iterator["Held"]:
@@ -135,13 +251,13 @@ class Leases:
         """
         of_run = f"{run}/"
         of_stage = f"{run}/{stage}/"
-        lease = Lease.own(f"{of_stage}{uuid.uuid4().hex}")
+        number = self._pass_clients()
+        lease = Lease.own(f"{of_stage}{number}-{uuid.uuid4().hex}")
         self.folder.put(key_of(lease.id), lease.to_json())
-        with self._beating(lease) as held:
-            if process := self._find_alive([""]):
-                raise TargetError(
-                    f"{process} is writing {self.folder}; wait for it, or end it, and try again"
-                )
+        with self._beating(lease, key_of(lease.id)) as held:
+            if self.last_number() != number:
+                _, last = self.last()
+                raise TargetError(_is_writing(last, self.folder))
             shared = [i for i in self.shared_ids() if i.startswith(of_run)]
             others = [i for i in shared if not i.startswith(of_stage)]
             if process := self._find_alive(others):
@@ -151,65 +267,82 @@ class Leases:
                 )
             yield held
 
-    def _acquire(self, lease: Lease) -> None:
-        while not self.folder.create(KEY, lease.to_json()):
-            if process := self._find_alive([""]):
-                raise TargetError(
-                    f"{self.folder} is being written by {process}; "
-                    "wait for it, or end it, and try again"
-                )
+    def _pass_clients(self) -> int:
+        """Return the number of the last client, once no client lives.
+
+        A client that is gone gets a successor without an id, so it writes no more if it wakes up.
+
+        Raises:
+            TargetError: A client lives.
+        """
+        number, last = self.last()
+        while last is not None and not last.is_over and last.id:
+            if process := self._watch_client(number, last):
+                raise TargetError(_is_writing(process, self.folder))
+            nobody = Lease("", "", 0, is_over=last.is_gone)
+            self.folder.create(_key_of_client(number + 1), nobody.to_json())
+            number, last = self.last()
+        if last is not None and not last.is_over:
+            time.sleep(self.timing.grace_s)
+        return number
 
     @contextmanager
-    def _beating(self, lease: Lease) -> Iterator["Held"]:
-        held = Held(self, lease)
+    def _beating(self, lease: Lease, key: str) -> Iterator["Held"]:
+        held = Held(self, lease, key)
         try:
             yield held
         finally:
             held.release()
 
-    def _read_all(self, lease_ids: Sequence[str]) -> dict[str, Lease]:
-        leases = zip(lease_ids, map_threaded(self.read, lease_ids), strict=True)
-        return {lease_id: lease for lease_id, lease in leases if lease is not None}
+    # -- watching
 
     def _find_alive(self, lease_ids: Sequence[str]) -> Lease | None:
-        """Return one of these leases whose process lives, if there is one; remove the others."""
-        leases = self._read_all(lease_ids)
-        alive = self._watch(leases)
+        """Return one of these shared leases whose process lives, if one does; remove the others."""
+        leases = self._read_all(list(map(key_of, lease_ids)))
+        alive = self._watch(leases, self.timing.shared_beat_s)
         if alive:
             return alive
-        for lease_id, lease in leases.items():
-            if self.read(lease_id) == lease:
-                self.folder.delete(key_of(lease_id))
+        for key, lease in leases.items():
+            if self._read(key) == lease:
+                self.folder.delete(key)
         return None
 
-    def _watch(self, leases: Mapping[str, Lease]) -> Lease | None:
-        """Watch leases until one beats, or for as long as a living process may keep silent.
+    def _read_all(self, keys: Sequence[str]) -> dict[str, Lease]:
+        leases = zip(keys, map_threaded(self._read, keys), strict=True)
+        return {key: lease for key, lease in leases if lease is not None and not lease.is_over}
+
+    def _watch(self, leases: Mapping[str, Lease], beat_s: float) -> Lease | None:
+        """Watch leases by key until one beats, or for as long as a living process may be silent.
 
         A lease that is given back meanwhile has no holder any more.
         """
-        silent = {i: lease for i, lease in leases.items() if not lease.is_gone}
-        beat_s = max(map(self.timing.beat_of, silent), default=0.0)
+        silent = {key: lease for key, lease in leases.items() if not lease.is_gone}
         stop_s = time.monotonic() + self.timing.patience * beat_s
         while silent and time.monotonic() < stop_s:
             time.sleep(min(beat_s, self.timing.beat_s) / 2)
             now = self._read_all(list(silent))
-            for lease_id, lease in now.items():
-                if lease != silent[lease_id]:
+            for key, lease in now.items():
+                if lease != silent[key]:
                     return lease
             silent = now
         return None
 
 
+def _is_writing(process: Lease | None, folder: Location) -> str:
+    return f"{process} is writing {folder}; wait for it, or end it, and try again"
+
+
 class Held:
     """A held lease; a heartbeat thread renews it."""
 
-    def __init__(self, leases: Leases, lease: Lease) -> None:
+    def __init__(self, leases: Leases, lease: Lease, key: str) -> None:
         self._leases = leases
         self._lease = lease
-        self._beat_s = leases.timing.beat_of(lease.id)
+        self._key = key
         self._stopped = threading.Event()
         self._lost = threading.Event()
-        self._looked_at = time.time()
+        # This process may have stood still since it created its lease.
+        self._looked_s = float("-inf")
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
 
@@ -222,15 +355,12 @@ class Held:
         """Check that this process was not stopped for long, and replaced by another client.
 
         Raises:
-            StoreError: Another client took the run over.
+            StoreError: Another client took the run over, or the store does not tell.
 
         """
-        # A process that wakes up may be here before its heart beats again. By the time of day:
-        # other clocks sleep with the machine.
-        pause_s = abs(time.time() - self._looked_at)
-        if pause_s > self._leases.timing.patience * self._beat_s / 2:
-            with suppress(StoreError):
-                self._look(patient=False)
+        # A process that wakes up may be here before its heart beats again.
+        if clock_s() - self._looked_s > self._leases.timing.trust_of(self.id):
+            self._look()
         if self._lost.is_set():
             raise StoreError(
                 f"another client took over {self._leases.folder} while this one stood still; "
@@ -241,31 +371,36 @@ class Held:
         """Give the lease back, if it is still ours."""
         self._stopped.set()
         # A beat may be waiting for a store that does not answer.
-        self._heart.join(self._leases.timing.patience * self._beat_s)
+        self._heart.join(self._leases.timing.patience * self._leases.timing.beat_of(self.id))
         # A lease that cannot be given back stops beating, and is taken over like a dead client's.
         with suppress(StoreError):
-            if self._is_ours():
-                self._leases.folder.delete(key_of(self.id))
+            if not self._leases.holds(self.id):
+                return
+            if _is_shared(self.id):
+                self._leases.folder.delete(self._key)
+            else:
+                self._put(replace(self._lease, is_over=True))
 
     def _beat(self) -> None:
-        while not self._stopped.wait(self._beat_s):
+        while not self._stopped.wait(self._leases.timing.beat_of(self.id)):
             # A store that fails for a moment is no reason to give up: the next beat tries again.
             with suppress(StoreError):
                 self._look()
                 if self._lost.is_set():
                     return
                 self._lease = replace(self._lease, beat=self._lease.beat + 1)
-                self._leases.folder.put(key_of(self.id), self._lease.to_json())
+                # In the folder that is looked at: NFS then sees what others created there.
+                self._put(self._lease)
 
-    def _look(self, *, patient: bool = True) -> None:
-        if self._is_ours(patient=patient):
-            self._looked_at = time.time()
+    def _put(self, lease: Lease) -> None:
+        self._leases.folder.put(self._key, lease.to_json())
+
+    def _look(self) -> None:
+        asked_s = clock_s()
+        if self._leases.holds(self.id):
+            self._looked_s = asked_s
         else:
             self._lost.set()
-
-    def _is_ours(self, *, patient: bool = True) -> bool:
-        lease = self._leases.read(self.id, patient=patient)
-        return lease is not None and lease.id == self.id
 
 
 class Permit:
@@ -279,7 +414,7 @@ class Permit:
         """Act for the holder of the lease ``lease_id``."""
         self._leases = leases
         self._lease_id = lease_id
-        self._asked_at = 0.0
+        self._asked_s = float("-inf")
 
     def renew(self) -> None:
         """Ask the store whether the client still holds its lease.
@@ -288,24 +423,33 @@ class Permit:
             TaskError: It does not.
 
         """
-        lease = self._leases.read(self._lease_id)
-        if lease is None or lease.id != self._lease_id:
+        asked_s = clock_s()
+        if not self._leases.holds(self._lease_id):
             raise TaskError(
                 f"{self._leases.folder} is no longer the run of the client that sent this task; "
                 "nothing more was written"
             )
-        self._asked_at = time.time()
+        self._asked_s = asked_s
 
     def require(self) -> None:
         """Ask again, if the last answer is older than a beat; raises what :meth:`renew` raises."""
-        # By the time of day: other clocks sleep with the machine.
-        if abs(time.time() - self._asked_at) > self._leases.timing.beat_of(self._lease_id):
+        if clock_s() - self._asked_s > self._leases.timing.beat_of(self._lease_id):
             self.renew()
 
 
 def key_of(lease_id: str) -> str:
-    """Return the key of a lease in its runs folder."""
-    return f"{_SHARED}/{lease_id}.json" if _is_shared(lease_id) else KEY
+    """Return the key of the lease of a process of a job array, in its runs folder."""
+    return f"{_SHARED}/{lease_id}.json"
+
+
+def _key_of_client(number: int) -> str:
+    return f"{_CLIENTS}/{number:08d}.json"
+
+
+def _number_in(lease_id: str) -> int:
+    """Return the number of the last client's lease when a process of a job array began."""
+    number, _, _ = lease_id.rpartition("/")[2].partition("-")
+    return int(number)
 
 
 def _is_shared(lease_id: str) -> bool:

@@ -73,8 +73,8 @@ class RunFolder:
         runs = runs_folder(target)
         names = sorted(runs.children(), key=_by_label_and_number)
         if label_name is None:
-            # The lease of a client is a file beside the folders.
-            names = [name for name in names if (runs / name).is_folder()]
+            # Leases lie beside the folders of runs.
+            names = [name for name in names if not name.startswith("+")]
         else:
             names = list(filter(run_names(label_name).fullmatch, names))
         plans = map_threaded(lambda name: cls(runs / name).find_plan(), names)

@@ -1,8 +1,20 @@
 """One client at a time: the second is refused by name, one that is gone is taken over."""
 
+import logging
+import multiprocessing
 import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 
 import pytest
 import zarr
@@ -16,6 +28,15 @@ from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
 
 NEVER_S = 3600.0
+
+
+def key(number: int) -> str:
+    return f"+lease/{number:08d}.json"
+
+
+def put(run: Location, number: int, holder: Lease) -> None:
+    """Write the lease of another client."""
+    run.put(key(number), holder.to_json())
 
 
 @pytest.fixture
@@ -33,7 +54,6 @@ def test_a_second_client_is_refused_by_name_and_the_first_is_not_disturbed(lease
         with pytest.raises(TargetError, match=f"process {os.getpid()}"), leases.hold():
             pass
         first.require()
-    assert leases.read() is None
     with leases.hold():
         pass
 
@@ -41,33 +61,137 @@ def test_a_second_client_is_refused_by_name_and_the_first_is_not_disturbed(lease
 def test_a_client_of_this_machine_that_died_is_taken_over_at_once(run):
     leases = Leases(run, Timing(beat_s=60.0))  # a client that watches it sleeps as long
     started = time.monotonic()
-    run.put(lease.KEY, Lease("dead", os.uname().nodename, 2**22 + 1).to_json())
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    boot, namespace = lease._place()
+    put(run, 1, Lease("dead", os.uname().nodename, dead.pid, boot, namespace))
     with leases.hold():
-        assert leases.read().pid == os.getpid()
+        _, last = leases.last()
+        assert last.pid == os.getpid()
     assert time.monotonic() - started < 60
 
 
 def test_a_client_of_another_machine_is_taken_over_when_its_beat_stands_still(run, leases):
-    run.put(lease.KEY, Lease("gone", "node17", 1).to_json())
+    put(run, 7, Lease("gone", "node17", 1))
     with leases.hold():
-        assert leases.read().host != "node17"
+        number, last = leases.last()
+        assert (number, last.host) == (8, os.uname().nodename)
+        assert run.keys("+lease") == [key(8)]
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"id": "a"}', b"null"])
+def test_a_lease_that_was_torn_is_taken_over(data, run, leases):
+    run.put(key(1), data)
+    with leases.hold():
+        assert leases.last_number() == 2
+
+
+@contextmanager
+def beating(run: Location, holder: Lease) -> Iterator[None]:
+    """Beat in the lease of another client, which is written by hand."""
+    stopped = threading.Event()
+
+    def beat() -> None:
+        n = 0
+        while not stopped.wait(0.05):
+            n += 1
+            put(run, 1, lease.replace(holder, beat=n))
+
+    put(run, 1, holder)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "other", [{"boot": ""}, {"boot": "of another machine"}, {"namespace": "pid:[1]"}]
+)
+def test_a_process_id_is_believed_in_its_own_namespace_alone(other, run, leases):
+    boot, namespace = lease._place()
+    boot = other.get("boot", boot)
+    namespace = other.get("namespace", namespace)
+    # No process of this machine has the number; the host name is the same in many containers.
+    live = Lease("live", os.uname().nodename, 2**22 + 1, boot, namespace)
+    with beating(run, live), pytest.raises(TargetError, match="is being written"), leases.hold():
+        pass
+    assert leases.last_number() == 1
+
+
+_HOLD = """
+import sys, time
+from megaseg_dask.run.lease import Leases, Timing
+from megaseg_dask.stores import Location
+
+with Leases(Location.of(sys.argv[1]), Timing(beat_s=0.1)).hold():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_client_in_another_container_keeps_its_live_lease(run, leases):
+    unshare = ["unshare", "--map-root-user", "--pid", "--fork"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"]).returncode:
+        pytest.skip("PID namespaces cannot be made here")
+    command = [*unshare, sys.executable, "-c", _HOLD, run.url]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        _, last = leases.last()
+        assert (last.host, last.pid) == (os.uname().nodename, 1)
+        with pytest.raises(TargetError, match="is being written"), leases.hold():
+            pass
+        other.communicate("")
+    with leases.hold():
+        pass
 
 
 def test_a_client_that_stood_still_and_was_replaced_stops(run, leases):
     with leases.hold() as first:
-        run.put(lease.KEY, Lease("other", "node17", 1).to_json())
+        put(run, 2, Lease("other", "node17", 1))
         time.sleep(1.0)  # ten beats
         with pytest.raises(StoreError, match="another client took over"):
             first.require()
-    assert leases.read().id == "other", "a lost lease is not ours to remove"
+    _, last = leases.last()
+    assert (last.id, last.is_over) == ("other", False), "a lost lease is not ours to give back"
+
+
+def test_a_late_request_of_a_client_that_was_replaced_changes_nothing(run, leases):
+    put(run, 1, Lease("gone", "node17", 1))
+    with leases.hold() as second:
+        put(run, 1, Lease("gone", "node17", 1, beat=9))
+        second.require()
+        assert leases.holds(second.id)
+        assert not leases.holds("gone")
+
+
+def test_a_client_whose_number_others_passed_long_ago_does_not_hold(run, leases, monkeypatch):
+    put(run, 5, Lease("last", "node17", 1, is_over=True))
+    # It had looked before the numbers up to 5 came and went.
+    looks = iter([(1, Lease("first", "node17", 1, is_over=True))])
+    look = leases.last
+    monkeypatch.setattr(leases, "last", lambda: next(looks, None) or look())
+    with leases.hold():
+        assert run.keys("+lease") == [key(6)]
 
 
 def test_a_client_that_wakes_up_looks_before_its_heart_beats(run, monkeypatch):
     with Leases(run, Timing(beat_s=NEVER_S)).hold() as first:
-        run.put(lease.KEY, Lease("other", "node17", 1).to_json())
         first.require()
-        later = time.time() + 6 * NEVER_S
-        monkeypatch.setattr(time, "time", lambda: later)
+        put(run, 2, Lease("other", "node17", 1))
+        first.require()
+        later = lease.clock_s() + 6 * NEVER_S
+        monkeypatch.setattr(lease, "clock_s", lambda: later)
+        with pytest.raises(StoreError, match="another client took over"):
+            first.require()
+
+
+def test_a_client_that_woke_up_before_it_held_looks_first(run, monkeypatch):
+    with Leases(run, Timing(beat_s=NEVER_S)).hold() as first:
+        put(run, 2, Lease("other", "node17", 1))
         with pytest.raises(StoreError, match="another client took over"):
             first.require()
 
@@ -77,14 +201,38 @@ def test_a_worker_that_wakes_up_writes_nothing_for_a_client_that_is_gone(run, mo
     with leases.hold() as first:
         permit = Permit(leases, first.id)
         permit.require()
-        run.put(lease.KEY, Lease("other", "node17", 1).to_json())
+        put(run, 2, Lease("other", "node17", 1))
         permit.require()  # the last answer is younger than a beat
         with pytest.raises(TaskError, match="no longer the run of the client"):
             permit.renew()
-        later = time.time() + 2 * NEVER_S
-        monkeypatch.setattr(time, "time", lambda: later)
+        later = lease.clock_s() + 2 * NEVER_S
+        monkeypatch.setattr(lease, "clock_s", lambda: later)
         with pytest.raises(TaskError, match="no longer the run of the client"):
             permit.require()
+
+
+def test_a_task_of_a_job_array_writes_nothing_after_a_client_came(run):
+    leases = Leases(run, Timing(beat_s=NEVER_S))
+    with leases.share("megaseg", "segment") as first:
+        permit = Permit(leases, first.id)
+        permit.renew()
+        put(run, 1, Lease("other", "node17", 1))
+        # Its own lease is there again, or still.
+        with pytest.raises(TaskError, match="no longer the run of the client"):
+            permit.renew()
+
+
+def test_tasks_of_a_job_array_end_the_lease_of_a_client_that_is_gone(run, leases):
+    put(run, 1, Lease("gone", "node17", 1))
+
+    def share(_: int) -> None:
+        with leases.share("megaseg", "segment") as held:
+            held.require()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(share, range(4)))
+    # If it wakes up, it finds a higher number.
+    assert not leases.holds("gone")
 
 
 def test_a_client_that_wakes_up_records_nothing_in_its_successors_run(
@@ -98,7 +246,7 @@ def test_a_client_that_wakes_up_records_nothing_in_its_successors_run(
     def take_over(event):
         if event.kind == "progress" and event.stage == "label" and not recorded:
             recorded.extend(run.keys("megaseg"))
-            run.put(lease.KEY, Lease("other", "node17", 1).to_json())
+            put(run, 2, Lease("other", "node17", 1))
 
     settings = parse_settings(
         {"model": str(tiny_bundle), "threads": 1, "block": "20,40,50", "overlap": 0}
@@ -109,22 +257,6 @@ def test_a_client_that_wakes_up_records_nothing_in_its_successors_run(
         k for k in recorded if "/journal/" in k
     ]
     assert not zarr.open_group(tmp_path / "out.zarr", mode="r").attrs.get("ome")
-
-
-def test_of_many_clients_one_succeeds(run):
-    wins = []
-    threads = [
-        threading.Thread(
-            target=lambda i=i: wins.append(i) if run.create("key", b"%d" % i) else None
-        )
-        for i in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(wins) == 1
-    assert run.get("key") == b"%d" % wins[0]
 
 
 def test_a_run_that_goes_on_refuses_another_client_even_with_overwrite(
@@ -150,3 +282,133 @@ def test_a_run_that_goes_on_refuses_another_client_even_with_overwrite(
         == "done"
     )
     assert refused == [False, True]
+
+
+# -- many clients at once
+
+
+@dataclass
+class Trial:
+    """What one client did: the numbers that it held, and its writes."""
+
+    numbers: list[int] = field(default_factory=list)
+    # Number, end, and duration from the look to the end, in seconds of one clock.
+    writes: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+def take_part(folder: Location, timing: Timing, writes_for_s: float) -> Trial:
+    """Try to hold the lease, and write for a while if that succeeds."""
+    trial = Trial()
+    leases = Leases(folder, timing)
+    with suppress(TargetError, StoreError), leases.hold() as held:
+        # Another may have followed by now.
+        number = int(held._key.removesuffix(".json").rpartition("/")[2])
+        trial.numbers.append(number)
+        ends = time.monotonic() + writes_for_s
+        while time.monotonic() < ends:
+            began = lease.clock_s()
+            held.require()
+            ended = lease.clock_s()
+            trial.writes.append((number, ended, ended - began))
+            time.sleep(0.002)
+    return trial
+
+
+def require_one_writer(trials: Sequence[Trial], timing: Timing) -> int:
+    """Require that no client writes after its successor did; return the number of late writes.
+
+    A client that is stopped between its look and its write is late, which no lease can prevent.
+    """
+    in_time_s = timing.grace_s - timing.trust_of("client")
+    writes = sorted((write for trial in trials for write in trial.writes), key=lambda w: w[1])
+    quick = [number for number, _, took_s in writes if took_s < in_time_s]
+    assert quick == sorted(quick), "a client wrote after its successor"
+    return len(writes) - len(quick)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_many_clients_that_find_a_dead_lease_one_holds(seed, run):
+    timing = Timing(beat_s=0.05)
+    put(run, 1, Lease("gone", "node17", 1))
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(take_part, run, timing, 0.8) for _ in range(8)]
+        trials = [future.result() for future in futures]
+    assert sum(len(trial.numbers) for trial in trials) == 1
+    require_one_writer(trials, timing)
+
+
+def serve(connection: Connection) -> None:
+    """Take part in one trial after the other, in a process of its own."""
+    while True:
+        environment, *arguments = connection.recv()
+        os.environ.update(environment)
+        connection.send(take_part(*arguments))
+
+
+@pytest.fixture(scope="module")
+def clients() -> Iterator[list[tuple[multiprocessing.Process, Connection]]]:
+    context = multiprocessing.get_context("spawn")
+    started = []
+    for _ in range(8):
+        here, there = context.Pipe()
+        process = context.Process(target=serve, args=(there,), daemon=True)
+        process.start()
+        started.append((process, here))
+    yield started
+    for process, _ in started:
+        process.kill()
+        process.join()
+
+
+def stop_at_random(pids: Sequence[int], rng: random.Random, for_s: float) -> None:
+    """Stop processes and let them go on, at any moment."""
+    ends = time.monotonic() + for_s
+    stopped: set[int] = set()
+    while time.monotonic() < ends:
+        time.sleep(rng.uniform(0, 0.1))
+        pid = rng.choice(pids)
+        if pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+            stopped.remove(pid)
+        else:
+            os.kill(pid, signal.SIGSTOP)
+            stopped.add(pid)
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+
+
+N_TRIALS = int(os.environ.get("MEGASEG_LEASE_TRIALS", "50"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("is_disturbed", [False, True])
+@pytest.mark.parametrize("store", ["disk", "s3"])
+def test_never_two_clients_write(store, is_disturbed, clients, tmp_path, request):
+    folder = Location.of(tmp_path)
+    if store == "s3":
+        request.getfixturevalue("s3")
+        folder = Location.of(request.getfixturevalue("bucket_folder"))
+    timing = Timing(beat_s=0.1)
+    rng = random.Random(f"{store} {is_disturbed}")
+    n_holders = n_writes = n_late = 0
+    for n in range(N_TRIALS):
+        run = folder / f"trial{n}"
+        put(run, 1, Lease("gone", "node17", 1))
+        # Each holds for long enough that all others are refused, or not even for a beat.
+        writes_for_s = rng.uniform(0.05, 1.0) if is_disturbed else 1.5
+        for _, connection in clients:
+            connection.send((dict(os.environ), run, timing, writes_for_s))
+        if is_disturbed:
+            stop_at_random([process.pid for process, _ in clients], rng, 2.0)
+        trials = [connection.recv() for _, connection in clients]
+        holders = [number for trial in trials for number in trial.numbers]
+        assert len(set(holders)) == len(holders), "two clients held one number"
+        if not is_disturbed:
+            assert len(holders) == 1
+        n_late += require_one_writer(trials, timing)
+        n_holders += len(holders)
+        n_writes += sum(len(trial.writes) for trial in trials)
+    logging.getLogger(__name__).info(
+        "%s trials, %s holders, %s writes, %s late", N_TRIALS, n_holders, n_writes, n_late
+    )
