@@ -11,6 +11,7 @@ from itertools import chain
 from megaseg_dask.events import Result
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.lease import Held
 from megaseg_dask.run.schedule import VolumeProgress
 from megaseg_dask.run.state import Ending, TaskSummary, VolumeState
 from megaseg_dask.run.status import unread_fields
@@ -21,24 +22,32 @@ from megaseg_dask.run.tasks.worker import missing_box, volume_name
 from megaseg_dask.run.workspace import RunFolder, Workspace
 
 
-def begin(plan: Plan, journal: Journal) -> None:
-    """Record the plan, then create its arrays, again and again until a task is done."""
+def begin(plan: Plan, journal: Journal, lease: Held) -> None:
+    """Record the plan, then create its arrays, again and again until a task is done.
+
+    Raises:
+        StoreError: Another client took the run over, or the store failed.
+    """
     target = Target(plan)
     folder = RunFolder(plan.run)
     is_new = journal.n_done == 0
+    lease.require()
     if is_new:
         folder.clear()
     folder.record(plan)
     if is_new:
         # Records of an earlier run must not come back after a power loss, and find other arrays.
         plan.run.sync()
+        lease.require()
         target.clear()
         if plan.settings.overwrite:
             remove_tables(target)
+        lease.require()
         publish.create(target)
     else:
         journal.discard_damaged()
         reopen(target)
+    lease.require()
     publish.refresh_consolidated(target)
 
 
@@ -68,18 +77,23 @@ def already_done(plan: Plan, journal: Journal) -> Result:
 
 
 def conclude(
-    plan: Plan, journal: Journal, started_s: float, *, is_published: bool = True
+    plan: Plan, journal: Journal, lease: Held, started_s: float, *, is_published: bool = True
 ) -> Result:
-    """Publish what there is once all tasks were tried; record the end of a run without failures."""
+    """Publish what there is once all tasks were tried; record the end of a run without failures.
+
+    Raises:
+        StoreError: Another client took the run over, or the store failed.
+    """
     failures = [*journal.failed.values(), *unread_fields(plan)]
     states = read_states(plan, journal)
     if any(states) and is_published:
-        _publish(plan, journal, states)
+        _publish(plan, journal, lease, states)
     warnings = _warnings(plan, states, journal)
     n_objects = None
     if not failures:
         n_objects = count_objects(plan, journal)
         journal.finish(Ending(n_objects, warnings))
+        lease.require()
         RunFolder(plan.run).remove_work()
     return Result(
         status="failed" if failures else "done",
@@ -95,12 +109,17 @@ def conclude(
     )
 
 
-def _publish(plan: Plan, journal: Journal, states: Sequence[VolumeState | None]) -> None:
+def _publish(
+    plan: Plan, journal: Journal, lease: Held, states: Sequence[VolumeState | None]
+) -> None:
     target = Target(plan)
     missing = [missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
+    lease.require()
     publish.publish(target, states, missing)
     if plan.resolved.measures_objects():
+        lease.require()
         write_tables(target)
+    lease.require()
     publish.refresh_consolidated(target)
 
 

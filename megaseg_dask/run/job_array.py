@@ -53,10 +53,11 @@ def record_plans(
         runs = request.reopen_runs(lease)
         plans = [plan for plan, _ in runs]
         if settings.overwrite:
+            lease.require()
             remove_replaced(plans)
         for plan, journal in runs:
             if journal.result is None:
-                begin(plan, journal)
+                begin(plan, journal, lease)
                 with journal.flushed():
                     Schedule(Workspace(plan), journal).prepare()
     return plans
@@ -293,12 +294,13 @@ def _join(plan: Plan, lease: Held, emit: Emit) -> Result | None:
     if journal.result is not None:
         return already_done(plan, journal)
     journal.discard_damaged()
+    lease.require()
     reopen(Target(plan))
     process = _Process(plan, journal, lease, emit)
     with journal.flushed(), journal.session():
         # Each of them, also after one that has to wait.
         are_settled = [_settle(process, volume) for volume in process.volumes]
-        return conclude(plan, journal, started_s) if all(are_settled) else None
+        return conclude(plan, journal, lease, started_s) if all(are_settled) else None
 
 
 def _settle(process: _Process, volume: int) -> bool:

@@ -247,6 +247,7 @@ class Leases:
         Raises:
             TargetError: A client works on a run of the target, or a process on another stage of
                 this run; the message names it.
+            StoreError: A client came at the same moment.
 
         """
         of_run = f"{run}/"
@@ -255,9 +256,7 @@ class Leases:
         lease = Lease.own(f"{of_stage}{number}-{uuid.uuid4().hex}")
         self.folder.put(key_of(lease.id), lease.to_json())
         with self._beating(lease, key_of(lease.id)) as held:
-            if self.last_number() != number:
-                _, last = self.last()
-                raise TargetError(_is_writing(last, self.folder))
+            held.require()
             shared = [i for i in self.shared_ids() if i.startswith(of_run)]
             others = [i for i in shared if not i.startswith(of_stage)]
             if process := self._find_alive(others):
@@ -278,7 +277,9 @@ class Leases:
         number, last = self.last()
         while last is not None and not last.is_over and last.id:
             if process := self._watch_client(number, last):
-                raise TargetError(_is_writing(process, self.folder))
+                raise TargetError(
+                    f"{process} is writing {self.folder}; wait for it, or end it, and try again"
+                )
             nobody = Lease("", "", 0, is_over=last.is_gone)
             self.folder.create(_key_of_client(number + 1), nobody.to_json())
             number, last = self.last()
@@ -326,10 +327,6 @@ class Leases:
                     return lease
             silent = now
         return None
-
-
-def _is_writing(process: Lease | None, folder: Location) -> str:
-    return f"{process} is writing {folder}; wait for it, or end it, and try again"
 
 
 class Held:

@@ -110,7 +110,7 @@ def segment(
         executor.check()
         with Leases(runs_folder(plan.target), LEASE_TIMING).hold() as lease:
             runs = request.reopen_runs(lease)
-            _record(runs)
+            _record(runs, lease)
             with executor.ready(plan, request.store_options):
                 session = _Session(executor, lease, emit)
                 result = join_results([session.run(plan, journal) for plan, journal in runs])
@@ -118,14 +118,15 @@ def segment(
     return result
 
 
-def _record(runs: Sequence[tuple[Plan, Journal]]) -> None:
+def _record(runs: Sequence[tuple[Plan, Journal]], lease: Held) -> None:
     """Record what is to be done, all of it before any of it is."""
     plans = [plan for plan, _ in runs]
     if plans[0].settings.overwrite:
+        lease.require()
         remove_replaced(plans)
     for plan, journal in runs:
         if journal.result is None:
-            begin(plan, journal)
+            begin(plan, journal, lease)
 
 
 class _Session:
@@ -169,9 +170,8 @@ class _Session:
         )
         with journal.flushed(), journal.session(lambda: self._executor.workers):
             recorder.run(dispatcher, Schedule(Workspace(plan), journal))
-            self._lease.require()
             is_published = not recorder.store_is_lost
-            return conclude(plan, journal, started_s, is_published=is_published)
+            return conclude(plan, journal, self._lease, started_s, is_published=is_published)
 
 
 def _begin_stage(plan: Plan, journal: Journal, name: str) -> StageProgress:

@@ -38,7 +38,7 @@ class LocalFolder:
     def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
         try:
             with self._staged(key, data, durable=durable) as staged:
-                (self.path / key).hardlink_to(staged)
+                _link(staged, self.path / key, data, durable=durable)
         except FileExistsError:
             return False
         return True
@@ -51,11 +51,7 @@ class LocalFolder:
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
         try:
-            with staged.open("xb") as file:
-                file.write(data)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
+            _write_new(staged, data, durable=durable)
             yield staged
         finally:
             staged.unlink(missing_ok=True)
@@ -114,6 +110,26 @@ class LocalFolder:
 
     def arrays(self, *, read_only: bool) -> zarr.storage.StoreLike:
         return zarr.storage.LocalStore(self.path, read_only=read_only)
+
+
+def _write_new(path: Path, data: bytes, *, durable: bool) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _link(staged: Path, path: Path, data: bytes, *, durable: bool) -> None:
+    """Give a staged file its name, unless that exists."""
+    try:
+        path.hardlink_to(staged)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Memory cards and some network file systems have no hard links. An object that is torn
+        # there by a kill is one that its readers have to tell.
+        _write_new(path, data, durable=durable)
 
 
 def _look(path: Path) -> os.stat_result | None:

@@ -1,5 +1,6 @@
 """One client at a time: the second is refused by name, one that is gone is taken over."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from megaseg_dask.run.lease import Lease, Leases, Permit, Timing
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 NEVER_S = 3600.0
 
@@ -257,6 +259,31 @@ def test_a_client_that_wakes_up_records_nothing_in_its_successors_run(
         k for k in recorded if "/journal/" in k
     ]
     assert not zarr.open_group(tmp_path / "out.zarr", mode="r").attrs.get("ome")
+
+
+def without_links(monkeypatch) -> None:
+    """Make of the disk a file system without hard links, such as that of memory cards."""
+
+    def link(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+
+
+def test_without_hard_links_one_of_many_creates_an_object(monkeypatch, run):
+    without_links(monkeypatch)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: run.create("key", b"%d" % i), range(8)))
+    assert won.count(True) == 1
+    assert run.get("key") == b"%d" % won.index(True)
+
+
+def test_a_file_system_without_hard_links_holds_a_target(monkeypatch, tmp_path, tiny_bundle):
+    source = write_image(tmp_path / "image.zarr", blobs((20, 40, 50)))
+    options = {"model": str(tiny_bundle), "engine": "torch", "threads": 1, "overlap": 0}
+    settings = parse_settings(options)
+    without_links(monkeypatch)
+    assert segment_here(str(source), str(tmp_path / "out.zarr"), settings).status == "done"
 
 
 def test_a_run_that_goes_on_refuses_another_client_even_with_overwrite(
