@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import zarr
+from typer.testing import CliRunner
+
+from megaseg_dask.cli.app import build_app
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,6 @@ def test_the_source_is_an_image_in_micrometres_with_its_labels(demo):
 
 def test_again_is_already_done(demo):
     folder, _ = demo
-    command = [Path(sys.executable).parent / "megaseg", "demo", folder]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert again.returncode == 0
-    assert "done before" in again.stdout
+    again = CliRunner().invoke(build_app(), ["demo", str(folder)])
+    assert again.exit_code == 0
+    assert "done before" in again.output

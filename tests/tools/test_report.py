@@ -227,7 +227,7 @@ def test_faces_where_patches_meet_are_compared_with_such_places(split, options, 
     assert step.verdict in ("patches", "inside")
 
 
-def test_a_plate_with_failures(plate, options, tmp_path):  # noqa: F811
+def test_a_plate_with_failures(plate, options, tmp_path, cheap_engine):  # noqa: F811
     import shutil
 
     shutil.rmtree(plate / "B/2/1")
