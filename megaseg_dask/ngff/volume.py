@@ -65,7 +65,7 @@ class Volume:
             raise self._read_error(array, box, error) from error
         if array.shards is not None:
             self._require_no_empty_shard(array, box, values)
-        self._require_still_there(array, values)
+        self._require_still_there(array, box, values)
         return self._to_zyx(values).astype(values.dtype.newbyteorder("="), copy=False)
 
     def count_absent(self, box: Box, values: Array) -> int:
@@ -96,7 +96,7 @@ class Volume:
         values = values.reshape(stored.shape)
         for core, key in self._units(array, box):
             part = values[(core & stored).within(stored).slices]
-            if (part == array.fill_value).all():
+            if _is_fill_value(part, array.fill_value):
                 yield core, key
 
     def _units(self, array: zarr.Array[Any], box: Box) -> Iterator[tuple[Box, str]]:
@@ -111,12 +111,12 @@ class Volume:
             if self.location.size(key) == 0:
                 raise _corrupt(f"{self.location}/{key}", "it is empty")
 
-    def _require_still_there(self, array: zarr.Array[Any], values: Array) -> None:
-        """Raise :class:`StoreError` if the array is lost: a lost bucket has no chunk either.
+    def _require_still_there(self, array: zarr.Array[Any], box: Box, values: Array) -> None:
+        """Raise :class:`StoreError` if the array is lost, whose chunks are then absent too.
 
-        Its absent chunks would read as background.
+        They would read as background.
         """
-        if self.location.is_local or not _holds_fill_value(values, array.fill_value):
+        if next(self._units_of_fill_value(array, box, values), None) is None:
             return
         version = version_of_format(array.metadata.zarr_format)
         if self.location.size(version.array_file) is None:
@@ -190,14 +190,12 @@ class Volume:
         try:
             return cached_array(self.location, writable=writable)
         except FileNotFoundError as error:
-            if self.location.is_local:
-                raise
             raise self._lost() from error
 
     def _lost(self) -> StoreError:
         return StoreError(
-            f"cannot open {self.location}: the array is not there any more, or its bucket is not; "
-            "restore it and run the same command again"
+            f"cannot open {self.location}: the array is not there any more, or its bucket or disk "
+            "is not; restore it and run the same command again"
         )
 
     @property
@@ -226,13 +224,13 @@ class Volume:
         return values.transpose([SPATIAL.index(name) for name in self._spatial])
 
 
-def _holds_fill_value(values: Array, fill_value: Any) -> bool:
+def _is_fill_value(values: Array, fill_value: Any) -> bool:
     # Arrays of Zarr v2 may have none, and are then read as zeros.
     if fill_value is None:
         fill_value = 0
     is_nan = fill_value != fill_value
     # Plane by plane: a mask of the whole block would be memory that nobody planned.
-    return any((np.isnan(plane) if is_nan else plane == fill_value).any() for plane in values)
+    return all((np.isnan(plane) if is_nan else plane == fill_value).all() for plane in values)
 
 
 def _corrupt(chunk: str, cause: str) -> DataError:

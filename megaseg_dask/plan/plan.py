@@ -17,6 +17,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
+from megaseg_dask.algorithms.checksums import CellGrid
 from megaseg_dask.algorithms.chunking import Layout, write_layout
 from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid, Shape
@@ -206,6 +207,15 @@ class Plan(BaseModel):
         """The boxes that tasks of ``measure`` read: whole parts of the fixed partition."""
         shape = self.source_image.volume_shape(self.measure_level or 0)
         return BlockGrid(shape, _measured_shape(self.block_shape))
+
+    @cached_property
+    def cell_grid(self) -> CellGrid:
+        """The cells of the source, cut wherever a task that reads it begins or ends."""
+        boxes = list(_iter_diagonal(self.measure_grid))
+        for core in _iter_diagonal(self.block_grid()):
+            region = core.shifted(self.region.start)
+            boxes += [region, self.patch_grid.read_box(region)]
+        return CellGrid.between(boxes)
 
     def layout(self, level: int) -> Layout:
         """Return the chunk and the write unit ``(z, y, x)`` of a level."""
@@ -406,6 +416,12 @@ class Plan(BaseModel):
             finds_threshold=self.resolved.finds_threshold(),
             fills_holes=self.resolved.fills_holes(),
         )
+
+
+def _iter_diagonal(grid: BlockGrid) -> Iterator[Box]:
+    """Yield blocks that have all bounds of a grid along each axis."""
+    for number in range(max(grid.grid_shape)):
+        yield grid.core(tuple(min(number, n - 1) for n in grid.grid_shape))
 
 
 def _measured_shape(block: Shape) -> Shape:

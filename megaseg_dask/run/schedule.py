@@ -93,12 +93,7 @@ class VolumeProgress:
         if self._plan.is_one_task or self._journal.is_complete(self.volume):
             return
         if not self._workspace.has_work(self.volume):
-            lost = [
-                stage.name
-                for stage in self._plan.stages
-                if "statistics" not in stage.declared.tells
-            ]
-            self._journal.undo(lost, self.volume)
+            self._journal.undo([stage.name for stage in self._plan.stages], self.volume)
             self._workspace.folder.work(self.volume).remove()
             self._workspace.create_work(self.volume)
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megaseg_dask.algorithms.checksums import Checksums
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError, TaskError
@@ -183,6 +184,9 @@ def _sums_key(output: Output) -> str:
 class Workspace:
     """What the tasks of a run read and write."""
 
+    # Whether each voxel of the source is read once for all stages.
+    reads_once = False
+
     def __init__(self, plan: Plan, permit: Permit | None = None) -> None:
         """Work on the run of a plan; with a ``permit``, write only while it holds."""
         self.plan = plan
@@ -286,7 +290,7 @@ class Workspace:
         Raises:
             TaskError: They are not there.
         """
-        return unpack(self._get(output, name))
+        return unpack(_get(self._output_folder(output), name))
 
     def save_rows(self, output: Output, name: str, rows: Rows) -> None:
         """Write rows of numbers, ``(n_rows, n)``, as bytes alone.
@@ -301,12 +305,26 @@ class Workspace:
         Raises:
             TaskError: They are not there.
         """
-        data = np.frombuffer(self._get(output, name), "<u8")
+        data = np.frombuffer(_get(self._output_folder(output), name), "<u8")
         return data.reshape(n_rows, -1).astype(np.uint64, copy=False)
 
     def count_rows(self, output: Output, name: str, n_rows: int) -> int:
         """Return the length of the rows that :meth:`save_rows` wrote, without reading them."""
         return (self._output_folder(output).size(name) or 0) // (_ROW_BYTES * n_rows)
+
+    def save_checksums(self, volume: int, number: int, checksums: Checksums) -> None:
+        """Write the checksums of the voxels that a task measured."""
+        self._require_permit()
+        self.folder.work(volume).put(_seen_key(number), checksums.astype("<u4").tobytes())
+
+    def load_checksums(self, volume: int, number: int) -> Checksums:
+        """Return the checksums that :meth:`save_checksums` wrote, in one row.
+
+        Raises:
+            TaskError: They are not there.
+        """
+        data = _get(self.folder.work(volume), _seen_key(number))
+        return np.frombuffer(data, "<u4").astype(np.uint32)
 
     def save_sums(self, output: Output, sums: Mapping[str, Array]) -> None:
         """Write the sums of an output's objects, from which tables are made at the end."""
@@ -317,12 +335,16 @@ class Workspace:
         self._require_permit()
         self._output_folder(output).put(name, data)
 
-    def _get(self, output: Output, name: str) -> bytes:
-        folder = self._output_folder(output)
-        data = folder.get(name)
-        if data is None:
-            raise TaskError(f"{folder}/{name} is missing; an earlier stage has to run first")
-        return data
+
+def _get(folder: Location, name: str) -> bytes:
+    data = folder.get(name)
+    if data is None:
+        raise TaskError(f"{folder}/{name} is missing; an earlier stage has to run first")
+    return data
+
+
+def _seen_key(number: int) -> str:
+    return f"source/{number}"
 
 
 @dataclass(slots=True)
@@ -355,6 +377,8 @@ class MemoryWorkspace(Workspace):
 
     Outputs are written to the target as well; intermediate data are in memory alone.
     """
+
+    reads_once = True
 
     def __init__(self, workspace: Workspace) -> None:
         """Work beside another workspace of the run, with its permit."""

@@ -12,6 +12,7 @@ from megaseg_dask.inference.block import Block, BlockOutputs, Patches, Preparati
 from megaseg_dask.inference.engine import open_engine
 from megaseg_dask.plan.resolved import Automatic, Fixed
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
+from megaseg_dask.run.tasks.source import require_same_voxels
 from megaseg_dask.run.tasks.thresholds import find_extremes
 from megaseg_dask.run.workspace import Source, Workspace
 
@@ -22,7 +23,7 @@ def segment_block(workspace: Workspace, volume: int, number: int) -> TaskSummary
     """Predict one block and write its core's scores, and its mask or the logits to find it from.
 
     Raises:
-        DataError: A voxel is not finite.
+        DataError: A voxel is not finite, or not what was measured.
         EngineError: The block does not fit the device, or a logit is not finite.
     """
     plan = workspace.plan
@@ -31,6 +32,7 @@ def segment_block(workspace: Workspace, volume: int, number: int) -> TaskSummary
     channels = workspace.sources(volume)
     read_box = plan.patch_grid.read_box(region)
     values = stack([channel.read(read_box) for channel in channels])
+    require_same_voxels(workspace, volume, read_box, values)
     n_absent = 0
     if plan.measure_level != 0:
         # Absent chunks are counted by the measure stage; if it is skipped, count them here.

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
@@ -18,6 +19,7 @@ from megaseg_dask.algorithms.normalization import (
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.resolved import Given
 from megaseg_dask.run.state import ChannelStatistics, PartStatistics, TaskSummary
+from megaseg_dask.run.tasks.source import is_compared
 from megaseg_dask.run.workspace import Workspace
 
 
@@ -28,13 +30,18 @@ def measure_block(workspace: Workspace, volume: int, number: int) -> TaskSummary
     box = plan.measure_grid[number]
     n_absent = 0
     parts = []
+    checksums = []
     for channel in workspace.sources(volume, level):
         values = channel.read(box)
         if level == 0:
             n_absent += channel.count_absent(box, values)
         parts.append(_measure_parts(plan, values, box))
+        if is_compared(workspace):
+            checksums.append(plan.cell_grid.checksums(values, box))
         # An error in the statistics then names this part, not the whole volume.
         describe_channel(plan, parts[-1])
+    if checksums:
+        workspace.save_checksums(volume, number, np.stack(checksums))
     return TaskSummary(parts=tuple(parts), absent=n_absent)
 
 

@@ -1,0 +1,178 @@
+"""What a run believes of its source: nothing that it did not read, and nothing that changed.
+
+A source that is gone is a failure, and never background; one that changed between two looks is
+named. Restored, the same command ends as a run that nothing disturbed.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.tasks import worker
+from tests.counts.test_engine_calls import contents
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
+
+SHAPE = (16, 32, 96)
+OPTIONS = {"engine": "torch", "threads": 1, "overlap": 0, "retries": 0}
+BLOCKS = {**OPTIONS, "block": "16,32,32"}
+CHUNK = "0/c/0/0/1"
+
+
+class Moments:
+    """Does something to the source before a task runs."""
+
+    def __init__(self) -> None:
+        self.acts = {}
+
+    def run_task(self, workspace, stage, index, original=worker.run_task):
+        self.acts.pop((stage, index), lambda: None)()
+        return original(workspace, stage, index)
+
+
+@pytest.fixture
+def before(monkeypatch):
+    moments = Moments()
+    monkeypatch.setattr(worker, "run_task", moments.run_task)
+    return moments.acts
+
+
+class Case:
+    def __init__(self, folder, bundle, options, axes="zyx"):
+        self.folder = folder
+        shape = SHAPE if axes == "zyx" else (3, *SHAPE)
+        image = blobs(SHAPE) if axes == "zyx" else np.stack([blobs(SHAPE, n) for n in range(3)])
+        chunks = (1,) * (len(shape) - 3) + (16, 32, 32)
+        self.source = write_image(folder / "image.zarr", image, axes=axes, chunks=chunks)
+        self.settings = parse_settings({"model": str(bundle), **options})
+        assert self.run("calm").status == "done"
+
+    def run(self, name="out", **changes):
+        target = self.folder / f"{name}.zarr"
+        return segment_here(str(self.source), str(target), self.settings.model_copy(update=changes))
+
+    def assert_as_calm(self):
+        result = self.run()
+        assert result.status == "done", result.failures
+        assert contents(self.folder / "out.zarr") == contents(self.folder / "calm.zarr")
+
+
+def unmount(case):
+    """Leave the empty folder of a mount."""
+    case.source.rename(case.folder / "elsewhere")
+    case.source.mkdir()
+
+
+def move(case):
+    case.source.rename(case.folder / "elsewhere")
+
+
+def remove_chunks_after_metadata(case):
+    """A removal that is under way, seen from the array that is processed."""
+    shutil.copytree(case.source, case.folder / "elsewhere")
+    for path in case.source.rglob("*"):
+        if path.is_file():
+            path.unlink()
+
+
+def restore(case):
+    shutil.rmtree(case.source, ignore_errors=True)
+    (case.folder / "elsewhere").rename(case.source)
+
+
+GONE = [unmount, move, remove_chunks_after_metadata]
+
+
+@pytest.mark.parametrize("act", GONE)
+@pytest.mark.parametrize(
+    ("options", "axes", "moment"),
+    [
+        (BLOCKS, "zyx", ("segment", 1)),
+        ({**BLOCKS, "outputs": "labels,measurements"}, "zyx", ("measurements", 1)),
+        # Volumes of one task.
+        (OPTIONS, "tzyx", ("volume", 1)),
+        # Nothing is measured.
+        ({**BLOCKS, "normalization": "1000,400"}, "zyx", ("segment", 1)),
+    ],
+)
+def test_a_source_that_is_gone_is_a_failure(
+    act, options, axes, moment, tmp_path, tiny_bundle, before
+):
+    case = Case(tmp_path, tiny_bundle, options, axes)
+    before[moment] = lambda: act(case)
+    result = case.run()
+    assert result.status == "failed"
+    assert "the array is not there any more" in result.failures[0].error
+    restore(case)
+    case.assert_as_calm()
+
+
+def replace_chunk(case, x=33):
+    array = zarr.open_array(case.source / "0", mode="r+")
+    array[:, :, x] = array[:, :, x] + 1
+
+
+def remove_chunk(case):
+    (case.source / CHUNK).unlink()
+
+
+@pytest.mark.parametrize("change", [replace_chunk, remove_chunk])
+@pytest.mark.parametrize("moment", [("segment", 0), ("segment", 1), ("measurements", 1)])
+def test_a_chunk_that_changed_after_it_was_measured_is_named(
+    change, moment, tmp_path, tiny_bundle, before
+):
+    options = {**BLOCKS, "overlap": 0.5, "outputs": "labels,scores,measurements"}
+    case = Case(tmp_path, tiny_bundle, options)
+    shutil.copytree(case.source, case.folder / "elsewhere")
+    before[moment] = lambda: change(case)
+    result = case.run()
+    assert result.status == "failed"
+    for failure in result.failures:
+        assert "the source changed while it was read" in failure.error, failure
+    # Also in the halos of neighbors, and in the next attempt.
+    stage, first = moment
+    n_blocks = 3 if change is remove_chunk and stage == "segment" else 2
+    found = [(failure.stage, failure.index) for failure in result.failures]
+    assert found == [(stage, index) for index in range(first, n_blocks)]
+    assert case.run().status == "failed"
+    restore(case)
+    case.assert_as_calm()
+
+
+def test_a_chunk_that_changes_between_two_runs_is_named(tmp_path, tiny_bundle, before):
+    case = Case(tmp_path, tiny_bundle, BLOCKS)
+    shutil.copytree(case.source, case.folder / "elsewhere")
+
+    def stop():
+        raise KeyboardInterrupt
+
+    before["segment", 2] = stop
+    with pytest.raises(KeyboardInterrupt):
+        case.run()
+    # Finished blocks saw what was there.
+    replace_chunk(case, x=65)
+    result = case.run()
+    assert "the source changed while it was read" in result.failures[0].error
+    # What changed may be what is wanted.
+    assert case.run(overwrite=True).status == "done"
+    assert case.run("anew").status == "done"
+    assert contents(case.folder / "out.zarr") == contents(case.folder / "anew.zarr")
+
+
+def test_an_array_that_was_repaired_is_read_anew(tmp_path, tiny_bundle):
+    """By processes that read it before."""
+    case = Case(tmp_path, tiny_bundle, BLOCKS)
+    path = case.source / "0/zarr.json"
+    metadata = path.read_text()
+    wrong = json.loads(metadata)
+    # As of another program: all chunks are absent under these names.
+    wrong["chunk_key_encoding"]["configuration"]["separator"] = "."
+    path.write_text(json.dumps(wrong))
+    assert case.run().warnings
+    path.write_text(metadata)
+    assert case.run(overwrite=True).status == "done"
+    assert contents(case.folder / "out.zarr") == contents(case.folder / "calm.zarr")
