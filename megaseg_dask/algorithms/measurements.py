@@ -50,6 +50,9 @@ COLUMNS = {
     "touches_border": "bool",
 }
 
+# Those that need a voxel size.
+UM_COLUMNS = tuple(name for name in COLUMNS if name.endswith(("_um", "_um3")))
+
 # Temporaries of a slab take about 30 bytes a voxel; where each voxel differs from the next, 400
 # (100 MB).
 _SLAB_VOXELS = 2**18
@@ -143,9 +146,10 @@ def merge(parts: Iterable[Sums]) -> Sums:
     return _add(waiting)
 
 
-def to_columns(sums: Sums, volume_shape: Shape, spacing_um: Sequence[float]) -> Columns:
+def to_columns(sums: Sums, volume_shape: Shape, spacing_um: Sequence[float] | None) -> Columns:
     """Return the table of a whole volume's objects, a row per object, by ascending label.
 
+    ``spacing_um`` is ``None`` if it is unknown: the columns in µm are then left out.
     Its names and dtypes are ``COLUMNS``, its definitions those of
     ``skimage.measure.regionprops``: centroids in voxels are mean indices, and
     those in µm are measured from the center of the volume's first voxel; boxes
@@ -153,15 +157,16 @@ def to_columns(sums: Sums, volume_shape: Shape, spacing_um: Sequence[float]) -> 
     ``touches_border`` is true where a voxel lies in the first or last plane of
     an axis.
     """
+    sizes = spacing_um or (1.0, 1.0, 1.0)
     total, mean, std = _intensities(sums)
     centroid = (sums.coordinates.astype(object) / sums.n_voxels.astype(object)).astype(np.float64)
     at_border = (sums.start == 0) | (sums.stop == np.reshape(volume_shape, (3, 1)))
     columns = [
         sums.label,
         sums.n_voxels,
-        sums.n_voxels * math.prod(spacing_um),
+        sums.n_voxels * math.prod(sizes),
         *centroid,
-        *(centroid * np.reshape(spacing_um, (3, 1))),
+        *(centroid * np.reshape(sizes, (3, 1))),
         *sums.start,
         *sums.stop,
         mean,
@@ -174,6 +179,7 @@ def to_columns(sums: Sums, volume_shape: Shape, spacing_um: Sequence[float]) -> 
     return {
         name: values.astype(dtype)
         for (name, dtype), values in zip(COLUMNS.items(), columns, strict=True)
+        if spacing_um or name not in UM_COLUMNS
     }
 
 

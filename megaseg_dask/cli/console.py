@@ -246,6 +246,8 @@ def print_plan(summary: Mapping[str, Any]) -> None:
         "fingerprint": summary["fingerprint"][:16],
     }
     print_rows(rows)
+    for warning in summary["warnings"]:
+        print_rows({"warning": warning})
     name = "missing"
     for path, reason in list(summary["missing"].items())[:_MAX_FAILURES]:
         print_rows({name: f"{path}: {reason}; the run will go on without it, and end as failed"})

@@ -8,6 +8,7 @@ another program made them, entry by entry; they are never made here.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
@@ -35,6 +36,26 @@ _CONSOLIDATED_V3 = "consolidated_metadata"
 _GROUP_KEYS = {"zarr_format", "node_type", "attributes", _CONSOLIDATED_V3}
 _FIRST_BYTES = {b"II": "TIFF", b"MM": "TIFF", b"PK": "zip"}
 _MAX_NAMES_SHOWN = 4
+
+# What is wrong with a value, by pydantic's name of it.
+_PROBLEMS = {
+    "missing": "is missing",
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "sequence_str": "must be a list",
+    "dict_type": "must be an object with keys",
+    "model_type": "must be an object with keys",
+    "model_attributes_type": "must be an object with keys",
+    "too_short": "has too few entries",
+    "too_long": "has too many entries",
+    "greater_than": "is too small",
+    "greater_than_equal": "is too small",
+}
 
 # OME metadata that state their version themselves in a group without the key "ome".
 _VERSIONED_PARTS = ("multiscales", "image-label", "plate", "well")
@@ -127,6 +148,8 @@ def require_known_version(
     """
     stated = ome.get("version") or part.get("version")
     version = str(stated or version_of_format(zarr_format).name)
+    # What SpatialData adds to the metadata is not read.
+    version = version.removesuffix("-dev-spatialdata")
     if version not in VERSIONS:
         raise SourceError(
             f"{location} is OME-Zarr {version}; {' and '.join(VERSIONS)} can be read: "
@@ -138,8 +161,15 @@ def require_known_version(
 def first_problem(error: ValidationError, *parents: str) -> str:
     """Return what is wrong with metadata: the path of the key below ``parents``, and a message."""
     problem = error.errors()[0]
-    path = ".".join(map(str, (*parents, *problem["loc"])))
-    return f"{path}: {validation_message(problem)}".removeprefix(": ")
+    # Of a value that may have several forms, the path also names the form that was tried.
+    parts = [
+        str(part) for part in problem["loc"] if re.fullmatch("[a-z0-9][A-Za-z0-9]*", str(part))
+    ]
+    path = ".".join((*parents, *parts))
+    words = _PROBLEMS.get(problem["type"])
+    if words is None:
+        return f"{path}: {validation_message(problem)}".removeprefix(": ")
+    return f"{path} {words}".strip()
 
 
 def describe_group(location: Location, ome: Mapping[str, Any]) -> str:

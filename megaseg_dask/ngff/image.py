@@ -9,9 +9,9 @@ import functools
 import json
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import zarr
@@ -29,11 +29,13 @@ from megaseg_dask.ngff.group import (
     open_ome_group,
     require_known_version,
 )
+from megaseg_dask.ngff.units import micrometers
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.stores import Location, cause_of
 from megaseg_dask.stores.failures import is_denied
 
 T = TypeVar("T")
+Json = Mapping[str, Any]
 
 # The thousands of fields of a plate have few different metadata documents. Each is parsed and
 # checked once; this many are kept.
@@ -42,14 +44,10 @@ _MAX_DOCUMENTS = 64
 _PARSING = threading.Lock()
 
 SPATIAL = ("z", "y", "x")
+_TRANSFORMS = "coordinateTransformations"
+# Keys of a multiscale that are read by themselves.
+_UNCHECKED = ("name", "version")
 _AXIS_TYPES = {"t": "time", "c": "channel", **dict.fromkeys(SPATIAL, "space")}
-_MICROMETERS = {
-    "micrometer": 1.0,
-    "nanometer": 1e-3,
-    "millimeter": 1e3,
-    "meter": 1e6,
-    "angstrom": 1e-4,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +61,13 @@ class Axis:
     @property
     def is_in_um(self) -> bool:
         """Whether the unit is a length that is known in µm."""
-        return self.unit in _MICROMETERS
+        return self.name in SPATIAL and micrometers(self.unit) is not None
 
     @property
     def in_um(self) -> float:
-        """Micrometers of one unit; 1 if the unit is missing or unknown."""
-        return _MICROMETERS.get(self.unit or "", 1.0)
+        """Micrometers of one unit; 1 if it is missing or unknown, or no length."""
+        known = micrometers(self.unit) if self.name in SPATIAL else None
+        return 1.0 if known is None else known
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +140,17 @@ class Image:
         """
         scale, _ = self.transform()
         return self.spatial([abs(s) * a.in_um for s, a in zip(scale, self.axes, strict=True)])
+
+    @property
+    def unknown_size(self) -> str | None:
+        """Why the size of voxels is not known in µm, in words; ``None`` if it is known."""
+        for axis, spacing in zip(SPATIAL, self.spacing_um, strict=True):
+            unit = self.axes[self.axis_names.index(axis)]
+            if not unit.is_in_um:
+                return f"{axis} has the unit {unit.unit!r}" if unit.unit else f"{axis} has no unit"
+            if spacing == 0:
+                return f"{axis} has the scale 0"
+        return None
 
     def transform(self, level: int = 0) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return the scale and the translation of a level, with those of the image applied."""
@@ -316,17 +326,17 @@ def read_image(location: Location) -> Image:
         raise SourceError(f"{location} is {describe_group(location, ome)}, not an OME-Zarr image")
     entry = entries[0]
     version = require_known_version(location, zarr_format, ome, entry)
-    multiscale = _parse_multiscale(location, version, entry)
-    axes = _read_axes(location, multiscale)
-    unopened = [_read_dataset(location, len(axes), data) for data in multiscale.datasets]
-    scale, translation = _read_transforms(location, len(axes), multiscale)
+    multiscale = _read_multiscale(location, version, entry)
+    axes = _read_axes(location, multiscale["axes"])
+    unopened = [_read_dataset(location, axes, data) for data in multiscale["datasets"]]
+    scale, translation = _read_transforms(location, axes, multiscale)
     forms = [_read_level_form(location, level.path, axes) for level in unopened]
     levels = [replace(v, shape=form.shape) for v, form in zip(unopened, forms, strict=True)]
     return Image(
         version=version,
         name=str(entry.get("name") or location.name),
         axes=axes,
-        levels=tuple(levels),
+        levels=tuple(_with_even_times(axes, levels)),
         dtype=forms[0].dtype,
         channel_names=_channel_names(ome),
         scale=scale,
@@ -334,69 +344,150 @@ def read_image(location: Location) -> Image:
     )
 
 
-def _parse_multiscale(location: Location, version: str, entry: Mapping[str, object]) -> Any:
-    # Fields of a plate may differ in their names alone.
-    unnamed = {key: value for key, value in entry.items() if key != "name"}
+def _read_multiscale(location: Location, version: str, entry: Json) -> Json:
+    """Return a multiscale of valid form, with the transformations that are read."""
+    multiscale = _with_known_transforms(entry)
+    document = json.dumps(_form_of(multiscale))
     try:
         with _PARSING:
-            return _validate_multiscale(version, json.dumps(unnamed))
+            _require_valid_multiscale(version, document)
     except ValidationError as error:
         raise SourceError(
             f"{location}: its OME-Zarr {version} metadata are invalid: "
-            f"{first_problem(error, 'multiscales')}"
+            f"{first_problem(error, 'multiscales')}; correct them, or write the image again with a "
+            "newer version of the program that made it"
         ) from error
+    return multiscale
+
+
+def _with_known_transforms(entry: Json) -> Json:
+    """Return a multiscale without transformations that change nothing.
+
+    Those are identities, which iohub wrote until 0.2.3, and those into coordinate systems of
+    SpatialData. A level that is left without any has voxels of size 1.
+    """
+    known: dict[str, Any] = {**entry}
+    of_image = _known_transforms(entry.get(_TRANSFORMS))
+    if of_image:
+        known[_TRANSFORMS] = of_image
+    else:
+        known.pop(_TRANSFORMS, None)
+    axes = entry.get("axes")
+    datasets = entry.get("datasets")
+    if isinstance(axes, list) and isinstance(datasets, list):
+        ones = [{"type": "scale", "scale": [1.0] * len(axes)}]
+        known["datasets"] = [_with_scale(dataset, ones) for dataset in datasets]
+    return known
+
+
+def _with_scale(dataset: Any, ones: list[Any]) -> Any:
+    if not isinstance(dataset, dict) or _TRANSFORMS not in dataset:
+        return dataset
+    transforms = _known_transforms(dataset[_TRANSFORMS])
+    return {**dataset, _TRANSFORMS: ones if transforms == [] else transforms}
+
+
+def _known_transforms(transforms: Any) -> Any:
+    if not isinstance(transforms, list):
+        return transforms
+    return [t for t in transforms if not (isinstance(t, dict) and _changes_nothing(t))]
+
+
+def _changes_nothing(transform: Json) -> bool:
+    return transform.get("type") == "identity" or isinstance(transform.get("output"), dict)
+
+
+def _form_of(multiscale: Json) -> Json:
+    """Return what is checked of a multiscale.
+
+    Fields of a plate may differ in names and places alone. Scales may be negative, and those of
+    time may differ between levels: some programs write them so, and nothing follows from it.
+    """
+    axes = multiscale.get("axes")
+    listed = axes if isinstance(axes, list) else []
+    names = [_name_of(axis) for axis in listed if isinstance(axis, dict)]
+
+    def plain(transform: Any) -> Any:
+        if not isinstance(transform, dict):
+            return transform
+        scale = transform.get("scale")
+        offset = transform.get("translation")
+        if _are_numbers(scale) and len(scale) == len(names):
+            plain_scale = [
+                abs(s) if n in SPATIAL else 1.0 for s, n in zip(scale, names, strict=True)
+            ]
+            return {**transform, "scale": plain_scale}
+        if _are_numbers(offset):
+            return {**transform, "translation": [0.0] * len(offset)}
+        return transform
+
+    def formed(part: Any) -> Any:
+        if not isinstance(part, dict) or not isinstance(part.get(_TRANSFORMS), list):
+            return part
+        return {**part, _TRANSFORMS: [plain(transform) for transform in part[_TRANSFORMS]]}
+
+    form = {key: value for key, value in formed(multiscale).items() if key not in _UNCHECKED}
+    if isinstance(form.get("datasets"), list):
+        form["datasets"] = [formed(dataset) for dataset in form["datasets"]]
+    return form
+
+
+def _are_numbers(values: Any) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
 
 
 @functools.lru_cache(maxsize=_MAX_DOCUMENTS)
-def _validate_multiscale(version: str, document: str) -> Any:
+def _require_valid_multiscale(version: str, document: str) -> None:
     model = VERSIONS[version].models.multiscales.Multiscale
     with warnings.catch_warnings():
         # The models warn of what the specification only recommends: no reason to refuse an image.
         warnings.simplefilter("ignore")
-        return model.model_validate(json.loads(document))
+        model.model_validate(json.loads(document))
 
 
-def _read_axes(location: Location, multiscale: Any) -> tuple[Axis, ...]:
+def _name_of(axis: Json) -> str:
     # iohub writes the names as capitals.
-    names = [str(axis.name).lower() for axis in multiscale.axes]
+    return str(axis.get("name")).lower()
+
+
+def _read_axes(location: Location, listed: Sequence[Json]) -> tuple[Axis, ...]:
+    names = list(map(_name_of, listed))
     require_axes(location, names)
     axes = []
-    for name, axis in zip(names, multiscale.axes, strict=True):
-        unit = axis.unit if isinstance(axis.unit, str) else None
+    for name, axis in zip(names, listed, strict=True):
+        unit = axis.get("unit")
         # By name: of t and c, the type is only a recommendation.
-        axes.append(Axis(name, _AXIS_TYPES[name], unit))
+        axes.append(Axis(name, _AXIS_TYPES[name], unit if isinstance(unit, str) else None))
     return tuple(axes)
 
 
-def _read_dataset(location: Location, n_axes: int, dataset: Any) -> Level:
+def _read_dataset(location: Location, axes: Sequence[Axis], dataset: Json) -> Level:
     """Return a level without its shape."""
-    path = dataset.path
+    path = dataset["path"]
     if path.startswith("/") or {"", ".", ".."} & set(path.split("/")):
         raise SourceError(f"{location}: level {path!r} does not lie in the image")
-    scale, translation = _read_transforms(location / path, n_axes, dataset)
+    scale, translation = _read_transforms(location / path, axes, dataset)
     return Level(path, (), scale, translation)
 
 
 def _read_transforms(
-    location: Location, n_axes: int, part: Any
+    location: Location, axes: Sequence[Axis], part: Json
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return scale and translation of a dataset, or of a multiscale; both are empty if it has none.
 
     Raises:
         SourceError: They are not numbers in the metadata.
     """
-    transforms = part.coordinateTransformations
+    transforms = part.get(_TRANSFORMS)
     if not transforms:
         return (), ()
     try:
-        return _compose(n_axes, transforms)
-    except ValueError as error:
+        return _compose(len(axes), transforms)
+    except (TypeError, ValueError) as error:
         raise SourceError(f"{location}: {error}") from error
 
 
-def _compose(
-    ndim: int, transforms: Sequence[object]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _compose(ndim: int, transforms: Sequence[Json]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Apply transformations one after the other; return their one scale and translation.
 
     Raises :class:`ValueError` for numbers that are in a file, or not finite.
@@ -404,19 +495,36 @@ def _compose(
     scale = np.ones(ndim)
     translation = np.zeros(ndim)
     for transform in transforms:
-        factors = getattr(transform, "scale", np.ones(ndim))
-        offset = getattr(transform, "translation", np.zeros(ndim))
-        if getattr(transform, "path", None) is not None or isinstance(offset, str):
+        offset = transform.get("translation", [0.0] * ndim)
+        if transform.get("path") is not None or isinstance(offset, str):
             raise ValueError(
                 "its scale or translation is in a file of its own; "
                 "only numbers in the metadata are read"
             )
+        factors = np.asarray(transform.get("scale", [1.0] * ndim), np.float64)
         with np.errstate(all="ignore"):
             scale = scale * factors
-            translation = translation * factors + offset
+            translation = translation * factors + np.asarray(offset, np.float64)
     if not np.isfinite([scale, translation]).all():
         raise ValueError(f"scale {scale} and translation {translation} have to be finite")
     return tuple(map(float, scale)), tuple(map(float, translation))
+
+
+def _with_even_times(axes: Sequence[Axis], levels: Sequence[Level]) -> Iterator[Level]:
+    """Yield levels whose scales of t and c never get smaller: a coarser level lacks no timepoint.
+
+    Some programs write the scale of time at the first level alone.
+    """
+    finer: tuple[float, ...] | None = None
+    for level in levels:
+        if finer is not None:
+            scale = tuple(
+                own if axis.name in SPATIAL else max(own, below)
+                for axis, own, below in zip(axes, level.scale, finer, strict=True)
+            )
+            level = replace(level, scale=scale)
+        finer = level.scale
+        yield level
 
 
 @dataclass(frozen=True, slots=True)
@@ -488,6 +596,30 @@ def _channel_names(ome: Mapping[str, object]) -> tuple[str, ...]:
 
 
 # -- writing
+
+
+def require_valid(image: Image, where: object) -> None:
+    """Require that the metadata of an image, and of labels of it, can be written.
+
+    Raises:
+        SourceError: They are valid in no form; it names the source, ``where``.
+    """
+    for axis, steps in zip(
+        image.axes, zip(*(v.scale for v in image.levels), strict=True), strict=True
+    ):
+        if min(steps) < 0 and len(image.levels) > 1:
+            raise SourceError(
+                f"{where}: {axis.name} has scale {min(steps):g}, and a pyramid with a negative "
+                "scale is no valid OME-Zarr; make it positive in the metadata of the source"
+            )
+    try:
+        image_attributes(image)
+        image_attributes(image.without_channels(), label=True)
+    except ValidationError as error:
+        raise SourceError(
+            f"{where}: images with its axes and scales would be no valid OME-Zarr {image.version} "
+            f"({first_problem(error)}); correct the metadata of the source"
+        ) from error
 
 
 def image_attributes(image: Image, *, label: bool = False) -> dict[str, Any]:

@@ -421,6 +421,21 @@ def write_plate(location: Location, plate: Plate, version: str) -> None:
     write_ome(location, version, {"plate": listing})
 
 
+def require_valid_listing(plate: Plate, version: str) -> None:
+    """Require that the metadata of a plate can be written.
+
+    Raises:
+        SourceError: They are not valid in this version.
+    """
+    try:
+        _listing(plate, _by_well(plate.fields), version)
+    except ValidationError as error:
+        raise SourceError(
+            f"plate {plate.name!r} would be no valid OME-Zarr {version} ({first_problem(error)}); "
+            "correct the metadata of the source"
+        ) from error
+
+
 def _listing(plate: Plate, wells: Mapping[str, list[Field]], version: str) -> dict[str, Any]:
     """Return the metadata of a plate, checked."""
     listed_wells = []

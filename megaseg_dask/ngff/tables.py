@@ -9,7 +9,7 @@ needs no other library (``ngio.tables.v1._feature_table``, ngio 1.1).
 import io
 import mmap
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megaseg_dask.algorithms.measurements import COLUMNS
+from megaseg_dask.algorithms.measurements import COLUMNS, UM_COLUMNS
 from megaseg_dask.errors import StoreError, TargetError
 from megaseg_dask.ngff.group import is_group, open_group, require_version, write_group
 from megaseg_dask.ngff.versions import version_of_format
@@ -61,6 +61,23 @@ def _schema(columns: Mapping[str, str]) -> pa.Schema:
 # People script against these columns: more may be added, but none may change.
 RUN_SCHEMA = _schema(_OF_PLACE | COLUMNS)
 IMAGE_SCHEMA = _schema(_OF_PLACE_IN_IMAGE | COLUMNS)
+
+
+def schema_of(schema: pa.Schema, sizes_known: Collection[bool]) -> pa.Schema:
+    """Return a schema for images whose voxel sizes are known, or not, or some of each.
+
+    Without any known size the columns in µm are left out; with some, they hold nulls.
+    """
+    if all(sizes_known):
+        return schema
+    fields = []
+    for field in schema:
+        is_known = field.name not in UM_COLUMNS
+        if is_known:
+            fields.append(field)
+        elif any(sizes_known):
+            fields.append(field.with_nullable(True))
+    return pa.schema(fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +158,9 @@ def _rows(place: Place, columns: Columns, schema: pa.Schema) -> pa.Table:
     for name, value in asdict(place).items():
         scalar = pa.scalar(value, pa.type_for_alias(_OF_PLACE[name]))
         arrays[name] = pa.repeat(scalar, n_rows)
+    for field in schema:
+        if field.nullable and field.name not in arrays:
+            arrays[field.name] = pa.nulls(n_rows, field.type)
     return pa.table([arrays[name] for name in schema.names], schema=schema)
 
 
@@ -170,12 +190,13 @@ class ImageTable:
         *,
         label_name: str,
         provenance: Mapping[str, object],
+        size_is_known: bool = True,
     ) -> None:
         """Write the features of the objects in ``labels/<label_name>``.
 
         ``version`` is the image's, ``"0.4"`` or ``"0.5"``; ``volumes`` are its
-        timepoints, told apart by the column ``timepoint``. The table is listed
-        when it is complete.
+        timepoints, told apart by the column ``timepoint``. Without a known voxel
+        size there are no columns in µm. The table is listed when it is complete.
 
         Raises:
             TargetError: There is a table of this name without provenance of
@@ -185,7 +206,8 @@ class ImageTable:
         require_version(self.image, version)
         self.require_own()
         # First the rows, then what makes a reader look for them.
-        write_parquet(self.location, "table.parquet", volumes, schema=IMAGE_SCHEMA)
+        schema = schema_of(IMAGE_SCHEMA, [size_is_known])
+        write_parquet(self.location, "table.parquet", volumes, schema=schema)
         metadata = {
             "type": "feature_table",
             "table_version": "1",
@@ -219,7 +241,8 @@ class ImageTable:
         volumes: list[tuple[int, int, Columns]] = []
         for t, c in dict.fromkeys(zip(timepoints, channels, strict=True)):
             rows = table.filter((pc.field("timepoint") == t) & (pc.field("channel") == c))
-            volumes.append((t, c, {name: rows[name].to_numpy() for name in COLUMNS}))
+            names = [name for name in COLUMNS if name in rows.column_names]
+            volumes.append((t, c, {name: rows[name].to_numpy() for name in names}))
         return volumes
 
     def remove_own(self) -> None:

@@ -153,6 +153,17 @@ class Plan(BaseModel):
         return self.images[path].channel_names[number]
 
     @property
+    def warnings(self) -> list[str]:
+        """What a person should know before the run, though nothing fails."""
+        reason = self.target_image.unknown_size
+        if reason is None or not self.resolved.measures_objects():
+            return []
+        return [
+            f"{self.source}: the size of its voxels is unknown ({reason}), so the measurements "
+            "have no columns in µm; write the size into its metadata to get them"
+        ]
+
+    @property
     def channel_texts(self) -> list[str]:
         """Each chosen channel as people know it: its index, and its names in the images."""
         texts = []

@@ -24,7 +24,8 @@ from megaseg_dask.inference.engine import EngineSpec, resolve_engine
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.registry import describe
-from megaseg_dask.ngff.image import Image
+from megaseg_dask.ngff.image import Image, require_valid
+from megaseg_dask.ngff.plate import require_valid_listing
 from megaseg_dask.plan.choice import Choice
 from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
 from megaseg_dask.plan.memory import BUDGET_SHARE
@@ -122,6 +123,7 @@ def make_plan(
     )
     names = _target_names(choice, inputs, models.ref.outputs)
     targets = request.plan_images(resolved, names)
+    request.require_publishable(next(iter(targets.values())))
     plan = Plan(
         source=request.source,
         target=request.target,
@@ -185,6 +187,13 @@ class _Request:
             image = field.image.from_level(resolved.level)
             images[path] = _target_image(image, resolved, names, is_in_place=self.is_in_place)
         return images
+
+    def require_publishable(self, image: Image) -> None:
+        """Raise :class:`SourceError` if the outputs, one of which is ``image``, cannot be valid."""
+        require_valid(image, self.first_field)
+        plate = self.part.plate
+        if plate is not None and not self.is_in_place:
+            require_valid_listing(plate, image.version)
 
     def require_target(self) -> None:
         """Raise if the target lies in the source, would replace it, or cannot be written."""

@@ -40,6 +40,7 @@ def summarize(plan: Plan) -> dict[str, object]:
         "projected_bytes": plan.projected_bytes,
         "stages": {stage.name: stage.n_tasks for stage in plan.stages},
         "options": plan.resolved.options(),
+        "warnings": plan.warnings,
     }
 
 

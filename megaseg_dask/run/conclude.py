@@ -147,7 +147,7 @@ def _state_of(summary: TaskSummary | None) -> VolumeState | None:
 
 def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal) -> list[str]:
     """Name volumes whose segmentation is meaningless; count absent chunks and smaller batches."""
-    warnings = []
+    warnings = list(plan.warnings)
     for planned, state in zip(plan.volumes, states, strict=True):
         if state and any(channel.std == 0 for channel in state.statistics):
             warnings.append(f"{volume_name(planned)} is constant; its segmentation is meaningless")

@@ -230,7 +230,7 @@ def join_results(results: Sequence[Result]) -> Result:
         wall_s=round(sum(result.wall_s for result in results), 3),
         already_done=all(result.already_done for result in results),
         failures=list(chain.from_iterable(result.failures for result in results)),
-        warnings=list(chain.from_iterable(result.warnings for result in results)),
+        warnings=list(dict.fromkeys(chain.from_iterable(r.warnings for r in results))),
         peak_bytes=_highest_peaks(results),
         run=shown.run,
         log=shown.log,

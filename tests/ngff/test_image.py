@@ -1,6 +1,8 @@
 """Images as they are found in the wild, read; what is no image, named; damaged chunks, named."""
 
 import json
+import re
+import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from megaseg_dask.algorithms.chunking import write_layout
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.errors import DataError, SourceError, StoreError
 from megaseg_dask.ngff.group import write_group
-from megaseg_dask.ngff.image import image_attributes, read_image
+from megaseg_dask.ngff.image import image_attributes, read_image, require_valid
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.stores import Location, clear_array_cache
 from tests.fixtures.images import blobs, write_image
@@ -248,7 +250,7 @@ def test_axis_types_and_units_may_be_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("unit", "um"), [("nanometer", 1e-3), ("millimeter", 1e3), ("parsec", 1.0), (None, 1.0)]
+    ("unit", "um"), [("nanometer", 1e-3), ("millimeter", 1e3), ("pixel", 1.0), (None, 1.0)]
 )
 def test_spacing_is_in_micrometres(tmp_path, unit, um):
     def change(entry):
@@ -741,3 +743,126 @@ def test_attributes_are_read_back_as_the_same_image(tmp_path, axes):
         write_image(path, *levels, axes=axes, version=version)
         write_group(Location.of(path), version, image_attributes(replace(image, version=version)))
         assert read_image(Location.of(path)) == replace(image, version=version)
+
+
+# -- transformations as programs write them
+
+IDENTITY = {"type": "identity"}
+SCALE = {"type": "scale", "scale": [2.0, 0.5, 0.25]}
+TO_GLOBAL = {"input": {"name": "zyx", "axes": []}, "output": {"name": "global", "axes": []}}
+ONES = (1.0, 1.0, 1.0)
+WRITTEN = {
+    "an identity": ([IDENTITY], None, ONES),
+    "an identity of each": ([IDENTITY], [IDENTITY], ONES),
+    "an identity of the image": ([SCALE], [IDENTITY], (2.0, 0.5, 0.25)),
+    "none": ([], [], ONES),
+    "an identity before a scale": ([IDENTITY, SCALE], None, (2.0, 0.5, 0.25)),
+    "coordinate systems of SpatialData": (
+        [SCALE],
+        [
+            {**IDENTITY, **TO_GLOBAL},
+            {"type": "affine", "affine": [[1.0, 0.0]], **TO_GLOBAL},
+            {"type": "sequence", "transformations": [SCALE], **TO_GLOBAL},
+        ],
+        (2.0, 0.5, 0.25),
+    ),
+}
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_transformations_that_change_nothing_are_read(name, version, tmp_path):
+    of_dataset, of_image, scale = WRITTEN[name]
+
+    def change(entry):
+        entry["datasets"][0]["coordinateTransformations"] = of_dataset
+        if of_image is not None:
+            entry["coordinateTransformations"] = of_image
+
+    path = edit(write_image(tmp_path / "i", blobs(SHAPE), version=version), change)
+    image = read_image(Location.of(path))
+    assert image.transform() == (scale, (0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_versions_of_spatialdata_are_read(version, tmp_path):
+    path = write_image(tmp_path / "i", blobs(SHAPE), version=version)
+    ome = ome_of(path)
+    stated = f"{version}-dev-spatialdata"
+    if version == "0.5":
+        ome["version"] = stated
+    else:
+        ome["multiscales"][0]["version"] = stated
+    set_ome(path, ome)
+    assert read_image(Location.of(path)).version == version
+
+
+@given(
+    st.lists(st.floats(0.001, 1000), min_size=3, max_size=3),
+    st.lists(st.floats(-1e4, 1e4), min_size=3, max_size=3),
+    st.lists(st.sampled_from([1, 2, 4]), min_size=3, max_size=3),
+    st.lists(st.floats(0.1, 60), min_size=2, max_size=2),
+    st.sampled_from(["0.4", "0.5"]),
+)
+def test_any_image_that_is_read_can_be_written_where_it_lies(scale, offset, factor, times, version):
+    """A scale of time that gets smaller with the levels is that of the finer level."""
+    axes = [{"name": n, "type": "time" if n == "t" else "space"} for n in "tzyx"]
+    datasets = []
+    for level, t in enumerate(times):
+        steps = [t, *(s * f**level for s, f in zip(scale, factor, strict=True))]
+        transforms = [{"type": "scale", "scale": steps}]
+        transforms.append({"type": "translation", "translation": [0.0, *offset]})
+        datasets.append({"path": str(level), "coordinateTransformations": transforms})
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_image(
+            Path(folder) / "i",
+            np.zeros((1, 4, 4, 4)),
+            np.zeros((1, 2, 2, 2)),
+            axes="tzyx",
+            version=version,
+        )
+        edit(path, lambda entry: entry.update(axes=axes, datasets=datasets))
+        image = read_image(Location.of(path))
+    require_valid(image, "i")
+    attributes = image_attributes(image)
+    [written] = attributes.get("ome", attributes)["multiscales"]
+    for number, (dataset, stored) in enumerate(zip(written["datasets"], datasets, strict=True)):
+        found, expected = (d["coordinateTransformations"] for d in (dataset, stored))
+        assert found[0]["scale"][1:] == expected[0]["scale"][1:]
+        assert found[0]["scale"][0] == max(times[: number + 1])
+        assert list(found[1:]) == (expected[1:] if any(offset) else [])
+
+
+PYDANTIC = re.compile(r"Field required|Input should|validation error|\[type=|tuple\[|VectorScale")
+BROKEN = {
+    "no transformations": (
+        lambda e: e["datasets"][0].pop("coordinateTransformations"),
+        r"multiscales\.datasets\.0\.coordinateTransformations is missing; correct them, or write",
+    ),
+    "no path": (lambda e: e["datasets"][0].pop("path"), r"datasets\.0\.path is missing"),
+    "no axes": (lambda e: e.pop("axes"), r"multiscales\.axes is missing"),
+    "no datasets": (lambda e: e.update(datasets=[]), "has too few entries"),
+    "datasets of no kind": (lambda e: e.update(datasets=7), "datasets must be a list"),
+    "a path of no kind": (lambda e: e["datasets"][0].update(path=7), "path must be text"),
+    "axes of no kind": (lambda e: e.update(axes="zyx"), "axes must be a list"),
+    "no axis": (lambda e: e.update(axes=[1, 2, 3]), "axes.0 must be an object with keys"),
+    "a scale of no kind": (
+        lambda e: e["datasets"][0]["coordinateTransformations"][0].update(scale="large"),
+        "invalid: multiscales",
+    ),
+    "an unknown transformation": (
+        lambda e: e["datasets"][0].update(coordinateTransformations=[{"type": "rotation"}]),
+        "invalid: multiscales",
+    ),
+}
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_metadata_are_told_in_our_words(name, version, tmp_path):
+    change, words = BROKEN[name]
+    path = edit(write_image(tmp_path / "i", blobs(SHAPE), version=version), change)
+    with pytest.raises(SourceError, match=words) as caught:
+        read_image(Location.of(path))
+    assert not PYDANTIC.search(str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)

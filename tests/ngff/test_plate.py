@@ -351,9 +351,9 @@ HOSTILE = {
     "acquisitions of no kind": (_with(lambda p: p.update(acquisitions=3)), "acquisitions"),
     "no wells": (_with(lambda p: p.update(wells=[])), "lists no wells"),
     "wells of no kind": (_with(lambda p: p.update(wells={"path": "A/1"})), "wells"),
-    "no columns": (_with(lambda p: p.pop("columns")), "columns: Field required"),
-    "a plate of no kind": (7, "columns: Field required"),
-    "nothing": ({}, "columns: Field required"),
+    "no columns": (_with(lambda p: p.pop("columns")), "columns is missing"),
+    "a plate of no kind": (7, "columns is missing"),
+    "nothing": ({}, "columns is missing"),
 }
 
 

@@ -289,6 +289,7 @@ TABLE: dict[str, dict[str, str]] = {
         "ngff_spec_0.*/examples/": "multiscales_strict/multiscales_transformations.json",
         "ngff_spec_0.*/tests/image: ": """
             invalid_axis_units missing_name invalid_channels_color invalid_channels_window
+            empty_transformations
         """,
         "ngff_spec_0.*/tests/strict_image: ": "multiscales_transformations image_metadata image",
         "ngff_spec_0.4/tests/image: ": "missing_version",
@@ -313,8 +314,7 @@ TABLE: dict[str, dict[str, str]] = {
             invalid_path invalid_path+z invalid_multiscales_transformations invalid_multiscales_transformations+z
             missing_transformations missing_transformations+z no_datasets no_datasets+z missing_datasets
             missing_datasets+z missing_axes invalid_axis_type invalid_axis_type+z duplicate_scale duplicate_scale+z
-            no_axes too_many_space_axes no_multiscales empty_transformations empty_transformations+z missing_path
-            missing_path+z
+            no_axes too_many_space_axes no_multiscales missing_path missing_path+z
         """,
         "ngff_spec_0.*/tests/plate: ": """
             missing_rows duplicate_rows missing_columns duplicate_columns missing_wells empty_wells missing_column_name
@@ -389,6 +389,9 @@ TABLE: dict[str, dict[str, str]] = {
         """,
         "ngff_spec_0.*/tests/strict_label: ": "no_colors",
         "ngff_spec_0.4/tests/strict_label: ": "no_version",
+    },
+    "tolerated: a level without transformations has voxels of size 1": {
+        "ngff_spec_0.*/tests/image: ": "empty_transformations+z",
     },
     "tolerated: of channels only the names are read": {
         "ngff_spec_0.*/tests/image: ": "invalid_channels_color+z invalid_channels_window+z",

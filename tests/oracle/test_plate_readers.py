@@ -28,8 +28,10 @@ from megaseg_dask.ngff.plate import (
     write_plate,
 )
 from megaseg_dask.ngff.volume import Volume
+from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 BOTH = pytest.mark.parametrize("version", ["0.4", "0.5"])
 SHAPE = (4, 12, 10)
@@ -222,13 +224,19 @@ def test_plates_of_ngio(tmp_path, version):
     ) == [field.path for field in plate.fields]
 
 
-def make_iohub_plate(path: Path, version: str) -> dict[str, np.ndarray]:
-    """Write what iohub 0.3.11 writes, as measured.
+IDENTITY = {"type": "identity"}
 
-    It needs Python 3.12, so it is not installed here.
+
+def make_iohub_plate(
+    path: Path, version: str, *, identities: bool = False, shape: tuple[int, ...] = SHAPE
+) -> dict[str, np.ndarray]:
+    """Write what iohub 0.3.11 writes, as measured; it needs Python 3.12 and is not installed here.
+
+    With ``identities`` as iohub writes until 0.2.3, where no scale is given: one transformation
+    `identity` of the dataset and one of the image (`iohub/ngff/nodes.py`, `_create_image_meta`).
     """
     voxels = {
-        place: blobs((1, 2, *SHAPE), seed=i)
+        place: blobs((1, 2, *shape), seed=i)
         for i, place in enumerate(("A/1/0", "A/1/1", "H/12/000000"))
     }
     rows, columns = [{"name": "A"}, {"name": "H"}], [{"name": "1"}, {"name": "12"}]
@@ -275,10 +283,13 @@ def make_iohub_plate(path: Path, version: str) -> dict[str, np.ndarray]:
             "axes": axes,
             "datasets": [{"path": "0", "coordinateTransformations": [scale]}],
         }
+        if identities:
+            entry["datasets"][0]["coordinateTransformations"] = [IDENTITY]
+            entry["coordinateTransformations"] = [IDENTITY]
         omero = {"version": version, "id": 0, "channels": [{"label": "DAPI"}, {"label": "GFP"}]}
         image = group(place, {"multiscales": [{**entry, "name": place[4:]}], "omero": omero})
         options = {"dimension_names": list("TCZYX")} if version == "0.5" else {}
-        image.create_array("0", data=data, chunks=(1, 1, *SHAPE), **options)
+        image.create_array("0", data=data, chunks=(1, 1, *shape), **options)
     return voxels
 
 
@@ -295,6 +306,32 @@ def test_plates_of_iohub(tmp_path, version):
         assert image.axis_names == ("t", "c", "z", "y", "x")
         assert image.channel_names == ("DAPI", "GFP")
         assert_array_equal(found, voxels[field.path][0, 0])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_plates_of_iohub_before_0_3_are_segmented(in_place, tmp_path, tiny_bundle):
+    import ngio
+
+    source = tmp_path / "p.zarr"
+    voxels = make_iohub_plate(source, "0.4", identities=True, shape=(16, 32, 32))
+    image = read_image(Location.of(source / "A/1/0"))
+    assert (image.levels[0].scale, image.scale) == ((1.0,) * 5, ())
+    target = source if in_place else tmp_path / "out.zarr"
+    options = {"model": str(tiny_bundle), "channel": "GFP", "outputs": "labels"}
+    if not in_place:
+        options |= {"outputs": "labels,scores", "ome_zarr": "0.4"}
+    result = segment_here(str(source), str(target), parse_settings(options))
+    assert result.status == "done", result.failures
+    for place, data in voxels.items():
+        labels = read_image(Location.of(target / place / "labels/megaseg"))
+        assert labels.levels[0].scale == (1.0,) * 4
+        if in_place:
+            # ngio refuses these images as they are.
+            continue
+        opened = ngio.open_ome_zarr_container(target / place, mode="r")
+        labels = opened.get_label("megaseg")
+        assert labels.shape == (1, *data.shape[2:])
+        assert labels.pixel_size == opened.get_image().pixel_size
 
 
 def test_names_of_axes_that_differ_only_in_case_are_refused(tmp_path):

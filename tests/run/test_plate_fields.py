@@ -14,7 +14,7 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
-from megaseg_dask.errors import SettingsError
+from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.events import Started
 from megaseg_dask.messages import Narrator
 from megaseg_dask.ngff.plate import read_plate
@@ -240,3 +240,50 @@ def test_plan_and_the_first_line_say_which_channel_is_taken(run, tmp_path, tiny_
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "other.zarr"), settings)
     # By index, it is another dye in each.
     assert json.dumps(summarize(plan)["channels"]) == '["0 (actin, dna)"]'
+
+
+# -- what cannot be published is not computed
+
+
+def mirrored(path) -> None:
+    """Make x of an image negative, as some stages write it."""
+    group = zarr.open_group(path, mode="r+")
+    attributes = group.attrs.asdict()
+    entry = attributes.get("ome", attributes)["multiscales"][0]
+    for dataset in entry["datasets"]:
+        dataset["coordinateTransformations"][0]["scale"][-1] *= -1
+    group.attrs.put(attributes)
+
+
+@VERSIONED
+@PLACED
+def test_a_pyramid_that_cannot_be_valid_is_refused_before_anything_is_done(
+    version, in_place, run, tmp_path
+):
+    fields = {"A/1/0": FieldSpec(("dna",)), "A/2/0": FieldSpec(("dna",))}
+    source = write_fields(tmp_path / "plate.zarr", version, fields)
+    mirrored(source / "A/1/0")
+    target = source if in_place else tmp_path / "out.zarr"
+    options = {"outputs": "labels" if in_place else "labels,scores"}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SourceError, match=r"x has scale -0\.5, and a pyramid with a negative"):
+        run(source / "A/1/0", target / "A/1/0" if in_place else target, **options)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+    result = run(source, target, **options)
+    assert [failure.volume for failure in result.failures] == ["A/1/0"]
+    assert (zarr.open_group(target / "A/2/0", mode="r")["labels/megaseg/0"][:] > 0).any()
+
+
+def test_one_level_with_a_negative_scale_has_sizes_and_labels_in_place(run, tmp_path):
+    source = write_image(
+        tmp_path / "image.zarr", FieldSpec().voxels("dna")[0], scale={"z": 0.5, "y": 0.2, "x": 0.2}
+    )
+    mirrored(source)
+    result = run(source, tmp_path / "out.zarr", outputs="labels,scores,measurements")
+    assert result.status == "done", result.failures
+    table = pq.read_table(tmp_path / "out.zarr.measurements.parquet").to_pandas()
+    np.testing.assert_allclose(table["volume_um3"], table["volume_voxels"] * 0.5 * 0.2 * 0.2)
+    for path in ("out.zarr", "out.zarr/labels/megaseg"):
+        found = transforms(multiscale(tmp_path / path), "zyx")
+        assert found == transforms(multiscale(source), "zyx")

@@ -12,9 +12,11 @@ from itertools import chain
 from megaseg_dask.algorithms.measurements import Sums, to_columns
 from megaseg_dask.concurrency import map_threaded, read_ahead
 from megaseg_dask.ngff.tables import (
+    RUN_SCHEMA,
     Columns,
     ImageTable,
     Place,
+    schema_of,
     write_parquet,
 )
 from megaseg_dask.plan.plan import Output, Plan
@@ -64,8 +66,10 @@ def write_tables(target: Target) -> None:
     plan = target.plan
     table = table_location(target.location)
     outputs = list(chain.from_iterable(map(plan.outputs_of, range(len(plan.volumes)))))
-    rows = chain(_rows_of_others(target), _rows(plan, outputs))
-    write_parquet(table.parent, table.basename, rows)
+    others = _other_plans(target)
+    rows = chain(_rows_of_others(others), _rows(plan, outputs))
+    schema = schema_of(RUN_SCHEMA, {_size_is_known(each) for each in (plan, *others)})
+    write_parquet(table.parent, table.basename, rows, schema=schema)
     of_group: dict[Location, list[Output]] = defaultdict(list)
     for output in outputs:
         of_group[target.array("labels", output).location.parent].append(output)
@@ -82,6 +86,7 @@ def write_tables(target: Target) -> None:
                 _rows(plan, of_group[group.location]),
                 label_name=group.name,
                 provenance=made_by,
+                size_is_known=_size_is_known(plan),
             )
 
     # One thread for each image: its tables share one list of tables.
@@ -100,22 +105,29 @@ def _rows(plan: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Place, Column
             continue  # it failed, and is named as missing
         planned = plan.volumes[output.volume]
         place = _place(plan, planned.image, planned.target_t, planned.c, output.number)
-        yield place, to_columns(Sums(**data), plan.volume_shape, plan.target_image.spacing_um)
+        spacing_um = plan.target_image.spacing_um if _size_is_known(plan) else None
+        yield place, to_columns(Sums(**data), plan.volume_shape, spacing_um)
 
 
-def _rows_of_others(target: Target) -> Iterator[tuple[Place, Columns]]:
-    """Yield the measurements of other runs on other fields of the same plate.
+def _size_is_known(plan: Plan) -> bool:
+    return plan.target_image.unknown_size is None
 
-    They are read from the tables beside their labels.
-    """
+
+def _other_plans(target: Target) -> list[Plan]:
+    """Return the plans of other runs that measured other fields of the same plate."""
     plan = target.plan
     if plan.plate is None:
-        return
+        return []
+    plans = RunFolder.plans(target.location, plan.resolved.label_name)
+    return [p for p in plans if p.run != plan.run and p.resolved.measures_objects()]
+
+
+def _rows_of_others(others: Sequence[Plan]) -> Iterator[tuple[Place, Columns]]:
+    """Yield the measurements of other runs, read from the tables beside their labels."""
     tables: list[tuple[Plan, str, Group]] = []
-    for other in RunFolder.plans(target.location, plan.resolved.label_name):
-        if other.run != plan.run and other.resolved.measures_objects():
-            for image in Target(other).images:
-                tables += [(other, image.path, group) for group in image.measured_groups]
+    for other in others:
+        for image in Target(other).images:
+            tables += [(other, image.path, group) for group in image.measured_groups]
 
     def read(number: int) -> list[tuple[int, int, Columns]]:
         group = tables[number][2]

@@ -17,7 +17,7 @@ from typing import TypeVar
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError
 from megaseg_dask.messages import count, size_text
-from megaseg_dask.ngff.image import SPATIAL, Image, read_image
+from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.plate import is_plate, read_plate
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import runs_folder
@@ -103,11 +103,11 @@ def _describe_image(image: Image, subject: str) -> Finding:
     axes = ", ".join(f"{name} {image.extent(name)}" for name in image.axis_names)
     levels = count(len(image.levels), "level")
     spacing = " × ".join(f"{size:.3g}" for size in image.spacing_um)
-    is_in_um = all(axis.is_in_um for axis in image.axes if axis.name in SPATIAL)
-    unit = " µm" if is_in_um else ""
+    reason = image.unknown_size
+    unit = "" if reason else " µm"
     advice = ""
-    if not is_in_um:
-        advice = "its metadata name no unit of length: sizes in µm will be sizes in voxels"
+    if reason:
+        advice = f"the size of its voxels is unknown ({reason}): measurements have no µm"
     content = f"{axes}; {image.dtype}, {levels}, voxels of {spacing}{unit} (z, y, x)"
     return Finding("", f"OME-Zarr {image.version} {subject}: {content}", advice)
 

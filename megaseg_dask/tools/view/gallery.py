@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.blending import max_score
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, SourceError, TargetError
-from megaseg_dask.ngff.image import Image, read_image
+from megaseg_dask.ngff.image import Axis, Image, read_image
 from megaseg_dask.ngff.labels import labels_group, list_labels
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate
+from megaseg_dask.ngff.units import meters, seconds
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.target.arrays import ImageTarget, Target
@@ -33,19 +34,6 @@ LABELS = "labels"
 _SAMPLE_SHAPE = (16, 256, 256)
 # Black and white, in percent of the voxels: the brightest few are often artifacts.
 _GRAY_PERCENTILES = (1, 99.8)
-
-# Units of OME-Zarr in those of Neuroglancer.
-_UNITS = {
-    "angstrom": (1e-10, "m"),
-    "nanometer": (1e-9, "m"),
-    "micrometer": (1e-6, "m"),
-    "millimeter": (1e-3, "m"),
-    "meter": (1.0, "m"),
-    "millisecond": (1e-3, "s"),
-    "second": (1.0, "s"),
-    "minute": (60.0, "s"),
-    "hour": (3600.0, "s"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +63,7 @@ class Scene:
         dimensions = {}
         for axis, scale in zip(reversed(image.axes), reversed(scales), strict=True):
             if axis.name != "c":
-                factor, unit = _UNITS.get(axis.unit or "", (1.0, ""))
+                factor, unit = _unit_of(axis)
                 # Some files say 0 for an unknown size, and mirror an axis by a negative one.
                 dimensions[axis.name] = ((abs(scale) or 1.0) * factor, unit)
         return dimensions
@@ -98,6 +86,13 @@ class Scene:
             if axis.name != "c":
                 origin[axis.name] = offset / (abs(scale) or 1.0)
         return origin
+
+
+def _unit_of(axis: Axis) -> tuple[float, str]:
+    """Return a unit of OME-Zarr in those of Neuroglancer."""
+    unit = "s" if axis.name == "t" else "m"
+    factor = seconds(axis.unit) if axis.name == "t" else meters(axis.unit)
+    return (1.0, "") if factor is None else (factor, unit)
 
 
 class Gallery:
