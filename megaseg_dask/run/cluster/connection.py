@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import dask
@@ -15,7 +16,7 @@ from megaseg_dask.errors import SettingsError
 from megaseg_dask.events import Notice
 from megaseg_dask.plan.cluster_spec import BATCH, Cluster, cluster_of
 from megaseg_dask.plan.plan import Plan
-from megaseg_dask.run.cluster.dask_config import CONFIG, WORKER_TIMEOUT_S
+from megaseg_dask.run.cluster.dask_config import CONFIG, WORKER_TIMEOUT_S, without_pages
 from megaseg_dask.run.cluster.start import adapt, require_queued, security_of, started
 from megaseg_dask.run.cluster.workers import QUEUE_S, Emit, Workers
 
@@ -44,11 +45,30 @@ def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
         cluster = cluster.model_copy(update={"kind": "cuda"})
     timeout_s = min(plan.settings.timeout or WORKER_TIMEOUT_S, WORKER_TIMEOUT_S)
     config = {**CONFIG, "distributed.scheduler.worker-ttl": f"{timeout_s}s"}
-    with dask.config.set(config), _quiet(), _dask_cluster(cluster) as dask_cluster:
+    if cluster.is_local:
+        config |= without_pages()
+    with (
+        _private_scratch(),
+        dask.config.set(config),
+        _quiet(),
+        _dask_cluster(cluster) as dask_cluster,
+    ):
         with _open_client(cluster, dask_cluster, emit) as client:
             _wait_for_worker(client, cluster, emit)
             adapt(cluster, dask_cluster)
             yield Workers(client, plan.engine, emit, cluster)
+
+
+@contextmanager
+def _private_scratch() -> Iterator[None]:
+    """Let the servers of this process keep their files where no other user can write.
+
+    Dask imports from the folder, whose usual name in /tmp anybody may have taken before.
+    """
+    parent = dask.config.get("temporary-directory", None)
+    with TemporaryDirectory(prefix="megaseg-", dir=parent, ignore_cleanup_errors=True) as folder:
+        with dask.config.set({"temporary-directory": folder}):
+            yield
 
 
 def _dask_cluster(cluster: Cluster) -> Any:

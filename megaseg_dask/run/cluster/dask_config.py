@@ -1,5 +1,6 @@
 """How Dask is configured for our workers, and how processes that somebody else starts get it."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import dask
@@ -55,6 +56,15 @@ CONFIG = {
         for name, value in WORKER_ENVIRONMENT.items()
     },
 }
+
+
+def without_pages() -> dict[str, Any]:
+    """Return the settings of servers that answer no web request, which need no certificate.
+
+    The scheduler keeps its pages where somebody installed the dashboard.
+    """
+    servers = ["worker"] if find_spec("bokeh") else ["worker", "scheduler"]
+    return {f"distributed.{server}.http.routes": [] for server in servers}
 
 
 def inherited() -> dict[str, str]:

@@ -130,11 +130,7 @@ def adapt(wanted: Cluster, cluster: Any) -> None:
 
 
 def security_of(wanted: Cluster) -> Any:
-    """Return the certificates of a cluster: made for it, from files, or ``None``.
-
-    Raises:
-        SettingsError: Certificates cannot be made here.
-    """
+    """Return the certificates of a cluster: made for it, from files, or ``None``."""
     from distributed import Security
 
     if isinstance(files := wanted.tls, TlsFiles):
@@ -143,15 +139,7 @@ def security_of(wanted: Cluster) -> Any:
             named[f"tls_{role}_cert"] = _absolute(files.cert)
             named[f"tls_{role}_key"] = _absolute(files.key)
         return Security(require_encryption=True, **named)
-    if not wanted.encrypted:
-        return None
-    try:
-        return Security.temporary()
-    except ImportError as error:
-        raise SettingsError(
-            "tls: certificates are made by cryptography, which is not installed: "
-            "pip install 'megaseg-dask[jobqueue]', or set tls: false"
-        ) from error
+    return Security.temporary() if wanted.encrypted else None
 
 
 def _absolute(path: Path) -> str:
