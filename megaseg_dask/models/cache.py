@@ -93,20 +93,30 @@ def read_record(name: str) -> Record | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise BundleError(
-            f"{path} cannot be read: {error.strerror}; set {HOME} to a folder of yours"
-        ) from error
+        raise _unreadable(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is damaged; {_get_again(name)}") from error
     return record
 
 
 def cached_names() -> list[str]:
-    """Return the names of the models in the cache, sorted."""
-    with suppress(OSError):
-        folders = [path for path in (home() / "models").iterdir() if path.is_dir()]
-        return sorted(path.name for path in folders if is_name(path.name))
-    return []
+    """Return the names of the models in the cache, sorted.
+
+    Raises:
+        BundleError: The cache cannot be read.
+    """
+    cache = home() / "models"
+    try:
+        folders = [path for path in cache.iterdir() if path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unreadable(cache, error) from error
+    return sorted(path.name for path in folders if is_name(path.name))
+
+
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    return BundleError(f"{path} cannot be read: {error.strerror}; set {HOME} to a folder of yours")
 
 
 # -- reading

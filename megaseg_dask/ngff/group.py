@@ -18,7 +18,7 @@ import zarr
 from pydantic import ValidationError
 
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.errors import SourceError, TargetError
+from megaseg_dask.errors import SourceError, StoreError, TargetError
 from megaseg_dask.messages import validation_message
 from megaseg_dask.ngff.versions import VERSIONS, Version, version_of_format
 from megaseg_dask.stores import (
@@ -26,6 +26,7 @@ from megaseg_dask.stores import (
     Location,
     cause_of,
     is_store_failure,
+    naming,
     open_array,
     store_error,
     zarr_store,
@@ -36,6 +37,8 @@ _CONSOLIDATED_V3 = "consolidated_metadata"
 _GROUP_KEYS = {"zarr_format", "node_type", "attributes", _CONSOLIDATED_V3}
 _FIRST_BYTES = {b"II": "TIFF", b"MM": "TIFF", b"PK": "zip"}
 _MAX_NAMES_SHOWN = 4
+# Errors of a disk that are about what is there; all others are failures to see it.
+_ERRORS_OF_PLACE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 # What is wrong with a value, by pydantic's name of it.
 _PROBLEMS = {
@@ -65,15 +68,40 @@ _VERSIONED_PARTS = ("multiscales", "image-label", "plate", "well")
 
 
 def open_group(location: Location) -> zarr.Group:
-    """Open the group at a location for reading; raises what zarr raises."""
+    """Open the group at a location for reading.
+
+    Raises:
+        StoreError: The store failed. What zarr raises of the metadata is raised as it is.
+    """
     # Consolidated metadata may be older than the attributes they repeat.
-    store = zarr_store(location, read_only=True)
-    return zarr.open_group(store, mode="r", use_consolidated=False)
+    with naming(location, "open"):
+        store = zarr_store(location, read_only=True)
+        return zarr.open_group(store, mode="r", use_consolidated=False)
 
 
 def read_attributes(location: Location) -> dict[str, Any]:
     """Return all attributes of the group at a location; raises what zarr raises."""
     return cast(dict[str, Any], open_group(location).attrs.asdict())
+
+
+def find_attributes(location: Location) -> dict[str, Any] | None:
+    """Return all attributes of the group at a location, ``None`` if there is no group.
+
+    Raises:
+        TargetError: Its metadata are damaged.
+        StoreError: The store failed.
+    """
+    for version in VERSIONS.values():
+        document = _read_json(location, version.group_file)
+        if (
+            document.get("zarr_format") != version.zarr_format
+            or document.get("node_type") == "array"
+        ):
+            continue
+        if version.attributes_file != version.group_file:
+            document = _read_json(location, version.attributes_file)
+        return attributes_in(document, version)
+    return None
 
 
 def read_ome(location: Location) -> dict[str, Any]:
@@ -112,8 +140,11 @@ def open_ome_group(location: Location, expected: str) -> tuple[int, dict[str, An
     try:
         zarr_format, attributes = _read_group(location)
         return zarr_format, ome_of(attributes)
+    except StoreError:
+        raise
     except Exception as error:
-        if not location.is_local and is_store_failure(error):
+        is_of_place = location.is_local and isinstance(error, _ERRORS_OF_PLACE)
+        if is_store_failure(error) and not is_of_place:
             raise store_error(location, "read", error) from error
         raise SourceError(
             f"{location} is {_describe_place(location, error)}, not an {expected}"
@@ -196,7 +227,7 @@ def _describe_place(location: Location, error: Exception) -> str:
     """Return what is where no Zarr group could be opened."""
     if not location.is_folder():
         return f"{_describe_file(location)} (convert it, with bioformats2raw for instance)"
-    with suppress(Exception):
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         open_array(location)
         return f"a single Zarr array (name the folder of its image, perhaps {location.parent})"
     names = _names_in(location)
@@ -304,12 +335,12 @@ def read_written_ome(location: Location, version: str) -> dict[str, Any]:
 
 def _write_v2(location: Location, attributes: Mapping[str, object], *, replace: bool) -> None:
     if location.size(".zgroup") is None:
-        location.put(".zgroup", _encode({"zarr_format": 2}))
+        _put_json(location, ".zgroup", {"zarr_format": 2})
     stored = _read_json(location, ".zattrs")
     kept = {} if replace else stored
     updated = {**kept, **attributes}
     if updated != stored:
-        location.put(".zattrs", _encode(updated))
+        _put_json(location, ".zattrs", updated)
 
 
 def _write_v3(location: Location, attributes: Mapping[str, object], *, replace: bool) -> None:
@@ -322,7 +353,7 @@ def _write_v3(location: Location, attributes: Mapping[str, object], *, replace: 
     group = {"zarr_format": 3, "node_type": "group"}
     updated = {**group, **stored, "attributes": {**kept, **attributes}}
     if updated != stored:
-        location.put("zarr.json", _encode(updated))
+        _put_json(location, "zarr.json", updated)
 
 
 def _stored_attributes(location: Location, version: str) -> dict[str, Any]:
@@ -351,8 +382,9 @@ def _read_json(location: Location, key: str) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _encode(document: Mapping[str, object]) -> bytes:
-    return json.dumps(document, indent=1).encode()
+def _put_json(location: Location, key: str, document: Mapping[str, object]) -> None:
+    # It may hold what others wrote, and nobody could write that again after a power loss.
+    location.put(key, json.dumps(document, indent=1).encode(), durable=True)
 
 
 # -- consolidated metadata
@@ -376,7 +408,7 @@ def _refresh_v3(group: Location, paths: Sequence[str]) -> None:
     # Entries are named by the path of the node.
     names = {f"{path}/zarr.json": path for path in paths}
     if _update_entries(group, record, names):
-        group.put("zarr.json", json.dumps(document).encode())
+        group.put("zarr.json", json.dumps(document).encode(), durable=True)
 
 
 def _refresh_v2(group: Location, paths: Sequence[str]) -> None:
@@ -385,7 +417,7 @@ def _refresh_v2(group: Location, paths: Sequence[str]) -> None:
     keys = [folder + name for folder in folders for name in METADATA[1:]]
     # Entries are named by the path of the file.
     if _update_entries(group, document, {key: key for key in keys}):
-        group.put(".zmetadata", json.dumps(document).encode())
+        group.put(".zmetadata", json.dumps(document).encode(), durable=True)
 
 
 def _update_entries(group: Location, record: dict[str, Any], names: Mapping[str, str]) -> bool:

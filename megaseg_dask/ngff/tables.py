@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.measurements import COLUMNS, UM_COLUMNS
 from megaseg_dask.errors import StoreError, TargetError
-from megaseg_dask.ngff.group import is_group, open_group, require_version, write_group
-from megaseg_dask.ngff.versions import version_of_format
+from megaseg_dask.ngff.group import find_attributes, require_version, write_group
+from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.stores import Location, naming
 
 Columns = Mapping[str, NDArray[Any]]
@@ -251,8 +251,9 @@ class ImageTable:
             return
         self.location.remove()
         names = [name for name in self._listed() if name != self.name]
-        zarr_format = open_group(self._tables).metadata.zarr_format
-        write_group(self._tables, version_of_format(zarr_format).name, {"tables": names})
+        for version in VERSIONS.values():
+            if self._tables.size(version.group_file) is not None:
+                write_group(self._tables, version.name, {"tables": names})
 
     def require_own(self) -> None:
         """Require that no table of this name is there that another program wrote.
@@ -260,17 +261,19 @@ class ImageTable:
         Raises:
             TargetError: There is one.
         """
-        if is_group(self.location) and not self._is_own():
+        attributes = find_attributes(self.location)
+        # A writer that was killed may have left a bare group.
+        if attributes and PROVENANCE not in attributes:
             raise TargetError(
                 f"{self.location} is a table that megaseg did not write, and is never replaced; "
                 "choose another name"
             )
 
     def _is_own(self) -> bool:
-        return is_group(self.location) and PROVENANCE in open_group(self.location).attrs
+        return PROVENANCE in (find_attributes(self.location) or {})
 
     def _listed(self) -> list[str]:
-        return list(cast("list[str]", open_group(self._tables).attrs.get("tables", [])))
+        return list((find_attributes(self._tables) or {}).get("tables", []))
 
 
 # -- reading

@@ -17,7 +17,7 @@ from megaseg_dask.run.state import Ending, TaskSummary, VolumeState
 from megaseg_dask.run.status import unread_fields
 from megaseg_dask.run.target import publish
 from megaseg_dask.run.target.arrays import Target
-from megaseg_dask.run.target.tables import remove_tables, write_tables
+from megaseg_dask.run.target.tables import remove_tables, sweep_tables, write_tables
 from megaseg_dask.run.tasks.worker import missing_box, volume_name
 from megaseg_dask.run.workspace import RunFolder, Workspace
 
@@ -45,24 +45,31 @@ def begin(plan: Plan, journal: Journal, lease: Held) -> None:
         lease.require()
         publish.create(target)
     else:
-        journal.discard_damaged()
-        reopen(target)
+        reopen(target, journal)
     lease.require()
+    _sweep(target)
     publish.refresh_consolidated(target)
 
 
-def reopen(target: Target) -> None:
-    """Unpublish a run that goes on, and remove objects that it was writing when it was stopped."""
+def reopen(target: Target, journal: Journal) -> None:
+    """Unpublish a run that goes on, and remove records that do not count any more."""
+    journal.discard_damaged()
     publish.withdraw(target)
-    for group in target.iter_groups():
-        group.location.sweep_partial()
+
+
+def _sweep(target: Target) -> None:
+    """Remove files that clients and workers left when they were killed."""
+    target.sweep()
+    sweep_tables(target)
     target.plan.run.sweep_partial()
 
 
 def already_done(plan: Plan, journal: Journal) -> Result:
     """Return the result of a run that was complete before."""
+    folder = RunFolder(plan.run)
+    folder.restore(plan)
     # A run that was killed in its last moment left them.
-    RunFolder(plan.run).remove_work()
+    folder.remove_work()
     failures = unread_fields(plan)
     return Result(
         status="failed" if failures else "done",
@@ -121,6 +128,7 @@ def _publish(
         write_tables(target)
     lease.require()
     publish.refresh_consolidated(target)
+    _sweep(target)
 
 
 def read_states(plan: Plan, journal: Journal) -> list[VolumeState | None]:

@@ -293,9 +293,8 @@ def _join(plan: Plan, lease: Held, emit: Emit) -> Result | None:
     started_s = time.monotonic()
     if journal.result is not None:
         return already_done(plan, journal)
-    journal.discard_damaged()
     lease.require()
-    reopen(Target(plan))
+    reopen(Target(plan), journal)
     process = _Process(plan, journal, lease, emit)
     with journal.flushed(), journal.session():
         # Each of them, also after one that has to wait.

@@ -62,7 +62,7 @@ class Request:
         self._parts = self._plan()
 
     def _read_recorded(self) -> list[Plan]:
-        return RunFolder.plans(self._target, self._settings.label_name)
+        return RunFolder.plans(self._target, self._settings.label_name, skip_damaged=True)
 
     def _plan(self) -> list[tuple[Plan, Part]]:
         """Plan beside the recorded runs."""
@@ -126,6 +126,14 @@ def _open_journal(plan: Plan, part: Part, sync: Sync = lambda: None) -> Journal:
     for other in part.others:
         require_alike(plan, other)
     # Arrays that do not exist hold nothing, whatever a record beside them says.
-    require_free(target, is_joining=bool(part.others))
+    is_recorded = part.recorded is not None
+    try:
+        require_free(target, is_recorded=is_recorded, is_joining=bool(part.others))
+    except TargetError:
+        # A plan whose record is lost is named by its target and its journal too.
+        journal = Journal.read(plan, sync=sync)
+        if is_recorded or not is_present(target) or not journal.n_done:
+            raise
+        return journal
     require_own_tables(target)
     return Journal.of(plan, sync=sync)

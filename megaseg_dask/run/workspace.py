@@ -56,6 +56,10 @@ class Source(Readable, Protocol):
         ...
 
 
+class _DamagedPlanError(TargetError):
+    """The record of a plan cannot be understood."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """The folder of one run: what is recorded of it, and what its tasks leave for each other."""
@@ -63,10 +67,13 @@ class RunFolder:
     location: Location
 
     @classmethod
-    def plans(cls, target: Location, label_name: str | None = None) -> list[Plan]:
+    def plans(
+        cls, target: Location, label_name: str | None = None, *, skip_damaged: bool = False
+    ) -> list[Plan]:
         """Return the plans of the runs at a target, of one label name or of all.
 
         A plate may take several runs; those of one label name are in the order of their numbers.
+        A command that can write a damaged plan anew may skip it.
 
         Raises:
             TargetError: One cannot be read.
@@ -78,15 +85,10 @@ class RunFolder:
             names = [name for name in names if not name.startswith("+")]
         else:
             names = list(filter(run_names(label_name).fullmatch, names))
-        plans = map_threaded(lambda name: cls(runs / name).find_plan(), names)
+        plans = map_threaded(lambda name: cls(runs / name)._find(skip_damaged), names)
         return [plan for plan in plans if plan is not None]
 
     # -- the record
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether a plan is recorded here."""
-        return self.location.size(_PLAN) is not None
 
     def find_plan(self) -> Plan | None:
         """Return the recorded plan, if there is one, with the addresses where it is found.
@@ -100,9 +102,9 @@ class RunFolder:
         try:
             plan = Plan.model_validate_json(data)
         except ValueError as error:
-            raise TargetError(
-                f"{self.location}/{_PLAN} is damaged, or of another version of megaseg; "
-                "start again with --overwrite"
+            raise _DamagedPlanError(
+                f"{self.location}/{_PLAN} is damaged, or of another version of megaseg; run the "
+                "same megaseg segment command again, which goes on if the target is of that run"
             ) from error
         name = plan.resolved.label_name
         if not run_names(name).fullmatch(self.location.basename):
@@ -111,6 +113,14 @@ class RunFolder:
                 "this folder; move it back"
             )
         return plan.found_in(self.location)
+
+    def _find(self, skip_damaged: bool) -> Plan | None:
+        try:
+            return self.find_plan()
+        except _DamagedPlanError:
+            if not skip_damaged:
+                raise
+            return None
 
     def read_plan(self) -> Plan:
         """Return the recorded plan.
@@ -129,6 +139,11 @@ class RunFolder:
     def record(self, plan: Plan) -> None:
         """Record the plan of the run."""
         self.location.put(_PLAN, plan.model_dump_json(indent=1).encode(), durable=True)
+
+    def restore(self, plan: Plan) -> None:
+        """Record the plan again if its record is lost or damaged."""
+        if self._find(skip_damaged=True) is None:
+            self.record(plan)
 
     def clear(self) -> None:
         """Remove all that an earlier run left here, but its plan and its log."""

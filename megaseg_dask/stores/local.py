@@ -1,12 +1,13 @@
 """A folder of a file system, and what only a disk needs: to be flushed, swept and tried."""
 
 import ctypes
+import glob
 import os
 import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ import zarr.storage
 from megaseg_dask.errors import TargetError
 
 # zarr 3.1's LocalStore writes here and renames: the name without its last suffix, a UUID and this.
-# Objects of ours are written in the same way.
-_PARTIAL = re.compile(r".*\.[0-9a-f]{32}\.partial")
+# Objects of ours are written in the same way, to names that tell who wrote them.
+_PARTIAL = re.compile(r".*\.(megaseg-)?[0-9a-f]{32}\.partial")
 # A file in the place of a folder holds no objects, and a folder is none.
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -49,7 +50,7 @@ class LocalFolder:
         target = self.path / key
         standing = _nearest_existing([*target.parents])
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+        staged = target.with_name(f"{target.name}.megaseg-{uuid.uuid4().hex}.partial")
         try:
             _write_new(staged, data, durable=durable)
             yield staged
@@ -205,3 +206,10 @@ def sweep_partial(path: Path) -> int:
             (Path(folder) / name).unlink(missing_ok=True)
             n += 1
     return n
+
+
+def sweep_staged(path: Path, names: Iterable[str]) -> None:
+    """Remove the files of killed writers of ours of some objects in a folder of others."""
+    for name in names:
+        for left in path.glob(f"{glob.escape(name)}.megaseg-*.partial"):
+            left.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ options that differ. Errors name the address, the cause and the next step.
 
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -311,6 +311,18 @@ class Location:
             return 0
         with naming(self, "remove"):
             return local.sweep_partial(self.path)
+
+    def sweep_staged(self, names: Iterable[str]) -> None:
+        """Remove what interrupted writes of ours of some objects left in this local folder.
+
+        Other programs may write here at the same time.
+
+        Raises:
+            StoreError: It cannot be removed.
+        """
+        if self.is_local:
+            with naming(self, "remove"):
+                local.sweep_staged(self.path, names)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def test_a_failed_write_leaves_nothing(write, tmp_path):
 
 
 def test_files_that_a_killed_writer_left_are_no_objects(tmp_path):
-    (tmp_path / f"a.json.{'0' * 32}.partial").write_text("{")
+    (tmp_path / f"a.json.megaseg-{'0' * 32}.partial").write_text("{")
     (tmp_path / "a.json").write_text("{}")
     folder = Location.of(tmp_path)
     assert folder.keys("") == ["a.json"]

@@ -22,6 +22,7 @@ from megaseg_dask.stores import METADATA, Location, naming
 
 # Labels before the scores that they belong to: a reader that sees the image then sees all of it.
 _ORDER = ("mask", "labels", "scores")
+_DOCUMENTS = (*METADATA, ".zmetadata")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +141,21 @@ class ImageTarget:
                     objects[key] = data
         return objects
 
+    def sweep(self) -> None:
+        """Remove what writers of the labels left in a source that were killed."""
+        for group in self.label_groups:
+            group.location.sweep_partial()
+            (self.location / "tables" / group.name).sweep_partial()
+        for folder in (self.location, self.labels, self.location / "tables"):
+            folder.sweep_staged(_DOCUMENTS)
+
     def clear(self) -> None:
         """Remove what the run would write of the image; nothing else."""
         for group in self.groups:
             if not group.is_label:
                 _remove_levels(group.location)
             elif group.location.exists():
+                _remove_levels(group.location)
                 group.location.remove()
                 if folders(self.labels):
                     remove_label(self.location, self._plan.target_image.version, group.name)
@@ -232,6 +242,14 @@ class Target:
 
         map_threaded(copy, others)
 
+    def sweep(self) -> None:
+        """Remove what writers left that were killed; in a source, only what is ours."""
+        if not self.is_in_place:
+            self.location.sweep_partial()
+            return
+        map_threaded(ImageTarget.sweep, self.images)
+        self.location.sweep_staged(_DOCUMENTS)
+
     def clear(self) -> None:
         """Remove what the run would write at the target; nothing else."""
         if self.location.exists():
@@ -244,9 +262,13 @@ def folders(group: Location) -> set[str]:
 
 
 def _remove_levels(group: Location) -> None:
-    """Remove the numbered arrays of an image and its metadata; all else stays."""
-    for name in group.children():
-        if name.isdigit():
-            (group / name).remove()
-        elif name in ("zarr.json", ".zattrs", ".zgroup"):
+    """Remove the numbered arrays of an image and its metadata; all else stays.
+
+    The metadata go last: they tell that the arrays are ours, should this be interrupted.
+    """
+    names = group.children()
+    for name in filter(str.isdigit, names):
+        (group / name).remove()
+    for name in ("zarr.json", ".zattrs", ".zgroup"):
+        if name in names:
             group.delete(name)

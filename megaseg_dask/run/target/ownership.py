@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError
-from megaseg_dask.ngff.group import read_attributes, require_version
+from megaseg_dask.ngff.group import find_attributes, require_version
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.target.arrays import ImageTarget, Target, folders
-from megaseg_dask.run.target.provenance import is_of_run, provenance_at
+from megaseg_dask.run.target.provenance import PROVENANCE, is_of_run, provenance_at
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
@@ -27,10 +27,14 @@ def remove_replaced(plans: Sequence[Plan]) -> None:
     for plan in plans:
         replaced |= Target(plan).paths
     staying = {plan.run for plan in plans}
-    for earlier in RunFolder.plans(plans[0].target, plans[0].resolved.label_name):
+    for earlier in _recorded_beside(plans[0]):
         shares_fields = not replaced.isdisjoint(Target(earlier).paths)
         if earlier.run not in staying and shares_fields:
             earlier.run.remove()
+
+
+def _recorded_beside(plan: Plan) -> list[Plan]:
+    return RunFolder.plans(plan.target, plan.resolved.label_name, skip_damaged=True)
 
 
 def require_alike(plan: Plan, other: Plan) -> None:
@@ -119,10 +123,11 @@ def is_present(target: Target) -> bool:
     return all(is_of_run(target.plan, provenance_at(group)) for group in target.marked[:_MAX_MARKS])
 
 
-def require_free(target: Target, *, is_joining: bool = False) -> None:
+def require_free(target: Target, *, is_recorded: bool, is_joining: bool = False) -> None:
     """Check that nothing of another run or program is where the run would write.
 
-    A run that ``is_joining`` others adds fields to their plate.
+    A run that ``is_recorded`` may find its own arrays there. One that ``is_joining`` others adds
+    fields to their plate.
 
     Raises:
         TargetError: Something is in the way.
@@ -130,8 +135,6 @@ def require_free(target: Target, *, is_joining: bool = False) -> None:
     locations = [target.location]
     if target.is_in_place or is_joining:
         locations = [group.location for group in target.iter_groups()]
-    # A person who agreed to --overwrite once, and was interrupted, need not agree again.
-    is_recorded = RunFolder(target.plan.run).is_recorded
     map_threaded(lambda where: _require_free(target, where, is_recorded=is_recorded), locations)
     map_threaded(lambda image: _require_one_version(target, image), target.images)
 
@@ -148,6 +151,7 @@ def _require_free(target: Target, where: Location, *, is_recorded: bool) -> None
             f"{where} holds Zarr data that megaseg did not write, and is never replaced; "
             "choose another target"
         )
+    # A person who agreed to --overwrite once, and was interrupted, need not agree again.
     if target.plan.settings.overwrite or (is_recorded and _is_ours(target, where)):
         return
     raise TargetError(
@@ -171,14 +175,11 @@ def _is_foreign(location: Location) -> bool:
     has_arrays = any(map(str.isdigit, names))
     if not has_arrays and not names & {"zarr.json", ".zgroup", ".zarray"}:
         return False
-    if provenance_at(location) is not None:
-        return False
-    try:
-        attributes = read_attributes(location)
-    except Exception:
+    attributes = find_attributes(location)
+    if attributes is None:
         return True
     # A bare group may be one whose mark was not yet written when its run was killed.
-    return has_arrays or bool(attributes)
+    return PROVENANCE not in attributes and (has_arrays or bool(attributes))
 
 
 def _require_one_version(target: Target, image: ImageTarget) -> None:

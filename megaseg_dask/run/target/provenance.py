@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from megaseg_dask.ngff.group import read_attributes
+from megaseg_dask.ngff.group import find_attributes
 from megaseg_dask.plan.plan import Plan, PlannedVolume
 from megaseg_dask.run.state import OutputState, VolumeState
 from megaseg_dask.stores import Location
@@ -23,11 +23,13 @@ Measured = tuple[PlannedVolume, VolumeState | None]
 
 
 def provenance_at(group: Location) -> Json | None:
-    """Return the mark or the provenance that a run left at a group, ``None`` if none did."""
-    try:
-        attributes = read_attributes(group)
-    except Exception:
-        return None
+    """Return the mark or the provenance that a run left at a group, ``None`` if none did.
+
+    Raises:
+        TargetError: The metadata of the group are damaged.
+        StoreError: The store failed.
+    """
+    attributes = find_attributes(group) or {}
     return attributes.get(PROVENANCE)
 
 

@@ -24,6 +24,7 @@ from megaseg_dask.run.target.provenance import (
     provenance_by,
 )
 from megaseg_dask.stores import Location, clear_array_cache
+from megaseg_dask.stores.failures import is_denied
 
 Json = dict[str, Any]
 
@@ -167,8 +168,10 @@ def _plate_groups_above(image: Location) -> list[Location]:
     well = image.parent
     try:
         is_field = "well" in open_ome_group(well, "well")[1]
-    except (SourceError, StoreError):
+    except (SourceError, StoreError) as error:
         # A user who may write an image need not be allowed to read the groups above it.
+        if isinstance(error, StoreError) and not is_denied(error):
+            raise
         is_field = False
     return [well, well.parent, well.parent.parent] if is_field else []
 

@@ -61,6 +61,12 @@ def remove_tables(target: Target) -> None:
     map_threaded(remove, target.images)
 
 
+def sweep_tables(target: Target) -> None:
+    """Remove what a writer of the Parquet file left that was killed."""
+    table = table_location(target.location)
+    table.parent.sweep_staged([table.basename])
+
+
 def write_tables(target: Target) -> None:
     """Write the measurements of all volumes that have some."""
     plan = target.plan

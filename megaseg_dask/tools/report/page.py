@@ -18,7 +18,6 @@ from markupsafe import Markup
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.events import Failure
 from megaseg_dask.messages import duration
-from megaseg_dask.ngff.group import read_attributes
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.plan.settings import Settings, declared
@@ -27,7 +26,7 @@ from megaseg_dask.run import log
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import estimate_time
 from megaseg_dask.run.target.arrays import Target
-from megaseg_dask.run.target.provenance import PROVENANCE
+from megaseg_dask.run.target.provenance import provenance_at
 from megaseg_dask.tools.report import figures
 from megaseg_dask.tools.report.charts import number
 from megaseg_dask.tools.report.pictures import Thumbnail, seam_pictures, thumbnails
@@ -298,11 +297,9 @@ def _origin(plans: Sequence[Plan]) -> Origin:
 def _versions(plan: Plan) -> Mapping[str, str]:
     """Return the versions that the first finished output names; none if nothing is finished."""
     for group in islice(Target(plan).iter_groups(), _MAX_SAMPLES):
-        try:
-            provenance = read_attributes(group.location)[PROVENANCE]
-        except Exception:  # zarr raises many kinds of error for a group that is not there
-            continue
-        return dict(provenance["versions"])
+        provenance = provenance_at(group.location) or {}
+        if "versions" in provenance:
+            return dict(provenance["versions"])
     return {}
 
 

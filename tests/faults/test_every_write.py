@@ -1,0 +1,152 @@
+"""Promise 5, call by call: a kill before any change of the disk, then the same command again."""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run import journal
+from megaseg_dask.stores.arrays import clear_array_cache
+from tests.fixtures.disk import Disk, Killed, Tree, read_tree, write_tree
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
+
+SEED = 16
+# Kills in each scenario; `MEGASEG_KILLS=1000` tries every one.
+N_KILLS = int(os.environ.get("MEGASEG_KILLS", "20"))
+SHAPE = (20, 36, 40)
+# What a run keeps for the next one, and what differs from one run to the next.
+_RECORDS = re.compile(r"\w+\.zarr\.run/.*(plan\.json|lease.*|(journal|log|volumes)/.*)")
+
+
+@dataclass
+class Scenario:
+    """A command on a folder: what stands there before, and its options."""
+
+    before: Callable[[Path], None]
+    options: dict[str, Any] = field(default_factory=dict)
+    target: str = "out.zarr"
+
+
+def _image(folder: Path, version: str = "0.5", seed: int = 0) -> None:
+    write_image(folder / "image.zarr", blobs(SHAPE, seed), version=version, chunks=(20, 20, 20))
+
+
+def _plate(folder: Path) -> None:
+    import zarr
+
+    root = zarr.open_group(folder / "image.zarr", mode="w", zarr_format=3)
+    wells = [{"path": f"A/{n}", "rowIndex": 0, "columnIndex": n - 1} for n in (1, 2)]
+    columns = [{"name": "1"}, {"name": "2"}]
+    plate = {"name": "p", "rows": [{"name": "A"}], "columns": columns, "wells": wells}
+    root.attrs["ome"] = {"version": "0.5", "plate": plate}
+    root.create_group("A")
+    for number, well in enumerate(wells):
+        group = root.create_group(well["path"])
+        group.attrs["ome"] = {"version": "0.5", "well": {"images": [{"path": "0"}]}}
+        write_image(folder / "image.zarr" / well["path"] / "0", blobs((16, 20, 24), number))
+
+
+BLOCKS = {"block": "20,20,40", "threshold": "otsu", "fill_holes": 20}
+ALL = {"outputs": "labels,scores,mask,measurements"}
+SCENARIOS = {
+    "plain": Scenario(_image, ALL),
+    "blocks": Scenario(_image, {**BLOCKS, **ALL}),
+    "plate": Scenario(_plate, ALL),
+    "in place": Scenario(
+        lambda folder: _image(folder, "0.4"),
+        {"block": "20,20,40", "outputs": "labels,measurements"},
+        "image.zarr",
+    ),
+    "overwrite": Scenario(_image, {"overwrite": True, "ome_zarr": "0.4", **ALL}),
+    "overwrite blocks": Scenario(_image, {"overwrite": True, **BLOCKS, **ALL}),
+}
+
+
+class Runs:
+    """One scenario in one folder, that is run, cut and set back."""
+
+    def __init__(self, scenario: Scenario, folder: Path, bundle: Path) -> None:
+        self._scenario = scenario
+        self._bundle = bundle
+        self.folder = folder / "disk"
+        self.folder.mkdir()
+        self.disk = Disk(self.folder)
+        scenario.before(self.folder)
+        if scenario.options.get("overwrite"):
+            # A finished run of another threshold stands in the way.
+            self.run(overwrite=False, threshold=0.3, fill_holes=0)
+        self._before = read_tree(self.folder)
+        with self.disk.watched():
+            assert self.run().status == "done"
+        self.n_changes = self.disk.n_changes
+        self.calm = read_tree(self.folder)
+
+    def run(self, **options: Any) -> Any:
+        clear_array_cache()
+        given = {
+            "model": str(self._bundle),
+            "engine": "torch",
+            "threads": 1,
+            "overlap": 0,
+            **self._scenario.options,
+            **options,
+        }
+        source, target = (str(self.folder / n) for n in ("image.zarr", self._scenario.target))
+        return segment_here(source, target, parse_settings(given))
+
+    def reset(self) -> None:
+        shutil.rmtree(self.folder)
+        write_tree(self.folder, self._before)
+
+    def require_calm(self, where: str) -> None:
+        assert self.run().status == "done", where
+        found = read_tree(self.folder)
+        assert _names(found) == _names(self.calm), where
+        for name in _names(found):
+            assert _content(name, found) == _content(name, self.calm), f"{where}: {name}"
+
+
+def _names(tree: Tree) -> set[str]:
+    return {name for name in tree if not _RECORDS.fullmatch(name)}
+
+
+def _content(name: str, tree: Tree) -> Any:
+    if name.endswith((".json", ".zattrs", ".zgroup", ".zarray")):
+        return json.loads(tree[name])
+    return tree[name]
+
+
+@pytest.fixture(autouse=True)
+def _many_records(monkeypatch):
+    """Each finished task is recorded at once, so that a kill may fall between any two."""
+    monkeypatch.setattr(journal, "_MIN_SEGMENT_S", 0.0)
+
+
+def cases() -> Iterator[Any]:
+    """The name of a scenario, and how many kills it takes: a few in the fast tests."""
+    yield "plain", 3
+    for name in SCENARIOS:
+        yield pytest.param(name, N_KILLS, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
+
+
+@pytest.mark.parametrize(("name", "n_kills"), list(cases()), ids=str)
+def test_a_kill_before_any_change_of_the_disk(name, n_kills, tmp_path, tiny_bundle):
+    runs = Runs(SCENARIOS[name], tmp_path, tiny_bundle)
+    step = max(runs.n_changes // n_kills, 1)
+    first = random.Random(SEED).randrange(step)
+    for kill_at in range(first, first + step * n_kills, step):
+        runs.reset()
+        # Threads do not make the same number of changes each time: the last kill may come too late.
+        with runs.disk.watched(kill_at), suppress(Killed):
+            runs.run()
+        runs.require_calm(f"{name}, killed before change {kill_at} of {runs.n_changes}")

@@ -1,0 +1,162 @@
+"""The record of a run is damaged, lost, or cannot be read for a moment: no task is lost."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megaseg_dask.errors import MegasegError, TargetError
+from megaseg_dask.events import Event, Progress, Result, Started
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.status import status
+from megaseg_dask.stores.arrays import clear_array_cache
+from tests.fixtures.disk import Disk, read_tree, write_tree
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
+
+SHAPE = (20, 20, 60)
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "absent": lambda whole: None,
+    "empty": lambda whole: b"",
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "zeros": lambda whole: bytes(len(whole)),
+    "of another version": lambda whole: b"{}",
+}
+
+
+class Run:
+    """A small run of two blocks, in this process."""
+
+    def __init__(self, folder: Path, bundle: Path) -> None:
+        self.folder = folder / "disk"
+        self.folder.mkdir()
+        self.target = self.folder / "out.zarr"
+        self.record = self.folder / "out.zarr.run/megaseg"
+        self.n_before = -1
+        self._bundle = bundle
+        write_image(self.folder / "image.zarr", blobs(SHAPE), chunks=(20, 20, 20))
+
+    def go(self, stop_in: str = "", **options) -> Result:
+        """Run, as a new process would; perhaps until a stage begins."""
+        clear_array_cache()
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Started):
+                self.n_before = event.n_done
+            if isinstance(event, Progress) and event.stage == stop_in:
+                raise KeyboardInterrupt
+
+        given = {
+            "model": str(self._bundle),
+            "engine": "torch",
+            "threads": 1,
+            "overlap": 0,
+            "block": "20,20,30",
+            "retries": 0,
+            **options,
+        }
+        settings = parse_settings(given)
+        return segment_here(
+            str(self.folder / "image.zarr"), str(self.target), settings, emit=listen
+        )
+
+    def end(self) -> str:
+        """Run, and return how it ended."""
+        try:
+            return self.go().status
+        except MegasegError as error:
+            return str(error)
+
+    def stop_in(self, stage: str) -> int:
+        """Run until a stage begins; return how many tasks are done."""
+        with pytest.raises(KeyboardInterrupt):
+            self.go(stop_in=stage)
+        return self.n_done
+
+    @property
+    def n_done(self) -> int:
+        (run,) = status(str(self.target))
+        return sum(done for done, _ in run.stages.values())
+
+    def damage_plan(self, damage: Callable[[bytes], bytes | None]) -> None:
+        path = self.record / "plan.json"
+        data = damage(path.read_bytes())
+        path.unlink()
+        if data is not None:
+            path.write_bytes(data)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_bundle) -> Run:
+    return Run(tmp_path, tiny_bundle)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_lost_plan_is_known_again_by_its_target_and_its_journal(damage, run):
+    n_done = run.stop_in("label")
+    assert n_done
+    run.damage_plan(damage)
+    assert run.go().status == "done"
+    assert run.n_before == n_done
+    n_done = run.n_done
+    run.damage_plan(damage)
+    assert run.go().already_done
+    # It is recorded again.
+    assert run.n_done == n_done
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_without_its_plan_the_target_of_another_run_stays_until_overwritten(damage, run):
+    run.stop_in("label")
+    run.damage_plan(damage)
+    before = read_tree(run.target)
+    with pytest.raises(TargetError, match="--overwrite"):
+        run.go(threshold=0.4)
+    assert read_tree(run.target) == before
+    assert run.go(threshold=0.4, overwrite=True).status == "done"
+    assert run.go(threshold=0.4).already_done
+
+
+def test_a_command_that_needs_the_plan_says_what_writes_it_anew(run):
+    run.stop_in("segment")
+    run.damage_plan(lambda whole: b"")
+    with pytest.raises(TargetError, match=r"plan\.json is damaged.* run the same megaseg segment"):
+        status(str(run.target))
+
+
+def fail_reads_of_a_resumed_run(run: Run, n_trials: int) -> None:
+    """Let one read of a resumed run fail, time and again.
+
+    Whatever fails, no finished task is forgotten, and the next run ends as if nothing had been.
+    """
+    run.go()
+    calm = read_tree(run.target)
+    for path in (run.target, run.record.parent):
+        shutil.rmtree(path)
+    n_done = run.stop_in("label")
+    before = read_tree(run.folder)
+    disk = Disk(run.folder)
+    with disk.failing():
+        run.go()
+    n_reads = disk.n_reads
+    for fail_at in random.Random(17).sample(range(n_reads), n_trials):
+        shutil.rmtree(run.folder)
+        write_tree(run.folder, before)
+        with disk.failing(fail_at):
+            end = run.end()
+        assert end in ("done", "failed") or "Stale file handle" in end
+        assert run.go().status == "done"
+        assert run.n_before in (-1, n_done) or run.n_before > n_done, fail_at
+        assert read_tree(run.target) == calm, fail_at
+
+
+def test_a_read_that_fails_once_loses_no_finished_task(run):
+    fail_reads_of_a_resumed_run(run, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_no_read_that_fails_loses_a_finished_task(run):
+    fail_reads_of_a_resumed_run(run, 60)
