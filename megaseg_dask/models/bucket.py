@@ -85,7 +85,10 @@ class Bucket:
                     f"cannot list {self.location}: a web server does not list what it has; name "
                     "the object itself"
                 )
-            listed = obstore.list_with_delimiter(self._client(patient=False), self._prefix or None)
+            client = self._client(patient=False)
+            listed = self.location.patience(patient=False).ask(
+                lambda: obstore.list_with_delimiter(client, self._prefix or None)
+            )
             return [self._stored(dict(meta)) for meta in listed["objects"]]
 
     def find(self, name: str) -> StoredObject | None:
@@ -97,8 +100,10 @@ class Bucket:
         """
         key = f"{self._prefix}/{name}" if self._prefix else name
         with self._naming("read", (self.location / name).url):
+            client = self._client(patient=False)
             try:
-                return self._stored(dict(obstore.head(self._client(patient=False), key)))
+                meta = self.location.patience(patient=False).ask(lambda: obstore.head(client, key))
+                return self._stored(dict(meta))
             except FileNotFoundError:
                 return None
 
@@ -111,18 +116,22 @@ class Bucket:
             StoreError: The object has changed, or the store does not answer.
         """
         with self._naming("read", stored.url):
-            client = self._client(patient=True)
-            try:
-                answer = obstore.get(client, stored.key, options={"range": (start, stop)})
-            except NotSupportedError:
-                answer = obstore.get(client, stored.key)
-                stop = stored.n_bytes
-            # Asked for with If-Match, some servers answer with an error that is repeated in vain.
-            if self._stored(dict(answer.meta)).version != stored.version:
-                raise StoreError(
-                    f"{stored.url} changed while it was fetched; the same command starts again"
-                )
-            data = bytes(answer.bytes())
+            patience = self.location.patience(patient=True)
+            return patience.ask(lambda: self._read_once(stored, start, stop))
+
+    def _read_once(self, stored: StoredObject, start: int, stop: int) -> bytes:
+        client = self._client(patient=True)
+        try:
+            answer = obstore.get(client, stored.key, options={"range": (start, stop)})
+        except NotSupportedError:
+            answer = obstore.get(client, stored.key)
+            stop = stored.n_bytes
+        # Asked for with If-Match, some servers answer with an error that is repeated in vain.
+        if self._stored(dict(answer.meta)).version != stored.version:
+            raise StoreError(
+                f"{stored.url} changed while it was fetched; the same command starts again"
+            )
+        data = bytes(answer.bytes())
         if answer.range == (0, stored.n_bytes):
             data = data[start:]
         if len(data) != stop - start:

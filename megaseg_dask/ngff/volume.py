@@ -23,6 +23,7 @@ from megaseg_dask.stores import (
     cached_array,
     cause_of,
     is_store_failure,
+    naming,
     store_error,
     zarr_store,
 )
@@ -243,6 +244,9 @@ def create_array(location: Location, image: Image, level: int, dtype: str, layou
     """Create one level's array, in the image's version, over what may be there.
 
     Chunks have an extent of one in t and c.
+
+    Raises:
+        StoreError: The store failed.
     """
     version = VERSIONS[image.version]
     chunks = _per_axis(image, layout.chunk_shape)
@@ -254,17 +258,18 @@ def create_array(location: Location, image: Image, level: int, dtype: str, layou
     else:
         # OME-Zarr 0.4 asks for nested folders, which is not Zarr v2's own default.
         options["chunk_key_encoding"] = {"name": "v2", "separator": "/"}
-    zarr.create_array(
-        zarr_store(location, read_only=False),
-        shape=image.levels[level].shape,
-        chunks=chunks,
-        dtype=dtype,
-        compressors=dict(version.compressor),
-        fill_value=0,
-        zarr_format=version.zarr_format,
-        overwrite=True,
-        **options,
-    )
+    with naming(location, "create"):
+        zarr.create_array(
+            zarr_store(location, read_only=False),
+            shape=image.levels[level].shape,
+            chunks=chunks,
+            dtype=dtype,
+            compressors=dict(version.compressor),
+            fill_value=0,
+            zarr_format=version.zarr_format,
+            overwrite=True,
+            **options,
+        )
 
 
 def _per_axis(image: Image, spatial: Shape) -> Shape:

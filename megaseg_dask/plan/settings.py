@@ -389,7 +389,8 @@ class Settings(BaseModel):
         Natural,
         Option(
             RUN,
-            "Further attempts for a task whose worker or store failed.",
+            "Further attempts for a failed request to a store, and for a task whose worker or "
+            "store failed.",
             "N",
         ),
     ] = 3

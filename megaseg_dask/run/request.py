@@ -44,7 +44,11 @@ class Request:
             BundleError: The model cannot be used.
         """
         self.store_options = StoreOptions.parse(
-            settings.endpoint, settings.anon, settings.storage_option or (), source
+            settings.endpoint,
+            settings.anon,
+            settings.storage_option or (),
+            source,
+            settings.retries,
         )
         configure(self.store_options)
         self._source = source

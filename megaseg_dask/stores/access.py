@@ -38,13 +38,15 @@ class StoreOptions:
 
     ``options`` may name their scheme, as in ``s3.region``, and may hold secrets:
     no ``repr`` shows them. ``anonymous`` holds at and below the address
-    ``anonymous_under``, or everywhere if that is ``None``.
+    ``anonymous_under``, or everywhere if that is ``None``. ``retries`` is how often
+    a failed request is made again (:mod:`megaseg_dask.stores.patience`).
     """
 
     endpoint: str | None = None
     anonymous: bool = False
     anonymous_under: str | None = None
     options: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    retries: int = 3
 
     def __post_init__(self) -> None:
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
@@ -59,6 +61,7 @@ class StoreOptions:
         anon: bool = False,
         storage_options: Iterable[str] = (),
         source: str | None = None,
+        retries: int = 3,
     ) -> "StoreOptions":
         """Return the options of a command line; ``anon`` is for data at and below ``source`` alone.
 
@@ -77,7 +80,7 @@ class StoreOptions:
         if endpoint is not None:
             endpoint = endpoint.rstrip("/") or None
         under = normalize(source) if anon and source is not None else None
-        return cls(endpoint, anon, under, tuple(pairs))
+        return cls(endpoint, anon, under, tuple(pairs), retries)
 
     def is_anonymous(self, url: str) -> bool:
         """Return whether an address is read without credentials."""
@@ -85,6 +88,12 @@ class StoreOptions:
             return self.anonymous
         below = self.anonymous_under.rstrip("/") + "/"
         return url == self.anonymous_under or url.startswith(below)
+
+    def wait_s(self, url: str, *, patient: bool) -> float:
+        """Return the seconds for which requests to the store of an address are made again."""
+        if not patient:
+            return _RETRY_IMPATIENT_S
+        return float(self.for_scheme(url).get("retry_timeout", _RETRY_S))
 
     def for_scheme(self, url: str) -> dict[str, str]:
         """Return the options for the store of an address: for all stores, and for its scheme."""
@@ -151,6 +160,8 @@ _IMPATIENT = {"connect_timeout": "5s", "read_timeout": "10s", "timeout": "10s"}
 _MAX_RETRIES = 1000
 _MAX_RETRIES_IMPATIENT = 1
 _RETRY_S = 120.0
+# Long enough for an answer that is spoilt, and too short for one that does not come.
+_RETRY_IMPATIENT_S = 2.0
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 10.0
 

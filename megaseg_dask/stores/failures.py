@@ -35,7 +35,16 @@ class Cause:
         return self.kind in _KINDS_OF_REQUEST
 
 
-_KINDS_OF_REQUEST = {"bucket", "key", "credentials", "region", "denied", "protocol", "unsupported"}
+_KINDS_OF_REQUEST = {
+    "bucket",
+    "clock",
+    "credentials",
+    "denied",
+    "key",
+    "protocol",
+    "region",
+    "unsupported",
+}
 
 _NO_BUCKET = Cause("bucket", "there is no such bucket")
 _UNKNOWN_KEY = Cause("key", "the store does not know the access key")
@@ -44,6 +53,8 @@ _EXPIRED = Cause("key", "the credentials have expired")
 _OTHER_REGION = Cause("region", "the bucket is in another region")
 _ACCESS_DENIED = Cause("denied", "access denied")
 _BUSY = Cause("busy", "the store is too busy")
+_SLOW = Cause("lost", "the request reached the store too slowly")
+_WRONG_TIME = Cause("clock", "the clock of this machine is wrong")
 
 # Answers by their code, which S3, Azure and Google send.
 _CODES = {
@@ -59,6 +70,8 @@ _CODES = {
     "AuthorizationHeaderMalformed": _OTHER_REGION,
     "AccessDenied": _ACCESS_DENIED,
     "AuthorizationFailure": _ACCESS_DENIED,
+    "RequestTimeout": _SLOW,
+    "RequestTimeTooSkewed": _WRONG_TIME,
     "SlowDown": _BUSY,
     "ServerBusy": _BUSY,
 }
@@ -212,6 +225,7 @@ def _next_step(kind: str, verb: str, url: str, *, anonymous: bool) -> str:
         "credentials": f"set {variables}{public}",
         "denied": f"check whether {variables} may {verb} it{public}",
         "region": "set AWS_REGION to the region of the bucket",
+        "clock": "set it right",
         "ranges": (
             "sharded arrays need that: serve them with nginx, Caddy or an object store, "
             "or copy the image"

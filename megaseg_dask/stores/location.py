@@ -24,6 +24,7 @@ from megaseg_dask.stores.access import (
 from megaseg_dask.stores.backend import Backend
 from megaseg_dask.stores.failures import Cause, explain, is_store_failure
 from megaseg_dask.stores.object_store import BucketFolder
+from megaseg_dask.stores.patience import Patience
 from megaseg_dask.stores.web import WebFolder
 
 
@@ -121,10 +122,15 @@ class Location:
         """
         if self.is_local:
             return local.LocalFolder(self.path)
-        client = open_client(self.url, self.access, patient=patient and waits_for_stores())
+        patient = patient and waits_for_stores()
+        client = open_client(self.url, self.access, patient=patient)
         _, prefix = address.split(self.url)
-        folder = BucketFolder(client, prefix)
+        folder = BucketFolder(client, prefix, self.patience(patient=patient))
         return folder if self.is_listable else WebFolder(folder)
+
+    def patience(self, *, patient: bool) -> Patience:
+        """Return how often a failed request to this store is made again."""
+        return Patience(self.access.retries, self.access.wait_s(self.url, patient=patient))
 
     def exists(self) -> bool:
         """Return whether anything is there: a folder, or objects below a prefix."""
@@ -194,7 +200,7 @@ class Location:
         folder = self.parent.backend(patient=False)
         name = f"{self.basename}.megaseg-probe-{uuid.uuid4().hex[:8]}"
         with naming(self, "write", TargetError):
-            created = [folder.create(name, b"") for _ in range(2)]
+            created = [folder.create(name, data) for data in (b"first", b"second")]
             folder.delete(name)
         if created != [True, False]:
             raise TargetError(

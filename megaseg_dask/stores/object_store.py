@@ -1,9 +1,12 @@
 """A folder in a bucket of S3 or Google, or in a container of Azure, through obstore."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import PurePosixPath
+from typing import Self
 
 import obstore
 import obstore.exceptions
@@ -14,27 +17,67 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from megaseg_dask.stores.access import Client
 from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.failures import require_bucket, understand
+from megaseg_dask.stores.patience import Patience
 
 _BATCH = 1000
 _MAX_PASSES = 5
 
 
 class _ZarrObjects(zarr.storage.ObjectStore[Client]):
-    """Zarr's store of objects, in which denied metadata do not exist.
+    """Zarr's store of objects, whose requests are made again, and where denied metadata are absent.
 
     Zarr looks for metadata by trying, and S3 denies absent objects to readers
     who may not list.
     """
 
+    def __init__(self, client: Client, patience: Patience, *, read_only: bool) -> None:
+        super().__init__(client, read_only=read_only)
+        self._patience = patience
+
+    def with_read_only(self, read_only: bool = False) -> Self:
+        return type(self)(self.store, self._patience, read_only=read_only)
+
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
+        request = partial(super().get, key, prototype, byte_range)
+        may_be_absent = self.read_only and PurePosixPath(key).name in (*METADATA, ".zmetadata")
+        if not may_be_absent:
+            return await self._patience.ask_async(request)
         try:
-            return await super().get(key, prototype, byte_range)
+            return await self._patience.once.ask_async(request)
         except obstore.exceptions.PermissionDeniedError:
-            if self.read_only and PurePosixPath(key).name in (*METADATA, ".zmetadata"):
-                return None
-            raise
+            return None
+
+    async def exists(self, key: str) -> bool:
+        return await self._patience.ask_async(partial(super().exists, key))
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await self._patience.ask_async(partial(super().set, key, value))
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        await self._patience.ask_async(partial(super().set_if_not_exists, key, value))
+
+    async def delete(self, key: str) -> None:
+        await self._patience.ask_async(partial(super().delete, key))
+
+    async def delete_dir(self, prefix: str) -> None:
+        await self._patience.ask_async(partial(super().delete_dir, prefix))
+
+    def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        return self._listed(partial(super().list_dir, prefix))
+
+    def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
+        return self._listed(partial(super().list_prefix, prefix))
+
+    async def _listed(
+        self, listing: Callable[[], AsyncGenerator[str, None]]
+    ) -> AsyncGenerator[str, None]:
+        async def collect() -> list[str]:
+            return [name async for name in listing()]
+
+        for name in await self._patience.ask_async(collect):
+            yield name
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +86,24 @@ class BucketFolder:
 
     client: Client
     prefix: str
+    patience: Patience
 
     def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
-        obstore.put(self.client, self._key(key), data)
+        self.patience.ask(lambda: obstore.put(self.client, self._key(key), data))
 
     def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
         try:
-            obstore.put(self.client, self._key(key), data, mode="create")
+            self.patience.ask(lambda: obstore.put(self.client, self._key(key), data, mode="create"))
         except obstore.exceptions.AlreadyExistsError:
-            return False
+            # An earlier attempt may have been carried out, and its answer lost.
+            return self.get(key) == data
         return True
 
     def get(self, key: str) -> bytes | None:
         try:
-            return bytes(obstore.get(self.client, self._key(key)).bytes())
+            return self.patience.ask(
+                lambda: bytes(obstore.get(self.client, self._key(key)).bytes())
+            )
         except FileNotFoundError as error:
             require_bucket(error)
             return None
@@ -68,28 +115,30 @@ class BucketFolder:
         # A range beyond the end of an object is an error.
         if start >= size:
             return b""
-        stop = min(stop, size)
-        return bytes(obstore.get_range(self.client, self._key(key), start=start, end=stop))
+        end = min(stop, size)
+        return self.patience.ask(
+            lambda: bytes(obstore.get_range(self.client, self._key(key), start=start, end=end))
+        )
 
     def size(self, key: str) -> int | None:
         try:
-            return obstore.head(self.client, self._key(key))["size"]
+            return self.patience.ask(lambda: obstore.head(self.client, self._key(key))["size"])
         except FileNotFoundError as error:
             require_bucket(error)
             return None
 
     def delete(self, key: str) -> None:
         with suppress(FileNotFoundError):
-            obstore.delete(self.client, self._key(key))
+            self.patience.ask(lambda: obstore.delete(self.client, self._key(key)))
 
     def keys(self, prefix: str) -> list[str]:
-        keys: list[str] = []
-        for batch in self._iter_batches(_BATCH, prefix):
-            keys += map(self._relative, batch)
-        return sorted(keys)
+        batches = self.patience.ask(lambda: list(self._iter_batches(_BATCH, prefix)))
+        return sorted(map(self._relative, chain.from_iterable(batches)))
 
     def children(self) -> list[str]:
-        listing = obstore.list_with_delimiter(self.client, self.prefix or None)
+        listing = self.patience.ask(
+            lambda: obstore.list_with_delimiter(self.client, self.prefix or None)
+        )
         objects = [entry["path"] for entry in listing["objects"]]
         names = set(map(self._relative, [*listing["common_prefixes"], *objects]))
         # An empty name is the mark of a folder that some tools make.
@@ -108,22 +157,27 @@ class BucketFolder:
         return bool(self.prefix) and self.size("") is not None
 
     def is_folder(self) -> bool:
-        return any(self._iter_batches(1))
+        return self.patience.ask(lambda: any(self._iter_batches(1)))
 
     def remove(self) -> None:
         for _ in range(_MAX_PASSES):
-            complete = True
-            for batch in self._iter_batches(_BATCH):
-                try:
-                    obstore.delete(self.client, batch)
-                except FileNotFoundError:
-                    # Another process removes the same objects, and Azure then leaves the rest.
-                    complete = False
-            if complete:
+            if self.patience.ask(self._remove_listed):
                 return
 
+    def _remove_listed(self) -> bool:
+        """Remove what is listed; return whether all of that is gone."""
+        complete = True
+        for batch in self._iter_batches(_BATCH):
+            try:
+                obstore.delete(self.client, batch)
+            except FileNotFoundError:
+                # Another process removes the same objects, and Azure then leaves the rest.
+                complete = False
+        return complete
+
     def arrays(self, *, read_only: bool) -> zarr.storage.StoreLike:
-        return zarr.storage.StorePath(_ZarrObjects(self.client, read_only=read_only), self.prefix)
+        objects = _ZarrObjects(self.client, self.patience, read_only=read_only)
+        return zarr.storage.StorePath(objects, self.prefix)
 
     def _key(self, key: str) -> str:
         return "/".join(filter(None, (self.prefix, key)))
@@ -137,5 +191,5 @@ class BucketFolder:
 
     def _is_readable(self, key: str) -> bool:
         with suppress(obstore.exceptions.PermissionDeniedError):
-            return self.size(key) is not None
+            return replace(self, patience=self.patience.once).size(key) is not None
         return False

@@ -18,7 +18,7 @@ from megaseg_dask.ngff.labels import labels_group, remove_label
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.run.target.provenance import PROVENANCE
-from megaseg_dask.stores import METADATA, Location, naming
+from megaseg_dask.stores import METADATA, Location
 
 # Labels before the scores that they belong to: a reader that sees the image then sees all of it.
 _ORDER = ("mask", "labels", "scores")
@@ -127,8 +127,7 @@ class ImageTarget:
         dtype = dtypes[group.kind]
         for level in range(len(image.levels)):
             array = group.location / str(level)
-            with naming(array, "create"):
-                create_array(array, image, level, dtype, plan.layout(level))
+            create_array(array, image, level, dtype, plan.layout(level))
 
     def read_metadata(self) -> dict[str, bytes]:
         """Return the metadata objects of all nodes, by key below the image."""
