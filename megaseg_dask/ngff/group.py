@@ -18,7 +18,7 @@ import zarr
 from pydantic import ValidationError
 
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.errors import SourceError, StoreError, TargetError
+from megaseg_dask.errors import MegasegError, SourceError, StoreError, TargetError
 from megaseg_dask.messages import validation_message
 from megaseg_dask.ngff.versions import VERSIONS, Version, version_of_format
 from megaseg_dask.stores import (
@@ -32,6 +32,9 @@ from megaseg_dask.stores import (
     zarr_store,
 )
 from megaseg_dask.stores.failures import is_denied
+
+# The key of what this package says of an image or a table that it wrote.
+PROVENANCE = "megaseg"
 
 _CONSOLIDATED_V3 = "consolidated_metadata"
 _GROUP_KEYS = {"zarr_format", "node_type", "attributes", _CONSOLIDATED_V3}
@@ -130,6 +133,16 @@ def open_ome_group(location: Location, expected: str) -> tuple[int, dict[str, An
     """Return the Zarr format of the group at ``location``, and its OME metadata.
 
     Raises:
+        SourceError, StoreError: As :func:`open_attributes`.
+    """
+    zarr_format, attributes = open_attributes(location, expected)
+    return zarr_format, ome_of(attributes)
+
+
+def open_attributes(location: Location, expected: str) -> tuple[int, Mapping[str, Any]]:
+    """Return the Zarr format of the group at ``location``, and its attributes.
+
+    Raises:
         SourceError: There is no group; it says what is there instead of the
             ``expected``, such as "OME-Zarr image".
         StoreError: The store failed.
@@ -138,8 +151,7 @@ def open_ome_group(location: Location, expected: str) -> tuple[int, dict[str, An
     # own words.
     location.require_readable()
     try:
-        zarr_format, attributes = _read_group(location)
-        return zarr_format, ome_of(attributes)
+        return _read_group(location)
     except StoreError:
         raise
     except Exception as error:
@@ -203,6 +215,11 @@ def first_problem(error: ValidationError, *parents: str) -> str:
     return f"{path} {words}".strip()
 
 
+def lies_below(path: str) -> bool:
+    """Return whether a path in metadata names something below their group."""
+    return not {"", ".", ".."} & set(path.split("/"))
+
+
 def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
     """Return what a group is, and where an image of it would be, as the end of a sentence."""
     match ome:
@@ -230,6 +247,9 @@ def _describe_place(location: Location, error: Exception) -> str:
     with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         open_array(location)
         return f"a single Zarr array (name the folder of its image, perhaps {location.parent})"
+    kind = _other_format(location)
+    if kind:
+        return f"{kind} (convert it to OME-Zarr, with tensorstore in Python for instance)"
     names = _names_in(location)
     if any(version.group_file in names for version in VERSIONS.values()):
         return f"a Zarr group whose metadata cannot be read ({cause_of(error)})"
@@ -239,6 +259,22 @@ def _describe_place(location: Location, error: Exception) -> str:
     if len(names) > len(shown):
         shown.append("…")
     return f"a folder with {', '.join(shown)}"
+
+
+def _other_format(location: Location) -> str | None:
+    """Return what is in a folder of chunks of another format than Zarr."""
+    if {"n5", "dataType", "multiScale"} & _json_at(location, "attributes.json").keys():
+        return "an N5 container"
+    if "scales" in _json_at(location, "info"):
+        return "a precomputed volume of Neuroglancer"
+    return None
+
+
+def _json_at(location: Location, key: str) -> dict[str, Any]:
+    try:
+        return _parse(location.get(key))
+    except MegasegError:
+        return {}
 
 
 def _describe_file(location: Location) -> str:
@@ -288,7 +324,8 @@ def require_version(location: Location, version: str) -> None:
         if is_other and location.size(other.group_file) is not None:
             raise TargetError(
                 f"{location} is a Zarr v{other.zarr_format} group, and OME-Zarr {version} is "
-                f"stored as v{ours.zarr_format}; choose the other version with --ome-zarr"
+                f"stored as v{ours.zarr_format}; choose another target, or the other version with "
+                "--ome-zarr"
             )
 
 

@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 
 import numpy as np
 import zarr
@@ -21,12 +21,15 @@ from zarr.storage import MemoryStore
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.algorithms.pyramids import default_level_shapes
-from megaseg_dask.errors import SourceError, StoreError
+from megaseg_dask.errors import DataError, SourceError, StoreError
 from megaseg_dask.ngff.group import (
+    PROVENANCE,
     describe_group,
     first_problem,
+    lies_below,
     ome_attributes,
-    open_ome_group,
+    ome_of,
+    open_attributes,
     require_known_version,
 )
 from megaseg_dask.ngff.units import micrometers
@@ -36,6 +39,8 @@ from megaseg_dask.stores.failures import is_denied
 
 T = TypeVar("T")
 Json = Mapping[str, Any]
+# Scores are those that this package wrote.
+Kind = Literal["image", "label image", "scores"]
 
 # The thousands of fields of a plate have few different metadata documents. Each is parsed and
 # checked once; this many are kept.
@@ -108,6 +113,9 @@ class Image:
     channel_names: tuple[str, ...] = ()
     scale: tuple[float, ...] = ()
     translation: tuple[float, ...] = ()
+    # As it is stored: metadata of 0.4 may lie in Zarr v3.
+    zarr_format: int | None = None
+    kind: Kind = "image"
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -320,7 +328,8 @@ def read_image(location: Location) -> Image:
         SourceError: There is no image that can be read; it says what there is instead.
         StoreError: The store failed.
     """
-    zarr_format, ome = open_ome_group(location, "OME-Zarr image")
+    zarr_format, attributes = open_attributes(location, "OME-Zarr image")
+    ome = ome_of(attributes)
     entries = ome.get("multiscales")
     if not entries or not isinstance(entries, list) or not isinstance(entries[0], dict):
         raise SourceError(f"{location} is {describe_group(location, ome)}, not an OME-Zarr image")
@@ -341,7 +350,15 @@ def read_image(location: Location) -> Image:
         channel_names=_channel_names(ome),
         scale=scale,
         translation=translation,
+        zarr_format=zarr_format,
+        kind=_kind_of(attributes, ome),
     )
+
+
+def _kind_of(attributes: Json, ome: Json) -> Kind:
+    if "image-label" in ome:
+        return "label image"
+    return "scores" if PROVENANCE in attributes else "image"
 
 
 def _read_multiscale(location: Location, version: str, entry: Json) -> Json:
@@ -464,7 +481,7 @@ def _read_axes(location: Location, listed: Sequence[Json]) -> tuple[Axis, ...]:
 def _read_dataset(location: Location, axes: Sequence[Axis], dataset: Json) -> Level:
     """Return a level without its shape."""
     path = dataset["path"]
-    if path.startswith("/") or {"", ".", ".."} & set(path.split("/")):
+    if not lies_below(path):
         raise SourceError(f"{location}: level {path!r} does not lie in the image")
     scale, translation = _read_transforms(location / path, axes, dataset)
     return Level(path, (), scale, translation)
@@ -540,13 +557,17 @@ def _read_level_form(location: Location, path: str, axes: Sequence[Axis]) -> _Ar
         form = _read_array_form(location / path)
     except StoreError:
         raise
+    except DataError as error:
+        raise SourceError(str(error)) from error
     except FileNotFoundError as error:
         raise SourceError(
             f"{location} lists level {path!r}, but no Zarr array is there: the copy is incomplete"
         ) from error
     except Exception as error:
         raise SourceError(
-            f"{location / path} is no Zarr array that can be opened: {cause_of(error)}"
+            f"{location / path} is no Zarr array that can be opened: {cause_of(error)}; if it is "
+            "its codec that is not known, install the package that has it, or write the image "
+            "again, compressed by zstd or Blosc"
         ) from error
     n_dims = len(form.shape)
     if n_dims != len(axes):

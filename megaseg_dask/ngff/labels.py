@@ -4,7 +4,8 @@ Readers go by the list. A label image is added to it when it is complete, and
 taken off it before it is written again.
 """
 
-from megaseg_dask.ngff.group import is_group, read_ome, read_written_ome, write_ome
+from megaseg_dask.errors import SourceError
+from megaseg_dask.ngff.group import is_group, lies_below, read_ome, read_written_ome, write_ome
 from megaseg_dask.stores import Location
 
 
@@ -17,12 +18,17 @@ def list_labels(image: Location) -> list[str]:
     """Return the names of the label images of an image; empty if it has none.
 
     Raises:
+        SourceError: One of them does not lie in the image.
         StoreError: The store failed.
     """
     group = labels_group(image)
     if not is_group(group):
         return []
-    return [str(name) for name in read_ome(group).get("labels") or ()]
+    names = [str(name) for name in read_ome(group).get("labels") or ()]
+    for name in names:
+        if not lies_below(name):
+            raise SourceError(f"{group}: label image {name!r} does not lie in the image")
+    return names
 
 
 def add_label(image: Location, version: str, name: str) -> None:

@@ -20,14 +20,11 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.measurements import COLUMNS, UM_COLUMNS
 from megaseg_dask.errors import StoreError, TargetError
-from megaseg_dask.ngff.group import find_attributes, require_version, write_group
+from megaseg_dask.ngff.group import PROVENANCE, find_attributes, require_version, write_group
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.stores import Location, naming
 
 Columns = Mapping[str, NDArray[Any]]
-
-# The mark of a table that this package wrote; any other is never replaced.
-PROVENANCE = "megaseg"
 
 # Each row group costs a footer entry per column: one for each of a hundred thousand fields would
 # outweigh the rows.

@@ -128,6 +128,8 @@ class Volume:
 
         Codecs say what is wrong, but not where.
         """
+        if isinstance(error, MegasegError):
+            return error
         if not self.location.is_local and is_store_failure(error):
             # The store was asked again and again for minutes already.
             return store_error(self.location, "read", error)

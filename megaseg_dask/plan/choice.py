@@ -13,6 +13,7 @@ import numpy as np
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.messages import one_line
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.plan.resolved import OfLevel, normalization_of
@@ -20,6 +21,12 @@ from megaseg_dask.plan.settings import Settings
 from megaseg_dask.stores import Location
 
 _INDEX = "index:"
+# Their values are no brightness, and would be segmented as such.
+_NO_SOURCES = {
+    "label image": "is a label image, not an image to segment; name the image that it belongs to",
+    "scores": "holds scores that megaseg wrote, not an image to segment; name the image that they "
+    "were made from",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,8 @@ def choose(image: Image, settings: Settings, where: Location) -> Choice:
         SettingsError: The image lacks a level, channel, timepoint or region that is chosen.
         SourceError: The network cannot take its volumes.
     """
+    if image.kind != "image":
+        raise SourceError(f"{where} {_NO_SOURCES[image.kind]}")
     if 0 in image.levels[0].shape:
         extents = dict(zip(image.axis_names, image.levels[0].shape, strict=True))
         raise SourceError(f"{where} is empty: it has extents {extents}")
@@ -155,7 +164,7 @@ def _find_channel(text: str, names: Sequence[str], where: Location) -> int:
 
 def channel_text(index: int, name: str) -> str:
     """Return the index of a channel with its name, if it has one."""
-    return name if name == str(index) else f"{index} ({name})"
+    return name if name == str(index) else f"{index} ({one_line(name)})"
 
 
 def _listed(names: Sequence[str]) -> str:

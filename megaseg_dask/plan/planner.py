@@ -26,6 +26,7 @@ from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.registry import describe
 from megaseg_dask.ngff.image import Image, require_valid
 from megaseg_dask.ngff.plate import require_valid_listing
+from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.plan.choice import Choice
 from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
 from megaseg_dask.plan.memory import BUDGET_SHARE
@@ -191,6 +192,13 @@ class _Request:
     def require_publishable(self, image: Image) -> None:
         """Raise :class:`SourceError` if the outputs, one of which is ``image``, cannot be valid."""
         require_valid(image, self.first_field)
+        source = self.first_image
+        if self.is_in_place and VERSIONS[source.version].zarr_format != source.zarr_format:
+            raise SourceError(
+                f"{self.first_field} has metadata of OME-Zarr {source.version} in Zarr "
+                f"v{source.zarr_format}, which no version allows, so that labels in it would be "
+                "found by no program; choose another TARGET than the source"
+            )
         plate = self.part.plate
         if plate is not None and not self.is_in_place:
             require_valid_listing(plate, image.version)

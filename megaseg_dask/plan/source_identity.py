@@ -4,6 +4,7 @@ import hashlib
 import json
 
 from megaseg_dask.algorithms.geometry import BlockGrid
+from megaseg_dask.errors import DataError
 from megaseg_dask.ngff.group import read_attributes
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.stores import Location, open_array
@@ -21,6 +22,14 @@ def digest_of(location: Location, image: Image) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _first_bytes(location: Location, key: str) -> bytes:
+    try:
+        return location.head(key, _SAMPLE_BYTES) or b""
+    except DataError:
+        # It is no file that can be read. The task that needs it names it, and the others go on.
+        return b""
+
+
 def sample_of(location: Location) -> str:
     """Return a digest of the first bytes of some stored objects of an array.
 
@@ -33,5 +42,5 @@ def sample_of(location: Location) -> str:
     digest = hashlib.sha256()
     for number in sorted(numbers):
         key = array.metadata.encode_chunk_key(grid.position(number))
-        digest.update(key.encode() + (location.head(key, _SAMPLE_BYTES) or b""))
+        digest.update(key.encode() + _first_bytes(location, key))
     return digest.hexdigest()

@@ -32,7 +32,7 @@ def normalize(address: str | Path) -> str:
     Raises:
         SettingsError: This cannot be an address; the message repeats no credentials in it.
     """
-    text = str(address).removeprefix("file://")
+    text = _path_of_file_url(str(address))
     if not text:
         raise SettingsError("an empty path names no image; give a folder such as cells.zarr")
     scheme, separator, rest = text.partition("://")
@@ -53,6 +53,14 @@ def normalize(address: str | Path) -> str:
     if scheme in WEB:
         return _normalize_web(text)
     return _normalize_keys(scheme, rest)
+
+
+def _path_of_file_url(text: str) -> str:
+    """Return the path that a ``file://`` URL means, in which %20 is a space; else the text."""
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme.lower() != LOCAL:
+        return text
+    return unquote(re.sub("^localhost(?=/)", "", rest))
 
 
 def _require_no_secrets(scheme: str, rest: str) -> None:

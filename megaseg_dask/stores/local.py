@@ -1,5 +1,6 @@
 """A folder of a file system, and what only a disk needs: to be flushed, swept and tried."""
 
+import asyncio
 import ctypes
 import glob
 import os
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zarr.storage
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
 
-from megaseg_dask.errors import TargetError
+from megaseg_dask.errors import DataError, TargetError
 
 # zarr 3.1's LocalStore writes here and renames: the name without its last suffix, a UUID and this.
 # Objects of ours are written in the same way, to names that tell who wrote them.
@@ -65,12 +68,14 @@ class LocalFolder:
 
     def get(self, key: str) -> bytes | None:
         try:
+            require_regular(self.path, key)
             return (self.path / key).read_bytes()
         except _ABSENT:
             return None
 
     def get_range(self, key: str, start: int, stop: int) -> bytes | None:
         try:
+            require_regular(self.path, key)
             with (self.path / key).open("rb") as file:
                 file.seek(start)
                 return file.read(stop - start)
@@ -110,7 +115,54 @@ class LocalFolder:
                 shutil.rmtree(self.path)
 
     def arrays(self, *, read_only: bool) -> zarr.storage.StoreLike:
-        return zarr.storage.LocalStore(self.path, read_only=read_only)
+        return RegularFiles(self.path, read_only=read_only)
+
+
+class RegularFiles(zarr.storage.LocalStore):
+    """A store of zarr that reads regular files alone."""
+
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        with suppress(*_ABSENT):
+            await asyncio.to_thread(require_regular, self.root, key)
+        return await super().get(key, prototype, byte_range)
+
+
+def require_regular(root: Path, key: str) -> None:
+    """Require that an object of a folder is a file that lies in the folder.
+
+    A pipe never ends or never answers, a device has no end, and a link may lead to anything that
+    its maker wants to have read.
+
+    Raises:
+        DataError: It is something else.
+        OSError: The system cannot tell; as of an absent file.
+    """
+    path = root / key
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        return
+    if not stat.S_ISREG(mode):
+        raise DataError(
+            f"{path} is no regular file but a {_kind_of(mode)}, and is not read; put the data in "
+            "its place and run the same command again"
+        )
+    real = path.resolve()
+    if not real.is_relative_to(root.resolve()):
+        raise DataError(
+            f"{path} is a link to {real}, which lies elsewhere, and is not followed; put a copy in "
+            "its place and run the same command again"
+        )
+
+
+def _kind_of(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "pipe"
+    return "socket" if stat.S_ISSOCK(mode) else "device"
 
 
 def _write_new(path: Path, data: bytes, *, durable: bool) -> None:

@@ -261,6 +261,8 @@ def test_a_name_from_a_plate_is_text_not_markup(options, tmp_path):
     source = write_image(
         tmp_path / "image.zarr", blobs((1, 16, 40, 44)), axes="czyx", channels=["<b onclick=x>"]
     )
+    hostile = tmp_path / "<img src=x onerror=alert(1)>.zarr"
+    source = source.rename(hostile)
     group = zarr.open_group(source, mode="r+")
     ome = dict(group.attrs["ome"])
     ome["multiscales"][0]["name"] = "<script>alert(1)</script>"
@@ -271,7 +273,10 @@ def test_a_name_from_a_plate_is_text_not_markup(options, tmp_path):
     )
     text = Path(write_report(str(tmp_path / "out.zarr")).url).read_text()
     assert "<script" not in text
+    assert "<img src=x" not in text
+    assert "<b onclick" not in text
     assert "&lt;script&gt;" in text
+    assert "&lt;img src=x" in text
     assert "so there is no seam" in text
 
 

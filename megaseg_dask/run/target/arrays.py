@@ -12,12 +12,11 @@ from itertools import chain
 
 from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.ngff.group import write_group
+from megaseg_dask.ngff.group import PROVENANCE, write_group
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import labels_group, remove_label
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.plan.plan import Output, Plan
-from megaseg_dask.run.target.provenance import PROVENANCE
 from megaseg_dask.stores import METADATA, Location
 
 # Labels before the scores that they belong to: a reader that sees the image then sees all of it.

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError
-from megaseg_dask.ngff.group import find_attributes, require_version
+from megaseg_dask.ngff.group import PROVENANCE, find_attributes, require_version
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.target.arrays import ImageTarget, Target, folders
-from megaseg_dask.run.target.provenance import PROVENANCE, is_of_run, provenance_at
+from megaseg_dask.run.target.provenance import is_of_run, provenance_at
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 

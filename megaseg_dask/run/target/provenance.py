@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from megaseg_dask.ngff.group import find_attributes
+from megaseg_dask.ngff.group import PROVENANCE, find_attributes
 from megaseg_dask.plan.plan import Plan, PlannedVolume
 from megaseg_dask.run.state import OutputState, VolumeState
 from megaseg_dask.stores import Location
-
-PROVENANCE = "megaseg"
 
 Json = dict[str, Any]
 # A volume, and its state at the end of a run; none if all of it is missing.

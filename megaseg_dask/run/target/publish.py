@@ -11,14 +11,13 @@ from typing import Any
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SourceError, StoreError
-from megaseg_dask.ngff.group import open_ome_group, update_consolidated, write_group
+from megaseg_dask.ngff.group import PROVENANCE, open_ome_group, update_consolidated, write_group
 from megaseg_dask.ngff.image import image_attributes
 from megaseg_dask.ngff.labels import add_label, remove_label
 from megaseg_dask.ngff.plate import Plate, is_plate, join_plates, read_plate, write_plate
 from megaseg_dask.run.state import VolumeState
 from megaseg_dask.run.target.arrays import ImageTarget, Target
 from megaseg_dask.run.target.provenance import (
-    PROVENANCE,
     Measured,
     provenance_at,
     provenance_by,
