@@ -129,6 +129,8 @@ class Evaluation:
     segmentation_quality: float
     recognition_quality: float
     matchings: tuple[Matching, ...]
+    # Voxels that were not compared, because one of the images lacks them.
+    left_out_voxels: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields by name, as plain Python values that are ready for JSON."""

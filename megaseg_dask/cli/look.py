@@ -118,6 +118,11 @@ def evaluate(
         open_stores(options, None)
         compared = (find_labels(predicted, label), find_labels(truth, truth_label))
         evaluation = evaluate_images(*compared)
+        if evaluation.left_out_voxels:
+            warn(
+                f"{evaluation.left_out_voxels} voxels were left out: their tasks failed "
+                "(missing_boxes); run the same megaseg segment command again to compute them"
+            )
         for labels in compared:
             if not is_label_image(labels):
                 warn(f"{labels} is not marked as a label image; its voxels count as ids")

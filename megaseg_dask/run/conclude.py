@@ -125,7 +125,7 @@ def _publish(
     publish.publish(target, states, missing)
     if plan.resolved.measures_objects():
         lease.require()
-        write_tables(target)
+        write_tables(target, missing)
     lease.require()
     publish.refresh_consolidated(target)
     _sweep(target)

@@ -5,7 +5,8 @@ any size can be compared. Ids start again in each timepoint: an object is known 
 timepoint and id.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from megaseg_dask.ngff.group import read_ome
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.labels import labels_group, list_labels
 from megaseg_dask.ngff.volume import Volume
+from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.stores import Location
 
 BLOCK_SHAPE = (64, 512, 512)
@@ -57,8 +59,11 @@ def evaluate_images(
 ) -> Evaluation:
     """Compare two label images of one shape, all timepoints together; any block gives the same.
 
+    Voxels that one of them lacks because tasks of its run failed are left out, and counted.
+
     Raises:
-        SourceError: for images of different shapes, or whose voxels are no integers.
+        SourceError: for images of different shapes, without a voxel in common, or whose voxels are
+            no integers.
         MegasegError: if one of them cannot be read.
     """
     ours = _Labels.open(predicted)
@@ -68,10 +73,19 @@ def evaluate_images(
         raise SourceError(f"shapes (t, z, y, x) differ: {shapes}")
     n_times, *volume_shape = ours.shape
     table = Contingency.none()
+    n_left_out = 0
     for t in range(n_times):
         for box in BlockGrid(tuple(volume_shape), block_shape):
-            table = table + Contingency.of(ours.read(t, box), theirs.read(t, box))
-    return evaluate_contingency(table)
+            is_there = ours.has(t, box) & theirs.has(t, box)
+            n_left_out += int((~is_there).sum())
+            compared = (labels.read(t, box)[is_there] for labels in (ours, theirs))
+            table = table + Contingency.of(*compared)
+    if not len(table.voxels):
+        raise SourceError(
+            f"{predicted} lacks all voxels: its run failed; fix the cause, and run the same "
+            "megaseg segment command again"
+        )
+    return replace(evaluate_contingency(table), left_out_voxels=n_left_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +94,7 @@ class _Labels:
 
     location: Location
     image: Image
+    missing: Sequence[tuple[int, Box]]
 
     @classmethod
     def open(cls, location: Location) -> "_Labels":
@@ -87,12 +102,21 @@ class _Labels:
         if np.dtype(image.dtype).kind not in "iub":
             advice = "labels are integers. Name a label image"
             raise SourceError(f"{location} holds {image.dtype}; {advice}")
-        return cls(location, image)
+        return cls(location, image, missing_at(location))
 
     @property
     def shape(self) -> Shape:
         """Extents (t, z, y, x)."""
         return (self.image.extent("t"), *self.image.volume_shape())
+
+    def has(self, t: int, box: Box) -> NDArray[np.bool_]:
+        """Return which voxels ``(z, y, x)`` of a box were computed."""
+        is_there = np.ones(box.shape, bool)
+        for time, lost in self.missing:
+            common = box & lost
+            if time == t and min(common.shape) > 0:
+                is_there[common.within(box).slices] = False
+        return is_there
 
     def read(self, t: int, box: Box) -> NDArray[np.uint64]:
         """Return labels ``(z, y, x)``, with ids that are unique over all timepoints."""

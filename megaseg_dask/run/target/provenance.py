@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.ngff.group import PROVENANCE, find_attributes
 from megaseg_dask.plan.plan import Plan, PlannedVolume
 from megaseg_dask.run.state import OutputState, VolumeState
@@ -29,6 +30,24 @@ def provenance_at(group: Location) -> Json | None:
     """
     attributes = find_attributes(group) or {}
     return attributes.get(PROVENANCE)
+
+
+def missing_at(group: Location) -> list[tuple[int, Box]]:
+    """Return what the finest level of an image lacks because tasks failed.
+
+    It is a list of timepoints of the image and boxes ``(z, y, x)``; of all channels together.
+
+    Raises:
+        TargetError: The metadata of the group are damaged.
+        StoreError: The store failed.
+    """
+    provenance = provenance_at(group) or {}
+    times = sorted({row["t"] for row in provenance.get("normalization", ())})
+    return [
+        (times.index(box["t"]), Box(tuple(box["start"]), tuple(box["stop"])))
+        for box in provenance.get("missing_boxes", ())
+        if box["level"] == 0
+    ]
 
 
 def provenance_by(

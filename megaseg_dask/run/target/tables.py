@@ -3,6 +3,7 @@
 The tables in the images are those that Fractal's tools read.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from megaseg_dask.ngff.tables import (
     write_parquet,
 )
 from megaseg_dask.plan.plan import Output, Plan
+from megaseg_dask.run.state import Json
 from megaseg_dask.run.target.arrays import Group, ImageTarget, Target
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
@@ -67,15 +69,16 @@ def sweep_tables(target: Target) -> None:
     table.parent.sweep_staged([table.basename])
 
 
-def write_tables(target: Target) -> None:
-    """Write the measurements of all volumes that have some."""
+def write_tables(target: Target, missing_boxes: Sequence[Json]) -> None:
+    """Write the measurements of all volumes that have some, and what they lack."""
     plan = target.plan
     table = table_location(target.location)
     outputs = list(chain.from_iterable(map(plan.outputs_of, range(len(plan.volumes)))))
     others = _other_plans(target)
     rows = chain(_rows_of_others(others), _rows(plan, outputs))
     schema = schema_of(RUN_SCHEMA, {_size_is_known(each) for each in (plan, *others)})
-    write_parquet(table.parent, table.basename, rows, schema=schema)
+    lacks = {"missing_boxes": json.dumps(missing_boxes)}
+    write_parquet(table.parent, table.basename, rows, schema=schema.with_metadata(lacks))
     of_group: dict[Location, list[Output]] = defaultdict(list)
     for output in outputs:
         of_group[target.array("labels", output).location.parent].append(output)
@@ -86,12 +89,13 @@ def write_tables(target: Target) -> None:
     }
 
     def write(image: ImageTarget) -> None:
+        lacks = [box for box in missing_boxes if box.get("image", "") == image.path]
         for group in image.measured_groups:
             _table(group).write(
                 target.version,
                 _rows(plan, of_group[group.location]),
                 label_name=group.name,
-                provenance=made_by,
+                provenance={**made_by, "missing_boxes": lacks},
                 size_is_known=_size_is_known(plan),
             )
 

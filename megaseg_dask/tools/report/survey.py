@@ -219,9 +219,12 @@ def _read_table(plan: Plan, result: Survey) -> bool:
         result.note(f"The table of measurements could not be read: {error}.")
         return False
     for report in result.volumes:
-        if report.objects is not None:
+        # The blocks of a failed task are zeros, which are no result.
+        if report.objects is not None and not report.failures:
             report.foreground = n_voxels[report.place] / Box.of(report.run.plan.volume_shape).size
     result.sizes = sizes
+    if any(report.failures for report in result.volumes):
+        result.note("Objects beside blocks that failed are cut, in volume and number.")
     return True
 
 

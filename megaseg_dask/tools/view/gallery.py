@@ -21,6 +21,7 @@ from megaseg_dask.ngff.units import meters, seconds
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.target.arrays import ImageTarget, Target
+from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
@@ -194,6 +195,8 @@ def _group_layers(
     """Yield the layer of an image or label image; none if it cannot be read."""
     image = _try_read(location)
     if image is not None:
+        if missing := missing_at(location):
+            name += f" ({len(missing)} blocks missing)"
         yield Layer(name, kind, location, image, limits)
 
 
