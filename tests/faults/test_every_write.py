@@ -16,7 +16,7 @@ import pytest
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run import journal
 from megaseg_dask.stores.arrays import clear_array_cache
-from tests.fixtures.disk import Disk, Killed, Tree, read_tree, write_tree
+from tests.fixtures.disk import Disk, Killed, PowerLog, Tree, read_tree, write_tree
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
 
@@ -26,6 +26,8 @@ N_KILLS = int(os.environ.get("MEGASEG_KILLS", "20"))
 SHAPE = (20, 36, 40)
 # What a run keeps for the next one, and what differs from one run to the next.
 _RECORDS = re.compile(r"\w+\.zarr\.run/.*(plan\.json|lease.*|(journal|log|volumes)/.*)")
+# Power cuts in each scenario.
+N_CUTS = int(os.environ.get("MEGASEG_POWER_CUTS", "34"))
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Runs:
         if scenario.options.get("overwrite"):
             # A finished run of another threshold stands in the way.
             self.run(overwrite=False, threshold=0.3, fill_holes=0)
-        self._before = read_tree(self.folder)
+        self.before = read_tree(self.folder)
         with self.disk.watched():
             assert self.run().status == "done"
         self.n_changes = self.disk.n_changes
@@ -104,9 +106,17 @@ class Runs:
         source, target = (str(self.folder / n) for n in ("image.zarr", self._scenario.target))
         return segment_here(source, target, parse_settings(given))
 
-    def reset(self) -> None:
+    def record(self) -> PowerLog:
+        """Return all that one undisturbed run does to the disk."""
+        self.reset(self.before)
+        log = PowerLog(self.folder)
+        with log.recorded():
+            assert self.run().status == "done"
+        return log
+
+    def reset(self, tree: Tree) -> None:
         shutil.rmtree(self.folder)
-        write_tree(self.folder, self._before)
+        write_tree(self.folder, tree)
 
     def require_calm(self, where: str) -> None:
         assert self.run().status == "done", where
@@ -140,13 +150,25 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "n_kills"), list(cases()), ids=str)
-def test_a_kill_before_any_change_of_the_disk(name, n_kills, tmp_path, tiny_bundle):
+def test_a_kill_before_any_change_of_the_disk(name, n_kills, tmp_path, tiny_bundle, cheap_engine):
     runs = Runs(SCENARIOS[name], tmp_path, tiny_bundle)
     step = max(runs.n_changes // n_kills, 1)
     first = random.Random(SEED).randrange(step)
     for kill_at in range(first, first + step * n_kills, step):
-        runs.reset()
+        runs.reset(runs.before)
         # Threads do not make the same number of changes each time: the last kill may come too late.
         with runs.disk.watched(kill_at), suppress(Killed):
             runs.run()
         runs.require_calm(f"{name}, killed before change {kill_at} of {runs.n_changes}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_power_is_cut_at_any_moment(name, tmp_path, tiny_bundle, cheap_engine):
+    """What was not flushed is lost or torn, by chance."""
+    runs = Runs(SCENARIOS[name], tmp_path, tiny_bundle)
+    log = runs.record()
+    for trial in range(N_CUTS):
+        runs.reset(log.cut(runs.before, random.Random(SEED + trial)))
+        runs.require_calm(f"{name}, power cut, seed {SEED + trial}")
