@@ -225,6 +225,9 @@ class Normalization:
                 f"voxels reach {statistics.maximum}: their spread overflows; "
                 "rescale the image first"
             )
+        if statistics.minimum == statistics.maximum:
+            # A sum of floats is rounded, so their std is not zero.
+            return cls(float(statistics.minimum), 0.0)
         return cls(statistics.mean, statistics.std)
 
     def __call__(self, values: NDArray[Any]) -> Float32:

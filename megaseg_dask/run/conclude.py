@@ -157,7 +157,7 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
     """Name volumes whose segmentation is meaningless; count absent chunks and smaller batches."""
     warnings = list(plan.warnings)
     for planned, state in zip(plan.volumes, states, strict=True):
-        if state and any(channel.std == 0 for channel in state.statistics):
+        if state and any(channel.is_constant for channel in state.statistics):
             warnings.append(f"{volume_name(planned)} is constant; its segmentation is meaningless")
     summaries = list(
         chain.from_iterable(journal.summaries(stage.name) for stage in plan.stages[:2])

@@ -50,6 +50,11 @@ class ChannelStatistics:
     minimum: float | None = None
     maximum: float | None = None
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether all voxels are known to have one value."""
+        return self.minimum is not None and self.minimum == self.maximum
+
 
 @dataclass(frozen=True, slots=True)
 class OutputState:
