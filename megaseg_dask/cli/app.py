@@ -5,6 +5,7 @@ declared only when a command is named, so that ``--help`` answers at once.
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -22,9 +23,11 @@ from megaseg_dask.cli.exit_codes import (
     WRONG_REQUEST,
     Json,
     Quiet,
+    echo,
     echo_error,
     exit_codes,
     fail,
+    require_printed,
 )
 from megaseg_dask.cli.jobs import join, status, task
 from megaseg_dask.cli.look import doctor, evaluate, report, view
@@ -74,9 +77,9 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
     if version:
         import importlib.metadata
 
-        typer.echo(f"megaseg-dask {importlib.metadata.version('megaseg-dask')}")
+        echo(f"megaseg-dask {importlib.metadata.version('megaseg-dask')}")
     elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        echo(context.get_help())
         raise typer.Exit(WRONG_REQUEST)
 
 
@@ -145,7 +148,7 @@ def plan(
         if json_:
             # Several runs: a plate whose fields do not share one plan.
             first, *further = summaries
-            typer.echo(json.dumps({"event": "plan", **first, "further_runs": further}))
+            echo(json.dumps({"event": "plan", **first, "further_runs": further}))
             return
         for summary in summaries:
             print_plan(summary)
@@ -238,6 +241,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         SystemExit: always, with the exit code.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_standard_streams()
     _catch_signals()
     names_command = any(not word.startswith("-") for word in arguments)
     app = build_app(options=names_command or _is_completing())
@@ -249,7 +253,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         with contextlib.suppress(typer.Exit):
             fail(_usage_text(error), WRONG_REQUEST, "--json" in arguments)
         code = WRONG_REQUEST
-    sys.exit(code)
+    sys.exit(require_printed(code))
 
 
 def _is_completing() -> bool:
@@ -268,15 +272,40 @@ def _usage_text(error: Any) -> str:
     return f"{message}; see {command} --help"
 
 
-# -- interrupts
+# -- standard streams and interrupts
+
+
+def _open_standard_streams() -> None:
+    """Open those that the caller closed: a file of ours would otherwise take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is taken.
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: a letter that a terminal does not have stops nothing.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
 
 # One Ctrl-C may arrive twice: from the terminal, and from the program that started us (make, srun).
 _SAME_INTERRUPT_S = 0.2
 
 
+# What ends a process: Ctrl-C and Ctrl-\\, a terminal that is closed, and what batch systems send
+# before they end a job. Workers must not stay.
+_INTERRUPTS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
+
+
 def _catch_signals() -> None:
-    """Treat SIGTERM as Ctrl-C: a batch system ends a job by it, and workers must not stay."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Treat all of them as Ctrl-C, but those that the caller ignores, as ``nohup`` does."""
+    for number in _INTERRUPTS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
 
@@ -289,9 +318,12 @@ def _interrupt(*_: object) -> NoReturn:
         if time.monotonic() - began > _SAME_INTERRUPT_S:
             _leave_at_once()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt_again)
-    os.write(sys.stderr.fileno(), b"megaseg: stopping; interrupt once more to stop at once\n")
+    for number in _INTERRUPTS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt_again)
+    # The terminal may be gone.
+    with contextlib.suppress(OSError):
+        os.write(2, b"megaseg: stopping; interrupt once more to stop at once\n")
     raise KeyboardInterrupt
 
 

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from megaseg_dask.cli.exit_codes import echo_result, warn
+from megaseg_dask.cli.exit_codes import echo, echo_result, warn
 from megaseg_dask.events import Event, Fetching, Progress, Result, RunStatus, Trained
 from megaseg_dask.messages import (
     Narrator,
@@ -49,13 +47,20 @@ def reporter(as_json: bool, quiet: bool) -> Iterator[Callable[[Event], None]]:
         yield lambda event: None
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         with _progress_display() as display:
-            yield _Bars(display).show
+            bars = _Bars(display)
+
+            def show(event: Event) -> None:
+                # A terminal that is gone stops no run.
+                with contextlib.suppress(OSError):
+                    bars.show(event)
+
+            yield show
     else:
         narrator = Narrator()
 
         def print_lines(event: Event) -> None:
             for line in narrator.lines(event):
-                typer.echo(line, err=True)
+                echo(line, err=True)
 
         yield print_lines
 
@@ -63,7 +68,7 @@ def reporter(as_json: bool, quiet: bool) -> Iterator[Callable[[Event], None]]:
 def _print_json(event: Event) -> None:
     import json
 
-    typer.echo(json.dumps(event.to_json()))
+    echo(json.dumps(event.to_json()))
 
 
 @contextlib.contextmanager
@@ -80,8 +85,13 @@ def _progress_display() -> Iterator["rich.progress.Progress"]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[rate]}", markup=False),
     )
-    with Display(*columns, console=Console(stderr=True)) as display:
+    display = Display(*columns, console=Console(stderr=True))
+    display.start()
+    try:
         yield display
+    finally:
+        with contextlib.suppress(OSError):
+            display.stop()
 
 
 class _Bars:
@@ -159,12 +169,12 @@ def print_result(
 def _print_failures(result: Result, quiet: bool, how_to_retry: str) -> None:
     n_failures = count(len(result.failures), "task")
     kept = f"what is finished is kept in {result.run}"
-    typer.echo(f"megaseg: {n_failures} failed; {kept}", err=True)
+    echo(f"megaseg: {n_failures} failed; {kept}", err=True)
     if quiet:
         # Otherwise they were shown when they happened.
         for failure in result.failures[:_MAX_FAILURES]:
-            typer.echo(failure_line(failure), err=True)
-    typer.echo(f"{how_to_retry}; only failed tasks are retried.", err=True)
+            echo(failure_line(failure), err=True)
+    echo(f"{how_to_retry}; only failed tasks are retried.", err=True)
 
 
 def _print_success(result: Result) -> None:
@@ -174,7 +184,7 @@ def _print_success(result: Result) -> None:
     took = f" after {result.wall_s:.1f} s"
     if result.already_done:
         took = ": already done, nothing to do"
-    typer.echo(f"{objects}{result.target}{took}")
+    echo(f"{objects}{result.target}{took}")
 
 
 def print_training(trained: Trained) -> None:
@@ -198,29 +208,29 @@ def print_tasks(stage: str, n_tasks: int, ran: "Ran") -> None:
     """Print how single tasks ended; the traceback of a probable bug."""
     before = f", {ran.n_before} of them before" if ran.n_before else ""
     n_done = ran.n_before + ran.n_done
-    typer.echo(f"{stage}: {n_done} of {count(n_tasks, 'task')} done{before}")
+    echo(f"{stage}: {n_done} of {count(n_tasks, 'task')} done{before}")
     for failure in ran.failures:
         if failure.details:
-            typer.echo(failure.details, err=True)
+            echo(failure.details, err=True)
 
 
 def print_status(run: RunStatus, target: str) -> None:
     """Print the state of a run on a target: a row for each stage, then its failures."""
-    typer.echo(f"{run.label_name}: {_state(run)}")
+    echo(f"{run.label_name}: {_state(run)}")
     for stage, (n_done, n_tasks) in run.stages.items():
         print_rows({f"  {stage}": f"{n_done} of {n_tasks} tasks"}, 16)
     for failure in run.failures[:_MAX_FAILURES]:
-        typer.echo(failure_line(failure))
+        echo(failure_line(failure))
     if run.done:
         return
     pending = [stage for stage, (n_done, n_tasks) in run.stages.items() if n_done < n_tasks]
     if not pending:
         done = "All tasks are done; megaseg join, or the same segment command,"
-        typer.echo(f"{done} publishes what they wrote.")
+        echo(f"{done} publishes what they wrote.")
         return
-    typer.echo("Run the same segment command again, or its tasks, to go on:")
+    echo("Run the same segment command again, or its tasks, to go on:")
     option = "" if run.label_name == "megaseg" else f" --label-name {run.label_name}"
-    typer.echo(f"  megaseg task {target} {pending[0]}{option}")
+    echo(f"  megaseg task {target} {pending[0]}{option}")
 
 
 def _state(run: RunStatus) -> str:
@@ -341,17 +351,17 @@ def print_evaluation(evaluation: "Evaluation", *, csv: bool) -> None:
     if csv:
         # The column is called iou_threshold, and threshold in JSON.
         header = ["iou_threshold", *list(matchings[0])[1:], *scores]
-        typer.echo(",".join(header))
+        echo(",".join(header))
         for matching in matchings:
             row = [*matching.values(), *scores.values()]
-            typer.echo(",".join(_number(value, ".6g") for value in row))
+            echo(",".join(_number(value, ".6g") for value in row))
         return
     for name, value in scores.items():
         print_rows({name.replace("_", " "): _number(value, ".4f")}, 24)
-    typer.echo(f"\n{'IoU':>6} {'TP':>7} {'FP':>7} {'FN':>7} {'AP':>8}")
+    echo(f"\n{'IoU':>6} {'TP':>7} {'FP':>7} {'FN':>7} {'AP':>8}")
     for m in evaluation.matchings:
         counts = f"{m.true_positives:>7} {m.false_positives:>7} {m.false_negatives:>7}"
-        typer.echo(f"{m.threshold:>6.2f} {counts} {m.average_precision:>8.4f}")
+        echo(f"{m.threshold:>6.2f} {counts} {m.average_precision:>8.4f}")
 
 
 def _number(value: float, float_format: str) -> str:
@@ -379,7 +389,7 @@ def _print_finding(finding: "Finding") -> None:
     name = finding.name
     if len(name) > 20:
         # An address gets its own line.
-        typer.echo(name)
+        echo(name)
         name = ""
     print_rows({name: finding.text}, 20)
     if finding.advice:
@@ -389,7 +399,7 @@ def _print_finding(finding: "Finding") -> None:
 def print_rows(rows: Mapping[str, object], width: int = 12, *, err: bool = False) -> None:
     """Print one line a row: a name, padded to ``width``, and its text."""
     for name, text in rows.items():
-        typer.echo(f"{name:<{width}} {text}", err=err)
+        echo(f"{name:<{width}} {text}", err=err)
 
 
 def _shape(values: Iterable[object]) -> str:

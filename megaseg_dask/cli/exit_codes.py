@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, NoReturn
 
 import typer
@@ -33,13 +36,50 @@ def exit_codes(as_json: bool) -> Iterator[None]:
         fail(str(error), error.exit_code, as_json)
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to go on", INTERRUPTED, as_json)
-    except (typer.Exit, BrokenPipeError):
+    except typer.Exit:
         raise
     except Exception as error:
         # A bug: a script still gets its last line, and a person the traceback to report.
         if as_json:
             echo_error(f"{type(error).__name__}: {error}", FAILED)
         raise
+
+
+@dataclass
+class _Output:
+    """Why results could not be printed, if that is so."""
+
+    failure: str = ""
+
+
+_OUTPUT = _Output()
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print a line on stdout or stderr.
+
+    A stream that is closed or full stops no work: nothing more is written to it.
+    """
+    try:
+        typer.echo(text, err=err)
+    except OSError as error:
+        if not err:
+            _OUTPUT.failure = error.strerror or str(error)
+        # What is left in its buffer would fail again.
+        stream = sys.stderr if err else sys.stdout
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def require_printed(code: int) -> int:
+    """Return the exit code of a command whose work ended with ``code``.
+
+    Results that a script could not read are a failure.
+    """
+    if not _OUTPUT.failure:
+        return code
+    echo(f"megaseg: not all results could be printed on stdout: {_OUTPUT.failure}", err=True)
+    return code or FAILED
 
 
 def fail(message: str, code: int, as_json: bool) -> NoReturn:
@@ -51,13 +91,13 @@ def fail(message: str, code: int, as_json: bool) -> NoReturn:
     if as_json:
         echo_error(message, code)
     # A path or a foreign message may hold line breaks.
-    typer.echo(f"megaseg: {' '.join(message.splitlines())}", err=True)
+    echo(f"megaseg: {' '.join(message.splitlines())}", err=True)
     raise typer.Exit(code)
 
 
 def warn(message: str) -> None:
     """Print a warning on stderr."""
-    typer.echo(f"megaseg: warning: {message}", err=True)
+    echo(f"megaseg: warning: {message}", err=True)
 
 
 def echo_error(message: str, code: int) -> None:
@@ -68,4 +108,4 @@ def echo_error(message: str, code: int) -> None:
 
 def echo_result(fields: Mapping[str, object], status: str = "done") -> None:
     """Print the last JSON line of a command."""
-    typer.echo(json.dumps({"event": "result", "status": status, **fields}))
+    echo(json.dumps({"event": "result", "status": status, **fields}))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from megaseg_dask.cli.console import print_result, print_status, print_tasks, reporter
-from megaseg_dask.cli.exit_codes import FAILED, PENDING, Json, echo_result, exit_codes
+from megaseg_dask.cli.exit_codes import FAILED, PENDING, Json, echo, echo_result, exit_codes
 from megaseg_dask.cli.options import open_stores
 
 Recorded = Annotated[
@@ -125,7 +125,7 @@ def _show_status(target: str, label_name: str | None, as_json: bool) -> int:
     runs = status_of(target, label_name)
     for run in runs:
         if as_json:
-            typer.echo(json.dumps(run.to_json()))
+            echo(json.dumps(run.to_json()))
         else:
             print_status(run, target)
     from_best_to_worst = [0, PENDING, FAILED]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from megaseg_dask.cli.console import print_evaluation, print_findings
-from megaseg_dask.cli.exit_codes import Json, echo_result, exit_codes, warn
+from megaseg_dask.cli.exit_codes import Json, echo, echo_result, exit_codes, warn
 from megaseg_dask.cli.options import open_stores
 
 Recorded = Annotated[
@@ -46,7 +46,7 @@ def report(
         if json_:
             echo_result({"report": page.url, "exit_code": 0})
         else:
-            typer.echo(f"report in {page}")
+            echo(f"report in {page}")
 
 
 def view(
@@ -77,9 +77,9 @@ def view(
 
         def announce(url: str) -> None:
             if json_:
-                typer.echo(json.dumps({"event": "view", "url": url}))
+                echo(json.dumps({"event": "view", "url": url}))
             else:
-                typer.echo(f"{url}\nshown to this machine alone; Ctrl-C ends it")
+                echo(f"{url}\nshown to this machine alone; Ctrl-C ends it")
 
         with contextlib.suppress(KeyboardInterrupt):
             run_view(target, label_name, announce, browser=not no_browser)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megaseg_dask.cli.console import print_rows, reporter
-from megaseg_dask.cli.exit_codes import Json, Quiet, echo_result, exit_codes, warn
+from megaseg_dask.cli.exit_codes import Json, Quiet, echo, echo_result, exit_codes, warn
 from megaseg_dask.messages import size_text
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def list_models(*, bucket: Bucket = None, endpoint: Endpoint = None, json_: Json
             return
         for row in rows.values():
             print_rows({row["name"]: _state_text(row)}, 20)
-        typer.echo(f"cache: {home()}", err=True)
+        echo(f"cache: {home()}", err=True)
         for warning in warnings:
             warn(warning)
 
@@ -194,7 +194,7 @@ def _print_record(record: "Record", as_json: bool) -> None:
         echo_result(_record_json(record))
     else:
         content = f"{size_text(record.n_bytes)}, digest {record.digest[:12]}"
-        typer.echo(f"{record.name}: {record.path}  ({content})")
+        echo(f"{record.name}: {record.path}  ({content})")
 
 
 def _record_json(record: "Record") -> dict[str, Any]:
@@ -268,11 +268,11 @@ def _print_card(card: Mapping[str, Any]) -> None:
         }
         print_rows(rows, 18)
     if card["published"]:
-        typer.echo("\nPublished")
+        echo("\nPublished")
         for key, value in card["published"].items():
             print_rows({f"  {key}": value}, 18)
     if card["path"]:
-        typer.echo("\nSettings, and where each comes from")
+        echo("\nSettings, and where each comes from")
         for key, setting in card["settings"].items():
             print_rows({f"  {key}": _setting_text(setting)}, 28)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from megaseg_dask.cli.console import print_training, reporter
-from megaseg_dask.cli.exit_codes import Json, echo_result, exit_codes
+from megaseg_dask.cli.exit_codes import Json, echo, echo_result, exit_codes
 from megaseg_dask.errors import SettingsError
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "mps")
@@ -144,7 +144,7 @@ def train(
         with reporter(json_, quiet) as emit:
             trained = run_training(request, emit)
         if json_:
-            typer.echo(json.dumps(trained.to_json()))
+            echo(json.dumps(trained.to_json()))
         else:
             print_training(trained)
 
@@ -152,11 +152,11 @@ def train(
 def _install(as_json: bool) -> None:
     from megaseg_dask.tools.training import install
 
-    folder = install(lambda line: typer.echo(line, err=True))
+    folder = install(lambda line: echo(line, err=True))
     if as_json:
         echo_result({"environment": str(folder)})
     else:
-        typer.echo(f"cyto-dl is installed in {folder}")
+        echo(f"cyto-dl is installed in {folder}")
 
 
 def _require_fraction(validation: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from megaseg_dask.errors import ClusterError
 from megaseg_dask.events import Joined, Notice
 from megaseg_dask.plan.plan import Plan
-from megaseg_dask.run.cluster.connection import connect
+from megaseg_dask.run.cluster.connection import connect, dashboard_of, require_client
 from megaseg_dask.run.cluster.workers import Workers
 from megaseg_dask.run.progress import Emit, Ready
 from megaseg_dask.run.retries import Retries
@@ -342,8 +342,7 @@ class DaskExecutor:
     @property
     def dashboard(self) -> str | None:
         """Address of Dask's page, which shows nothing without bokeh."""
-        link: str | None = self._workers.client.dashboard_link
-        return link if find_spec("bokeh") else None
+        return dashboard_of(self._workers.client) if find_spec("bokeh") else None
 
     @property
     def workers(self) -> Sequence[Joined]:
@@ -379,6 +378,7 @@ def open_workers(plan: Plan, client: Any, emit: Emit) -> Iterator[DaskExecutor]:
         SettingsError: A scheduler does not answer, jobs are refused, or no worker comes.
     """
     if client is not None:
+        require_client(client)
         yield DaskExecutor(Workers(client, plan.engine, emit))
         return
     with connect(plan, emit) as workers:

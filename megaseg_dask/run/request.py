@@ -4,10 +4,12 @@ Planning happens once. When the lease is held, only records, journals and marks
 are read again: another client may have worked on the target until then.
 """
 
+import resource
 from collections.abc import Callable
 
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Emit, ignore
+from megaseg_dask.messages import count
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.planner import make_plans
 from megaseg_dask.plan.plate_parts import Part, read_parts
@@ -24,6 +26,10 @@ from megaseg_dask.run.target.ownership import (
 from megaseg_dask.run.target.tables import require_own_tables
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location, StoreOptions, configure
+
+# Files and connections that are open at once, about: of this process, and for each worker.
+_FILES = 128
+_FILES_OF_WORKER = 24
 
 Sync = Callable[[], None]
 Runs = list[tuple[Plan, Journal]]
@@ -43,6 +49,7 @@ class Request:
             TargetError: The target cannot be used.
             BundleError: The model cannot be used.
         """
+        _require_files(settings.workers or 1)
         self.store_options = StoreOptions.parse(
             settings.endpoint,
             settings.anon,
@@ -96,6 +103,28 @@ class Request:
             self._parts = self._plan()
         sync = synced_by(lease, self._target)
         return [(plan, _open_journal(plan, part, sync)) for plan, part in self._parts]
+
+
+def _require_files(n_workers: int) -> None:
+    """Check that this process can open enough files, and raise its own limit where it may.
+
+    Libraries that cannot open one more tend to wait for ever.
+
+    Raises:
+        SettingsError: The limit of the system is too low.
+    """
+    n_files = _FILES + n_workers * _FILES_OF_WORKER
+    max_files, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (max_files, hard_limit):
+        return
+    if hard_limit < n_files:
+        raise SettingsError(
+            f"this process may open {hard_limit} files at once, and takes some {n_files} with "
+            f"{count(n_workers, 'worker')}; raise the limit (ulimit -n {n_files}), or use fewer "
+            "--workers"
+        )
+    if max_files < n_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, hard_limit))
 
 
 def plan_runs(source: str, target: str, settings: Settings, emit: Emit = ignore) -> Runs:

@@ -1,13 +1,16 @@
 """The way to workers: a scheduler that answers, and a first worker that joined."""
 
+import functools
 import logging
 import multiprocessing
+import shutil
+import tempfile
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import dask
@@ -39,36 +42,33 @@ def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
     # ends, and with them the next run of this process.
     import distributed  # noqa: F401
 
-    _require_main_guard()
     cluster = cluster_of(plan.settings)
+    if cluster.is_local:
+        _require_children()
     if cluster.kind == "local" and plan.engine.device == "cuda":
         cluster = cluster.model_copy(update={"kind": "cuda"})
     timeout_s = min(plan.settings.timeout or WORKER_TIMEOUT_S, WORKER_TIMEOUT_S)
     config = {**CONFIG, "distributed.scheduler.worker-ttl": f"{timeout_s}s"}
+    config["temporary-directory"] = _private_scratch(dask.config.get("temporary-directory", None))
     if cluster.is_local:
         config |= without_pages()
-    with (
-        _private_scratch(),
-        dask.config.set(config),
-        _quiet(),
-        _dask_cluster(cluster) as dask_cluster,
-    ):
+    with dask.config.set(config), _quiet(), _dask_cluster(cluster) as dask_cluster:
         with _open_client(cluster, dask_cluster, emit) as client:
             _wait_for_worker(client, cluster, emit)
             adapt(cluster, dask_cluster)
             yield Workers(client, plan.engine, emit, cluster)
 
 
-@contextmanager
-def _private_scratch() -> Iterator[None]:
-    """Let the servers of this process keep their files where no other user can write.
+@functools.cache
+def _private_scratch(parent: str | None) -> str:
+    """Return a folder for the files of this process's servers, where no other user can write.
 
-    Dask imports from the folder, whose usual name in /tmp anybody may have taken before.
+    Dask imports from it, and its usual place in /tmp anybody may have taken before.
     """
-    parent = dask.config.get("temporary-directory", None)
-    with TemporaryDirectory(prefix="megaseg-", dir=parent, ignore_cleanup_errors=True) as folder:
-        with dask.config.set({"temporary-directory": folder}):
-            yield
+    folder = tempfile.mkdtemp(prefix="megaseg-", dir=parent)
+    # At exit, after what Dask removes in it.
+    weakref.finalize(_private_scratch, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _dask_cluster(cluster: Cluster) -> Any:
@@ -104,11 +104,22 @@ def _open_client(cluster: Cluster, dask_cluster: Any, emit: Emit) -> Any:
         timer.cancel()
 
 
-def _require_main_guard() -> None:
-    """Refuse to run while a worker imports the user's script: it would start more workers."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
+def _require_children() -> None:
+    """Check that this process can start workers.
+
+    Raises:
+        SettingsError: It cannot.
+    """
+    process = multiprocessing.current_process()
+    # A worker that imports the user's script would start more workers.
+    if getattr(process, "_inheriting", False):
         raise SettingsError(
             "workers import your script: put its calls under `if __name__ == '__main__':`"
+        )
+    if process.daemon:
+        raise SettingsError(
+            "this process is a worker itself, of multiprocessing or Dask, and may start no "
+            "workers: run in it (workers=0), or give a client= of other workers"
         )
 
 
@@ -144,7 +155,39 @@ def _where_to_look(cluster: Cluster, client: Any) -> str:
             "look at the output of its jobs (options: log_directory), "
             "and whether they may reach this machine"
         )
-    return f"see {client.dashboard_link}"
+    return f"see {dashboard_of(client)}"
+
+
+def dashboard_of(client: Any) -> str | None:
+    """Return the address of Dask's page, ``None`` if none can be told."""
+    try:
+        link: str | None = client.dashboard_link
+    except Exception:
+        # It is made from a template of the user, which may name variables that are not set.
+        return None
+    return link
+
+
+def require_client(client: Any) -> None:
+    """Check that a client of a user can be used here.
+
+    Raises:
+        SettingsError: It is none, is asynchronous, or is closed.
+    """
+    from distributed import Client
+
+    if not isinstance(client, Client):
+        raise SettingsError(
+            f"client: expected a distributed.Client, not {type(client).__name__}; "
+            "an address goes to scheduler="
+        )
+    if client.asynchronous:
+        raise SettingsError(
+            "client: it is asynchronous, and a run waits for it; make a Client without "
+            "asynchronous=True, and call segment from a thread (asyncio.to_thread)"
+        )
+    if client.status != "running":
+        raise SettingsError(f"client: its state is {client.status}; make a new Client")
 
 
 @contextmanager

@@ -18,14 +18,16 @@ WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
-# Ctrl-C reaches every process of a terminal: the client alone answers it, and ends its workers.
+# Ctrl-C, Ctrl-\\ and a terminal that is closed reach every process of it: the client alone answers,
+# and ends its workers.
 # An error in a worker comes back to the client, which reports it once and in one line.
 WORKER_PRELOAD = """
 import logging
 import signal
 
 def dask_setup(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGQUIT", "SIGHUP"):
+        signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
 """
 

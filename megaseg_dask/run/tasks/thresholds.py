@@ -48,10 +48,17 @@ def tabulate_block(workspace: Workspace, output: Output, number: int) -> OutputS
 
 
 def find_cutoff(workspace: Workspace, output: Output, _: int) -> OutputState:
-    """Find the threshold of a volume, a logit, from the tables of its blocks."""
+    """Find the threshold of a volume, a logit, from the tables of its blocks.
+
+    Raises:
+        DataError: There is none.
+    """
+    present = workspace.present_blocks(output)
+    if not present:
+        raise DataError("no block of the volume was predicted, so it has no threshold")
     tables = read_ahead(
         lambda number: workspace.load(output, _table_name(number)),
-        workspace.present_blocks(output),
+        present,
         TABLES_READ_AHEAD,
     )
     merged = thresholds.merge_tables(table for _, table in tables)
