@@ -1,7 +1,7 @@
 """The command line: its commands, and how it ends.
 
 Rooms that compute are imported inside the commands, and the options of a run are
-declared only when a command is named, so that ``--help`` answers at once.
+declared only for the command that is named, so that ``--help`` answers at once.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -205,13 +205,16 @@ _COMMANDS: Mapping[Callable[..., None], Sequence[str] | None] = {
 _CHECK_SETTINGS = (*STORE, "engine", "device")
 
 
-def build_app(*, options: bool = True) -> typer.Typer:
-    """Return the command line; without ``options`` it can only list its commands."""
+def build_app(words: Collection[str] | None = None) -> typer.Typer:
+    """Return the command line; if ``words`` are given, only commands that they name have options.
+
+    All other commands can only be listed.
+    """
 
     def complete(
         command: Callable[..., None], settings: Sequence[str] | None
     ) -> Callable[..., None]:
-        if not options:
+        if words is not None and command.__name__ not in words:
             return without_options(command)
         return with_options(command, all_settings() if settings is _ALL else settings)
 
@@ -243,8 +246,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else arguments
     _open_standard_streams()
     _catch_signals()
-    names_command = any(not word.startswith("-") for word in arguments)
-    app = build_app(options=names_command or _is_completing())
+    app = build_app(None if _is_completing() else arguments)
     try:
         code = app(arguments, prog_name="megaseg", standalone_mode=False) or 0
     except Exception as error:

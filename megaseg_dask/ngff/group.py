@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import zarr
 from pydantic import ValidationError
 
 from megaseg_dask.concurrency import map_threaded
@@ -32,6 +31,9 @@ from megaseg_dask.stores import (
     zarr_store,
 )
 from megaseg_dask.stores.failures import is_denied
+
+if TYPE_CHECKING:
+    import zarr
 
 # The key of what this package says of an image or a table that it wrote.
 PROVENANCE = "megaseg"
@@ -70,12 +72,14 @@ _VERSIONED_PARTS = ("multiscales", "image-label", "plate", "well")
 # -- reading
 
 
-def open_group(location: Location) -> zarr.Group:
+def open_group(location: Location) -> "zarr.Group":
     """Open the group at a location for reading.
 
     Raises:
         StoreError: The store failed. What zarr raises of the metadata is raised as it is.
     """
+    import zarr
+
     # Consolidated metadata may be older than the attributes they repeat.
     with naming(location, "open"):
         store = zarr_store(location, read_only=True)

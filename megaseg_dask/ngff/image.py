@@ -14,10 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, TypeVar
 
 import numpy as np
-import zarr
 from pydantic import ValidationError
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.algorithms.pyramids import default_level_shapes
@@ -598,6 +595,10 @@ def _read_array_form(location: Location) -> _ArrayForm:
 
 @functools.lru_cache(maxsize=_MAX_DOCUMENTS)
 def _parse_array(name: str, document: bytes) -> _ArrayForm:
+    import zarr
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.storage import MemoryStore
+
     # As the only object of a store in memory: to open an array in its place, zarr would ask for
     # three objects.
     buffer = default_buffer_prototype().buffer.from_bytes(document)

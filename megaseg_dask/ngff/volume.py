@@ -7,10 +7,9 @@ is wrong with a chunk, but not where it lies.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.chunking import Layout
@@ -27,6 +26,9 @@ from megaseg_dask.stores import (
     store_error,
     zarr_store,
 )
+
+if TYPE_CHECKING:
+    import zarr
 
 Array = NDArray[Any]
 
@@ -87,7 +89,7 @@ class Volume:
         return n_absent
 
     def _units_of_fill_value(
-        self, array: zarr.Array[Any], box: Box, values: Array
+        self, array: "zarr.Array[Any]", box: Box, values: Array
     ) -> Iterator[tuple[Box, str]]:
         """Yield the write units in a box whose voxels are all the fill value: their voxels and key.
 
@@ -100,19 +102,19 @@ class Volume:
             if _is_fill_value(part, array.fill_value):
                 yield core, key
 
-    def _units(self, array: zarr.Array[Any], box: Box) -> Iterator[tuple[Box, str]]:
+    def _units(self, array: "zarr.Array[Any]", box: Box) -> Iterator[tuple[Box, str]]:
         """Yield the write units that share a voxel with a box: their voxels and their key."""
         grid = BlockGrid(array.shape, array.shards or array.chunks)
         for position in grid.iter_overlapping(self._stored_box(box)):
             yield grid.core(position), array.metadata.encode_chunk_key(position)
 
-    def _require_no_empty_shard(self, array: zarr.Array[Any], box: Box, values: Array) -> None:
+    def _require_no_empty_shard(self, array: "zarr.Array[Any]", box: Box, values: Array) -> None:
         """Raise :class:`DataError` for a shard of no bytes: zarr 3.1 reads it as background."""
         for _, key in self._units_of_fill_value(array, box, values):
             if self.location.size(key) == 0:
                 raise _corrupt(f"{self.location}/{key}", "it is empty")
 
-    def _require_still_there(self, array: zarr.Array[Any], box: Box, values: Array) -> None:
+    def _require_still_there(self, array: "zarr.Array[Any]", box: Box, values: Array) -> None:
         """Raise :class:`StoreError` if the array is lost, whose chunks are then absent too.
 
         They would read as background.
@@ -123,7 +125,7 @@ class Volume:
         if self.location.size(version.array_file) is None:
             raise self._lost()
 
-    def _read_error(self, array: zarr.Array[Any], box: Box, error: Exception) -> MegasegError:
+    def _read_error(self, array: "zarr.Array[Any]", box: Box, error: Exception) -> MegasegError:
         """Return the error that names the stored object that cannot be read.
 
         Codecs say what is wrong, but not where.
@@ -177,7 +179,7 @@ class Volume:
                 "disk) and run the same command again"
             ) from error
 
-    def _write(self, array: zarr.Array[Any], box: Box, stored: Array) -> None:
+    def _write(self, array: "zarr.Array[Any]", box: Box, stored: Array) -> None:
         try:
             array[self._index(box)] = stored
         except ValueError:
@@ -189,7 +191,7 @@ class Volume:
 
     # -- the array
 
-    def _open(self, *, writable: bool = False) -> zarr.Array[Any]:
+    def _open(self, *, writable: bool = False) -> "zarr.Array[Any]":
         try:
             return cached_array(self.location, writable=writable)
         except FileNotFoundError as error:
@@ -250,6 +252,8 @@ def create_array(location: Location, image: Image, level: int, dtype: str, layou
     Raises:
         StoreError: The store failed.
     """
+    import zarr
+
     version = VERSIONS[image.version]
     chunks = _per_axis(image, layout.chunk_shape)
     unit = _per_axis(image, layout.write_unit)

@@ -17,7 +17,6 @@ from megaseg_dask.run.state import Ending, TaskSummary, VolumeState
 from megaseg_dask.run.status import unread_fields
 from megaseg_dask.run.target import publish
 from megaseg_dask.run.target.arrays import Target
-from megaseg_dask.run.target.tables import remove_tables, sweep_tables, write_tables
 from megaseg_dask.run.tasks.worker import missing_box, volume_name
 from megaseg_dask.run.workspace import RunFolder, Workspace
 
@@ -41,6 +40,9 @@ def begin(plan: Plan, journal: Journal, lease: Held) -> None:
         lease.require()
         target.clear()
         if plan.settings.overwrite:
+            # It imports pyarrow.
+            from megaseg_dask.run.target.tables import remove_tables
+
             remove_tables(target)
         lease.require()
         publish.create(target)
@@ -60,7 +62,10 @@ def reopen(target: Target, journal: Journal) -> None:
 def _sweep(target: Target) -> None:
     """Remove files that clients and workers left when they were killed."""
     target.sweep()
-    sweep_tables(target)
+    if target.plan.resolved.measures_objects():
+        from megaseg_dask.run.target.tables import sweep_tables
+
+        sweep_tables(target)
     target.plan.run.sweep_partial()
 
 
@@ -125,6 +130,8 @@ def _publish(
     publish.publish(target, states, missing)
     if plan.resolved.measures_objects():
         lease.require()
+        from megaseg_dask.run.target.tables import write_tables
+
         write_tables(target, missing)
     lease.require()
     publish.refresh_consolidated(target)

@@ -23,7 +23,6 @@ from megaseg_dask.run.target.ownership import (
     require_free,
     require_same,
 )
-from megaseg_dask.run.target.tables import require_own_tables
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location, StoreOptions, configure
 
@@ -168,5 +167,9 @@ def _open_journal(plan: Plan, part: Part, sync: Sync = lambda: None) -> Journal:
         if is_recorded or not is_present(target) or not journal.n_done:
             raise
         return journal
-    require_own_tables(target)
+    if plan.resolved.measures_objects():
+        # It imports pyarrow.
+        from megaseg_dask.run.target.tables import require_own_tables
+
+        require_own_tables(target)
     return Journal.of(plan, sync=sync)

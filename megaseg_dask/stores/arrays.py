@@ -1,33 +1,36 @@
 """Zarr arrays at a location: opened for reading or writing, and kept open within a process."""
 
 import functools
-from typing import Any
-
-import zarr
-import zarr.storage
+from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.stores.access import StoreOptions, forget_clients
 from megaseg_dask.stores.location import Location, naming
 
+if TYPE_CHECKING:
+    import zarr
+    from zarr.storage import StoreLike
 
-def zarr_store(location: Location, *, read_only: bool) -> zarr.storage.StoreLike:
+
+def zarr_store(location: Location, *, read_only: bool) -> "StoreLike":
     """Return the zarr store rooted at a location."""
     return location.backend().arrays(read_only=read_only)
 
 
-def open_array(location: Location, *, writable: bool = False) -> zarr.Array[Any]:
+def open_array(location: Location, *, writable: bool = False) -> "zarr.Array[Any]":
     """Open the array at a location.
 
     Raises:
         FileNotFoundError: There is no array.
         StoreError: The store failed.
     """
+    import zarr
+
     mode = "r+" if writable else "r"
     with naming(location, "open"):
         return zarr.open_array(zarr_store(location, read_only=not writable), mode=mode)
 
 
-def cached_array(location: Location, *, writable: bool = False) -> zarr.Array[Any]:
+def cached_array(location: Location, *, writable: bool = False) -> "zarr.Array[Any]":
     """Open an array once per process: opening costs more than reading a small chunk.
 
     Raises:
@@ -38,7 +41,7 @@ def cached_array(location: Location, *, writable: bool = False) -> zarr.Array[An
 
 
 @functools.lru_cache(maxsize=64)
-def _open_once(url: str, options: StoreOptions, writable: bool) -> zarr.Array[Any]:
+def _open_once(url: str, options: StoreOptions, writable: bool) -> "zarr.Array[Any]":
     return open_array(Location(url, options), writable=writable)
 
 

@@ -1,8 +1,10 @@
 """A folder on any kind of store: the few operations that a location needs."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import zarr.storage
+# A command that only lists and reads small objects does not pay for zarr.
+if TYPE_CHECKING:
+    from zarr.storage import StoreLike
 
 # The files that make a folder a group or an array, and hold their attributes.
 METADATA = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
@@ -47,5 +49,5 @@ class Backend(Protocol):
     def remove(self) -> None:
         """Remove all below the address."""
 
-    def arrays(self, *, read_only: bool) -> zarr.storage.StoreLike:
+    def arrays(self, *, read_only: bool) -> "StoreLike":
         """Return the zarr store that has its root here."""

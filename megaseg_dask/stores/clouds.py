@@ -7,8 +7,6 @@ is left to the vendor's own library, which is imported only where it is needed.
 
 import functools
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import environ
@@ -133,6 +131,10 @@ def _aws_region() -> str | None:
 @functools.lru_cache(maxsize=64)
 def _region_of(bucket: str) -> str | None:
     """Return the region of a bucket, which AWS tells everyone: requests to another one fail."""
+    # A tenth of the start-up of a small command, and only public buckets ask for it.
+    import urllib.error
+    import urllib.request
+
     request = urllib.request.Request(f"https://s3.amazonaws.com/{bucket}", method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=_REGION_TIMEOUT_S) as answer:

@@ -1,6 +1,5 @@
 """A folder of a file system, and what only a disk needs: to be flushed, swept and tried."""
 
-import asyncio
 import ctypes
 import glob
 import os
@@ -12,18 +11,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import zarr.storage
-from zarr.abc.store import ByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
+from typing import TYPE_CHECKING
 
 from megaseg_dask.errors import DataError, TargetError
+
+if TYPE_CHECKING:
+    from zarr.storage import StoreLike
 
 # zarr 3.1's LocalStore writes here and renames: the name without its last suffix, a UUID and this.
 # Objects of ours are written in the same way, to names that tell who wrote them.
 _PARTIAL = re.compile(r".*\.(megaseg-)?[0-9a-f]{32}\.partial")
 # A file in the place of a folder holds no objects, and a folder is none.
-_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class LocalFolder:
         try:
             require_regular(self.path, key)
             return (self.path / key).read_bytes()
-        except _ABSENT:
+        except ABSENT:
             return None
 
     def get_range(self, key: str, start: int, stop: int) -> bytes | None:
@@ -79,7 +78,7 @@ class LocalFolder:
             with (self.path / key).open("rb") as file:
                 file.seek(start)
                 return file.read(stop - start)
-        except _ABSENT:
+        except ABSENT:
             return None
 
     def size(self, key: str) -> int | None:
@@ -114,22 +113,10 @@ class LocalFolder:
             with suppress(FileNotFoundError):
                 shutil.rmtree(self.path)
 
-    def arrays(self, *, read_only: bool) -> zarr.storage.StoreLike:
+    def arrays(self, *, read_only: bool) -> "StoreLike":
+        from megaseg_dask.stores.zarr_stores import RegularFiles
+
         return RegularFiles(self.path, read_only=read_only)
-
-
-class RegularFiles(zarr.storage.LocalStore):
-    """A store of zarr that reads regular files alone."""
-
-    async def get(
-        self,
-        key: str,
-        prototype: BufferPrototype | None = None,
-        byte_range: ByteRequest | None = None,
-    ) -> Buffer | None:
-        with suppress(*_ABSENT):
-            await asyncio.to_thread(require_regular, self.root, key)
-        return await super().get(key, prototype, byte_range)
 
 
 def require_regular(root: Path, key: str) -> None:
@@ -189,12 +176,12 @@ def _look(path: Path) -> os.stat_result | None:
     """Return what is at a path, ``None`` if nothing is; any other failure is raised."""
     try:
         return path.stat()
-    except _ABSENT:
+    except ABSENT:
         return None
 
 
 def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, _ABSENT):
+    if not isinstance(error, ABSENT):
         raise error
 
 

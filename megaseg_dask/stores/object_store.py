@@ -1,83 +1,24 @@
 """A folder in a bucket of S3 or Google, or in a container of Azure, through obstore."""
 
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
-from pathlib import PurePosixPath
-from typing import Self
+from typing import TYPE_CHECKING
 
 import obstore
 import obstore.exceptions
-import zarr.storage
-from zarr.abc.store import ByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
 
 from megaseg_dask.stores.access import Client
 from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.failures import require_bucket, understand
 from megaseg_dask.stores.patience import Patience
 
+if TYPE_CHECKING:
+    from zarr.storage import StoreLike
+
 _BATCH = 1000
 _MAX_PASSES = 5
-
-
-class _ZarrObjects(zarr.storage.ObjectStore[Client]):
-    """Zarr's store of objects, whose requests are made again, and where denied metadata are absent.
-
-    Zarr looks for metadata by trying, and S3 denies absent objects to readers
-    who may not list.
-    """
-
-    def __init__(self, client: Client, patience: Patience, *, read_only: bool) -> None:
-        super().__init__(client, read_only=read_only)
-        self._patience = patience
-
-    def with_read_only(self, read_only: bool = False) -> Self:
-        return type(self)(self.store, self._patience, read_only=read_only)
-
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        request = partial(super().get, key, prototype, byte_range)
-        may_be_absent = self.read_only and PurePosixPath(key).name in (*METADATA, ".zmetadata")
-        if not may_be_absent:
-            return await self._patience.ask_async(request)
-        try:
-            return await self._patience.once.ask_async(request)
-        except obstore.exceptions.PermissionDeniedError:
-            return None
-
-    async def exists(self, key: str) -> bool:
-        return await self._patience.ask_async(partial(super().exists, key))
-
-    async def set(self, key: str, value: Buffer) -> None:
-        await self._patience.ask_async(partial(super().set, key, value))
-
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        await self._patience.ask_async(partial(super().set_if_not_exists, key, value))
-
-    async def delete(self, key: str) -> None:
-        await self._patience.ask_async(partial(super().delete, key))
-
-    async def delete_dir(self, prefix: str) -> None:
-        await self._patience.ask_async(partial(super().delete_dir, prefix))
-
-    def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
-        return self._listed(partial(super().list_dir, prefix))
-
-    def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
-        return self._listed(partial(super().list_prefix, prefix))
-
-    async def _listed(
-        self, listing: Callable[[], AsyncGenerator[str, None]]
-    ) -> AsyncGenerator[str, None]:
-        async def collect() -> list[str]:
-            return [name async for name in listing()]
-
-        for name in await self._patience.ask_async(collect):
-            yield name
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +116,12 @@ class BucketFolder:
                 complete = False
         return complete
 
-    def arrays(self, *, read_only: bool) -> zarr.storage.StoreLike:
-        objects = _ZarrObjects(self.client, self.patience, read_only=read_only)
-        return zarr.storage.StorePath(objects, self.prefix)
+    def arrays(self, *, read_only: bool) -> "StoreLike":
+        from zarr.storage import StorePath
+
+        from megaseg_dask.stores.zarr_stores import ZarrObjects
+
+        return StorePath(ZarrObjects(self.client, self.patience, read_only=read_only), self.prefix)
 
     def _key(self, key: str) -> str:
         return "/".join(filter(None, (self.prefix, key)))

@@ -3,13 +3,15 @@
 import io
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import obstore.exceptions
-import zarr.storage
 
 from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.object_store import BucketFolder
+
+if TYPE_CHECKING:
+    from zarr.storage import StoreLike
 
 _READ_ONLY = "http:// and https:// are for reading only; write to a folder, s3://, gs:// or az://"
 _NOT_LISTED = "a web server does not list what it has; name the image itself"
@@ -45,7 +47,7 @@ class WebFolder:
     def is_folder(self) -> bool:
         return any(self.size(name) is not None for name in METADATA)
 
-    def arrays(self, *, read_only: bool) -> zarr.storage.StoreLike:
+    def arrays(self, *, read_only: bool) -> "StoreLike":
         return self.objects.arrays(read_only=read_only)
 
     def _refuse_to_write(self, *_: object, **_options: object) -> NoReturn:

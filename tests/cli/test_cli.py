@@ -504,7 +504,7 @@ def run(*_, **__):
     finally:
         time.sleep(60)
 
-app.build_app = lambda **_: run
+app.build_app = lambda _: run
 app.main([])
 """
 

@@ -45,8 +45,7 @@ def require_own_tables(target: Target) -> None:
     Raises:
         TargetError: One has.
     """
-    if "measurements" in target.plan.resolved.outputs:
-        map_threaded(lambda group: _table(group).require_own(), target.iter_labels())
+    map_threaded(lambda group: _table(group).require_own(), target.iter_labels())
 
 
 def remove_tables(target: Target) -> None:
