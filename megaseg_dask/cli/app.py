@@ -122,7 +122,8 @@ def plan(
 
     It writes nothing, unless --record is given.
 
-    The time is that of one worker like this machine, from a few forward passes of the network.
+    The time is that of one worker like this machine, from a few forward passes of the network in
+    the last day.
 
     \b
     Example:

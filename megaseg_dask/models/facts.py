@@ -6,7 +6,6 @@ network is built, and their digest is compared there.
 """
 
 import json
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,7 +18,7 @@ from megaseg_dask.models.bundle import BundleFacts
 from megaseg_dask.models.cytodl.files import files_of
 from megaseg_dask.models.cytodl.read import bundle_name, load_bundle
 from megaseg_dask.models.cytodl.safe_loading import MAX_BYTES
-from megaseg_dask.models.home import home, sha256_of
+from megaseg_dask.models.home import home, sha256_of, write_whole
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -73,10 +72,7 @@ def record_of(path: Path) -> FactsRecord:
 
 def write_record(record: FactsRecord, path: Path) -> None:
     """Write a record whole; raises `OSError` where that is not possible."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    part.write_bytes(_records().dump_json(record, indent=1) + b"\n")
-    part.replace(path)
+    write_whole(path, _records().dump_json(record, indent=1) + b"\n")
 
 
 def _read_record(path: Path, key: str) -> FactsRecord | None:

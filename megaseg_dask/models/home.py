@@ -2,6 +2,7 @@
 
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import file_digest
@@ -55,6 +56,14 @@ def writing(file: str) -> Iterator[None]:
             f"{problem}; make room there, or set {HOME} to another folder, and run the same "
             "command again"
         ) from error
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file that other processes may read at any time; raises `OSError`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
+    part.write_bytes(data)
+    part.replace(file)
 
 
 def sha256_of(path: Path, algorithm: str = "sha256") -> str:

@@ -10,11 +10,13 @@ import pytest
 from tests.fixtures.images import blobs, write_image
 
 HEAVY = {
+    "bokeh",
     "botocore",
     "cc3d",
     "dask",
     "dask.array",
     "distributed",
+    "jinja2",
     "matplotlib",
     "monai",
     "numpy",
@@ -27,13 +29,16 @@ HEAVY = {
     "scipy",
     "skimage",
     "torch",
+    "tornado",
     "xarray",
     "zarr",
 }
-STATUS = {"numpy", "pydantic", "zarr"}
-FINISHED = {*STATUS, "ome_zarr_models", "pyarrow"}
+STATUS = {"numpy", "pydantic"}
+PLANNING = {*STATUS, "ome_zarr_models", "zarr"}
 # The converted network is kept, so torch and MONAI are not needed to run it.
-COMPUTING = {*FINISHED, "cc3d", "openvino"}
+COMPUTING = {*PLANNING, "cc3d", "openvino"}
+# What the scheduler needs, and its page where it is installed. The workers compute.
+SCHEDULING = {*PLANNING, "bokeh", "dask", "distributed", "jinja2", "tornado"}
 
 # A new command gets a row: its arguments, and the heavy modules that it may import.
 OPTIONS = "--model starter --threads 1"
@@ -43,13 +48,20 @@ COMMANDS = {
     "version": ("--version", {"pydantic"}),
     "help of a command": ("segment --help", {"pydantic"}),
     "status": ("status done.zarr", STATUS),
-    "a finished run again": (f"segment cells.zarr done.zarr {OPTIONS}", FINISHED),
+    "a finished run again": (f"segment cells.zarr done.zarr {OPTIONS}", PLANNING),
     "a finished run again, in this process": (
         f"segment cells.zarr done.zarr {OPTIONS} --workers 0",
-        FINISHED,
+        PLANNING,
     ),
-    "plan": (f"plan cells.zarr planned.zarr {OPTIONS}", COMPUTING),
+    "plan": (f"plan cells.zarr planned.zarr {OPTIONS}", PLANNING),
+    "plan, with a record": (f"plan cells.zarr recorded.zarr {OPTIONS} --record", PLANNING),
     "segment in this process": (f"segment cells.zarr new.zarr {OPTIONS} --workers 0", COMPUTING),
+    "segment, measured": (
+        f"segment cells.zarr measured.zarr {OPTIONS} --workers 0 --outputs labels,measurements",
+        # pyarrow imports pandas where it is installed.
+        {*COMPUTING, "pandas", "pyarrow"},
+    ),
+    "segment on a worker": (f"segment cells.zarr other.zarr {OPTIONS} --workers 1", SCHEDULING),
 }
 
 RUN = f"""
@@ -78,10 +90,12 @@ def modules_after(arguments: str, folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with an image, a finished run of it, and the converted network that it kept."""
+    """A folder with an image, a finished run of it, and the network and the speed that it kept."""
     folder = tmp_path_factory.mktemp("imports")
     write_image(folder / "cells.zarr", blobs((16, 64, 64)))
     modules_after(f"segment cells.zarr done.zarr {OPTIONS} --workers 0", folder)
+    # The first plan on a machine times the network.
+    modules_after(f"plan cells.zarr planned.zarr {OPTIONS}", folder)
     return folder
 
 

@@ -9,11 +9,25 @@ import sys
 
 import pytest
 
+from megaseg_dask.inference.engine import ENGINES
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.job_array import record_plans
 from tests.fixtures.images import blobs, write_image
 
-HEAVY = {"torch", "monai", "openvino", "distributed", "xarray", "pandas", "ome_zarr_models"}
+HEAVY = {
+    "distributed",
+    "matplotlib",
+    "monai",
+    "ome_zarr_models",
+    "openvino",
+    "pandas",
+    "pyarrow",
+    "rich",
+    "skimage",
+    "torch",
+    "typer",
+    "xarray",
+}
 
 # What a worker process does: it reads the recorded plan, runs a task, and says what it imported.
 WORKER = """
@@ -46,8 +60,8 @@ def record(tmp_path, tiny_bundle, monkeypatch):
     return record
 
 
-# MONAI imports pandas where it is installed.
-BUILDING_A_NETWORK = {"torch", "monai", "pandas"}
+# MONAI imports the others where they are installed.
+BUILDING_A_NETWORK = {"torch", "monai", "matplotlib", "pandas", "pyarrow", "skimage"}
 
 
 def test_a_worker_with_a_kept_conversion_imports_neither_torch_nor_monai(record):
@@ -61,13 +75,33 @@ def test_a_worker_of_torch_imports_no_other_engine(record):
     assert {"torch", "monai"} <= imports <= BUILDING_A_NETWORK
 
 
-def test_choosing_an_engine_imports_none():
-    code = f"""
-import sys
-from megaseg_dask.inference.engine import resolve_engine
-
-resolve_engine(device="cpu")
-print({HEAVY} & set(sys.modules))
-"""
+def imports_of(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    return set(done.stdout.split())
+
+
+def test_choosing_an_engine_imports_none():
+    choose = "from megaseg_dask.inference.engine import resolve_engine"
+    assert imports_of(f"{choose}; resolve_engine(device='cpu')") == set()
+
+
+def test_the_script_of_the_client_costs_its_workers_nothing():
+    # A worker that is spawned imports it, and with it the module of `megaseg` in pyproject.toml.
+    assert imports_of("import megaseg_dask.__main__") == set()
+
+
+# A new engine gets a row: what it may import. On a GPU that is the row of torch.
+OF_ENGINE = {"torch": BUILDING_A_NETWORK, "openvino": {"openvino"}}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_imports_no_other_engine(engine):
+    kind = ENGINES[engine]
+    assert {kind.package} <= imports_of(f"import {kind.module}") <= OF_ENGINE[engine]
+
+
+def test_what_a_gpu_worker_says_of_itself_imports_nothing_else():
+    describe = "from megaseg_dask.run.cluster.worker_plugin import describe, make_plugin"
+    look = "from megaseg_dask.inference.gpu import cuda_devices; cuda_devices()"
+    assert imports_of(f"{describe}; {look}") <= {"torch"}

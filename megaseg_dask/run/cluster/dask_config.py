@@ -21,11 +21,14 @@ WORKER_ENVIRONMENT = {
 # Ctrl-C, Ctrl-\\ and a terminal that is closed reach every process of it: the client alone answers,
 # and ends its workers.
 # An error in a worker comes back to the client, which reports it once and in one line.
+# What Dask imported stays: the collector need not look at it again and again.
 WORKER_PRELOAD = """
+import gc
 import logging
 import signal
 
 def dask_setup(worker):
+    gc.freeze()
     for name in ("SIGINT", "SIGQUIT", "SIGHUP"):
         signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
     logging.getLogger("distributed").setLevel(logging.CRITICAL)

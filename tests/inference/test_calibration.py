@@ -1,0 +1,110 @@
+"""Timing of forward passes: once a day for each network, engine, patch and batch of a machine."""
+
+import os
+import time
+from dataclasses import replace
+
+import pytest
+
+from megaseg_dask.inference import engine
+from megaseg_dask.inference.block import Engine
+from megaseg_dask.inference.calibration import measure_patch_s
+from megaseg_dask.inference.engine import EngineSpec
+from megaseg_dask.inference.ensemble import BundleRef, ModelRef
+
+SHAPE = (16, 32, 32)
+SPEC = EngineSpec("openvino", "cpu", "fp32", 1)
+BUNDLE = BundleRef("bundle", "name", "digest")
+MODEL = ModelRef((BUNDLE,), "gaussian", 1, ("seg",), ())
+A_DAY_S = 24 * 3600
+
+
+class Counted(Engine):
+    """An engine that counts how often it is opened."""
+
+    n_opened = 0
+
+    def __init__(self, *_: object) -> None:
+        Counted.n_opened += 1
+
+    def __call__(self, patches):
+        return patches
+
+
+@pytest.fixture
+def n_timed(monkeypatch, tmp_path):
+    """Return a function that says how often forward passes were timed, on a new machine."""
+    monkeypatch.setenv("MEGASEG_HOME", str(tmp_path))
+    monkeypatch.setattr(engine, "_open_bundle", Counted)
+    Counted.n_opened = 0
+    return lambda: Counted.n_opened
+
+
+def measure(model=MODEL, spec=SPEC, batch=1, shape=SHAPE) -> float:
+    return measure_patch_s(model, spec, batch, shape)
+
+
+def test_the_same_passes_are_timed_once(n_timed):
+    assert measure() == measure()
+    moved = replace(MODEL, bundles=(replace(BUNDLE, path="elsewhere"),))
+    assert measure(moved) == measure()
+    assert n_timed() == 1
+
+
+OTHER = {
+    "weights": {"model": replace(MODEL, bundles=(replace(BUNDLE, digest="other"),))},
+    "two models": {"model": replace(MODEL, bundles=(BUNDLE, replace(BUNDLE, digest="other")))},
+    "engine": {"spec": replace(SPEC, engine="torch")},
+    "precision": {"spec": replace(SPEC, precision="bf16")},
+    "threads": {"spec": replace(SPEC, threads=2)},
+    "mirrored": {"spec": replace(SPEC, tta=True)},
+    "batch": {"batch": 2},
+    "patch": {"shape": (32, 32, 16)},
+    "channels": {"model": replace(MODEL, in_channels=2)},
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_passes_are_timed_again(case, n_timed):
+    measure()
+    before = n_timed()
+    measure(**OTHER[case])
+    assert n_timed() > before
+
+
+@pytest.mark.parametrize("changed", ["processor", "version"])
+def test_another_machine_is_timed_again(changed, n_timed, monkeypatch):
+    measure()
+    name = {"processor": "_processor", "version": "version"}[changed]
+    monkeypatch.setattr(f"megaseg_dask.inference.calibration.{name}", lambda *_: "another")
+    measure()
+    assert n_timed() == 2
+
+
+def test_the_next_day_they_are_timed_again(n_timed, tmp_path):
+    measure()
+    [kept] = tmp_path.glob("speeds/*.json")
+    yesterday = time.time() - A_DAY_S - 60
+    os.utime(kept, (yesterday, yesterday))
+    measure()
+    measure()
+    assert n_timed() == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"null", b"[1]", b"\xff"])
+def test_a_damaged_record_is_timed_again(damage, n_timed, tmp_path):
+    seconds = measure()
+    [kept] = tmp_path.glob("speeds/*.json")
+    kept.write_bytes(damage)
+    assert isinstance(measure(), float)
+    assert n_timed() == 2
+    assert seconds > 0
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(n_timed, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("MEGASEG_HOME", str(file))
+    assert measure() > 0
+    measure()
+    assert n_timed() == 2
