@@ -98,7 +98,7 @@ def test_units_and_origin_are_turned_into_micrometres(tmp_path):
     group = zarr.open_group(source, mode="r+")
     ome = group.attrs["ome"]
     entry = ome["multiscales"][0]
-    entry["axes"][0]["unit"], entry["axes"][1]["unit"] = "nanometer", "inch"
+    entry["axes"][0]["unit"], entry["axes"][1]["unit"] = "nanometer", "pixel"
     entry["datasets"][0]["coordinateTransformations"] = [
         {"type": "scale", "scale": [290, 0.1, 0.1]},
         {"type": "translation", "translation": [1000, 0, 5]},
@@ -107,7 +107,7 @@ def test_units_and_origin_are_turned_into_micrometres(tmp_path):
     image = megaseg_dask.open_image(source)["0/image"]
     assert_allclose(image.z[:3], [1, 1.29, 1.58])
     assert_allclose(image.x[:2], [5, 5.1])
-    assert [image[name].attrs["units"] for name in "zyx"] == ["µm", "inch", "µm"]
+    assert [image[name].attrs["units"] for name in "zyx"] == ["µm", "pixel", "µm"]
 
 
 def test_nothing_is_read_before_it_is_needed(tmp_path, counted):
