@@ -146,7 +146,9 @@ class TaskRecord:
         """Take over one record of the journal."""
         match record:
             case {"result": result}:
-                self.result = Ending.from_json(result)
+                # A run ends once: not before its tasks, and not after one was taken back.
+                if all(done.all() for done in self._done.values()):
+                    self.result = Ending.from_json(result)
             case {"session": session}:
                 self.sessions.append(Session.from_json(session))
             case {"undo": stage, "volume": volume}:
@@ -170,6 +172,7 @@ class TaskRecord:
 
     def _undo(self, stage: str, volume: int) -> None:
         tasks = self._tasks_of(stage, volume)
+        self.result = None
         self._done[stage][tasks.start : tasks.stop] = False
         for index in tasks:
             self._summaries[stage].pop(index, None)

@@ -116,10 +116,11 @@ class TaskSummary:
         absent = value.get("absent", 0)
         batch = value.get("batch")
         _require_numbers({"absent": absent, "batch": batch})
+        channels = value.get("parts", ())
+        if "parts" in value and not (channels and all(channels)):
+            raise ValueError("statistics of no channel, or of no part of one")
         return cls(
-            parts=tuple(
-                tuple(map(PartStatistics.from_json, parts)) for parts in value.get("parts", ())
-            ),
+            parts=tuple(tuple(map(PartStatistics.from_json, parts)) for parts in channels),
             absent=absent,
             batch=batch,
             statistics=statistics_from_json(value),
@@ -185,6 +186,7 @@ class Session:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Session":
         """Return the value that :meth:`to_json` wrote."""
+        _require_numbers({"began": value["began"], "wall_s": value["wall_s"]})
         workers = tuple(Joined(**worker) for worker in value["workers"])
         return cls(value["began"], value["wall_s"], workers)
 

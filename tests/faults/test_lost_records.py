@@ -10,6 +10,7 @@ import pytest
 from megaseg_dask.errors import MegasegError, TargetError
 from megaseg_dask.events import Event, Progress, Result, Started
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run import journal
 from megaseg_dask.run.status import status
 from megaseg_dask.stores.arrays import clear_array_cache
 from tests.fixtures.disk import Disk, read_tree, write_tree
@@ -160,3 +161,53 @@ def test_a_read_that_fails_once_loses_no_finished_task(run):
 @pytest.mark.timeout(600)
 def test_no_read_that_fails_loses_a_finished_task(run):
     fail_reads_of_a_resumed_run(run, 60)
+
+
+def damage_journals_of_a_resumed_run(run: Run, n_trials: int) -> None:
+    """Damage one record of an interrupted run, time and again; the next run ends as a calm one."""
+    run.go()
+    calm = read_tree(run.target)
+    for path in (run.target, run.record.parent):
+        shutil.rmtree(path)
+    n_done = run.stop_in("label")
+    before = read_tree(run.folder)
+    segments = [name for name in before if "/journal/" in name]
+    assert len(segments) > 2
+    rng = random.Random(25)
+    for trial in range(n_trials):
+        name = rng.choice(segments)
+        whole = before[name]
+        at = rng.randrange(len(whole))
+        damaged = {
+            "lost": None,
+            "cut": whole[:at],
+            "zeros": whole[:at].ljust(len(whole), b"\0"),
+            "a byte": whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :],
+            "not UTF-8": whole[:at] + b"\xff\xfe" + whole[at:],
+            "of another": before[rng.choice(segments)],
+            "twice": whole + whole,
+            "huge": whole + b" " * 10_000_000,
+        }
+        kind = rng.choice(list(damaged))
+        shutil.rmtree(run.folder)
+        write_tree(run.folder, {**before, name: damaged[kind] or b""})
+        if damaged[kind] is None:
+            (run.folder / name).unlink()
+        assert run.n_done <= n_done
+        assert run.go().status == "done", (trial, kind)
+        assert read_tree(run.target) == calm, (trial, kind)
+
+
+@pytest.fixture
+def many_records(monkeypatch):
+    monkeypatch.setattr(journal, "_MIN_SEGMENT_S", 0.0)
+
+
+def test_a_damaged_record_is_done_again(run, many_records, cheap_engine):
+    damage_journals_of_a_resumed_run(run, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_any_damaged_record_is_done_again(run, many_records, cheap_engine):
+    damage_journals_of_a_resumed_run(run, 100)

@@ -361,3 +361,20 @@ def test_a_journal_of_several_writers(tmp_path):
     third.add("segment", 5, TaskSummary())
     third.flush()
     assert journal().done("segment").nonzero()[0].tolist() == [5]
+
+
+def test_tasks_after_a_damaged_record_are_refused_until_it_is_taken_back(
+    source, settings, tmp_path, cheap_engine
+):
+    """What they recorded would follow it, and not count."""
+    target = str(tmp_path / "out.zarr")
+    (plan,) = record_plans(str(source), target, settings)
+    n_tasks = plan.stage("measure").n_tasks
+    run_tasks(plan, "measure", range(n_tasks))
+    last = max((tmp_path / "out.zarr.run/megaseg/journal").iterdir())
+    last.write_bytes(last.read_bytes()[:-9])
+    with pytest.raises(TargetError, match=r"jsonl is damaged.*same megaseg plan … --record"):
+        run_tasks(plan, "measure", [0])
+    record_plans(str(source), target, settings)
+    assert run_tasks(plan, "measure", range(n_tasks)).n_done == n_tasks
+    assert Journal.read(plan).is_stage_complete("measure", 0)

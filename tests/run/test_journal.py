@@ -159,6 +159,9 @@ ODD = [
     b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": [1]}',
     b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"absent": "1"}}',
     b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"parts": [[1]]}}',
+    b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"parts": [[]]}}',
+    b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"parts": []}}',
+    b'{"session": {"began": "1", "wall_s": 1.0, "workers": []}}',
     b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"by_output": [{"a": 1}]}}',
     b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"by_output": 3}}',
     b'{"stage": "segment", "index": 1, "failure": {"stage": "segment"}}',
@@ -211,10 +214,19 @@ def test_records_are_gathered_into_few_segments(run):
 
 
 def test_the_result_is_the_last_word(run):
-    journal = write(run, 0)
+    for stage in STAGES:
+        journal = write(run, *range(stage.n_tasks), stage=stage.name)
     journal.finish(Ending(n_objects=12))
     assert read(run).result == Ending(12)
     assert read(run, "another").result is None
+    read(run).undo(["label"], 1)
+    assert read(run).result is None
+
+
+def test_no_result_is_believed_before_its_tasks(run):
+    journal = write(run, 0)
+    journal.finish(Ending(n_objects=12))
+    assert read(run).result is None
 
 
 def test_a_segment_that_could_not_be_written_is_kept_for_the_next_try(run, monkeypatch):
