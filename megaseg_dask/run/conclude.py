@@ -33,6 +33,7 @@ def begin(plan: Plan, journal: Journal, lease: Held) -> None:
     lease.require()
     if is_new:
         folder.clear()
+        journal.restart()
     folder.record(plan)
     if is_new:
         # Records of an earlier run must not come back after a power loss, and find other arrays.

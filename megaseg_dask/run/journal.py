@@ -267,6 +267,11 @@ class Journal(TaskRecord):
             self.replay(record)
         return True
 
+    def restart(self) -> None:
+        """Begin again at the first segment, now that all were removed."""
+        self._n_segments = 0
+        self.discarded = []
+
     def discard_damaged(self) -> None:
         """Remove the segments that do not count, for what follows them would not count either.
 

@@ -124,6 +124,7 @@ class Runs:
         assert _names(found) == _names(self.calm), where
         for name in _names(found):
             assert _content(name, found) == _content(name, self.calm), f"{where}: {name}"
+        assert self.run(overwrite=False).already_done, where
 
 
 def _names(tree: Tree) -> set[str]:

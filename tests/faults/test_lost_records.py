@@ -196,6 +196,7 @@ def damage_journals_of_a_resumed_run(run: Run, n_trials: int) -> None:
         assert run.n_done <= n_done
         assert run.go().status == "done", (trial, kind)
         assert read_tree(run.target) == calm, (trial, kind)
+        assert run.go().already_done, (trial, kind)
 
 
 @pytest.fixture
