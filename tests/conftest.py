@@ -32,14 +32,16 @@ def session_folder(tmp_path_factory) -> Path:
     return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
 
-@pytest.fixture(autouse=True)
-def _no_models(monkeypatch, session_folder):
+@pytest.fixture(scope="session", autouse=True)
+def _no_models(session_folder):
     """A cache without models, and no network to fetch any from.
 
     One for the session: a converted network is kept there, and converting takes seconds.
     """
-    monkeypatch.setenv("MEGASEG_HOME", str(session_folder / "no-models"))
-    monkeypatch.setenv("MEGASEG_OFFLINE", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGASEG_HOME", str(session_folder / "no-models"))
+        patch.setenv("MEGASEG_OFFLINE", "1")
+        yield
 
 
 @pytest.fixture(scope="session")

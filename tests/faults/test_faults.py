@@ -31,7 +31,7 @@ def request_of(tmp_path, tiny_bundle):
     def make(target="out.zarr", **options):
         options = {
             "model": str(tiny_bundle),
-            "engine": "torch",
+            "engine": "openvino",
             "threads": 1,
             "block": "20,40,50",
             "overlap": 0,

@@ -29,7 +29,7 @@ STAGES = (
 
 # What the runs of this module have in common.
 OPTIONS = {
-    "engine": "torch",
+    "engine": "openvino",
     "threads": "1",
     "overlap": "0",
     "block": "20,30,50",

@@ -35,6 +35,7 @@ from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location, StoreOptions
 from tests.faults.test_faults import arrays, assert_same
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
 
 ENGINE = EngineSpec("torch", "cpu", "fp32", threads=1)
 
@@ -157,7 +158,7 @@ def request_of(tmp_path, tiny_bundle):
 
     def make(target: str, **options):
         options = {
-            "engine": "torch",
+            "engine": "openvino",
             "threads": 1,
             "block": "20,40,50",
             "overlap": 0,
@@ -178,11 +179,9 @@ def shared(apart, tmp_path) -> str:
     return str(path)
 
 
-def test_a_scheduler_started_apart_over_tls(
-    apart, shared, request_of, client, tiny_bundle, tmp_path
-):
+def test_a_scheduler_started_apart_over_tls(apart, shared, request_of, tiny_bundle, tmp_path):
     source, expected, settings = request_of("expected.zarr")
-    assert segment(source, expected, settings, client=client).status == "done"
+    assert segment_here(source, expected, settings).status == "done"
 
     # The bundle is gone as soon as the run began: workers have it from beside the run.
     bundle = tmp_path / "gone.ckpt"

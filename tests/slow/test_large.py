@@ -60,7 +60,7 @@ def test_shards_of_a_ragged_volume_lose_nothing_to_many_writers(
     source = write_image(tmp_path / "image.zarr", blobs((37, 263, 521)))
     options = {
         "model": str(tiny_bundle),
-        "engine": "torch",
+        "engine": "openvino",
         "threads": 1,
         "overlap": 0,
         "outputs": "labels,scores,mask",

@@ -45,7 +45,7 @@ def arrays(where: str) -> dict[str, np.ndarray]:
 def options(tiny_bundle):
     return {
         "model": str(tiny_bundle),
-        "engine": "torch",
+        "engine": "openvino",
         "threads": 1,
         "block": "20,30,50",
         "overlap": 0,
@@ -152,7 +152,7 @@ def test_commands_on_a_target_take_the_options_of_its_store(
         f"{folder}/out.zarr",
     )
     fixed = ("--model", options["model"], "--threads", "1", "--overlap", "0", "--block", "20,30,50")
-    fixed += ("--engine", "torch")
+    fixed += ("--engine", "openvino")
     assert megaseg("plan", image, target, *fixed, *store, "--record") == 0
     assert megaseg("task", target, "measure", "999", *store) == 2
     assert megaseg("task", target, "measure", "0", *store) == 0

@@ -12,6 +12,8 @@ import pytest
 
 from tests.fixtures.servers import range_server
 
+pytestmark = pytest.mark.slow
+
 
 def test_pages_ask_nobody_else(browser, tmp_path):
     pytest.importorskip(
