@@ -7,12 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from megaseg_dask.cli.app import build_app
 from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.stores import Location, clear_store_caches
@@ -27,10 +30,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BIN = Path(sys.executable).parent
 
 
-# What a newcomer reads first; all other pages are slow tests, since each block runs the network.
-FIRST = {"README.md"}
-
-
 def pages() -> list[Any]:
     """Language and text of the fenced blocks of each page, in order.
 
@@ -43,12 +42,26 @@ def pages() -> list[Any]:
             (language, text) for language, text in blocks if language not in ("", "text")
         ]  # else output, not input
         if run:
-            found.append(
-                pytest.param(
-                    run, id=page.name, marks=() if page.name in FIRST else pytest.mark.slow
-                )
-            )
+            found.append(pytest.param(run, id=page.name))
     return found
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """Yield the commands of a block for the shell, without their comments."""
+    for line in text.replace("\\\n", " ").splitlines():
+        yield line.split("#")[0].strip()
+
+
+@pytest.mark.parametrize("blocks", pages())
+def test_a_page_has_only_commands_and_options_that_there_are(blocks):
+    commands = [line for language, text in blocks if language == "sh" for line in lines_of(text)]
+    for command in commands:
+        if not command.startswith("megaseg "):
+            continue
+        words = shlex.split(re.split(r"[|>]", command)[0])
+        # Help is shown once all words before it are understood.
+        shown = CliRunner().invoke(build_app(), [*words[1:], "--help"])
+        assert shown.exit_code == 0, (command, shown.output)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +117,8 @@ def bucket(folder, tmp_path_factory):
     server.kill()
 
 
+# Each block runs the network; `tests/tools/test_demo.py` is what a newcomer does first.
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("blocks", pages())
 def test_page_does_what_it_says(blocks, folder, request):
@@ -119,8 +134,7 @@ def run_block(language, text, folder, request) -> None:
     assert language == "sh"
     folder = folder / "megaseg-demo"
     environment = request.getfixturevalue("bucket") if "s3://" in text else {}
-    for line in text.replace("\\\n", " ").splitlines():
-        command = line.split("#")[0].strip()
+    for command in lines_of(text):
         if command.startswith("make "):
             target = command.split()[1]
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), (

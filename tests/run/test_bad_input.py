@@ -25,7 +25,7 @@ from tests.fixtures.images import blobs, write_image
 
 SHAPE = (40, 70, 90)
 # Eight blocks, and a light grid of patches.
-OPTIONS = ["--engine", "torch", "--threads", "1", "--block", "20,40,50", "--overlap", "0"]
+OPTIONS = ["--threads", "1", "--block", "20,40,50", "--overlap", "0"]
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from tests.fixtures.bundles import (
-    OVERLAP,
     TINY,
     one_thread,
     train_config,
@@ -46,6 +45,7 @@ def run(source, target, bundle, **options):
         "model": str(bundle),
         "engine": "torch",
         "threads": 1,
+        "overlap": 0,
         "scores_dtype": "float32",
         **options,
     }
@@ -63,7 +63,7 @@ def predict_whole(image: np.ndarray, bundle, prepare=ZSCORE) -> np.ndarray:
             loaded.patch_shape,
             1,
             build_network(loaded),
-            overlap=OVERLAP,
+            overlap=0,
             mode="gaussian",
         )
     return logits[0].numpy()

@@ -33,7 +33,6 @@ from tests.fixtures.images import blobs, write_image
 
 SHAPE = (24, 64, 96)
 OPTIONS = {
-    "engine": "torch",
     "threads": 1,
     "block": "24,32,32",
     "overlap": 0,

@@ -30,7 +30,6 @@ def run(tmp_path, tiny_bundle, cheap_engine):
         name = f"{len(list(tmp_path.iterdir()))}.zarr"
         options = {
             "model": str(tiny_bundle),
-            "engine": "torch",
             "threads": 1,
             "overlap": 0,
             "outputs": "labels,scores,mask",
@@ -121,7 +120,6 @@ def test_a_nan_that_nobody_measured_is_still_an_error(block, tmp_path, tiny_bund
     source = write_image(tmp_path / "image.zarr", image)
     options = {
         "model": str(tiny_bundle),
-        "engine": "torch",
         "threads": 1,
         "overlap": 0,
         "block": block,
@@ -139,7 +137,6 @@ def test_nan_as_background_has_no_part_in_a_threshold(block, tmp_path, tiny_bund
     source = write_image(tmp_path / "image.zarr", image)
     options = {
         "model": str(tiny_bundle),
-        "engine": "torch",
         "threads": 1,
         "overlap": 0,
         "block": block,

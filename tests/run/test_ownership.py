@@ -28,7 +28,6 @@ def run(tmp_path, tiny_bundle, cheap_engine):
         settings = parse_settings(
             {
                 "model": str(tiny_bundle),
-                "engine": "torch",
                 "threads": 1,
                 "overlap": 0,
                 **options,
@@ -116,7 +115,7 @@ def test_a_voxel_that_overflows_the_network_is_a_failure(tmp_path, tiny_bundle, 
     image = blobs(SHAPE).astype(np.float64)
     image[3, 4, 5] = value
     source = write_image(tmp_path / "image.zarr", image)
-    options = {"model": str(tiny_bundle), "engine": "torch", "threads": 1, "overlap": 0}
+    options = {"model": str(tiny_bundle), "threads": 1, "overlap": 0}
     result = segment_here(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
     if value > 1e100:
         assert result.status == "failed"

@@ -32,7 +32,6 @@ def run(tmp_path, tiny_bundle, cheap_engine):
     def call(source, target, emit=lambda _: None, **options):
         options = {
             "model": str(tiny_bundle),
-            "engine": "torch",
             "threads": 1,
             "overlap": 0,
             "scores_dtype": "float32",

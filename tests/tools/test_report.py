@@ -74,7 +74,6 @@ class Parsed(HTMLParser):
 def options(tiny_bundle) -> dict[str, object]:
     return {
         "model": str(tiny_bundle),
-        "engine": "torch",
         "threads": 1,
         "overlap": 0,
         "retries": 0,
