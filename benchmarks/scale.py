@@ -153,7 +153,7 @@ def cluster(
 
     try:
         with Client(scheduler_file=str(folder / "scheduler.json"), timeout=60) as client:
-            client.wait_for_workers(n_workers, timeout=60)
+            client.wait_for_workers(n_workers, timeout=300)
             threading.Thread(target=watch, daemon=True).start()
             yield {"client": client, "sizes": sizes}
             stopped.set()
