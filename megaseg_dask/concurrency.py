@@ -1,12 +1,13 @@
 """Requests in threads: while a store answers one, others are on their way.
 
 Reading one object takes milliseconds, mostly waiting; one at a time, a million
-objects would take an hour.
+objects would take an hour. Threads take over the context of their caller.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -24,7 +25,12 @@ def map_threaded(
     The first error is raised; calls that have not begun by then are not made.
     """
     with ThreadPoolExecutor(n_threads) as pool:
-        return list(pool.map(function, items))
+        futures = [pool.submit(copy_context().run, function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 def read_ahead(read: Callable[[T], R], keys: Iterable[T], n_ahead: int) -> Iterator[tuple[T, R]]:
@@ -32,7 +38,7 @@ def read_ahead(read: Callable[[T], R], keys: Iterable[T], n_ahead: int) -> Itera
     with ThreadPoolExecutor(min(n_ahead, _MAX_READERS)) as pool:
         pending: deque[tuple[T, Future[R]]] = deque()
         for key in keys:
-            pending.append((key, pool.submit(read, key)))
+            pending.append((key, pool.submit(copy_context().run, read, key)))
             if len(pending) == n_ahead:
                 oldest, result = pending.popleft()
                 yield oldest, result.result()

@@ -374,6 +374,19 @@ def read_written_ome(location: Location, version: str) -> dict[str, Any]:
     return ome_of(_stored_attributes(location, version))
 
 
+def remove_damaged_group(location: Location, version: str) -> None:
+    """Remove the metadata of a group of ours that no program can read.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    stored = VERSIONS[version]
+    for key in {stored.group_file, stored.attributes_file}:
+        data = location.get(key)
+        if data is not None and not _parse(data):
+            location.delete(key)
+
+
 def _write_v2(location: Location, attributes: Mapping[str, object], *, replace: bool) -> None:
     if location.size(".zgroup") is None:
         _put_json(location, ".zgroup", {"zarr_format": 2})

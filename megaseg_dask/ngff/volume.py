@@ -5,6 +5,7 @@ workers. What cannot be read is named by its stored object: a codec knows what
 is wrong with a chunk, but not where it lies.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from megaseg_dask.stores import (
 
 if TYPE_CHECKING:
     import zarr
+    from zarr.storage import StoreLike
 
 Array = NDArray[Any]
 
@@ -252,30 +254,77 @@ def create_array(location: Location, image: Image, level: int, dtype: str, layou
     Raises:
         StoreError: The store failed.
     """
+    with naming(location, "create"):
+        _create(zarr_store(location, read_only=False), _form_of(image, level, dtype, layout))
+
+
+def restore_array(location: Location, image: Image, level: int, dtype: str, layout: Layout) -> None:
+    """Write again the metadata of an array of ours that are lost or damaged; chunks stay.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    for name, data in _documents(_form_of(image, level, dtype, layout)).items():
+        if location.get(name) != data:
+            location.put(name, data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """All that the metadata of an array say."""
+
+    version: str
+    axis_names: tuple[str, ...]
+    shape: Shape
+    dtype: str
+    chunks: Shape
+    unit: Shape
+
+
+def _form_of(image: Image, level: int, dtype: str, layout: Layout) -> _Form:
+    return _Form(
+        image.version,
+        image.axis_names,
+        image.levels[level].shape,
+        dtype,
+        _per_axis(image, layout.chunk_shape),
+        _per_axis(image, layout.write_unit),
+    )
+
+
+# The fields of a plate have arrays of few forms.
+@functools.lru_cache(maxsize=64)
+def _documents(form: _Form) -> dict[str, bytes]:
+    """Return the metadata objects of an array by their names."""
+    from zarr.storage import MemoryStore
+
+    store = MemoryStore()
+    _create(store, form)
+    return {name: buffer.to_bytes() for name, buffer in store._store_dict.items()}
+
+
+def _create(store: "StoreLike", form: _Form) -> None:
     import zarr
 
-    version = VERSIONS[image.version]
-    chunks = _per_axis(image, layout.chunk_shape)
-    unit = _per_axis(image, layout.write_unit)
+    version = VERSIONS[form.version]
     options: dict[str, Any] = {}
     if version.has_shards:
-        options["dimension_names"] = image.axis_names
-        options["shards"] = unit if unit != chunks else None
+        options["dimension_names"] = form.axis_names
+        options["shards"] = form.unit if form.unit != form.chunks else None
     else:
         # OME-Zarr 0.4 asks for nested folders, which is not Zarr v2's own default.
         options["chunk_key_encoding"] = {"name": "v2", "separator": "/"}
-    with naming(location, "create"):
-        zarr.create_array(
-            zarr_store(location, read_only=False),
-            shape=image.levels[level].shape,
-            chunks=chunks,
-            dtype=dtype,
-            compressors=dict(version.compressor),
-            fill_value=0,
-            zarr_format=version.zarr_format,
-            overwrite=True,
-            **options,
-        )
+    zarr.create_array(
+        store,
+        shape=form.shape,
+        chunks=form.chunks,
+        dtype=form.dtype,
+        compressors=dict(version.compressor),
+        fill_value=0,
+        zarr_format=version.zarr_format,
+        overwrite=True,
+        **options,
+    )
 
 
 def _per_axis(image: Image, spatial: Shape) -> Shape:

@@ -337,13 +337,18 @@ class Plan(BaseModel):
         # A copy would keep the cached grids and projections of the old block.
         return Plan.model_construct(**{**dict(self), "resolved": resolved})
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether labels go into the source, whose own group and image are not ours."""
+        return self.target.is_same(self.source)
+
     def found_in(self, run: Location) -> "Plan":
         """Return the plan of a run that is found in a folder.
 
         Recorded addresses say where it was made. A source that was the target still is.
         """
         target = target_of(run)
-        source = target if self.source.is_same(self.target) else self.source
+        source = target if self.is_in_place else self.source
         return self.model_copy(update={"source": source, "target": target, "run": run})
 
     # -- memory

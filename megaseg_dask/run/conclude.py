@@ -12,6 +12,7 @@ from megaseg_dask.events import Result
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
+from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.schedule import VolumeProgress
 from megaseg_dask.run.state import Ending, TaskSummary, VolumeState
 from megaseg_dask.run.status import unread_fields
@@ -55,8 +56,9 @@ def begin(plan: Plan, journal: Journal, lease: Held) -> None:
 
 
 def reopen(target: Target, journal: Journal) -> None:
-    """Unpublish a run that goes on, and remove records that do not count any more."""
+    """Unpublish a run that goes on, and take back records that do not count any more."""
     journal.discard_damaged()
+    undo_losses(target.plan, journal)
     publish.withdraw(target)
 
 

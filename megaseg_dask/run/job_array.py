@@ -20,6 +20,7 @@ from megaseg_dask.plan.stages import PlannedStage
 from megaseg_dask.run.conclude import already_done, begin, conclude, reopen
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases
+from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.progress import Emit, GroupSize, Recorder, StageProgress
 from megaseg_dask.run.request import Request, synced_by
 from megaseg_dask.run.runner import join_results
@@ -299,7 +300,9 @@ def _join(plan: Plan, lease: Held, emit: Emit) -> Result | None:
     with journal.flushed(), journal.session():
         # Each of them, also after one that has to wait.
         are_settled = [_settle(process, volume) for volume in process.volumes]
-        return conclude(plan, journal, lease, started_s) if all(are_settled) else None
+        if not all(are_settled) or undo_losses(plan, journal):
+            return None
+        return conclude(plan, journal, lease, started_s)
 
 
 def _settle(process: _Process, volume: int) -> bool:

@@ -67,6 +67,8 @@ class TaskRecord:
         self.stages = tuple(stages)
         # The last failure of each task that has not succeeded since.
         self.failed: dict[tuple[str, int], Failure] = {}
+        # Tasks whose objects are gone. What was computed from them holds.
+        self.lost: set[tuple[str, int]] = set()
         self.timings = {stage.name: Timing() for stage in self.stages}
         # Clients that worked on the run; one that was killed left none.
         self.sessions: list[Session] = []
@@ -124,6 +126,8 @@ class TaskRecord:
                 Ending.from_json(result)
             case {"session": session}:
                 Session.from_json(session)
+            case {"lose": stage, "index": index}:
+                self._require_among(index, self._done[stage].size)
             case {"undo": stage, "volume": volume}:
                 self._require_among(volume, self._n_volumes)
                 self._done[stage]
@@ -151,6 +155,10 @@ class TaskRecord:
                     self.result = Ending.from_json(result)
             case {"session": session}:
                 self.sessions.append(Session.from_json(session))
+            case {"lose": stage, "index": index}:
+                self.result = None
+                self._done[stage][index] = False
+                self.lost.add((stage, index))
             case {"undo": stage, "volume": volume}:
                 self._undo(stage, volume)
             case {"stage": stage, "index": index, "failure": failure}:
@@ -163,8 +171,11 @@ class TaskRecord:
     def _finish(self, stage: str, index: int, record: Record) -> None:
         self._done[stage][index] = True
         self.failed.pop((stage, index), None)
-        if "summary" in record:
-            self._summaries[stage][index] = json.dumps(record["summary"])
+        self.lost.discard((stage, index))
+        # What a million tasks wrote is read again where it is needed.
+        told = {key: value for key, value in record.get("summary", {}).items() if key != "wrote"}
+        if told:
+            self._summaries[stage][index] = json.dumps(told)
         timing = self.timings[stage]
         timing.n_tasks += 1
         timing.seconds += record["s"]
@@ -177,6 +188,7 @@ class TaskRecord:
         for index in tasks:
             self._summaries[stage].pop(index, None)
             self.failed.pop((stage, index), None)
+            self.lost.discard((stage, index))
 
     @property
     def _n_volumes(self) -> int:
@@ -321,6 +333,12 @@ class Journal(TaskRecord):
         """Record that stages of a volume have to be done again, before any task of them is."""
         for stage in stages:
             self._append({"undo": stage, "volume": volume})
+        self.flush()
+
+    def lose(self, tasks: Iterable[tuple[str, int]]) -> None:
+        """Record tasks whose objects are gone: they run again, and nothing else for that."""
+        for stage, index in tasks:
+            self._append({"lose": stage, "index": index})
         self.flush()
 
     def finish(self, result: Ending) -> None:

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from itertools import chain
 from typing import Any, Protocol
 
-from megaseg_dask.errors import MegasegError
-from megaseg_dask.events import Event, Joined, Result, Started
+from megaseg_dask.errors import MegasegError, StoreError
+from megaseg_dask.events import Event, Joined, Notice, Result, Started
 from megaseg_dask.inference.calibration import measure_patch_s
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.plan.settings import Settings
@@ -24,15 +24,20 @@ from megaseg_dask.run.conclude import already_done, begin, conclude
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases, Timing
 from megaseg_dask.run.log import logged
+from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.progress import Dispatcher, Emit, Recorder, StageProgress
 from megaseg_dask.run.request import Request
 from megaseg_dask.run.schedule import Schedule
 from megaseg_dask.run.status import unread_fields
+from megaseg_dask.run.target import publish
+from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.ownership import remove_replaced
 from megaseg_dask.run.workspace import Workspace
 from megaseg_dask.stores import StoreOptions
 
 LEASE_TIMING = Timing()
+# Tasks whose objects are gone at the end run again, and then once more.
+_MAX_ROUNDS = 3
 
 
 class Executor(Protocol):
@@ -169,9 +174,28 @@ class _Session:
             plan, journal, self._lease, emit, lambda stage: _begin_stage(plan, journal, stage)
         )
         with journal.flushed(), journal.session(lambda: self._executor.workers):
-            recorder.run(dispatcher, Schedule(Workspace(plan), journal))
+            self._run_tasks(plan, journal, dispatcher, recorder, emit)
             is_published = not recorder.store_is_lost
             return conclude(plan, journal, self._lease, started_s, is_published=is_published)
+
+    def _run_tasks(
+        self, plan: Plan, journal: Journal, dispatcher: Dispatcher, recorder: Recorder, emit: Emit
+    ) -> None:
+        """Run all tasks, until all that they wrote is there."""
+        for _ in range(_MAX_ROUNDS):
+            recorder.run(dispatcher, Schedule(Workspace(plan), journal))
+            if recorder.store_is_lost:
+                return
+            self._lease.require()
+            n_lost = undo_losses(plan, journal)
+            if not n_lost:
+                return
+            publish.withdraw(Target(plan))
+            emit(Notice(f"what {n_lost} tasks wrote is not there any more; they run again"))
+        raise StoreError(
+            f"what was written to {plan.target} disappears or is replaced again and again; find "
+            "what does that, and run the same command again"
+        )
 
 
 def _begin_stage(plan: Plan, journal: Journal, name: str) -> StageProgress:

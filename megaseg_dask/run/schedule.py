@@ -63,7 +63,13 @@ class VolumeProgress:
         return sorted({n for failed, n in failures if failed in earlier and failed.loses_block})
 
     def stale_after(self, stage: PlannedStage) -> list[str]:
-        """Return the later stages that were begun before all of this stage was done."""
+        """Return the later stages that were begun before all of this stage was done.
+
+        A task that was done then, and whose objects are lost, was not missing.
+        """
+        lost = self._journal.lost
+        if all((stage.name, index) in lost for index in self.left_of(stage)):
+            return []
         # Stages of which tasks run again, here only where a block was missing.
         redone = [stage]
         is_stale = False

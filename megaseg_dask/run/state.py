@@ -80,8 +80,16 @@ class OutputState:
 
 
 @dataclass(frozen=True, slots=True)
+class Wrote:
+    """The objects that a task wrote, as digests: those that stay, and intermediate data."""
+
+    kept: str = ""
+    work: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TaskSummary:
-    """What a finished task tells: most tasks tell nothing.
+    """What a finished task tells: most tasks tell nothing else than what they wrote.
 
     ``parts`` are the statistics of each channel, by parts of the volume;
     ``statistics`` those of each channel of a whole volume. ``absent`` counts
@@ -94,6 +102,7 @@ class TaskSummary:
     batch: int | None = None
     statistics: tuple[ChannelStatistics, ...] = ()
     by_output: tuple[OutputState, ...] = ()
+    wrote: Wrote = Wrote()
 
     def output(self, number: int) -> OutputState:
         """Return what is known of one output; nothing if nothing is known of any."""
@@ -101,7 +110,9 @@ class TaskSummary:
 
     def to_json(self) -> Json:
         """Return the fields that have a value."""
+        wrote = [self.wrote.kept, self.wrote.work]
         fields: Json = {
+            "wrote": wrote if any(wrote) else [],
             "parts": [[part.to_json() for part in parts] for parts in self.parts],
             "absent": self.absent,
             "batch": self.batch,
@@ -125,6 +136,7 @@ class TaskSummary:
             batch=batch,
             statistics=statistics_from_json(value),
             by_output=outputs_from_json(value),
+            wrote=Wrote(*value.get("wrote", ())),
         )
 
 

@@ -155,9 +155,19 @@ class RunFolder:
         for name in (_WORK, _SUMS):
             (self.location / name).remove()
 
+    @property
+    def all_work(self) -> Location:
+        """The folder of the intermediate data of all volumes."""
+        return self.location / _WORK
+
+    @property
+    def sums(self) -> Location:
+        """The folder of what tables are made of."""
+        return self.location / _SUMS
+
     def work(self, volume: int) -> Location:
         """Return the folder of the intermediate data of one volume."""
-        return self.location / f"{_WORK}/{volume}"
+        return self.all_work / str(volume)
 
     # -- volumes
 

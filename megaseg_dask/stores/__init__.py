@@ -11,19 +11,24 @@ from megaseg_dask.stores.arrays import (
 from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.failures import cause_of, is_store_failure
 from megaseg_dask.stores.location import Location, naming, store_error
+from megaseg_dask.stores.notes import Entry, Note, checksum_of, noting
 
 __all__ = [
     "METADATA",
+    "Entry",
     "Location",
+    "Note",
     "StoreOptions",
     "cached_array",
     "cause_of",
+    "checksum_of",
     "clear_array_cache",
     "clear_store_caches",
     "configure",
     "is_secret",
     "is_store_failure",
     "naming",
+    "noting",
     "open_array",
     "stop_waiting",
     "store_error",

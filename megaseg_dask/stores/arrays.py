@@ -27,7 +27,9 @@ def open_array(location: Location, *, writable: bool = False) -> "zarr.Array[Any
 
     mode = "r+" if writable else "r"
     with naming(location, "open"):
-        return zarr.open_array(zarr_store(location, read_only=not writable), mode=mode)
+        array = zarr.open_array(zarr_store(location, read_only=not writable), mode=mode)
+    # What is ours is written whole: an absent chunk is then a lost one, and not background.
+    return array.with_config({"write_empty_chunks": True}) if writable else array
 
 
 def cached_array(location: Location, *, writable: bool = False) -> "zarr.Array[Any]":

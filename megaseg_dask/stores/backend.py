@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from zarr.storage import StoreLike
 
+from megaseg_dask.stores.notes import Entry
+
 # The files that make a folder a group or an array, and hold their attributes.
 METADATA = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
 
@@ -36,6 +38,9 @@ class Backend(Protocol):
 
     def keys(self, prefix: str) -> list[str]:
         """Return all keys below a folder of this one, sorted."""
+
+    def entries(self) -> list[Entry]:
+        """Return all objects below this folder."""
 
     def children(self) -> list[str]:
         """Return the names right below, sorted."""

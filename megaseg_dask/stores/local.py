@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megaseg_dask.errors import DataError, TargetError
+from megaseg_dask.stores.notes import Entry, note
 
 if TYPE_CHECKING:
     from zarr.storage import StoreLike
@@ -37,6 +38,7 @@ class LocalFolder:
     def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
         with self._staged(key, data, durable=durable) as staged:
             staged.replace(self.path / key)
+        note_file(self.path / key, data)
 
     def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
         try:
@@ -95,6 +97,11 @@ class LocalFolder:
             keys += [(below / name).as_posix() for name in names if not _PARTIAL.fullmatch(name)]
         return sorted(keys)
 
+    def entries(self) -> list[Entry]:
+        paths = [self.path / key for key in self.keys("")]
+        found = zip(paths, map(_look, paths), strict=True)
+        return [Entry(str(path), stat.st_size, _stamp(stat)) for path, stat in found if stat]
+
     def children(self) -> list[str]:
         if _look(self.path) is None:
             return []
@@ -117,6 +124,16 @@ class LocalFolder:
         from megaseg_dask.stores.zarr_stores import RegularFiles
 
         return RegularFiles(self.path, read_only=read_only)
+
+
+def note_file(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Note a file that was written."""
+    with suppress(*ABSENT):
+        note(str(path), data, _stamp(path.stat()))
+
+
+def _stamp(found: os.stat_result) -> str:
+    return str(found.st_mtime_ns)
 
 
 def require_regular(root: Path, key: str) -> None:

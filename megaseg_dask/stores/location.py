@@ -23,6 +23,7 @@ from megaseg_dask.stores.access import (
 )
 from megaseg_dask.stores.backend import Backend
 from megaseg_dask.stores.failures import Cause, explain, is_store_failure
+from megaseg_dask.stores.notes import Entry
 from megaseg_dask.stores.object_store import BucketFolder
 from megaseg_dask.stores.patience import Patience
 from megaseg_dask.stores.web import WebFolder
@@ -106,6 +107,11 @@ class Location:
         if self.is_local and other.is_local:
             return other.path.resolve() == self.path.resolve()
         return self.url == other.url
+
+    @property
+    def key(self) -> str:
+        """The path of a local location; the key of any other in its store."""
+        return self.url if self.is_local else address.split(self.url)[1]
 
     # -- the store
 
@@ -287,6 +293,15 @@ class Location:
         """
         with naming(self / prefix, "list"):
             return self.backend().keys(prefix)
+
+    def entries(self) -> list[Entry]:
+        """Return all objects below this folder, as one listing shows them.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        with naming(self, "list"):
+            return self.backend().entries()
 
     def remove(self) -> None:
         """Remove the folder and all below it, if it exists.

@@ -12,6 +12,7 @@ import obstore.exceptions
 from megaseg_dask.stores.access import Client
 from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.failures import require_bucket, understand
+from megaseg_dask.stores.notes import Entry, note
 from megaseg_dask.stores.patience import Patience
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class BucketFolder:
     patience: Patience
 
     def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
-        self.patience.ask(lambda: obstore.put(self.client, self._key(key), data))
+        result = self.patience.ask(lambda: obstore.put(self.client, self._key(key), data))
+        note(self._key(key), data, result["e_tag"] or "")
 
     def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
         try:
@@ -75,6 +77,10 @@ class BucketFolder:
     def keys(self, prefix: str) -> list[str]:
         batches = self.patience.ask(lambda: list(self._iter_batches(_BATCH, prefix)))
         return sorted(map(self._relative, chain.from_iterable(batches)))
+
+    def entries(self) -> list[Entry]:
+        listing = self.patience.ask(lambda: obstore.list(self.client, self._key("")).collect())
+        return [Entry(str(e["path"]), e["size"], e["e_tag"] or "") for e in listing]
 
     def children(self) -> list[str]:
         listing = self.patience.ask(

@@ -58,4 +58,4 @@ class WebFolder:
     def _refuse_to_list(self, *_: object) -> NoReturn:
         raise io.UnsupportedOperation(_NOT_LISTED)
 
-    keys = children = _refuse_to_list
+    keys = children = entries = _refuse_to_list

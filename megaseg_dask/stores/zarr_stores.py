@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Self
 
+from obstore import put_async
 from obstore.exceptions import PermissionDeniedError
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -14,12 +15,13 @@ from zarr.storage import LocalStore, ObjectStore
 
 from megaseg_dask.stores.access import Client
 from megaseg_dask.stores.backend import METADATA
-from megaseg_dask.stores.local import ABSENT, require_regular
+from megaseg_dask.stores.local import ABSENT, note_file, require_regular
+from megaseg_dask.stores.notes import note
 from megaseg_dask.stores.patience import Patience
 
 
 class RegularFiles(LocalStore):
-    """A store of zarr that reads regular files alone."""
+    """A store of zarr that reads regular files alone, and notes what it writes."""
 
     async def get(
         self,
@@ -30,6 +32,10 @@ class RegularFiles(LocalStore):
         with suppress(*ABSENT):
             await asyncio.to_thread(require_regular, self.root, key)
         return await super().get(key, prototype, byte_range)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await super().set(key, value)
+        note_file(self.root / key, value.as_buffer_like())
 
 
 class ZarrObjects(ObjectStore[Client]):
@@ -62,7 +68,10 @@ class ZarrObjects(ObjectStore[Client]):
         return await self._patience.ask_async(partial(super().exists, key))
 
     async def set(self, key: str, value: Buffer) -> None:
-        await self._patience.ask_async(partial(super().set, key, value))
+        self._check_writable()
+        data = value.as_buffer_like()
+        result = await self._patience.ask_async(partial(put_async, self.store, key, data))
+        note(key, data, result["e_tag"] or "")
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         await self._patience.ask_async(partial(super().set_if_not_exists, key, value))

@@ -23,6 +23,7 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run import journal, lease
 from megaseg_dask.run.job_array import record_plans, run_tasks
 from megaseg_dask.stores import Location, cached_array, clear_array_cache
+from megaseg_dask.stores.zarr_stores import ZarrObjects
 from tests.fixtures.images import blobs, write_image
 
 KEPT = Path(__file__).parent / "counts.json"
@@ -54,6 +55,7 @@ REQUESTS = {
     "is_folder": "object_looks",
     "keys": "object_lists",
     "children": "object_lists",
+    "entries": "object_lists",
 }
 COUNTED = (
     *sorted(set(REQUESTS.values())),
@@ -105,6 +107,7 @@ def counts(monkeypatch):
 
     for store in (LocalStore, ObjectStore):
         count(store, "get", lambda *_: add("store_reads"))
+    for store in (LocalStore, ZarrObjects):
         count(store, "set", lambda *_: add("store_writes"))
     count(TorchEngine, "__call__", lambda *_: add("forward_passes"))
     count(Volume, "write", lambda _, box, values, *__: add("bytes_written", values.nbytes))

@@ -12,10 +12,10 @@ from itertools import chain
 
 from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.ngff.group import PROVENANCE, write_group
+from megaseg_dask.ngff.group import PROVENANCE, remove_damaged_group, write_group
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import labels_group, remove_label
-from megaseg_dask.ngff.volume import Volume, create_array
+from megaseg_dask.ngff.volume import Volume, create_array, restore_array
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.stores import METADATA, Location
 
@@ -116,17 +116,45 @@ class ImageTarget:
             self._create_arrays(group)
 
     def _create_arrays(self, group: Group) -> None:
-        plan = self._plan
         image = self.metadata_of(group)
-        dtypes = {
-            "scores": plan.resolved.scores_dtype,
-            "mask": "uint8",
-            "labels": str(label_dtype(plan.volume_shape)),
-        }
-        dtype = dtypes[group.kind]
         for level in range(len(image.levels)):
             array = group.location / str(level)
-            create_array(array, image, level, dtype, plan.layout(level))
+            create_array(array, image, level, self._dtype_of(group), self._plan.layout(level))
+
+    def _dtype_of(self, group: Group) -> str:
+        dtypes = {
+            "scores": self._plan.resolved.scores_dtype,
+            "mask": "uint8",
+            "labels": str(label_dtype(self._plan.volume_shape)),
+        }
+        return dtypes[group.kind]
+
+    def iter_arrays(self) -> Iterator[Location]:
+        """Yield all arrays that a run makes of the image."""
+        for group in self.groups:
+            for level in range(len(self.metadata_of(group).levels)):
+                yield group.location / str(level)
+
+    def restore(self) -> None:
+        """Write again what is lost or damaged of the metadata of a run's groups and arrays.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        version = self._plan.target_image.version
+        is_ours = not self._plan.is_in_place
+        if self.label_groups and is_ours:
+            remove_damaged_group(self.labels, version)
+        for group in self.groups:
+            if group.is_label or is_ours:
+                remove_damaged_group(group.location, version)
+            if group.is_label:
+                write_group(self.labels, version, {})
+            image = self.metadata_of(group)
+            for level in range(len(image.levels)):
+                layout = self._plan.layout(level)
+                array = group.location / str(level)
+                restore_array(array, image, level, self._dtype_of(group), layout)
 
     def read_metadata(self) -> dict[str, bytes]:
         """Return the metadata objects of all nodes, by key below the image."""
@@ -173,7 +201,7 @@ class Target:
     @cached_property
     def is_in_place(self) -> bool:
         """Whether labels go into the source, whose own group and image are not ours."""
-        return self.location.is_same(self.plan.source)
+        return self.plan.is_in_place
 
     @property
     def is_whole_plate(self) -> bool:
@@ -247,6 +275,18 @@ class Target:
             return
         map_threaded(ImageTarget.sweep, self.images)
         self.location.sweep_staged(_DOCUMENTS)
+
+    def arrays(self) -> list[Location]:
+        """Return all arrays that the run makes."""
+        return list(chain.from_iterable(image.iter_arrays() for image in self.images))
+
+    def restore(self) -> None:
+        """Write again what is lost or damaged of the metadata of all images of a run that goes on.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        map_threaded(ImageTarget.restore, self.images)
 
     def clear(self) -> None:
         """Remove what the run would write at the target; nothing else."""

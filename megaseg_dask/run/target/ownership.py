@@ -120,7 +120,10 @@ def is_present(target: Target) -> bool:
         return False
     if target.is_whole_plate and provenance_at(target.location) is None:
         return False
-    return all(is_of_run(target.plan, provenance_at(group)) for group in target.marked[:_MAX_MARKS])
+    marks = [provenance_at(group) for group in target.marked[:_MAX_MARKS]]
+    # One that is lost or damaged is written again; none is there if nothing is ours.
+    known = [mark for mark in marks if mark is not None]
+    return bool(known) and all(is_of_run(target.plan, mark) for mark in known)
 
 
 def require_free(target: Target, *, is_recorded: bool, is_joining: bool = False) -> None:

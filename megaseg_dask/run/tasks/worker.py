@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megaseg_dask.algorithms.geometry import Box
@@ -17,11 +17,12 @@ from megaseg_dask.errors import MegasegError, StoreError, TaskError
 from megaseg_dask.events import Failure
 from megaseg_dask.plan.plan import Plan, PlannedVolume, runs_folder
 from megaseg_dask.run.lease import Leases, Permit
+from megaseg_dask.run.losses import wrote
 from megaseg_dask.run.state import TaskSummary
 from megaseg_dask.run.tasks.functions import run_on_volume
 from megaseg_dask.run.tasks.process_memory import peak_bytes, release, reset_peak
 from megaseg_dask.run.workspace import RunFolder, Workspace
-from megaseg_dask.stores import Location, clear_array_cache
+from megaseg_dask.stores import Location, clear_array_cache, noting
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,9 @@ class Worker:
             started_s = time.perf_counter()
             try:
                 self._workspace.begin_task()
-                summary = run_task(self._workspace, stage, index)
+                with noting() as notes:
+                    summary = run_task(self._workspace, stage, index)
+                summary = replace(summary, wrote=wrote(self._workspace, notes))
             except Exception as error:
                 # As text: the exception of a library may not survive the way to the client.
                 is_ours = isinstance(error, MegasegError)

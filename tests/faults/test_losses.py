@@ -1,0 +1,238 @@
+"""An absent, short or replaced object of ours is a loss: it is found, and made again."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.job_array import join_run, read_plan, record_plans, run_tasks
+from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.losses import undo_losses
+from megaseg_dask.run.tasks import worker
+from tests.counts.test_engine_calls import contents
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
+
+SHAPE = (16, 32, 96)
+OPTIONS = {"engine": "torch", "threads": 1, "overlap": 0, "retries": 0}
+BLOCKS = {
+    **OPTIONS,
+    "block": "16,32,32",
+    "threshold": "otsu",
+    "fill_holes": 30,
+    "outputs": "labels,scores,mask,measurements",
+}
+# Written by the client, and read by nobody else before it is written again.
+JOURNAL = ("plan.json", "journal", "log")
+
+
+class Tasks:
+    """Which tasks run, and what happens before one of them."""
+
+    def __init__(self) -> None:
+        self.acts = {}
+        self.ran = []
+
+    def run_task(self, workspace, stage, index, original=worker.run_task):
+        self.acts.pop((stage, index), lambda: None)()
+        summary = original(workspace, stage, index)
+        self.ran.append((stage, index))
+        return summary
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    tasks = Tasks()
+    monkeypatch.setattr(worker, "run_task", tasks.run_task)
+    return tasks
+
+
+class Case:
+    def __init__(self, folder, bundle, tasks, options, shape=SHAPE, **image_options):
+        self.folder, self.tasks = folder, tasks
+        self.source = write_image(folder / "image.zarr", blobs(shape), **image_options)
+        self.settings = parse_settings({"model": str(bundle), **options})
+        self.target = folder / "out.zarr"
+        self.run_folder = folder / "out.zarr.run/megaseg"
+        self.segment(folder / "calm.zarr")
+        self.tasks.ran.clear()
+
+    def segment(self, target=None):
+        result = segment_here(str(self.source), str(target or self.target), self.settings)
+        assert result.status == "done", result.failures
+        return result
+
+    def stop_before(self, stage, index=0):
+        def stop():
+            raise KeyboardInterrupt
+
+        self.tasks.acts[stage, index] = stop
+        with pytest.raises(KeyboardInterrupt):
+            self.segment()
+        self.before = list(self.tasks.ran)
+        self.tasks.ran.clear()
+
+    def objects(self):
+        """All objects of ours that later tasks or readers rely on."""
+        for root in (self.target, self.run_folder):
+            for path in sorted(root.rglob("*")):
+                if path.is_file() and path.relative_to(root).parts[0] not in JOURNAL:
+                    yield path
+
+    def again(self):
+        return [task for task in self.tasks.ran if task in self.before]
+
+    def assert_as_calm(self):
+        self.segment()
+        found, calm = contents(self.target), contents(self.folder / "calm.zarr")
+        assert found.keys() == calm.keys()
+        different = [str(key) for key, data in found.items() if data != calm[key]]
+        assert not different
+
+
+def delete(path):
+    path.unlink()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+HARM = [delete, truncate, empty, zero]
+
+
+@pytest.mark.parametrize(
+    ("lost", "redone"),
+    [
+        ("out.zarr/0/c/0/0/1", [("segment", 1)]),
+        ("out.zarr.run/megaseg/work/0/0/logits/c/0/0/2", [("segment", 2)]),
+        ("out.zarr.run/megaseg/work/0/0/histograms/1.npz", [("histogram", 1)]),
+        ("out.zarr.run/megaseg/work/0/0/fragments/c/0/0/0", [("label", 0)]),
+        ("out.zarr.run/megaseg/work/0/0/objects/tables/1", [("join", 0)]),
+        ("out.zarr.run/megaseg/work/0/source/0", [("measure", 0)]),
+        ("out.zarr.run/megaseg/work/0/0/logits/zarr.json", []),
+        ("out.zarr/0/zarr.json", []),
+        ("out.zarr/zarr.json", []),
+        ("out.zarr.run/megaseg/volumes/0.json", []),
+    ],
+)
+def test_an_object_that_is_lost_before_a_resume_is_made_again(
+    lost, redone, tmp_path, tiny_bundle, tasks
+):
+    case = Case(tmp_path, tiny_bundle, tasks, BLOCKS)
+    case.stop_before("relabel")
+    (tmp_path / lost).unlink()
+    case.assert_as_calm()
+    assert case.again() == redone
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_harmed_object_of_a_finished_volume_is_made_again(harm, tmp_path, tiny_bundle, tasks):
+    """One task a volume: only that volume runs again."""
+    case = Case(tmp_path, tiny_bundle, tasks, OPTIONS, (3, *SHAPE), axes="tzyx")
+    case.stop_before("volume", 2)
+    harm(case.target / "labels/megaseg/0/c/1/0/0/0")
+    case.assert_as_calm()
+    assert case.again() == [("volume", 1)]
+
+
+def test_our_arrays_are_written_whole(tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, {**BLOCKS, "threshold": 0.999999})
+    case.segment()
+    labels = zarr.open_array(case.target / "labels/megaseg/0", mode="r")
+    assert not np.asarray(labels[...]).any()
+    assert labels.nchunks_initialized == labels.nchunks
+
+
+@pytest.mark.parametrize("options", [OPTIONS, BLOCKS], ids=["one task", "staged"])
+@pytest.mark.parametrize("remove", ["all", "chunk", "replaced"])
+def test_a_target_that_is_harmed_in_mid_run_is_not_published_so(
+    remove, options, tmp_path, tiny_bundle, tasks
+):
+    axes = {"axes": "tzyx"} if options is OPTIONS else {}
+    shape = (2, *SHAPE) if options is OPTIONS else SHAPE
+    case = Case(tmp_path, tiny_bundle, tasks, options, shape, **axes)
+    chunk = case.target / ("0/c/0/0/0/0" if options is OPTIONS else "0/c/0/0/1")
+
+    def harm():
+        match remove:
+            case "all":
+                shutil.rmtree(case.target)
+            case "chunk":
+                chunk.unlink()
+            case "replaced":
+                zero(chunk)
+
+    tasks.acts["volume" if options is OPTIONS else "relabel", 1] = harm
+    case.assert_as_calm()
+
+
+def test_a_copy_without_times_and_a_late_writer_lose_nothing(tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, BLOCKS)
+    case.stop_before("relabel")
+    for path in case.objects():
+        path.write_bytes(path.read_bytes())
+    case.assert_as_calm()
+    assert not case.again()
+
+
+def test_join_publishes_nothing_that_is_lost(tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, BLOCKS)
+    record_plans(str(case.source), str(case.target), case.settings)
+    plan = read_plan(str(case.target), "megaseg")
+    for stage in plan.stages:
+        run_tasks(plan, stage.name, range(stage.n_tasks))
+    (case.target / "0/c/0/0/1").unlink()
+    assert join_run(str(case.target), "megaseg") is None
+    assert not run_tasks(plan, "segment", range(3)).failures
+    assert join_run(str(case.target), "megaseg").status == "done"
+    assert contents(case.target) == contents(tmp_path / "calm.zarr")
+
+
+def test_records_of_what_was_written_are_small(tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, BLOCKS)
+    case.stop_before("relabel")
+    plan = read_plan(str(case.target), "megaseg")
+    journal = Journal.read(plan)
+    n_bytes = sum(path.stat().st_size for path in (case.run_folder / "journal").iterdir())
+    assert n_bytes / journal.n_done < 300
+    # In memory there is nothing of it.
+    assert not any(s.wrote.kept for stage in plan.stages for s in journal.summaries(stage.name))
+    assert undo_losses(plan, journal) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("stage", ["cutoff", "holes-join", "join", "measurements", "downsample-1"])
+def test_the_loss_of_each_kind_of_object(stage, harm, tmp_path, tiny_bundle, tasks):
+    """Each object in turn is harmed before a resume: arrays and metadata equal the calm run."""
+    level = blobs((16, 32, 300))
+    case = Case(tmp_path, tiny_bundle, tasks, {**BLOCKS, "block": "16,32,100"}, level.shape)
+    case.stop_before(stage)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for path in (case.target, case.run_folder.parent):
+        shutil.copytree(path, saved / path.name)
+    kinds = {}
+    for path in case.objects():
+        # One of each kind: names without their numbers.
+        kind = "/".join(part for part in path.parts if not part.split(".")[0].isdigit())
+        kinds.setdefault(kind, []).append(path)
+    chance = random.Random(0)
+    for paths in kinds.values():
+        for path in (case.target, case.run_folder.parent):
+            shutil.rmtree(path)
+            shutil.copytree(saved / path.name, path)
+        harm(chance.choice(paths))
+        case.assert_as_calm()
