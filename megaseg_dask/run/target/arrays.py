@@ -175,13 +175,18 @@ class ImageTarget:
         for folder in (self.location, self.labels, self.location / "tables"):
             folder.sweep_staged(_DOCUMENTS)
 
-    def clear(self) -> None:
-        """Remove what the run would write of the image; nothing else."""
+    def remove_arrays(self) -> None:
+        """Remove the numbered arrays of the groups; all else stays."""
+        for group in self.groups:
+            for name in filter(str.isdigit, group.location.children()):
+                (group.location / name).remove()
+
+    def remove_groups(self) -> None:
+        """Remove what the run would write of the image, now that it has no arrays."""
         for group in self.groups:
             if not group.is_label:
-                _remove_levels(group.location)
+                _remove_metadata(group.location)
             elif group.location.exists():
-                _remove_levels(group.location)
                 group.location.remove()
                 if folders(self.labels):
                     remove_label(self.location, self._plan.target_image.version, group.name)
@@ -289,9 +294,14 @@ class Target:
         map_threaded(ImageTarget.restore, self.images)
 
     def clear(self) -> None:
-        """Remove what the run would write at the target; nothing else."""
+        """Remove what the run would write at the target; nothing else.
+
+        The metadata go last: they tell that the arrays are ours, should this be interrupted.
+        """
         if self.location.exists():
-            map_threaded(ImageTarget.clear, self.images)
+            map_threaded(ImageTarget.remove_arrays, self.images)
+            self.location.sync()
+            map_threaded(ImageTarget.remove_groups, self.images)
 
 
 def folders(group: Location) -> set[str]:
@@ -299,14 +309,8 @@ def folders(group: Location) -> set[str]:
     return {name for name in group.children() if (group / name).is_folder()}
 
 
-def _remove_levels(group: Location) -> None:
-    """Remove the numbered arrays of an image and its metadata; all else stays.
-
-    The metadata go last: they tell that the arrays are ours, should this be interrupted.
-    """
+def _remove_metadata(group: Location) -> None:
     names = group.children()
-    for name in filter(str.isdigit, names):
-        (group / name).remove()
     for name in ("zarr.json", ".zattrs", ".zgroup"):
         if name in names:
             group.delete(name)
