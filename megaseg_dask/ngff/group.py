@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
@@ -468,7 +469,7 @@ def _refresh_v3(group: Location, paths: Sequence[str]) -> None:
 def _refresh_v2(group: Location, paths: Sequence[str]) -> None:
     document = _parse(group.get(".zmetadata"))
     folders = [f"{path}/" if path else "" for path in paths]
-    keys = [folder + name for folder in folders for name in METADATA[1:]]
+    keys = [folder + name for folder, name in product(folders, METADATA[1:])]
     # Entries are named by the path of the file.
     if _update_entries(group, document, {key: key for key in keys}):
         group.put(".zmetadata", json.dumps(document).encode(), durable=True)

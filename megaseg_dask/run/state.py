@@ -113,7 +113,7 @@ class TaskSummary:
         wrote = [self.wrote.kept, self.wrote.work]
         fields: Json = {
             "wrote": wrote if any(wrote) else [],
-            "parts": [[part.to_json() for part in parts] for parts in self.parts],
+            "parts": [list(map(PartStatistics.to_json, parts)) for parts in self.parts],
             "absent": self.absent,
             "batch": self.batch,
             "statistics": [asdict(channel) for channel in self.statistics],
