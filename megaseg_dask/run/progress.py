@@ -128,7 +128,9 @@ class Recorder:
             return stage, indices
 
         for stage, outcome in dispatcher.outcomes(ready):
-            self._lease.require()
+            # A store that failed a task was waited for; before a write it is asked again.
+            if not outcome.is_infrastructure:
+                self._lease.require()
             self._record(stage, outcome)
             tasks.settle(stage, outcome.index)
             if self._stores.is_lost_after(outcome):
