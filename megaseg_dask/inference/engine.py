@@ -8,7 +8,6 @@ its GPU.
 
 import importlib
 import importlib.util
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from megaseg_dask.inference.block import Engine
 from megaseg_dask.inference.engine_names import EngineName
 from megaseg_dask.inference.ensemble import Averaged, BundleRef, ModelRef
 from megaseg_dask.inference.gpu import cuda_devices
+from megaseg_dask.inference.machine import n_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +214,6 @@ def _list_precisions(engine: EngineName) -> str:
         f"{engine} on {device}: {', '.join(precisions)}"
         for device, precisions in ENGINES[engine].precisions.items()
     )
-
-
-def n_cores() -> int:
-    """Return the cores that this process may use, which a batch system may have restricted."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # -- the engine of this process

@@ -17,6 +17,8 @@ IDLE_BYTES = 760 * 10**6
 
 # Share of a machine's memory that workers may plan with; the rest is the client's and the system's.
 BUDGET_SHARE = 0.8
+# Client and scheduler of a local run, which are one process.
+CLIENT_BYTES = 600 * 10**6
 
 # The join holds fragments, not voxels. Their number depends on the data: this is an estimate, from
 # the size of a small nucleus.

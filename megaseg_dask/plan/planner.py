@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Literal
 
-import psutil
-
 from megaseg_dask.algorithms.chunking import cheapest_block, iter_block_shapes
 from megaseg_dask.algorithms.geometry import Shape, cheapest_patch
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
@@ -22,6 +20,7 @@ from megaseg_dask.events import Emit, ignore
 from megaseg_dask.inference.calibration import quickest_batch
 from megaseg_dask.inference.engine import EngineSpec, resolve_engine
 from megaseg_dask.inference.ensemble import ModelRef
+from megaseg_dask.inference.machine import memory_bytes
 from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.registry import describe
 from megaseg_dask.ngff.image import Image, require_valid
@@ -29,7 +28,7 @@ from megaseg_dask.ngff.plate import require_valid_listing
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.plan.choice import Choice
 from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
-from megaseg_dask.plan.memory import BUDGET_SHARE
+from megaseg_dask.plan.memory import BUDGET_SHARE, CLIENT_BYTES
 from megaseg_dask.plan.plan import Plan, PlannedImage, PlannedVolume, run_folder
 from megaseg_dask.plan.plate_parts import Part, first_refusal
 from megaseg_dask.plan.resolved import Resolved, normalization_of, threshold_of
@@ -448,8 +447,11 @@ def _choose_batch(models: Models, engine: EngineSpec) -> int:
 
 
 def default_memory_bytes(n_workers: int) -> int:
-    """Return 8 GB, or a worker's share of this machine where that is less."""
-    return min(DEFAULT_MEMORY_BYTES, int(psutil.virtual_memory().total * BUDGET_SHARE / n_workers))
+    """Return 8 GB, or a worker's share of this machine or its container where that is less."""
+    total = memory_bytes()
+    # A small container is full with less than the usual rest.
+    for_workers = min(total * BUDGET_SHARE, total - CLIENT_BYTES)
+    return min(DEFAULT_MEMORY_BYTES, max(int(for_workers / n_workers), 0))
 
 
 def memory_of(settings: Settings, cluster: Cluster) -> int:
@@ -465,6 +467,32 @@ def memory_of(settings: Settings, cluster: Cluster) -> int:
             f"with {limit / 1e9:.1f} GB; raise options.memory there"
         )
     return settings.memory or limit or default_memory_bytes(cluster.workers or 1)
+
+
+def require_machine(plan: Plan) -> None:
+    """Raise :class:`SettingsError` if local workers need more memory than this machine has.
+
+    A plan may have been recorded elsewhere.
+    """
+    cluster = cluster_of(plan.settings)
+    if not cluster.is_local:
+        return
+    n_workers = cluster.workers or 1
+    each = max(plan.projected_bytes.values())
+    needed = each
+    words = f"the run needs {each / 1e9:.2f} GB"
+    if plan.settings.workers != 0:
+        needed = n_workers * each + CLIENT_BYTES
+        words = (
+            f"the run needs {needed / 1e9:.2f} GB ({each / 1e9:.2f} GB for each of {n_workers} "
+            "workers, the rest for the client)"
+        )
+    total = memory_bytes()
+    if needed > total:
+        raise SettingsError(
+            f"{words}, and this machine, or its container, has {total / 1e9:.2f} GB: use fewer "
+            "--workers, or a smaller --memory (of a plan that is recorded, with --overwrite)"
+        )
 
 
 def choose_block(plan: Plan) -> Shape:
@@ -488,9 +516,12 @@ def require_memory(plan: Plan) -> None:
     least = min(max(plan.project(block).values()) for block in shapes)
     advice = "leave out --block, and one is chosen that fits"
     if least > plan.memory_bytes:
+        smaller = "make --patch smaller"
+        if least == plan.projected_bytes.get("join"):
+            smaller = "segment parts with --roi: the objects of a volume are joined at once"
         advice = (
             f"no block needs less than {math.ceil(least / 1e7) / 100:.2f} GB: raise --memory, or "
-            "make --patch smaller"
+            f"{smaller}"
         )
     raise SettingsError(
         f"stage {stage} needs {needed / 1e9:.2f} GB with block {plan.block_shape} and patch "

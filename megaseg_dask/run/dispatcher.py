@@ -247,9 +247,7 @@ class DaskDispatcher:
         from distributed import CancelledError, KilledWorker
 
         is_lost = isinstance(error, KilledWorker | CancelledError) or is_infrastructure(error)
-        cause = "its worker died or hung"
-        if isinstance(error, TimeoutError):
-            cause = str(error)
+        cause = str(error) if isinstance(error, TimeoutError) else self._workers.cause_of_loss()
         if not is_lost:
             yield from self._fail(group, f"{type(error).__name__}: {error}", is_lost=False)
         elif len(group.indices) > 1:
@@ -379,7 +377,8 @@ def open_workers(plan: Plan, client: Any, emit: Emit) -> Iterator[DaskExecutor]:
     """
     if client is not None:
         require_client(client)
-        yield DaskExecutor(Workers(client, plan.engine, emit))
+        needed = max(plan.projected_bytes.values())
+        yield DaskExecutor(Workers(client, plan.engine, emit, needed_bytes=needed))
         return
     with connect(plan, emit) as workers:
         yield DaskExecutor(workers)

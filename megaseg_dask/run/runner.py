@@ -19,6 +19,7 @@ from megaseg_dask.errors import MegasegError, StoreError
 from megaseg_dask.events import Event, Joined, Notice, Result, Started
 from megaseg_dask.inference.calibration import measure_patch_s
 from megaseg_dask.plan.plan import Plan, runs_folder
+from megaseg_dask.plan.planner import require_machine
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.conclude import already_done, begin, conclude
 from megaseg_dask.run.journal import Journal
@@ -72,10 +73,12 @@ class Executor(Protocol):
 
 @contextmanager
 def _open_executor(plan: Plan, client: Any, emit: Emit) -> Iterator[Executor]:
-    """Yield the executor that the settings ask for.
+    """Yield the executor that the settings ask for, if this machine has room for it.
 
     The modules of a cluster are imported only if there is one.
     """
+    if client is None:
+        require_machine(plan)
     if client is None and plan.settings.workers == 0:
         from megaseg_dask.run.serial import SerialExecutor
 

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from megaseg_dask.inference.engine import n_cores
+from megaseg_dask.inference.machine import n_cores
 from megaseg_dask.models import staging
 from megaseg_dask.stores import StoreOptions, configure
 
@@ -113,7 +113,7 @@ def describe(on_gpu: bool, dask_worker: Any = None) -> dict[str, Any]:
         "address": dask_worker.address,
         "host": socket.gethostname(),
         "cores": n_cores(),
-        "memory_limit": dask_worker.memory_manager.memory_limit or 0,
+        "memory_limit": _memory_limit(dask_worker),
     }
     if on_gpu:
         from megaseg_dask.inference.gpu import cuda_identity
@@ -121,3 +121,16 @@ def describe(on_gpu: bool, dask_worker: Any = None) -> dict[str, Any]:
         device, uuid = cuda_identity() or (None, None)
         description |= {"device": device, "uuid": uuid}
     return description
+
+
+def _memory_limit(worker: Any) -> int:
+    """Return the bytes from which Dask pauses or ends a worker, 0 if it never does.
+
+    A worker that keeps its memory is paused for ever.
+    """
+    import dask
+
+    limit = worker.memory_manager.memory_limit or 0
+    terminates = worker.nanny is not None and dask.config.get("distributed.worker.memory.terminate")
+    shares = [worker.memory_manager.memory_pause_fraction, terminates]
+    return int(limit * min(filter(None, shares), default=0))

@@ -16,6 +16,7 @@ from megaseg_dask.errors import ClusterError, SettingsError
 from megaseg_dask.events import Event, Joined, Notice
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.ensemble import ModelRef
+from megaseg_dask.inference.machine import count_killed, memory_bytes
 from megaseg_dask.models import staging
 from megaseg_dask.plan.cluster_spec import Cluster
 from megaseg_dask.plan.plan import TASKS_AT_ONCE
@@ -31,6 +32,10 @@ QUEUE_S = 3600.0
 # Workers that are gone for this long do not come back by themselves.
 _MISSING_S = 20.0
 _ALL_MISSING_S = 120.0
+# Paused workers that are to go on have freed memory by then.
+_ALL_PAUSED_S = 40.0
+# A look at the state of all workers is a large answer where they are many.
+_LOOK_S = 10.0
 
 
 @dataclass
@@ -38,19 +43,24 @@ class Workers:
     """The workers of a run, behind a Dask client; lost ones are replaced where that is possible.
 
     ``cluster`` is the declaration of workers that were started for this run, ``None``
-    for those of a client that a user gave. ``joined`` are all that ever joined, by
-    address.
+    for those of a client that a user gave. ``needed_bytes`` is the projected peak of
+    a worker. ``joined`` are all that ever joined, by address.
     """
 
     client: Any
     engine: EngineSpec
     emit: Emit = lambda _: None
     cluster: Cluster | None = None
+    needed_bytes: int = 0
     joined: dict[str, Joined] = field(default_factory=dict)
     # Of those that joined: a worker's name is also that of its job or nanny.
     _names: set[str] = field(default_factory=set)
     _absence: "_Absence" = field(default_factory=lambda: _Absence())
+    _all_paused_since: float | None = None
+    _looked_s: float = 0.0
     _required_versions: Mapping[str, list[str]] = field(default_factory=dict)
+    # By the system of this machine, until the last look.
+    _n_killed: int = field(default_factory=count_killed)
 
     @property
     def is_local(self) -> bool:
@@ -74,7 +84,8 @@ class Workers:
         """Compare versions, and check the settings of the scheduler and of each worker.
 
         Raises:
-            SettingsError: Versions differ where it matters, or two workers share a GPU.
+            SettingsError: Versions differ where it matters, two workers share a GPU, or one may
+                not use the memory that the plan needs.
         """
         self._required_versions, notes = require_versions(self.client, self.engine.engine)
         for note in notes:
@@ -82,6 +93,20 @@ class Workers:
         self._warn_of_threads()
         self._warn_of_scheduler()
         self._describe(list(self.client.nthreads()), is_first=True)
+        for worker in self.joined.values():
+            if problem := self._memory_problem(worker):
+                raise SettingsError(problem)
+
+    def _memory_problem(self, worker: Joined) -> str:
+        """Return what is wrong with the memory of a worker, if anything is."""
+        if not 0 < worker.memory_limit < self.needed_bytes:
+            return ""
+        return (
+            f"Dask pauses or ends worker {worker.name} on {worker.host} when it uses "
+            f"{worker.memory_limit / 1e9:.2f} GB, and the plan needs {self.needed_bytes / 1e9:.2f} "
+            "GB: start workers with a larger --memory-limit (0 is none), or plan with a smaller "
+            "--memory (of a plan that is recorded, with --overwrite)"
+        )
 
     def _warn_of_threads(self) -> None:
         n_threads = max(self.client.nthreads().values(), default=1)
@@ -128,6 +153,9 @@ class Workers:
             self.joined[address] = worker
             self._names.add(worker.name)
             self.emit(worker)
+            problem = self._memory_problem(worker)
+            if problem and not is_first:
+                self.emit(Notice(problem))
         self._require_own_devices(set(addresses))
 
     def _require_own_devices(self, addresses: set[str]) -> None:
@@ -186,12 +214,16 @@ class Workers:
         """Describe workers that joined, and replace workers that were lost.
 
         Raises:
-            ClusterError: No worker has been there for long.
+            ClusterError: No worker has been there for long, or all are paused.
             SettingsError: Two workers share a GPU.
         """
         self._describe(list(self.client.nthreads()))
+        now = time.monotonic()
+        if now - self._looked_s >= _LOOK_S:
+            self._looked_s = now
+            self._require_one_that_works(now)
         absence = self._absence
-        absence.update(n_workers, time.monotonic())
+        absence.update(n_workers, now)
         if absence.all_missing_s > self.max_absence_s:
             raise ClusterError(
                 f"all workers are gone for {absence.all_missing_s:.0f} s; "
@@ -199,6 +231,39 @@ class Workers:
             )
         if absence.missing_s > _MISSING_S and self._replace():
             absence.forget()
+
+    def _require_one_that_works(self, now: float) -> None:
+        """Raise :class:`ClusterError` if Dask has paused all workers for long."""
+        states = [
+            worker["status"]
+            for worker in self.client.scheduler_info(n_workers=-1)["workers"].values()
+        ]
+        if set(states) != {"paused"}:
+            self._all_paused_since = None
+        elif self._all_paused_since is None:
+            self._all_paused_since = now
+        paused_s = _elapsed(self._all_paused_since, now)
+        if paused_s > _ALL_PAUSED_S:
+            raise ClusterError(
+                f"all workers are paused for {paused_s:.0f} s: they use more memory than Dask "
+                "lets them; start workers with a larger --memory-limit (0 is none), and run the "
+                "same command again to go on"
+            )
+
+    def cause_of_loss(self) -> str:
+        """Return why a worker is gone, as far as that is known."""
+        n_before = self._n_killed
+        self._n_killed = count_killed()
+        if self.is_local and self._n_killed > n_before:
+            return (
+                "its worker was killed because memory ran out (this machine, or its container, has "
+                f"{memory_bytes() / 1e9:.1f} GB); use fewer --workers, or plan with a smaller "
+                "--memory and --overwrite"
+            )
+        limits = [worker.memory_limit for worker in self.joined.values() if worker.memory_limit]
+        if limits:
+            return f"its worker died or hung; Dask ends it near {min(limits) / 1e9:.2f} GB"
+        return "its worker died or hung"
 
     def _replace(self) -> bool:
         """Ask for workers in place of lost ones; return whether that was possible.

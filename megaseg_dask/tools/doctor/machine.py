@@ -17,8 +17,9 @@ from pathlib import Path
 import psutil
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.inference.engine import n_cores, resolve_engine
+from megaseg_dask.inference.engine import resolve_engine
 from megaseg_dask.inference.gpu import cuda_devices, cuda_version
+from megaseg_dask.inference.machine import memory_bytes, n_cores
 from megaseg_dask.messages import size_text
 from megaseg_dask.models.registry import PUBLISHED, find
 from megaseg_dask.plan.planner import default_memory_bytes
@@ -72,11 +73,12 @@ def _check_packages() -> Finding:
 
 
 def _check_memory() -> Finding:
-    memory = psutil.virtual_memory()
-    free = f"{size_text(memory.available)} free of {size_text(memory.total)}"
+    total = memory_bytes()
+    available = min(psutil.virtual_memory().available, total)
+    free = f"{size_text(available)} free of {size_text(total)}"
     budget = f"a worker may use {size_text(default_memory_bytes(1))} (--memory)"
     advice = ""
-    if memory.available < _MIN_MEMORY_BYTES:
+    if available < _MIN_MEMORY_BYTES:
         advice = "too little for most models: close other programs, or use a smaller --patch"
     return Finding("memory", f"{free}; {budget}", advice)
 
