@@ -1,10 +1,11 @@
 """OpenVINO on a CPU: the same network, several times faster than eager PyTorch.
 
-It is converted once per machine and kept.
+It is converted once per machine and kept, with a digest of its files.
 """
 
+import logging
+import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from megaseg_dask.errors import EngineError
 from megaseg_dask.inference.block import Engine
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.ensemble import BundleRef
-from megaseg_dask.models.home import home
+from megaseg_dask.models.home import HOME, home, sha256_of
 
 Float32 = NDArray[np.float32]
 
 # Raised when the conversion changes, so that an older kept one is not used.
-_RULES = 3
+_RULES = 4
+_MODEL = "model.xml"
+_WEIGHTS = "model.bin"
+_DIGEST = "sha256"
+_LOG = logging.getLogger(__name__)
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -89,18 +94,48 @@ def _read_model(core: openvino.Core, bundle: BundleRef) -> Any:
     # The digest of the weights, the version of the converter, and that of our own rules.
     name = f"{bundle.digest[:32]}-{openvino.get_version().split('-')[0]}-{_RULES}"
     kept = home() / "openvino" / name
-    if (kept / "model.xml").is_file():
+    if _is_whole(kept):
         bundle.require_unchanged()
-        return core.read_model(kept / "model.xml")
+        return core.read_model(kept / _MODEL)
     # PyTorch and MONAI take seconds to import.
     from megaseg_dask.inference.conversion import convert
 
     model = convert(bundle.load())
-    # A cache that cannot be written, or that another process has written by now, is no failure.
-    with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            saved = Path(folder) / name
-            openvino.save_model(model, saved / "model.xml", compress_to_fp16=False)
-            saved.rename(kept)
+    try:
+        _keep(model, kept)
+    # OpenVINO's own error is that of a full disk.
+    except (OSError, RuntimeError) as error:
+        if not _is_whole(kept):
+            _LOG.warning(
+                "the converted network cannot be kept in %s (%s): each worker converts it again; "
+                "make room there, or set %s to another folder",
+                kept.parent,
+                str(error).strip().rpartition("\n")[2],
+                HOME,
+            )
     return model
+
+
+def _is_whole(kept: Path) -> bool:
+    """Return whether a kept conversion is what was written: a damaged one predicts nothing."""
+    try:
+        return (kept / _DIGEST).read_text() == _digest_of(kept)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest_of(folder: Path) -> str:
+    return " ".join(sha256_of(folder / name) for name in (_MODEL, _WEIGHTS))
+
+
+def _keep(model: openvino.Model, kept: Path) -> None:
+    """Write a conversion whole or not at all, in the place of a damaged one."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        saved = Path(folder) / kept.name
+        openvino.save_model(model, saved / _MODEL, compress_to_fp16=False)
+        (saved / _DIGEST).write_text(_digest_of(saved))
+        # Another process may have replaced it by now.
+        if not _is_whole(kept):
+            shutil.rmtree(kept, ignore_errors=True)
+            saved.rename(kept)
