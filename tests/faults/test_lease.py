@@ -404,7 +404,7 @@ def stop_at_random(pids: Sequence[int], rng: random.Random, for_s: float) -> Non
         os.kill(pid, signal.SIGCONT)
 
 
-N_TRIALS = int(os.environ.get("MEGASEG_LEASE_TRIALS", "50"))
+N_TRIALS = int(os.environ.get("MEGASEG_LEASE_TRIALS", "10"))
 
 
 @pytest.mark.slow
