@@ -41,11 +41,11 @@ class LocalFolder:
         note_file(self.path / key, data)
 
     def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
-        try:
-            with self._staged(key, data, durable=durable) as staged:
+        with self._staged(key, data, durable=durable) as staged:
+            try:
                 _link(staged, self.path / key, data, durable=durable)
-        except FileExistsError:
-            return False
+            except FileExistsError:
+                return False
         return True
 
     @contextmanager

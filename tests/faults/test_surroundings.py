@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import dask
 import numpy as np
@@ -19,6 +18,7 @@ from megaseg_dask.cli.app import _INTERRUPTS
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.dispatcher import open_workers
+from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
@@ -188,11 +188,13 @@ def test_a_client_that_cannot_be_used_is_refused(kind, source, options, tmp_path
 # -- decoration
 
 
-def test_a_link_to_the_dashboard_that_cannot_be_made_stops_nothing(client):
+def test_a_link_to_the_dashboard_that_cannot_be_made_stops_nothing(
+    client, source, options, tmp_path
+):
+    [(plan, _)] = plan_runs(source, str(tmp_path / "out.zarr"), parse_settings(options))
     with dask.config.set({"distributed.dashboard.link": "{NO_SUCH_VARIABLE}/{host}:{port}"}):
         with pytest.raises(KeyError):
             _ = client.dashboard_link
-        plan = SimpleNamespace(engine=None)
         with open_workers(plan, client, lambda _: None) as executor:
             assert executor.dashboard is None
 

@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -31,6 +30,7 @@ from megaseg_dask.run.cluster import worker_plugin
 from megaseg_dask.run.cluster.connection import connect as open_workers_of
 from megaseg_dask.run.cluster.gpus import GpuCluster, visible_devices
 from megaseg_dask.run.cluster.workers import Workers
+from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location, StoreOptions
 from tests.faults.test_faults import arrays, assert_same
@@ -337,11 +337,11 @@ def answers_the_web(port: int) -> bool:
 
 
 def test_a_stranger_is_refused_on_every_port_of_a_local_run(request_of):
-    _, _, settings = request_of("out.zarr", workers=2)
+    [(plan, _)] = plan_runs(*request_of("out.zarr", workers=2))
     before = listening()
     known = set(sys.path)
     pages = []
-    with open_workers_of(SimpleNamespace(settings=settings, engine=ENGINE)) as workers:
+    with open_workers_of(plan) as workers:
         workers.client.wait_for_workers(2, timeout=120)
         addresses = listening() - before
         assert {host for host, _ in addresses} == {"127.0.0.1"}

@@ -3,6 +3,7 @@
 import time
 from contextlib import contextmanager
 
+import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
@@ -32,8 +33,10 @@ def options(tiny_bundle):
 
 @contextmanager
 def client_with(memory_limit: int):
-    """A worker that somebody else started, in this process."""
+    """A worker that somebody else started, in this process, as Dask watches it by default."""
+    watched = {"distributed.worker.memory.pause": 0.8, "distributed.worker.memory.terminate": 0.95}
     with (
+        dask.config.set(watched),
         LocalCluster(
             1,
             threads_per_worker=1,

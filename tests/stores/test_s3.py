@@ -225,7 +225,7 @@ def test_arrays_are_written_and_read_back(s3, folder, version, block, tmp_path):
     )
     write_group(location, version, {"other": 1})
     assert read_attributes(location) == {"answer": 42, "other": 1}
-    with pytest.raises(TargetError, match="choose the other version"):
+    with pytest.raises(TargetError, match="or the other version"):
         require_version(location, "0.5" if version == "0.4" else "0.4")
 
 
