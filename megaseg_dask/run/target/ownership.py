@@ -4,7 +4,7 @@ Nothing is ever replaced but what the same run, or an earlier one of the same
 name, wrote there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError
@@ -120,10 +120,17 @@ def is_present(target: Target) -> bool:
         return False
     if target.is_whole_plate and provenance_at(target.location) is None:
         return False
-    marks = [provenance_at(group) for group in target.marked[:_MAX_MARKS]]
+    marks = [_undamaged_mark(group) for group in target.marked[:_MAX_MARKS]]
     # One that is lost or damaged is written again; none is there if nothing is ours.
     known = [mark for mark in marks if mark is not None]
     return bool(known) and all(is_of_run(target.plan, mark) for mark in known)
+
+
+def _undamaged_mark(group: Location) -> Mapping[str, object] | None:
+    try:
+        return provenance_at(group)
+    except TargetError:
+        return None
 
 
 def require_free(target: Target, *, is_recorded: bool, is_joining: bool = False) -> None:
