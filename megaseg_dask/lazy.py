@@ -132,8 +132,7 @@ def _coordinate(image: Image, number: int, name: str) -> xarray.Variable:
     axis_number = image.axis_names.index(name)
     extent = image.levels[number].shape[axis_number]
     if name == "c":
-        names = image.channel_names[:extent]
-        return xarray.Variable(name, [*names, *map(str, range(len(names), extent))])
+        return xarray.Variable(name, image.channels)
     axis = image.axes[axis_number]
     scale, translation = image.transform(number)
     positions = np.arange(extent) * scale[axis_number] + translation[axis_number]

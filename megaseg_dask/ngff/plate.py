@@ -2,7 +2,7 @@
 
 A plate is one listing, and one small object per well that lists its fields;
 the fields are images. The names come from the plate's writer: none may lead
-out of it, and a well that cannot be read stays in the plate, with the reason.
+out of it. A well that cannot be read, or a field of another name, is missing with the reason.
 """
 
 import json
@@ -30,13 +30,17 @@ from megaseg_dask.ngff.group import (
 )
 from megaseg_dask.ngff.versions import VERSIONS, Version, version_of_format
 from megaseg_dask.stores import Location, cause_of
-from megaseg_dask.stores.failures import understand
+from megaseg_dask.stores.failures import is_of_object
 
 _MAX_REASON_LENGTH = 300
 _MAX_NAMES_SHOWN = 12
 # Of rows, columns and fields, as OME-Zarr 0.6 has it; 0.4 and 0.5 allow only letters and digits,
 # which Fractal's "0_registered" is not.
 _NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9][A-Za-z0-9_.-]*")
+_NO_NAME = (
+    "this is no name of a row, column or field: it has to begin with a letter or digit, and may "
+    "hold these, '_', '-' and '.' alone; rename it, in the metadata too"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,7 @@ class Plate:
     def __post_init__(self) -> None:
         for name in (*self.rows, *self.columns, *(field.name for field in self.fields)):
             if not _NAME.fullmatch(name):
-                raise SourceError(
-                    f"{name!r} is no name of a row, column or field: "
-                    "expected one such as A, 12 or 0"
-                )
+                raise SourceError(f"{name!r}: {_NO_NAME}")
         rows = set(self.rows)
         columns = set(self.columns)
         acquisitions = {None, *(acquisition.id for acquisition in self.acquisitions)}
@@ -219,13 +220,10 @@ def _only(entry: Any, *keys: str) -> Any:
 def _with_fields(plate: Plate, location: Location, version: Version, wells: list[str]) -> Plate:
     """Return the plate with the fields of its wells, and with what is missing."""
     fields: list[Field] = []
-    missing: list[tuple[str, str]] = []
-    listed = map_threaded(partial(_read_well, location, version), wells)
-    for well, fields_or_reason in zip(wells, listed, strict=True):
-        if isinstance(fields_or_reason, str):
-            missing.append((well, fields_or_reason))
-        else:
-            fields += fields_or_reason
+    missing: dict[str, str] = {}
+    for of_well, reasons in map_threaded(partial(_read_well, location, version), wells):
+        fields += of_well
+        missing |= reasons
     # Not every writer lists the acquisitions that its wells name.
     ids = {acquisition.id for acquisition in plate.acquisitions}
     unlisted = {field.acquisition for field in fields if field.acquisition is not None} - ids
@@ -233,40 +231,45 @@ def _with_fields(plate: Plate, location: Location, version: Version, wells: list
         plate,
         fields=tuple(fields),
         acquisitions=(*plate.acquisitions, *map(Acquisition, sorted(unlisted))),
-        missing=tuple(missing),
+        missing=tuple(missing.items()),
     )
 
 
-def _read_well(location: Location, version: Version, well: str) -> list[Field] | str:
-    """Return the fields of a well, or why there are none."""
+def _read_well(
+    location: Location, version: Version, well: str
+) -> tuple[Iterable[Field], dict[str, str]]:
+    """Return the fields of a well, and what is missing in it, by its path with the reason."""
     key = f"{well}/{version.attributes_file}"
     try:
         data = location.get(key)
         if data is None:
-            return f"the plate lists this well, but there is no {key}"
+            return (), {well: f"the plate lists this well, but there is no {key}"}
         document = json.loads(data)
     except StoreError as error:
-        # A store that is lost would lose every well to come; a later run may find it back.
-        is_of_well = location.is_local or understand(error.__cause__ or error).is_of_request
-        if not is_of_well:
+        if not is_of_object(location.url, error):
             raise
-        return str(error)
+        return (), {well: str(error)}
     except (ValueError, RecursionError) as error:
-        return f"{key}: {cause_of(error)}"
+        return (), {well: f"{key}: {cause_of(error)}"}
     listing = ome_of(attributes_in(document, version)).get("well")
     images = listing.get("images") if isinstance(listing, dict) else None
     if not isinstance(images, list) or not images:
-        return f"{key} lists no fields"
+        return (), {well: f"{key} lists no fields"}
     row, column = well.split("/")
     fields: dict[str, Field] = {}
+    missing: dict[str, str] = {}
     for image in images:
         match image:
+            case {"path": str(name)} if not _NAME.fullmatch(name):
+                # It may hold control characters.
+                path = f"{well}/{shorten(repr(name)[1:-1], _MAX_REASON_LENGTH)}"
+                missing[path] = f"{path}: {_NO_NAME}"
             case {"path": str(name)} if name not in fields and _is_id(image.get("acquisition")):
                 fields[name] = Field(row, column, name, image.get("acquisition"))
             case _:
                 shown = shorten(repr(image), _MAX_REASON_LENGTH)
-                return f"{key} lists {shown}, twice or not as a field is listed"
-    return list(fields.values())
+                missing[well] = f"{key} lists {shown}, twice or not as a field is listed"
+    return fields.values(), missing
 
 
 def _is_id(value: object) -> bool:

@@ -55,7 +55,7 @@ def choose(image: Image, settings: Settings, where: Location) -> Choice:
     segmented = image.from_level(settings.level)
     require_segmentable(where, segmented.volume_shape(), segmented.dtype)
     channels = choose_channels(segmented, settings.channel, where)
-    names = _channel_names(segmented)
+    names = segmented.channels
     return Choice(
         channels=tuple(channels),
         channel_names=tuple(names[channel] for channel in channels),
@@ -121,12 +121,12 @@ def _choose_roi(image: Image, settings: Settings, where: Location) -> Box | None
 def choose_channels(image: Image, wanted: str | None, where: Location) -> list[int]:
     """Return the indices of the channels to segment, in the order of ``wanted``.
 
-    A channel is chosen by its name, its index, or ``index:N``, which no name can equal.
+    A channel is chosen by its name, its index, or ``index:N``, which is never taken for a name.
 
     Raises:
         SettingsError: A channel is not there, is named twice, or has to be chosen.
     """
-    names = _channel_names(image)
+    names = image.channels
     if wanted is None:
         if len(names) > 1:
             raise SettingsError(
@@ -144,11 +144,11 @@ def choose_channels(image: Image, wanted: str | None, where: Location) -> list[i
 def _find_channel(text: str, names: Sequence[str], where: Location) -> int:
     """Return the index of the channel that a name or an index means."""
     number = text.strip().removeprefix(_INDEX)
-    by_index = set()
+    meant: set[int] = set()
+    if not text.startswith(_INDEX):
+        meant = {index for index, name in enumerate(names) if name == text}
     if number.isdecimal() and int(number) < len(names):
-        by_index.add(int(number))
-    by_name = {index for index, name in enumerate(names) if name == text}
-    meant = by_index | by_name
+        meant.add(int(number))
     if len(meant) > 1:
         choices = [f"{_INDEX}{index} ({names[index]})" for index in sorted(meant)]
         raise SettingsError(
@@ -169,9 +169,3 @@ def channel_text(index: int, name: str) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(channel_text, count(), names))
-
-
-def _channel_names(image: Image) -> list[str]:
-    """Return the name of each channel, or its number where it has none."""
-    n = image.extent("c")
-    return [*image.channel_names[:n], *map(str, range(len(image.channel_names), n))]

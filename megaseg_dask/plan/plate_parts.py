@@ -7,15 +7,23 @@ readable later, make new parts.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.errors import MegasegError, SettingsError, SourceError, TargetError
+from megaseg_dask.errors import (
+    MegasegError,
+    SettingsError,
+    SourceError,
+    StoreError,
+    TargetError,
+)
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate, select_fields
 from megaseg_dask.plan.choice import Choice, choose
 from megaseg_dask.plan.plan import Plan, iter_run_folders
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.stores import Location
+from megaseg_dask.stores.failures import is_of_object
 
 # Reasons that a message lists.
 _MAX_REASONS = 3
@@ -81,6 +89,7 @@ def read_parts(
         SourceError: The source cannot be read.
         SettingsError: What is chosen is not there.
         TargetError: Only some fields of a recorded part are chosen: a run is done as a whole.
+        StoreError: The store failed.
     """
     if not is_plate(source):
         return [_read_image_part(source, target, settings, recorded)]
@@ -88,7 +97,8 @@ def read_parts(
     runs = _Runs.of(recorded, fields, settings)
     for plan in runs.resumed:
         _require_all(plan, fields, target)
-    parts = [*_resumed_parts(runs, fields, target), *_new_parts(runs, fields, target, settings)]
+    folders = iter_run_folders(target, settings.label_name)
+    parts = [*_resumed_parts(runs, fields, target), *_new_parts(runs, fields, folders)]
     # Fields that cannot be read are told by the last part, which stays unfinished until they can.
     *before, last = parts
     assert last.plate is not None
@@ -98,12 +108,11 @@ def read_parts(
 def _read_image_part(
     source: Location, target: Location, settings: Settings, recorded: Sequence[Plan]
 ) -> Part:
-    image = read_image(source)
+    readable = Readable.at(source, settings)
     if _chooses_fields(settings):
         raise SettingsError(
             f"{source} is no plate: --wells, --fields and --acquisition choose among its images"
         )
-    readable = Readable(image, choose(image, settings, source))
     run = next(iter_run_folders(target, settings.label_name))
     earlier = None if settings.overwrite else next(iter(recorded), None)
     return Part(run, {"": readable}, recorded=earlier)
@@ -118,11 +127,12 @@ def _chooses_fields(settings: Settings) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """The chosen fields of a plate that can be segmented, by their paths."""
+    """The chosen fields of a plate by their paths: those that can be segmented, and the others."""
 
     source: Location
     plate: Plate
     readable: dict[str, Readable]
+    refused: dict[str, MegasegError]
 
     def of_plan(self, plan: Plan) -> list[str]:
         """Return the paths of a run's fields.
@@ -157,8 +167,8 @@ def _read_fields(source: Location, settings: Settings) -> _Fields:
     if not plate.fields:
         listed = "; ".join(f"{path}: {reason}" for path, reason in plate.missing[:_MAX_REASONS])
         raise SourceError(f"{source} has no field that can be read ({listed})")
-    readable = {}
-    refused = {}
+    readable: dict[str, Readable] = {}
+    refused: dict[str, MegasegError] = {}
     results = map_threaded(lambda field: _try_field(source / field.path, settings), plate.fields)
     for field, result in zip(plate.fields, results, strict=True):
         if isinstance(result, Readable):
@@ -168,12 +178,16 @@ def _read_fields(source: Location, settings: Settings) -> _Fields:
     if not readable:
         raise first_refusal(refused.values())
     unread = [(path, str(error)) for path, error in refused.items()]
-    return _Fields(source, replace(plate, missing=(*plate.missing, *unread)), readable)
+    return _Fields(source, replace(plate, missing=(*plate.missing, *unread)), readable, refused)
 
 
 def _try_field(location: Location, settings: Settings) -> Readable | MegasegError:
     try:
         return Readable.at(location, settings)
+    except StoreError as error:
+        if not is_of_object(location.url, error):
+            raise
+        return error
     except (SettingsError, SourceError) as error:
         return error
 
@@ -191,10 +205,10 @@ class _Runs:
     """The recorded runs of a target, by what becomes of them.
 
     ``resumed`` are the runs of the chosen fields, ``others`` those of other fields, and
-    ``staying`` overwritten runs of which only some fields are chosen.
+    ``staying`` those of the chosen fields that stay: resumed ones, and overwritten ones of which
+    only some fields are chosen.
     """
 
-    recorded: tuple[Plan, ...]
     resumed: tuple[Plan, ...]
     others: tuple[Plan, ...]
     staying: tuple[Plan, ...]
@@ -209,11 +223,11 @@ class _Runs:
             else:
                 chosen.append(plan)
         if not settings.overwrite:
-            return cls(tuple(recorded), tuple(chosen), tuple(others), tuple(chosen))
+            return cls(tuple(chosen), tuple(others), tuple(chosen))
         staying = []
         if _chooses_fields(settings):
             staying = [p for p in chosen if set(fields.of_plan(p)) - fields.readable.keys()]
-        return cls(tuple(recorded), (), tuple(others), tuple(staying))
+        return cls((), tuple(others), tuple(staying))
 
 
 def _resumed_parts(runs: _Runs, fields: _Fields, target: Location) -> Iterator[Part]:
@@ -223,20 +237,14 @@ def _resumed_parts(runs: _Runs, fields: _Fields, target: Location) -> Iterator[P
         yield fields.part(plan.run, paths, plan, runs.others)
 
 
-def _new_parts(
-    runs: _Runs, fields: _Fields, target: Location, settings: Settings
-) -> Iterator[Part]:
+def _new_parts(runs: _Runs, fields: _Fields, folders: Iterator[Location]) -> Iterator[Part]:
     """Yield a part for each form of the fields that no run has."""
-    begun: set[str] = set()
-    for plan in runs.resumed:
-        begun.update(fields.of_plan(plan))
+    begun = set(chain.from_iterable(map(fields.of_plan, runs.resumed)))
     by_form: dict[Readable, list[str]] = {}
     for path, readable in fields.readable.items():
         if path not in begun:
             by_form.setdefault(readable.form, []).append(path)
-    standing = runs.others if settings.overwrite else runs.recorded
-    taken = {plan.run for plan in standing}
-    folders = iter_run_folders(target, settings.label_name)
+    taken = {plan.run for plan in (*runs.resumed, *runs.others)}
     free = (folder for folder in folders if folder not in taken)
     beside = (*runs.others, *runs.staying)
     for paths in by_form.values():
@@ -255,11 +263,17 @@ def _require_one_form(paths: Sequence[str], fields: _Fields, target: Location) -
 
 
 def _require_all(plan: Plan, fields: _Fields, target: Location) -> None:
-    """Raise :class:`TargetError` if a field of a run is not chosen, or cannot be read now."""
+    """Raise :class:`TargetError` if a field of a run is not chosen, or cannot be read now.
+
+    A store that failed is raised as it is: the same command goes on.
+    """
     paths = fields.of_plan(plan)
     absent = next((path for path in paths if path not in fields.readable), None)
     if absent is None:
         return
+    error = fields.refused.get(absent)
+    if isinstance(error, StoreError):
+        raise error
     reason = _reason_of(absent, fields.plate)
     told = f"cannot be read now ({reason})" if reason else "is not chosen"
     raise TargetError(

@@ -4,10 +4,11 @@ import hashlib
 import json
 
 from megaseg_dask.algorithms.geometry import BlockGrid
-from megaseg_dask.errors import DataError
+from megaseg_dask.errors import DataError, StoreError
 from megaseg_dask.ngff.group import read_attributes
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.stores import Location, open_array
+from megaseg_dask.stores.failures import is_of_object
 
 # Stored objects that are sampled, and bytes of each.
 _MAX_SAMPLES = 16
@@ -26,8 +27,12 @@ def _first_bytes(location: Location, key: str) -> bytes:
     try:
         return location.head(key, _SAMPLE_BYTES) or b""
     except DataError:
-        # It is no file that can be read. The task that needs it names it, and the others go on.
-        return b""
+        pass
+    except StoreError as error:
+        if not is_of_object(location.url, error):
+            raise
+    # It is no file that can be read. The task that needs it names it, and the others go on.
+    return b""
 
 
 def sample_of(location: Location) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import obstore.exceptions
 
-from megaseg_dask.errors import MegasegError
+from megaseg_dask.errors import MegasegError, StoreError
 from megaseg_dask.stores.access import first_line, without_secrets
 from megaseg_dask.stores.address import AZURE, LOCAL, S3, WEB, scheme_of
 from megaseg_dask.stores.clouds import CLOUDS
@@ -121,6 +121,14 @@ def is_denied(error: BaseException) -> bool:
     """Return whether a store denied a request, also where another error names that."""
     reason = error.__cause__ or error
     return is_store_failure(reason) and understand(reason).kind == "denied"
+
+
+def is_of_object(url: str, error: StoreError) -> bool:
+    """Return whether a store failed for one object alone, so that others may still be read.
+
+    A store that is lost would lose all others too, and a later run may find it back.
+    """
+    return scheme_of(url) == LOCAL or understand(error.__cause__ or error).is_of_request
 
 
 def require_bucket(error: FileNotFoundError) -> None:

@@ -14,7 +14,7 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
-from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.events import Started
 from megaseg_dask.messages import Narrator
 from megaseg_dask.ngff.plate import read_plate
@@ -26,6 +26,7 @@ from megaseg_dask.stores import Location
 from tests.fixtures.images import write_image
 from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here
+from tests.stores.test_stores import unreadable
 
 VERSIONS = ["0.4", "0.5"]
 PLACED = pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
@@ -43,6 +44,7 @@ ODD = {
     "A/1/never": (FieldSpec(n_times=0), "is empty"),
     "A/2/blind": (FieldSpec(channels=()), "is empty"),
     "A/2/other": (FieldSpec(("er", "golgi")), "no such channel .*there are 0 .er., 1 .golgi."),
+    "B/2/no name": (FieldSpec(), "no name of a row, column or field"),
     "B/1/twice": (FieldSpec(("dna", "dna", "actin")), "2 channels of .* can be meant"),
 }
 
@@ -196,12 +198,43 @@ def test_a_field_too_large_for_the_memory_does_not_block_the_others(run, tmp_pat
     assert [f.path for f in read_plate(Location.of(tmp_path / "out.zarr")).fields] == ["A/2/0"]
 
 
+@pytest.mark.parametrize("key", ["zarr.json", "0/zarr.json"])
+def test_a_field_that_the_system_cannot_read_blocks_no_other(key, run, tmp_path):
+    fields = {"A/1/0": FieldSpec(seed=1), "A/2/0": FieldSpec(seed=2)}
+    source = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    unreadable(source / "A/2/0" / key)
+    result = run(source, tmp_path / "out.zarr", channel="dna")
+    ((field, error),) = [(failure.volume, failure.error) for failure in result.failures]
+    assert field == "A/2/0"
+    assert "cannot read" in error
+    assert [field.path for field in read_plate(Location.of(tmp_path / "out.zarr")).fields] == [
+        "A/1/0"
+    ]
+    # What is recorded goes on once it can be read, and is no wrong request.
+    unreadable(source / "A/1/0" / key)
+    with pytest.raises(StoreError, match="cannot read"):
+        run(source, tmp_path / "out.zarr", channel="dna")
+
+
+def test_a_chunk_that_the_system_cannot_read_fails_its_field_alone(run, tmp_path):
+    fields = {"A/1/0": FieldSpec(seed=1), "A/2/0": FieldSpec(seed=2)}
+    source = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    unreadable(next(path for path in (source / "A/1/0/0/c").rglob("*") if path.is_file()))
+    result = run(source, tmp_path / "out.zarr", channel="dna,actin", retries=0)
+    assert {failure.volume.split()[0] for failure in result.failures} == {"A/1/0"}
+    assert [field.path for field in read_plate(Location.of(tmp_path / "out.zarr")).fields] == [
+        "A/1/0",
+        "A/2/0",
+    ]
+
+
 # -- which channel is taken
 
 AMBIGUOUS = [
     (["dna", "dna"], "dna", {0, 1}),
     (["1", "gfp"], "1", {0, 1}),
     (["1", "0"], "0", {0, 1}),
+    (["index:2", "b", "b"], "b", {1, 2}),
     (["a", "b", "b"], "b,a", {1, 2}),
 ]
 

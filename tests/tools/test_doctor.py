@@ -11,6 +11,7 @@ from megaseg_dask.cli.app import build_app
 from megaseg_dask.tools.doctor import machine
 from megaseg_dask.tools.doctor.address import check_address
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.plates import FieldSpec, write_fields
 
 
 def finding(name: str) -> machine.Finding:
@@ -125,3 +126,12 @@ def test_little_disk_and_memory_get_advice(monkeypatch):
     )
     assert finding("disk").advice
     assert finding("memory").advice
+
+
+def test_a_field_that_cannot_be_read_hides_no_plate(tmp_path):
+    fields = {"A/1/0": FieldSpec(), "A/1/1": FieldSpec()}
+    plate = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    (plate / "A/1/0/zarr.json").write_text("{")
+    findings = list(check_address(str(plate)))
+    assert not any(finding.is_fatal for finding in findings)
+    assert any("plate of 2 fields, the first that can be read" in f.text for f in findings)

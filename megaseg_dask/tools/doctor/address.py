@@ -9,16 +9,17 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
 from megaseg_dask.algorithms.geometry import Box
-from megaseg_dask.errors import MegasegError
+from megaseg_dask.errors import MegasegError, SourceError
 from megaseg_dask.messages import count, size_text
 from megaseg_dask.ngff.image import Image, read_image
-from megaseg_dask.ngff.plate import is_plate, read_plate
+from megaseg_dask.ngff.plate import Plate, is_plate, read_plate
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import runs_folder
 from megaseg_dask.stores import Location
@@ -78,9 +79,8 @@ def _check_location(location: Location) -> Iterator[Finding]:
 def _check_image(location: Location, has_run: bool) -> Iterator[Finding]:
     """Yield what image or plate this is, and how fast a part of its finest level is read."""
     try:
-        fields = read_plate(location).fields if is_plate(location) else ()
-        first = location / fields[0].path if fields else location
-        image = read_image(first)
+        plate = read_plate(location) if is_plate(location) else None
+        first, image = _read_first(location, plate)
     except MegasegError as error:
         if not has_run:
             raise
@@ -88,7 +88,9 @@ def _check_image(location: Location, has_run: bool) -> Iterator[Finding]:
         advice = f"megaseg status {location}; no image yet: {error}"
         yield Finding("", "a run of megaseg that is not finished", advice)
         return
-    subject = f"plate of {len(fields)} fields, the first" if fields else "image"
+    subject = "image"
+    if plate:
+        subject = f"plate of {len(plate.fields)} fields, the first that can be read"
     yield _describe_image(image, subject)
     volume = Volume.of(first, image)
     values, read_s = _timed(lambda: volume.read(Box.centered(_READ_SHAPE, image.volume_shape())))
@@ -97,6 +99,16 @@ def _check_image(location: Location, has_run: bool) -> Iterator[Finding]:
         advice = "a constant image has no meaning for the model"
         advice = f"look at it, for example with megaseg view; {advice}"
         yield Finding("", f"all voxels in its middle are {values.flat[0]}", advice)
+
+
+def _read_first(location: Location, plate: Plate | None) -> tuple[Location, Image]:
+    """Return the first field of a plate that can be read, or the image that is there."""
+    fields = plate.fields if plate else ()
+    for field in fields[:-1]:
+        with suppress(SourceError):
+            return location / field.path, read_image(location / field.path)
+    last = location / fields[-1].path if fields else location
+    return last, read_image(last)
 
 
 def _describe_image(image: Image, subject: str) -> Finding:
