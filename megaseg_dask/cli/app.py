@@ -19,6 +19,7 @@ import typer
 from megaseg_dask.cli.cluster import check
 from megaseg_dask.cli.console import print_demo, print_plan, print_result, print_status, reporter
 from megaseg_dask.cli.exit_codes import (
+    FAILED,
     INTERRUPTED,
     WRONG_REQUEST,
     Json,
@@ -27,6 +28,7 @@ from megaseg_dask.cli.exit_codes import (
     echo_error,
     exit_codes,
     fail,
+    is_printed,
     require_printed,
 )
 from megaseg_dask.cli.jobs import join, status, task
@@ -250,6 +252,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     app = build_app(None if _is_completing() else arguments)
     try:
         code = app(arguments, prog_name="megaseg", standalone_mode=False) or 0
+    except OSError:
+        # Typer prints the help by itself.
+        if is_printed():
+            raise
+        code = FAILED
     except Exception as error:
         if not _is_usage_error(error):
             raise
@@ -306,11 +313,11 @@ _INTERRUPTS = [
 ]
 
 
-def _catch_signals() -> None:
+def _catch_signals(handler: Callable[..., None] | None = None) -> None:
     """Treat all of them as Ctrl-C, but those that the caller ignores, as ``nohup`` does."""
     for number in _INTERRUPTS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+            signal.signal(number, handler or _interrupt)
 
 
 def _interrupt(*_: object) -> NoReturn:
@@ -321,9 +328,7 @@ def _interrupt(*_: object) -> NoReturn:
         if time.monotonic() - began > _SAME_INTERRUPT_S:
             _leave_at_once()
 
-    for number in _INTERRUPTS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt_again)
+    _catch_signals(interrupt_again)
     # The terminal may be gone.
     with contextlib.suppress(OSError):
         os.write(2, b"megaseg: stopping; interrupt once more to stop at once\n")

@@ -262,6 +262,9 @@ def print_plan(summary: Mapping[str, Any]) -> None:
     for path, reason in list(summary["missing"].items())[:_MAX_FAILURES]:
         print_rows({name: f"{path}: {reason}; the run will go on without it, and end as failed"})
         name = ""
+    n_more = len(summary["missing"]) - _MAX_FAILURES
+    if n_more > 0:
+        print_rows({"": f"{n_more} more; --json names them all"})
 
 
 def _source_text(summary: Mapping[str, Any]) -> str:

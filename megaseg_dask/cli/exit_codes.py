@@ -63,12 +63,25 @@ def echo(text: str = "", *, err: bool = False) -> None:
     try:
         typer.echo(text, err=err)
     except OSError as error:
-        if not err:
-            _OUTPUT.failure = error.strerror or str(error)
-        # What is left in its buffer would fail again.
-        stream = sys.stderr if err else sys.stdout
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _give_up(error, err=err)
+
+
+def _give_up(error: OSError, *, err: bool) -> None:
+    if not err:
+        _OUTPUT.failure = error.strerror or str(error)
+    # What is left in its buffer would fail again.
+    stream = sys.stderr if err else sys.stdout
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def is_printed() -> bool:
+    """Return whether stdout took all that was written to it."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _give_up(error, err=False)
+    return not _OUTPUT.failure
 
 
 def require_printed(code: int) -> int:
@@ -76,7 +89,7 @@ def require_printed(code: int) -> int:
 
     Results that a script could not read are a failure.
     """
-    if not _OUTPUT.failure:
+    if is_printed():
         return code
     echo(f"megaseg: not all results could be printed on stdout: {_OUTPUT.failure}", err=True)
     return code or FAILED

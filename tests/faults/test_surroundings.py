@@ -57,6 +57,17 @@ def test_full_streams_stop_no_run_and_lost_results_are_a_failure(source, options
     )
 
 
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is full")
+@pytest.mark.parametrize("words", [["--help"], ["models", "--help"]], ids=" ".join)
+def test_help_that_cannot_be_printed_is_a_failure(words):
+    with FULL.open("w") as full:
+        ended = subprocess.run([*MEGASEG, *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "megaseg: not all results could be printed on stdout: No space left on device\n"
+    )
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_stop_nothing(closed):
     command = f'"$0" -m megaseg_dask doctor --help {closed}'
