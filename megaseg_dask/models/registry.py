@@ -109,7 +109,10 @@ def load(model: str, checkpoint: str | None = None) -> tuple[Path, Bundle]:
 
 
 def _record_at(path: Path) -> Record | None:
-    return next((record for record in _records() if record.path == path), None)
+    """Return the record of a file of the cache; a bundle elsewhere needs no cache."""
+    name = path.parent.name
+    record = read_record(name) if is_name(name) and cache.folder_of(name) == path.parent else None
+    return record if record and record.path == path else None
 
 
 def _records() -> Iterator[Record]:

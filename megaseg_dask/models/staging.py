@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megaseg_dask.errors import BundleError
 from megaseg_dask.models.cytodl.files import folder_around, read_parts
+from megaseg_dask.models.home import write_whole
 from megaseg_dask.stores import Location
 
 FOLDER = "bundles"
@@ -35,17 +36,10 @@ class Copies:
             raise BundleError(f"{copy} is not there: the run that sent this task is over")
         for name in names:
             if not (folder / name).exists():
-                _write_whole(folder / name, copy.get(name) or b"")
+                write_whole(folder / name, copy.get(name) or b"")
         # A single file is a zip or a checkpoint, which is loaded as it is; the rest is a folder.
         is_file = len(names) == 1 and "/" not in names[0]
         return folder / names[0] if is_file else folder
-
-
-def _write_whole(file: Path, data: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(data)
-    part.replace(file)
 
 
 _current: Copies | None = None

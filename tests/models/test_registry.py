@@ -330,3 +330,12 @@ def test_errors_are_ours(tmp_path):
             registry.locate(model)
         assert raised.value.exit_code == 2
         assert str(raised.value).isprintable()
+
+
+def test_a_bundle_elsewhere_needs_no_cache(tmp_path):
+    models = tmp_path / "home/models"
+    models.parent.mkdir(exist_ok=True)
+    models.symlink_to("models")
+    with pytest.raises(BundleError, match="cannot be read"):
+        cache.cached_names()
+    assert registry.describe("starter")[0] == registry.STARTER
