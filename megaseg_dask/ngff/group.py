@@ -112,26 +112,12 @@ def find_attributes(location: Location) -> dict[str, Any] | None:
     return None
 
 
-def read_ome(location: Location) -> dict[str, Any]:
-    """Return the OME metadata of the group at a location; raises what zarr raises."""
-    return ome_of(read_attributes(location))
-
-
 def ome_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the OME metadata among a group's attributes: those under ``ome``, else all."""
     ome = attributes.get("ome", attributes)
     if not isinstance(ome, Mapping):
         return {}
     return dict(ome)
-
-
-def is_group(location: Location) -> bool:
-    """Return whether there is a group of any version.
-
-    Raises:
-        StoreError: The store failed.
-    """
-    return any(location.size(v.group_file) is not None for v in VERSIONS.values())
 
 
 def open_ome_group(location: Location, expected: str) -> tuple[int, dict[str, Any]]:
@@ -221,8 +207,8 @@ def first_problem(error: ValidationError, *parents: str) -> str:
 
 
 def lies_below(path: str) -> bool:
-    """Return whether a path in metadata names something below their group."""
-    return not {"", ".", ".."} & set(path.split("/"))
+    """Return whether a path from elsewhere, as of metadata, names something below a folder."""
+    return not {"", ".", ".."} & set(path.split("/")) and not {"\\", "\0"} & set(path)
 
 
 def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
@@ -249,7 +235,7 @@ def _describe_place(location: Location, error: Exception) -> str:
     """Return what is where no Zarr group could be opened."""
     if not location.is_folder():
         return f"{_describe_file(location)} (convert it, with bioformats2raw for instance)"
-    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
         open_array(location)
         return f"a single Zarr array (name the folder of its image, perhaps {location.parent})"
     kind = _other_format(location)
@@ -430,7 +416,7 @@ def _read_json(location: Location, key: str) -> dict[str, Any]:
     """Return a metadata file, empty if there is none; :class:`TargetError` if it is damaged."""
     try:
         document = json.loads(location.get(key) or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TargetError(
             f"{location}/{key} is damaged ({error}); fix it, or choose another target"
         ) from error
@@ -495,7 +481,7 @@ def _update_entries(group: Location, record: dict[str, Any], names: Mapping[str,
 def _parse(data: bytes | None) -> dict[str, Any]:
     try:
         document = json.loads(data or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         # No reader can use it, and it is not ours to fix.
         return {}
     return document if isinstance(document, dict) else {}

@@ -9,7 +9,7 @@ import functools
 import json
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, TypeVar
 
@@ -36,6 +36,8 @@ from megaseg_dask.stores.failures import is_denied
 
 T = TypeVar("T")
 Json = Mapping[str, Any]
+# Of a list of transformations, in JSON.
+Change = Callable[[list[Any]], list[Any]]
 # Scores are those that this package wrote.
 Kind = Literal["image", "label image", "scores"]
 
@@ -118,6 +120,12 @@ class Image:
     def axis_names(self) -> tuple[str, ...]:
         """Names of the axes, in the order of the arrays."""
         return tuple(axis.name for axis in self.axes)
+
+    @property
+    def channels(self) -> list[str]:
+        """The name of each channel, or its number where it has none."""
+        n = self.extent("c")
+        return [*self.channel_names[:n], *map(str, range(len(self.channel_names), n))]
 
     def extent(self, axis: str) -> int:
         """Return the number of voxels along an axis of the finest level.
@@ -245,17 +253,16 @@ class Image:
         if "t" not in self.axis_names:
             return self
         t = self.axis_names.index("t")
-        levels = []
-        for level in self.levels:
+
+        def cut(level: Level) -> Level:
             origin = level.translation[t] + start * level.scale[t]
-            levels.append(
-                replace(
-                    level,
-                    shape=_changed(level.shape, t, stop - start),
-                    translation=_changed(level.translation, t, origin),
-                )
+            return replace(
+                level,
+                shape=_changed(level.shape, t, stop - start),
+                translation=_changed(level.translation, t, origin),
             )
-        return replace(self, levels=tuple(levels))
+
+        return replace(self, levels=tuple(map(cut, self.levels)))
 
     def with_pyramid(self, *, complete: bool = True) -> "Image":
         """Return the image with levels named by number.
@@ -380,35 +387,34 @@ def _with_known_transforms(entry: Json) -> Json:
     Those are identities, which iohub wrote until 0.2.3, and those into coordinate systems of
     SpatialData. A level that is left without any has voxels of size 1.
     """
-    known: dict[str, Any] = {**entry}
-    of_image = _known_transforms(entry.get(_TRANSFORMS))
-    if of_image:
-        known[_TRANSFORMS] = of_image
-    else:
-        known.pop(_TRANSFORMS, None)
     axes = entry.get("axes")
-    datasets = entry.get("datasets")
-    if isinstance(axes, list) and isinstance(datasets, list):
-        ones = [{"type": "scale", "scale": [1.0] * len(axes)}]
-        known["datasets"] = [_with_scale(dataset, ones) for dataset in datasets]
+    ones = [{"type": "scale", "scale": [1.0] * len(axes)}] if isinstance(axes, list) else []
+
+    def of_image(transforms: list[Any]) -> list[Any]:
+        return [t for t in transforms if not (isinstance(t, dict) and _changes_nothing(t))]
+
+    known = _map_transforms(entry, of_image, lambda transforms: of_image(transforms) or ones)
+    if not known.get(_TRANSFORMS):
+        known.pop(_TRANSFORMS, None)
     return known
-
-
-def _with_scale(dataset: Any, ones: list[Any]) -> Any:
-    if not isinstance(dataset, dict) or _TRANSFORMS not in dataset:
-        return dataset
-    transforms = _known_transforms(dataset[_TRANSFORMS])
-    return {**dataset, _TRANSFORMS: ones if transforms == [] else transforms}
-
-
-def _known_transforms(transforms: Any) -> Any:
-    if not isinstance(transforms, list):
-        return transforms
-    return [t for t in transforms if not (isinstance(t, dict) and _changes_nothing(t))]
 
 
 def _changes_nothing(transform: Json) -> bool:
     return transform.get("type") == "identity" or isinstance(transform.get("output"), dict)
+
+
+def _map_transforms(multiscale: Json, of_image: Change, of_level: Change) -> dict[str, Any]:
+    """Return a multiscale with all lists of transformations changed; it may be of any form."""
+
+    def changed(part: Any, change: Change) -> Any:
+        if not isinstance(part, dict) or not isinstance(part.get(_TRANSFORMS), list):
+            return part
+        return {**part, _TRANSFORMS: change(part[_TRANSFORMS])}
+
+    mapped = {**changed(multiscale, of_image)}
+    if isinstance(mapped.get("datasets"), list):
+        mapped["datasets"] = [changed(dataset, of_level) for dataset in mapped["datasets"]]
+    return mapped
 
 
 def _form_of(multiscale: Json) -> Json:
@@ -435,15 +441,11 @@ def _form_of(multiscale: Json) -> Json:
             return {**transform, "translation": [0.0] * len(offset)}
         return transform
 
-    def formed(part: Any) -> Any:
-        if not isinstance(part, dict) or not isinstance(part.get(_TRANSFORMS), list):
-            return part
-        return {**part, _TRANSFORMS: [plain(transform) for transform in part[_TRANSFORMS]]}
+    def plain_all(transforms: list[Any]) -> list[Any]:
+        return list(map(plain, transforms))
 
-    form = {key: value for key, value in formed(multiscale).items() if key not in _UNCHECKED}
-    if isinstance(form.get("datasets"), list):
-        form["datasets"] = [formed(dataset) for dataset in form["datasets"]]
-    return form
+    form = _map_transforms(multiscale, plain_all, plain_all)
+    return {key: value for key, value in form.items() if key not in _UNCHECKED}
 
 
 def _are_numbers(values: Any) -> TypeGuard[list[float]]:
@@ -497,7 +499,7 @@ def _read_transforms(
         return (), ()
     try:
         return _compose(len(axes), transforms)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise SourceError(f"{location}: {error}") from error
 
 

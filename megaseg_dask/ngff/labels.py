@@ -4,8 +4,19 @@ Readers go by the list. A label image is added to it when it is complete, and
 taken off it before it is written again.
 """
 
-from megaseg_dask.errors import SourceError
-from megaseg_dask.ngff.group import is_group, lies_below, read_ome, read_written_ome, write_ome
+from collections.abc import Mapping
+
+import numpy as np
+
+from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.ngff.group import (
+    find_attributes,
+    lies_below,
+    ome_of,
+    read_written_ome,
+    write_ome,
+)
+from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.stores import Location
 
 
@@ -19,16 +30,47 @@ def list_labels(image: Location) -> list[str]:
 
     Raises:
         SourceError: One of them does not lie in the image.
+        TargetError: The metadata of the list are damaged.
         StoreError: The store failed.
     """
     group = labels_group(image)
-    if not is_group(group):
-        return []
-    names = [str(name) for name in read_ome(group).get("labels") or ()]
+    names = _names_in(ome_of(find_attributes(group) or {}))
     for name in names:
         if not lies_below(name):
             raise SourceError(f"{group}: label image {name!r} does not lie in the image")
     return names
+
+
+def choose_label(image: Location, name: str | None) -> Location | None:
+    """Return the label image of a name, or the only one; ``None`` if the image has none.
+
+    Raises:
+        SettingsError: There is none of this name, or one of several has to be chosen.
+        MegasegError: As :func:`list_labels`.
+    """
+    names = list_labels(image)
+    if not names:
+        return None
+    listed = ", ".join(names)
+    if name is None and len(names) > 1:
+        raise SettingsError(f"{image} has label images {listed}; choose one with --label")
+    if name is not None and name not in names:
+        raise SettingsError(f"{image} has no label image {name}; it has {listed}")
+    return labels_group(image) / (name or names[0])
+
+
+def read_label_image(location: Location) -> Image:
+    """Read and check the metadata of an image whose voxels are ids of objects.
+
+    Raises:
+        SourceError: There is no image that can be read, or its voxels are no ids.
+        StoreError: The store failed.
+    """
+    image = read_image(location)
+    values = "scores" if image.kind == "scores" else image.dtype
+    if np.dtype(image.dtype).kind not in "iub" or image.kind == "scores":
+        raise SourceError(f"{location} holds {values}; labels are integers: name a label image")
+    return image
 
 
 def add_label(image: Location, version: str, name: str) -> None:
@@ -52,8 +94,13 @@ def remove_label(image: Location, version: str, name: str) -> None:
 
 
 def _others(image: Location, version: str, name: str) -> list[str]:
-    names = read_written_ome(labels_group(image), version).get("labels") or ()
+    names = _names_in(read_written_ome(labels_group(image), version))
     return [other for other in names if other != name]
+
+
+def _names_in(ome: Mapping[str, object]) -> list[str]:
+    names = ome.get("labels")
+    return list(map(str, names)) if isinstance(names, list) else []
 
 
 def _write_list(image: Location, version: str, names: list[str]) -> None:

@@ -10,6 +10,7 @@ import io
 import mmap
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -228,11 +229,15 @@ class ImageTable:
         """Return timepoint, channel and rows of each volume that was written.
 
         It is empty if there is no table.
+
+        Raises:
+            StoreError: It cannot be read.
         """
         data = self.location.get("table.parquet")
         if data is None:
             return []
-        table = pq.read_table(pa.BufferReader(data))
+        with _naming_damage(self.location / "table.parquet"):
+            table = pq.read_table(pa.BufferReader(data))
         timepoints = table["timepoint"].to_pylist()
         channels = table["channel"].to_pylist()
         volumes: list[tuple[int, int, Columns]] = []
@@ -270,7 +275,7 @@ class ImageTable:
         return PROVENANCE in (find_attributes(self.location) or {})
 
     def _listed(self) -> list[str]:
-        return list((find_attributes(self._tables) or {}).get("tables", []))
+        return list((find_attributes(self._tables) or {}).get("tables") or ())
 
 
 # -- reading
@@ -289,12 +294,20 @@ def iter_columns(file: Location, names: Sequence[str]) -> Iterator[tuple[NDArray
     if size is None:
         raise StoreError(f"{file} is not there")
     reader = io.BufferedReader(_ObjectReader(folder, file.basename, size), _READ_BYTES)
+    with _naming_damage(file), pq.ParquetFile(reader) as table:
+        for batch in table.iter_batches(_BATCH_ROWS, columns=list(names)):
+            yield tuple(batch.column(name).to_numpy(zero_copy_only=False) for name in names)
+
+
+@contextmanager
+def _naming_damage(file: Location) -> Iterator[None]:
     try:
-        with pq.ParquetFile(reader) as table:
-            for batch in table.iter_batches(_BATCH_ROWS, columns=list(names)):
-                yield tuple(batch.column(name).to_numpy(zero_copy_only=False) for name in names)
+        yield
     except pa.ArrowInvalid as error:
-        raise StoreError(f"{file} is no table that can be read ({error})") from error
+        raise StoreError(
+            f"{file} is no table that can be read ({error}); restore it from a copy, or compute "
+            "it again with --overwrite"
+        ) from error
 
 
 class _ObjectReader(io.RawIOBase):

@@ -68,9 +68,7 @@ class Volume:
             values = np.asarray(array[self._index(box)])
         except Exception as error:
             raise self._read_error(array, box, error) from error
-        if array.shards is not None:
-            self._require_no_empty_shard(array, box, values)
-        self._require_still_there(array, box, values)
+        self._require_stored(array, box, values)
         return self._to_zyx(values).astype(values.dtype.newbyteorder("="), copy=False)
 
     def count_absent(self, box: Box, values: Array) -> int:
@@ -110,22 +108,19 @@ class Volume:
         for position in grid.iter_overlapping(self._stored_box(box)):
             yield grid.core(position), array.metadata.encode_chunk_key(position)
 
-    def _require_no_empty_shard(self, array: "zarr.Array[Any]", box: Box, values: Array) -> None:
-        """Raise :class:`DataError` for a shard of no bytes: zarr 3.1 reads it as background."""
-        for _, key in self._units_of_fill_value(array, box, values):
+    def _require_stored(self, array: "zarr.Array[Any]", box: Box, values: Array) -> None:
+        """Raise if what reads as the fill value is none: of a lost array, or a shard of no bytes.
+
+        The chunks of a lost array are absent too, and zarr 3.1 reads an empty shard as background.
+        """
+        version = version_of_format(array.metadata.zarr_format)
+        for number, (_, key) in enumerate(self._units_of_fill_value(array, box, values)):
+            if number == 0 and self.location.size(version.array_file) is None:
+                raise self._lost()
+            if array.shards is None:
+                return
             if self.location.size(key) == 0:
                 raise _corrupt(f"{self.location}/{key}", "it is empty")
-
-    def _require_still_there(self, array: "zarr.Array[Any]", box: Box, values: Array) -> None:
-        """Raise :class:`StoreError` if the array is lost, whose chunks are then absent too.
-
-        They would read as background.
-        """
-        if next(self._units_of_fill_value(array, box, values), None) is None:
-            return
-        version = version_of_format(array.metadata.zarr_format)
-        if self.location.size(version.array_file) is None:
-            raise self._lost()
 
     def _read_error(self, array: "zarr.Array[Any]", box: Box, error: Exception) -> MegasegError:
         """Return the error that names the stored object that cannot be read.

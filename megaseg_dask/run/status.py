@@ -16,6 +16,15 @@ def status(target: str, label_name: str | None = None) -> list[RunStatus]:
     Raises:
         TargetError: No run is recorded there, or its record cannot be read.
     """
+    return list(map(_status_of, recorded_plans(target, label_name)))
+
+
+def recorded_plans(target: str, label_name: str | None = None) -> list[Plan]:
+    """Return the plans of the runs on a target, of one label name or of all; at least one.
+
+    Raises:
+        TargetError: No run is recorded there, or its record cannot be read.
+    """
     where = Location.of(target)
     where.probe(TargetError)
     plans = RunFolder.plans(where, label_name)
@@ -25,7 +34,7 @@ def status(target: str, label_name: str | None = None) -> list[RunStatus]:
             f"no run{named} is recorded at {runs_folder(where)}{where.hint()}; "
             "start one with megaseg segment"
         )
-    return list(map(_status_of, plans))
+    return plans
 
 
 def _status_of(plan: Plan) -> RunStatus:

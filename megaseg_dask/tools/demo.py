@@ -7,7 +7,7 @@ read where pip put them; its plugin code is never imported.
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,6 @@ from megaseg_dask.run.progress import Emit
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.evaluate import evaluate_images
-
-if TYPE_CHECKING:
-    from matplotlib.colors import ListedColormap
 
 SPACING_UM = (0.29, 0.26, 0.26)
 _AXES = ("z", "y", "x")
@@ -140,6 +137,8 @@ def draw(path: Path, image: NDArray[Any], scores: NDArray[Any], labels: NDArray[
     """Draw image, scores and labels ``(z, y, x)`` side by side: a middle slice and a side view."""
     from matplotlib.figure import Figure
 
+    from megaseg_dask.tools.report.pictures import label_colors
+
     n_objects = len(np.unique(labels)) - 1
     white = np.percentile(image, 99.8)
     columns: list[tuple[str, NDArray[Any], dict[str, Any]]] = [
@@ -147,8 +146,8 @@ def draw(path: Path, image: NDArray[Any], scores: NDArray[Any], labels: NDArray[
         ("scores", scores, {"cmap": "magma", "vmin": 0, "vmax": 255}),
         (
             f"labels: {n_objects} objects",
-            labels,
-            {"cmap": _label_colors(int(labels.max())), "interpolation": "nearest"},
+            label_colors(labels),
+            {"interpolation": "nearest"},
         ),
     ]
     z = image.shape[0] // 2
@@ -163,12 +162,3 @@ def draw(path: Path, image: NDArray[Any], scores: NDArray[Any], labels: NDArray[
         lower[column].imshow(volume[:, y], aspect=aspect, **options)
         lower[column].set_axis_off()
     figure.savefig(path, dpi=100)
-
-
-def _label_colors(n_labels: int) -> "ListedColormap":
-    """Return a random color for each label, and black for the background."""
-    from matplotlib.colors import ListedColormap
-
-    colors = np.random.default_rng(1).uniform(0.35, 1.0, (max(n_labels, 1) + 1, 3))
-    colors[0] = 0
-    return ListedColormap(colors)

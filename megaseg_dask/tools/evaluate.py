@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, Shape
 from megaseg_dask.algorithms.matching import Contingency, Evaluation, evaluate_contingency
-from megaseg_dask.errors import SettingsError, SourceError
-from megaseg_dask.ngff.group import read_ome
+from megaseg_dask.errors import SourceError
 from megaseg_dask.ngff.image import Image, read_image
-from megaseg_dask.ngff.labels import labels_group, list_labels
+from megaseg_dask.ngff.labels import choose_label, read_label_image
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.stores import Location
@@ -36,22 +35,12 @@ def find_labels(address: str, name: str | None = None) -> Location:
     location = Location.of(address)
     if not location.exists():
         raise SourceError(f"{location} does not exist{location.hint()}; check the path")
-    names = list_labels(location)
-    if not names:
-        return location
-    listed = ", ".join(names)
-    if name is None:
-        if len(names) > 1:
-            raise SettingsError(f"{location} has label images {listed}; choose one with --label")
-        name = names[0]
-    elif name not in names:
-        raise SettingsError(f"{location} has no label image {name}; it has {listed}")
-    return labels_group(location) / name
+    return choose_label(location, name) or location
 
 
 def is_label_image(location: Location) -> bool:
     """Return whether the metadata of an image say that its voxels are ids of objects."""
-    return "image-label" in read_ome(location)
+    return read_image(location).kind == "label image"
 
 
 def evaluate_images(
@@ -98,11 +87,7 @@ class _Labels:
 
     @classmethod
     def open(cls, location: Location) -> "_Labels":
-        image = read_image(location)
-        if np.dtype(image.dtype).kind not in "iub":
-            advice = "labels are integers. Name a label image"
-            raise SourceError(f"{location} holds {image.dtype}; {advice}")
-        return cls(location, image, missing_at(location))
+        return cls(location, read_label_image(location), missing_at(location))
 
     @property
     def shape(self) -> Shape:

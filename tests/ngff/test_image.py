@@ -868,3 +868,14 @@ def test_broken_metadata_are_told_in_our_words(name, version, tmp_path):
         read_image(Location.of(path))
     assert not PYDANTIC.search(str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_without_end_and_nesting_without_end_are_named(tmp_path):
+    path = write_image(tmp_path / "image.zarr", blobs(SHAPE))
+    document = json.loads((path / "zarr.json").read_text())
+    (dataset,) = document["attributes"]["ome"]["multiscales"][0]["datasets"]
+    dataset["coordinateTransformations"][0]["scale"] = [10**400, 1, 1]
+    for text in (json.dumps(document), "[" * 100_000):
+        (path / "zarr.json").write_text(text)
+        with pytest.raises(SourceError, match=r"image\.zarr"):
+            read_image(Location.of(path))

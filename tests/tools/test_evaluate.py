@@ -1,6 +1,7 @@
 """Label images on a store, compared block by block, as whole arrays are."""
 
 import json
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from typer.testing import CliRunner
 
 from megaseg_dask.algorithms import matching
 from megaseg_dask.cli.app import build_app
-from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.errors import MegasegError, SettingsError, SourceError
 from megaseg_dask.stores import Location
 from megaseg_dask.tools import evaluate
 from tests.fixtures.images import write_image
@@ -93,3 +94,22 @@ def test_a_label_image_is_found_in_its_image_or_asked_for(pair, tmp_path):
     assert evaluate.find_labels(str(ours), "nuclei") == Location.of(ours) / "labels/nuclei"
     with pytest.raises(SettingsError, match="no label image mito"):
         evaluate.find_labels(str(ours), "mito")
+
+
+def test_scores_are_no_labels(pair):
+    import zarr
+
+    ours, truth, _ = pair
+    zarr.open_group(ours).attrs["megaseg"] = {"unfinished": "0"}
+    with pytest.raises(SourceError, match="holds scores; labels are integers"):
+        evaluate.evaluate_images(Location.of(ours), Location.of(truth))
+
+
+@pytest.mark.parametrize("labels_group", ['{"labels": 5}', "{", "[" * 100_000], ids=len)
+def test_a_list_of_labels_that_is_none_never_ends_raw(labels_group, tmp_path):
+    image = write_image(tmp_path / "image.zarr", labels(1))
+    (image / "labels").mkdir()
+    text = f'{{"zarr_format": 3, "node_type": "group", "attributes": {{"ome": {labels_group}}}}}'
+    (image / "labels/zarr.json").write_text(text)
+    with suppress(MegasegError):
+        assert evaluate.find_labels(str(image)) == Location.of(image)

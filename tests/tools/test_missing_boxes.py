@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.matching import evaluate
 from megaseg_dask.cli.app import build_app
+from megaseg_dask.errors import TargetError
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.stores import Location
@@ -48,6 +49,21 @@ def targets(tmp_path, tiny_bundle, cheap_engine):
     result = segment_here(str(source), str(holed), parse_settings(given))
     assert result.status == "failed"
     return whole, holed
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"missing_boxes": [{}]},
+        {"missing_boxes": 3},
+        {"normalization": [{"t": 0}], "missing_boxes": [{"t": 1, "level": 0}]},
+    ],
+)
+def test_damaged_attributes_of_ours_are_named(said, tmp_path):
+    image = write_image(tmp_path / "image.zarr", blobs(SHAPE))
+    zarr.open_group(image).attrs["megaseg"] = said
+    with pytest.raises(TargetError, match=r"image\.zarr: .* is damaged"):
+        missing_at(Location.of(image))
 
 
 def test_evaluate_leaves_out_what_is_missing(targets):

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from megaseg_dask.algorithms.geometry import Box
+from megaseg_dask.errors import TargetError
 from megaseg_dask.ngff.group import PROVENANCE, find_attributes
 from megaseg_dask.plan.plan import Plan, PlannedVolume
 from megaseg_dask.run.state import OutputState, VolumeState
@@ -28,8 +29,8 @@ def provenance_at(group: Location) -> Json | None:
         TargetError: The metadata of the group are damaged.
         StoreError: The store failed.
     """
-    attributes = find_attributes(group) or {}
-    return attributes.get(PROVENANCE)
+    found = (find_attributes(group) or {}).get(PROVENANCE)
+    return found if isinstance(found, dict) else None
 
 
 def missing_at(group: Location) -> list[tuple[int, Box]]:
@@ -42,12 +43,18 @@ def missing_at(group: Location) -> list[tuple[int, Box]]:
         StoreError: The store failed.
     """
     provenance = provenance_at(group) or {}
-    times = sorted({row["t"] for row in provenance.get("normalization", ())})
-    return [
-        (times.index(box["t"]), Box(tuple(box["start"]), tuple(box["stop"])))
-        for box in provenance.get("missing_boxes", ())
-        if box["level"] == 0
-    ]
+    try:
+        times = sorted({row["t"] for row in provenance.get("normalization", ())})
+        return [
+            (times.index(box["t"]), Box(tuple(box["start"]), tuple(box["stop"])))
+            for box in provenance.get("missing_boxes", ())
+            if box["level"] == 0
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TargetError(
+            f"{group}: what its attributes say under {PROVENANCE} is damaged; restore it from a "
+            "copy, or compute it again with --overwrite"
+        ) from error
 
 
 def provenance_by(

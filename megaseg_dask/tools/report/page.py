@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from importlib.metadata import version
 from itertools import chain, islice
@@ -142,7 +143,11 @@ def render(plans: Sequence[Plan]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "duration": _exact_duration, "gb": _gigabytes}
+    environment.filters |= {
+        "number": number,
+        "duration": partial(duration, exact=True),
+        "gb": lambda n_bytes: f"{n_bytes / 1e9:.2f}",
+    }
     template = environment.from_string(read_template())
     return template.render(page=make_page(plans))
 
@@ -150,14 +155,6 @@ def render(plans: Sequence[Plan]) -> str:
 def read_template() -> str:
     """Return the text of the template."""
     return resources.files(__package__).joinpath("page.html").read_text()
-
-
-def _exact_duration(seconds: float) -> str:
-    return duration(seconds, exact=True)
-
-
-def _gigabytes(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.2f}"
 
 
 def make_page(plans: Sequence[Plan]) -> Page:

@@ -139,14 +139,20 @@ def _limits(kind: str, values: Array) -> tuple[float, float]:
     """Return the values that become black and white."""
     if kind == "scores":
         return 0.0, max_score(values.dtype)
-    if kind == "labels":
-        return 0.0, 1.0
+    return gray_limits(values) if kind == "image" else (0.0, 1.0)
+
+
+def gray_limits(values: Array) -> tuple[float, float]:
+    """Return the values of an image that become black and white.
+
+    The brightest few voxels are often artifacts.
+    """
     sample = values.ravel()[:: max(values.size // _MAX_SAMPLE, 1)]
     sample = sample[np.isfinite(sample)]
     if not sample.size:
         return 0.0, 1.0
     low, high = np.percentile(sample, (1, 99.8)).tolist()
-    return low, max(high, low + 1e-9)
+    return low, high if high > low else low + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.plan.resolved import Fixed
 from megaseg_dask.run.conclude import state_of
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
+from megaseg_dask.run.state import TaskSummary, VolumeState
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.tables import table_location
 from megaseg_dask.tools.report.sampling import (
@@ -163,9 +163,10 @@ def _read_journal(run: Run) -> list[VolumeReport]:
         failures[volume].append(f"{stage} {failure.box}: {failure.error}")
     reports = []
     for volume in range(len(plan.volumes)):
+        summary = summaries.get(volume) or TaskSummary()
         for output in plan.outputs_of(volume):
             report = VolumeReport(run, output, failures=list(failures[volume]))
-            report.objects = _output_state(summaries.get(volume), output).n_objects
+            report.objects = summary.output(output.number).n_objects
             _add_statistics(report, states.get(volume))
             reports.append(report)
     return reports
@@ -177,12 +178,6 @@ def _summaries(run: Run) -> dict[int, TaskSummary | None]:
     return dict(enumerate(run.journal.by_index(stage.name))) if stage else {}
 
 
-def _output_state(state: VolumeState | TaskSummary | None, output: Output) -> OutputState:
-    if state is None or not state.by_output:
-        return OutputState()
-    return state.by_output[output.number]
-
-
 def _add_statistics(report: VolumeReport, state: VolumeState | TaskSummary | None) -> None:
     """Add the statistics of the first channel, and the threshold."""
     if state is None:
@@ -191,7 +186,7 @@ def _add_statistics(report: VolumeReport, state: VolumeState | TaskSummary | Non
         report.mean = state.statistics[0].mean
         report.std = state.statistics[0].std
     threshold = report.run.plan.resolved.threshold
-    logit = _output_state(state, report.output).threshold
+    logit = state.output(report.output.number).threshold
     if isinstance(threshold, Fixed):
         report.threshold = threshold.score
     elif logit is not None:

@@ -5,9 +5,9 @@ it can be mailed, archived and opened offline. Reading is bounded: the journal,
 the table of measurements, and samples of the outputs.
 """
 
-from megaseg_dask.errors import SettingsError, TargetError
-from megaseg_dask.plan.plan import Plan, runs_folder
-from megaseg_dask.run.workspace import RunFolder
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.plan.plan import Plan
+from megaseg_dask.run.status import recorded_plans
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.page import render
 
@@ -36,18 +36,8 @@ def find_plans(target: str, label_name: str | None = None) -> list[Plan]:
         SettingsError: Several runs are, and none is named.
 
     """
-    location = Location.of(target)
-    location.probe(TargetError)
-    recorded: dict[str, list[Plan]] = {}
-    for plan in RunFolder.plans(location, label_name):
-        recorded.setdefault(plan.resolved.label_name, []).append(plan)
-    if not recorded:
-        raise TargetError(
-            f"no run is recorded at {runs_folder(location)}{location.hint()}; "
-            "start one with megaseg segment"
-        )
-    if len(recorded) > 1:
-        names_text = ", ".join(recorded)
-        raise SettingsError(f"{location} has runs {names_text}; choose one with --label-name")
-    (plans,) = recorded.values()
+    plans = recorded_plans(target, label_name)
+    names = dict.fromkeys(plan.resolved.label_name for plan in plans)
+    if len(names) > 1:
+        raise SettingsError(f"{target} has runs {', '.join(names)}; choose one with --label-name")
     return plans

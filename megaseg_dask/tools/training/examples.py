@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.ngff.image import Image, read_image
-from megaseg_dask.ngff.labels import labels_group, list_labels
+from megaseg_dask.ngff.labels import choose_label, read_label_image
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.choice import choose_channels
 from megaseg_dask.stores import Location
@@ -117,20 +117,13 @@ def open_image(
         SourceError: for several timepoints, what is no image, or labels that are no integers.
         SettingsError: if the channel has to be chosen, or does not exist.
     """
-    image = read_image(location)
-    if is_label:
-        _require_labels(location, image)
+    image = read_label_image(location) if is_label else read_image(location)
     n_times = image.extent("t")
     if n_times > 1:
         advice = "name it instead of a CSV, or one file each"
         raise SourceError(f"{location} has {n_times} timepoints; {advice}")
     c = _choose_channel(location, image, channel)
     return Volume.of(location, image, c=c), image.volume_shape()
-
-
-def has_labels(location: Location) -> bool:
-    """Return whether an image has label images."""
-    return bool(list_labels(location))
 
 
 def examples_of(
@@ -142,14 +135,12 @@ def examples_of(
         SourceError: for labels of another shape, or that are no integers.
         SettingsError: if the channel or the label image has to be chosen, or does not exist.
     """
-    names = list_labels(location)
-    if not names:
+    place = choose_label(location, label)
+    if place is None:
         return []
-    place = labels_group(location) / _choose_label(location, names, label)
     image = read_image(location)
-    labels = read_image(place)
+    labels = read_label_image(place)
     c = _choose_channel(location, image, channel)
-    _require_labels(place, labels)
     shape = (image.extent("t"), *image.volume_shape())
     labels_shape = (labels.extent("t"), *labels.volume_shape())
     if shape != labels_shape:
@@ -167,22 +158,6 @@ def examples_of(
         )
         examples.append(example)
     return examples
-
-
-def _require_labels(location: Location, image: Image) -> None:
-    if np.dtype(image.dtype).kind not in "iub":
-        raise SourceError(f"{location} holds {image.dtype}; labels are integers")
-
-
-def _choose_label(location: Location, names: list[str], label: str | None) -> str:
-    listed = ", ".join(names)
-    if label is None:
-        if len(names) > 1:
-            raise SettingsError(f"{location} has label images {listed}; choose one with --label")
-        return names[0]
-    if label not in names:
-        raise SettingsError(f"--label {label}: {location} has {listed}")
-    return label
 
 
 def _choose_channel(location: Location, image: Image, channel: str | None) -> int:

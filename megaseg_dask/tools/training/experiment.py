@@ -3,7 +3,6 @@
 import os
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 from megaseg_dask.models import Bundle, NewBundle, save_bundle
 from megaseg_dask.tools.training.dataset import COLUMNS
@@ -104,21 +103,17 @@ def _start_settings(
     recipe: Recipe, bundle: Bundle | None, folder: TrainingFolder
 ) -> dict[str, object]:
     """Return the checkpoint to continue from: the last epoch's, else the weights of a bundle."""
-    if folder.last_state.exists():
-        return {
-            "checkpoint.ckpt_path": str(folder.last_state),
-            "checkpoint.weights_only": False,
-        }
-    start = _write_start(recipe, bundle, folder) if bundle else None
+    start = None
+    is_continued = folder.last_state.exists()
+    if is_continued:
+        start = str(folder.last_state)
+    elif bundle:
+        new = NewBundle(recipe.network, recipe.patch_shape, recipe.overlap, epoch=0)
+        start = str(save_bundle(folder.work / "from", new, bundle.weights))
     return {
-        "checkpoint.ckpt_path": str(start) if start else None,
-        "checkpoint.weights_only": start is not None,
+        "checkpoint.ckpt_path": start,
+        "checkpoint.weights_only": bool(start) and not is_continued,
     }
-
-
-def _write_start(recipe: Recipe, bundle: Bundle, folder: TrainingFolder) -> Path:
-    new = NewBundle(recipe.network, recipe.patch_shape, recipe.overlap, epoch=0)
-    return save_bundle(folder.work / "from", new, bundle.weights)
 
 
 def _has_room_for_cache(folder: TrainingFolder) -> bool:

@@ -14,7 +14,6 @@ from megaseg_dask.tools.training.examples import (
     Example,
     Reader,
     examples_of,
-    has_labels,
     open_image,
     open_tiff,
 )
@@ -66,9 +65,7 @@ def _read_plate(location: Location, channel: str | None, label: str | None) -> l
         raise SourceError(f"{location}: {path} cannot be read: {reason}")
     examples = []
     for field in plate.fields:
-        image = location / field.path
-        if has_labels(image):
-            examples += examples_of(image, field.path, channel, label)
+        examples += examples_of(location / field.path, field.path, channel, label)
     return examples
 
 

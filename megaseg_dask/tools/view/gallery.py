@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.blending import max_score
@@ -24,6 +23,7 @@ from megaseg_dask.run.target.arrays import ImageTarget, Target
 from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
+from megaseg_dask.tools.report.pictures import gray_limits
 
 Limits = tuple[float, float]
 
@@ -33,8 +33,6 @@ LABELS = "labels"
 
 # Voxels that give the range of gray values.
 _SAMPLE_SHAPE = (16, 256, 256)
-# Black and white, in percent of the voxels: the brightest few are often artifacts.
-_GRAY_PERCENTILES = (1, 99.8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +216,9 @@ def _label_names(image: Location) -> list[str]:
 def _gray_limits(location: Location, image: Image, c: int) -> Limits:
     """Return the range of gray values in the middle of the first timepoint."""
     try:
-        low, high = np.nanpercentile(_sample(location, image, c), _GRAY_PERCENTILES).tolist()
+        return gray_limits(_sample(location, image, c))
     except (MegasegError, OSError):
         return 0.0, 1.0
-    if not np.isfinite([low, high]).all():
-        return 0.0, 1.0
-    return low, high if high > low else low + 1
 
 
 def _sample(location: Location, image: Image, c: int) -> NDArray[Any]:

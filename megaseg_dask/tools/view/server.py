@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 from tornado import httpserver, netutil, web
 
 from megaseg_dask.errors import MegasegError
+from megaseg_dask.ngff.group import lies_below
 from megaseg_dask.stores import METADATA, Location
 
 LOOPBACK = "127.0.0.1"
@@ -182,7 +183,7 @@ class _DataHandler(_Handler):
 
     async def get(self, name: str, key: str) -> None:
         location = self.server.locations.get(name)
-        if location is None or not _stays_below(key):
+        if location is None or not lies_below(key):
             raise web.HTTPError(404)
         reply = await self._read(location, key)
         self.set_status(reply.status)
@@ -202,12 +203,6 @@ class _DataHandler(_Handler):
         except MegasegError as error:
             # Neuroglancer shows the status; a person who opens the address sees the text.
             return _Reply(502, str(error).encode(), {"Content-Type": "text/plain"})
-
-
-def _stays_below(key: str) -> bool:
-    """Return whether a key leads to no other folder."""
-    parts = set(key.split("/"))
-    return parts.isdisjoint({"", ".", ".."}) and "\\" not in key and "\0" not in key
 
 
 def _read(location: Location, key: str, range_header: str) -> _Reply:
