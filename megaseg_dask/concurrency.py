@@ -4,9 +4,10 @@ Reading one object takes milliseconds, mostly waiting; one at a time, a million
 objects would take an hour. Threads take over the context of their caller.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import TypeVar
 
@@ -24,13 +25,24 @@ def map_threaded(
 
     The first error is raised; calls that have not begun by then are not made.
     """
+    is_over = threading.Event()
+
+    def call(item: T) -> R:
+        # Calls begin in order: an earlier one has failed, and its error is raised.
+        if is_over.is_set():
+            raise CancelledError
+        try:
+            return function(item)
+        except BaseException:
+            is_over.set()
+            raise
+
     with ThreadPoolExecutor(n_threads) as pool:
-        futures = [pool.submit(copy_context().run, function, item) for item in items]
+        futures = [pool.submit(copy_context().run, call, item) for item in items]
         try:
             return [future.result() for future in futures]
         finally:
-            for future in futures:
-                future.cancel()
+            is_over.set()
 
 
 def read_ahead(read: Callable[[T], R], keys: Iterable[T], n_ahead: int) -> Iterator[tuple[T, R]]:
