@@ -19,7 +19,6 @@ import typer
 from megaseg_dask.cli.cluster import check
 from megaseg_dask.cli.console import print_demo, print_plan, print_result, print_status, reporter
 from megaseg_dask.cli.exit_codes import (
-    FAILED,
     INTERRUPTED,
     WRONG_REQUEST,
     Json,
@@ -28,7 +27,7 @@ from megaseg_dask.cli.exit_codes import (
     echo_error,
     exit_codes,
     fail,
-    is_printed,
+    give_up_help,
     require_printed,
 )
 from megaseg_dask.cli.jobs import join, status, task
@@ -252,11 +251,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     app = build_app(None if _is_completing() else arguments)
     try:
         code = app(arguments, prog_name="megaseg", standalone_mode=False) or 0
-    except OSError:
-        # Typer prints the help by itself.
-        if is_printed():
-            raise
-        code = FAILED
+    except OSError as error:
+        code = give_up_help(error)
     except Exception as error:
         if not _is_usage_error(error):
             raise

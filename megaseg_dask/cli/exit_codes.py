@@ -30,6 +30,7 @@ def exit_codes(as_json: bool) -> Iterator[None]:
     Raises:
         typer.Exit: with the exit code of one of our errors.
     """
+    _OUTPUT.is_begun = True
     try:
         yield
     except MegasegError as error:
@@ -47,8 +48,9 @@ def exit_codes(as_json: bool) -> Iterator[None]:
 
 @dataclass
 class _Output:
-    """Why results could not be printed, if that is so."""
+    """Whether a command began, and why results could not be printed, if that is so."""
 
+    is_begun: bool = False
     failure: str = ""
 
 
@@ -75,13 +77,16 @@ def _give_up(error: OSError, *, err: bool) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def is_printed() -> bool:
-    """Return whether stdout took all that was written to it."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        _give_up(error, err=False)
-    return not _OUTPUT.failure
+def give_up_help(error: OSError) -> int:
+    """Return the exit code where help could not be printed, which typer does by itself.
+
+    Raises:
+        OSError: A command had begun: it is a bug.
+    """
+    if _OUTPUT.is_begun:
+        raise error
+    _give_up(error, err=False)
+    return FAILED
 
 
 def require_printed(code: int) -> int:
@@ -89,7 +94,7 @@ def require_printed(code: int) -> int:
 
     Results that a script could not read are a failure.
     """
-    if is_printed():
+    if not _OUTPUT.failure:
         return code
     echo(f"megaseg: not all results could be printed on stdout: {_OUTPUT.failure}", err=True)
     return code or FAILED

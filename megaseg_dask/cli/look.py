@@ -8,11 +8,9 @@ import typer
 
 from megaseg_dask.cli.console import print_evaluation, print_findings
 from megaseg_dask.cli.exit_codes import Json, echo, echo_result, exit_codes, warn
+from megaseg_dask.cli.jobs import Recorded
 from megaseg_dask.cli.options import open_stores
 
-Recorded = Annotated[
-    str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")
-]
 RunName = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Which of the runs on TARGET; needed if there are several."),
