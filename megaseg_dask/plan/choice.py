@@ -75,7 +75,12 @@ def require_segmentable(subject: object, shape: Shape, dtype: object) -> None:
             f"{subject}: volumes of (z, y, x) = {shape} voxels are too small; the model needs at "
             f"least {MINIMUM_SHAPE}"
         )
-    if np.dtype(str(dtype)).kind not in "iufb":
+    try:
+        kind = np.dtype(str(dtype)).kind
+    except TypeError:
+        # Text, or several values in one.
+        kind = "V"
+    if kind not in "iufb":
         raise SourceError(f"{subject}: voxels are {dtype}; integers or floats are needed")
 
 

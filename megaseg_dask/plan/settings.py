@@ -68,8 +68,8 @@ class Settings(BaseModel):
         Text | None,
         Option(
             SOURCE,
-            "Channel to segment, by name or index, or several separated by commas; needed if the "
-            "source has several.",
+            "Channel to segment, by name, index or index:N, or several separated by commas; needed "
+            "if the source has several.",
             "NAME|INDEX",
             changes_result=True,
         ),

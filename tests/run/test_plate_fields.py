@@ -18,6 +18,7 @@ from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.events import Started
 from megaseg_dask.messages import Narrator
 from megaseg_dask.ngff.plate import read_plate
+from megaseg_dask.plan.choice import require_segmentable
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run.request import plan_runs
@@ -200,16 +201,15 @@ def test_a_field_too_large_for_the_memory_does_not_block_the_others(run, tmp_pat
 
 @pytest.mark.parametrize("key", ["zarr.json", "0/zarr.json"])
 def test_a_field_that_the_system_cannot_read_blocks_no_other(key, run, tmp_path):
-    fields = {"A/1/0": FieldSpec(seed=1), "A/2/0": FieldSpec(seed=2)}
+    fields = {path: FieldSpec() for path in ("A/1/0", "A/1/1", "A/2/0")}
     source = write_fields(tmp_path / "plate.zarr", "0.5", fields)
     unreadable(source / "A/2/0" / key)
     result = run(source, tmp_path / "out.zarr", channel="dna")
     ((field, error),) = [(failure.volume, failure.error) for failure in result.failures]
     assert field == "A/2/0"
     assert "cannot read" in error
-    assert [field.path for field in read_plate(Location.of(tmp_path / "out.zarr")).fields] == [
-        "A/1/0"
-    ]
+    done = read_plate(Location.of(tmp_path / "out.zarr"))
+    assert [field.path for field in done.fields] == ["A/1/0", "A/1/1"]
     # What is recorded goes on once it can be read, and is no wrong request.
     unreadable(source / "A/1/0" / key)
     with pytest.raises(StoreError, match="cannot read"):
@@ -222,10 +222,8 @@ def test_a_chunk_that_the_system_cannot_read_fails_its_field_alone(run, tmp_path
     unreadable(next(path for path in (source / "A/1/0/0/c").rglob("*") if path.is_file()))
     result = run(source, tmp_path / "out.zarr", channel="dna,actin", retries=0)
     assert {failure.volume.split()[0] for failure in result.failures} == {"A/1/0"}
-    assert [field.path for field in read_plate(Location.of(tmp_path / "out.zarr")).fields] == [
-        "A/1/0",
-        "A/2/0",
-    ]
+    done = read_plate(Location.of(tmp_path / "out.zarr"))
+    assert [field.path for field in done.fields] == ["A/1/0", "A/2/0"]
 
 
 # -- which channel is taken
@@ -320,3 +318,9 @@ def test_one_level_with_a_negative_scale_has_sizes_and_labels_in_place(run, tmp_
     for path in ("out.zarr", "out.zarr/labels/megaseg"):
         found = transforms(multiscale(tmp_path / path), "zyx")
         assert found == transforms(multiscale(source), "zyx")
+
+
+@pytest.mark.parametrize("dtype", ["[('a', '<i4')]", "StringDType()", "<U4", "complex64"])
+def test_voxels_that_are_no_numbers_are_named(dtype):
+    with pytest.raises(SourceError, match="integers or floats are needed"):
+        require_segmentable("field", (16, 32, 32), dtype)
