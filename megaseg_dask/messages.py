@@ -191,6 +191,16 @@ def size_text(n_bytes: float) -> str:
     return f"{n_bytes:.3g} TB"
 
 
+def version_of(package: str) -> str:
+    """Return the version of an installed package, "missing" of another, as of a tree of source."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
 def one_line(text: object, max_length: int = 80) -> str:
     """Return foreign text for a message: cut, on one line, and without control characters."""
     words = str(text)[:max_length].split()

@@ -42,6 +42,7 @@ from megaseg_dask.cli.options import (
     without_options,
 )
 from megaseg_dask.cli.train import train
+from megaseg_dask.messages import version_of
 
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="OME-Zarr image to read.", show_default=False)
@@ -76,9 +77,7 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
     NO_COLOR is honoured; without a terminal, progress comes as plain lines; --json is for scripts.
     """
     if version:
-        import importlib.metadata
-
-        echo(f"megaseg-dask {importlib.metadata.version('megaseg-dask')}")
+        echo(f"megaseg-dask {version_of('megaseg-dask')}")
     elif context.invoked_subcommand is None:
         echo(context.get_help())
         raise typer.Exit(WRONG_REQUEST)

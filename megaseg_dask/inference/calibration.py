@@ -10,7 +10,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from megaseg_dask.inference.block import Engine
 from megaseg_dask.inference.engine import ENGINES, EngineSpec, close_engine, open_engine
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.inference.gpu import cuda_devices
+from megaseg_dask.messages import version_of
 from megaseg_dask.models.home import home, write_whole
 
 # Other work on the machine may have slowed the passes down: they are timed again the next day.
@@ -66,7 +66,7 @@ def _key_of(model: ModelRef, spec: EngineSpec, shape: tuple[int, ...]) -> str:
         "model": model.digest,
         "engine": asdict(spec),
         "shape": shape,
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: version_of(package) for package in packages},
         "processors": cuda_devices() if spec.device == "cuda" else _processor(),
     }
     return sha256(json.dumps(depends_on).encode()).hexdigest()

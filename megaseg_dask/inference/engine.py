@@ -11,7 +11,7 @@ import importlib.util
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from megaseg_dask.errors import EngineError, SettingsError
@@ -34,14 +34,7 @@ class EngineSpec:
 
     def record(self, batch: int) -> dict[str, str | int | bool]:
         """Return what plans show and outputs record of an engine that predicts such batches."""
-        return {
-            "engine": self.engine,
-            "device": self.device,
-            "precision": self.precision,
-            "batch": batch,
-            "threads": self.threads,
-            "tta": self.tta,
-        }
+        return {**asdict(self), "batch": batch}
 
 
 @dataclass(frozen=True, slots=True)

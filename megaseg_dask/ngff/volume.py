@@ -6,8 +6,9 @@ is wrong with a chunk, but not where it lies.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from operator import ge
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,14 +24,11 @@ from megaseg_dask.stores import (
     cached_array,
     cause_of,
     is_store_failure,
-    naming,
     store_error,
-    zarr_store,
 )
 
 if TYPE_CHECKING:
     import zarr
-    from zarr.storage import StoreLike
 
 Array = NDArray[Any]
 
@@ -46,6 +44,8 @@ class Volume:
     axis_names: tuple[str, ...]
     t: int = 0
     c: int = 0
+    # Whether all chunks were written, so that an absent one is lost.
+    is_whole: bool = False
 
     @classmethod
     def of(
@@ -60,7 +60,7 @@ class Volume:
         """Read a box as ``(z, y, x)`` in native byte order.
 
         Raises:
-            DataError: A chunk is corrupt; it is named.
+            DataError: A chunk is corrupt, or lost of an array that is whole; it is named.
             StoreError: A stored object cannot be read; it is named.
         """
         array = self._open()
@@ -81,12 +81,25 @@ class Volume:
             StoreError: The store failed.
         """
         array = cached_array(self.location)
+        background = self._units_of_fill_value(array, box, self._to_stored(values))
+        keys = self._keys_beginning_in(box, background)
+        return sum(self.location.size(key) is None for key in keys)
+
+    def count_unlisted(self, box: Box, listed: Container[str]) -> int:
+        """Return how many stored objects that begin in ``box`` are not ``listed`` in the array.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        keys = self._keys_beginning_in(box, self._units(self._open(), box))
+        return sum(key not in listed for key in keys)
+
+    def _keys_beginning_in(self, box: Box, units: Iterable[tuple[Box, str]]) -> Iterator[str]:
+        """Yield the keys of the write units that begin in a box."""
         start = self._stored_box(box).start
-        n_absent = 0
-        for core, key in self._units_of_fill_value(array, box, self._to_stored(values)):
-            begins_here = all(a >= b for a, b in zip(core.start, start, strict=True))
-            n_absent += begins_here and self.location.size(key) is None
-        return n_absent
+        for core, key in units:
+            if all(map(ge, core.start, start)):
+                yield key
 
     def _units_of_fill_value(
         self, array: "zarr.Array[Any]", box: Box, values: Array
@@ -109,17 +122,24 @@ class Volume:
             yield grid.core(position), array.metadata.encode_chunk_key(position)
 
     def _require_stored(self, array: "zarr.Array[Any]", box: Box, values: Array) -> None:
-        """Raise if what reads as the fill value is none: of a lost array, or a shard of no bytes.
+        """Raise if what reads as the fill value is none: a lost array or chunk, or an empty shard.
 
         The chunks of a lost array are absent too, and zarr 3.1 reads an empty shard as background.
         """
         version = version_of_format(array.metadata.zarr_format)
         for number, (_, key) in enumerate(self._units_of_fill_value(array, box, values)):
-            if number == 0 and self.location.size(version.array_file) is None:
-                raise self._lost()
-            if array.shards is None:
-                return
-            if self.location.size(key) == 0:
+            if not self.is_whole:
+                if number == 0 and self.location.size(version.array_file) is None:
+                    raise self._lost()
+                if array.shards is None:
+                    return
+            size = self.location.size(key)
+            if self.is_whole and size is None:
+                raise DataError(
+                    f"{self.location}/{key} was written, and is not there any more; find what "
+                    "removes it, and run the same command again"
+                )
+            if size == 0:
                 raise _corrupt(f"{self.location}/{key}", "it is empty")
 
     def _read_error(self, array: "zarr.Array[Any]", box: Box, error: Exception) -> MegasegError:
@@ -242,24 +262,32 @@ def _corrupt(chunk: str, cause: str) -> DataError:
 
 
 def create_array(location: Location, image: Image, level: int, dtype: str, layout: Layout) -> None:
-    """Create one level's array, in the image's version, over what may be there.
+    """Create one level's empty array, in the image's version, in the place of what may be there.
 
     Chunks have an extent of one in t and c.
 
     Raises:
         StoreError: The store failed.
     """
-    with naming(location, "create"):
-        _create(zarr_store(location, read_only=False), _form_of(image, level, dtype, layout))
+    location.remove()
+    restore_array(location, image, level, dtype, layout)
 
 
 def restore_array(location: Location, image: Image, level: int, dtype: str, layout: Layout) -> None:
-    """Write again the metadata of an array of ours that are lost or damaged; chunks stay.
+    """Write the metadata of an array of ours where they are absent or damaged; chunks stay.
 
     Raises:
         StoreError: The store failed.
     """
-    for name, data in _documents(_form_of(image, level, dtype, layout)).items():
+    form = _Form(
+        image.version,
+        image.axis_names,
+        image.levels[level].shape,
+        dtype,
+        _per_axis(image, layout.chunk_shape),
+        _per_axis(image, layout.write_unit),
+    )
+    for name, data in _documents(form).items():
         if location.get(name) != data:
             location.put(name, data)
 
@@ -276,31 +304,14 @@ class _Form:
     unit: Shape
 
 
-def _form_of(image: Image, level: int, dtype: str, layout: Layout) -> _Form:
-    return _Form(
-        image.version,
-        image.axis_names,
-        image.levels[level].shape,
-        dtype,
-        _per_axis(image, layout.chunk_shape),
-        _per_axis(image, layout.write_unit),
-    )
-
-
 # The fields of a plate have arrays of few forms.
 @functools.lru_cache(maxsize=64)
 def _documents(form: _Form) -> dict[str, bytes]:
     """Return the metadata objects of an array by their names."""
+    import zarr
     from zarr.storage import MemoryStore
 
     store = MemoryStore()
-    _create(store, form)
-    return {name: buffer.to_bytes() for name, buffer in store._store_dict.items()}
-
-
-def _create(store: "StoreLike", form: _Form) -> None:
-    import zarr
-
     version = VERSIONS[form.version]
     options: dict[str, Any] = {}
     if version.has_shards:
@@ -317,9 +328,9 @@ def _create(store: "StoreLike", form: _Form) -> None:
         compressors=dict(version.compressor),
         fill_value=0,
         zarr_format=version.zarr_format,
-        overwrite=True,
         **options,
     )
+    return {name: buffer.to_bytes() for name, buffer in store._store_dict.items()}
 
 
 def _per_axis(image: Image, spatial: Shape) -> Shape:

@@ -17,17 +17,16 @@ from megaseg_dask.events import Failure, Result
 from megaseg_dask.plan.plan import Plan, run_folder, runs_folder
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.stages import PlannedStage
-from megaseg_dask.run.conclude import already_done, begin, conclude, reopen
+from megaseg_dask.run.conclude import already_done, conclude, reopen
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases
 from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.progress import Emit, GroupSize, Recorder, StageProgress
 from megaseg_dask.run.request import Request, synced_by
-from megaseg_dask.run.runner import join_results
+from megaseg_dask.run.runner import join_results, record
 from megaseg_dask.run.schedule import Schedule, VolumeProgress
 from megaseg_dask.run.serial import SerialExecutor
 from megaseg_dask.run.target.arrays import Target
-from megaseg_dask.run.target.ownership import remove_replaced
 from megaseg_dask.run.target.publish import is_withdrawn
 from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import Location
@@ -52,16 +51,12 @@ def record_plans(
     request = Request(source, target, settings, emit)
     with Leases(runs_folder(Location.of(target))).hold() as lease:
         runs = request.reopen_runs(lease)
-        plans = [plan for plan, _ in runs]
-        if settings.overwrite:
-            lease.require()
-            remove_replaced(plans)
+        record(runs, lease)
         for plan, journal in runs:
             if journal.result is None:
-                begin(plan, journal, lease)
                 with journal.flushed():
                     Schedule(Workspace(plan), journal).prepare()
-    return plans
+    return [plan for plan, _ in runs]
 
 
 def read_plan(target: str, label_name: str) -> Plan:

@@ -73,6 +73,7 @@ class TaskRecord:
         # Clients that worked on the run; one that was killed left none.
         self.sessions: list[Session] = []
         self.result: Ending | None = None
+        self._measuring = {s.name for s in self.stages if "statistics" in s.declared.tells}
         self._done = {stage.name: np.zeros(stage.n_tasks, bool) for stage in self.stages}
         # As JSON text, which takes a tenth of the memory of its objects.
         self._summaries: dict[str, dict[int, str]] = {stage.name: {} for stage in self.stages}
@@ -137,7 +138,9 @@ class TaskRecord:
                     raise ValueError("a failure of another task")
             case {"stage": stage, "index": index, "s": float() | int(), "peak": int()}:
                 self._require_among(index, self._done[stage].size)
-                TaskSummary.from_json(record.get("summary", {}))
+                summary = TaskSummary.from_json(record.get("summary", {}))
+                if stage in self._measuring and not (summary.parts or summary.statistics):
+                    raise ValueError("no statistics, which the stage tells")
             case _:
                 raise ValueError("a record of no known kind")
 
@@ -357,7 +360,6 @@ class Journal(TaskRecord):
 
         Raises:
             StoreError: The store failed; the records are kept for the next try.
-
         """
         if len(self._pending) > self._n_written:
             lines = "\n".join(

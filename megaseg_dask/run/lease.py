@@ -189,7 +189,6 @@ class Leases:
 
         Raises:
             TargetError: Another client, or a job array, works on a run; the message names it.
-
         """
         lease = Lease.own(uuid.uuid4().hex)
         # A new number would end the work of job arrays.
@@ -248,7 +247,6 @@ class Leases:
             TargetError: A client works on a run of the target, or a process on another stage of
                 this run; the message names it.
             StoreError: A client came at the same moment.
-
         """
         of_run = f"{run}/"
         of_stage = f"{run}/{stage}/"
@@ -303,9 +301,12 @@ class Leases:
         alive = self._watch(leases, self.timing.shared_beat_s)
         if alive:
             return alive
-        for key, lease in leases.items():
-            if self._read(key) == lease:
+
+        def remove(key: str) -> None:
+            if self._read(key) == leases[key]:
                 self.folder.delete(key)
+
+        map_threaded(remove, leases)
         return None
 
     def _read_all(self, keys: Sequence[str]) -> dict[str, Lease]:
@@ -353,7 +354,6 @@ class Held:
 
         Raises:
             StoreError: Another client took the run over, or the store does not tell.
-
         """
         # A process that wakes up may be here before its heart beats again.
         if clock_s() - self._looked_s > self._leases.timing.trust_of(self.id):
@@ -418,7 +418,6 @@ class Permit:
 
         Raises:
             TaskError: It does not.
-
         """
         asked_s = clock_s()
         if not self._leases.holds(self._lease_id):

@@ -3,21 +3,28 @@
 Each task records the objects that it wrote. Before a run goes on, and before
 anything is published, listings are compared with that, and the tasks whose
 objects differ run again. They write what they wrote before, so nothing that was
-computed from it has to be done again.
+computed from it has to be done again: a task that needs what is lost fails.
 """
 
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cached_property
 from hashlib import blake2b
+from itertools import chain
 from pathlib import PurePosixPath
 
+from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
+from megaseg_dask.errors import StoreError
+from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.journal import Journal, Record
 from megaseg_dask.run.state import Wrote
 from megaseg_dask.run.target.arrays import Target
-from megaseg_dask.run.workspace import Workspace
+from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import METADATA, Entry, Location, Note, checksum_of
+from megaseg_dask.stores.failures import is_denied
 
 # Of an object, a digest of its name, size and stamp, and one of its name, size and bytes: a stamp
 # differs also in a copy, or if a task that was given up ends after all.
@@ -54,7 +61,7 @@ class _Names:
 
     def __init__(self, plan: Plan) -> None:
         self._folders = {"run": f"{plan.run.key}/", "target": f"{plan.target.key}/"}
-        self._work = f"{Workspace(plan).folder.all_work.key}/"
+        self._work = f"{RunFolder(plan.run).all_work.key}/"
 
     def is_work(self, key: str) -> bool:
         return key.startswith(self._work)
@@ -77,9 +84,10 @@ class _Names:
 class _Audit(Journal):
     """The records of a run, read again for what its tasks wrote."""
 
-    def __init__(self, *arguments: object, **options: object) -> None:
-        super().__init__(*arguments, **options)  # type: ignore[arg-type]
-        self.wrote: dict[_Task, Wrote] = {}
+    @cached_property
+    def wrote(self) -> dict[_Task, Wrote]:
+        """What each task wrote last."""
+        return {}
 
     def replay(self, record: Record) -> None:
         match record:
@@ -88,34 +96,85 @@ class _Audit(Journal):
 
 
 def undo_losses(plan: Plan, journal: Journal) -> int:
-    """Take back what is recorded as done and is not there; return the number of tasks.
+    """Take back what is recorded as done, and is not there or was made of other chunks.
+
+    Returns the number of tasks that are lost, and of volumes whose source is another.
 
     Raises:
         StoreError: The store failed.
     """
     Target(plan).restore()
-    lost = _find_losses(plan, journal)
-    workspace = Workspace(plan)
-    for volume in {plan.split_index(*task)[0] for task in lost}:
-        tasks = [task for task in lost if plan.split_index(*task)[0] == volume]
-        reads_work = any(not plan.stage(stage).level for stage, _ in tasks)
-        if not plan.is_one_task and reads_work and not workspace.has_work(volume):
-            # Of a finished volume, what its tasks read is not there any more.
-            journal.undo([stage.name for stage in plan.stages], volume)
-        else:
-            journal.lose(tasks)
-    return len(lost)
+    changed = _find_changed(plan, journal)
+    for volume in changed:
+        journal.undo([stage.name for stage in plan.stages], volume)
+    finished = {volume for volume in range(len(plan.volumes)) if journal.is_complete(volume)}
+    lost = _find_losses(plan, journal, finished)
+    harmed = {plan.split_index(*task)[0] for task in lost}
+    if not plan.is_one_task and not harmed.isdisjoint(finished):
+        # What tasks of finished volumes read was removed, and is needed again.
+        lost = _find_losses(plan, journal, finished - harmed)
+    levels = {(plan.split_index(stage, i)[0], plan.stage(stage).level) for stage, i in lost}
+    for volume, level in levels:
+        if level:
+            # Coarser levels may have been computed after the loss.
+            journal.undo([stage.name for stage in plan.stages if stage.level > level], volume)
+    journal.lose(lost)
+    return len(lost) + len(changed)
 
 
-def _find_losses(plan: Plan, journal: Journal) -> list[_Task]:
-    """Return the tasks that are done, and whose objects are not as they were written."""
+def _find_changed(plan: Plan, journal: Journal) -> list[int]:
+    """Return the volumes of which chunks of the source were absent, and other ones are by now."""
+    counted: dict[str, dict[int, int]] = defaultdict(dict)
+    for stage in plan.stages[:2]:
+        for volume, planned in enumerate(plan.volumes):
+            n_absent = sum(told.absent for told in journal.summaries(stage.name, volume))
+            if n_absent and journal.is_stage_complete(stage.name, volume):
+                counted[planned.image][volume] = n_absent
+    box = plan.region
+    if plan.measure_level == 0:
+        box = Box.of(plan.source_image.volume_shape())
+
+    def changed_in(image: str) -> list[int]:
+        place = plan.source / image
+        try:
+            listed = set((place / plan.source_image.levels[0].path).keys(""))
+        except StoreError as error:
+            # Who may read a store may not always list it.
+            if is_denied(error):
+                return []
+            raise
+        changed = []
+        for volume, n_absent in counted[image].items():
+            planned = plan.volumes[volume]
+            channels = [
+                Volume.of(place, plan.source_image, t=planned.t, c=c) for c in planned.channels
+            ]
+            # Chunks of an array that is gone may have been removed before it was read.
+            is_there = not listed.isdisjoint(METADATA)
+            if not is_there or n_absent != sum(c.count_unlisted(box, listed) for c in channels):
+                changed.append(volume)
+        return changed
+
+    # A web server lists nothing.
+    images: Collection[str] = counted if plan.source.is_listable else ()
+    return list(chain.from_iterable(map_threaded(changed_in, images)))
+
+
+def _find_losses(plan: Plan, journal: Journal, finished: Collection[int]) -> list[_Task]:
+    """Return the tasks that are done, and whose objects are not as they were written.
+
+    Intermediate data of ``finished`` volumes are not needed any more.
+    """
     journal.flush()
-    recorded = _Audit.read(plan).wrote
-    tasks = [task for task in recorded if journal.done(task[0])[task[1]]]
-    expected = {task: _expected(plan, journal, task, recorded[task]) for task in tasks}
+    expected: dict[_Task, list[tuple[bytes, bytes]]] = {}
+    for (stage, index), recorded in _Audit.read(plan).wrote.items():
+        if journal.done(stage)[index]:
+            digests = list(_iter_digests(recorded.kept))
+            if plan.split_index(stage, index)[0] not in finished:
+                digests += _iter_digests(recorded.work)
+            expected[stage, index] = digests
     names = _Names(plan)
-    entries = _list(plan, journal)
-    listed = {names.stamped(entry) for _, entry in entries}
+    listed = {names.stamped(entry): (folder, entry) for folder, entry in _list(plan, finished)}
     missing = {}
     for task, digests in expected.items():
         of_task = [content for stamp, content in digests if stamp not in listed]
@@ -124,9 +183,7 @@ def _find_losses(plan: Plan, journal: Journal) -> list[_Task]:
     if not missing:
         return []
     claimed = {stamp for digests in expected.values() for stamp, _ in digests}
-    unclaimed = [
-        (folder, entry) for folder, entry in entries if names.stamped(entry) not in claimed
-    ]
+    unclaimed = [place for stamp, place in listed.items() if stamp not in claimed]
 
     def check(place: tuple[Location, Entry]) -> bytes:
         folder, entry = place
@@ -137,24 +194,17 @@ def _find_losses(plan: Plan, journal: Journal) -> list[_Task]:
     return [task for task, contents in missing.items() if not found.issuperset(contents)]
 
 
-def _expected(
-    plan: Plan, journal: Journal, task: _Task, recorded: Wrote
-) -> list[tuple[bytes, bytes]]:
-    """Return the digests of what a task wrote, without what was removed since."""
-    digests = list(_iter_digests(recorded.kept))
-    volume, _ = plan.split_index(*task)
-    if not journal.is_complete(volume):
-        digests += _iter_digests(recorded.work)
-    return digests
-
-
-def _list(plan: Plan, journal: Journal) -> list[tuple[Location, Entry]]:
+def _list(plan: Plan, finished: Collection[int]) -> list[tuple[Location, Entry]]:
     """Return all objects that tasks may have written, with the folders where they are."""
-    workspace = Workspace(plan)
-    folders = [*workspace.target.arrays(), workspace.folder.sums]
+    run = RunFolder(plan.run)
+    target = Target(plan)
+    if target.is_in_place:
+        folders = [group.location for group in target.iter_groups()]
+    else:
+        folders = [image.location for image in target.images]
+    folders.append(run.sums)
     if not plan.is_one_task:
-        volumes = range(len(plan.volumes))
-        folders += [workspace.folder.work(v) for v in volumes if not journal.is_complete(v)]
+        folders += [run.work(v) for v in range(len(plan.volumes)) if v not in finished]
     listings = map_threaded(Location.entries, folders)
     return [
         (folder, entry)

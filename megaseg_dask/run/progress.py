@@ -127,6 +127,8 @@ class Recorder:
                 self._begin(stage)
             return stage, indices
 
+        # Tasks that ran before may run again.
+        self._progress.clear()
         for stage, outcome in dispatcher.outcomes(ready):
             # A store that failed a task was waited for; before a write it is asked again.
             if not outcome.is_infrastructure:

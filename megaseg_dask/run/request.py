@@ -114,16 +114,15 @@ def _require_files(n_workers: int) -> None:
     """
     n_files = _FILES + n_workers * _FILES_OF_WORKER
     max_files, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY in (max_files, hard_limit):
+    if max_files == resource.RLIM_INFINITY or max_files >= n_files:
         return
-    if hard_limit < n_files:
+    if hard_limit != resource.RLIM_INFINITY and hard_limit < n_files:
         raise SettingsError(
             f"this process may open {hard_limit} files at once, and takes some {n_files} with "
             f"{count(n_workers, 'worker')}; raise the limit (ulimit -n {n_files}), or use fewer "
             "--workers"
         )
-    if max_files < n_files:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, hard_limit))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, hard_limit))
 
 
 def plan_runs(source: str, target: str, settings: Settings, emit: Emit = ignore) -> Runs:

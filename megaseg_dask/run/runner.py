@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import chain
 from typing import Any, Protocol
 
 from megaseg_dask.errors import MegasegError, StoreError
 from megaseg_dask.events import Event, Joined, Notice, Result, Started
 from megaseg_dask.inference.calibration import measure_patch_s
+from megaseg_dask.messages import version_of
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.plan.planner import require_machine
 from megaseg_dask.plan.settings import Settings
@@ -27,7 +27,7 @@ from megaseg_dask.run.lease import Held, Leases, Timing
 from megaseg_dask.run.log import logged
 from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.progress import Dispatcher, Emit, Recorder, StageProgress
-from megaseg_dask.run.request import Request
+from megaseg_dask.run.request import Request, Runs
 from megaseg_dask.run.schedule import Schedule
 from megaseg_dask.run.status import unread_fields
 from megaseg_dask.run.target import publish
@@ -118,7 +118,7 @@ def segment(
         executor.check()
         with Leases(runs_folder(plan.target), LEASE_TIMING).hold() as lease:
             runs = request.reopen_runs(lease)
-            _record(runs, lease)
+            record(runs, lease)
             with executor.ready(plan, request.store_options):
                 session = _Session(executor, lease, emit)
                 result = join_results([session.run(plan, journal) for plan, journal in runs])
@@ -126,8 +126,12 @@ def segment(
     return result
 
 
-def _record(runs: Sequence[tuple[Plan, Journal]], lease: Held) -> None:
-    """Record what is to be done, all of it before any of it is."""
+def record(runs: Runs, lease: Held) -> None:
+    """Record what is to be done, all of it before any of it is.
+
+    Raises:
+        StoreError: Another client took the run over, or the store failed.
+    """
     plans = [plan for plan, _ in runs]
     if plans[0].settings.overwrite:
         lease.require()
@@ -194,10 +198,10 @@ class _Session:
             if not n_lost:
                 return
             publish.withdraw(Target(plan))
-            emit(Notice(f"what {n_lost} tasks wrote is not there any more; they run again"))
+            emit(Notice(f"what {n_lost} tasks read or wrote is another by now; they run again"))
         raise StoreError(
-            f"what was written to {plan.target} disappears or is replaced again and again; find "
-            "what does that, and run the same command again"
+            f"what is in {plan.source} or was written to {plan.target} disappears or is replaced "
+            "again and again; find what does that, and run the same command again"
         )
 
 
@@ -219,9 +223,9 @@ def _begin_stage(plan: Plan, journal: Journal, name: str) -> StageProgress:
 
 def _head_of_log(plan: Plan) -> list[str]:
     engine = plan.engine
-    release = version("megaseg-dask")
     return [
-        f"megaseg-dask {release} on {platform.node()}: {plan.source} to {plan.target}",
+        f"megaseg-dask {version_of('megaseg-dask')} on {platform.node()}: "
+        f"{plan.source} to {plan.target}",
         f"{plan.model.name} {plan.model.digest[:16]}, {engine.engine} {engine.precision} on "
         f"{engine.device}, plan {plan.fingerprint[:16]}",
     ]

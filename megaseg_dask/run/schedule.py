@@ -91,18 +91,6 @@ class VolumeProgress:
             self._journal.undo(self.stale_after(stage), self.volume)
             self._workspace.folder.write_state(self.volume, self.state_before(stage))
 
-    def require_work(self) -> None:
-        """Create the arrays of intermediate data if one is missing.
-
-        What was written to them is then lost, and computed again.
-        """
-        if self._plan.is_one_task or self._journal.is_complete(self.volume):
-            return
-        if not self._workspace.has_work(self.volume):
-            self._journal.undo([stage.name for stage in self._plan.stages], self.volume)
-            self._workspace.folder.work(self.volume).remove()
-            self._workspace.create_work(self.volume)
-
     def state_before(self, stage: PlannedStage) -> VolumeState:
         """Return what the tasks of a stage have to know of the whole volume, and nothing else."""
         return replace(
@@ -179,7 +167,6 @@ class VolumeSchedule:
         self._stage = ""
         self._pending: deque[int] = deque()
         self._n_running = 0
-        progress.require_work()
         self._advance()
 
     @property
@@ -235,9 +222,12 @@ class Schedule:
         """Yield the volumes that are not complete; each begins when it is asked for."""
         volumes = range(1 if self._plan.is_one_task else len(self._plan.volumes))
         for volume in volumes:
-            if self._plan.is_one_task or not self._journal.is_complete(volume):
-                progress = VolumeProgress(self._workspace, self._journal, volume)
-                yield VolumeSchedule(progress, self._plan.stages)
+            if not self._plan.is_one_task:
+                if self._journal.is_complete(volume):
+                    continue
+                self._workspace.create_work(volume)
+            progress = VolumeProgress(self._workspace, self._journal, volume)
+            yield VolumeSchedule(progress, self._plan.stages)
 
     def take(self, size: GroupSize) -> tuple[str, Sequence[int]]:
         """Return tasks of the first volume that has some.

@@ -5,6 +5,7 @@ field without a value is left out of it, so the record of a million tasks with
 nothing to tell stays small.
 """
 
+from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -136,7 +137,7 @@ class TaskSummary:
             batch=batch,
             statistics=statistics_from_json(value),
             by_output=outputs_from_json(value),
-            wrote=Wrote(*value.get("wrote", ())),
+            wrote=Wrote(*map(_require_base64, value.get("wrote", ()))),
         )
 
 
@@ -238,6 +239,11 @@ def _require_numbers(fields: Json) -> None:
     for name, value in fields.items():
         if value is not None and type(value) not in (int, float):
             raise TypeError(f"{name} is {value!r}, which is no number")
+
+
+def _require_base64(text: str) -> str:
+    b64decode(text, validate=True)
+    return text
 
 
 def outputs_to_json(outputs: Iterable[OutputState]) -> list[Json]:

@@ -22,7 +22,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError, TaskError
 from megaseg_dask.ngff.image import SPATIAL, Axis, Image, Level
-from megaseg_dask.ngff.volume import Volume, create_array
+from megaseg_dask.ngff.volume import Volume, restore_array
 from megaseg_dask.plan.plan import Output, Plan, run_names, runs_folder
 from megaseg_dask.run import journal
 from megaseg_dask.run.lease import Permit
@@ -250,9 +250,14 @@ class Workspace:
         field = plan.source / planned.image
         return [Volume.of(field, image, level=level, t=planned.t, c=c) for c in planned.channels]
 
-    def array(self, kind: str, output: Output, level: int = 0) -> Readable:
-        """Return an output's array; intermediate data, if its kind is not an output of the run."""
-        return self._volume(kind, output, level)
+    def array(
+        self, kind: str, output: Output, level: int = 0, *, is_whole: bool = True
+    ) -> Readable:
+        """Return an output's array; intermediate data, if its kind is not an output of the run.
+
+        With ``is_whole``, a chunk that is absent is a lost one, and no background.
+        """
+        return replace(self._volume(kind, output, level), is_whole=is_whole)
 
     def write(self, kind: str, output: Output, box: Box, values: Array, level: int = 0) -> None:
         """Write a box of an output's array; the task owns the write units that the box covers."""
@@ -270,20 +275,17 @@ class Workspace:
     # -- intermediate data of a volume
 
     def create_work(self, volume: int) -> None:
-        """Create the empty arrays of a volume's intermediate data."""
+        """Create the arrays of a volume's intermediate data, or what is lost of their metadata."""
         plan = self.plan
         level = Level("0", plan.volume_shape, (), ())
         axes = tuple(map(Axis, SPATIAL))
         image = Image(plan.target_image.version, "", axes, (level,), "")
         for array, dtype in self._iter_work(volume):
             typed = replace(image, dtype=dtype)
-            create_array(array, typed, 0, dtype, plan.layout(0))
+            restore_array(array, typed, 0, dtype, plan.layout(0))
 
     def has_work(self, volume: int) -> bool:
-        """Return whether the intermediate data of a volume exist.
-
-        A missing array would read as background.
-        """
+        """Return whether there are arrays for the intermediate data of a volume."""
         return all(array.exists() for array, _ in self._iter_work(volume))
 
     def _iter_work(self, volume: int) -> Iterator[tuple[Location, str]]:
@@ -444,7 +446,9 @@ class MemoryWorkspace(Workspace):
             self._sources[key] = [_SourceInMemory(channel, box) for channel in channels]
         return self._sources[key]
 
-    def array(self, kind: str, output: Output, level: int = 0) -> Readable:
+    def array(
+        self, kind: str, output: Output, level: int = 0, *, is_whole: bool = True
+    ) -> Readable:
         """Return an output's array in memory."""
         return _ArrayInMemory(self._arrays[kind, output, level])
 

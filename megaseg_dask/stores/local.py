@@ -1,6 +1,7 @@
 """A folder of a file system, and what only a disk needs: to be flushed, swept and tried."""
 
 import ctypes
+import errno
 import glob
 import os
 import re
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # zarr 3.1's LocalStore writes here and renames: the name without its last suffix, a UUID and this.
 # Objects of ours are written in the same way, to names that tell who wrote them.
 _PARTIAL = re.compile(r".*\.(megaseg-)?[0-9a-f]{32}\.partial")
+_MAX_PASSES = 100
 # A file in the place of a folder holds no objects, and a folder is none.
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -99,8 +101,8 @@ class LocalFolder:
 
     def entries(self) -> list[Entry]:
         paths = [self.path / key for key in self.keys("")]
-        found = zip(paths, map(_look, paths), strict=True)
-        return [Entry(str(path), stat.st_size, _stamp(stat)) for path, stat in found if stat]
+        looks = zip(paths, map(_look, paths), strict=True)
+        return [Entry(str(path), found.st_size, _stamp(found)) for path, found in looks if found]
 
     def children(self) -> list[str]:
         if _look(self.path) is None:
@@ -115,10 +117,13 @@ class LocalFolder:
         return found is not None and stat.S_ISDIR(found.st_mode)
 
     def remove(self) -> None:
-        while _look(self.path) is not None:
+        for _ in range(_MAX_PASSES):
+            if not self.exists():
+                return
             # Another process may remove the same files.
             with suppress(FileNotFoundError):
                 shutil.rmtree(self.path)
+        raise OSError(errno.EBUSY, "files in it appear or disappear again and again", self.path)
 
     def arrays(self, *, read_only: bool) -> "StoreLike":
         from megaseg_dask.stores.zarr_stores import RegularFiles

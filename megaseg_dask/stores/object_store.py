@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import obstore
@@ -75,11 +74,11 @@ class BucketFolder:
             self.patience.ask(lambda: obstore.delete(self.client, self._key(key)))
 
     def keys(self, prefix: str) -> list[str]:
-        batches = self.patience.ask(lambda: list(self._iter_batches(_BATCH, prefix)))
-        return sorted(map(self._relative, chain.from_iterable(batches)))
+        return sorted(self._relative(entry.key) for entry in self.entries(prefix))
 
-    def entries(self) -> list[Entry]:
-        listing = self.patience.ask(lambda: obstore.list(self.client, self._key("")).collect())
+    def entries(self, prefix: str = "") -> list[Entry]:
+        below = self._key(prefix) or None
+        listing = self.patience.ask(lambda: obstore.list(self.client, below).collect())
         return [Entry(str(e["path"]), e["size"], e["e_tag"] or "") for e in listing]
 
     def children(self) -> list[str]:
@@ -135,8 +134,8 @@ class BucketFolder:
     def _relative(self, path: str) -> str:
         return path.removeprefix(self.prefix).lstrip("/")
 
-    def _iter_batches(self, n: int, prefix: str = "") -> Iterator[list[str]]:
-        for batch in obstore.list(self.client, self._key(prefix) or None, chunk_size=n):
+    def _iter_batches(self, n: int) -> Iterator[list[str]]:
+        for batch in obstore.list(self.client, self.prefix or None, chunk_size=n):
             yield [str(entry["path"]) for entry in batch]
 
     def _is_readable(self, key: str) -> bool:

@@ -93,6 +93,5 @@ def may_pass(error: Exception) -> bool:
     if not is_store_failure(error) or isinstance(error, _ANSWERS):
         return False
     cause = understand(error)
-    if cause.kind == "denied":
-        return True
-    return not cause.is_of_request and cause.kind not in _LASTING
+    is_lasting = cause.is_of_request or cause.kind in _LASTING
+    return cause.kind == "denied" or not is_lasting

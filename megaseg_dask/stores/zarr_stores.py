@@ -1,7 +1,6 @@
 """Folders and buckets as the stores of zarr."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import PurePosixPath
@@ -42,7 +41,7 @@ class ZarrObjects(ObjectStore[Client]):
     """Zarr's store of objects, whose requests are made again, and where denied metadata are absent.
 
     Zarr looks for metadata by trying, and S3 denies absent objects to readers
-    who may not list.
+    who may not list. Nothing is listed or removed by zarr.
     """
 
     def __init__(self, client: Client, patience: Patience, *, read_only: bool) -> None:
@@ -64,35 +63,8 @@ class ZarrObjects(ObjectStore[Client]):
         except PermissionDeniedError:
             return None
 
-    async def exists(self, key: str) -> bool:
-        return await self._patience.ask_async(partial(super().exists, key))
-
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
         data = value.as_buffer_like()
         result = await self._patience.ask_async(partial(put_async, self.store, key, data))
         note(key, data, result["e_tag"] or "")
-
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        await self._patience.ask_async(partial(super().set_if_not_exists, key, value))
-
-    async def delete(self, key: str) -> None:
-        await self._patience.ask_async(partial(super().delete, key))
-
-    async def delete_dir(self, prefix: str) -> None:
-        await self._patience.ask_async(partial(super().delete_dir, prefix))
-
-    def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
-        return self._listed(partial(super().list_dir, prefix))
-
-    def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
-        return self._listed(partial(super().list_prefix, prefix))
-
-    async def _listed(
-        self, listing: Callable[[], AsyncGenerator[str, None]]
-    ) -> AsyncGenerator[str, None]:
-        async def collect() -> list[str]:
-            return [name async for name in listing()]
-
-        for name in await self._patience.ask_async(collect):
-            yield name

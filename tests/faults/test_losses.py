@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import zarr
 
+from megaseg_dask.events import Progress
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.job_array import join_run, read_plan, record_plans, run_tasks
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.tasks import worker
+from megaseg_dask.stores.arrays import clear_array_cache
 from tests.counts.test_engine_calls import contents
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
@@ -61,8 +63,12 @@ class Case:
         self.tasks.ran.clear()
 
     def segment(self, target=None):
-        result = segment_here(str(self.source), str(target or self.target), self.settings)
+        events = []
+        where = str(target or self.target)
+        result = segment_here(str(self.source), where, self.settings, emit=events.append)
         assert result.status == "done", result.failures
+        shown = [event for event in events if isinstance(event, Progress)]
+        assert all(event.n_done <= event.n_tasks for event in shown)
         return result
 
     def stop_before(self, stage, index=0):
@@ -176,6 +182,49 @@ def test_a_target_that_is_harmed_in_mid_run_is_not_published_so(
 
     tasks.acts["volume" if options is OPTIONS else "relabel", 1] = harm
     case.assert_as_calm()
+
+
+def test_what_is_lost_while_it_is_needed_is_not_read_as_background(tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, BLOCKS)
+    chunk = case.run_folder / "work/0/0/fragments/c/0/0/1"
+    tasks.acts["relabel", 1] = chunk.unlink
+    case.assert_as_calm()
+
+
+@pytest.mark.parametrize("kind", ["fragments", "logits"])
+def test_lost_metadata_of_intermediate_data_are_written_again(kind, tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, BLOCKS)
+    case.stop_before("cutoff" if kind == "logits" else "relabel")
+    (case.run_folder / f"work/0/0/{kind}/zarr.json").unlink()
+    clear_array_cache()
+    case.assert_as_calm()
+    assert not case.again()
+
+
+def test_a_finished_volume_is_not_made_of_what_is_left_of_its_intermediate_data(
+    tmp_path, tiny_bundle, tasks
+):
+    """A run was killed while it removed them."""
+    case = Case(tmp_path, tiny_bundle, tasks, BLOCKS, (2, *SHAPE), axes="tzyx")
+    work = case.run_folder / "work"
+    tasks.acts["relabel", 2] = lambda: shutil.copytree(work / "0", tmp_path / "left")
+    case.stop_before("relabel", 5)
+    for chunks in (tmp_path / "left").rglob("c"):
+        shutil.rmtree(chunks)
+    shutil.copytree(tmp_path / "left", work / "0")
+    (case.target / "labels/megaseg/0/c/0/0/0/1").unlink()
+    case.assert_as_calm()
+
+
+def test_thousands_of_lost_objects_are_taken_back_with_few_records(tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, OPTIONS, (6, *SHAPE), axes="tzyx")
+    case.stop_before("volume", 5)
+    for path in case.target.glob("0/c/*/0/0/0"):
+        path.unlink()
+    plan = read_plan(str(case.target), "megaseg")
+    n_before = len(list((case.run_folder / "journal").iterdir()))
+    assert undo_losses(plan, Journal.read(plan)) == 5
+    assert len(list((case.run_folder / "journal").iterdir())) == n_before + 1
 
 
 def test_a_copy_without_times_and_a_late_writer_lose_nothing(tmp_path, tiny_bundle, tasks):

@@ -6,6 +6,7 @@ named. Restored, the same command ends as a run that nothing disturbed.
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -161,6 +162,42 @@ def test_a_chunk_that_changes_between_two_runs_is_named(tmp_path, tiny_bundle, b
     assert case.run(overwrite=True).status == "done"
     assert case.run("anew").status == "done"
     assert contents(case.folder / "out.zarr") == contents(case.folder / "anew.zarr")
+
+
+def test_chunks_that_are_removed_long_before_their_array_are_a_failure(
+    tmp_path, tiny_bundle, before
+):
+    case = Case(tmp_path, tiny_bundle, OPTIONS, "tzyx")
+    shutil.copytree(case.source, case.folder / "elsewhere")
+    before["volume", 1] = (case.source / "0/c/1/0/0/1").unlink
+    before["volume", 2] = (case.source / "0/zarr.json").unlink
+    result = case.run()
+    assert [failure.index for failure in result.failures] == [1]
+    assert "the array is not there any more" in result.failures[0].error
+    restore(case)
+    case.assert_as_calm()
+
+
+@pytest.mark.parametrize(
+    ("options", "axes", "chunk", "moment"),
+    [(BLOCKS, "zyx", CHUNK, ("segment", 1)), (OPTIONS, "tzyx", "0/c/1/0/0/1", ("volume", 2))],
+)
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_a_chunk_that_was_absent_and_is_back_is_read(
+    is_stopped, options, axes, chunk, moment, tmp_path, tiny_bundle, before
+):
+    case = Case(tmp_path, tiny_bundle, options, axes)
+    hidden = (case.source / chunk).rename(tmp_path / "hidden")
+
+    def show():
+        hidden.rename(case.source / chunk)
+        if is_stopped:
+            raise KeyboardInterrupt
+
+    before[moment] = show
+    with pytest.raises(KeyboardInterrupt) if is_stopped else nullcontext():
+        case.run()
+    case.assert_as_calm()
 
 
 def test_an_array_that_was_repaired_is_read_anew(tmp_path, tiny_bundle):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -61,7 +62,8 @@ def write(run: Location, *indices: int, plan: str = PLAN, stage: str = "segment"
     journal = read(run, plan)
     with journal.flushed():
         for index in indices:
-            journal.add(stage, index, told(index))
+            statistics = (ChannelStatistics(0.0, 1.0),) if stage == "measure" else ()
+            journal.add(stage, index, replace(told(index), statistics=statistics))
     return journal
 
 
@@ -161,6 +163,9 @@ ODD = [
     b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"parts": [[1]]}}',
     b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"parts": [[]]}}',
     b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"parts": []}}',
+    b'{"stage": "measure", "index": 1, "s": 0.0, "peak": 0}',
+    b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"wrote": ["?", ""]}}',
+    b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"wrote": [1, 2]}}',
     b'{"session": {"began": "1", "wall_s": 1.0, "workers": []}}',
     b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"by_output": [{"a": 1}]}}',
     b'{"stage": "segment", "index": 1, "s": 0.0, "peak": 0, "summary": {"by_output": 3}}',

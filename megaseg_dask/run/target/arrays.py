@@ -15,7 +15,7 @@ from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.ngff.group import PROVENANCE, remove_damaged_group, write_group
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import labels_group, remove_label
-from megaseg_dask.ngff.volume import Volume, create_array, restore_array
+from megaseg_dask.ngff.volume import Volume, restore_array
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.stores import METADATA, Location
 
@@ -101,7 +101,7 @@ class ImageTarget:
         image = self._plan.target_image_at(self.path)
         return image.without_channels() if group.is_label else image
 
-    def create(self, *, mark: dict[str, str], in_place: bool) -> None:
+    def create(self, mark: dict[str, str]) -> None:
         """Create the groups, with a mark, and the empty arrays.
 
         Raises:
@@ -111,15 +111,16 @@ class ImageTarget:
         for group in self.groups:
             if group.is_label:
                 write_group(self.labels, version, {})
-            if group.is_label or not in_place:
+            if group.is_label or not self._plan.is_in_place:
                 write_group(group.location, version, {PROVENANCE: mark})
             self._create_arrays(group)
 
     def _create_arrays(self, group: Group) -> None:
+        """Create the arrays of a group, or what is lost or damaged of their metadata."""
         image = self.metadata_of(group)
         for level in range(len(image.levels)):
             array = group.location / str(level)
-            create_array(array, image, level, self._dtype_of(group), self._plan.layout(level))
+            restore_array(array, image, level, self._dtype_of(group), self._plan.layout(level))
 
     def _dtype_of(self, group: Group) -> str:
         dtypes = {
@@ -128,12 +129,6 @@ class ImageTarget:
             "labels": str(label_dtype(self._plan.volume_shape)),
         }
         return dtypes[group.kind]
-
-    def iter_arrays(self) -> Iterator[Location]:
-        """Yield all arrays that a run makes of the image."""
-        for group in self.groups:
-            for level in range(len(self.metadata_of(group).levels)):
-                yield group.location / str(level)
 
     def restore(self) -> None:
         """Write again what is lost or damaged of the metadata of a run's groups and arrays.
@@ -150,11 +145,7 @@ class ImageTarget:
                 remove_damaged_group(group.location, version)
             if group.is_label:
                 write_group(self.labels, version, {})
-            image = self.metadata_of(group)
-            for level in range(len(image.levels)):
-                layout = self._plan.layout(level)
-                array = group.location / str(level)
-                restore_array(array, image, level, self._dtype_of(group), layout)
+            self._create_arrays(group)
 
     def read_metadata(self) -> dict[str, bytes]:
         """Return the metadata objects of all nodes, by key below the image."""
@@ -185,7 +176,8 @@ class ImageTarget:
         """Remove what the run would write of the image, now that it has no arrays."""
         for group in self.groups:
             if not group.is_label:
-                _remove_metadata(group.location)
+                for name in METADATA:
+                    group.location.delete(name)
             elif group.location.exists():
                 group.location.remove()
                 if folders(self.labels):
@@ -264,7 +256,7 @@ class Target:
             StoreError: The store failed.
         """
         first, *others = self.images
-        first.create(mark=self.mark, in_place=self.is_in_place)
+        first.create(self.mark)
         template = first.read_metadata() if others else {}
 
         def copy(image: ImageTarget) -> None:
@@ -280,10 +272,6 @@ class Target:
             return
         map_threaded(ImageTarget.sweep, self.images)
         self.location.sweep_staged(_DOCUMENTS)
-
-    def arrays(self) -> list[Location]:
-        """Return all arrays that the run makes."""
-        return list(chain.from_iterable(image.iter_arrays() for image in self.images))
 
     def restore(self) -> None:
         """Write again what is lost or damaged of the metadata of all images of a run that goes on.
@@ -307,10 +295,3 @@ class Target:
 def folders(group: Location) -> set[str]:
     """Return the names of the folders in a group."""
     return {name for name in group.children() if (group / name).is_folder()}
-
-
-def _remove_metadata(group: Location) -> None:
-    names = group.children()
-    for name in ("zarr.json", ".zattrs", ".zgroup"):
-        if name in names:
-            group.delete(name)

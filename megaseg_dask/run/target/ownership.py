@@ -27,14 +27,11 @@ def remove_replaced(plans: Sequence[Plan]) -> None:
     for plan in plans:
         replaced |= Target(plan).paths
     staying = {plan.run for plan in plans}
-    for earlier in _recorded_beside(plans[0]):
+    name = plans[0].resolved.label_name
+    for earlier in RunFolder.plans(plans[0].target, name, skip_damaged=True):
         shares_fields = not replaced.isdisjoint(Target(earlier).paths)
         if earlier.run not in staying and shares_fields:
             earlier.run.remove()
-
-
-def _recorded_beside(plan: Plan) -> list[Plan]:
-    return RunFolder.plans(plan.target, plan.resolved.label_name, skip_damaged=True)
 
 
 def require_alike(plan: Plan, other: Plan) -> None:

@@ -7,11 +7,11 @@ complete its groups carry a mark in the place of the provenance.
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import TargetError
+from megaseg_dask.messages import version_of
 from megaseg_dask.ngff.group import PROVENANCE, find_attributes
 from megaseg_dask.plan.plan import Plan, PlannedVolume
 from megaseg_dask.run.state import OutputState, VolumeState
@@ -140,4 +140,4 @@ def _thresholds(outputs: Sequence[str], volumes: Sequence[Measured]) -> list[Jso
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("megaseg-dask", "torch", "monai", "numpy")}
+    return {name: version_of(name) for name in ("megaseg-dask", "torch", "monai", "numpy")}

@@ -181,8 +181,7 @@ def _refresh(group: Location, below: list[Location]) -> None:
 
 
 def _tables(target: Target, image: ImageTarget) -> list[Location]:
-    if "measurements" not in target.plan.resolved.outputs:
+    if not target.plan.resolved.measures_objects():
         return []
     tables = image.location / "tables"
-    names = [group.name for group in image.groups if group.kind == "labels"]
-    return [tables, *(tables / name for name in names)]
+    return [tables, *(tables / group.name for group in image.measured_groups)]

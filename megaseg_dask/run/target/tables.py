@@ -7,11 +7,11 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import chain
 
 from megaseg_dask.algorithms.measurements import Sums, to_columns
 from megaseg_dask.concurrency import map_threaded, read_ahead
+from megaseg_dask.messages import version_of
 from megaseg_dask.ngff.tables import (
     RUN_SCHEMA,
     Columns,
@@ -82,7 +82,7 @@ def write_tables(target: Target, missing_boxes: Sequence[Json]) -> None:
     for output in outputs:
         of_group[target.array("labels", output).location.parent].append(output)
     made_by = {
-        "megaseg-dask": version("megaseg-dask"),
+        "megaseg-dask": version_of("megaseg-dask"),
         "model": plan.model.name,
         "digest": plan.model.digest,
     }

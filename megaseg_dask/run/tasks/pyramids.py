@@ -22,8 +22,11 @@ def downsample_block(workspace: Workspace, output: Output, number: int, level: i
     step = _step(plan, level)
     block = plan.block_grid(level)[number]
     units = BlockGrid(step.coarse_shape, plan.layout(level).write_unit)
-    for kind in workspace.state(output.volume).outputs:
-        below = workspace.array(kind, output, level - 1)
+    state = workspace.state(output.volume)
+    # Where tasks failed, the finer level has holes.
+    is_whole = level == 1 and not state.missing
+    for kind in state.outputs:
+        below = workspace.array(kind, output, level - 1, is_whole=is_whole)
         for position in units.iter_overlapping(block):
             box = units.core(position) & block
             values = _reduce(below, box, step, by_mode=kind != "scores")

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -20,7 +19,7 @@ from megaseg_dask.errors import BundleError
 from megaseg_dask.inference.engine import resolve_engine
 from megaseg_dask.inference.gpu import cuda_devices, cuda_version
 from megaseg_dask.inference.machine import memory_bytes, n_cores
-from megaseg_dask.messages import size_text
+from megaseg_dask.messages import size_text, version_of
 from megaseg_dask.models.registry import PUBLISHED, find
 from megaseg_dask.plan.planner import default_memory_bytes
 from megaseg_dask.tools.doctor.address import Finding, check_address, check_disk
@@ -63,13 +62,9 @@ def _check_platform() -> Finding:
 
 
 def _check_packages() -> Finding:
-    versions = []
-    for name in _PACKAGES:
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return Finding("packages", ", ".join(versions))
+    versions = {name: version_of(name) for name in _PACKAGES}
+    installed = [f"{name} {text}" for name, text in versions.items() if text != "missing"]
+    return Finding("packages", ", ".join(installed))
 
 
 def _check_memory() -> Finding:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
-from importlib.metadata import version
 from itertools import chain, islice
 from typing import Any
 
@@ -18,7 +17,7 @@ from markupsafe import Markup
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.events import Failure
-from megaseg_dask.messages import duration
+from megaseg_dask.messages import duration, version_of
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.plan.settings import Settings, declared
@@ -287,7 +286,7 @@ def _origin(plans: Sequence[Plan]) -> Origin:
         settings={name: value for name, value in settings.items() if value is not None},
         versions=_versions(plans[0]),
         logs=logs,
-        version=version("megaseg-dask"),
+        version=version_of("megaseg-dask"),
     )
 
 

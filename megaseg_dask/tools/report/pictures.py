@@ -13,6 +13,7 @@ from PIL import Image as Picture
 from megaseg_dask.algorithms.blending import max_score
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.plan.plan import Output, Plan
+from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.workspace import Readable, Workspace
 from megaseg_dask.tools.report.sampling import UNREADABLE, choose_view, whole_or_middle
 from megaseg_dask.tools.report.seams import AXES, Face
@@ -101,7 +102,7 @@ def _volumes_of(face: Face) -> Iterator[tuple[str, Readable, tuple[int, ...]]]:
         if kind == "image":
             yield kind, Workspace(plan).sources(face.output.volume)[0], plan.region.start
         else:
-            yield kind, Workspace(plan).array(kind, face.output), (0, 0, 0)
+            yield kind, Target(plan).array(kind, face.output), (0, 0, 0)
 
 
 def _axis_along(face: Face) -> int:

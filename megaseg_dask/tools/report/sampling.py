@@ -14,6 +14,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.plan.plan import Output, Plan
+from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.workspace import Readable, Workspace
 
 Array = NDArray[Any]
@@ -38,7 +39,7 @@ class View:
         if self.is_source:
             volume: Readable = Workspace(plan).sources(output.volume, self.level)[0]
         else:
-            volume = Workspace(plan).array(kind, output, self.level)
+            volume = Target(plan).array(kind, output, self.level)
         return volume.read(self.box)
 
 

@@ -86,6 +86,7 @@ class VolumeReport:
     mean_score: float | None = None
     mean: float | None = None
     std: float | None = None
+    is_constant: bool = False
     threshold: float | None = None
     failures: list[str] = field(default_factory=list)
     outlier_reasons: list[str] = field(default_factory=list)
@@ -185,6 +186,7 @@ def _add_statistics(report: VolumeReport, state: VolumeState | TaskSummary | Non
     if state.statistics:
         report.mean = state.statistics[0].mean
         report.std = state.statistics[0].std
+        report.is_constant = state.statistics[0].is_constant
     threshold = report.run.plan.resolved.threshold
     logit = state.output(report.output.number).threshold
     if isinstance(threshold, Fixed):
@@ -322,7 +324,7 @@ def _score_histogram(plan: Plan, sample: tuple[Output, Box]) -> Array:
 def _find_outliers(reports: Sequence[VolumeReport]) -> None:
     has_objects = any(report.objects for report in reports)
     for report in reports:
-        if report.std == 0:
+        if report.is_constant:
             report.outlier_reasons.append("constant image")
         if report.objects == 0 and has_objects:
             report.outlier_reasons.append("no objects")
