@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from megaseg_dask.algorithms.components import join_bytes
 from megaseg_dask.inference.engine import ENGINES, EngineSpec, Forward
 
-# Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, before its first task.
-IDLE_BYTES = 760 * 10**6
+# Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, that has converted a
+# network, before its first task.
+IDLE_BYTES = 800 * 10**6
 
 # Share of a machine's memory that workers may plan with; the rest is the client's and the system's.
 BUDGET_SHARE = 0.8
