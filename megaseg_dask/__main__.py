@@ -1,12 +1,18 @@
 """``python -m megaseg_dask`` is ``megaseg``."""
 
+import sys
+
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # Not at the top: each worker imports the script that the client was started by.
-    from megaseg_dask.cli import main
+    try:
+        # Not at the top: each worker imports the script that the client was started by.
+        from megaseg_dask.cli import main
 
-    main()
+        main()
+    except KeyboardInterrupt:
+        # Nothing has begun: a command that has tells more.
+        sys.exit(130)
 
 
 if __name__ == "__main__":

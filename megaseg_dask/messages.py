@@ -124,7 +124,9 @@ def left_text(event: Progress) -> str:
 
 
 def failure_line(failure: Failure) -> str:
-    """Return the task that failed, and the cause."""
+    """Return the task that failed, or the field that cannot be planned, and the cause."""
+    if not failure.box:
+        return f"FAILED {failure.volume}: {failure.error}"
     return f"FAILED {failure.stage} {failure.volume} box {failure.box}: {failure.error}"
 
 

@@ -20,7 +20,7 @@ from megaseg_dask.plan.stages import PlannedStage
 from megaseg_dask.run.conclude import already_done, conclude, reopen
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases
-from megaseg_dask.run.losses import undo_losses
+from megaseg_dask.run.losses import read_journal, undo_losses
 from megaseg_dask.run.progress import Emit, GroupSize, Recorder, StageProgress
 from megaseg_dask.run.request import Request, synced_by
 from megaseg_dask.run.runner import join_results, record
@@ -285,7 +285,7 @@ def join_run(target: str, label_name: str, emit: Emit = lambda _: None) -> Resul
 
 
 def _join(plan: Plan, lease: Held, emit: Emit) -> Result | None:
-    journal = Journal.read(plan, sync=synced_by(lease, plan.target))
+    journal = read_journal(plan, synced_by(lease, plan.target))
     started_s = time.monotonic()
     if journal.result is not None:
         return already_done(plan, journal)

@@ -8,7 +8,7 @@ computed from it has to be done again: a task that needs what is lost fails.
 
 from base64 import b64decode, b64encode
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from hashlib import blake2b
 from itertools import chain
@@ -30,6 +30,8 @@ from megaseg_dask.stores.failures import is_denied
 # differs also in a copy, or if a task that was given up ends after all.
 _DIGEST_BYTES = 6
 _Task = tuple[str, int]
+# An object and the folder where it is.
+_Listed = tuple[Location, Entry]
 
 
 def wrote(workspace: Workspace, notes: Mapping[str, Note]) -> Wrote:
@@ -95,6 +97,44 @@ class _Audit(Journal):
                 self.wrote[stage, index] = Wrote(*wrote)
 
 
+def read_journal(plan: Plan, sync: Callable[[], None] = lambda: None) -> Journal:
+    """Return the journal of a run, without its result if something of the outputs is lost.
+
+    The run then goes on, and makes again what is lost.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    journal = Journal.read(plan, sync=sync)
+    if journal.result is not None and not _is_whole(plan, journal):
+        journal.result = None
+    return journal
+
+
+def _is_whole(plan: Plan, journal: Journal) -> bool:
+    """Return whether all that a finished run wrote is there."""
+    volumes = range(len(plan.volumes))
+    entries = _list(plan, volumes)
+    if _find_losses(plan, journal, entries, volumes):
+        return False
+    target = Target(plan)
+    # An empty document is as good as none.
+    keys = {entry.key for _, entry in entries if entry.size}
+    for image in target.images:
+        for node in image.nodes:
+            # The list of a source's labels is not only ours.
+            is_shared = plan.is_in_place and node == image.labels
+            if not is_shared and keys.isdisjoint(f"{node.key}/{name}" for name in METADATA):
+                return False
+    if not plan.resolved.measures_objects():
+        return True
+    # It imports pyarrow.
+    from megaseg_dask.run.target.tables import table_location
+
+    table = table_location(target.location)
+    return bool(table.parent.size(table.basename))
+
+
 def undo_losses(plan: Plan, journal: Journal) -> int:
     """Take back what is recorded as done, and is not there or was made of other chunks.
 
@@ -108,11 +148,12 @@ def undo_losses(plan: Plan, journal: Journal) -> int:
     for volume in changed:
         journal.undo([stage.name for stage in plan.stages], volume)
     finished = {volume for volume in range(len(plan.volumes)) if journal.is_complete(volume)}
-    lost = _find_losses(plan, journal, finished)
+    lost = _find_losses(plan, journal, _list(plan, finished), finished)
     harmed = {plan.split_index(*task)[0] for task in lost}
     if not plan.is_one_task and not harmed.isdisjoint(finished):
         # What tasks of finished volumes read was removed, and is needed again.
-        lost = _find_losses(plan, journal, finished - harmed)
+        finished -= harmed
+        lost = _find_losses(plan, journal, _list(plan, finished), finished)
     levels = {(plan.split_index(stage, i)[0], plan.stage(stage).level) for stage, i in lost}
     for volume, level in levels:
         if level:
@@ -160,8 +201,10 @@ def _find_changed(plan: Plan, journal: Journal) -> list[int]:
     return list(chain.from_iterable(map_threaded(changed_in, images)))
 
 
-def _find_losses(plan: Plan, journal: Journal, finished: Collection[int]) -> list[_Task]:
-    """Return the tasks that are done, and whose objects are not as they were written.
+def _find_losses(
+    plan: Plan, journal: Journal, entries: Iterable[_Listed], finished: Collection[int]
+) -> list[_Task]:
+    """Return the tasks that are done, and whose objects are not listed as they were written.
 
     Intermediate data of ``finished`` volumes are not needed any more.
     """
@@ -174,7 +217,7 @@ def _find_losses(plan: Plan, journal: Journal, finished: Collection[int]) -> lis
                 digests += _iter_digests(recorded.work)
             expected[stage, index] = digests
     names = _Names(plan)
-    listed = {names.stamped(entry): (folder, entry) for folder, entry in _list(plan, finished)}
+    listed = {names.stamped(entry): (folder, entry) for folder, entry in entries}
     missing = {}
     for task, digests in expected.items():
         of_task = [content for stamp, content in digests if stamp not in listed]
@@ -183,9 +226,13 @@ def _find_losses(plan: Plan, journal: Journal, finished: Collection[int]) -> lis
     if not missing:
         return []
     claimed = {stamp for digests in expected.values() for stamp, _ in digests}
-    unclaimed = [place for stamp, place in listed.items() if stamp not in claimed]
+    unclaimed = [
+        place
+        for stamp, place in listed.items()
+        if stamp not in claimed and PurePosixPath(place[1].key).name not in METADATA
+    ]
 
-    def check(place: tuple[Location, Entry]) -> bytes:
+    def check(place: _Listed) -> bytes:
         folder, entry = place
         data = folder.get(entry.key.removeprefix(f"{folder.key}/"))
         return names.checked(entry, checksum_of(data or b""))
@@ -194,8 +241,8 @@ def _find_losses(plan: Plan, journal: Journal, finished: Collection[int]) -> lis
     return [task for task, contents in missing.items() if not found.issuperset(contents)]
 
 
-def _list(plan: Plan, finished: Collection[int]) -> list[tuple[Location, Entry]]:
-    """Return all objects that tasks may have written, with the folders where they are."""
+def _list(plan: Plan, finished: Collection[int]) -> list[_Listed]:
+    """Return all objects that a run may have written, with the folders where they are."""
     run = RunFolder(plan.run)
     target = Target(plan)
     if target.is_in_place:
@@ -206,9 +253,7 @@ def _list(plan: Plan, finished: Collection[int]) -> list[tuple[Location, Entry]]
     if not plan.is_one_task:
         folders += [run.work(v) for v in range(len(plan.volumes)) if v not in finished]
     listings = map_threaded(Location.entries, folders)
-    return [
-        (folder, entry)
-        for folder, entries in zip(folders, listings, strict=True)
-        for entry in entries
-        if PurePosixPath(entry.key).name not in METADATA
-    ]
+    listed: list[_Listed] = []
+    for folder, entries in zip(folders, listings, strict=True):
+        listed += [(folder, entry) for entry in entries]
+    return listed

@@ -16,6 +16,7 @@ from megaseg_dask.plan.plate_parts import Part, read_parts
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
+from megaseg_dask.run.losses import read_journal
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.ownership import (
     is_present,
@@ -153,7 +154,7 @@ def _open_journal(plan: Plan, part: Part, sync: Sync = lambda: None) -> Journal:
     if part.recorded is not None:
         require_same(plan, part.recorded)
         if is_present(target):
-            return Journal.read(plan, sync=sync)
+            return read_journal(plan, sync)
     for other in part.others:
         require_alike(plan, other)
     # Arrays that do not exist hold nothing, whatever a record beside them says.

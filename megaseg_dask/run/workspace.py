@@ -151,9 +151,12 @@ class RunFolder:
             (self.location / name).remove()
 
     def remove_work(self) -> None:
-        """Remove intermediate data; the plan, the journal and the states of volumes stay."""
-        for name in (_WORK, _SUMS):
-            (self.location / name).remove()
+        """Remove intermediate data.
+
+        The plan, the journal, the states of volumes and the sums of objects stay: tables that are
+        lost are made of them again.
+        """
+        self.all_work.remove()
 
     @property
     def all_work(self) -> Location:
@@ -193,7 +196,7 @@ class RunFolder:
         return None if data is None else unpack(data)
 
     def write_sums(self, output: Output, sums: Mapping[str, Array]) -> None:
-        """Write the sums of an output's objects, which stay until the tables are written."""
+        """Write the sums of an output's objects, of which tables are made."""
         self.location.put(_sums_key(output), pack(sums))
 
 

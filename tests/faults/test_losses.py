@@ -236,6 +236,39 @@ def test_a_copy_without_times_and_a_late_writer_lose_nothing(tmp_path, tiny_bund
     assert not case.again()
 
 
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "out.zarr/zarr.json",
+        "out.zarr/0/zarr.json",
+        "out.zarr/0/c/0/0/1",
+        "out.zarr/labels/zarr.json",
+        "out.zarr/labels/megaseg/zarr.json",
+        "out.zarr/labels/megaseg/0/c/0/0/0",
+        "out.zarr/labels/megaseg_mask/0/zarr.json",
+        "out.measurements.parquet",
+    ],
+)
+def test_what_a_finished_run_lost_is_made_again(lost, tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, BLOCKS)
+    case.segment()
+    path = next(p for p in (tmp_path / lost, tmp_path / f"out.zarr{lost[3:]}") if p.exists())
+    written = path.read_bytes()
+    path.unlink()
+    case.assert_as_calm()
+    assert path.read_bytes() == written
+    assert case.segment().already_done
+
+
+def test_a_replaced_chunk_of_a_finished_run_is_made_again(tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, OPTIONS)
+    case.segment()
+    path = tmp_path / "out.zarr/labels/megaseg/0/c/0/0/0"
+    zero(path)
+    case.assert_as_calm()
+    assert case.segment().already_done
+
+
 def test_join_publishes_nothing_that_is_lost(tmp_path, tiny_bundle, tasks):
     case = Case(tmp_path, tiny_bundle, tasks, BLOCKS)
     record_plans(str(case.source), str(case.target), case.settings)
