@@ -146,8 +146,9 @@ def undisturbed(tmp_path_factory, tiny_bundle) -> dict:
 
 def kill_worker_and_go_on(command: Command, rng: random.Random) -> int:
     """Kill one worker at a random instant of a run; return how many were killed."""
+    before = command.haunted.calls
     client = command.start()
-    wait_for(lambda: command.haunted.calls or client.poll() is not None)
+    wait_for(lambda: command.haunted.calls != before or client.poll() is not None)
     time.sleep(rng.uniform(0, 2.5))
     victims = workers_of(client)
     if victims:

@@ -75,7 +75,7 @@ def test_other_passes_are_timed_again(case, n_timed):
 @pytest.mark.parametrize("changed", ["processor", "version"])
 def test_another_machine_is_timed_again(changed, n_timed, monkeypatch):
     measure()
-    name = {"processor": "_processor", "version": "version"}[changed]
+    name = {"processor": "_processor", "version": "version_of"}[changed]
     monkeypatch.setattr(f"megaseg_dask.inference.calibration.{name}", lambda *_: "another")
     measure()
     assert n_timed() == 2

@@ -54,15 +54,15 @@ def test_a_block_that_needs_too_much_is_refused_and_a_smaller_one_is_chosen(tmp_
     )
     assert roomy.is_one_task
     [(tight, _)] = plan_runs(
-        str(source), str(tmp_path / "b.zarr"), parse_settings({**options, "memory": "1.15GB"})
+        str(source), str(tmp_path / "b.zarr"), parse_settings({**options, "memory": "1.19GB"})
     )
     assert not tight.is_one_task
-    assert max(tight.projected_bytes.values()) <= 1.15e9
+    assert max(tight.projected_bytes.values()) <= 1.19e9
     with pytest.raises(SettingsError, match="leave out --block"):
         plan_runs(
             str(source),
             str(tmp_path / "c.zarr"),
-            parse_settings({**options, "memory": "1.15GB", "block": "96,256,384"}),
+            parse_settings({**options, "memory": "1.19GB", "block": "96,256,384"}),
         )
     with pytest.raises(SettingsError, match="no block needs less than") as raised:
         plan_runs(
