@@ -127,17 +127,22 @@ def test_a_command_that_needs_the_plan_says_what_writes_it_anew(run):
         status(str(run.target))
 
 
-def fail_reads_of_a_resumed_run(run: Run, n_trials: int) -> None:
-    """Let one read of a resumed run fail, time and again.
-
-    Whatever fails, no finished task is forgotten, and the next run ends as if nothing had been.
-    """
+def interrupt_in_label(run: Run) -> tuple[dict[str, bytes], int, dict[str, bytes]]:
+    """Return the target of a calm run; tasks done, and files left, by one that is interrupted."""
     run.go()
     calm = read_tree(run.target)
     for path in (run.target, run.record.parent):
         shutil.rmtree(path)
     n_done = run.stop_in("label")
-    before = read_tree(run.folder)
+    return calm, n_done, read_tree(run.folder)
+
+
+def fail_reads_of_a_resumed_run(run: Run, n_trials: int) -> None:
+    """Let one read of a resumed run fail, time and again.
+
+    Whatever fails, no finished task is forgotten, and the next run ends as if nothing had been.
+    """
+    calm, n_done, before = interrupt_in_label(run)
     disk = Disk(run.folder)
     with disk.failing():
         run.go()
@@ -165,12 +170,7 @@ def test_no_read_that_fails_loses_a_finished_task(run):
 
 def damage_journals_of_a_resumed_run(run: Run, n_trials: int) -> None:
     """Damage one record of an interrupted run, time and again; the next run ends as a calm one."""
-    run.go()
-    calm = read_tree(run.target)
-    for path in (run.target, run.record.parent):
-        shutil.rmtree(path)
-    n_done = run.stop_in("label")
-    before = read_tree(run.folder)
+    calm, n_done, before = interrupt_in_label(run)
     segments = [name for name in before if "/journal/" in name]
     assert len(segments) > 2
     rng = random.Random(25)
