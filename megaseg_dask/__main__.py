@@ -11,7 +11,7 @@ def main() -> None:
 
         main()
     except KeyboardInterrupt:
-        # Nothing has begun: a command that has tells more.
+        # No command has begun. One that has begun ends with a message of its own.
         sys.exit(130)
 
 

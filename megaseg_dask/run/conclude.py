@@ -58,6 +58,8 @@ def begin(plan: Plan, journal: Journal, lease: Held) -> None:
 def reopen(target: Target, journal: Journal) -> None:
     """Unpublish a run that goes on, and take back records that do not count any more."""
     journal.discard_damaged()
+    # The result of a run that was complete must not count when its outputs are unpublished.
+    journal.flush()
     undo_losses(target.plan, journal)
     publish.withdraw(target)
 

@@ -125,6 +125,8 @@ class TaskRecord:
         match record:
             case {"result": result}:
                 Ending.from_json(result)
+            case {"reopened": True}:
+                pass
             case {"session": session}:
                 Session.from_json(session)
             case {"lose": stage, "index": index}:
@@ -156,6 +158,8 @@ class TaskRecord:
                 # A run ends once: not before its tasks, and not after one was taken back.
                 if all(done.all() for done in self._done.values()):
                     self.result = Ending.from_json(result)
+            case {"reopened": True}:
+                self.result = None
             case {"session": session}:
                 self.sessions.append(Session.from_json(session))
             case {"lose": stage, "index": index}:
@@ -348,6 +352,10 @@ class Journal(TaskRecord):
         """Record that the run is complete."""
         self._append({"result": asdict(result)})
         self.flush()
+
+    def reopen(self) -> None:
+        """Record, with the next segment, that the run is not complete any more."""
+        self._append({"reopened": True})
 
     def _append(self, record: Record) -> None:
         self.replay(record)

@@ -98,7 +98,7 @@ class _Audit(Journal):
 
 
 def read_journal(plan: Plan, sync: Callable[[], None] = lambda: None) -> Journal:
-    """Return the journal of a run, without its result if something of the outputs is lost.
+    """Return the journal of a run, reopened if something of the outputs is lost.
 
     The run then goes on, and makes again what is lost.
 
@@ -107,7 +107,7 @@ def read_journal(plan: Plan, sync: Callable[[], None] = lambda: None) -> Journal
     """
     journal = Journal.read(plan, sync=sync)
     if journal.result is not None and not _is_whole(plan, journal):
-        journal.result = None
+        journal.reopen()
     return journal
 
 

@@ -9,9 +9,12 @@ import zarr
 
 from megaseg_dask.events import Progress
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run import conclude
 from megaseg_dask.run.job_array import join_run, read_plan, record_plans, run_tasks
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.losses import undo_losses
+from megaseg_dask.run.status import status
+from megaseg_dask.run.target import publish
 from megaseg_dask.run.tasks import worker
 from megaseg_dask.stores.arrays import clear_array_cache
 from tests.counts.test_engine_calls import contents
@@ -257,6 +260,32 @@ def test_what_a_finished_run_lost_is_made_again(lost, tmp_path, tiny_bundle, tas
     path.unlink()
     case.assert_as_calm()
     assert path.read_bytes() == written
+    assert case.segment().already_done
+
+
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [(conclude, "undo_losses"), (publish, "withdraw"), (publish, "publish")],
+)
+def test_a_finished_run_that_is_interrupted_in_its_repair_goes_on(
+    module, step, tmp_path, tiny_bundle, tasks, monkeypatch
+):
+    case = Case(tmp_path, tiny_bundle, tasks, OPTIONS)
+    case.segment()
+    (tmp_path / "out.zarr/labels/megaseg/zarr.json").unlink()
+    original = getattr(module, step)
+
+    def stop_after(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, step, stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            case.segment()
+    [found] = status(str(case.target))
+    assert not found.done
+    case.assert_as_calm()
     assert case.segment().already_done
 
 
