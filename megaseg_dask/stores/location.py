@@ -248,16 +248,14 @@ class Location:
         with naming(self / key, "remove"):
             self.backend().delete(key)
 
-    def get(self, key: str, *, patient: bool = True) -> bytes | None:
+    def get(self, key: str) -> bytes | None:
         """Read one object; ``None`` if it does not exist.
-
-        Without ``patient``, a silent store is asked once.
 
         Raises:
             StoreError: The store failed.
         """
         with naming(self / key, "read"):
-            return self.backend(patient=patient).get(key)
+            return self.backend().get(key)
 
     def size(self, key: str) -> int | None:
         """Return the bytes of one object; ``None`` if it does not exist.
