@@ -16,11 +16,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from megaseg_dask.errors import ClusterError
-from megaseg_dask.events import Joined, Notice
+from megaseg_dask.events import Emit, Joined, Notice
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.cluster.connection import connect, dashboard_of, require_client
 from megaseg_dask.run.cluster.workers import Workers
-from megaseg_dask.run.progress import Emit, Ready
+from megaseg_dask.run.progress import Ready
 from megaseg_dask.run.retries import Retries
 from megaseg_dask.run.tasks.worker import Assignment, Outcome, is_infrastructure, run_tasks
 from megaseg_dask.stores import StoreOptions

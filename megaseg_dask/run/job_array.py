@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megaseg_dask.errors import SettingsError, TargetError
-from megaseg_dask.events import Failure, Result
+from megaseg_dask.events import Emit, Failure, Result
 from megaseg_dask.plan.plan import Plan, run_folder, runs_folder
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.stages import PlannedStage
@@ -21,7 +21,7 @@ from megaseg_dask.run.conclude import already_done, conclude, reopen
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases
 from megaseg_dask.run.losses import read_journal, undo_losses
-from megaseg_dask.run.progress import Emit, GroupSize, Recorder, StageProgress
+from megaseg_dask.run.progress import GroupSize, Recorder, StageProgress
 from megaseg_dask.run.request import Request, synced_by
 from megaseg_dask.run.runner import join_results, record
 from megaseg_dask.run.schedule import Schedule, VolumeProgress

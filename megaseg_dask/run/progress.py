@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from megaseg_dask.events import Event, Failure, Progress
+from megaseg_dask.events import Emit, Failure, Progress
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
@@ -13,7 +13,6 @@ from megaseg_dask.run.retries import StoreWatch
 from megaseg_dask.run.tasks.worker import Outcome, failure_of
 from megaseg_dask.stores import stop_waiting
 
-Emit = Callable[[Event], None]
 # Given a stage and how many of its tasks are ready, how many to take.
 GroupSize = Callable[[str, int], int]
 # Given that, a stage and the indices of tasks that may start now; none if there are none.

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any, Protocol
 
 from megaseg_dask.errors import MegasegError, StoreError
-from megaseg_dask.events import Event, Joined, Notice, Result, Started
+from megaseg_dask.events import Emit, Event, Joined, Notice, Result, Started
 from megaseg_dask.inference.calibration import measure_patch_s
 from megaseg_dask.messages import version_of
 from megaseg_dask.plan.plan import Plan, runs_folder
@@ -26,7 +26,7 @@ from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases, Timing
 from megaseg_dask.run.log import logged
 from megaseg_dask.run.losses import undo_losses
-from megaseg_dask.run.progress import Dispatcher, Emit, Recorder, StageProgress
+from megaseg_dask.run.progress import Dispatcher, Recorder, StageProgress
 from megaseg_dask.run.request import Request, Runs
 from megaseg_dask.run.schedule import Schedule
 from megaseg_dask.run.status import unread_fields

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from megaseg_dask.events import Joined
+from megaseg_dask.events import Emit, Joined
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.run.lease import Leases, Permit
-from megaseg_dask.run.progress import Emit, Ready
+from megaseg_dask.run.progress import Ready
 from megaseg_dask.run.retries import Retries
 from megaseg_dask.run.tasks.worker import Outcome, Worker
 from megaseg_dask.run.workspace import Workspace

@@ -16,14 +16,13 @@ from megaseg_dask.algorithms.chunking import write_layout
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.matching import Evaluation
 from megaseg_dask.errors import SettingsError, TargetError, TaskError
-from megaseg_dask.events import Result
+from megaseg_dask.events import Emit, Result
 from megaseg_dask.ngff.group import write_group
 from megaseg_dask.ngff.image import Axis, Image, Level, image_attributes
 from megaseg_dask.ngff.labels import add_label, labels_group
 from megaseg_dask.ngff.versions import LATEST
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.progress import Emit
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.evaluate import evaluate_images

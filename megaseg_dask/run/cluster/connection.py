@@ -16,12 +16,12 @@ from typing import Any
 import dask
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.events import Notice
+from megaseg_dask.events import Emit, Notice
 from megaseg_dask.plan.cluster_spec import BATCH, Cluster, cluster_of
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.cluster.dask_config import CONFIG, WORKER_TIMEOUT_S, without_pages
 from megaseg_dask.run.cluster.start import adapt, require_queued, security_of, started
-from megaseg_dask.run.cluster.workers import QUEUE_S, Emit, Workers
+from megaseg_dask.run.cluster.workers import QUEUE_S, Workers
 
 # A first worker on this machine joins within seconds.
 START_S = 60.0

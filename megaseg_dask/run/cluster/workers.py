@@ -5,7 +5,7 @@ All of them are Dask workers of one scheduler; a run knows no more than that.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import dask
 
 from megaseg_dask.errors import ClusterError, SettingsError
-from megaseg_dask.events import Event, Joined, Notice
+from megaseg_dask.events import Emit, Joined, Notice, ignore
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.inference.machine import count_killed, memory_bytes
@@ -24,8 +24,6 @@ from megaseg_dask.run.cluster import worker_plugin
 from megaseg_dask.run.cluster.dask_config import SCHEDULER_CONFIG
 from megaseg_dask.run.cluster.versions import require_versions
 from megaseg_dask.stores import Location, StoreOptions
-
-Emit = Callable[[Event], None]
 
 # A job may wait in a queue for as long.
 QUEUE_S = 3600.0
@@ -49,7 +47,7 @@ class Workers:
 
     client: Any
     engine: EngineSpec
-    emit: Emit = lambda _: None
+    emit: Emit = ignore
     cluster: Cluster | None = None
     needed_bytes: int = 0
     joined: dict[str, Joined] = field(default_factory=dict)

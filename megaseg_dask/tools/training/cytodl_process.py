@@ -4,22 +4,20 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaseg_dask.errors import SettingsError, TaskError
-from megaseg_dask.events import Epoch, Event, Progress
+from megaseg_dask.events import Emit, Epoch, Progress
 from megaseg_dask.run.cluster.dask_config import WORKER_ENVIRONMENT
 from megaseg_dask.tools.training.folder import TrainingFolder
 from megaseg_dask.tools.training.recipes import Recipe
 
 MAIN = Path(__file__).with_name("cytodl_main.py")
 _END_S = 30
-
-Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)

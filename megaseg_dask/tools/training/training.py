@@ -2,12 +2,12 @@
 
 from dataclasses import asdict
 
-from megaseg_dask.events import Trained
+from megaseg_dask.events import Emit, Trained
 from megaseg_dask.models import load_bundle
 from megaseg_dask.run.lease import Leases
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.training.card import Training, read_losses, write_card
-from megaseg_dask.tools.training.cytodl_process import Emit, run_cytodl
+from megaseg_dask.tools.training.cytodl_process import run_cytodl
 from megaseg_dask.tools.training.dataset import digest_of, write_dataset
 from megaseg_dask.tools.training.environment import find_python
 from megaseg_dask.tools.training.experiment import describe_experiment
