@@ -46,11 +46,11 @@ class Narrator:
                 return [epoch_line(event)]
             case Notice():
                 self._n_notices += 1
-                more = "further such lines are left out"
+                more = "further notices are not shown; they are in the log"
                 return _first_lines(event.text, self._n_notices, _MAX_NOTICES, more)
             case Failure():
                 self._n_failures += 1
-                more = "further failures are not shown here; megaseg status lists them"
+                more = "further failures are not shown; megaseg status lists them"
                 return _first_lines(failure_line(event), self._n_failures, _MAX_FAILURES, more)
             case Fetching():
                 is_over = event.n_bytes == event.total_bytes
@@ -92,7 +92,7 @@ def started_line(event: Started) -> str:
 def progress_line(event: Progress) -> str:
     """Return the state of a stage: tasks, time, rates, failures and the time left."""
     words = [
-        f"{event.stage}: {event.n_done}/{event.n_tasks} tasks",
+        f"{stage_phrase(event.stage)}: {event.n_done}/{count(event.n_tasks, 'task')}",
         f"{event.elapsed_s:.1f} s",
         *rates(event),
         failed_text(event),
@@ -127,7 +127,8 @@ def failure_line(failure: Failure) -> str:
     """Return the task that failed, or the field that cannot be planned, and the cause."""
     if not failure.box:
         return f"FAILED {failure.volume}: {failure.error}"
-    return f"FAILED {failure.stage} {failure.volume} box {failure.box}: {failure.error}"
+    stage = stage_phrase(failure.stage)
+    return f"FAILED {stage}, {failure.volume}, box {failure.box}: {failure.error}"
 
 
 def epoch_line(event: Epoch) -> str:
@@ -158,6 +159,37 @@ def result_line(result: Result) -> str:
     if result.failures:
         line += f", {count(len(result.failures), 'failure')}"
     return line
+
+
+# -- names of stages
+
+# Shown to people; JSON, the journal and ``megaseg task`` keep the names.
+STAGE_PHRASES = {
+    "volume": "segmenting volumes",
+    "measure": "measuring intensities",
+    "segment": "predicting blocks",
+    "histogram": "counting scores",
+    "cutoff": "finding the threshold",
+    "threshold": "applying the threshold",
+    "holes": "finding holes",
+    "holes-seams": "comparing holes at borders",
+    "holes-join": "joining holes across blocks",
+    "fill": "filling holes",
+    "label": "finding objects in blocks",
+    "seams": "comparing objects at borders",
+    "join": "joining objects across blocks",
+    "relabel": "numbering objects",
+    "measurements": "measuring objects",
+    "table": "writing the table of objects",
+}
+_LEVEL_STAGE = "downsample-"
+
+
+def stage_phrase(stage: str) -> str:
+    """Return what a stage does, in words; the name of a stage that has none."""
+    if stage.startswith(_LEVEL_STAGE):
+        return f"writing pyramid level {stage.removeprefix(_LEVEL_STAGE)}"
+    return STAGE_PHRASES.get(stage, stage)
 
 
 # -- numbers and names as text

@@ -24,8 +24,8 @@ def progress(
 def test_a_line_has_speeds_failures_and_the_time_left():
     line = progress_line(progress(20, n_failed=2))
     assert (
-        line
-        == "segment: 20/100 tasks, 20.0 s, 1.5 blocks/s, 3.1 Mvoxel/s, 2 failed, about 80 s left"
+        line == "predicting blocks: 20/100 tasks, 20.0 s, 1.5 blocks/s, 3.1 Mvoxel/s, 2 failed, "
+        "about 80 s left"
     )
     # What failed does not come any more.
     assert "left" not in progress_line(progress(98, n_failed=2))
@@ -140,8 +140,8 @@ def test_no_color_is_bars_without_colours():
 def test_elsewhere_lines_without_any_escape(asked):
     _, err = shown(**asked)
     assert "\x1b" not in err
-    assert "FAILED segment the image box 0:1: [red]not markup[/red]" in err
-    assert "segment: 3/4 tasks" in err
+    assert "FAILED predicting blocks, the image, box 0:1: [red]not markup[/red]" in err
+    assert "predicting blocks: 3/4 tasks" in err
 
 
 def test_for_scripts_and_in_silence():

@@ -45,36 +45,37 @@ from megaseg_dask.cli.train import train
 from megaseg_dask.messages import version_of
 
 Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="OME-Zarr image to read.", show_default=False)
+    str,
+    typer.Argument(metavar="SOURCE", help="OME-Zarr image or plate to read.", show_default=False),
 ]
 Target = Annotated[
     str,
     typer.Argument(
-        metavar="TARGET", help="OME-Zarr image to write; SOURCE again adds labels to it."
+        metavar="TARGET", help="OME-Zarr to write. If it is SOURCE itself, labels are added to it."
     ),
 ]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 
 
 def megaseg(context: typer.Context, *, version: Version = False) -> None:
-    """Segment 3D microscopy with MegaSeg at any size, as if the volume were predicted at once.
+    """Segment cells and organelles in 3D microscopy images of any size, with MegaSeg.
 
     \b
-    Look first, then run:
+    See the plan first, then run it:
       megaseg plan cells.zarr segmented.zarr
       megaseg segment cells.zarr segmented.zarr
 
-    Or begin with real cells and a small model: megaseg demo
+    To begin with an example image and a small model: megaseg demo
 
     \b
     Exit codes:
       0    all is done, or was done before
-      1    something failed and is named; the same command goes on with it
-      2    the request is wrong; nothing was written
-      3    megaseg status, megaseg join: work is pending
-      130  interrupted; the same command goes on
+      1    a task failed and is named; run the same command again to retry it
+      2    invalid request; nothing was written
+      3    tasks are pending (megaseg status and megaseg join)
+      130  interrupted; run the same command again to resume
 
-    NO_COLOR is honoured; without a terminal, progress comes as plain lines; --json is for scripts.
+    NO_COLOR turns colors off. Without a terminal, progress is plain lines. --json is for scripts.
     """
     if version:
         echo(f"megaseg-dask {version_of('megaseg-dask')}")
@@ -88,7 +89,7 @@ def segment(
 ) -> None:
     """Segment an image: scores and labels, as multiscale OME-Zarr.
 
-    Interrupt it with Ctrl-C, or lose the machine: the same command goes on where it stopped.
+    After Ctrl-C or a crash, run the same command again: it resumes where it stopped.
 
     \b
     Examples:
@@ -113,17 +114,17 @@ def plan(
     target: Target,
     *,
     record: Annotated[
-        bool, typer.Option("--record", help="Write the plan, for megaseg task to work on.")
+        bool, typer.Option("--record", help="Record the plan at TARGET, for megaseg task.")
     ] = False,
     json_: Json = False,
     **options: Any,
 ) -> None:
     """Show what segment would do with the same options: blocks, patches, memory, bytes, time.
 
-    It writes nothing, unless --record is given.
+    It writes nothing unless --record is given.
 
-    The time is that of one worker like this machine, from a few forward passes of the network in
-    the last day.
+    The time is for one worker like this machine. It comes from a few forward passes of the network
+    that were measured in the last day.
 
     \b
     Example:
@@ -160,15 +161,16 @@ def plan(
 
 def demo(
     folder: Annotated[
-        str, typer.Argument(metavar="[DIR]", help="Where to write.")
+        str, typer.Argument(metavar="[DIR]", help="Folder to write to.")
     ] = "megaseg-demo",
     *,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Segment real nuclei with the starter model, offline, and say where to look.
+    """Segment an image of real nuclei with the starter model, offline.
 
-    It writes an OME-Zarr image with its true labels, segments it, and draws both side by side.
+    It writes an OME-Zarr image with true labels, segments it, draws a picture of the result, and
+    prints where these files are.
 
     \b
     Example:
@@ -229,7 +231,7 @@ def build_app(words: Collection[str] | None = None) -> typer.Typer:
         app.command()(complete(command, settings))
     app.add_typer(models_app)
     cluster = typer.Typer(
-        name="cluster", help="Try where workers run, before a night depends on it."
+        name="cluster", help="Test a cluster file before a long run depends on it."
     )
     # With a callback it is a group of commands, also while it has only one.
     cluster.callback()(lambda: None)
@@ -326,12 +328,12 @@ def _interrupt(*_: object) -> NoReturn:
     _catch_signals(interrupt_again)
     # The terminal may be gone.
     with contextlib.suppress(OSError):
-        os.write(2, b"megaseg: stopping; interrupt once more to stop at once\n")
+        os.write(2, b"megaseg: stopping; press Ctrl-C again to quit now\n")
     raise KeyboardInterrupt
 
 
 def _leave_at_once() -> NoReturn:
     if "--json" in sys.argv:
         with contextlib.suppress(Exception):
-            echo_error("interrupted twice; run the same command again to go on", INTERRUPTED)
+            echo_error("interrupted twice; run the same command again to resume", INTERRUPTED)
     os._exit(INTERRUPTED)

@@ -16,21 +16,23 @@ if TYPE_CHECKING:
 
 def check(
     file: Annotated[
-        str, typer.Argument(metavar="FILE.yaml", help="Cluster file, as --cluster takes it.")
+        str, typer.Argument(metavar="FILE.yaml", help="Cluster file, as for --cluster.")
     ],
     *,
     target: Annotated[
         str,
         typer.Option(
-            metavar="URL", help="Folder that workers and this machine reach, as that of a TARGET."
+            metavar="URL",
+            help="Folder that both the workers and this machine can reach, as for TARGET.",
         ),
     ] = ".",
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Start one worker as a cluster file says, run one real block there, and say what it saw.
+    """Start one worker from a cluster file, run one block on it, and show what the worker has.
 
-    The block is of a small simulated volume, by the starter model. Nothing is left behind.
+    The block is part of a small simulated image, and is segmented by the starter model. All files
+    are removed at the end.
 
     \b
     Examples:
@@ -56,7 +58,7 @@ def _print_check(checked: "ClusterReport") -> None:
     block = f"{result.wall_s} s, {result.n_objects} objects" if result else "none"
     rows = {
         "block": f"{block}, written to and read from {checked.target}",
-        "versions": "agree where it matters",
+        "versions": "compatible",
         "dashboard": checked.dashboard,
     }
     print_rows(rows)

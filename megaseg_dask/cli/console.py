@@ -21,6 +21,7 @@ from megaseg_dask.messages import (
     left_text,
     rates,
     size_text,
+    stage_phrase,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from megaseg_dask.tools.doctor.address import Finding
 
 _MAX_FAILURES = 10
-_BAR_WIDTH = 12
+_BAR_WIDTH = 8
+_NAME_WIDTH = 29
 _RUN_AGAIN = "Fix the cause and run the same command again"
 
 # -- events
@@ -79,7 +81,7 @@ def _progress_display() -> Iterator["rich.progress.Progress"]:
     from rich.progress import Progress as Display
 
     columns = (
-        TextColumn("{task.description:<13}"),
+        TextColumn(f"{{task.description:<{_NAME_WIDTH}}}"),
         BarColumn(_BAR_WIDTH),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -107,7 +109,7 @@ class _Bars:
         match event:
             case Progress():
                 words = [left_text(event), failed_text(event), *rates(event)]
-                self._draw(event.stage, event.n_done, event.n_tasks, words)
+                self._draw(stage_phrase(event.stage), event.n_done, event.n_tasks, words)
             case Fetching():
                 received = round(event.n_bytes / 1e6, 1)
                 total = round(event.total_bytes / 1e6, 1)
@@ -120,19 +122,19 @@ class _Bars:
     def _draw(self, name: str, n_done: float, total: float, words: Sequence[str]) -> None:
         if name not in self._tasks:
             self._tasks[name] = self._display.add_task(name, total=total, rate="")
-        before_words = f"{name:<13}{total}/{total}0:00:00"
+        before_words = f"{name:<{_NAME_WIDTH}}{total}/{total}0:00:00"
         room = self._display.console.width - len(before_words) - _BAR_WIDTH - 5
         rate = _fitting(words, room)
         self._display.update(self._tasks[name], completed=n_done, total=total, rate=rate)
 
 
 def _fitting(words: Sequence[str], room: int) -> str:
-    """Return the first words, as many as a narrow terminal has room for."""
+    """Return the words that a narrow terminal has room for."""
     text = ""
     for word in filter(None, words):
         longer = f"{text} · {word}" if text else word
         if len(longer) > room:
-            break
+            continue
         text = longer
     return text
 
@@ -157,7 +159,7 @@ def print_result(
     if result.peak_bytes:
         stage = max(result.peak_bytes, key=result.peak_bytes.__getitem__)
         peak = size_text(result.peak_bytes[stage])
-        print_rows({"memory": f"at most {peak} of a worker, in stage {stage}"}, err=True)
+        print_rows({"memory": f"peak {peak} in one worker, while {stage_phrase(stage)}"}, err=True)
     if result.log:
         print_rows({"log": result.log}, err=True)
     name = "next"
@@ -168,7 +170,7 @@ def print_result(
 
 def _print_failures(result: Result, quiet: bool, how_to_retry: str) -> None:
     n_failures = count(len(result.failures), "task")
-    kept = f"what is finished is kept in {result.run}"
+    kept = f"finished tasks are kept in {result.run}"
     echo(f"megaseg: {n_failures} failed; {kept}", err=True)
     if quiet:
         # Otherwise they were shown when they happened.
@@ -190,10 +192,10 @@ def _print_success(result: Result) -> None:
 def print_training(trained: Trained) -> None:
     """Print how a training ended, and how to use its bundle."""
     reasons = {
-        "patience": "the validation loss did not improve any more",
-        "max_time": "the time was over",
+        "patience": "the validation loss stopped improving",
+        "max_time": "the time limit was reached",
     }
-    reason = reasons.get(trained.stopped, "all epochs were done")
+    reason = reasons.get(trained.stopped, "all epochs are done")
     before = "  (already done)" if trained.already_done else ""
     rows = {
         "bundle": trained.bundle + before,
@@ -218,17 +220,19 @@ def print_status(run: RunStatus, target: str) -> None:
     """Print the state of a run on a target: a row for each stage, then its failures."""
     echo(f"{run.label_name}: {_state(run)}")
     for stage, (n_done, n_tasks) in run.stages.items():
-        print_rows({f"  {stage}": f"{n_done} of {n_tasks} tasks"}, 16)
+        print_rows(
+            {f"  {stage}": f"{n_done} of {count(n_tasks, 'task')}, {stage_phrase(stage)}"}, 16
+        )
     for failure in run.failures[:_MAX_FAILURES]:
         echo(failure_line(failure))
     if run.done:
         return
     pending = [stage for stage, (n_done, n_tasks) in run.stages.items() if n_done < n_tasks]
     if not pending:
-        done = "All tasks are done; megaseg join, or the same segment command,"
-        echo(f"{done} publishes what they wrote.")
+        done = "All tasks are done. Run megaseg join, or the same segment command,"
+        echo(f"{done} to publish the result.")
         return
-    echo("Run the same segment command again, or its tasks, to go on:")
+    echo("To resume, run the same segment command again, or its tasks:")
     option = "" if run.label_name == "megaseg" else f" --label-name {run.label_name}"
     echo(f"  megaseg task {target} {pending[0]}{option}")
 
@@ -260,11 +264,11 @@ def print_plan(summary: Mapping[str, Any]) -> None:
         print_rows({"warning": warning})
     name = "missing"
     for path, reason in list(summary["missing"].items())[:_MAX_FAILURES]:
-        print_rows({name: f"{path}: {reason}; the run will go on without it, and end as failed"})
+        print_rows({name: f"{path}: {reason}; the run continues without it and ends as failed"})
         name = ""
     n_more = len(summary["missing"]) - _MAX_FAILURES
     if n_more > 0:
-        print_rows({"": f"{n_more} more; --json names them all"})
+        print_rows({"": f"{n_more} more; --json lists all"})
 
 
 def _source_text(summary: Mapping[str, Any]) -> str:
@@ -310,15 +314,19 @@ def _bytes_text(summary: Mapping[str, Any]) -> str:
 
 
 def _memory_text(summary: Mapping[str, Any]) -> str:
-    peaks = [f"{stage} {n / 1e9:.2f}" for stage, n in summary["projected_bytes"].items()]
+    peaks = [
+        f"{stage_phrase(stage)} {n / 1e9:.2f}" for stage, n in summary["projected_bytes"].items()
+    ]
     return f"{size_text(summary['memory_bytes'])} per worker; projected GB: {', '.join(peaks)}"
 
 
 def _time_text(summary: Mapping[str, Any]) -> str:
     if summary["projected_s"] is None:
-        return f"cannot be told here: {summary['time_unknown']}"
+        return f"unknown here:  {summary['time_unknown']}"
     projected = duration(summary["projected_s"])
-    return f"about {projected} of one worker like this machine, {summary['patch_s']:.2g} s a patch"
+    return (
+        f"about {projected} for one worker like this machine,  {summary['patch_s']:.2g} s a patch"
+    )
 
 
 def _tasks_text(summary: Mapping[str, Any]) -> str:

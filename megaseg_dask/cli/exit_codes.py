@@ -18,9 +18,12 @@ PENDING = 3
 INTERRUPTED = 130
 
 Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object a line on stdout; all else on stderr.")
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object per line on stdout, and all else on stderr."
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and the final line only.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and the final line.")]
 
 
 @contextlib.contextmanager
@@ -36,7 +39,7 @@ def exit_codes(as_json: bool) -> Iterator[None]:
     except MegasegError as error:
         fail(str(error), error.exit_code, as_json)
     except KeyboardInterrupt:
-        fail("interrupted; run the same command again to go on", INTERRUPTED, as_json)
+        fail("interrupted; run the same command again to resume", INTERRUPTED, as_json)
     except typer.Exit:
         raise
     except Exception as error:

@@ -10,10 +10,10 @@ from megaseg_dask.cli.exit_codes import FAILED, PENDING, Json, echo, echo_result
 from megaseg_dask.cli.options import open_stores
 
 Recorded = Annotated[
-    str, typer.Argument(metavar="TARGET", help="Target of a run that was begun or recorded.")
+    str, typer.Argument(metavar="TARGET", help="TARGET of a run that was started or recorded.")
 ]
 StageName = Annotated[
-    str, typer.Argument(metavar="STAGE", help="Stage, as megaseg status lists them.")
+    str, typer.Argument(metavar="STAGE", help="Name of a stage, as in megaseg status.")
 ]
 Indices = Annotated[
     list[str] | None,
@@ -25,11 +25,14 @@ Indices = Annotated[
 ]
 Share = Annotated[
     str | None,
-    typer.Option(metavar="I/N", help="The I-th of N equal shares of them, from 1/N to N/N."),
+    typer.Option(
+        metavar="I/N", help="Run the I-th of N equal shares of these tasks, from 1/N to N/N."
+    ),
 ]
-LabelName = Annotated[str, typer.Option(metavar="NAME", help="Which of the runs on TARGET.")]
+LabelName = Annotated[str, typer.Option(metavar="NAME", help="Label name of the run.")]
 OnlyLabelName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Only the runs of this name. (default: all)")
+    str | None,
+    typer.Option(metavar="NAME", help="Show only the run with this label name. (default: all)"),
 ]
 
 _RETRY_TASKS = "Run the same megaseg plan … --record, the failed tasks, and the stages after them"
@@ -47,11 +50,11 @@ def task(
 ) -> None:
     """Run single tasks of a plan in this process, without a cluster.
 
-    It is for job arrays, and to look at a task that fails. Any number of processes may run tasks
-    of one stage at the same time. What is done is not done again.
+    Use it in job arrays, or to examine a task that fails. Several processes may run tasks of one
+    stage at the same time. A task that is done is not repeated.
 
     \b
-    Examples: record the plan, run the stages in their order, then join what they did:
+    Examples: record the plan, run the stages in their order, then join their results:
       megaseg plan cells.zarr out.zarr --record
       megaseg task out.zarr segment --share 3/10      # in the third of ten jobs
       megaseg task out.zarr label 0-99
@@ -78,11 +81,11 @@ def task(
 def join(
     target: Recorded, *, label_name: LabelName = "megaseg", json_: Json = False, **options: Any
 ) -> None:
-    """Finish what megaseg task did: join the blocks, and publish the image.
+    """Finish a run of megaseg task: join the blocks and publish the image.
 
-    It runs what is left of the quick stages (seams, join, table, cutoff) by itself. Exit code 3:
-    tasks of other stages are pending. Exit code 1: blocks failed; they are named, and missing in
-    the image. Run megaseg plan … --record again to fix them.
+    It also runs the quick stages that are pending (seams, join, table, cutoff). Exit code 3: tasks
+    of other stages are pending. Exit code 1: tasks failed; their blocks are named, and are missing
+    in the image. To retry them, run megaseg plan … --record again.
 
     \b
     Example:
@@ -104,9 +107,9 @@ def join(
 def status(
     target: Recorded, *, label_name: OnlyLabelName = None, json_: Json = False, **options: Any
 ) -> None:
-    """Show what is done, pending and failed.
+    """Show which tasks are done, pending and failed.
 
-    Exit code 0 if all is done, 1 after failures, 3 if work is pending.
+    Exit codes: 0 all tasks are done, 1 a task failed, 3 tasks are pending.
 
     \b
     Examples:

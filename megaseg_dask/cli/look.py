@@ -13,7 +13,7 @@ from megaseg_dask.cli.options import open_stores
 
 RunName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Which of the runs on TARGET; needed if there are several."),
+    typer.Option(metavar="NAME", help="Label name of the run; needed if TARGET has several runs."),
 ]
 
 
@@ -28,9 +28,10 @@ def report(
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Write one HTML page about a run: quality control, timings, and what happens at block seams.
+    """Write one HTML page about a run: quality control, timings, and a check of block borders.
 
-    It opens offline, in any browser. Of large outputs it reads samples, and says so.
+    The page opens offline in any browser. If the output is large, the page shows samples of it and
+    says so.
 
     \b
     Example:
@@ -49,20 +50,20 @@ def report(
 
 def view(
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="What segment wrote, or any other OME-Zarr.")
+        str, typer.Argument(metavar="TARGET", help="Output of segment, or any other OME-Zarr.")
     ],
     *,
     no_browser: Annotated[
-        bool, typer.Option("--no-browser", help="Print the address, and open no browser.")
+        bool, typer.Option("--no-browser", help="Print the address; do not open a browser.")
     ] = False,
     label_name: RunName = None,
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Look at image, scores and labels in a browser; Ctrl-C ends it.
+    """Show the image, scores and labels in a browser. Ctrl-C ends it.
 
-    The page has z and t, contrast, layers, and the wells of a plate. It needs no network: data
-    are read from where they are, and shown to this machine alone.
+    The page has sliders for z and t, contrast, layers, and the wells of a plate. It works offline.
+    Only this machine can open it.
 
     \b
     Examples:
@@ -77,7 +78,7 @@ def view(
             if json_:
                 echo(json.dumps({"event": "view", "url": url}))
             else:
-                echo(f"{url}\nshown to this machine alone; Ctrl-C ends it")
+                echo(f"{url}\nonly this machine can open it; Ctrl-C ends it")
 
         with contextlib.suppress(KeyboardInterrupt):
             run_view(target, label_name, announce, browser=not no_browser)
@@ -93,18 +94,22 @@ def evaluate(
     ],
     *,
     label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which of PREDICTED's label images.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Name of the label image in PREDICTED, if it has several."
+        ),
     ] = None,
     truth_label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which of TRUTH's.")
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the label image in TRUTH, if it has several."),
     ] = None,
     csv: Annotated[
-        bool, typer.Option("--csv", help="Comma-separated lines, for a spreadsheet.")
+        bool, typer.Option("--csv", help="Print comma-separated lines, for a spreadsheet.")
     ] = False,
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Score predicted labels against true ones: Dice, IoU, average precision, panoptic quality.
+    """Compare predicted labels with true labels: Dice, IoU, average precision, panoptic quality.
 
     \b
     Example:
@@ -118,7 +123,7 @@ def evaluate(
         evaluation = evaluate_images(*compared)
         if evaluation.left_out_voxels:
             warn(
-                f"{evaluation.left_out_voxels} voxels were left out: their tasks failed "
+                f"{evaluation.left_out_voxels} voxels were ignored because their tasks failed "
                 "(missing_boxes); run the same megaseg segment command again to compute them"
             )
         for labels in compared:
@@ -134,17 +139,18 @@ def doctor(
     addresses: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[ADDRESS]…", help="Sources and targets to try.", show_default=False
+            metavar="[ADDRESS]…", help="Sources and targets to check.", show_default=False
         ),
     ] = None,
     *,
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Show what this machine has, what auto would choose and why, and the usual troubles.
+    """Show the hardware of this machine, which engine auto chooses and why, and common problems.
 
-    Of an address it tells whether its store answers, what image is there, whether a run could write
-    there, and how fast. Exit code 1: an address cannot be used. --anon is about the first address.
+    For an address it shows whether the store answers, which image is there, whether a run could
+    write there, and how fast. Exit code 1: an address cannot be used. --anon applies to the first
+    address.
 
     \b
     Examples:

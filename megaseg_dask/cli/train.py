@@ -96,7 +96,7 @@ def train(
     ] = False,
     json_: Json = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Errors and the final lines only.")
+        bool, typer.Option("--quiet", "-q", help="Print only errors and the final lines.")
     ] = False,
 ) -> None:
     """Train MegaSeg's network on labelled images by its published recipe, through cyto-dl.

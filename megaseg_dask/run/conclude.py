@@ -170,7 +170,10 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
     warnings = list(plan.warnings)
     for planned, state in zip(plan.volumes, states, strict=True):
         if state and any(channel.is_constant for channel in state.statistics):
-            warnings.append(f"{volume_name(planned)} is constant; its segmentation is meaningless")
+            warnings.append(
+                f"{volume_name(planned)} has one single value (empty, or the wrong channel?): "
+                "ignore its objects"
+            )
     summaries = list(
         chain.from_iterable(journal.summaries(stage.name) for stage in plan.stages[:2])
     )

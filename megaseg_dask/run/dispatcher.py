@@ -276,7 +276,7 @@ class DaskDispatcher:
 
     def _look_after_workers(self) -> Iterator[tuple[str, Outcome]]:
         if self._client.status != "running":
-            raise ClusterError("the scheduler is gone; run the same command again to go on")
+            raise ClusterError("the scheduler is gone; run the same command again to resume")
         try:
             threads = self._client.nthreads()
             processing = self._client.processing()

@@ -463,7 +463,7 @@ def test_interrupt_says_how_to_go_on(run, broken):
     assert json.loads(out) == {
         "event": "result",
         "status": "interrupted",
-        "error": "interrupted; run the same command again to go on",
+        "error": "interrupted; run the same command again to resume",
         "exit_code": 130,
     }
     assert "run the same command again" in one_line(err)

@@ -122,7 +122,7 @@ def test_what_ends_a_process_ends_it_in_order(number):
     command = [sys.executable, "-c", _WAIT, str(int(number))]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 130
-    assert "run the same command again to go on" in ended.stderr
+    assert "run the same command again to resume" in ended.stderr
 
 
 def test_what_the_caller_ignores_is_ignored():
@@ -232,4 +232,6 @@ def test_a_constant_volume_of_floats_is_said_to_be_constant(options, tmp_path):
     # The mean of ten thousands of tenths is not a tenth.
     source = write_image(tmp_path / "image.zarr", np.full((20, 40, 50), 0.1))
     result = segment_here(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
-    assert result.warnings == ["t=0 c=0 is constant; its segmentation is meaningless"]
+    assert result.warnings == [
+        "t=0 c=0 has one single value (empty, or the wrong channel?): ignore its objects"
+    ]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megaseg_dask.messages import stage_phrase
 from megaseg_dask.plan import stages
 from megaseg_dask.plan.resolved import Resolved
 from megaseg_dask.plan.settings import parse_settings
@@ -18,6 +19,12 @@ from tests.fixtures.images import blobs, write_image
 @pytest.mark.parametrize("stage", [WHOLE_VOLUME, *STAGES], ids=lambda stage: stage.name)
 def test_every_stage_names_a_function(stage):
     assert callable(functions.function_of(stage))
+
+
+def test_every_stage_is_shown_as_a_phrase():
+    for stage in (WHOLE_VOLUME, *STAGES):
+        name = f"{stage.name}-1" if stage.over == "levels" else stage.name
+        assert " " in stage_phrase(name), f"{stage.name} lacks a phrase in messages.STAGE_PHRASES"
 
 
 def test_every_fact_is_told_by_one_stage():

@@ -318,8 +318,8 @@ def test_an_interrupted_run_goes_on(how, source, megaseg, tiny_bundle, tmp_path)
     assert time.monotonic() - started < 20
     assert (last["event"], last["status"], last["exit_code"]) == ("result", "interrupted", 130)
     assert errors.read_text().splitlines() == [
-        "megaseg: stopping; interrupt once more to stop at once",
-        "megaseg: interrupted; run the same command again to go on",
+        "megaseg: stopping; press Ctrl-C again to quit now",
+        "megaseg: interrupted; run the same command again to resume",
     ]
     while (left := alive(process.pid)) and time.monotonic() - started < 20:
         time.sleep(0.2)

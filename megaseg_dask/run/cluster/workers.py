@@ -225,7 +225,7 @@ class Workers:
         if absence.all_missing_s > self.max_absence_s:
             raise ClusterError(
                 f"all workers are gone for {absence.all_missing_s:.0f} s; "
-                "run the same command again to go on"
+                "run the same command again to resume"
             )
         if absence.missing_s > _MISSING_S and self._replace():
             absence.forget()
@@ -245,7 +245,7 @@ class Workers:
             raise ClusterError(
                 f"all workers are paused for {paused_s:.0f} s: they use more memory than Dask "
                 "lets them; start workers with a larger --memory-limit (0 is none), and run the "
-                "same command again to go on"
+                "same command again to resume"
             )
 
     def cause_of_loss(self) -> str:

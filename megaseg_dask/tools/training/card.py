@@ -125,7 +125,7 @@ def _epochs_text(recipe: Recipe, training: Training, losses: Losses) -> str:
     reasons = {
         "patience": f"the validation loss had not improved for {recipe.patience} epochs",
         "max_epochs": f"all {recipe.max_epochs} epochs were done",
-        "max_time": "the time was over",
+        "max_time": "the time limit was reached",
     }
     finished = training.finished
     return f"{finished.n_epochs}, then {reasons[finished.stopped]}; {losses.wall_s:.0f} s"
