@@ -21,6 +21,32 @@ _PAUSE_SHARE = 1 / 30
 _MAX_FAILURES = 20
 _MAX_NOTICES = 50
 
+# What is expected of a value, by pydantic's name of the fault.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+    "model_attributes_type": "keys and values",
+    "missing": "a value, found none",
+    "too_short": "at least {min_length} values, found {actual_length}",
+    "too_long": "at most {max_length} values",
+    "literal_error": "{expected}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "{le:g} or less",
+}
+
 # -- events as lines
 
 
@@ -249,7 +275,10 @@ def first_few(names: Iterable[object], max_names: int = 3) -> str:
 
 
 def validation_message(problem: "ErrorDetails") -> str:
-    """Return what pydantic found wrong with a value, in our words."""
+    """Return what pydantic expected of a value, in our words."""
+    expected = _EXPECTED.get(problem["type"])
+    if expected:
+        return f"expected {expected.format(**problem.get('ctx', {}))}"
     return problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
@@ -264,4 +293,4 @@ def nearest(word: str, words: Iterable[str]) -> str:
     word_meant = closest(word, all_words)
     if word_meant:
         return f"; did you mean {word_meant}?"
-    return f"; there are {', '.join(all_words)}"
+    return f"; choose from {', '.join(all_words)}"

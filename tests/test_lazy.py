@@ -248,7 +248,7 @@ def test_what_cannot_be_predicted_is_told_at_once(dims, shape, message, tiny_bun
 
 
 def test_text_is_no_image(tiny_bundle):
-    with pytest.raises(SourceError, match="integers or floats are needed"):
+    with pytest.raises(SourceError, match="expected integers or floats"):
         megaseg_dask.predict(
             xarray.DataArray(np.zeros((16, 16, 16), "S1"), dims=["z", "y", "x"]), str(tiny_bundle)
         )

@@ -23,9 +23,8 @@ from megaseg_dask.stores import Location
 _INDEX = "index:"
 # Their values are no brightness, and would be segmented as such.
 _NO_SOURCES = {
-    "label image": "is a label image, not an image to segment; name the image that it belongs to",
-    "scores": "holds scores that megaseg wrote, not an image to segment; name the image that they "
-    "were made from",
+    "label image": "is a label image; give the image that it belongs to",
+    "scores": "holds scores that megaseg wrote; give the image that they were computed from",
 }
 
 
@@ -50,7 +49,7 @@ def choose(image: Image, settings: Settings, where: Location) -> Choice:
         raise SourceError(f"{where} {_NO_SOURCES[image.kind]}")
     if 0 in image.levels[0].shape:
         extents = dict(zip(image.axis_names, image.levels[0].shape, strict=True))
-        raise SourceError(f"{where} is empty: it has extents {extents}")
+        raise SourceError(f"{where} has no voxels: its extents are {extents}")
     _require_levels(image, settings)
     segmented = image.from_level(settings.level)
     require_segmentable(where, segmented.volume_shape(), segmented.dtype)
@@ -81,7 +80,7 @@ def require_segmentable(subject: object, shape: Shape, dtype: object) -> None:
         # Text, or several values in one.
         kind = "V"
     if kind not in "iufb":
-        raise SourceError(f"{subject}: voxels are {dtype}; integers or floats are needed")
+        raise SourceError(f"{subject}: voxels have dtype {dtype}; expected integers or floats")
 
 
 def _require_levels(image: Image, settings: Settings) -> None:
@@ -115,7 +114,7 @@ def _choose_roi(image: Image, settings: Settings, where: Location) -> Box | None
     whole = Box.of(image.volume_shape())
     if box not in whole:
         raise SettingsError(
-            f"--roi {box}: reaches beyond the volumes of {where}, which are {whole}"
+            f"--roi {box}: lies partly outside the volumes of {where}, which are {whole}"
         )
     return box
 
@@ -142,7 +141,7 @@ def choose_channels(image: Image, wanted: str | None, where: Location) -> list[i
     texts = [wanted] if wanted in names else wanted.split(",")
     channels = [_find_channel(text, names, where) for text in texts]
     if len(set(channels)) < len(channels):
-        raise SettingsError(f"--channel {wanted}: names a channel of {where} twice")
+        raise SettingsError(f"--channel {wanted}: the same channel of {where} is given twice")
     return channels
 
 
@@ -152,17 +151,20 @@ def _find_channel(text: str, names: Sequence[str], where: Location) -> int:
     meant: set[int] = set()
     if not text.startswith(_INDEX):
         meant = {index for index, name in enumerate(names) if name == text}
+        if not meant:
+            alike = [i for i, name in enumerate(names) if name.casefold() == text.casefold()]
+            meant.update(alike)
     if number.isdecimal() and int(number) < len(names):
         meant.add(int(number))
     if len(meant) > 1:
         choices = [f"{_INDEX}{index} ({names[index]})" for index in sorted(meant)]
         raise SettingsError(
-            f"--channel {text}: {len(meant)} channels of {where} can be meant; choose one with "
+            f"--channel {text}: {len(meant)} channels of {where} match; choose one with "
             f"--channel {' or '.join(choices)}"
         )
     if not meant:
         raise SettingsError(
-            f"--channel {text}: no such channel in {where}; there are {_listed(names)}"
+            f"--channel {text}: {where} has no such channel; it has {_listed(names)}"
         )
     return meant.pop()
 

@@ -40,7 +40,7 @@ def parse_text(value: object) -> object:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if value == "":
-        raise ValueError("expected something")
+        raise ValueError("expected a value, found an empty text")
     if isinstance(value, Integral | float):
         return str(value)
     return value
@@ -217,7 +217,7 @@ def _number(value: object) -> float:
 def _require_box(box: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
     for start, stop in box:
         if not 0 <= start < stop:
-            raise ValueError("expected ranges of one voxel or more, counted from 0")
+            raise ValueError("expected ranges of at least one voxel, counted from 0")
     return box
 
 
@@ -225,7 +225,7 @@ def _require_times(times: tuple[int, int | None]) -> tuple[int, int | None]:
     first, stop = times
     is_empty = stop is not None and stop <= first
     if first < 0 or is_empty:
-        raise ValueError("expected a range of one timepoint or more, counted from 0")
+        raise ValueError("expected a range of at least one timepoint, counted from 0")
     return times
 
 

@@ -68,8 +68,8 @@ class Settings(BaseModel):
         Text | None,
         Option(
             SOURCE,
-            "Channel to segment, by name, index or index:N, or several separated by commas; needed "
-            "if the source has several.",
+            "Channel to segment: its name, its index or index:N. Separate several by commas. "
+            "Needed if the source has several.",
             "NAME|INDEX",
             changes_result=True,
         ),
@@ -78,7 +78,7 @@ class Settings(BaseModel):
         Times | None,
         Option(
             SOURCE,
-            "Timepoints to segment, half-open: 0:10, 5: or 7. (default: all)",
+            "Timepoints to segment, such as 0:10 (0 to 9), 5: (5 to the last) or 7. (default: all)",
             "A:B",
             changes_result=True,
         ),
@@ -96,7 +96,7 @@ class Settings(BaseModel):
         Roi | None,
         Option(
             SOURCE,
-            "Segment only this region; its voxels are those that the whole volume would have got.",
+            "Segment only this region; its scores are the same as in the whole volume.",
             "z0:z1,y0:y1,x0:x1",
             changes_result=True,
         ),
@@ -105,7 +105,7 @@ class Settings(BaseModel):
         Text | None,
         Option(
             SOURCE,
-            "Wells of a plate: A/1,B/* for instance. (default: all)",
+            "Wells of a plate, such as A/1,B/*. (default: all)",
             "LIST",
         ),
     ] = None
@@ -137,8 +137,8 @@ class Settings(BaseModel):
         MeanStd | None,
         Option(
             SOURCE,
-            "Mean and standard deviation to normalise with, or those of a coarser level, which is "
-            "read faster. (default: of all voxels of each volume)",
+            "Mean and standard deviation for the normalization, or level:N: those of a coarser "
+            "level, which is read faster. (default: those of all voxels of each volume)",
             "MEAN,STD|level:N",
             changes_result=True,
         ),
@@ -147,8 +147,8 @@ class Settings(BaseModel):
         Models,
         Option(
             NETWORK,
-            "Name of a model, or path of a bundle folder, zip or .ckpt. Repeated: the mean of the "
-            "logits of all.",
+            "Name of a model, or path of a bundle folder, zip or .ckpt. Repeat the option to "
+            "average the logits of several models.",
             "NAME|PATH",
         ),
     ] = ("MegaSeg_v1",)
@@ -156,7 +156,7 @@ class Settings(BaseModel):
         Text | None,
         Option(
             NETWORK,
-            "Which of the bundle's checkpoints. (default: that of the highest epoch)",
+            "Checkpoint of the bundle to use. (default: that of the highest epoch)",
             "FILE",
         ),
     ] = None
@@ -164,8 +164,8 @@ class Settings(BaseModel):
         bool,
         Option(
             NETWORK,
-            "Average the logits of each patch and its mirror images, 8 in all: a little better, 8 "
-            "times slower.",
+            "Average the logits of each patch and its 7 mirror images. The result is a little "
+            "better and takes 8 times longer.",
             changes_result=True,
         ),
     ] = False
@@ -173,7 +173,7 @@ class Settings(BaseModel):
         Patch | None,
         Option(
             NETWORK,
-            "Voxels that the network sees at once; auto is the cheapest near the bundle's. "
+            "Size of the network's input in voxels; auto is the cheapest size near the bundle's. "
             "(default: the bundle's, else 64,128,128)",
             "Z,Y,X|auto",
             changes_result=True,
@@ -183,8 +183,8 @@ class Settings(BaseModel):
         Fractions | None,
         Option(
             NETWORK,
-            "Overlap of patches, once or per axis; 0 is fastest. (default: the bundle's, else "
-            "0.25)",
+            "Overlap of patches, from 0 to below 1, once or per axis; 0 is fastest. (default: the "
+            "bundle's, else 0.25)",
             "F",
             changes_result=True,
         ),
@@ -193,7 +193,7 @@ class Settings(BaseModel):
         Literal["auto", EngineName],
         Option(
             NETWORK,
-            "What runs the network; auto is torch on a GPU, and on a CPU openvino if it is "
+            "Library that runs the network; auto is torch on a GPU, and on a CPU openvino if it is "
             "installed.",
             "auto|torch|openvino",
             changes_result=True,
@@ -203,7 +203,7 @@ class Settings(BaseModel):
         Literal["auto", "cpu", "cuda"],
         Option(
             NETWORK,
-            "Where the network runs; auto is a GPU if there is one.",
+            "Device that runs the network; auto is a GPU if there is one.",
             "auto|cpu|cuda",
             changes_result=True,
         ),
@@ -222,7 +222,7 @@ class Settings(BaseModel):
         Positive | None,
         Option(
             NETWORK,
-            "Patches per forward pass. (default: 1; on a GPU the quickest, measured when the run "
+            "Patches per forward pass. (default: 1; on a GPU the fastest, measured when the run "
             "is planned)",
             "N",
             changes_result=True,
@@ -232,8 +232,8 @@ class Settings(BaseModel):
         Positive | None,
         Option(
             NETWORK,
-            "CPU threads of one forward pass; part of the result's last bits. (default: the cores "
-            "of this machine)",
+            "CPU threads of one forward pass; they can change the last bits of scores. (default: "
+            "the cores of this machine)",
             "N",
             changes_result=True,
         ),
@@ -242,7 +242,7 @@ class Settings(BaseModel):
         Names,
         Option(
             OUTPUT,
-            "What to write, of labels, scores, mask and measurements.",
+            "Outputs to write: any of labels, scores, mask and measurements.",
             "LIST",
             changes_result=True,
         ),
@@ -251,8 +251,8 @@ class Settings(BaseModel):
         Threshold,
         Option(
             OUTPUT,
-            "A voxel is foreground if its score is above this; or a method that finds the "
-            "threshold of each volume, on the scale of its logits, which are the scores before "
+            "A voxel is foreground if its score is above this number. A method finds the "
+            "threshold of each volume from its logits, which are the scores before "
             "the sigmoid.",
             f"F|{'|'.join(METHODS)}",
             changes_result=True,
@@ -262,7 +262,7 @@ class Settings(BaseModel):
         Connectivity,
         Option(
             OUTPUT,
-            "Voxels of one object touch by faces (1), edges (2) or corners (3).",
+            "Voxels of one object touch by faces (1), also by edges (2), or also by corners (3).",
             "1|2|3",
             changes_result=True,
         ),
@@ -271,7 +271,7 @@ class Settings(BaseModel):
         Natural,
         Option(
             OUTPUT,
-            "Drop objects of fewer voxels.",
+            "Remove objects of fewer voxels.",
             "N",
             changes_result=True,
         ),
@@ -280,7 +280,8 @@ class Settings(BaseModel):
         Natural,
         Option(
             OUTPUT,
-            "Fill holes of at most this many voxels: background connected as --connectivity says.",
+            "Fill holes of at most this many voxels. A hole is background, connected as "
+            "--connectivity says.",
             "N",
             changes_result=True,
         ),
@@ -289,7 +290,7 @@ class Settings(BaseModel):
         Literal["uint8", "float32"],
         Option(
             OUTPUT,
-            "uint8 stores 255 times the score, rounded.",
+            "Type of the scores; uint8 stores 255 times the score, rounded.",
             "uint8|float32",
             changes_result=True,
         ),
@@ -316,14 +317,14 @@ class Settings(BaseModel):
         bool,
         Option(
             OUTPUT,
-            "Replace the output of another run.",
+            "Replace the output of an earlier run at TARGET.",
         ),
     ] = False
     block: Annotated[
         Triple | None,
         Option(
             RUN,
-            "Voxels of one task; any shape gives the same result. (default: from --memory)",
+            "Size of one task in voxels; any size gives the same result. (default: from --memory)",
             "Z,Y,X",
             changes_result=True,
         ),
@@ -332,7 +333,8 @@ class Settings(BaseModel):
         Bytes | None,
         Option(
             RUN,
-            "Memory of one worker. (default: 8GB, or its share of this machine if that is less)",
+            "Memory that one worker may use. (default: 8GB, or its share of this machine if that "
+            "is less)",
             "8GB|500MiB",
         ),
     ] = None
@@ -340,7 +342,8 @@ class Settings(BaseModel):
         Natural | None,
         Option(
             RUN,
-            "Worker processes; 0 runs all in this process. (default: one, or one per GPU)",
+            "Number of worker processes; 0 runs everything in this process. (default: 1, or one "
+            "per GPU)",
             "N",
         ),
     ] = None
@@ -356,7 +359,8 @@ class Settings(BaseModel):
         Text | None,
         Option(
             RUN,
-            "Start workers as this file says: by SLURM, PBS, LSF, SGE or Kubernetes for instance.",
+            "Start workers from this cluster file, by SLURM, PBS, LSF, SGE or Kubernetes for "
+            "example.",
             "FILE.yaml",
         ),
     ] = None
@@ -389,7 +393,7 @@ class Settings(BaseModel):
         Natural,
         Option(
             RUN,
-            "Further attempts for a failed request to a store, and for a task whose worker or "
+            "How often to retry a failed request to a store, and a task whose worker or "
             "store failed.",
             "N",
         ),
@@ -398,9 +402,9 @@ class Settings(BaseModel):
         PositiveFloat | None,
         Option(
             RUN,
-            "Give up a task or a worker that shows no sign for so many seconds, and try "
-            "elsewhere. (default: a worker after 120, a task after 20 times the longest of its "
-            "stage, 300 at least)",
+            "If a task or a worker does not respond for this many seconds, run the task "
+            "again elsewhere. (default: a worker 120; a task 20 times the longest of its "
+            "stage, at least 300)",
             "SECONDS",
         ),
     ] = None
@@ -411,7 +415,7 @@ class Settings(BaseModel):
         # Python counts True as 1, and ``patch=True`` would become 1,1,1.
         is_flag = cls.model_fields[str(info.field_name)].annotation is bool
         if isinstance(value, bool) and not is_flag:
-            raise ValueError("expected a value, not true or false")
+            raise ValueError("expected a value, found true or false")
         return value
 
     @field_validator("label_name")
@@ -419,10 +423,11 @@ class Settings(BaseModel):
     def _safe_name(cls, name: str) -> str:
         if not _LABEL_NAME.fullmatch(name) or name == "zarr.json":
             raise ValueError(
-                "expected letters, digits, _, - and dots inside, 100 at most: it names a folder"
+                "expected at most 100 letters, digits, _, - and inner dots, because it names a "
+                "folder"
             )
         if name.endswith("_mask"):
-            raise ValueError("the ending _mask is taken by --outputs mask")
+            raise ValueError("the ending _mask is reserved for --outputs mask")
         return name
 
     @field_validator("outputs")
@@ -433,9 +438,9 @@ class Settings(BaseModel):
         if unknown:
             raise ValueError(f"unknown {', '.join(map(repr, unknown))}; choose from {choices}")
         if not outputs:
-            raise ValueError(f"nothing to write; choose from {choices}")
+            raise ValueError(f"expected one or more of {choices}")
         if "measurements" in outputs and "labels" not in outputs:
-            raise ValueError("measurements are of labels, which have to be written too")
+            raise ValueError("measurements need labels; add labels to --outputs")
         return tuple(name for name in OUTPUTS if name in outputs)
 
     def recorded(self) -> "Settings":
@@ -475,7 +480,7 @@ def parse_settings(values: Mapping[str, object]) -> Settings:
         name = str(problem["loc"][0])
         if problem["type"] == "extra_forbidden":
             advice = nearest(name.replace("-", "_"), Settings.model_fields)
-            raise SettingsError(f"no such option: {name}{advice}") from error
+            raise SettingsError(f"unknown option {name}{advice}") from error
         message = validation_message(problem)
         takes = declared(name).metavar or "true|false"
         raise SettingsError(

@@ -268,14 +268,17 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
         lambda d, out: [channels(d), out],
         "3 channels; choose one with --channel: 0 (DNA), 1 (GFP), 2",
     ),
-    "channel by name": (lambda d, out: [channels(d), out, "--channel", "RFP"], "no such channel"),
+    "channel by name": (
+        lambda d, out: [channels(d), out, "--channel", "RFP"],
+        "has no such channel",
+    ),
     "channel by index": (
         lambda d, out: [channels(d), out, "--channel", "3"],
-        "there are 0 (DNA), 1 (GFP), 2",
+        "it has 0 (DNA), 1 (GFP), 2",
     ),
     "channel of another digit": (
         lambda d, out: [channels(d), out, "--channel", "²"],
-        "no such channel",
+        "has no such channel",
     ),
     "level": (
         lambda d, out: [image(d), out, "--level", "3"],
@@ -304,7 +307,7 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     ),
     "nonsense": (
         lambda d, out: [image(d), out, "--overlap", "1"],
-        "--overlap 1: must be less than 1",
+        "--overlap 1: expected a number below 1",
     ),
     "memory": (lambda d, out: [image(d), out, "--memory", "100MB"], "raise --memory"),
     "block and memory": (

@@ -42,11 +42,11 @@ GOOD = {
 }
 ODD = {
     "A/1/flat": (FieldSpec(shape=(1, 32, 32)), "volumes of .* are too small"),
-    "A/1/never": (FieldSpec(n_times=0), "is empty"),
-    "A/2/blind": (FieldSpec(channels=()), "is empty"),
-    "A/2/other": (FieldSpec(("er", "golgi")), "no such channel .*there are 0 .er., 1 .golgi."),
+    "A/1/never": (FieldSpec(n_times=0), "has no voxels"),
+    "A/2/blind": (FieldSpec(channels=()), "has no voxels"),
+    "A/2/other": (FieldSpec(("er", "golgi")), "has no such channel; it has 0 .er., 1 .golgi."),
     "B/2/no name": (FieldSpec(), "no name of a row, column or field"),
-    "B/1/twice": (FieldSpec(("dna", "dna", "actin")), "2 channels of .* can be meant"),
+    "B/1/twice": (FieldSpec(("dna", "dna", "actin")), "2 channels of .* match; choose one"),
 }
 
 
@@ -159,8 +159,8 @@ def test_labels_and_tables_of_several_channels_follow_their_names(run, tmp_path)
     [
         ({"channel": "dna", "time": "0:2"}, "the source has timepoints 0:1"),
         ({"channel": "dna", "level": "1"}, "volumes of .* are too small"),
-        ({"channel": "dna", "roi": "0:16,0:32,0:48"}, "reaches beyond"),
-        ({"channel": "2"}, "no such channel"),
+        ({"channel": "dna", "roi": "0:16,0:32,0:48"}, "lies partly outside"),
+        ({"channel": "2"}, "has no such channel"),
         ({}, "choose one with --channel"),
     ],
 )
@@ -249,7 +249,7 @@ def test_a_channel_that_can_mean_two_is_refused_and_each_choice_works(
         [(made, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)
         return made
 
-    with pytest.raises(SettingsError, match=r"2 channels of .* can be meant") as raised:
+    with pytest.raises(SettingsError, match=r"2 channels of .* match; choose one") as raised:
         plan(wanted)
     for index in choices:
         assert f"index:{index} ({names[index]})" in str(raised.value)
@@ -322,5 +322,5 @@ def test_one_level_with_a_negative_scale_has_sizes_and_labels_in_place(run, tmp_
 
 @pytest.mark.parametrize("dtype", ["[('a', '<i4')]", "StringDType()", "<U4", "complex64"])
 def test_voxels_that_are_no_numbers_are_named(dtype):
-    with pytest.raises(SourceError, match="integers or floats are needed"):
+    with pytest.raises(SourceError, match="expected integers or floats"):
         require_segmentable("field", (16, 32, 32), dtype)

@@ -297,7 +297,7 @@ def test_a_region_is_the_crop_of_the_whole(roi, options, run, tmp_path):
 
 def test_a_region_beyond_the_volume_is_told(run, tmp_path):
     source = write_image(tmp_path / "image.zarr", blobs(SHAPE))
-    with pytest.raises(SettingsError, match="reaches beyond"):
+    with pytest.raises(SettingsError, match="lies partly outside"):
         run(source, "out.zarr", roi="0:16,0:41,0:44")
     assert json.dumps(sorted(p.name for p in tmp_path.iterdir())) == '["image.zarr"]'
 

@@ -275,7 +275,7 @@ def request(tmp_path: Path, **options) -> Request:
     [
         ({"patch": (16, 30, 32)}, SettingsError, "multiples of 16"),
         ({"start": "no such model"}, MegasegError, "--from no such model: neither a known model"),
-        ({"channel": "3"}, SettingsError, "no such channel"),
+        ({"channel": "3"}, SettingsError, "has no such channel"),
     ],
 )
 def test_what_cannot_be_trained_is_said_before_anything_is_written(
