@@ -6,12 +6,12 @@ float32, as in MONAI's ``sliding_window_inference``.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from megaseg_dask.algorithms.array_library import ArrayLibrary
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.errors import EngineError
 
@@ -27,21 +27,6 @@ _SLAB = 2**17
 # MONAI's defaults: sigma is an eighth of the patch, weights never fall below a thousandth.
 _SIGMA_SCALE = 0.125
 _MIN_WEIGHT = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayLibrary(Generic[A]):
-    """The two functions that NumPy and PyTorch do not share as operators."""
-
-    zeros: Callable[[Shape], A]  # float32, on the device of the predictions
-    isfinite: Callable[[A], A]
-
-
-def _zeros(shape: Shape) -> Float32:
-    return np.zeros(shape, np.float32)
-
-
-NUMPY = ArrayLibrary(_zeros, np.isfinite)
 
 
 def window(patch_shape: Shape, mode: str = "gaussian") -> Float32:

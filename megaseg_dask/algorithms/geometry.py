@@ -6,13 +6,14 @@ volume, never to a worker's share, so the answer does not depend on the split.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megaseg_dask.algorithms.resampling import Resampling
 from megaseg_dask.errors import SettingsError
 
 Shape = tuple[int, ...]
@@ -49,6 +50,17 @@ class Box:
     def size(self) -> int:
         """Number of voxels."""
         return math.prod(self.shape)
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Start and stop of each axis."""
+        return tuple(zip(self.start, self.stop, strict=True))
+
+    @classmethod
+    def between(cls, ranges: Iterable[tuple[int, int]]) -> "Box":
+        """Return the box of a start and a stop for each axis."""
+        start, stop = zip(*ranges, strict=True)
+        return cls(start, stop)
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -189,11 +201,16 @@ class PatchGrid:
     A volume smaller than the patch is padded up to it: centered, the odd voxel
     at the end. Boxes are in the volume's coordinates, so those of a padded
     axis start below zero.
+
+    The volume may be one that was resampled from ``source_shape`` voxels: then patches
+    and all that they see are on its grid, while blocks (cores and read boxes) stay
+    boxes of the source.
     """
 
     volume_shape: Shape
     patch_shape: Shape
     overlap: tuple[float, ...]
+    source_shape: Shape = ()
 
     def __post_init__(self) -> None:
         if not len(self.volume_shape) == len(self.patch_shape) == len(self.overlap):
@@ -203,6 +220,11 @@ class PatchGrid:
             )
         if not all(0 <= o < 1 for o in self.overlap):
             raise SettingsError(f"overlap {self.overlap} must be at least 0 and below 1")
+
+    @property
+    def resampling(self) -> Resampling:
+        """How the voxels of the source become those that patches are cut from."""
+        return Resampling(self.source_shape or self.volume_shape, self.volume_shape)
 
     @property
     def padding(self) -> Shape:
@@ -218,24 +240,33 @@ class PatchGrid:
         return math.prod(map(len, self.starts))
 
     def _touching_starts(self, core: Box) -> list[list[int]]:
-        axes = zip(self.starts, self.patch_shape, core.start, core.stop, strict=True)
+        covered = self.covered(core)
+        axes = zip(self.starts, self.patch_shape, covered.start, covered.stop, strict=True)
         return [_touching(starts, patch, a, b) for starts, patch, a, b in axes]
+
+    def covered(self, core: Box) -> Box:
+        """Return the voxels of the grid from which those of a core are made."""
+        return Box.between(self.resampling.grid_ranges(core.ranges))
 
     def count_touching(self, core: Box) -> int:
         """Return how many patches a block has to predict."""
         return math.prod(map(len, self._touching_starts(core)))
 
     def iter_touching(self, core: Box) -> Iterator[Box]:
-        """Yield the patches that share a voxel with ``core``, in grid order."""
+        """Yield the patches that a block has to predict, in grid order."""
         for start in product(*self._touching_starts(core)):
             yield Box.of(self.patch_shape).shifted(start)
 
-    def read_box(self, core: Box) -> Box:
-        """Return the voxels that the patches of ``core`` see: with its halo, without padding."""
+    def seen_box(self, core: Box) -> Box:
+        """Return the voxels of the grid that the patches of ``core`` see, without padding."""
         starts = self._touching_starts(core)
         first = Box.of(self.patch_shape).shifted([s[0] for s in starts])
         last = Box.of(self.patch_shape).shifted([s[-1] for s in starts])
         return Box(first.start, last.stop) & Box.of(self.volume_shape)
+
+    def read_box(self, core: Box) -> Box:
+        """Return the voxels of the source that a block reads: with its halo, without padding."""
+        return Box.between(self.resampling.source_ranges(self.seen_box(core).ranges))
 
     def count_predicted(self, block_shape: Shape, region: Box | None = None) -> int:
         """Return how many patches all blocks of a region predict together.
@@ -249,9 +280,11 @@ class PatchGrid:
         return math.prod(n_voxels for _, n_voxels in self._axis_totals(block_shape, region))
 
     def _axis_totals(self, block_shape: Shape, region: Box | None) -> Iterator[tuple[int, int]]:
-        region = region or Box.of(self.volume_shape)
+        source_shape = self.resampling.source_shape
+        region = region or Box.of(source_shape)
         return map(
             _axis_totals,
+            source_shape,
             self.volume_shape,
             self.patch_shape,
             self.overlap,
@@ -267,14 +300,14 @@ def _touching(starts: Sequence[int], patch: int, start: int, stop: int) -> list[
 
 @functools.cache
 def _axis_totals(
-    extent: int, patch: int, overlap: float, block: int, start: int, stop: int
+    source_extent: int, extent: int, patch: int, overlap: float, block: int, start: int, stop: int
 ) -> tuple[int, int]:
     """Return patches predicted and voxels read along one axis, by the blocks of a region.
 
     Patches and blocks are products of axes, so a sum over all blocks is the
     product of sums over axes: cheap for a million blocks.
     """
-    line = PatchGrid((extent,), (patch,), (overlap,))
+    line = PatchGrid((extent,), (patch,), (overlap,), (source_extent,))
     cores = [core.shifted((start,)) for core in BlockGrid((stop - start,), (block,))]
     n_predicted = sum(map(line.count_touching, cores))
     n_read = sum(line.read_box(core).size for core in cores)

@@ -9,17 +9,16 @@ declared here, beside the code that uses it.
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megaseg_dask.algorithms.array_library import NUMPY, ArrayLibrary
 from megaseg_dask.algorithms.blending import (
     MAX_UINT8_SCORE,
-    NUMPY,
-    ArrayLibrary,
     blend,
     in_slabs,
     sigmoid,
@@ -132,9 +131,10 @@ _window = functools.lru_cache(maxsize=2)(window)
 class Block:
     """A part of a volume: its core, and the voxels that the patches of the core see.
 
-    ``values`` are the voxels ``(c, z, y, x)`` of ``read_box``, on the host or a
-    device; ``prepare`` turns them into the network's input. ``background`` marks
-    the voxels of the core that are background whatever the network says.
+    The core is a box of the source, also where patches lie on another grid. ``values`` are
+    the voxels ``(c, z, y, x)`` of ``read_box``, on the host or a device; ``prepare`` turns
+    them into the network's input. ``background`` marks the voxels of the core that are
+    background whatever the network says.
     """
 
     core: Box
@@ -160,24 +160,44 @@ def blend_patches(
     Raises:
         EngineError: The network gave a logit that is not finite.
     """
-    cut = functools.partial(cut_patch, block, library=library)
-    patches = ((patch, cut(patch)) for patch in block.patches.grid.iter_touching(block.core))
+    grid = block.patches.grid
+    on_grid = resampled(block, library)
+    patches = ((p, cut_patch(on_grid, p, library)) for p in grid.iter_touching(block.core))
     predictions = _predict(patches, forward, block.patches.batch, library)
-    logits = blend(predictions, block.core, weights, library)
+    logits = blend(predictions, grid.covered(block.core), weights, library)
+    logits = grid.resampling.onto_source(logits, block.core.ranges, library)
     if block.background is not None:
         logits[:, block.background] = np.nan
     return logits
 
 
+def resampled(block: Block, library: ArrayLibrary[Any]) -> Block:
+    """Return a block whose values are those of the grid, prepared; itself if that is the source's.
+
+    As in nnU-Net, voxels are normalized first: statistics are those of the source.
+    """
+    grid = block.patches.grid
+    if grid.resampling.is_identity:
+        return block
+    seen = grid.seen_box(block.core).ranges
+    values = grid.resampling.onto_grid(block.prepare(block.values), seen, library)
+    return replace(block, values=values, prepare=_as_they_are)
+
+
+def _as_they_are(values: Any) -> Any:
+    return values
+
+
 def cut_patch(block: Block, patch: Box, library: ArrayLibrary[Any]) -> Any:
     """Return one prepared patch ``(c, z, y, x)``; voxels beyond the volume are zero.
 
-    After a z-score that is the volume's mean. Padding comes after normalizing, as
-    in MONAI.
+    The values of the block are those of the grid. After a z-score zero is the volume's
+    mean. Padding comes after normalizing, as in MONAI.
     """
-    inside = patch & block.read_box
+    seen = block.patches.grid.seen_box(block.core)
+    inside = patch & seen
     prepared = library.zeros((len(block.values), *patch.shape))
-    voxels = block.values[:, *inside.within(block.read_box).slices]
+    voxels = block.values[:, *inside.within(seen).slices]
     prepared[:, *inside.within(patch).slices] = block.prepare(voxels)
     return prepared
 

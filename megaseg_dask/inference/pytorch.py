@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megaseg_dask.algorithms.blending import MAX_UINT8_SCORE, ArrayLibrary
+from megaseg_dask.algorithms.array_library import ArrayLibrary
+from megaseg_dask.algorithms.blending import MAX_UINT8_SCORE
 from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.errors import EngineError
 from megaseg_dask.inference.block import (
@@ -155,7 +156,9 @@ class DeviceEngine(TorchEngine):
             EngineError: The block does not fit the device, or a logit is not finite.
         """
         library = ArrayLibrary(
-            partial(torch.zeros, dtype=torch.float32, device=self._device), torch.isfinite
+            partial(torch.zeros, dtype=torch.float32, device=self._device),
+            torch.isfinite,
+            self._upload,
         )
         try:
             with _exact_arithmetic(self._threads), torch.inference_mode():

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from megaseg_dask.algorithms.blending import NUMPY, ArrayLibrary, blend, window
+from megaseg_dask.algorithms.array_library import NUMPY, ArrayLibrary
+from megaseg_dask.algorithms.blending import blend, window
 from megaseg_dask.algorithms.geometry import Box, PatchGrid
 from megaseg_dask.errors import EngineError
 
-TORCH = ArrayLibrary(partial(torch.zeros, dtype=torch.float32), torch.isfinite)
+TORCH = ArrayLibrary(partial(torch.zeros, dtype=torch.float32), torch.isfinite, torch.from_numpy)
 PATCH = Box((0, 0, 0), (2, 2, 2))
 ONES = np.ones((2, 2, 2), np.float32)
 
