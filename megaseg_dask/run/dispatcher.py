@@ -18,11 +18,18 @@ from typing import Any
 from megaseg_dask.errors import ClusterError
 from megaseg_dask.events import Emit, Joined, Notice
 from megaseg_dask.plan.plan import Plan
-from megaseg_dask.run.cluster.connection import connect, dashboard_of, require_client
+from megaseg_dask.plan.settings import Settings
+from megaseg_dask.run.cluster.connection import Needs, connect, dashboard_of, require_client
 from megaseg_dask.run.cluster.workers import Workers
 from megaseg_dask.run.progress import Ready
 from megaseg_dask.run.retries import Retries
-from megaseg_dask.run.tasks.worker import Assignment, Outcome, is_infrastructure, run_tasks
+from megaseg_dask.run.tasks.worker import (
+    Assigned,
+    Assignment,
+    Outcome,
+    is_infrastructure,
+    run_tasks,
+)
 from megaseg_dask.stores import StoreOptions
 
 # Groups in flight: enough that no worker waits for the client, few enough that memory stays flat.
@@ -116,7 +123,7 @@ class DaskDispatcher:
     def __init__(
         self,
         workers: Workers,
-        assignment: Assignment,
+        assignment: Assigned,
         retries: Retries,
         timeout_s: float | None,
         emit: Emit,
@@ -311,7 +318,7 @@ class DaskDispatcher:
         return self._durations.deadline_s(group.stage, n_tasks)
 
 
-def _run_here(assignment: Assignment, stage: str, indices: list[int]) -> Any:
+def _run_here(assignment: Assigned, stage: str, indices: list[int]) -> Any:
     """Run a group on this worker; return the worker's address, and the outcomes."""
     from distributed import get_worker
 
@@ -359,17 +366,23 @@ class DaskExecutor:
         """Give the workers the model and the options of stores, and take it back at the end."""
         return self._workers.ready(plan.model, plan.run, options)
 
+    def ready_without_model(self, options: StoreOptions) -> AbstractContextManager[None]:
+        """Give the workers the options of stores alone."""
+        return self._workers.ready_with(options)
+
     def dispatcher(self, plan: Plan, lease_id: str, emit: Emit) -> DaskDispatcher:
         """Return a dispatcher of the tasks of one run."""
-        options = plan.settings
         assignment = Assignment(plan.run, plan.fingerprint, lease_id)
-        return DaskDispatcher(
-            self._workers, assignment, Retries(options.retries), options.timeout, emit
-        )
+        return self.dispatcher_of(assignment, plan.settings, emit)
+
+    def dispatcher_of(self, assignment: Assigned, settings: Settings, emit: Emit) -> DaskDispatcher:
+        """Return a dispatcher of any work."""
+        retries = Retries(settings.retries)
+        return DaskDispatcher(self._workers, assignment, retries, settings.timeout, emit)
 
 
 @contextmanager
-def open_workers(plan: Plan, client: Any, emit: Emit) -> Iterator[DaskExecutor]:
+def open_workers(plan: Needs, client: Any, emit: Emit) -> Iterator[DaskExecutor]:
     """Yield the workers behind a client, or those that the plan's settings ask for.
 
     Raises:

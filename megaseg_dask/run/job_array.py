@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Emit, Failure, Result
@@ -28,6 +29,7 @@ from megaseg_dask.run.schedule import Schedule, VolumeProgress
 from megaseg_dask.run.serial import SerialExecutor
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.publish import is_withdrawn
+from megaseg_dask.run.tasks.worker import failure_of
 from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import Location
 
@@ -161,11 +163,12 @@ class _Process:
         """Run tasks of a stage, and return what was recorded of them."""
         n_tasks = len(indices)
         recorder = Recorder(
-            self.plan,
+            (self.plan.source, self.plan.target),
             self.journal,
             self._lease,
             self._emit,
             lambda name: StageProgress(name, n_done=0, n_tasks=n_tasks),
+            partial(failure_of, self.plan),
         )
         dispatcher = SerialExecutor().dispatcher(self.plan, self._lease.id, self._emit)
         recorder.run(dispatcher, _GivenTasks(stage.name, indices))

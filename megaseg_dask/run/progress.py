@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megaseg_dask.events import Emit, Failure, Progress
-from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
 from megaseg_dask.run.retries import StoreWatch
-from megaseg_dask.run.tasks.worker import Outcome, failure_of
-from megaseg_dask.stores import stop_waiting
+from megaseg_dask.run.tasks.worker import Outcome
+from megaseg_dask.stores import Location, stop_waiting
 
 # Given a stage and how many of its tasks are ready, how many to take.
 GroupSize = Callable[[str, int], int]
@@ -94,20 +93,24 @@ class Recorder:
 
     def __init__(
         self,
-        plan: Plan,
+        stores: Sequence[Location],
         journal: Journal,
         lease: Held,
         emit: Emit,
         progress_of: Callable[[str], StageProgress],
+        failure_of: Callable[[str, Outcome], Failure],
     ) -> None:
-        """Record for the client that holds a lease; ``progress_of`` begins to count a stage."""
-        self._plan = plan
+        """Record for the client that holds a lease, of tasks that read and write ``stores``.
+
+        ``progress_of`` begins to count a stage, and ``failure_of`` names a task that failed.
+        """
         self._journal = journal
         self._lease = lease
         self._emit = emit
         self._progress_of = progress_of
+        self._failure_of = failure_of
         self._progress: dict[str, StageProgress] = {}
-        self._stores = StoreWatch([plan.source, plan.target])
+        self._stores = StoreWatch(stores)
         self.n_done = 0
         self.failures: list[Failure] = []
         self.store_is_lost = False
@@ -148,7 +151,7 @@ class Recorder:
     def _record(self, stage: str, outcome: Outcome) -> None:
         progress = self._progress[stage]
         if outcome.error:
-            failure = failure_of(self._plan, stage, outcome)
+            failure = self._failure_of(stage, outcome)
             self._journal.add_failure(failure)
             self.failures.append(failure)
             self._emit(failure)

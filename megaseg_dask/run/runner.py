@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from megaseg_dask.run.status import unread_fields
 from megaseg_dask.run.target import publish
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.ownership import remove_replaced
+from megaseg_dask.run.tasks.worker import failure_of
 from megaseg_dask.run.workspace import Workspace
 from megaseg_dask.stores import StoreOptions
 
@@ -178,7 +180,12 @@ class _Session:
             emit(failure)
         dispatcher = self._executor.dispatcher(plan, self._lease.id, emit)
         recorder = Recorder(
-            plan, journal, self._lease, emit, lambda stage: _begin_stage(plan, journal, stage)
+            (plan.source, plan.target),
+            journal,
+            self._lease,
+            emit,
+            partial(_begin_stage, plan, journal),
+            partial(failure_of, plan),
         )
         with journal.flushed(), journal.session(lambda: self._executor.workers):
             self._run_tasks(plan, journal, dispatcher, recorder, emit)

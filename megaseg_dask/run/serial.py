@@ -9,7 +9,7 @@ from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.run.lease import Leases, Permit
 from megaseg_dask.run.progress import Ready
 from megaseg_dask.run.retries import Retries
-from megaseg_dask.run.tasks.worker import Outcome, Worker
+from megaseg_dask.run.tasks.worker import Outcome, RunWork, Worker
 from megaseg_dask.run.workspace import Workspace
 from megaseg_dask.stores import StoreOptions
 
@@ -57,5 +57,5 @@ class SerialExecutor:
     def dispatcher(self, plan: Plan, lease_id: str, emit: Emit) -> SerialDispatcher:
         """Return a dispatcher of the tasks of one run."""
         permit = Permit(Leases(runs_folder(plan.target)), lease_id)
-        worker = Worker(Workspace(plan, permit))
+        worker = Worker(RunWork(Workspace(plan, permit)))
         return SerialDispatcher(worker, Retries(plan.settings.retries))

@@ -156,7 +156,7 @@ def test_a_worker_reads_the_next_volume_and_writes_the_last_one_while_it_compute
     monkeypatch.setattr(Volume, "write", writes)
     monkeypatch.setattr(TorchEngine, "__call__", computes)
     close_engine()
-    process = worker.Worker(Workspace(plan))
+    process = worker.Worker(worker.RunWork(Workspace(plan)))
     with ThreadPoolExecutor(3) as pool:
         outcomes = list(pool.map(lambda t: process.attempt("volume", t), range(n)))
     assert [(outcome.index, outcome.error) for outcome in outcomes] == [(t, "") for t in range(n)]

@@ -9,16 +9,17 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import dask
 
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.events import Emit, Notice
+from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.plan.cluster_spec import BATCH, Cluster, cluster_of
-from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.cluster.dask_config import CONFIG, WORKER_TIMEOUT_S, without_pages
 from megaseg_dask.run.cluster.start import adapt, require_queued, security_of, started
 from megaseg_dask.run.cluster.workers import QUEUE_S, Workers
@@ -29,8 +30,27 @@ START_S = 60.0
 _NOTICE_S = 10.0
 
 
+class Needs(Protocol):
+    """What workers have to offer: of a plan, or of an import."""
+
+    @property
+    def settings(self) -> Settings:
+        """How workers are started."""
+        ...
+
+    @property
+    def engine(self) -> EngineSpec:
+        """What they compute with."""
+        ...
+
+    @property
+    def projected_bytes(self) -> Mapping[str, int]:
+        """The peak memory of a worker in each stage."""
+        ...
+
+
 @contextmanager
-def connect(plan: Plan, emit: Emit = lambda _: None) -> Iterator[Workers]:
+def connect(plan: Needs, emit: Emit = lambda _: None) -> Iterator[Workers]:
     """Yield the workers that the plan's settings ask for, once the first is there.
 
     They are given back at the end.

@@ -184,6 +184,16 @@ class Workers:
         for bundle in model.bundles:
             if bundles:
                 staging.put(bundle.path, bundle.digest, bundles, bundle.checkpoint)
+        try:
+            with self.ready_with(options, bundles):
+                yield
+        finally:
+            if bundles:
+                bundles.remove()
+
+    @contextmanager
+    def ready_with(self, options: StoreOptions, bundles: Location | None = None) -> Iterator[None]:
+        """Give all workers the options of stores, and the place of copies of bundles."""
         plugin = worker_plugin.make_plugin(
             options,
             bundles.url if bundles else None,
@@ -200,8 +210,6 @@ class Workers:
                 self.client.unregister_worker_plugin(worker_plugin.NAME)
             with suppress(Exception):
                 self.client.unsubscribe_topic(worker_plugin.NAME)
-            if bundles:
-                bundles.remove()
 
     def _forward(self, message: Any) -> None:
         self.emit(Notice(message[1]["notice"]))

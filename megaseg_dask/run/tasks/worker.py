@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, StoreError, TaskError
@@ -49,8 +49,8 @@ class Assignment:
     fingerprint: str
     lease_id: str
 
-    def open_workspace(self) -> Workspace:
-        """Return the workspace of the run.
+    def open_work(self) -> "RunWork":
+        """Return the tasks of the run.
 
         Raises:
             TaskError: Another plan is recorded there by now.
@@ -62,17 +62,38 @@ class Assignment:
             raise TaskError(
                 f"{self.run}/plan.json was replaced by another plan while this run was going on"
             )
-        return Workspace(plan, Permit(Leases(runs_folder(plan.target)), self.lease_id))
+        return RunWork(Workspace(plan, Permit(Leases(runs_folder(plan.target)), self.lease_id)))
+
+
+class Work(Protocol):
+    """Tasks that a process can run: those of a run, or of an import."""
+
+    @property
+    def tasks_at_once(self) -> int:
+        """How many of them a process runs at once."""
+        ...
+
+    def run_task(self, stage: str, index: int) -> TaskSummary:
+        """Run one task, if the client that sent it still holds the run."""
+        ...
+
+
+class Assigned(Protocol):
+    """Work that is described by so little that it travels with each group of tasks."""
+
+    def open_work(self) -> Work:
+        """Return the work, opened in this process."""
+        ...
 
 
 class Worker:
     """What a process keeps from one task of a run to the next."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        """Run tasks of the plan of a workspace."""
-        self._workspace = workspace
+    def __init__(self, work: Work) -> None:
+        """Run tasks of a run, or of an import."""
+        self._work = work
         # Its memory is that of this many tasks, however many threads it has.
-        self._places = threading.Semaphore(workspace.plan.tasks_at_once)
+        self._places = threading.Semaphore(work.tasks_at_once)
         self._lock = threading.Lock()
         self._n_running = 0
         self._stage = ""
@@ -82,10 +103,7 @@ class Worker:
         with self._places, self._measured(stage):
             started_s = time.perf_counter()
             try:
-                self._workspace.begin_task()
-                with noting() as notes:
-                    summary = run_task(self._workspace, stage, index)
-                summary = replace(summary, wrote=wrote(self._workspace, notes))
+                summary = self._work.run_task(stage, index)
             except Exception as error:
                 # As text: the exception of a library may not survive the way to the client.
                 is_ours = isinstance(error, MegasegError)
@@ -120,10 +138,10 @@ class WorkerProcess:
     def __init__(self) -> None:
         """Begin without a worker."""
         self._lock = threading.Lock()
-        self._assignment: Assignment | None = None
+        self._assignment: Assigned | None = None
         self._worker: Worker | None = None
 
-    def worker_for(self, assignment: Assignment) -> Worker:
+    def worker_for(self, assignment: Assigned) -> Worker:
         """Return the worker for a run.
 
         Raises:
@@ -131,7 +149,7 @@ class WorkerProcess:
         """
         with self._lock:
             if self._worker is None or assignment != self._assignment:
-                self._worker = Worker(assignment.open_workspace())
+                self._worker = Worker(assignment.open_work())
                 self._assignment = assignment
             return self._worker
 
@@ -139,7 +157,7 @@ class WorkerProcess:
 _PROCESS = WorkerProcess()
 
 
-def run_tasks(assignment: Assignment, stage: str, indices: list[int]) -> list[Outcome]:
+def run_tasks(assignment: Assigned, stage: str, indices: list[int]) -> list[Outcome]:
     """Run tasks of a recorded plan, one after the other; what cluster workers call."""
     worker = _PROCESS.worker_for(assignment)
     return [worker.attempt(stage, index) for index in indices]
@@ -150,6 +168,26 @@ def run_task(workspace: Workspace, stage: str, index: int) -> TaskSummary:
     planned = workspace.plan.stage(stage)
     volume, number = divmod(index, planned.per_volume)
     return run_on_volume(workspace, planned, volume, number)
+
+
+class RunWork:
+    """The tasks of a run."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        """Run tasks of the plan of a workspace."""
+        self._workspace = workspace
+
+    @property
+    def tasks_at_once(self) -> int:
+        """How many of them a process runs at once."""
+        return self._workspace.plan.tasks_at_once
+
+    def run_task(self, stage: str, index: int) -> TaskSummary:
+        """Run one task; its summary also tells what it wrote."""
+        self._workspace.begin_task()
+        with noting() as notes:
+            summary = run_task(self._workspace, stage, index)
+        return replace(summary, wrote=wrote(self._workspace, notes))
 
 
 # -- how tasks fail
