@@ -81,6 +81,11 @@ class Box:
         stop = tuple(b + o for b, o in zip(self.stop, offset, strict=True))
         return Box(start, stop)
 
+    def grown(self, margin: int) -> "Box":
+        """Return the box with ``margin`` more voxels on every side, also beyond the volume."""
+        start = tuple(a - margin for a in self.start)
+        return Box(start, tuple(b + margin for b in self.stop))
+
     def within(self, frame: "Box") -> "Box":
         """Return the same voxels in coordinates that start at ``frame.start``."""
         return self.shifted([-o for o in frame.start])

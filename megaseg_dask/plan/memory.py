@@ -42,8 +42,8 @@ TABLES_READ_AHEAD = 3
 # Sums of one part of the fixed partition.
 _STATISTICS_BYTES = 64 * 2**20
 
-# Measuring objects: temporaries of a slab, and some 100,000 objects of 450 bytes.
-_MEASURING_BYTES = 150 * 10**6
+# Measuring objects: temporaries of a slab, and some 100,000 objects of 2000 bytes.
+_MEASURING_BYTES = 300 * 10**6
 
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12

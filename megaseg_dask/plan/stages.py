@@ -202,7 +202,6 @@ STAGES = (
         when=Resolved.measures_objects,
         memory=memory.measurements_bytes,
         is_reserved=True,
-        local=True,
         loss="table",
     ),
     Stage(

@@ -17,6 +17,7 @@ from megaseg_dask.algorithms import measurements
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.algorithms.measurements import Sums, measure_block, merge, to_columns
 from megaseg_dask.errors import DataError
+from tests.fixtures.images import with_border
 
 # Integers of at most 16 bits are summed exactly; wider ones as floats are.
 EXACT = ["u1", "i1", "u2", "i2", ">u2", "?"]
@@ -44,13 +45,12 @@ block_shapes = st.tuples(*[st.integers(1, 7)] * 3)
 
 def measure_parts(labels, image, block_shape, **options) -> list[Sums]:
     cores = BlockGrid(labels.shape, block_shape)
-    return [
-        measure_block(labels[core.slices], image[core.slices], core, **options) for core in cores
-    ]
+    return [measure_block(*with_border(labels, image, core), core, **options) for core in cores]
 
 
 def measure_whole(labels, image) -> Sums:
-    return measure_block(labels, image, Box.of(labels.shape))
+    whole = Box.of(labels.shape)
+    return measure_block(*with_border(labels, image, whole), whole)
 
 
 def assert_same(found: dict, expected: dict) -> None:
@@ -98,7 +98,7 @@ def test_tables_of_16_bits_are_exact(volume, block_shape):
                 f"bbox_{axis}_start": places[:, i].min(),
                 f"bbox_{axis}_stop": places[:, i].max() + 1,
             }
-        assert {name: values[row] for name, values in found.items() if name != "label"} == expected
+        assert {name: found[name][row] for name in expected} == expected
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4", *WIDE])
@@ -173,6 +173,19 @@ def test_sums_outgrow_64_bits(dtype):
         assert intensities == pytest.approx(expected, rel=1e-12)
 
 
+def test_products_of_coordinates_outgrow_64_bits():
+    labels = np.ones((2, 3, 4), np.uint32)
+    core = Box((2**21, 2**21, 2**21), (2**21 + 2, 2**21 + 3, 2**21 + 4))
+    sums = measure_block(np.pad(labels, 1), np.ones((1, 2, 3, 4), np.uint16), core)
+    doublings = 36
+    for _ in range(doublings):
+        sums = merge([sums, sums])
+    found = to_columns(sums, (2**22,) * 3, (1.0, 1.0, 1.0))
+    lengths = [found[f"axis_{name}_um"][0] for name in ("minor", "middle", "major")]
+    # The variance of n positions in a row is (n² - 1) / 12.
+    assert lengths == pytest.approx([math.sqrt(20 * (n * n - 1) / 12) for n in (2, 3, 4)], 1e-12)
+
+
 @pytest.mark.parametrize("dtype", ["u2", "f4"])
 def test_no_objects_make_an_empty_table_of_the_same_columns(dtype):
     labels = np.zeros((4, 5, 6), np.uint32)
@@ -230,7 +243,7 @@ def test_the_array_may_lie_in_memory_as_it_likes():
 def test_an_image_of_another_shape_is_refused():
     labels = np.ones((2, 3, 4), np.uint32)
     with pytest.raises(DataError, match=r"\(2, 3, 4\).*\(2, 3, 5\).*0:2,0:3,0:4"):
-        measure_block(labels, np.ones((2, 3, 5)), Box.of(labels.shape))
+        measure_block(np.pad(labels, 1), np.ones((1, 2, 3, 5)), Box.of(labels.shape))
 
 
 def test_many_small_parts_are_held_as_their_objects():
@@ -257,8 +270,10 @@ def test_memory_does_not_grow_with_the_block(dtype):
     image = np.random.default_rng(0).integers(0, 2**16, labels.shape).astype(dtype)
     peaks = []
     for n_planes in (32, 128):
+        core = Box.of((n_planes, *labels.shape[1:]))
+        inputs = with_border(labels, image, core)
         tracemalloc.start()
-        measure_block(labels[:n_planes], image[:n_planes], Box.of((n_planes, *labels.shape[1:])))
+        measure_block(*inputs, core)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] < 20e6

@@ -38,6 +38,9 @@ bbox_z_stop:int64 bbox_y_stop:int64 bbox_x_stop:int64
 intensity_mean:double intensity_min:double intensity_max:double
 intensity_std:double intensity_sum:double
 touches_border:bool
+extent:double equivalent_diameter_um:double
+axis_major_um:double axis_middle_um:double axis_minor_um:double
+surface_area_um2:double sphericity:double
 """.split()
 
 
@@ -47,7 +50,9 @@ def measured(n_objects: int, seed: int = 0, dtype: str = "uint16") -> dict:
     labels = np.zeros(image.shape, np.uint64)
     labels.ravel()[: 3 * n_objects] = np.repeat(np.arange(1, n_objects + 1) + 2**32, 3)
     return to_columns(
-        measure_block(labels, image, Box.of(labels.shape)), labels.shape, tuple(SCALE.values())
+        measure_block(np.pad(labels, 1), image[None], Box.of(labels.shape)),
+        labels.shape,
+        tuple(SCALE.values()),
     )
 
 

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
-from skimage.measure import label, regionprops_table
+from skimage.measure import label, marching_cubes, mesh_surface_area, regionprops_table
 
 from megaseg_dask.algorithms.geometry import BlockGrid
 from megaseg_dask.algorithms.measurements import measure_block, merge, to_columns
-from tests.fixtures.images import blobs
+from tests.fixtures.images import blobs, with_border
 
 SPACING = (0.5, 0.25, 0.2)
 
@@ -24,11 +24,20 @@ PROPERTIES = (
     "intensity_max",
     "intensity_std",
 )
+PROPERTIES_UM = (
+    "area",
+    "centroid",
+    "extent",
+    "equivalent_diameter_area",
+    "axis_major_length",
+    "axis_minor_length",
+    "inertia_tensor_eigvals",
+)
 
 
 def measure_split(labels, image, block_shape):
     parts = (
-        measure_block(labels[c.slices], image[c.slices], c)
+        measure_block(*with_border(labels, image, c), c)
         for c in BlockGrid(labels.shape, block_shape)
     )
     return to_columns(merge(parts), labels.shape, SPACING)
@@ -39,9 +48,7 @@ def assert_agrees(labels, image, block_shape):
     # In float64: scikit-image takes mean and standard deviation in the image's own precision.
     exact = image.astype(np.float64)
     expected = regionprops_table(labels.astype(np.int64), exact, properties=PROPERTIES)
-    in_um = regionprops_table(
-        labels.astype(np.int64), properties=("area", "centroid"), spacing=SPACING
-    )
+    in_um = regionprops_table(labels.astype(np.int64), properties=PROPERTIES_UM, spacing=SPACING)
     assert_array_equal(found["label"], expected["label"])
     assert_array_equal(found["volume_voxels"], expected["area"])
     assert_allclose(found["volume_um3"], in_um["area"], rtol=1e-12)
@@ -50,6 +57,7 @@ def assert_agrees(labels, image, block_shape):
         assert_allclose(found[f"centroid_{axis}_um"], in_um[f"centroid-{i}"], rtol=1e-12)
         assert_array_equal(found[f"bbox_{axis}_start"], expected[f"bbox-{i}"])
         assert_array_equal(found[f"bbox_{axis}_stop"], expected[f"bbox-{i + 3}"])
+    assert_agrees_in_shape(found, in_um, labels)
     assert_array_equal(found["intensity_min"], expected["intensity_min"])
     assert_array_equal(found["intensity_max"], expected["intensity_max"])
     # numpy's own rounding of a mean and its deviations is what limits the comparison.
@@ -59,6 +67,27 @@ def assert_agrees(labels, image, block_shape):
     assert_allclose(
         found["intensity_sum"], expected["intensity_mean"] * expected["area"], rtol=1e-12, atol=1e-6
     )
+
+
+def assert_agrees_in_shape(found, in_um, labels):
+    assert_allclose(found["extent"], in_um["extent"], rtol=1e-12)
+    assert_allclose(found["equivalent_diameter_um"], in_um["equivalent_diameter_area"], rtol=1e-12)
+    # scikit-image's rounding of flat objects is what limits the comparison.
+    near = {"rtol": 1e-6, "atol": 1e-6}
+    assert_allclose(found["axis_major_um"], in_um["axis_major_length"], **near)
+    assert_allclose(found["axis_minor_um"], in_um["axis_minor_length"], **near)
+    first, second, third = (in_um[f"inertia_tensor_eigvals-{i}"] for i in range(3))
+    middle = np.sqrt(np.maximum(10 * (first - second + third), 0))
+    assert_allclose(found["axis_middle_um"], middle, **near)
+    surfaces = [surface_of(np.pad(labels == label, 1)) for label in found["label"]]
+    assert_allclose(found["surface_area_um2"], surfaces, rtol=1e-6)
+    balls = np.cbrt(36 * np.pi * np.square(found["volume_um3"]))
+    assert_allclose(found["sphericity"], balls / surfaces, rtol=1e-6)
+
+
+def surface_of(mask):
+    vertices, faces, _, _ = marching_cubes(mask.astype(float), 0.5, spacing=SPACING)
+    return mesh_surface_area(vertices, faces)
 
 
 # What the blobs, up to about 2800, are multiplied with.

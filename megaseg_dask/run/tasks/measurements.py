@@ -1,9 +1,12 @@
 """Stages of measurements: sums of the objects in one block, and in all blocks of a volume."""
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.measurements import Sums, measure_block, merge
 from megaseg_dask.concurrency import read_ahead
@@ -11,6 +14,8 @@ from megaseg_dask.plan.plan import Output
 from megaseg_dask.run.state import OutputState
 from megaseg_dask.run.tasks.source import require_same_voxels
 from megaseg_dask.run.workspace import Workspace
+
+Array = NDArray[Any]
 
 # Blocks whose sums are in memory or on their way at a time.
 _N_AHEAD = 16
@@ -23,14 +28,34 @@ def measure_objects(workspace: Workspace, output: Output, number: int) -> Output
         DataError: The channel is not what was measured.
     """
     core = workspace.plan.block_grid()[number]
-    labels = workspace.array("labels", output).read(core)
+    labels = _read_with_border(workspace, output, core)
     channel = workspace.sources(output.volume)[0]
     region = core.shifted(workspace.plan.region.start)
-    intensity = channel.read(region)
-    require_same_voxels(workspace, output.volume, region, intensity[None])
+    intensity = channel.read(region)[None]
+    require_same_voxels(workspace, output.volume, region, intensity)
     sums = measure_block(labels, intensity, core)
     workspace.save(output, _name(number), sums.arrays())
     return OutputState()
+
+
+def _read_with_border(workspace: Workspace, output: Output, core: Box) -> Array:
+    """Return the labels of a block and of one voxel around it.
+
+    They are 0 where the volume ends, and in blocks that are missing.
+    """
+    plan = workspace.plan
+    grid = plan.block_grid()
+    around = core.grown(1)
+    volume = workspace.array("labels", output)
+    labels = np.zeros(around.shape, label_dtype(plan.volume_shape))
+    present = set(workspace.present_blocks(output))
+    boxes = [around & Box.of(plan.volume_shape)]
+    if len(present) < len(grid):
+        positions = grid.iter_overlapping(boxes[0])
+        boxes = [around & grid.core(p) for p in positions if grid.index(p) in present]
+    for box in boxes:
+        labels[box.within(around).slices] = volume.read(box)
+    return labels
 
 
 def collect_objects(workspace: Workspace, output: Output, _: int) -> OutputState:
@@ -48,8 +73,8 @@ def collect_objects(workspace: Workspace, output: Output, _: int) -> OutputState
 
 def _no_objects(workspace: Workspace) -> Sums:
     voxel = (1, 1, 1)
-    intensity = np.zeros(voxel, workspace.plan.source_image.dtype)
-    return measure_block(np.zeros(voxel, np.uint32), intensity, Box.of(voxel))
+    intensity = np.zeros((1, *voxel), workspace.plan.source_image.dtype)
+    return measure_block(np.zeros((3, 3, 3), np.uint32), intensity, Box.of(voxel))
 
 
 def _name(number: int) -> str:
