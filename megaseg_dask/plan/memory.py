@@ -10,6 +10,7 @@ belongs to which stage.
 from dataclasses import dataclass
 
 from megaseg_dask.algorithms.components import join_bytes
+from megaseg_dask.algorithms.splitting import SPLIT_BYTES
 from megaseg_dask.inference.engine import ENGINES, EngineSpec, Forward
 
 # Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, that has converted a
@@ -45,6 +46,14 @@ _STATISTICS_BYTES = 64 * 2**20
 # Measuring objects: temporaries of a slab, and some 100,000 objects of 2000 bytes.
 _MEASURING_BYTES = 300 * 10**6
 
+# Boxes of fragments and objects while they are joined, per fragment.
+SPLIT_JOIN_BYTES = 160
+# Every plan can split an object of this padded box; larger ones, if there is memory left.
+LEAST_SPLIT_VOXELS = 2**20
+
+# Place and part of a voxel of a split object, twice while they are packed.
+_PART_BYTES = 16
+
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
 
@@ -69,6 +78,8 @@ class Sizes:
     n_outputs: int
     finds_threshold: bool
     fills_holes: bool
+    # Of the largest padded box of an object to split; 0 if none is split.
+    split_voxels: int
 
     @property
     def logits_bytes(self) -> int:
@@ -160,12 +171,32 @@ def seams_bytes(sizes: Sizes) -> int:
 
 def joining_bytes(sizes: Sizes) -> int:
     """Return the bytes of joining the fragments of a volume."""
-    return join_bytes(sizes.volume_voxels // _VOXELS_PER_FRAGMENT)
+    n_fragments = sizes.volume_voxels // _VOXELS_PER_FRAGMENT
+    boxes = SPLIT_JOIN_BYTES if sizes.split_voxels else 0
+    return join_bytes(n_fragments) + n_fragments * boxes
+
+
+def split_bytes(sizes: Sizes) -> int:
+    """Return the bytes of splitting the objects of a block, one after the other.
+
+    Beside them are the ids of the block, and the parts of its voxels that are not written yet: of
+    the block at most, and of one object more.
+    """
+    ids = sizes.core_voxels * (4 + 2 * sizes.label_bytes)
+    parts = (sizes.core_voxels + sizes.split_voxels) * _PART_BYTES
+    return ids + parts + sizes.split_voxels * SPLIT_BYTES
+
+
+def rank_bytes(sizes: Sizes) -> int:
+    """Return the bytes of numbering the objects and parts of a volume."""
+    return joining_bytes(sizes)
 
 
 def relabel_bytes(sizes: Sizes) -> int:
     """Return the bytes of giving a block its final ids."""
-    return sizes.core_voxels * (4 + 3 * sizes.label_bytes)
+    ids = sizes.core_voxels * (4 + 3 * sizes.label_bytes)
+    parts = sizes.core_voxels * _PART_BYTES if sizes.split_voxels else 0
+    return ids + parts
 
 
 def measurements_bytes(sizes: Sizes) -> int:
@@ -196,6 +227,8 @@ def whole_volume_bytes(sizes: Sizes) -> int:
     if sizes.fills_holes:
         predicting += holes_bytes(sizes)
     labelling = label_bytes(sizes) + relabel_bytes(sizes)
+    if sizes.split_voxels:
+        labelling += split_bytes(sizes)
     if sizes.n_outputs > 1:
         # Outputs are labelled one after the other, beside the scores, and mask or logits, of all.
         kept = sizes.scores_bytes + (4 if sizes.finds_threshold else 1)

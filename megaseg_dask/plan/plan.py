@@ -120,6 +120,8 @@ class Plan(BaseModel):
     first_filters: int
     # The patch of ``--patch auto``, to report how much it would save.
     auto_patch: Shape
+    # Voxels of the largest padded box of an object to split; a run that resumes keeps it.
+    split_voxels: int = 0
 
     # -- geometry
 
@@ -293,8 +295,8 @@ class Plan(BaseModel):
         raise SettingsError(f"no stage {name} in this run; it has {names}")
 
     def stage_telling(self, fact: Fact) -> PlannedStage | None:
-        """Return the stage whose summaries hold a fact about each volume, if it is planned."""
-        for stage in self.stages:
+        """Return the last stage whose summaries hold a fact about each volume, if it is planned."""
+        for stage in reversed(self.stages):
             if fact in stage.declared.tells:
                 return stage
         return None
@@ -336,6 +338,10 @@ class Plan(BaseModel):
         resolved = replace(self.resolved, block=block)
         # A copy would keep the cached grids and projections of the old block.
         return Plan.model_construct(**{**dict(self), "resolved": resolved})
+
+    def with_split(self, voxels: int) -> "Plan":
+        """Return the same plan, in which objects of padded boxes up to so many voxels are split."""
+        return Plan.model_construct(**{**dict(self), "split_voxels": voxels})
 
     @property
     def is_in_place(self) -> bool:
@@ -431,6 +437,7 @@ class Plan(BaseModel):
             n_outputs=len(self.model.outputs),
             finds_threshold=self.resolved.finds_threshold(),
             fills_holes=self.resolved.fills_holes(),
+            split_voxels=self.split_voxels,
         )
 
 

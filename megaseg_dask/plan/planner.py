@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -28,10 +29,10 @@ from megaseg_dask.ngff.plate import require_valid_listing
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.plan.choice import Choice
 from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
-from megaseg_dask.plan.memory import BUDGET_SHARE, CLIENT_BYTES
+from megaseg_dask.plan.memory import BUDGET_SHARE, CLIENT_BYTES, LEAST_SPLIT_VOXELS
 from megaseg_dask.plan.plan import Plan, PlannedImage, PlannedVolume, run_folder
 from megaseg_dask.plan.plate_parts import Part, first_refusal
-from megaseg_dask.plan.resolved import Resolved, normalization_of, threshold_of
+from megaseg_dask.plan.resolved import Resolved, normalization_of, split_depth_of, threshold_of
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.source_identity import digest_of, sample_of
 from megaseg_dask.stores import Location, open_array
@@ -116,6 +117,7 @@ def make_plan(
         connectivity=filled.connectivity,
         min_size=filled.min_size,
         fill_holes=filled.fill_holes,
+        split_depth=split_depth_of(filled),
         scores_dtype=filled.scores_dtype,
         label_name=filled.label_name,
         ome_zarr=filled.ome_zarr,
@@ -124,6 +126,7 @@ def make_plan(
     names = _target_names(choice, inputs, models.ref.outputs)
     targets = request.plan_images(resolved, names)
     request.require_publishable(next(iter(targets.values())))
+    request.require_splittable(next(iter(targets.values())))
     plan = Plan(
         source=request.source,
         target=request.target,
@@ -149,8 +152,12 @@ def make_plan(
         first_filters=max(bundle.network.filters[0] for bundle in models.bundles),
         auto_patch=_auto_patch(models.bundles[0], models.overlap, image.volume_shape()),
     )
+    if resolved.splits_objects():
+        plan = plan.with_split(min(LEAST_SPLIT_VOXELS, _padded_voxels(plan)))
     if filled.block is None:
         plan = plan.with_block(choose_block(plan))
+    if resolved.splits_objects():
+        plan = plan.with_split(_choose_split(plan, part.recorded))
     require_memory(plan)
     return plan
 
@@ -201,6 +208,18 @@ class _Request:
         plate = self.part.plate
         if plate is not None and not self.is_in_place:
             require_valid_listing(plate, image.version)
+
+    def require_splittable(self, image: Image) -> None:
+        """Raise :class:`SettingsError` if the size of voxels is needed and unknown."""
+        settings = self.settings
+        if settings.split_depth is not None and settings.split == "none":
+            raise SettingsError("--split-depth is of --split distance; add that, or leave it out")
+        if settings.split != "none" and image.unknown_size is not None:
+            raise SettingsError(
+                f"--split {settings.split} measures in µm, and the size of the voxels of "
+                f"{self.source} is unknown ({image.unknown_size}); write the size into its "
+                "metadata, or leave --split out"
+            )
 
     def require_target(self) -> None:
         """Raise if the target lies in the source, would replace it, or cannot be written."""
@@ -505,6 +524,27 @@ def choose_block(plan: Plan) -> Shape:
         return max(plan.project(block).values()) <= plan.memory_bytes
 
     return cheapest_block(plan.volume_shape, plan.patch_grid, fits)
+
+
+def _choose_split(plan: Plan, recorded: Plan | None) -> int:
+    """Return the voxels of the largest padded box of an object that can be split.
+
+    A run that resumes keeps them: another memory must not change its result.
+    """
+    if recorded is not None and recorded.resolved == plan.resolved:
+        return recorded.split_voxels
+
+    def needed(voxels: int) -> int:
+        return max(plan.with_split(voxels).projected_bytes.values())
+
+    candidates = range(plan.split_voxels, _padded_voxels(plan) + 1)
+    n_fitting = bisect_right(candidates, plan.memory_bytes, key=needed)
+    return candidates[max(n_fitting - 1, 0)]
+
+
+def _padded_voxels(plan: Plan) -> int:
+    """Return the voxels of the box of an object as large as the volume, with its padding."""
+    return math.prod(n + 2 for n in plan.volume_shape)
 
 
 def require_memory(plan: Plan) -> None:

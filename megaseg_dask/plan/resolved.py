@@ -11,6 +11,9 @@ from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.plan.settings import Settings
 
+# µm; chosen on labelled nuclei (docs/decisions.md).
+DEFAULT_SPLIT_DEPTH = 0.75
+
 _LEVEL = "level:"
 
 
@@ -64,6 +67,13 @@ def normalization_of(settings: Settings) -> NormalizationSource:
             return Given(mean, std)
 
 
+def split_depth_of(settings: Settings) -> float | None:
+    """Return the depth in µm of cuts between objects; ``None`` if there are none."""
+    if settings.split == "none":
+        return None
+    return settings.split_depth or DEFAULT_SPLIT_DEPTH
+
+
 def threshold_of(settings: Settings) -> Threshold:
     """Return the threshold, or how it is found."""
     if isinstance(settings.threshold, str):
@@ -94,6 +104,8 @@ class Resolved:
     connectivity: int
     min_size: int
     fill_holes: int
+    # µm; ``None`` if objects that touch stay one.
+    split_depth: float | None
     scores_dtype: str
     label_name: str
     ome_zarr: str
@@ -112,6 +124,10 @@ class Resolved:
     def fills_holes(self) -> bool:
         """Return whether holes of the mask are filled."""
         return self.fill_holes > 0 and self.has_mask()
+
+    def splits_objects(self) -> bool:
+        """Return whether objects that touch are taken apart."""
+        return self.split_depth is not None and self.writes_labels()
 
     def writes_labels(self) -> bool:
         """Return whether objects are labelled."""
@@ -151,6 +167,8 @@ class Resolved:
             "connectivity": self.connectivity,
             "min_size": self.min_size,
             "fill_holes": self.fill_holes,
+            "split": "none" if self.split_depth is None else "distance",
+            "split_depth": self.split_depth,
             "scores_dtype": self.scores_dtype,
             "label_name": self.label_name,
             "ome_zarr": self.ome_zarr,

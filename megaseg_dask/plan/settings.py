@@ -286,6 +286,26 @@ class Settings(BaseModel):
             changes_result=True,
         ),
     ] = 0
+    split: Annotated[
+        Literal["none", "distance"],
+        Option(
+            OUTPUT,
+            "Take objects apart that touch: distance cuts where they are narrow, between the "
+            "peaks of the distance from their surface.",
+            "none|distance",
+            changes_result=True,
+        ),
+    ] = "none"
+    split_depth: Annotated[
+        PositiveFloat | None,
+        Option(
+            OUTPUT,
+            "How far, in µm, the distance has to fall between two peaks for a cut; more cuts "
+            "less. (default: 0.75)",
+            "UM",
+            changes_result=True,
+        ),
+    ] = None
     scores_dtype: Annotated[
         Literal["uint8", "float32"],
         Option(

@@ -188,6 +188,25 @@ STAGES = (
         tells=("objects",),
     ),
     Stage(
+        "split",
+        "splitting.split_objects",
+        over="blocks",
+        when=Resolved.splits_objects,
+        memory=memory.split_bytes,
+        # An object may lie in many blocks.
+        loss="labels",
+    ),
+    Stage(
+        "rank",
+        "splitting.rank_objects",
+        over="volume",
+        when=Resolved.splits_objects,
+        memory=memory.rank_bytes,
+        loss="labels",
+        quick=True,
+        tells=("objects",),
+    ),
+    Stage(
         "relabel",
         "components.relabel_block",
         over="blocks",

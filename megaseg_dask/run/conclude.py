@@ -156,7 +156,7 @@ def state_of(plan: Plan, journal: Journal, volume: int) -> VolumeState | None:
     if measure is not None and not journal.is_stage_complete(measure.name, volume):
         return None
     progress = VolumeProgress(Workspace(plan), journal, volume)
-    return progress.state(("statistics", "threshold"))
+    return progress.state(("statistics", "threshold", "objects"))
 
 
 def _state_of(summary: TaskSummary | None) -> VolumeState | None:
@@ -182,6 +182,7 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
         warnings.append(
             f"{n_absent} chunks of the source are not there, and were read as its fill value"
         )
+    warnings += _left_whole(plan, states)
     batches = [summary.batch for summary in summaries if summary.batch]
     if batches:
         warnings.append(
@@ -189,6 +190,23 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
             f"{min(batches)}, not {plan.batch}, which may change the last bits; "
             "choose a smaller --batch"
         )
+    return warnings
+
+
+def _left_whole(plan: Plan, states: Sequence[VolumeState | None]) -> list[str]:
+    """Name the objects of each volume that were too large to be split."""
+    warnings = []
+    for planned, state in zip(plan.volumes, states, strict=True):
+        for output in state.by_output if state else ():
+            if not output.n_whole:
+                continue
+            ids = ", ".join(str(object_id) for object_id, *_ in output.whole)
+            more = " and others" if output.n_whole > len(output.whole) else ""
+            warnings.append(
+                f"{volume_name(planned)}: {output.n_whole} objects (labels {ids}{more}) do not fit "
+                "a worker's memory, and were not split; start again with more --memory and "
+                "--overwrite"
+            )
     return warnings
 
 

@@ -115,6 +115,9 @@ class VolumeProgress:
         if "threshold" in facts:
             for told in self._told_of(output, "threshold"):
                 state = replace(state, threshold=told.threshold)
+        if "objects" in facts:
+            for told in self._told_of(output, "objects"):
+                state = state.updated(told)
         return state
 
     def _told_of(self, output: Output, fact: Fact) -> list[OutputState]:

@@ -70,6 +70,9 @@ class OutputState:
     threshold: float | None = None
     n_objects: int | None = None
     n_fragments: int | None = None
+    # Objects that were too large to be split; of the first ones id, start and stop.
+    n_whole: int | None = None
+    whole: tuple[tuple[int, ...], ...] = ()
 
     def updated(self, other: "OutputState") -> "OutputState":
         """Return this state with the fields that have a value in another one."""
@@ -77,7 +80,17 @@ class OutputState:
 
     def to_json(self) -> Json:
         """Return the fields that have a value."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value not in (None, ())}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "OutputState":
+        """Return the value that :meth:`to_json` wrote."""
+        numbers = dict(value)
+        whole = tuple(map(tuple, numbers.pop("whole", ())))
+        _require_numbers(numbers)
+        for row in whole:
+            _require_numbers(dict(enumerate(row)))
+        return cls(**numbers, whole=whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,23 +232,18 @@ class Ending:
 
 def statistics_from_json(value: Mapping[str, Any]) -> tuple[ChannelStatistics, ...]:
     """Return the statistics of each channel of a state or a summary."""
-    return tuple(ChannelStatistics(**channel) for channel in _rows_of(value, "statistics"))
+    channels: list[Json] = value.get("statistics", [])
+    for channel in channels:
+        _require_numbers(channel)
+    return tuple(ChannelStatistics(**channel) for channel in channels)
 
 
 def outputs_from_json(value: Mapping[str, Any]) -> tuple[OutputState, ...]:
     """Return what a state or a summary has of each output, under ``by_output``."""
-    return tuple(OutputState(**output) for output in _rows_of(value, "by_output"))
+    return tuple(map(OutputState.from_json, value.get("by_output", ())))
 
 
-def _rows_of(value: Mapping[str, Any], name: str) -> list[Json]:
-    """Return a list of fields that are all numbers."""
-    rows: list[Json] = value.get(name, [])
-    for row in rows:
-        _require_numbers(row)
-    return rows
-
-
-def _require_numbers(fields: Json) -> None:
+def _require_numbers(fields: Mapping[Any, Any]) -> None:
     for name, value in fields.items():
         if value is not None and type(value) not in (int, float):
             raise TypeError(f"{name} is {value!r}, which is no number")

@@ -33,6 +33,7 @@ VALUES = {
     "connectivity": 2,
     "min_size": 5,
     "fill_holes": 7,
+    "split_depth": 0.6,
     "scores_dtype": "float32",
     "label_name": "cells",
     "ome_zarr": "0.4",

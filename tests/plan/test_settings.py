@@ -68,6 +68,8 @@ VALUES = [
     ("storage_option", "region=a, b=c", ["region=a", "b=c"], ("region=a", "b=c")),
     ("threshold", "otsu", "otsu", "otsu"),
     ("fill_holes", "30", 30, 30),
+    ("split", "distance", "distance", "distance"),
+    ("split_depth", "0.5", 0.5, 0.5),
     ("normalization", "10.5,2", (10.5, 2), (10.5, 2.0)),
     ("normalization", "level:2", "level:2", "level:2"),
 ]
@@ -139,6 +141,9 @@ NONSENSE = [
     ("threshold", "nan", "from 0 to 1"),
     ("threshold", "high", "or one of otsu, yen"),
     ("fill_holes", "-1", "expected 0 or more"),
+    ("split", "shape", "'none' or 'distance'"),
+    ("split_depth", "0", "more than 0"),
+    ("split_depth", "inf", "finite"),
     ("normalization", "10", "MEAN,STD, or level:N"),
     ("normalization", "10,0", "above 0"),
     ("normalization", "nan,1", "finite mean"),

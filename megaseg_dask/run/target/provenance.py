@@ -70,7 +70,7 @@ def provenance_by(
     threshold = options["threshold"]
     if plan.resolved.finds_threshold():
         threshold = _thresholds(plan.model.outputs, volumes)
-    return {
+    found: Json = {
         "model": _model(plan),
         "settings": settings,
         "engine": engine,
@@ -85,6 +85,11 @@ def provenance_by(
         "versions": _versions(),
         "missing_boxes": list(missing_boxes),
     }
+    left_whole = _left_whole(plan.model.outputs, volumes)
+    if left_whole:
+        # Larger boxes than this are not split.
+        found["left_whole"] = {"max_voxels": plan.split_voxels, "volumes": left_whole}
+    return found
 
 
 def is_of_run(plan: Plan, provenance: Mapping[str, Any] | None) -> bool:
@@ -135,6 +140,21 @@ def _thresholds(outputs: Sequence[str], volumes: Sequence[Measured]) -> list[Jso
             known = state.output(number) if state else OutputState()
             row["threshold"] = known.threshold
             rows.append(row)
+    return rows
+
+
+def _left_whole(outputs: Sequence[str], volumes: Sequence[Measured]) -> list[Json]:
+    """Return how many objects were too large to be split, and the first ones by id."""
+    rows = []
+    for planned, state in volumes:
+        for number, known in enumerate(state.by_output if state else ()):
+            if not known.n_whole:
+                continue
+            row: Json = {"t": planned.t, "c": planned.c}
+            if len(outputs) > 1:
+                row["output"] = outputs[number]
+            labels = [object_id for object_id, *_ in known.whole]
+            rows.append({**row, "n_objects": known.n_whole, "labels": labels})
     return rows
 
 

@@ -5,7 +5,7 @@ a volume joins them. Missing blocks take no part: nothing is known of their
 voxels, and no label is given there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms import components
+from megaseg_dask.algorithms.splitting import Objects, fragment_boxes
 from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.plan.memory import IDLE_BYTES
+from megaseg_dask.plan.memory import IDLE_BYTES, SPLIT_JOIN_BYTES
 from megaseg_dask.plan.plan import Output
 from megaseg_dask.run.state import OutputState
+from megaseg_dask.run.tasks.splitting import WHOLE_IDS, deal_objects, put_parts
 from megaseg_dask.run.workspace import Workspace
 
 Array = NDArray[Any]
@@ -28,6 +30,7 @@ _N_AHEAD = 64
 # First voxel and size of a fragment; neighbor, id here and id there of a pair.
 _FRAGMENT_ROWS = 2
 _PAIR_ROWS = 3
+BOX_ROWS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,14 @@ class Kind:
     def seams(self, number: int) -> str:
         """Return the name of the pairs at the seams of a block."""
         return f"{self.folder}/seams/{number}"
+
+    def are_split(self, workspace: Workspace) -> bool:
+        """Return whether components are taken apart: objects are, by request."""
+        return not self.is_inverted and workspace.plan.resolved.splits_objects()
+
+    def boxes(self, number: int) -> str:
+        """Return the name of the bounding boxes of the fragments of a block."""
+        return f"{self.folder}/boxes/{number}"
 
     def table(self, number: int) -> str:
         """Return the name of the table that gives the fragments of a block their final ids."""
@@ -99,6 +110,9 @@ def _label_block(workspace: Workspace, output: Output, number: int, kind: Kind) 
     workspace.write(kind.provisional, output, core, labels)
     workspace.save(output, kind.planes(number), components.boundary_planes(labels))
     workspace.save_rows(output, kind.fragments(number), rows)
+    if kind.are_split(workspace):
+        boxes = fragment_boxes(labels, core)
+        workspace.save_rows(output, kind.boxes(number), boxes)
     return OutputState()
 
 
@@ -146,7 +160,10 @@ def relabel_block(workspace: Workspace, output: Output, number: int) -> OutputSt
     provisional = workspace.array(OBJECTS.provisional, output).read(core)
     (table,) = workspace.load_rows(output, OBJECTS.table(number), 1)
     dtype = components.label_dtype(workspace.plan.volume_shape)
-    workspace.write("labels", output, core, components.relabel(provisional, table, dtype))
+    labels = components.relabel(provisional, table, dtype)
+    if OBJECTS.are_split(workspace):
+        put_parts(workspace, output, number, labels)
+    workspace.write("labels", output, core, labels)
     return OutputState()
 
 
@@ -156,10 +173,21 @@ def relabel_block(workspace: Workspace, output: Output, number: int) -> OutputSt
 def join_objects(workspace: Workspace, output: Output, _: int) -> OutputState:
     """Join all fragments of an output into objects, and write the final id of each fragment."""
     volume = _Fragments(workspace, output, OBJECTS)
+    if OBJECTS.are_split(workspace):
+        return _deal_objects(workspace, output, volume)
     min_size = workspace.plan.resolved.min_size
     final = components.join_fragments(volume.fragments, volume.iter_pairs(), min_size=min_size)
-    volume.write_tables(final)
+    volume.write_tables(final, OBJECTS.table)
     return OutputState(n_objects=int(final.max(initial=0)), n_fragments=len(volume.fragments))
+
+
+def _deal_objects(workspace: Workspace, output: Output, volume: "_Fragments") -> OutputState:
+    """Join all fragments into whole objects, of any size, and deal them out to be split."""
+    boxes = volume.read_boxes()
+    ids = components.join_fragments(volume.fragments, volume.iter_pairs())
+    volume.write_tables(ids, WHOLE_IDS.format)
+    deal_objects(workspace, output, Objects.of(volume.fragments, boxes, ids))
+    return OutputState(n_fragments=len(volume.fragments))
 
 
 def join_holes(workspace: Workspace, output: Output, _: int) -> OutputState:
@@ -167,7 +195,7 @@ def join_holes(workspace: Workspace, output: Output, _: int) -> OutputState:
     volume = _Fragments(workspace, output, HOLES)
     max_size = workspace.plan.resolved.fill_holes
     small = components.fill_table(volume.fragments, volume.iter_pairs(), max_size)
-    volume.write_tables(small.view(np.uint8))
+    volume.write_tables(small.view(np.uint8), HOLES.table)
     return OutputState(n_fragments=len(volume.fragments))
 
 
@@ -202,6 +230,8 @@ class _Fragments:
     def _require_memory(self) -> None:
         n_fragments = int(self._offsets[-1])
         needed = IDLE_BYTES + components.join_bytes(n_fragments, 2 * components.JOIN_BATCH)
+        if self._kind.are_split(self._workspace):
+            needed += n_fragments * SPLIT_JOIN_BYTES
         memory_bytes = self._workspace.plan.memory_bytes
         if needed > memory_bytes:
             raise SettingsError(
@@ -215,14 +245,24 @@ class _Fragments:
 
     def _read_fragments(self) -> components.Fragments:
         table = np.empty((_FRAGMENT_ROWS, self._offsets[-1]), np.uint64)
+        self._read_rows(self._kind.fragments, table)
+        return components.Fragments(*table)
+
+    def read_boxes(self) -> NDArray[np.uint32]:
+        """Return the bounding box of each fragment, in columns ``(6, n)``."""
+        # Half the memory of what is stored: no axis has more voxels.
+        table = np.empty((BOX_ROWS, self._offsets[-1]), np.uint32)
+        self._read_rows(self._kind.boxes, table)
+        return table
+
+    def _read_rows(self, name: Callable[[int], str], table: Array) -> None:
+        """Read the rows of all blocks into a table."""
 
         def read(number: int) -> NDArray[np.uint64]:
-            name = self._kind.fragments(number)
-            return self._workspace.load_rows(self._output, name, _FRAGMENT_ROWS)
+            return self._workspace.load_rows(self._output, name(number), len(table))
 
         for number, rows in read_ahead(read, self._blocks, _N_AHEAD):
             table[:, self._rows_of(number)] = rows
-        return components.Fragments(*table)
 
     def iter_pairs(self) -> Iterator[Indices]:
         """Yield the pairs of each block's seams, as rows of the table."""
@@ -238,12 +278,12 @@ class _Fragments:
             rows[:, 1] += self._offsets[neighbor.astype(np.int64)]
             yield rows
 
-    def write_tables(self, values: Array) -> None:
+    def write_tables(self, values: Array, name: Callable[[int], str]) -> None:
         """Write the part of each block of a table with a value for each fragment."""
 
         def write(number: int) -> None:
             rows = values[self._rows_of(number)].astype(np.uint64)[None]
-            self._workspace.save_rows(self._output, self._kind.table(number), rows)
+            self._workspace.save_rows(self._output, name(number), rows)
 
         for _ in read_ahead(write, self._blocks, _N_AHEAD):
             pass
