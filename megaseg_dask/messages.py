@@ -204,6 +204,8 @@ STAGE_PHRASES = {
     "label": "finding objects in blocks",
     "seams": "comparing objects at borders",
     "join": "joining objects across blocks",
+    "split": "taking objects apart",
+    "rank": "ordering objects",
     "relabel": "numbering objects",
     "measurements": "measuring objects",
     "table": "writing the table of objects",

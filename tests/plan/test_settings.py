@@ -142,7 +142,7 @@ NONSENSE = [
     ("threshold", "high", "or one of otsu, yen"),
     ("fill_holes", "-1", "expected 0 or more"),
     ("split", "shape", "'none' or 'distance'"),
-    ("split_depth", "0", "more than 0"),
+    ("split_depth", "0", "a number above 0"),
     ("split_depth", "inf", "finite"),
     ("normalization", "10", "MEAN,STD, or level:N"),
     ("normalization", "10,0", "above 0"),

@@ -41,7 +41,8 @@ def touching_balls(shape=SHAPE, seed=0) -> np.ndarray:
 
 @pytest.fixture
 def source(tmp_path):
-    return write_image(tmp_path / "image.zarr", touching_balls(), scale=SCALE)
+    image = touching_balls()
+    return write_image(tmp_path / "image.zarr", image, image[::2, ::2, ::2], scale=SCALE)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_labels_pyramids_and_measurements_are_those_of_the_parts(block, run, tmp
     assert settings["split_depth"] == 0.2
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize("n_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_workers_write_the_bytes_of_this_process(
     n_workers, source, run, tmp_path, tiny_bundle, monkeypatch
 ):
