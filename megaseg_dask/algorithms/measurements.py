@@ -218,6 +218,15 @@ def to_columns(
     return typed
 
 
+def columns_of(*, size_is_known: bool, channels: Iterable[str] = ()) -> dict[str, str]:
+    """Return the columns of :func:`to_columns`, and their dtypes."""
+    left_out = () if size_is_known else UM_COLUMNS
+    dtypes = {name: dtype for name, dtype in COLUMNS.items() if name not in left_out}
+    for channel, name in product(channels, CHANNEL_COLUMNS):
+        dtypes[channel_column(name, channel)] = COLUMNS[name]
+    return dtypes
+
+
 def channel_column(name: str, channel: str) -> str:
     """Return the name of a column of one channel by itself."""
     return f"{name}_{channel}"

@@ -1,4 +1,4 @@
-"""Measurements as files: one Parquet table for a whole run, and a table beside each label image.
+"""Measurements as files: one table for a whole run, and a table beside each label image.
 
 Both are written volume by volume into a local temporary file and then put in
 one piece, so no reader sees a part and a plate's rows are never in memory. The
@@ -9,17 +9,18 @@ needs no other library (``ngio.tables.v1._feature_table``, ngio 1.1).
 import io
 import mmap
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megaseg_dask.algorithms.measurements import COLUMNS, UM_COLUMNS
+from megaseg_dask.algorithms.measurements import COLUMNS
 from megaseg_dask.errors import StoreError, TargetError
 from megaseg_dask.ngff.group import PROVENANCE, find_attributes, require_version, write_group
 from megaseg_dask.ngff.versions import VERSIONS
@@ -30,6 +31,8 @@ Columns = Mapping[str, NDArray[Any]]
 # Each row group costs a footer entry per column: one for each of a hundred thousand fields would
 # outweigh the rows.
 _GROUP_ROWS = 2**17
+
+CSV = ".csv"
 
 # Rows, and bytes of the file, that are read at a time.
 _BATCH_ROWS = 2**16
@@ -45,7 +48,9 @@ _OF_PLACE = {
     "output": "string",
 }
 # An image knows its own place in a plate, and each of its label images has its own table.
-_OF_PLACE_IN_IMAGE = {name: _OF_PLACE[name] for name in ("timepoint", "channel")}
+_OF_PLACE_IN_IMAGE = {name: _OF_PLACE[name] for name in ("timepoint", "channel", "channel_name")}
+# Labels begin at 1 in each timepoint: with several, this names a row of an image's table.
+_KEY = "key"
 
 
 def _schema(columns: Mapping[str, str]) -> pa.Schema:
@@ -60,22 +65,30 @@ def _schema(columns: Mapping[str, str]) -> pa.Schema:
 RUN_SCHEMA = _schema(_OF_PLACE | COLUMNS)
 IMAGE_SCHEMA = _schema(_OF_PLACE_IN_IMAGE | COLUMNS)
 
+# The columns of measurements in a table, and their dtypes.
+Form = Mapping[str, str]
 
-def schema_of(schema: pa.Schema, sizes_known: Collection[bool]) -> pa.Schema:
-    """Return a schema for images whose voxel sizes are known, or not, or some of each.
 
-    Without any known size the columns in µm are left out; with some, they hold nulls.
+def schema_of(place: Mapping[str, str], forms: Sequence[Form]) -> pa.Schema:
+    """Return the schema of a table of rows of several forms.
+
+    A column that some forms lack holds nulls.
     """
-    if all(sizes_known):
-        return schema
-    fields = []
-    for field in schema:
-        is_known = field.name not in UM_COLUMNS
-        if is_known:
-            fields.append(field)
-        elif any(sizes_known):
-            fields.append(field.with_nullable(True))
-    return pa.schema(fields)
+    dtypes: dict[str, str] = {}
+    for form in forms:
+        dtypes |= form
+    known = {name: dtypes.pop(name) for name in COLUMNS if name in dtypes}
+    schema = _schema({**place, **known, **dtypes})
+    for index, field in enumerate(schema):
+        is_lacking = field.name not in place and any(field.name not in form for form in forms)
+        if is_lacking:
+            schema = schema.set(index, field.with_nullable(True))
+    return schema
+
+
+def run_schema(forms: Sequence[Form]) -> pa.Schema:
+    """Return the schema of the table of a run whose images have measurements of these forms."""
+    return schema_of(_OF_PLACE, forms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +108,7 @@ class Place:
     output: str | None = None
 
 
-def write_parquet(
+def write_rows(
     folder: Location,
     key: str,
     volumes: Iterable[tuple[Place, Columns]],
@@ -103,10 +116,11 @@ def write_parquet(
     schema: pa.Schema = RUN_SCHEMA,
     group_rows: int = _GROUP_ROWS,
 ) -> int:
-    """Write the rows of all volumes, in the order given, into one Parquet file.
+    """Write the rows of all volumes, in the order given, into one Parquet or CSV file.
 
     Return their number.
 
+    The form follows from the ending of ``key``.
     ``volumes`` pairs a place with the columns of ``measurements.to_columns``;
     it is read once, and the rows of a volume or of a row group, whichever are
     more, are held at a time.
@@ -119,16 +133,23 @@ def write_parquet(
     with tempfile.TemporaryFile() as file:
         with (
             naming(Location.of(tempfile.gettempdir()), "write"),
-            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+            _open_writer(key, file, schema) as writer,
         ):
             for rows in _iter_groups(volumes, schema, group_rows):
-                writer.write_table(rows, row_group_size=group_rows)
+                writer.write_table(rows, group_rows)
                 n_rows += rows.num_rows
         file.flush()
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             # A store takes any buffer, and a mapped file costs no memory.
             folder.put(key, cast(bytes, data))
     return n_rows
+
+
+def _open_writer(key: str, file: IO[bytes], schema: pa.Schema) -> Any:
+    """Return a writer of tables of rows, which is closed at the end of ``with``."""
+    if key.endswith(CSV):
+        return pyarrow.csv.CSVWriter(file, schema)
+    return pq.ParquetWriter(file, schema, compression="zstd")
 
 
 def _iter_groups(
@@ -153,6 +174,8 @@ def _rows(place: Place, columns: Columns, schema: pa.Schema) -> pa.Table:
     """Return the rows of one volume."""
     n_rows = len(columns["label"])
     arrays = {name: pa.array(values) for name, values in columns.items()}
+    if _KEY in schema.names:
+        arrays[_KEY] = pa.array([f"{place.timepoint}:{label}" for label in columns["label"]])
     for name, value in asdict(place).items():
         scalar = pa.scalar(value, pa.type_for_alias(_OF_PLACE[name]))
         arrays[name] = pa.repeat(scalar, n_rows)
@@ -188,13 +211,15 @@ class ImageTable:
         *,
         label_name: str,
         provenance: Mapping[str, object],
-        size_is_known: bool = True,
+        form: Form = COLUMNS,
+        has_times: bool = False,
     ) -> None:
         """Write the features of the objects in ``labels/<label_name>``.
 
         ``version`` is the image's, ``"0.4"`` or ``"0.5"``; ``volumes`` are its
-        timepoints, told apart by the column ``timepoint``. Without a known voxel
-        size there are no columns in µm. The table is listed when it is complete.
+        timepoints, told apart by the column ``timepoint``, and have columns of one ``form``.
+        With several, ``has_times``, the index is a key of timepoint and label: readers want
+        each value once. The table is listed when it is complete.
 
         Raises:
             TargetError: There is a table of this name without provenance of
@@ -203,17 +228,20 @@ class ImageTable:
         """
         require_version(self.image, version)
         self.require_own()
+        place = dict(_OF_PLACE_IN_IMAGE)
+        index = {"index_key": "label", "index_type": "int"}
+        if has_times:
+            place = {_KEY: "string", **place}
+            index = {"index_key": _KEY, "index_type": "str"}
         # First the rows, then what makes a reader look for them.
-        schema = schema_of(IMAGE_SCHEMA, [size_is_known])
-        write_parquet(self.location, "table.parquet", volumes, schema=schema)
+        write_rows(self.location, "table.parquet", volumes, schema=schema_of(place, [form]))
         metadata = {
             "type": "feature_table",
             "table_version": "1",
             "region": {"path": f"../labels/{label_name}"},
             "instance_key": "label",
             "backend": "parquet",
-            "index_key": "label",
-            "index_type": "int",
+            **index,
             PROVENANCE: dict(provenance),
         }
         write_group(self.location, version, metadata)
@@ -243,7 +271,7 @@ class ImageTable:
         volumes: list[tuple[int, int, Columns]] = []
         for t, c in dict.fromkeys(zip(timepoints, channels, strict=True)):
             rows = table.filter((pc.field("timepoint") == t) & (pc.field("channel") == c))
-            names = [name for name in COLUMNS if name in rows.column_names]
+            names = [name for name in rows.column_names if name not in (*_OF_PLACE, _KEY)]
             volumes.append((t, c, {name: rows[name].to_numpy() for name in names}))
         return volumes
 
@@ -293,10 +321,25 @@ def iter_columns(file: Location, names: Sequence[str]) -> Iterator[tuple[NDArray
     size = folder.size(file.basename)
     if size is None:
         raise StoreError(f"{file} is not there")
-    reader = io.BufferedReader(_ObjectReader(folder, file.basename, size), _READ_BYTES)
-    with _naming_damage(file), pq.ParquetFile(reader) as table:
-        for batch in table.iter_batches(_BATCH_ROWS, columns=list(names)):
+    reader: Any = io.BufferedReader(_ObjectReader(folder, file.basename, size), _READ_BYTES)
+    with _naming_damage(file):
+        for batch in _iter_batches(file, reader, names):
             yield tuple(batch.column(name).to_numpy(zero_copy_only=False) for name in names)
+
+
+def _iter_batches(
+    file: Location, reader: IO[bytes], names: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    if not file.basename.endswith(CSV):
+        with pq.ParquetFile(reader) as table:
+            yield from table.iter_batches(_BATCH_ROWS, columns=list(names))
+        return
+    types = {field.name: field.type for field in RUN_SCHEMA}
+    options = pyarrow.csv.ConvertOptions(
+        include_columns=list(names), column_types=types, strings_can_be_null=True
+    )
+    with pyarrow.csv.open_csv(reader, convert_options=options) as table:
+        yield from table
 
 
 @contextmanager

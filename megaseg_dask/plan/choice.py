@@ -17,7 +17,7 @@ from megaseg_dask.messages import one_line
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.plan.resolved import OfLevel, normalization_of
-from megaseg_dask.plan.settings import Settings
+from megaseg_dask.plan.settings import ALL_CHANNELS, Settings
 from megaseg_dask.stores import Location
 
 _INDEX = "index:"
@@ -36,6 +36,9 @@ class Choice:
     channel_names: tuple[str, ...]
     times: tuple[int, int]
     roi: Box | None
+    # Channels that are measured by themselves, and their names.
+    measured: tuple[int, ...] = ()
+    measured_names: tuple[str, ...] = ()
 
 
 def choose(image: Image, settings: Settings, where: Location) -> Choice:
@@ -55,11 +58,14 @@ def choose(image: Image, settings: Settings, where: Location) -> Choice:
     require_segmentable(where, segmented.volume_shape(), segmented.dtype)
     channels = choose_channels(segmented, settings.channel, where)
     names = segmented.channels
+    measured = _choose_measured(segmented, settings.measure_channels, where)
     return Choice(
         channels=tuple(channels),
         channel_names=tuple(names[channel] for channel in channels),
         times=_choose_times(segmented, settings),
         roi=_choose_roi(segmented, settings, where),
+        measured=tuple(measured),
+        measured_names=tuple(names[channel] for channel in measured),
     )
 
 
@@ -137,15 +143,30 @@ def choose_channels(image: Image, wanted: str | None, where: Location) -> list[i
                 f"{where} has {len(names)} channels; choose one with --channel: {_listed(names)}"
             )
         return [0]
+    return _find_channels(wanted, image, where, "--channel")
+
+
+def _choose_measured(image: Image, wanted: str | None, where: Location) -> list[int]:
+    """Return the indices of the channels to measure by themselves."""
+    if wanted is None:
+        return []
+    if wanted == ALL_CHANNELS:
+        return list(range(len(image.channels)))
+    return _find_channels(wanted, image, where, "--measure-channels")
+
+
+def _find_channels(wanted: str, image: Image, where: Location, option: str) -> list[int]:
+    """Return the indices of the channels that a list of names and indices means."""
+    names = image.channels
     # A name may hold a comma.
     texts = [wanted] if wanted in names else wanted.split(",")
-    channels = [_find_channel(text, names, where) for text in texts]
+    channels = [_find_channel(text, names, where, option) for text in texts]
     if len(set(channels)) < len(channels):
-        raise SettingsError(f"--channel {wanted}: the same channel of {where} is given twice")
+        raise SettingsError(f"{option} {wanted}: the same channel of {where} is given twice")
     return channels
 
 
-def _find_channel(text: str, names: Sequence[str], where: Location) -> int:
+def _find_channel(text: str, names: Sequence[str], where: Location, option: str) -> int:
     """Return the index of the channel that a name or an index means."""
     number = text.strip().removeprefix(_INDEX)
     meant: set[int] = set()
@@ -159,12 +180,12 @@ def _find_channel(text: str, names: Sequence[str], where: Location) -> int:
     if len(meant) > 1:
         choices = [f"{_INDEX}{index} ({names[index]})" for index in sorted(meant)]
         raise SettingsError(
-            f"--channel {text}: {len(meant)} channels of {where} match; choose one with "
-            f"--channel {' or '.join(choices)}"
+            f"{option} {text}: {len(meant)} channels of {where} match; choose one with "
+            f"{option} {' or '.join(choices)}"
         )
     if not meant:
         raise SettingsError(
-            f"--channel {text}: {where} has no such channel; it has {_listed(names)}"
+            f"{option} {text}: {where} has no such channel; it has {_listed(names)}"
         )
     return meant.pop()
 

@@ -75,6 +75,8 @@ class Sizes:
     # A forward pass on the host. It is 0 on a device, and for an engine that keeps its memory.
     forward_bytes: int
     n_inputs: int
+    # Channels of which intensities are measured, if any are.
+    n_measured: int
     n_outputs: int
     finds_threshold: bool
     fills_holes: bool
@@ -201,7 +203,8 @@ def relabel_bytes(sizes: Sizes) -> int:
 
 def measurements_bytes(sizes: Sizes) -> int:
     """Return the bytes of measuring the objects of a block."""
-    voxels = sizes.core_voxels * (sizes.label_bytes + sizes.source_bytes) * 2
+    read_bytes = sizes.label_bytes + sizes.source_bytes * sizes.n_measured
+    voxels = sizes.core_voxels * read_bytes * 2
     return voxels + sizes.decoded_bytes + _MEASURING_BYTES
 
 
@@ -220,7 +223,8 @@ def downsample_bytes(sizes: Sizes) -> int:
 def whole_volume_bytes(sizes: Sizes) -> int:
     """Return the bytes of all stages of a volume that is one block, and stays in memory."""
     core = sizes.core_voxels
-    volume = core * (sizes.source_bytes * sizes.n_inputs + sizes.scores_bytes + 1)
+    n_channels = sizes.n_inputs + 2 * (sizes.n_measured - 1)
+    volume = core * (sizes.source_bytes * n_channels + sizes.scores_bytes + 1)
     predicting = segment_bytes(sizes)
     if sizes.finds_threshold:
         predicting += histogram_bytes(sizes)

@@ -110,6 +110,8 @@ class Plan(BaseModel):
     # For each channel of the target, the end of the name of its label image. Empty if there is only
     # one channel.
     suffixes: tuple[str, ...] = ("",)
+    # The endings of the columns of channels that are measured by themselves.
+    measured_names: tuple[str, ...] = ()
     plate: Plate | None = None
     model: ModelRef
     resolved: Resolved
@@ -153,6 +155,18 @@ class Plan(BaseModel):
         """Return the name of a chosen channel of one image; its index if it has none."""
         number = self.resolved.channels.index(channel)
         return self.images[path].channel_names[number]
+
+    def measured_channels(self, volume: PlannedVolume) -> tuple[int, ...]:
+        """Return the channels whose intensities are measured in the objects of a volume.
+
+        The first is the one that is segmented.
+        """
+        return tuple(dict.fromkeys((volume.c, *self.resolved.measure_channels)))
+
+    @property
+    def times(self) -> range:
+        """The timepoints of the source that are segmented."""
+        return range(*self.resolved.times)
 
     @property
     def warnings(self) -> list[str]:
@@ -434,6 +448,7 @@ class Plan(BaseModel):
             label_bytes=label_dtype(self.volume_shape).itemsize,
             forward_bytes=self._engine_bytes.forward,
             n_inputs=self.model.in_channels,
+            n_measured=max(len(self.measured_channels(volume)) for volume in self.volumes),
             n_outputs=len(self.model.outputs),
             finds_threshold=self.resolved.finds_threshold(),
             fills_holes=self.resolved.fills_holes(),

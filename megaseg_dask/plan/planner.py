@@ -113,6 +113,8 @@ def make_plan(
         engine=engine,
         batch=filled.batch or _choose_batch(models, engine),
         outputs=filled.outputs,
+        measure_channels=choice.measured,
+        table=filled.table,
         threshold=threshold_of(filled),
         connectivity=filled.connectivity,
         min_size=filled.min_size,
@@ -143,6 +145,7 @@ def make_plan(
             for path, target in targets.items()
         },
         suffixes=tuple(map(_suffix, names)),
+        measured_names=_column_names(choice),
         plate=part.plate,
         model=models.ref,
         resolved=resolved,
@@ -359,6 +362,15 @@ def _target_names(
     if len(outputs) > 1:
         of_outputs = [[name] for name in _folder_names(outputs, range(len(outputs)))]
     return [channel + output for channel, output in product(of_channels, of_outputs)]
+
+
+def _column_names(choice: Choice) -> tuple[str, ...]:
+    """Return the endings of the columns of measured channels: names, or indices of like names."""
+    names = choice.measured_names
+    return tuple(
+        name if names.count(name) == 1 else str(channel)
+        for name, channel in zip(names, choice.measured, strict=True)
+    )
 
 
 def _suffix(parts: Sequence[str]) -> str:

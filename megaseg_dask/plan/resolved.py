@@ -100,6 +100,9 @@ class Resolved:
     engine: EngineSpec
     batch: int
     outputs: tuple[str, ...]
+    # Channels that are measured by themselves, beside the one that is segmented.
+    measure_channels: tuple[int, ...]
+    table: str
     threshold: Threshold
     connectivity: int
     min_size: int
@@ -163,6 +166,8 @@ class Resolved:
             "batch": self.batch,
             "threads": engine.threads,
             "outputs": list(self.outputs),
+            "measure_channels": ",".join(map(str, self.measure_channels)) or None,
+            "table": self.table,
             "threshold": self._threshold_option(),
             "connectivity": self.connectivity,
             "min_size": self.min_size,
@@ -200,5 +205,6 @@ class Resolved:
         """Return settings with all that was left open in them replaced by these values."""
         options = self.options()
         # A name means the right channel in each field of a plate; an index does not.
-        options["channel"] = settings.channel or options["channel"]
+        for name in ("channel", "measure_channels"):
+            options[name] = getattr(settings, name) or options[name]
         return Settings.model_validate({**settings.model_dump(), **options})

@@ -38,6 +38,7 @@ from megaseg_dask.plan.option_types import (
 )
 
 OUTPUTS = ("labels", "scores", "mask", "measurements")
+ALL_CHANNELS = "all"
 
 # Headings of the command line's help.
 SOURCE = "What to segment"
@@ -247,6 +248,25 @@ class Settings(BaseModel):
             changes_result=True,
         ),
     ] = ("labels", "scores")
+    measure_channels: Annotated[
+        Text | None,
+        Option(
+            OUTPUT,
+            "Channels whose intensities are measured too: all, or names and indices as of "
+            "--channel. Each gets columns that end in its name.",
+            "all|LIST",
+            changes_result=True,
+        ),
+    ] = None
+    table: Annotated[
+        Literal["parquet", "csv"],
+        Option(
+            OUTPUT,
+            "Form of the table beside TARGET, with --outputs measurements.",
+            "parquet|csv",
+            changes_result=True,
+        ),
+    ] = "parquet"
     threshold: Annotated[
         Threshold,
         Option(
@@ -462,6 +482,14 @@ class Settings(BaseModel):
         if "measurements" in outputs and "labels" not in outputs:
             raise ValueError("measurements need labels; add labels to --outputs")
         return tuple(name for name in OUTPUTS if name in outputs)
+
+    @field_validator("measure_channels")
+    @classmethod
+    def _of_measurements(cls, value: str | None, info: ValidationInfo) -> str | None:
+        # Outputs that are wrong are told first.
+        if value is not None and "measurements" not in info.data.get("outputs", OUTPUTS):
+            raise ValueError("it is about measurements; add measurements to --outputs")
+        return value
 
     def recorded(self) -> "Settings":
         """Return these settings without those that may be secret, as a run records them."""

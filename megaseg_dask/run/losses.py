@@ -131,7 +131,7 @@ def _is_whole(plan: Plan, journal: Journal) -> bool:
     # It imports pyarrow.
     from megaseg_dask.run.target.tables import table_location
 
-    table = table_location(target.location)
+    table = table_location(plan)
     return bool(table.parent.size(table.basename))
 
 

@@ -10,7 +10,7 @@ import io
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -247,11 +247,19 @@ class Workspace:
 
         ``level`` is counted from the level that is segmented.
         """
+        return self._channels(volume, self.plan.volumes[volume].channels, level)
+
+    def measured_sources(self, volume: int) -> list[Source]:
+        """Return the channels of a volume that are measured, the first one that is segmented."""
+        measured = self.plan.measured_channels(self.plan.volumes[volume])
+        return [self.sources(volume)[0], *self._channels(volume, measured[1:])]
+
+    def _channels(self, volume: int, channels: Iterable[int], level: int = 0) -> list[Source]:
         plan = self.plan
         planned = plan.volumes[volume]
-        image = plan.source_image
         field = plan.source / planned.image
-        return [Volume.of(field, image, level=level, t=planned.t, c=c) for c in planned.channels]
+        image = plan.source_image
+        return [Volume.of(field, image, level=level, t=planned.t, c=c) for c in channels]
 
     def array(
         self, kind: str, output: Output, level: int = 0, *, is_whole: bool = True

@@ -3,7 +3,10 @@
 One Parquet file for a run, and a feature table that ngio reads beside the labels.
 """
 
+from dataclasses import replace
+
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +14,7 @@ import zarr
 from numpy.testing import assert_array_equal
 
 from megaseg_dask.algorithms.geometry import Box
-from megaseg_dask.algorithms.measurements import measure_block, to_columns
+from megaseg_dask.algorithms.measurements import columns_of, measure_block, to_columns
 from megaseg_dask.errors import StoreError, TargetError
 from megaseg_dask.ngff.group import write_group
 from megaseg_dask.ngff.labels import add_label
@@ -20,7 +23,9 @@ from megaseg_dask.ngff.tables import (
     RUN_SCHEMA,
     ImageTable,
     Place,
-    write_parquet,
+    iter_columns,
+    run_schema,
+    write_rows,
 )
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
@@ -81,7 +86,7 @@ VOLUMES = [
 
 def test_the_columns_never_change():
     assert [f"{field.name}:{field.type}" for field in RUN_SCHEMA] == COLUMNS
-    assert [f"{field.name}:{field.type}" for field in IMAGE_SCHEMA] == [*COLUMNS[3:5], *COLUMNS[7:]]
+    assert [f"{field.name}:{field.type}" for field in IMAGE_SCHEMA] == [*COLUMNS[3:6], *COLUMNS[7:]]
     assert [field.name for field in RUN_SCHEMA if field.nullable] == [
         "plate",
         "well",
@@ -98,21 +103,20 @@ def test_measurements_have_the_types_of_the_columns(dtype, n_objects):
     assert {name: pa.from_numpy_dtype(values.dtype) for name, values in columns.items()} == {
         field.name: field.type
         for field in IMAGE_SCHEMA
-        if field.name not in ("timepoint", "channel")
+        if field.name not in ("timepoint", "channel", "channel_name")
     }
-    assert list(columns) == IMAGE_SCHEMA.names[2:]
+    assert list(columns) == IMAGE_SCHEMA.names[3:]
 
 
 def test_a_run_reads_back(tmp_path):
-    assert write_parquet(Location.of(tmp_path), "run.parquet", iter(VOLUMES)) == 50
+    assert write_rows(Location.of(tmp_path), "run.parquet", iter(VOLUMES)) == 50
     found = pq.read_table(tmp_path / "run.parquet")
     assert found.schema == RUN_SCHEMA
     assert found.to_pydict() == rows_of(VOLUMES)
 
 
 def test_pandas_reads_it_too(tmp_path):
-    pandas = pytest.importorskip("pandas")
-    write_parquet(Location.of(tmp_path), "run.parquet", VOLUMES)
+    write_rows(Location.of(tmp_path), "run.parquet", VOLUMES)
     frame = pandas.read_parquet(tmp_path / "run.parquet")
     # What is absent is None, or NaN from pandas 3 on.
     plain = frame.astype(object).where(frame.notna(), None)
@@ -121,8 +125,54 @@ def test_pandas_reads_it_too(tmp_path):
     assert frame.dtypes["touches_border"] == np.bool_
 
 
+def test_a_table_of_values_that_are_separated_by_commas_is_the_same(tmp_path):
+    folder = Location.of(tmp_path)
+    odd = [(replace(VOLUMES[0][0], plate='a "plate", of zarr', well=None), measured(3))]
+    assert write_rows(folder, "run.csv", [*VOLUMES, *odd], group_rows=20) == 53
+    frame = pandas.read_csv(
+        tmp_path / "run.csv",
+        dtype={"field": str},
+        float_precision="round_trip",
+        keep_default_na=False,
+        na_values=[""],
+    )
+    plain = frame.astype(object).where(frame.notna(), None)
+    # pandas takes a column without a value for numbers.
+    assert plain.to_dict("list") == rows_of([*VOLUMES, *odd])
+    names = ("well", "timepoint", "volume_voxels")
+    write_rows(folder, "run.parquet", [*VOLUMES, *odd])
+    for name in ("run.csv", "run.parquet"):
+        columns = [list(column) for column in zip(*iter_columns(folder / name, names), strict=True)]
+        found = dict(zip(names, map(np.concatenate, columns), strict=True))
+        expected = rows_of([*VOLUMES, *odd])
+        assert {key: values.tolist() for key, values in found.items()} == {
+            key: expected[key] for key in names
+        }
+
+
+def test_columns_that_some_images_lack_hold_nulls(tmp_path):
+    forms = [
+        columns_of(size_is_known=False, channels=["RNA"]),
+        columns_of(size_is_known=True),
+    ]
+    schema = run_schema(forms)
+    places = [place for place, _ in VOLUMES[:2]]
+    tables = [{name: np.ones(2, dtype) for name, dtype in form.items()} for form in forms]
+    write_rows(
+        Location.of(tmp_path), "run.parquet", zip(places, tables, strict=True), schema=schema
+    )
+    found = pq.read_table(tmp_path / "run.parquet")
+    assert found.column_names == [*RUN_SCHEMA.names, *list(forms[0])[-5:]]
+    assert {name: found[name].null_count for name in ("label", "volume_um3", "sphericity")} == {
+        "label": 0,
+        "volume_um3": 2,
+        "sphericity": 2,
+    }
+    assert found["intensity_std_RNA"].to_pylist() == [1, 1, None, None]
+
+
 def test_a_plain_image_has_no_plate(tmp_path):
-    write_parquet(Location.of(tmp_path), "run.parquet", [(Place(0, 0), measured(2))])
+    write_rows(Location.of(tmp_path), "run.parquet", [(Place(0, 0), measured(2))])
     found = pq.read_table(tmp_path / "run.parquet")
     assert found.schema == RUN_SCHEMA
     assert {found[name].null_count for name in ("plate", "well", "field")} == {2}
@@ -130,14 +180,14 @@ def test_a_plain_image_has_no_plate(tmp_path):
 
 @pytest.mark.parametrize("volumes", [[], [(Place(0, 0), measured(0))]])
 def test_no_objects_make_a_table_without_rows(tmp_path, volumes):
-    assert write_parquet(Location.of(tmp_path), "run.parquet", volumes) == 0
+    assert write_rows(Location.of(tmp_path), "run.parquet", volumes) == 0
     assert pq.read_table(tmp_path / "run.parquet").schema == RUN_SCHEMA
 
 
 def test_small_volumes_share_a_row_group_and_large_ones_have_several(tmp_path):
     sizes = [3, 0, 9, 9, 1, 50, 2]
     volumes = [(Place(t, 0), measured(n, seed=t)) for t, n in enumerate(sizes)]
-    write_parquet(Location.of(tmp_path), "run.parquet", iter(volumes), group_rows=20)
+    write_rows(Location.of(tmp_path), "run.parquet", iter(volumes), group_rows=20)
     metadata = pq.read_metadata(tmp_path / "run.parquet")
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [
         20,
@@ -153,7 +203,7 @@ def test_small_volumes_share_a_row_group_and_large_ones_have_several(tmp_path):
 def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(
-        pq.ParquetWriter, "write_table", lambda self, rows, **_: written.append(rows.num_rows)
+        pq.ParquetWriter, "write_table", lambda self, rows, *_: written.append(rows.num_rows)
     )
     seen = []
 
@@ -162,13 +212,13 @@ def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
             seen.append(sum(written))
             yield Place(t, 0), measured(10)
 
-    write_parquet(Location.of(tmp_path), "run.parquet", volumes(), group_rows=20)
+    write_rows(Location.of(tmp_path), "run.parquet", volumes(), group_rows=20)
     assert seen == [0, 0, 20, 20, 40, 40]
 
 
 def test_a_failure_leaves_the_file_that_was_there(tmp_path):
     folder = Location.of(tmp_path)
-    write_parquet(folder, "run.parquet", VOLUMES)
+    write_rows(folder, "run.parquet", VOLUMES)
     before = (tmp_path / "run.parquet").read_bytes()
 
     def volumes():
@@ -176,7 +226,7 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path):
         raise StoreError("cannot read a part")
 
     with pytest.raises(StoreError, match="cannot read a part"):
-        write_parquet(folder, "run.parquet", volumes())
+        write_rows(folder, "run.parquet", volumes())
     assert (tmp_path / "run.parquet").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["run.parquet"]
 
@@ -185,7 +235,7 @@ def test_a_missing_column_is_an_error(tmp_path):
     columns = measured(3)
     del columns["intensity_std"]
     with pytest.raises(KeyError, match="intensity_std"):
-        write_parquet(Location.of(tmp_path), "run.parquet", [(Place(0, 0), columns)])
+        write_rows(Location.of(tmp_path), "run.parquet", [(Place(0, 0), columns)])
 
 
 # -- tables of images
@@ -262,9 +312,28 @@ def test_ngio_reads_a_table_of_many_timepoints_and_of_none(labelled):
     assert len(container.get_feature_table("nothing").dataframe) == 0
 
 
+def test_the_index_of_many_timepoints_is_unique(labelled):
+    import ngio
+
+    version, image = labelled
+    times = [(Place(t, 0, channel_name="DNA"), measured(5, seed=t)) for t in range(3)]
+    table = ImageTable(image, "nuclei")
+    table.write(version, times, label_name="nuclei", provenance={}, has_times=True)
+    container = ngio.open_ome_zarr_container(image.path, mode="r")
+    frame = container.get_feature_table("nuclei").dataframe
+    assert frame.index.is_unique
+    assert frame.index[7] == f"1:{2**32 + 3}"
+    assert list(frame["label"]) == [2**32 + n for n in range(1, 6)] * 3
+    assert set(frame["channel_name"]) == {"DNA"}
+    assert [(t, c, len(columns["label"])) for t, c, columns in table.read()] == [
+        (t, 0, 5) for t in range(3)
+    ]
+    anndata = container.get_feature_table("nuclei").load_as_anndata()
+    assert anndata.obs_names.is_unique
+
+
 def test_the_layout_is_that_of_ngio_itself(labelled, tmp_path):
     import ngio
-    import pandas
     from ngio.tables import FeatureTable
 
     version, image = labelled

@@ -1,13 +1,14 @@
 """The tables of a run: exact at any block, equal to scikit-image's, read by pandas and ngio."""
 
 import numpy as np
+import pandas
 import pyarrow.parquet as pq
 import pytest
 import zarr
 from numpy.testing import assert_allclose, assert_array_equal
 from skimage.measure import regionprops_table
 
-from megaseg_dask.errors import TargetError
+from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.plan.settings import parse_settings
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
@@ -29,6 +30,8 @@ def run(tmp_path, tiny_bundle):
         }
         result = segment_here(str(source), str(tmp_path / target), parse_settings(options))
         assert result.status == "done", result.failures
+        if options.get("table") == "csv":
+            return None
         return pq.read_table(tmp_path / f"{target}.measurements.parquet")
 
     return call
@@ -91,6 +94,64 @@ def test_timepoints_channels_and_a_region(run, tmp_path):
             assert_allclose(rows.intensity_mean, expected["intensity_mean"], rtol=1e-9)
             n_rows += len(rows)
     assert len(table) == n_rows
+
+
+def test_all_channels_are_measured_at_any_block(run, tmp_path, cheap_engine):
+    image = np.stack([[blobs(SHAPE, seed=10 * t + c) for c in range(3)] for t in range(2)])
+    names = ["DNA", "RNA", "RNA"]
+    source = write_image(tmp_path / "image.zarr", image, axes="tczyx", channels=names)
+    options = {"channel": "DNA", "measure_channels": "all"}
+    split = run(source, "split.zarr", block="13,17,29", **options)
+    whole = run(source, "whole.zarr", block="24,50,70", **options)
+    assert split.equals(whole)
+    table = whole.to_pandas()
+    assert set(table.channel_name) == {"DNA"}
+    labels = zarr.open_group(tmp_path / "whole.zarr", mode="r")["labels/megaseg/0"][...]
+    for t in range(2):
+        rows = table[table.timepoint == t]
+        assert len(rows) > 1
+        for c, suffix in enumerate(["DNA", "1", "2"]):
+            expected = expected_of(labels[t], image[t, c])
+            for name in ("mean", "min", "max", "std"):
+                found = rows[f"intensity_{name}_{suffix}"]
+                assert_allclose(found, expected[f"intensity_{name}"], rtol=1e-9)
+        for name in ("mean", "min", "max", "std", "sum"):
+            assert_array_equal(rows[f"intensity_{name}"], rows[f"intensity_{name}_DNA"])
+
+
+def test_a_timelapse_as_csv_has_rows_that_are_unique(run, tmp_path, cheap_engine):
+    from ngio import open_ome_zarr_container
+
+    image = np.stack([blobs(SHAPE, seed=t) for t in range(2)])
+    source = write_image(tmp_path / "image.zarr", image, axes="tzyx", scale=SCALE)
+    table = run(source, "out.zarr")
+    run(source, "out.zarr", table="csv", overwrite=True)
+    assert not (tmp_path / "out.zarr.measurements.parquet").exists()
+    read = pandas.read_csv(tmp_path / "out.zarr.measurements.csv", float_precision="round_trip")
+    for name in ("timepoint", "label", "volume_voxels", "surface_area_um2"):
+        assert_array_equal(read[name], table[name].to_numpy())
+    container = open_ome_zarr_container(tmp_path / "out.zarr")
+    frame = container.get_table("megaseg").dataframe
+    assert frame.index.is_unique
+    assert len(frame) == len(read)
+    assert_array_equal(frame["label"], read["label"])
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [("DNA,GFP", "has no such channel"), ("0,DNA", "is given twice")],
+)
+def test_channels_that_are_not_there_are_a_wrong_request(run, tmp_path, channels, message):
+    image = np.stack([blobs(SHAPE, seed=c) for c in range(2)])
+    source = write_image(tmp_path / "image.zarr", image, axes="czyx", channels=["DNA", "RNA"])
+    with pytest.raises(SettingsError, match=f"--measure-channels {channels[-3:]}|{message}"):
+        run(source, "out.zarr", channel="DNA", measure_channels=channels)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_channels_are_measured_only_with_measurements(run, tmp_path):
+    with pytest.raises(SettingsError, match="add measurements to --outputs"):
+        run(tmp_path, "out.zarr", measure_channels="all", outputs="labels")
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])

@@ -1,4 +1,4 @@
-"""The tables of a run: one Parquet file beside the target, and one table in each image.
+"""The tables of a run: one file beside the target, and one table in each image.
 
 The tables in the images are those that Fractal's tools read.
 """
@@ -9,24 +9,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from megaseg_dask.algorithms.measurements import Sums, to_columns
+from megaseg_dask.algorithms.measurements import Sums, columns_of, to_columns
 from megaseg_dask.concurrency import map_threaded, read_ahead
 from megaseg_dask.messages import version_of
 from megaseg_dask.ngff.tables import (
-    RUN_SCHEMA,
     Columns,
+    Form,
     ImageTable,
     Place,
-    schema_of,
-    write_parquet,
+    run_schema,
+    write_rows,
 )
-from megaseg_dask.plan.plan import Output, Plan
+from megaseg_dask.plan.plan import Output, Plan, PlannedVolume
 from megaseg_dask.run.state import Json
 from megaseg_dask.run.target.arrays import Group, ImageTarget, Target
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
-SUFFIX = ".measurements.parquet"
+_SUFFIX = ".measurements"
+_FORMS = ("parquet", "csv")
 
 # Outputs whose sums are in memory or on their way at a time.
 _MAX_READ_AHEAD = 16
@@ -34,9 +35,19 @@ _MAX_READ_AHEAD = 16
 _N_WRITERS = 8
 
 
-def table_location(target: Location) -> Location:
-    """Return the address of the Parquet file of a target."""
-    return target.sibling(SUFFIX)
+def table_location(plan: Plan) -> Location:
+    """Return the address of the table of a run."""
+    return _table_location(plan.target, plan.resolved.table)
+
+
+def _table_location(target: Location, form: str) -> Location:
+    return target.sibling(f"{_SUFFIX}.{form}")
+
+
+def _remove_tables_of_run(target: Location, forms: Sequence[str]) -> None:
+    for form in forms:
+        table = _table_location(target, form)
+        table.parent.delete(table.basename)
 
 
 def require_own_tables(target: Target) -> None:
@@ -51,8 +62,7 @@ def require_own_tables(target: Target) -> None:
 def remove_tables(target: Target) -> None:
     """Remove the measurements of labels that this run makes again."""
     if not target.is_in_place:
-        table = table_location(target.location)
-        table.parent.delete(table.basename)
+        _remove_tables_of_run(target.location, _FORMS)
 
     def remove(image: ImageTarget) -> None:
         for group in image.measured_groups:
@@ -63,21 +73,23 @@ def remove_tables(target: Target) -> None:
 
 
 def sweep_tables(target: Target) -> None:
-    """Remove what a writer of the Parquet file left that was killed."""
-    table = table_location(target.location)
+    """Remove what a writer of the table of the run left that was killed."""
+    table = table_location(target.plan)
     table.parent.sweep_staged([table.basename])
 
 
 def write_tables(target: Target, missing_boxes: Sequence[Json]) -> None:
     """Write the measurements of all volumes that have some, and what they lack."""
     plan = target.plan
-    table = table_location(target.location)
+    table = table_location(plan)
     outputs = list(chain.from_iterable(map(plan.outputs_of, range(len(plan.volumes)))))
     others = _other_plans(target)
     rows = chain(_rows_of_others(others), _rows(plan, outputs))
-    schema = schema_of(RUN_SCHEMA, {_size_is_known(each) for each in (plan, *others)})
+    schema = run_schema([_form(each) for each in (plan, *others)])
     lacks = {"missing_boxes": json.dumps(missing_boxes)}
-    write_parquet(table.parent, table.basename, rows, schema=schema.with_metadata(lacks))
+    write_rows(table.parent, table.basename, rows, schema=schema.with_metadata(lacks))
+    # Fields that were measured before are in it too: a table of the other form would lack some.
+    _remove_tables_of_run(target.location, [form for form in _FORMS if form != plan.resolved.table])
     of_group: dict[Location, list[Output]] = defaultdict(list)
     for output in outputs:
         of_group[target.array("labels", output).location.parent].append(output)
@@ -95,7 +107,8 @@ def write_tables(target: Target, missing_boxes: Sequence[Json]) -> None:
                 _rows(plan, of_group[group.location]),
                 label_name=group.name,
                 provenance={**made_by, "missing_boxes": lacks},
-                size_is_known=_size_is_known(plan),
+                form=_form(plan),
+                has_times=len(plan.times) > 1,
             )
 
     # One thread for each image: its tables share one list of tables.
@@ -115,7 +128,21 @@ def _rows(plan: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Place, Column
         planned = plan.volumes[output.volume]
         place = _place(plan, planned.image, planned.target_t, planned.c, output.number)
         spacing_um = plan.target_image.spacing_um if _size_is_known(plan) else None
-        yield place, to_columns(Sums(**data), plan.volume_shape, spacing_um)
+        yield (
+            place,
+            to_columns(Sums(**data), plan.volume_shape, spacing_um, _channels(plan, planned)),
+        )
+
+
+def _channels(plan: Plan, volume: PlannedVolume) -> dict[str, int]:
+    """Return the names of the channels that are measured by themselves, and their numbers."""
+    numbers = plan.measured_channels(volume)
+    pairs = zip(plan.measured_names, plan.resolved.measure_channels, strict=True)
+    return {name: numbers.index(channel) for name, channel in pairs}
+
+
+def _form(plan: Plan) -> Form:
+    return columns_of(size_is_known=_size_is_known(plan), channels=plan.measured_names)
 
 
 def _size_is_known(plan: Plan) -> bool:

@@ -22,17 +22,18 @@ _N_AHEAD = 16
 
 
 def measure_objects(workspace: Workspace, output: Output, number: int) -> OutputState:
-    """Write the sums of one block's objects, from their final ids and the first channel.
+    """Write the sums of one block's objects, from their final ids and the measured channels.
 
     Raises:
-        DataError: The channel is not what was measured.
+        DataError: The first channel is not what was measured before.
     """
     core = workspace.plan.block_grid()[number]
     labels = _read_with_border(workspace, output, core)
-    channel = workspace.sources(output.volume)[0]
+    channels = workspace.measured_sources(output.volume)
     region = core.shifted(workspace.plan.region.start)
-    intensity = channel.read(region)[None]
-    require_same_voxels(workspace, output.volume, region, intensity)
+    intensity = np.stack([channel.read(region) for channel in channels])
+    # Only channels that are segmented were read before.
+    require_same_voxels(workspace, output.volume, region, intensity[:1])
     sums = measure_block(labels, intensity, core)
     workspace.save(output, _name(number), sums.arrays())
     return OutputState()
@@ -66,14 +67,16 @@ def collect_objects(workspace: Workspace, output: Output, _: int) -> OutputState
         _N_AHEAD,
     )
     # There may be no block that is not missing.
-    total = merge(chain([_no_objects(workspace)], (sums for _, sums in parts)))
+    total = merge(chain([_no_objects(workspace, output)], (sums for _, sums in parts)))
     workspace.save_sums(output, total.arrays())
     return OutputState()
 
 
-def _no_objects(workspace: Workspace) -> Sums:
+def _no_objects(workspace: Workspace, output: Output) -> Sums:
+    plan = workspace.plan
     voxel = (1, 1, 1)
-    intensity = np.zeros((1, *voxel), workspace.plan.source_image.dtype)
+    n_channels = len(plan.measured_channels(plan.volumes[output.volume]))
+    intensity = np.zeros((n_channels, *voxel), plan.source_image.dtype)
     return measure_block(np.zeros((3, 3, 3), np.uint32), intensity, Box.of(voxel))
 
 

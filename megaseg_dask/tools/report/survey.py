@@ -206,7 +206,7 @@ def _read_table(plan: Plan, result: Survey) -> bool:
     sizes = np.zeros_like(result.sizes)
     columns = ("well", "field", "timepoint", "channel", "output", "volume_voxels")
     try:
-        for *keys, volumes in iter_columns(table_location(plan.target), columns):
+        for *keys, volumes in iter_columns(table_location(plan), columns):
             sizes += _size_histogram(volumes)
             for rows in _groups(keys):
                 well, name, t, c, output = (column[rows[0]] for column in keys)
