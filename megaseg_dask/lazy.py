@@ -192,7 +192,7 @@ def predict(
     if (ref.in_channels, len(ref.outputs)) != (1, 1):
         raise BundleError(
             f"{ref.name} takes {ref.in_channels} channels and has {len(ref.outputs)} outputs; "
-            "predict() is for one of each, segment() for any"
+            "predict() works only with one of each; use segment()"
         )
     grid = PatchGrid(volume_shape, models.patch, models.overlap)
     engine = resolve_engine(

@@ -71,15 +71,13 @@ def blend(
         weight_sum[inside_core] += window[inside_patch]
         total[:, *inside_core] += logits[:, *inside_patch] * window[inside_patch]
     if total is None or not weight_sum.all():
-        raise EngineError(
-            f"block {core} has voxels that no patch covers; the patch grid skips voxels"
-        )
+        raise EngineError(f"block {core} has voxels that no patch covers")
     total /= weight_sum
     finite: Any = library.isfinite(total)
     if not finite.all():
         raise EngineError(
-            f"the network gave NaN or infinity in block {core}; "
-            "the image's extremes may overflow it"
+            f"the network returned NaN or infinity in block {core}; extreme values of the image "
+            "may be the cause"
         )
     blended: A = total
     return blended

@@ -158,7 +158,7 @@ def evaluate_contingency(
         SettingsError: A threshold lies outside 0.5..1, or there is none.
     """
     if not thresholds or not all(0.5 <= threshold <= 1 for threshold in thresholds):
-        raise SettingsError(f"IoU thresholds must lie between 0.5 and 1, got {tuple(thresholds)}")
+        raise SettingsError(f"IoU thresholds must be between 0.5 and 1, found {tuple(thresholds)}")
     matched = _matched_ious(table)
     n_matched = len(matched)
     n_predicted = _n_objects(table.predicted)
@@ -236,7 +236,7 @@ def _ratio(part: float, whole: float) -> float:
 
 def _require_labels(labels: NDArray[Any]) -> NDArray[Any]:
     if labels.dtype.kind not in "biu":
-        raise DataError(f"labels must be integers, got {labels.dtype}")
+        raise DataError(f"labels must be integers, found {labels.dtype}")
     if labels.dtype.kind == "i" and labels.size and labels.min() < 0:
         raise DataError(f"labels must not be negative, found {labels.min()}")
     return labels

@@ -186,8 +186,8 @@ def require_finite(values: NDArray[np.floating], at: Box) -> None:
     voxel = tuple(int(f) + s for f, s in zip(first, at.start, strict=True))
     n_others = int((~finite).sum()) - 1
     raise DataError(
-        f"voxel (z, y, x) = {voxel} is {values[first]}, and {n_others} more of box {at} are not "
-        "finite; pass --nan-to-background to treat them as background, or fix the image"
+        f"voxel (z, y, x) = {voxel} is {values[first]}, and {n_others} more voxels in box {at} are "
+        "not finite; correct the image, or pass --nan-to-background to treat them as background"
     )
 
 
@@ -222,7 +222,7 @@ class Normalization:
             )
         if not math.isfinite(statistics.std):
             raise DataError(
-                f"voxels reach {statistics.maximum}: their spread overflows; "
+                f"voxels reach {statistics.maximum}: their variance is too large to compute; "
                 "rescale the image first"
             )
         if statistics.minimum == statistics.maximum:

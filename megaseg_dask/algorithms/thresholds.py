@@ -44,8 +44,8 @@ def tabulate(values: NDArray[np.float32], low: float, high: float, method: str) 
     """
     if not (low <= values.min() and values.max() <= high):
         raise DataError(
-            f"logits of {values.min()} to {values.max()} in a volume of {low} to {high}: "
-            "run it again"
+            f"logits of {values.min()} to {values.max()} in a volume of {low} to {high}: the "
+            "logits changed; run the same command again"
         )
     if low == high:
         return {"counts": np.array([values.size])}
@@ -80,7 +80,7 @@ def find_threshold(table: Table, low: float, high: float, method: str) -> float:
         else:
             threshold = _of_histogram(table["counts"], low, high, method)
     if not np.isfinite(threshold):
-        raise _no_threshold(low, high, method, f"it comes to {threshold}")
+        raise _no_threshold(low, high, method, f"its result is {threshold}")
     return threshold
 
 
@@ -93,7 +93,7 @@ def _of_histogram(counts: NDArray[np.int64], low: float, high: float, method: st
     if low == high:
         if method == "yen":
             return float(centers[0])
-        raise _no_threshold(low, high, method, "the volume is constant")
+        raise _no_threshold(low, high, method, "the volume has one single value")
     if method == "triangle":
         return float(centers[_triangle(counts)])
     try:
@@ -134,7 +134,9 @@ def _edges(low: float, high: float, method: str) -> NDArray[np.float32]:
     try:
         edges: NDArray[np.float32] = np.histogram_bin_edges(extremes, N_BINS)
     except ValueError as error:
-        raise _no_threshold(low, high, method, f"they are too few for {N_BINS} bins") from error
+        raise _no_threshold(
+            low, high, method, f"their range is too narrow for {N_BINS} bins"
+        ) from error
     return edges
 
 

@@ -128,7 +128,7 @@ def evaluate(
             )
         for labels in compared:
             if not is_label_image(labels):
-                warn(f"{labels} is not marked as a label image; its voxels count as ids")
+                warn(f"{labels} has no image-label metadata; its voxels are read as ids")
         if json_:
             echo_result(evaluation.as_dict())
         else:

@@ -184,12 +184,12 @@ def resolve_engine(
     kind = ENGINES[engine]
     if not kind.is_installed:
         raise SettingsError(
-            f"--engine {engine}: not installed; {kind.install_command}, or use --engine torch"
+            f"--engine {engine}: not installed; run {kind.install_command}, or use --engine torch"
         )
     if not kind.offers(device, precision):
         offers = "; ".join(map(_list_precisions, ENGINES))
         raise SettingsError(
-            f"--precision {precision}: {engine} on {device} does not have it ({offers})"
+            f"--precision {precision}: not available with {engine} on {device} ({offers})"
         )
     return EngineSpec(engine, device, precision, threads or n_cores(), tta)
 
@@ -264,7 +264,7 @@ def _open_bundle(ref: BundleRef, spec: EngineSpec) -> Engine:
         module = importlib.import_module(kind.module)
     except ImportError as error:
         raise EngineError(
-            f"the plan runs on {kind.title}, which this worker does not have; install it there: "
+            f"the plan needs {kind.title}, which this worker does not have; install it there: "
             f"{kind.install_command}"
         ) from error
     open_bundle: Callable[[BundleRef, EngineSpec], Engine] = module.open_bundle

@@ -54,8 +54,8 @@ class BundleRef:
     def _require_same(self, bundle: BundleFacts) -> None:
         if bundle.digest != self.digest:
             raise BundleError(
-                f"{self.path} has digest {bundle.digest[:12]}, the plan was made with "
-                f"{self.digest[:12]}; put the bundle back, or start again with --overwrite"
+                f"{self.path} has digest {bundle.digest[:12]}, but the plan was made with "
+                f"{self.digest[:12]}; restore the bundle, or start again with --overwrite"
             )
 
 
@@ -105,7 +105,7 @@ class ModelRef:
             if mine != theirs:
                 raise BundleError(
                     f"{ref.path} has {field.name} {theirs}, {self.bundles[0].path} has {mine}; "
-                    "models are averaged only where they agree in it"
+                    "averaged models must have the same value"
                 )
 
     @property

@@ -53,8 +53,8 @@ class OpenVinoEngine(Engine):
         """
         if spec.precision == "bf16" and not has_bfloat16():
             raise EngineError(
-                "this CPU has no bfloat16 arithmetic, and the plan asks for it; "
-                "use --precision fp32"
+                "the plan needs bfloat16 arithmetic, which this CPU does not have; use --precision "
+                "fp32"
             )
         self._core = openvino.Core()
         self._model = _read_model(self._core, bundle)
@@ -107,8 +107,8 @@ def _read_model(core: openvino.Core, bundle: BundleRef) -> Any:
     except (OSError, RuntimeError) as error:
         if not _is_whole(kept):
             _LOG.warning(
-                "the converted network cannot be kept in %s (%s): each worker converts it again; "
-                "make room there, or set %s to another folder",
+                "the converted network cannot be stored in %s (%s), so each worker converts it "
+                "again; free some space there, or set %s to another folder",
                 kept.parent,
                 str(error).strip().rpartition("\n")[2],
                 HOME,

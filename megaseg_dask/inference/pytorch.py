@@ -67,8 +67,8 @@ class TorchEngine(Engine):
         """
         if spec.device == "cuda" and not torch.cuda.is_available():
             raise EngineError(
-                "the plan runs on cuda, but this worker's PyTorch sees no GPU; "
-                "start workers with a GPU, or plan with --device cpu"
+                "the plan needs a GPU, but the PyTorch of this worker finds none; start workers "
+                "with a GPU, or plan with --device cpu"
             )
         self._device = spec.device
         self._threads = spec.threads
@@ -103,7 +103,7 @@ class TorchEngine(Engine):
         except torch.OutOfMemoryError as error:
             if n == 1:
                 raise EngineError(
-                    f"one patch of {patches.shape[2:]} voxels does not fit the memory of "
+                    f"one patch of {patches.shape[2:]} voxels does not fit in the memory of "
                     f"{self._device}; choose a smaller --patch, or another device"
                 ) from error
         # Outside the handler, which holds what the failed pass had allocated. The patch grid
@@ -166,8 +166,8 @@ class DeviceEngine(TorchEngine):
                 logits = blend_patches(self._moved(block), self._predict, weights, library)
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"a block of {block.core.shape} voxels does not fit the memory of {self._device}; "
-                "choose a smaller --block, or another device"
+                f"a block of {block.core.shape} voxels does not fit in the memory of "
+                f"{self._device}; choose a smaller --block, or another device"
             ) from error
         return [DeviceOutputs(channel) for channel in logits]
 

@@ -69,7 +69,7 @@ class TlsFiles(_Strict):
 
 def _parse_tls(value: object) -> object:
     if not isinstance(value, bool | dict | TlsFiles | None):
-        raise ValueError("expected true, false, or the files ca_file, cert and key")
+        raise ValueError("expected true, false, or the keys ca_file, cert and key")
     return value
 
 
@@ -103,24 +103,22 @@ class Cluster(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "Cluster":
         if (self.kind == "scheduler") != (self.address is not None):
-            raise ValueError(
-                "address is where the scheduler of kind scheduler is, and of no other kind"
-            )
+            raise ValueError("address is needed with kind scheduler, and allowed only there")
         if (self.kind == "custom") != (self.class_name is not None):
-            raise ValueError("class names the cluster class of kind custom, and of no other kind")
+            raise ValueError("class is needed with kind custom, and allowed only there")
         if self.kind == "scheduler":
             self._require_running_scheduler()
         if self.kind == "kubernetes" and self.tls:
             raise ValueError(
-                "tls: the operator encrypts nothing; keep other pods out by a network policy"
+                "tls: the operator does not encrypt; use a network policy to keep other pods out"
             )
         if self.workers and self.adaptive:
-            raise ValueError("workers and adaptive: give one of them")
+            raise ValueError("workers and adaptive: give only one of them")
         if isinstance(self.options.get("walltime"), int):
             # SLURM would take the seconds that YAML makes of 12:00:00 for minutes.
             raise ValueError(
                 'options.walltime: write it in quotes, such as "12:00:00"; '
-                "YAML makes a number of it"
+                "without quotes YAML reads a number"
             )
         # Read here too, so that an error names the file.
         self.memory_bytes()
@@ -131,12 +129,10 @@ class Cluster(_Strict):
         """Raise if the file decides what was decided when the scheduler started."""
         for name in ("workers", "adaptive", "lifetime", "options"):
             if getattr(self, name):
-                raise ValueError(
-                    f"{name}: whoever started the scheduler decides that; leave it out"
-                )
+                raise ValueError(f"{name}: the scheduler decides this; remove it")
         if self.tls is True:
             raise ValueError(
-                "tls: a scheduler that runs has its certificates; name ca_file, cert and key"
+                "tls: the scheduler already has certificates; give ca_file, cert and key"
             )
 
     def _require_lifetime(self) -> None:
@@ -144,10 +140,10 @@ class Cluster(_Strict):
         lifetime = self.lifetime or 0
         stagger = self.lifetime_stagger or 0
         if stagger and stagger >= lifetime:
-            raise ValueError("lifetime_stagger: has to be less than lifetime")
+            raise ValueError("lifetime_stagger: must be less than lifetime")
         if self.wall_s and lifetime + stagger >= self.wall_s:
             raise ValueError(
-                "lifetime: has to end before options.walltime, lifetime_stagger included"
+                "lifetime: lifetime plus lifetime_stagger must be less than options.walltime"
             )
 
     @property
@@ -233,7 +229,7 @@ def cluster_of(settings: Settings) -> Cluster:
     """
     if settings.workers == 0 and (settings.cluster or settings.scheduler):
         raise SettingsError(
-            "--workers 0 runs in this process: leave it out, or leave out --scheduler and --cluster"
+            "--workers 0 runs in this process; remove it, or remove --scheduler and --cluster"
         )
     if settings.cluster is None:
         if settings.scheduler is not None:
@@ -241,7 +237,8 @@ def cluster_of(settings: Settings) -> Cluster:
         return Cluster(kind="local", workers=settings.workers or None)
     if settings.scheduler is not None:
         raise SettingsError(
-            "--scheduler and --cluster: give one of them; a file of kind scheduler holds an address"
+            "--scheduler and --cluster: give only one of them; a cluster file of kind scheduler "
+            "holds an address"
         )
     cluster = read_cluster(settings.cluster)
     if settings.workers is None or cluster.kind == "scheduler":
@@ -276,7 +273,7 @@ def _first_problem(error: ValidationError) -> str:
     keys = [key for key in map(str, problem["loc"]) if key != "bool" and "TlsFiles" not in key]
     name = ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        return f"no such key: {name}{nearest(keys[-1], _keys_beside(keys))}"
+        return f"unknown key {name}{nearest(keys[-1], _keys_beside(keys))}"
     message = validation_message(problem)
     return f"{name}: {message}" if name else message
 

@@ -175,8 +175,8 @@ class Plan(BaseModel):
         if reason is None or not self.resolved.measures_objects():
             return []
         return [
-            f"{self.source}: the size of its voxels is unknown ({reason}), so the measurements "
-            "have no columns in µm; write the size into its metadata to get them"
+            f"{self.source}: its voxel size is unknown ({reason}), so the measurements have no "
+            "columns in µm; to get them, write the voxel size into its metadata"
         ]
 
     @property
@@ -306,7 +306,7 @@ class Plan(BaseModel):
             if stage.name == name:
                 return stage
         names = ", ".join(stage.name for stage in self.stages)
-        raise SettingsError(f"no stage {name} in this run; it has {names}")
+        raise SettingsError(f"this run has no stage {name}; it has {names}")
 
     def stage_telling(self, fact: Fact) -> PlannedStage | None:
         """Return the last stage whose summaries hold a fact about each volume, if it is planned."""

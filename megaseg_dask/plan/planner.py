@@ -204,9 +204,9 @@ class _Request:
         source = self.first_image
         if self.is_in_place and VERSIONS[source.version].zarr_format != source.zarr_format:
             raise SourceError(
-                f"{self.first_field} has metadata of OME-Zarr {source.version} in Zarr "
-                f"v{source.zarr_format}, which no version allows, so that labels in it would be "
-                "found by no program; choose another TARGET than the source"
+                f"{self.first_field} has OME-Zarr {source.version} metadata in Zarr "
+                f"v{source.zarr_format}, which no version of OME-Zarr allows: no program would "
+                "find labels in it; choose another TARGET than the source"
             )
         plate = self.part.plate
         if plate is not None and not self.is_in_place:
@@ -235,27 +235,27 @@ class _Request:
             )
         run = run_folder(target, self.settings.label_name)
         if source.is_inside(target) or source.is_inside(run) or source.is_same(run):
-            raise TargetError(f"{target} holds the source; choose another folder")
+            raise TargetError(f"{target} contains the source; choose another folder")
         if self.is_in_place:
             self._require_labels_alone()
         target.require_writable()
         if self.part.plate and "scores" not in self.settings.outputs and not self.is_in_place:
             raise SettingsError(
-                "a plate of labels alone would list fields without an image, which no reader "
-                "takes: add scores to --outputs, or pass SOURCE as TARGET too, which adds labels "
-                "to its fields"
+                "a plate needs an image in each field: add scores to --outputs, or pass SOURCE as "
+                "TARGET to add the labels to the source"
             )
 
     def _require_labels_alone(self) -> None:
         settings = self.settings
         if "scores" in settings.outputs:
             raise SettingsError(
-                "the target is the source, whose image stays as it is: pass --outputs labels"
+                "the target is the source, and scores would replace its image: pass --outputs "
+                "labels"
             )
         if settings.level or settings.time or settings.roi:
             raise SettingsError(
-                "--level, --time and --roi need another target than the source: labels in the "
-                "source match all of it"
+                "--level, --time and --roi need another target than the source, because labels in "
+                "the source must match the whole image"
             )
 
     def filled(self) -> Settings:
@@ -315,8 +315,8 @@ def _group_channels(
         return [(channel,) for channel in channels]
     if len(channels) != n_inputs:
         raise SettingsError(
-            f"--channel {wanted or channels[0]}: the model takes {n_inputs} channels of {where} "
-            "together; name them in its order, separated by commas"
+            f"--channel {wanted or channels[0]}: the model needs {n_inputs} channels of {where}; "
+            "give them in the order of the model, separated by commas"
         )
     return [channels]
 
@@ -411,14 +411,13 @@ def open_models(settings: Settings, volume_shape: Shape, emit: Emit = ignore) ->
     """
     if settings.checkpoint and len(settings.model) > 1:
         raise SettingsError(
-            "--checkpoint is of one --model; of several, give the path of each .ckpt as --model"
+            "--checkpoint works with one --model; for several models, give the path of each .ckpt "
+            "as --model"
         )
     described = [describe(name, settings.checkpoint, emit) for name in settings.model]
     bundles = {str(path): bundle for path, bundle in described}
     if len({bundle.digest for bundle in bundles.values()}) < len(described):
-        raise SettingsError(
-            f"--model {', '.join(settings.model)}: the same model twice; its mean is itself"
-        )
+        raise SettingsError(f"--model {', '.join(settings.model)}: the same model is given twice")
     ref = ModelRef.of(bundles, settings.checkpoint)
     first, *_ = bundles.values()
     if settings.patch is None:
@@ -446,8 +445,8 @@ def _require_alike(
         value = getattr(bundle, name)
         if value != expected:
             raise BundleError(
-                f"{path} has {name} {value}, {first} has {expected}; choose one for both with "
-                f"--{option}"
+                f"{path} has {name} {value}, {first} has {expected}; choose one value for both "
+                f"with --{option}"
             )
 
 
@@ -522,7 +521,7 @@ def require_machine(plan: Plan) -> None:
     if needed > total:
         raise SettingsError(
             f"{words}, and this machine, or its container, has {total / 1e9:.2f} GB: use fewer "
-            "--workers, or a smaller --memory (of a plan that is recorded, with --overwrite)"
+            "--workers, or a smaller --memory (if the plan is recorded, with --overwrite)"
         )
 
 
@@ -566,16 +565,17 @@ def require_memory(plan: Plan) -> None:
         return
     shapes = iter_block_shapes(plan.volume_shape)
     least = min(max(plan.project(block).values()) for block in shapes)
-    advice = "leave out --block, and one is chosen that fits"
+    advice = "remove --block to get one that fits"
     if least > plan.memory_bytes:
-        smaller = "make --patch smaller"
+        smaller = "use a smaller --patch"
         if least == plan.projected_bytes.get("join"):
-            smaller = "segment parts with --roi: the objects of a volume are joined at once"
+            smaller = "segment parts of the volume with --roi"
         advice = (
-            f"no block needs less than {math.ceil(least / 1e7) / 100:.2f} GB: raise --memory, or "
-            f"{smaller}"
+            f"the smallest possible block needs {math.ceil(least / 1e7) / 100:.2f} GB: raise "
+            f"--memory, or {smaller}"
         )
     raise SettingsError(
         f"stage {stage} needs {needed / 1e9:.2f} GB with block {plan.block_shape} and patch "
-        f"{plan.resolved.patch}, and a worker may use {plan.memory_bytes / 1e9:.2f} GB; {advice}"
+        f"{plan.resolved.patch}, but a worker may use only {plan.memory_bytes / 1e9:.2f} GB; "
+        f"{advice}"
     )

@@ -111,7 +111,7 @@ def _read_image_part(
     readable = Readable.at(source, settings)
     if _chooses_fields(settings):
         raise SettingsError(
-            f"{source} is no plate: --wells, --fields and --acquisition choose among its images"
+            f"{source} is not a plate; --wells, --fields and --acquisition are only for plates"
         )
     run = next(iter_run_folders(target, settings.label_name))
     earlier = None if settings.overwrite else next(iter(recorded), None)
@@ -277,8 +277,8 @@ def _require_all(plan: Plan, fields: _Fields, target: Location) -> None:
     reason = _reason_of(absent, fields.plate)
     told = f"cannot be read now ({reason})" if reason else "is not chosen"
     raise TargetError(
-        f"{target} belongs to a run on {len(paths)} fields, of which {absent} {told}; choose all "
-        "of them with --wells and --fields, choose another target, or replace it with --overwrite"
+        f"{target} belongs to a run on {len(paths)} fields, and {absent} {told}; choose all of "
+        "them with --wells and --fields, choose another target, or replace it with --overwrite"
     )
 
 

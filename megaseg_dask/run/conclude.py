@@ -180,14 +180,14 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
     n_absent = sum(summary.absent for summary in summaries)
     if n_absent:
         warnings.append(
-            f"{n_absent} chunks of the source are not there, and were read as its fill value"
+            f"{n_absent} chunks of the source are missing, and were read as its fill value"
         )
     warnings += _left_whole(plan, states)
     batches = [summary.batch for summary in summaries if summary.batch]
     if batches:
         warnings.append(
-            f"a device ran out of memory: {len(batches)} tasks went in batches down to "
-            f"{min(batches)}, not {plan.batch}, which may change the last bits; "
+            f"a device ran out of memory: {len(batches)} tasks used smaller batches (at least "
+            f"{min(batches)} instead of {plan.batch}), which can change the last bits of scores; "
             "choose a smaller --batch"
         )
     return warnings

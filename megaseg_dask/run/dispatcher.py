@@ -258,7 +258,7 @@ class DaskDispatcher:
         if not is_lost:
             yield from self._fail(group, f"{type(error).__name__}: {error}", is_lost=False)
         elif len(group.indices) > 1:
-            self._tell(group, f"{cause}; they run again, one by one")
+            self._tell(group, f"{cause}; they run again, one at a time")
             for single in group.each():
                 self._send_later(single)
         elif not self._retries.allow(group.attempt):
@@ -267,7 +267,7 @@ class DaskDispatcher:
             self._tell(group.again(), f"{cause}; it runs again")
             self._send_later(group.again())
         else:
-            self._tell(group.again(), f"{cause}; it runs again, with nothing beside it")
+            self._tell(group.again(), f"{cause}; it runs again alone")
             self._to_run_alone.append(group.again())
 
     def _fail(self, group: _Group, error: str, *, is_lost: bool) -> Iterator[tuple[str, Outcome]]:
@@ -283,7 +283,9 @@ class DaskDispatcher:
 
     def _look_after_workers(self) -> Iterator[tuple[str, Outcome]]:
         if self._client.status != "running":
-            raise ClusterError("the scheduler is gone; run the same command again to resume")
+            raise ClusterError(
+                "the connection to the scheduler is lost; run the same command again to resume"
+            )
         try:
             threads = self._client.nthreads()
             processing = self._client.processing()

@@ -104,7 +104,8 @@ def _parse_share(share: str) -> tuple[int, int]:
     n_shares = int(match[2]) if match else 0
     if not 1 <= number <= n_shares:
         raise SettingsError(
-            f"--share {share}: expected I/N, the I-th of N shares, from 1/{n_shares or 'N'} on"
+            f"--share {share}: expected I/N, the I-th of N shares, with I from 1 to "
+            f"{n_shares or 'N'}"
         )
     return number, n_shares
 
@@ -187,8 +188,8 @@ class _Process:
         """Check that the intermediate data of a volume exist."""
         if not self.plan.is_one_task and not self.workspace.has_work(volume):
             raise TargetError(
-                f"{self.workspace.folder.work(volume)} is not there: intermediate data were "
-                f"removed; make room for them again: {_TAKE_BACK}"
+                f"{self.workspace.folder.work(volume)} is missing because intermediate data were "
+                f"removed; first run {_TAKE_BACK}"
             )
 
 
@@ -208,8 +209,8 @@ def run_tasks(plan: Plan, stage: str, indices: Sequence[int], emit: Emit = lambd
             # What this process records would follow them, and not count either.
             raise TargetError(
                 f"{plan.run}/{journal.discarded[0]} is damaged, so it and the "
-                f"{len(journal.discarded) - 1} records after it do not count; "
-                f"take them back first: {_TAKE_BACK}"
+                f"{len(journal.discarded) - 1} records after it are not used; first run "
+                f"{_TAKE_BACK}"
             )
         process = _Process(plan, journal, lease, emit)
         with journal.flushed():
@@ -250,13 +251,13 @@ def _require_ready(process: _Process, stage: PlannedStage, volume: int) -> None:
         n_untried = progress.count_untried(earlier)
         if n_untried:
             raise SettingsError(
-                f"stage {earlier.name} comes first: {n_untried} of its {earlier.per_volume} tasks "
-                f"of volume {volume} are not finished"
+                f"run stage {earlier.name} first: {n_untried} of its {earlier.per_volume} tasks of "
+                f"volume {volume} are not finished"
             )
     if progress.stale_after(stage) or not is_withdrawn(Target(plan)):
         raise SettingsError(
-            f"{plan.target} was finished without what is missing in stage {stage.name}; "
-            f"take that back first: {_TAKE_BACK}"
+            f"{plan.target} was finished without the failed tasks of stage {stage.name}; first run "
+            f"{_TAKE_BACK}"
         )
     process.require_work(volume)
 

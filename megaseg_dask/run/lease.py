@@ -204,8 +204,8 @@ class Leases:
     def _require_unshared(self) -> None:
         if process := self._find_alive(self.shared_ids()):
             raise TargetError(
-                f"{process} is running tasks of {self.folder}; "
-                "wait for it, or end it, and try again"
+                f"{process} is running tasks of {self.folder}; wait until it ends, or stop it, and "
+                "try again"
             )
 
     def _follow(self, lease: Lease) -> int:
@@ -221,8 +221,8 @@ class Leases:
                 return number
             if process := self._watch_client(number, last):
                 raise TargetError(
-                    f"{self.folder} is being written by {process}; "
-                    "wait for it, or end it, and try again"
+                    f"{self.folder} is being written by {process}; wait until it ends, or stop it, "
+                    "and try again"
                 )
             key = _key_of_client(number + 1)
             if self.folder.create(key, lease.to_json()):
@@ -259,8 +259,8 @@ class Leases:
             others = [i for i in shared if not i.startswith(of_stage)]
             if process := self._find_alive(others):
                 raise TargetError(
-                    f"{process} is running another stage of {self.folder}; "
-                    "wait for it, or end it, and try again"
+                    f"{process} is running another stage of {self.folder}; wait until it ends, or "
+                    "stop it, and try again"
                 )
             yield held
 
@@ -276,7 +276,8 @@ class Leases:
         while last is not None and not last.is_over and last.id:
             if process := self._watch_client(number, last):
                 raise TargetError(
-                    f"{process} is writing {self.folder}; wait for it, or end it, and try again"
+                    f"{process} is writing {self.folder}; wait until it ends, or stop it, and try "
+                    "again"
                 )
             nobody = Lease("", "", 0, is_over=last.is_gone)
             self.folder.create(_key_of_client(number + 1), nobody.to_json())
@@ -360,8 +361,8 @@ class Held:
             self._look()
         if self._lost.is_set():
             raise StoreError(
-                f"another client took over {self._leases.folder} while this one stood still; "
-                "leave the run to it"
+                f"another megaseg process took over {self._leases.folder} while this one did not "
+                "respond; let the other process finish"
             )
 
     def release(self) -> None:
@@ -422,8 +423,8 @@ class Permit:
         asked_s = clock_s()
         if not self._leases.holds(self._lease_id):
             raise TaskError(
-                f"{self._leases.folder} is no longer the run of the client that sent this task; "
-                "nothing more was written"
+                f"{self._leases.folder} now belongs to another megaseg process; this task wrote "
+                "nothing more"
             )
         self._asked_s = asked_s
 

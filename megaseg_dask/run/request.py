@@ -65,8 +65,8 @@ class Request:
         # Before all else: a store that is not there is asked only once.
         if not self._target.is_listable:
             raise SettingsError(
-                f"{self._target}: nothing can be written to a web server; "
-                "choose a folder or a bucket as TARGET"
+                f"{self._target}: a web server cannot be written to; choose a folder or a bucket "
+                "as TARGET"
             )
         self._target.probe(TargetError)
         self._recorded = self._read_recorded()
@@ -119,7 +119,7 @@ def _require_files(n_workers: int) -> None:
         return
     if hard_limit != resource.RLIM_INFINITY and hard_limit < n_files:
         raise SettingsError(
-            f"this process may open {hard_limit} files at once, and takes some {n_files} with "
+            f"this process may open {hard_limit} files, and needs about {n_files} with "
             f"{count(n_workers, 'worker')}; raise the limit (ulimit -n {n_files}), or use fewer "
             "--workers"
         )

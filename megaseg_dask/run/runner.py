@@ -205,10 +205,14 @@ class _Session:
             if not n_lost:
                 return
             publish.withdraw(Target(plan))
-            emit(Notice(f"what {n_lost} tasks read or wrote is another by now; they run again"))
+            emit(
+                Notice(
+                    f"data that {n_lost} tasks read or wrote have changed; these tasks run again"
+                )
+            )
         raise StoreError(
-            f"what is in {plan.source} or was written to {plan.target} disappears or is replaced "
-            "again and again; find what does that, and run the same command again"
+            f"data in {plan.source} or {plan.target} keep changing during the run; find the "
+            "program that changes them, and run the same command again"
         )
 
 

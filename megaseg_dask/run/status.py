@@ -31,8 +31,8 @@ def recorded_plans(target: str, label_name: str | None = None) -> list[Plan]:
     if not plans:
         named = f" of the name {label_name}" if label_name else ""
         raise TargetError(
-            f"no run{named} is recorded at {runs_folder(where)}{where.hint()}; "
-            "start one with megaseg segment"
+            f"no run{named} is recorded at {runs_folder(where)}{where.hint()}; start one with "
+            "megaseg segment"
         )
     return plans
 

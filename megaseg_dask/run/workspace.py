@@ -103,14 +103,15 @@ class RunFolder:
             plan = Plan.model_validate_json(data)
         except ValueError as error:
             raise _DamagedPlanError(
-                f"{self.location}/{_PLAN} is damaged, or of another version of megaseg; run the "
-                "same megaseg segment command again, which goes on if the target is of that run"
+                f"{self.location}/{_PLAN} is damaged, or was written by another version of "
+                "megaseg; run the same megaseg segment command again, which resumes if the target "
+                "belongs to that run"
             ) from error
         name = plan.resolved.label_name
         if not run_names(name).fullmatch(self.location.basename):
             raise TargetError(
-                f"{self.location}/{_PLAN} is that of a run named {name}, and does not belong in "
-                "this folder; move it back"
+                f"{self.location}/{_PLAN} belongs to a run named {name}, not to this folder; move "
+                "it back"
             )
         return plan.found_in(self.location)
 
@@ -183,7 +184,7 @@ class RunFolder:
         key = f"{_VOLUMES}/{volume}.json"
         data = self.location.get(key)
         if data is None:
-            raise TaskError(f"{self.location}/{key} is missing; an earlier stage has to run first")
+            raise TaskError(f"{self.location}/{key} is missing; run the earlier stages first")
         return VolumeState.from_json(json.loads(data))
 
     def write_state(self, volume: int, state: VolumeState) -> None:
@@ -377,7 +378,7 @@ class Workspace:
 def _get(folder: Location, name: str) -> bytes:
     data = folder.get(name)
     if data is None:
-        raise TaskError(f"{folder}/{name} is missing; an earlier stage has to run first")
+        raise TaskError(f"{folder}/{name} is missing; run the earlier stages first")
     return data
 
 

@@ -317,7 +317,7 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "target is a file": (lambda d, out: [image(d), text_file(d, "out.zarr")], "is a file"),
     "target is a folder": (
         lambda d, out: [image(d), plain_folder(d)],
-        "exists, without the record of a run",
+        "exists, but no run of megaseg is recorded there",
     ),
     "target is an image": (
         lambda d, out: [image(d), image(d, "other.zarr")],
@@ -343,14 +343,14 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
         lambda d, out: [image(d), d / "source.zarr/out.zarr"],
         "lies inside the source",
     ),
-    "source in target": (lambda d, out: [image(d), d], "holds the source"),
+    "source in target": (lambda d, out: [image(d), d], "contains the source"),
     "source in run folder": (
         lambda d, out: [
             image(d, "out.zarr.run/megaseg/source.zarr"),
             d / "out.zarr",
             "--overwrite",
         ],
-        "holds the source",
+        "contains the source",
     ),
     "target is source": (lambda d, out: [image(d), d / "source.zarr"], "pass --outputs labels"),
     "below a file": (

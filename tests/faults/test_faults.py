@@ -75,10 +75,7 @@ def test_a_block_that_kills_workers_is_named_and_the_rest_is_finished(
     assert (result.status, result.exit_code) == ("failed", 1)
     assert [(f.stage, f.index) for f in result.failures] == [("segment", 5)], result.failures
     notices = [event.text for event in events if event.kind == "notice"]
-    assert any(
-        "segment 5: its worker died or hung; it runs again, with nothing beside it" in n
-        for n in notices
-    )
+    assert any("segment 5: its worker died or hung; it runs again alone" in n for n in notices)
     assert "died or hung (attempt 3)" in result.failures[0].error
     assert haunted.calls["segment", 5] == 3
     # Its neighbours are finished, in their first attempts or, where they were blamed, in later

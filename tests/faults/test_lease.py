@@ -155,7 +155,7 @@ def test_a_client_that_stood_still_and_was_replaced_stops(run, leases):
     with leases.hold() as first:
         put(run, 2, Lease("other", "node17", 1))
         time.sleep(1.0)  # ten beats
-        with pytest.raises(StoreError, match="another client took over"):
+        with pytest.raises(StoreError, match="another megaseg process took over"):
             first.require()
     _, last = leases.last()
     assert (last.id, last.is_over) == ("other", False), "a lost lease is not ours to give back"
@@ -187,14 +187,14 @@ def test_a_client_that_wakes_up_looks_before_its_heart_beats(run, monkeypatch):
         first.require()
         later = lease.clock_s() + 6 * NEVER_S
         monkeypatch.setattr(lease, "clock_s", lambda: later)
-        with pytest.raises(StoreError, match="another client took over"):
+        with pytest.raises(StoreError, match="another megaseg process took over"):
             first.require()
 
 
 def test_a_client_that_woke_up_before_it_held_looks_first(run, monkeypatch):
     with Leases(run, Timing(beat_s=NEVER_S)).hold() as first:
         put(run, 2, Lease("other", "node17", 1))
-        with pytest.raises(StoreError, match="another client took over"):
+        with pytest.raises(StoreError, match="another megaseg process took over"):
             first.require()
 
 
@@ -205,11 +205,11 @@ def test_a_worker_that_wakes_up_writes_nothing_for_a_client_that_is_gone(run, mo
         permit.require()
         put(run, 2, Lease("other", "node17", 1))
         permit.require()  # the last answer is younger than a beat
-        with pytest.raises(TaskError, match="no longer the run of the client"):
+        with pytest.raises(TaskError, match="now belongs to another megaseg process"):
             permit.renew()
         later = lease.clock_s() + 2 * NEVER_S
         monkeypatch.setattr(lease, "clock_s", lambda: later)
-        with pytest.raises(TaskError, match="no longer the run of the client"):
+        with pytest.raises(TaskError, match="now belongs to another megaseg process"):
             permit.require()
 
 
@@ -220,7 +220,7 @@ def test_a_task_of_a_job_array_writes_nothing_after_a_client_came(run):
         permit.renew()
         put(run, 1, Lease("other", "node17", 1))
         # Its own lease is there again, or still.
-        with pytest.raises(TaskError, match="no longer the run of the client"):
+        with pytest.raises(TaskError, match="now belongs to another megaseg process"):
             permit.renew()
 
 
@@ -253,7 +253,7 @@ def test_a_client_that_wakes_up_records_nothing_in_its_successors_run(
     settings = parse_settings(
         {"model": str(tiny_bundle), "threads": 1, "block": "20,40,50", "overlap": 0}
     )
-    with pytest.raises(StoreError, match="another client took over"):
+    with pytest.raises(StoreError, match="another megaseg process took over"):
         segment(str(source), str(tmp_path / "out.zarr"), settings, client=client, emit=take_over)
     assert [k for k in run.keys("megaseg") if "/journal/" in k] == [
         k for k in recorded if "/journal/" in k

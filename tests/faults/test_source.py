@@ -133,7 +133,7 @@ def test_a_chunk_that_changed_after_it_was_measured_is_named(
     result = case.run()
     assert result.status == "failed"
     for failure in result.failures:
-        assert "the source changed while it was read" in failure.error, failure
+        assert "the source changed during the run" in failure.error, failure
     # Also in the halos of neighbors, and in the next attempt.
     stage, first = moment
     n_blocks = 3 if change is remove_chunk and stage == "segment" else 2
@@ -157,7 +157,7 @@ def test_a_chunk_that_changes_between_two_runs_is_named(tmp_path, tiny_bundle, b
     # Finished blocks saw what was there.
     replace_chunk(case, x=65)
     result = case.run()
-    assert "the source changed while it was read" in result.failures[0].error
+    assert "the source changed during the run" in result.failures[0].error
     # What changed may be what is wanted.
     assert case.run(overwrite=True).status == "done"
     assert case.run("anew").status == "done"

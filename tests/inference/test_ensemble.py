@@ -154,7 +154,7 @@ def other_bundles(folder):
             write_checkpoint(folder / "overlap.ckpt", seed=3, overlap=0.25),
             "has overlap (0.25,",
         ),
-        "itself": (write_checkpoint(folder / "same.ckpt", TINY), "the same model twice"),
+        "itself": (write_checkpoint(folder / "same.ckpt", TINY), "the same model is given twice"),
     }
 
 

@@ -83,7 +83,7 @@ def test_a_home_that_cannot_be_written_is_told_and_costs_a_conversion(
     home.write_text("a file in the place of the folder")
     with caplog.at_level(logging.WARNING):
         predict(reference)
-    assert "the converted network cannot be kept" in caplog.text
+    assert "the converted network cannot be stored" in caplog.text
     home.unlink()
 
     def is_full(*_, **__):

@@ -317,7 +317,7 @@ def test_which_checkpoint(tmp_path, run):
         "there are: epoch_002.ckpt, epoch_003.ckpt; choose one with --checkpoint" in err,
     ) == (2, True)
     code, _, err = run(*plan, "epoch_002", "--model", "starter")
-    assert (code, "--checkpoint is of one --model" in err) == (2, True)
+    assert (code, "--checkpoint works with one --model" in err) == (2, True)
     record = import_bundle(write_zip(tmp_path / "a.zip", epochs=(2, 3)), "cells")
     record.path.write_bytes(write_zip(tmp_path / "b.zip", epochs=(2, 3), seed=1).read_bytes())
     code, _, err = run("models", "show", "cells", "--checkpoint", "epoch_002")

@@ -194,7 +194,7 @@ def test_an_absent_chunk_is_the_fill_value_and_told(block, megaseg, tmp_path):
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     assert result["warnings"] == [
-        "1 chunks of the source are not there, and were read as its fill value"
+        "1 chunks of the source are missing, and were read as its fill value"
     ]
     image[20:, :35, 45:] = 0
     written = write_image(tmp_path / "filled.zarr", image)

@@ -264,8 +264,8 @@ def test_what_does_not_fit_the_model_is_refused(image, two_in, tmp_path):
             )
         return str(raised.value)
 
-    assert "--channel dna: the model takes 2 channels" in refusal(channel="dna")
-    assert "--channel 0,1,2: the model takes 2 channels" in refusal(channel="0,1,2")
+    assert "--channel dna: the model needs 2 channels" in refusal(channel="dna")
+    assert "--channel 0,1,2: the model needs 2 channels" in refusal(channel="0,1,2")
     assert "choose one with --channel: 0 (dna)" in refusal()
     config = train_config()
     del config["data"]["transforms"]["predict"]["transforms"][1]

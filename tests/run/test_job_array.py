@@ -157,7 +157,7 @@ def test_a_block_that_fails_is_left_out_and_mended(source, expected, settings, t
     chunk.write_bytes(whole)
     code, output = megaseg("task", target, "segment")
     assert code == 2
-    assert "finished without what is missing" in output
+    assert "finished without the failed tasks" in output
     assert record_plans(str(image), str(target), settings) == [plan]
     assert megaseg("task", target, "relabel")[0] == 2
     ran = run_tasks(plan, "segment", range(6))
@@ -171,7 +171,7 @@ def test_stages_go_in_their_order(source, settings, tmp_path):
     target = str(tmp_path / "out.zarr")
     assert megaseg("join", target)[0] == 2
     [plan] = record_plans(str(source), target, settings)
-    with pytest.raises(SettingsError, match="stage measure comes first: 1 of its 1 tasks"):
+    with pytest.raises(SettingsError, match="run stage measure first: 1 of its 1 tasks"):
         run_tasks(plan, "segment", [0])
     code, output = megaseg("join", target, "--json")
     assert (code, json.loads(output.splitlines()[-1])["status"]) == (3, "pending")
@@ -284,7 +284,7 @@ def test_a_process_that_stood_still_and_was_taken_for_gone_writes_nothing(
     # The task says it, and on a slow machine the heart before that.
     with suppress(StoreError):
         ran = run_tasks(plan, "segment", [0])
-        assert "no longer the run of the client" in ran.failures[0].error
+        assert "now belongs to another megaseg process" in ran.failures[0].error
     assert not list((tmp_path / "out.zarr/0").glob("c/**/*"))
 
 

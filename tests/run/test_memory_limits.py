@@ -90,10 +90,11 @@ def test_a_join_that_does_not_fit_gets_advice_that_can_work(tmp_path, options, m
     image = write_image(tmp_path / "image.zarr", np.zeros((96, 256, 384), "uint16"))
     settings = parse_settings({**options, "memory": "1.15GB"})
     with pytest.raises(
-        SettingsError, match=r"^stage join needs .* raise --memory, or segment parts with --roi"
+        SettingsError,
+        match=r"^stage join needs .* raise --memory, or segment parts of the volume with --roi",
     ) as caught:
         plan_runs(str(image), str(tmp_path / "out.zarr"), settings)
-    assert "--patch smaller" not in str(caught.value)
+    assert "a smaller --patch" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("total", "n_workers"), [(2 * GB, 1), (4 * GB, 2), (64 * GB, 1)])

@@ -96,7 +96,7 @@ def test_labels_alone_are_a_target_of_their_own(run, tmp_path):
     run(outputs="labels")
     assert run(outputs="labels").already_done
     shutil.rmtree(tmp_path / "out.zarr.run")
-    with pytest.raises(TargetError, match="without the record"):
+    with pytest.raises(TargetError, match="no run of megaseg is recorded"):
         run(outputs="labels")
     run(outputs="labels", overwrite=True)
 

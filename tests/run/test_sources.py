@@ -50,8 +50,8 @@ def test_labels_and_scores_of_ours_are_no_sources(version, run, tmp_path):
     assert run(source, source, outputs="labels").status == "done"
     before = files_of(tmp_path)
     for path, words in {
-        "out.zarr": "holds scores that megaseg wrote, .* name the image that they were made from",
-        "out.zarr/labels/megaseg": "is a label image, .* name the image that it belongs to",
+        "out.zarr": "holds scores that megaseg wrote; give the image that they were computed",
+        "out.zarr/labels/megaseg": "is a label image; give the image that it belongs to",
         "image.zarr/labels/megaseg": "is a label image",
     }.items():
         with pytest.raises(SourceError, match=words):
@@ -84,7 +84,7 @@ def test_metadata_of_0_4_in_zarr_v3_are_read_but_not_added_to(leaves_v2, run, tm
         for name in (".zgroup", ".zattrs"):
             shutil.copy(old / name, source / name)
     before = files_of(source)
-    with pytest.raises(SourceError, match=r"OME-Zarr 0\.4 in Zarr v3.*another TARGET"):
+    with pytest.raises(SourceError, match=r"OME-Zarr 0\.4 metadata in Zarr v3.*another TARGET"):
         run(source, source, outputs="labels")
     assert files_of(source) == before
     assert run(source, tmp_path / "out.zarr").status == "done"

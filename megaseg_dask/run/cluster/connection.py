@@ -112,12 +112,12 @@ def _open_client(cluster: Cluster, dask_cluster: Any, emit: Emit) -> Any:
         return Client(cluster.address, timeout=START_S, security=security_of(cluster))
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"--scheduler {cluster.address}: no answer: {error}; check the address, and that dask "
-            "scheduler runs there"
+            f"--scheduler {cluster.address}: no answer ({error}); check the address, and check "
+            "that dask scheduler runs there"
         ) from error
     except (TypeError, RuntimeError) as error:
         raise SettingsError(
-            f"--scheduler {cluster.address}: {error}; name its certificates in a cluster file "
+            f"--scheduler {cluster.address}: {error}; put its certificates in a cluster file "
             "(docs/clusters.md)"
         ) from error
     finally:
@@ -134,12 +134,12 @@ def _require_children() -> None:
     # A worker that imports the user's script would start more workers.
     if getattr(process, "_inheriting", False):
         raise SettingsError(
-            "workers import your script: put its calls under `if __name__ == '__main__':`"
+            "workers import your script; put its calls under `if __name__ == '__main__':`"
         )
     if process.daemon:
         raise SettingsError(
-            "this process is a worker itself, of multiprocessing or Dask, and may start no "
-            "workers: run in it (workers=0), or give a client= of other workers"
+            "this process is a worker of multiprocessing or Dask, which cannot start workers; pass "
+            "workers=0 to run in this process, or client= to use other workers"
         )
 
 
@@ -162,8 +162,8 @@ def _wait_for_worker(client: Any, cluster: Cluster, emit: Emit) -> None:
         if is_silent:
             emit(
                 Notice(
-                    f"waiting for the first worker, for {max_wait_s / 60:.0f} minutes at most; "
-                    "it joins when its job runs"
+                    f"waiting for the first worker, at most {max_wait_s / 60:.0f} minutes; it "
+                    "joins when its job starts"
                 )
             )
             is_silent = False
@@ -172,8 +172,8 @@ def _wait_for_worker(client: Any, cluster: Cluster, emit: Emit) -> None:
 def _where_to_look(cluster: Cluster, client: Any) -> str:
     if cluster.kind in BATCH:
         return (
-            "look at the output of its jobs (options: log_directory), "
-            "and whether they may reach this machine"
+            "read the output of its jobs (options: log_directory), and check that they can reach "
+            "this machine"
         )
     return f"see {dashboard_of(client)}"
 
@@ -198,16 +198,16 @@ def require_client(client: Any) -> None:
 
     if not isinstance(client, Client):
         raise SettingsError(
-            f"client: expected a distributed.Client, not {type(client).__name__}; "
-            "an address goes to scheduler="
+            f"client: expected a distributed.Client, not {type(client).__name__}; pass an address "
+            "as scheduler="
         )
     if client.asynchronous:
         raise SettingsError(
-            "client: it is asynchronous, and a run waits for it; make a Client without "
-            "asynchronous=True, and call segment from a thread (asyncio.to_thread)"
+            "client: an asynchronous Client cannot be used; create a Client without "
+            "asynchronous=True, and call segment in a thread (asyncio.to_thread)"
         )
     if client.status != "running":
-        raise SettingsError(f"client: its state is {client.status}; make a new Client")
+        raise SettingsError(f"client: its state is {client.status}; create a new Client")
 
 
 @contextmanager

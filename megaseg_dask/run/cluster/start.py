@@ -117,7 +117,7 @@ def require_queued(wanted: Cluster, cluster: Any) -> None:
     queue = subprocess.run(command, capture_output=True, text=True, check=False)
     if not queue.stdout.split() and (queue.returncode == 0 or "Invalid job id" in queue.stderr):
         raise SettingsError(
-            f"kind slurm: jobs {', '.join(jobs)} ended before their workers joined; look at their "
+            f"kind slurm: jobs {', '.join(jobs)} ended before their workers joined; read their "
             "output (options: log_directory)"
         )
 
@@ -177,15 +177,16 @@ def _cuda(wanted: Cluster, _: ExitStack) -> Any:
     n_devices = len(cuda_devices())
     if not n_devices:
         raise SettingsError(
-            "--device cuda: PyTorch sees no GPU here; run megaseg doctor, or use --device cpu"
+            "--device cuda: PyTorch finds no GPU here; run megaseg doctor to see why, or use "
+            "--device cpu"
         )
     max_workers = wanted.workers
     if wanted.adaptive and not max_workers:
         max_workers = wanted.adaptive.maximum
     if max_workers and max_workers > n_devices:
         raise SettingsError(
-            f"{max_workers} workers: there are {n_devices} GPUs here, and a worker has one for "
-            "itself"
+            f"{max_workers} workers: there are {n_devices} GPUs here, and each worker needs one of "
+            "its own"
         )
     options = {
         **_local_options(wanted),
@@ -316,7 +317,7 @@ def _custom(wanted: Cluster, _: ExitStack) -> Any:
     cls = _cluster_class(wanted.class_name or "")
     options = dict(wanted.options)
     for key in _DECIDED_BY_FILE & options.keys():
-        raise SettingsError(f"options.{key}: follows from the rest of the file; leave it out")
+        raise SettingsError(f"options.{key}: this follows from the rest of the file; remove it")
     if wanted.tls:
         options["security"] = security_of(wanted)
     n_workers = _n_first_workers(wanted)
@@ -337,7 +338,7 @@ def _cluster_class(name: str) -> Any:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise SettingsError(
-            f"class {name}: {error}; install the package that has it beside megaseg-dask"
+            f"class {name}: {error}; install its package in the environment of megaseg-dask"
         ) from error
     cls = getattr(module, class_name, None)
     if cls is None:
@@ -347,8 +348,8 @@ def _cluster_class(name: str) -> Any:
     has_methods = all(callable(getattr(cls, method, None)) for method in _CLUSTER_METHODS)
     if not isinstance(cls, type) or not has_methods:
         raise SettingsError(
-            f"class {name}: is no class of Dask clusters, which have the methods "
-            f"{', '.join(_CLUSTER_METHODS)}; name one that has them"
+            f"class {name}: expected a class of Dask clusters, with the methods "
+            f"{', '.join(_CLUSTER_METHODS)}; give another class"
         )
     return cls
 
@@ -411,13 +412,14 @@ def _explained(wanted: Cluster, error: Exception) -> MegasegError:
     """Return an error of a library or of a batch system as one line."""
     if wanted.is_local:
         return EngineError(
-            f"workers could not start ({error}); "
-            "in a script, put its calls under `if __name__ == '__main__':`"
+            f"workers could not start ({error}); in a script, put its calls under `if __name__ == "
+            "'__main__':`"
         )
     if isinstance(error, FileNotFoundError) and wanted.kind in _BATCH:
         command = _BATCH[wanted.kind][1]
         return SettingsError(
-            f"kind {wanted.kind}: there is no {command} here; run this where jobs are submitted"
+            f"kind {wanted.kind}: there is no {command} command here; run megaseg where jobs are "
+            "submitted"
         )
     text = str(error) or type(error).__name__
     output = re.search(r"stderr:\n(.+)", text, re.DOTALL)

@@ -67,8 +67,8 @@ def compare(mine: Versions, theirs: Versions, engine: EngineName, owner: str) ->
             raise SettingsError(f"{owner} has no {name}; install {name} {here} there")
         if here.split(".")[:n_parts] != there.split(".")[:n_parts]:
             raise SettingsError(
-                f"{owner} has {name} {there}, this client has {here}: it would give other results, "
-                "or fail; install the same on both"
+                f"{owner} has {name} {there}, this client has {here}: results could differ; "
+                "install the same version on both"
             )
         if here != there and name != "python":
             yield f"{owner} has {name} {there}, this client has {here}"

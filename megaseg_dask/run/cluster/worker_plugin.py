@@ -51,8 +51,8 @@ def make_plugin(
                 parts = installed.partition("+")[0].split(".")
                 if parts[: len(required)] != required:
                     notice = (
-                        f"worker {worker.address} was sent away: "
-                        f"it has {package} {installed}, not {'.'.join(required)}"
+                        f"worker {worker.address} was refused: it has {package} {installed}, "
+                        f"expected {'.'.join(required)}"
                     )
                     worker.log_event(topic, {"notice": notice})
                     worker.loop.add_callback(worker.close, reason="megaseg-version")

@@ -100,10 +100,10 @@ class Workers:
         if not 0 < worker.memory_limit < self.needed_bytes:
             return ""
         return (
-            f"Dask pauses or ends worker {worker.name} on {worker.host} when it uses "
+            f"Dask pauses or stops worker {worker.name} on {worker.host} when it uses "
             f"{worker.memory_limit / 1e9:.2f} GB, and the plan needs {self.needed_bytes / 1e9:.2f} "
-            "GB: start workers with a larger --memory-limit (0 is none), or plan with a smaller "
-            "--memory (of a plan that is recorded, with --overwrite)"
+            "GB: start workers with a larger --memory-limit (0 means no limit), or plan with a "
+            "smaller --memory (if the plan is recorded, with --overwrite)"
         )
 
     def _warn_of_threads(self) -> None:
@@ -112,8 +112,8 @@ class Workers:
         if n_threads > n_planned:
             self.emit(
                 Notice(
-                    f"workers take {n_threads} tasks at once, and the plan's memory is that of "
-                    f"{n_planned}: start them with --nthreads {n_planned}"
+                    f"workers run {n_threads} tasks at the same time, and the memory of the plan "
+                    f"is for {n_planned}; start them with --nthreads {n_planned}"
                 )
             )
 
@@ -128,7 +128,7 @@ class Workers:
             self.emit(
                 Notice(
                     f"the scheduler has {' and '.join(differences)}: a block that kills its worker "
-                    "may take others along; see docs/clusters.md"
+                    "may make other blocks fail too; see docs/clusters.md"
                 )
             )
 
@@ -170,7 +170,7 @@ class Workers:
             if owner != worker.name:
                 raise SettingsError(
                     f"workers {owner} and {worker.name} share GPU {worker.uuid} on {worker.host}; "
-                    "give each a device of its own"
+                    "give each worker its own GPU"
                 )
 
     @contextmanager
@@ -232,7 +232,7 @@ class Workers:
         absence.update(n_workers, now)
         if absence.all_missing_s > self.max_absence_s:
             raise ClusterError(
-                f"all workers are gone for {absence.all_missing_s:.0f} s; "
+                f"there were no workers for {absence.all_missing_s:.0f} s; "
                 "run the same command again to resume"
             )
         if absence.missing_s > _MISSING_S and self._replace():
@@ -251,9 +251,9 @@ class Workers:
         paused_s = _elapsed(self._all_paused_since, now)
         if paused_s > _ALL_PAUSED_S:
             raise ClusterError(
-                f"all workers are paused for {paused_s:.0f} s: they use more memory than Dask "
-                "lets them; start workers with a larger --memory-limit (0 is none), and run the "
-                "same command again to resume"
+                f"all workers were paused for {paused_s:.0f} s because they use more memory than "
+                "their limit; start workers with a larger --memory-limit (0 means no limit), and "
+                "run the same command again to resume"
             )
 
     def cause_of_loss(self) -> str:
@@ -268,7 +268,7 @@ class Workers:
             )
         limits = [worker.memory_limit for worker in self.joined.values() if worker.memory_limit]
         if limits:
-            return f"its worker died or hung; Dask ends it near {min(limits) / 1e9:.2f} GB"
+            return f"its worker died or hung; Dask stops a worker near {min(limits) / 1e9:.2f} GB"
         return "its worker died or hung"
 
     def _replace(self) -> bool:

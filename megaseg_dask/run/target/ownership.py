@@ -42,8 +42,8 @@ def require_alike(plan: Plan, other: Plan) -> None:
     """
     if plan.source != other.source:
         raise TargetError(
-            f"{plan.target} has fields of {other.source}; "
-            f"choose another target for those of {plan.source}"
+            f"{plan.target} has fields of {other.source}; choose another target for the fields of "
+            f"{plan.source}"
         )
     old = _without(other.determinants, _PER_PART)
     new = _without(plan.determinants, _PER_PART)
@@ -56,8 +56,8 @@ def require_alike(plan: Plan, other: Plan) -> None:
         )
     else:
         advice = (
-            f"repeat its options to add fields, choose {_elsewhere(plan)}, "
-            "or replace them with --overwrite"
+            f"use the same options to add fields, choose {_elsewhere(plan)}, or replace them with "
+            "--overwrite"
         )
     raise TargetError(
         f"{plan.target} already holds fields computed with different options "
@@ -74,7 +74,7 @@ def require_same(plan: Plan, recorded: Plan) -> None:
     if plan.fingerprint != recorded.fingerprint:
         changes = _changes(recorded.determinants, plan.determinants)
         raise TargetError(
-            f"{plan.target} belongs to another run ({changes}); repeat its options to resume it, "
+            f"{plan.target} belongs to another run ({changes}); use its options to resume it, "
             f"choose {_elsewhere(plan)}, or start again with --overwrite"
         )
     if plan.source != recorded.source and plan.source_sample != recorded.source_sample:
@@ -155,15 +155,15 @@ def _require_free(target: Target, where: Location, *, is_recorded: bool) -> None
         return
     if _is_foreign(where):
         raise TargetError(
-            f"{where} holds Zarr data that megaseg did not write, and is never replaced; "
-            "choose another target"
+            f"{where} holds Zarr data that megaseg did not write and never replaces; choose "
+            "another target"
         )
     # A person who agreed to --overwrite once, and was interrupted, need not agree again.
     if target.plan.settings.overwrite or (is_recorded and _is_ours(target, where)):
         return
     raise TargetError(
-        f"{where} exists, without the record of a run; "
-        f"choose {_elsewhere(target.plan)}, or pass --overwrite"
+        f"{where} exists, but no run of megaseg is recorded there; choose "
+        f"{_elsewhere(target.plan)}, or pass --overwrite"
     )
 
 

@@ -52,7 +52,7 @@ def missing_at(group: Location) -> list[tuple[int, Box]]:
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise TargetError(
-            f"{group}: what its attributes say under {PROVENANCE} is damaged; restore it from a "
+            f"{group}: its attributes under {PROVENANCE} are damaged; restore it from a "
             "copy, or compute it again with --overwrite"
         ) from error
 

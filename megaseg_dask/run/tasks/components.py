@@ -236,7 +236,7 @@ class _Fragments:
         if needed > memory_bytes:
             raise SettingsError(
                 f"joining {n_fragments:,} fragments of volume {self._output.volume} needs "
-                f"{needed / 1e9:.1f} GB, and a worker may use {memory_bytes / 1e9:.1f} GB: "
+                f"{needed / 1e9:.1f} GB, but a worker may use only {memory_bytes / 1e9:.1f} GB; "
                 "run the same command again with more --memory"
             )
 

@@ -33,7 +33,7 @@ def require_same_voxels(workspace: Workspace, volume: int, box: Box, channels: A
         for cell, same in zip(cells.iter_cells(common), is_same.ravel(), strict=True):
             if not same:
                 raise DataError(
-                    f"the source changed while it was read: {plan.source} at {cell} is not what "
+                    f"the source changed during the run: {plan.source} at {cell} differs from what "
                     "was measured; restore it and run the same command again, or start again with "
                     "--overwrite"
                 )

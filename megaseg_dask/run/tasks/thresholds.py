@@ -55,7 +55,7 @@ def find_cutoff(workspace: Workspace, output: Output, _: int) -> OutputState:
     """
     present = workspace.present_blocks(output)
     if not present:
-        raise DataError("no block of the volume was predicted, so it has no threshold")
+        raise DataError("no block of the volume was predicted, so no threshold can be found")
     tables = read_ahead(
         lambda number: workspace.load(output, _table_name(number)),
         present,
@@ -89,7 +89,8 @@ def _range(workspace: Workspace, output: Output) -> tuple[float, float]:
     state = workspace.output_state(output)
     if state.low is None or state.high is None:
         raise DataError(
-            "no voxel of the volume is a number, so it has no threshold; give one with --threshold"
+            "no voxel of the volume is a number, so no threshold can be found; give one with "
+            "--threshold"
         )
     return state.low, state.high
 

@@ -59,9 +59,7 @@ class Assignment:
         clear_array_cache()
         plan = RunFolder(self.run).read_plan()
         if plan.fingerprint != self.fingerprint:
-            raise TaskError(
-                f"{self.run}/plan.json was replaced by another plan while this run was going on"
-            )
+            raise TaskError(f"{self.run}/plan.json was replaced by another plan during this run")
         return RunWork(Workspace(plan, Permit(Leases(runs_folder(plan.target)), self.lease_id)))
 
 
