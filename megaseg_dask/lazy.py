@@ -38,10 +38,12 @@ from megaseg_dask.inference.engine import EngineSpec, open_engine, resolve_engin
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.ngff.image import SPATIAL, Image, read_image, require_axes
 from megaseg_dask.ngff.labels import labels_group, list_labels
+from megaseg_dask.ngff.units import micrometers
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.choice import require_segmentable
 from megaseg_dask.plan.planner import open_models
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.plan.voxel_size import VolumeForm
 from megaseg_dask.stores import Location, StoreOptions, cached_array, clear_array_cache
 
 Array = NDArray[Any]
@@ -56,6 +58,7 @@ _CHUNK_BYTES = 128 * 2**20
 _SETTINGS = (
     "patch",
     "overlap",
+    "voxel_size",
     "block",
     "engine",
     "device",
@@ -164,12 +167,13 @@ def predict(
     They have its dimensions and coordinates. The dimensions are z, y, x and perhaps t and c,
     in any order. Each volume (z, y, x) is normalized and predicted by itself.
 
-    ``settings`` are ``patch``, ``overlap``, ``block``, ``engine``, ``device``, ``precision``,
-    ``batch``, ``threads`` and ``tta``, as for :func:`megaseg_dask.segment`, whose scores these
-    are, bit for bit on a CPU, at any ``block`` (z, y, x), which is the chunk of the
+    ``settings`` are ``patch``, ``overlap``, ``voxel_size``, ``block``, ``engine``, ``device``,
+    ``precision``, ``batch``, ``threads`` and ``tta``, as for :func:`megaseg_dask.segment`, whose
+    scores these are, bit for bit on a CPU, at any ``block`` (z, y, x), which is the chunk of the
     result. Computing a part of them predicts only the blocks there, with the
-    statistics of the whole volume. PyTorch's own settings are changed only during a
-    forward pass.
+    statistics of the whole volume. A ``voxel_size`` needs coordinates z, y and x that are evenly
+    spaced, and have a length in their attribute ``units``. PyTorch's own settings are changed only
+    during a forward pass.
 
     Computing raises `DataError` that names a voxel that is not finite.
 
@@ -187,14 +191,14 @@ def predict(
     order = _axis_order(image)
     array = _as_dask(image.transpose(*order))
     volume_shape = array.shape[-3:]
-    models = open_models(options, volume_shape)
+    models = open_models(options, _form_of(image, order[-3:]))
     ref = models.ref
     if (ref.in_channels, len(ref.outputs)) != (1, 1):
         raise BundleError(
             f"{ref.name} takes {ref.in_channels} channels and has {len(ref.outputs)} outputs; "
             "predict() works only with one of each; use segment()"
         )
-    grid = PatchGrid(volume_shape, models.patch, models.overlap)
+    grid = PatchGrid(models.grid_shape, models.patch, models.overlap, volume_shape)
     engine = resolve_engine(
         options.engine, options.device, options.precision, options.threads, options.tta
     )
@@ -237,6 +241,24 @@ def _axis_order(image: xarray.DataArray) -> list[Hashable]:
     return [dims[name] for name in ("t", "c", *SPATIAL) if name in dims]
 
 
+def _form_of(image: xarray.DataArray, dims: Sequence[Hashable]) -> VolumeForm:
+    """Return shape and voxel size of volumes with these dimensions, z, y and x."""
+    shape = tuple(image.sizes[dim] for dim in dims)
+    spacing_um = []
+    for dim in dims:
+        coordinate = image.coords.get(dim)
+        unit = None if coordinate is None else coordinate.attrs.get("units")
+        in_um = micrometers(unit)
+        if coordinate is None or in_um is None:
+            reason = f"{dim} has the unit {unit!r}" if unit else f"{dim} has no unit"
+            return VolumeForm(shape, (1.0,) * len(dims), reason)
+        steps = np.abs(np.diff(coordinate.values.astype(np.float64)))
+        if not np.allclose(steps, steps[0]) or steps[0] == 0:
+            return VolumeForm(shape, (1.0,) * len(dims), f"{dim} is not evenly spaced")
+        spacing_um.append(float(steps.mean()) * in_um)
+    return VolumeForm(shape, tuple(spacing_um))
+
+
 def _is_small(block_shape: Shape) -> bool:
     return math.prod(block_shape) * np.dtype(np.float32).itemsize <= _MAX_BLOCK_BYTES
 
@@ -276,7 +298,7 @@ class _Predictor:
         token = tokenize(volume.name, self.blocks, self.patches, self.model.digest, self.engine)
         name = f"predict-{token}"
         parts = measured.rechunk(PARTITION_SHAPE)
-        partition = BlockGrid(grid.volume_shape, PARTITION_SHAPE)
+        partition = BlockGrid(self.blocks.volume_shape, PARTITION_SHAPE)
         hulls = [volume[grid.read_box(core).slices].rechunk(-1) for core in self.blocks]
         tasks: dict[Any, Any] = {}
         for key, box in zip(flatten(parts.__dask_keys__()), partition, strict=True):
@@ -287,7 +309,7 @@ class _Predictor:
             inputs = ((hull.name, 0, 0, 0), f"{name}-normalize", self.blocks[i])
             tasks[name, *self.blocks.position(i)] = (self._predict_core, *inputs)
         graph = HighLevelGraph.from_collections(name, tasks, dependencies=[parts, *hulls])
-        chunks = da.core.normalize_chunks(self.blocks.block_shape, grid.volume_shape)
+        chunks = da.core.normalize_chunks(self.blocks.block_shape, self.blocks.volume_shape)
         return da.Array(graph, name, chunks, meta=np.empty((0, 0, 0), np.float32))
 
     def _predict_core(self, values: Array, normalization: Normalization, core: Box) -> Float32:

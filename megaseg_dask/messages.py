@@ -41,6 +41,7 @@ _EXPECTED = {
     "too_short": "at least {min_length} values, found {actual_length}",
     "too_long": "at most {max_length} values",
     "literal_error": "{expected}",
+    "finite_number": "a finite number",
     "greater_than": "a number above {gt:g}",
     "greater_than_equal": "{ge:g} or more",
     "less_than": "a number below {lt:g}",

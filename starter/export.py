@@ -17,6 +17,10 @@ from megaseg_dask.models import NetworkSpec, NewBundle, load_bundle, save_bundle
 from megaseg_dask.models.facts import record_of, write_record
 from starter.train import FILTERS, STAGES
 
+# Simulated images have no size. At this one, that of the nuclei which it was tested on, real
+# structures have about the sizes of the simulated ones in voxels.
+VOXEL_SIZE_UM = (0.29, 0.26, 0.26)
+
 
 def export(run: Path, bundle: Path, epoch: int) -> Path:
     """Return the path of the checkpoint that was written."""
@@ -27,7 +31,8 @@ def export(run: Path, bundle: Path, epoch: int) -> Path:
     else:
         weights = load_bundle(run).weights
     patch_shape = STAGES[-1][2]
-    new = NewBundle(NetworkSpec(filters=FILTERS), patch_shape, overlap=0.25, epoch=epoch)
+    network = NetworkSpec(filters=FILTERS)
+    new = NewBundle(network, patch_shape, 0.25, epoch, VOXEL_SIZE_UM)
     checkpoint = save_bundle(bundle, new, weights, half=True)
     # The package ships its record, so that planning with it needs no torch.
     write_record(record_of(bundle), bundle / "facts.json")

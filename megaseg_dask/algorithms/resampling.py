@@ -21,7 +21,6 @@ Shape = tuple[int, ...]
 # Half-open ranges of voxels, one per axis.
 Ranges = Sequence[tuple[int, int]]
 
-# Sizes of voxels that differ by less than this, on all axes, are the same size.
 _SAME_SIZE = 0.01
 
 
@@ -30,11 +29,16 @@ def resampled_shape(shape: Shape, spacing_um: Sequence[float], wanted_um: Sequen
 
     It is ``shape`` if the sizes differ by 1 % at most on all axes.
     """
-    sizes = list(zip(spacing_um, wanted_um, strict=True))
-    if all(abs(wanted / spacing - 1) <= _SAME_SIZE for spacing, wanted in sizes):
+    if are_same_size(spacing_um, wanted_um):
         return shape
-    axes = zip(shape, sizes, strict=True)
-    return tuple(max(round(n * spacing / wanted), 1) for n, (spacing, wanted) in axes)
+    axes = zip(shape, spacing_um, wanted_um, strict=True)
+    return tuple(max(round(n * spacing / wanted), 1) for n, spacing, wanted in axes)
+
+
+def are_same_size(spacing_um: Sequence[float], wanted_um: Sequence[float]) -> bool:
+    """Return whether voxels are of one size: they differ by 1 % at most on all axes."""
+    sizes = zip(spacing_um, wanted_um, strict=True)
+    return all(abs(wanted / spacing - 1) <= _SAME_SIZE for spacing, wanted in sizes)
 
 
 @dataclass(frozen=True, slots=True)

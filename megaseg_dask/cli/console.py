@@ -250,6 +250,7 @@ def print_plan(summary: Mapping[str, Any]) -> None:
         "target": summary["target"],
         "model": _model_text(summary["model"]),
         "engine": _engine_text(summary["engine"]),
+        "voxels": _voxels_text(summary),
         "patches": _patches_text(summary),
         "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, "
         f"redundancy {summary['redundancy']}",
@@ -287,6 +288,23 @@ def _engine_text(engine: Mapping[str, Any]) -> str:
         f"{engine['threads']} threads, batch {engine['batch']}"
     )
     return f"{text}, each patch mirrored 8 times" if engine["tta"] else text
+
+
+def _voxels_text(summary: Mapping[str, Any]) -> str:
+    from megaseg_dask.plan.voxel_size import size_text, times_text
+
+    size = summary["voxel_size_um"]
+    text = size_text(size) if size else "of unknown size"
+    model = summary["model_voxel_size_um"]
+    if model is None:
+        text += "; the model does not say on which it was trained"
+    elif size:
+        text += f", {times_text(summary['times_model_voxel'])} times the model's"
+    else:
+        text += f"; the model's are {size_text(model)}"
+    if summary["is_resampled"]:
+        text += f"; resampled to {_shape(summary['grid_shape'])} voxels for the network"
+    return text
 
 
 def _patches_text(summary: Mapping[str, Any]) -> str:

@@ -171,6 +171,14 @@ def import_model(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What --model will call it.")],
     *,
     checkpoint: Checkpoint = None,
+    voxel_size: Annotated[
+        str | None,
+        typer.Option(
+            "--voxel-size",
+            metavar="Z,Y,X",
+            help="Size in µm of the voxels that it was trained on, for --voxel-size model.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
@@ -180,13 +188,30 @@ def import_model(
     Examples:
       megaseg models import megaSeg.zip MegaSeg_v1
       megaseg models import experiment nuclei --checkpoint epoch_120.ckpt
+      megaseg models import nuclei.zip nuclei --voxel-size 0.29,0.26,0.26
     """
     with exit_codes(json_):
         from megaseg_dask.models.cache import import_bundle
 
         bundle = Path(path).expanduser()
-        record = import_bundle(bundle, name, checkpoint=checkpoint, overwrite=overwrite)
+        record = import_bundle(
+            bundle,
+            name,
+            checkpoint=checkpoint,
+            voxel_size_um=_sizes_of(voxel_size) if voxel_size else None,
+            overwrite=overwrite,
+        )
         _print_record(record, json_)
+
+
+def _sizes_of(text: str) -> tuple[float, float, float]:
+    from megaseg_dask.errors import SettingsError
+    from megaseg_dask.plan.settings import parse_settings
+
+    size = parse_settings({"voxel_size": text}).voxel_size
+    if isinstance(size, str):
+        raise SettingsError(f"--voxel-size {text}: expected three numbers z,y,x, in µm")
+    return size
 
 
 def _print_record(record: "Record", as_json: bool) -> None:

@@ -91,6 +91,11 @@ class Head:
         require_head_name(self.name)
 
 
+def is_size(value: float) -> bool:
+    """Return whether a number can be the size of something."""
+    return 0 < value < math.inf
+
+
 def require_head_name(name: object) -> None:
     """Check that a name can be part of a path, since the outputs of a head are called by it.
 
@@ -111,7 +116,8 @@ class BundleFacts:
 
     ``patch_shape`` (voxels) and ``overlap`` (a fraction of the patch) are (z, y, x), ``window`` is
     the blending weight of a patch. A bundle without ``heads`` has one for all channels.
-    ``precision`` is the one it was trained in. ``origins`` names for each setting the file and the
+    ``precision`` is the one it was trained in, and ``voxel_size_um`` (z, y, x) that of its images,
+    where it is known. ``origins`` names for each setting the file and the
     path that state it. ``digest`` is that of `content_digest`, which covers the weights too.
     """
 
@@ -125,6 +131,7 @@ class BundleFacts:
     preprocessing: Preprocessing = Preprocessing()
     heads: tuple[Head, ...] = ()
     precision: str = "fp32"
+    voxel_size_um: tuple[float, float, float] | None = None
     n_parameters: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -136,6 +143,8 @@ class BundleFacts:
             raise BundleError(f"overlap {self.overlap}: expected values from 0 to below 1")
         if self.window not in ("gaussian", "constant"):
             raise BundleError(f"blending mode {self.window!r}: expected 'gaussian' or 'constant'")
+        if self.voxel_size_um is not None and not all(map(is_size, self.voxel_size_um)):
+            raise BundleError(f"voxel_size_um {self.voxel_size_um}: expected sizes above 0, in µm")
         self._require_heads()
 
     def _require_heads(self) -> None:
@@ -214,7 +223,7 @@ def content_digest(bundle: Bundle) -> str:
     Covers the network's arguments, patch shape, overlap, window, preprocessing and heads where they
     are not the reference's, and every tensor in the order of names: name, shape and little-endian
     float32 values. Leaves out the bundle's name, where settings came from, all that only training
-    needs, and threshold and precision, which are a run's to decide.
+    needs, and threshold, precision and the size of voxels, which are a run's to decide.
     """
     settings = [asdict(bundle.network), bundle.patch_shape, bundle.overlap, bundle.window]
     if bundle.preprocessing != Preprocessing():

@@ -12,17 +12,21 @@ import uuid
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from megaseg_dask.errors import BundleError
 from megaseg_dask.models.bundle import Bundle, BundleFacts
+from megaseg_dask.models.cards import MEGASEG_VOXEL_SIZE_UM, PUBLISHED_CARDS
 from megaseg_dask.models.cytodl.files import folder_around, read_parts
 from megaseg_dask.models.cytodl.read import load_bundle
 from megaseg_dask.models.cytodl.safe_loading import open_zip, short
 from megaseg_dask.models.facts import read_facts
 from megaseg_dask.models.home import HOME, home, sha256_of, writing
+
+Facts = TypeVar("Facts", bound=BundleFacts)
 
 RECORD = "record.json"
 FORMS = (".zip", ".ckpt")
@@ -54,7 +58,10 @@ def require_name(text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where a model came from, the SHA-256 of its file, and the digest of the bundle in it."""
+    """Where a model came from, the SHA-256 of its file, and the digest of the bundle in it.
+
+    ``voxel_size_um`` (z, y, x) is the size that was stated when it was imported.
+    """
 
     name: str
     file: str
@@ -64,6 +71,7 @@ class Record:
     digest: str
     date: str
     version: str = ""
+    voxel_size_um: tuple[float, float, float] | None = None
 
     @property
     def path(self) -> Path:
@@ -86,7 +94,8 @@ def read_record(name: str) -> Record | None:
     path = folder_of(name) / RECORD
     try:
         content = json.loads(path.read_bytes())
-        record = Record(**{field.name: content[field.name] for field in fields(Record)})
+        values = {field.name: content[field.name] for field in fields(Record)[:-1]}
+        record = Record(**values, voxel_size_um=_size_of(content.get("voxel_size_um")))
         # The file is opened by this name.
         if record.name != name or record.file not in [name + form for form in FORMS]:
             raise ValueError
@@ -97,6 +106,14 @@ def read_record(name: str) -> Record | None:
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is damaged; {_get_again(name)}") from error
     return record
+
+
+def _size_of(value: object) -> tuple[float, float, float] | None:
+    """Return the recorded size of voxels; older records have none."""
+    if value is None:
+        return None
+    z, y, x = map(float, value)  # type: ignore[call-overload]
+    return z, y, x
 
 
 def cached_names() -> list[str]:
@@ -131,7 +148,21 @@ def read_cached_facts(record: Record, checkpoint: str | None = None) -> BundleFa
     _require_file(record)
     facts = read_facts(record.path, checkpoint)
     _require_recorded(record, facts, checkpoint)
-    return facts
+    return _with_voxel_size(facts, record)
+
+
+def _with_voxel_size(facts: Facts, record: Record) -> Facts:
+    """Return facts with the size of voxels: as imported, of the bundle, or as published."""
+    if record.voxel_size_um:
+        origin = "given when it was imported"
+        size = record.voxel_size_um
+    elif record.name in PUBLISHED_CARDS and facts.voxel_size_um is None:
+        origin = "published"
+        size = MEGASEG_VOXEL_SIZE_UM
+    else:
+        return facts
+    origins = {**facts.origins, "voxel_size_um": origin}
+    return replace(facts, voxel_size_um=size, origins=origins)
 
 
 def load_cached(record: Record, checkpoint: str | None = None) -> Bundle:
@@ -143,7 +174,7 @@ def load_cached(record: Record, checkpoint: str | None = None) -> Bundle:
     _require_file(record)
     bundle = load_bundle(record.path, checkpoint)
     _require_recorded(record, bundle, checkpoint)
-    return bundle
+    return _with_voxel_size(bundle, record)
 
 
 def _require_file(record: Record) -> None:
@@ -180,7 +211,13 @@ def _get_again(name: str) -> str:
 
 
 def install(
-    name: str, form: str, fill: Callable[[Path], None], *, source: str, version: str = ""
+    name: str,
+    form: str,
+    fill: Callable[[Path], None],
+    *,
+    source: str,
+    version: str = "",
+    voxel_size_um: tuple[float, float, float] | None = None,
 ) -> Record:
     """Give a bundle its name in the cache, in place of one that has it; returns its record.
 
@@ -207,6 +244,7 @@ def install(
                 digest=_read_whole(path).digest,
                 date=datetime.now(UTC).isoformat(timespec="seconds"),
                 version=version,
+                voxel_size_um=voxel_size_um,
             )
             (staging / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
             for file in (path, staging / RECORD):
@@ -258,11 +296,17 @@ def _sync(file: Path) -> None:
 
 
 def import_bundle(
-    path: Path, name: str, *, checkpoint: str | None = None, overwrite: bool = False
+    path: Path,
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    voxel_size_um: tuple[float, float, float] | None = None,
+    overwrite: bool = False,
 ) -> Record:
     """Copy a bundle into the cache under a name.
 
-    A zip or .ckpt is copied as it is, of a folder what is needed to run it.
+    A zip or .ckpt is copied as it is, of a folder what is needed to run it. ``voxel_size_um``
+    (z, y, x) is that of the images that it was trained on.
 
     Raises:
         BundleError: The name is taken and not to be overwritten, or it is no bundle.
@@ -289,6 +333,7 @@ def import_bundle(
                 archive.writestr(file, data)
 
     form = ".zip" if is_packed or path.suffix == ".zip" else ".ckpt"
-    record = install(name, form, fill, source=str(path.absolute()))
+    source = str(path.absolute())
+    record = install(name, form, fill, source=source, voxel_size_um=voxel_size_um)
     assert record.digest == digest
     return record

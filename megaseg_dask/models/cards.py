@@ -12,6 +12,9 @@ from megaseg_dask.models.bundle import BundleFacts
 
 MINIMUM_SHAPE = (16, 16, 16)  # published, of both MegaSegs: smaller volumes are refused
 
+# Published: (z, y, x) of the images that both MegaSegs were trained on.
+MEGASEG_VOXEL_SIZE_UM = (0.29, 0.108333, 0.108333)
+
 _ALLEN = (
     "Allen Institute for Cell Science; its terms are not in the bundle, see where it publishes: "
     "https://allencell.github.io/allencell-segmenter-ml and https://www.allencell.org"
@@ -28,6 +31,7 @@ _SHARED = {
     "mitochondria",
     "made with": "cyto-dl 1.7.1, torch 2.4.0, one A100",
     "minimum input": "16,16,16 (z, y, x)",
+    "voxel size": "0.29, 0.108333, 0.108333 µm (z, y, x)",
     "licence": _ALLEN,
 }
 
@@ -87,6 +91,7 @@ def _settings_of(facts: BundleFacts) -> dict[str, dict[str, object]]:
         "window": facts.window,
         "preprocessing": str(facts.preprocessing),
         "precision": facts.precision,
+        "voxel_size_um": facts.voxel_size_um,
         "heads": [head.name for head in facts.heads],
     }
     for head in facts.heads:

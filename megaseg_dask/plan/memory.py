@@ -67,6 +67,8 @@ class Sizes:
     core_voxels: int
     read_voxels: int
     measured_voxels: int
+    # What a block takes beside that where patches lie on a grid of their own.
+    resampling_bytes: int
     # Chunks of the source that are decoded at a time.
     decoded_bytes: int
     source_bytes: int
@@ -92,6 +94,15 @@ class Sizes:
 def decoded_bytes(chunk_bytes: int, n_chunks: int) -> int:
     """Return the bytes of the source's chunks that are decoded at a time."""
     return chunk_bytes * min(n_chunks, _MAX_DECODED_CHUNKS)
+
+
+def resampling_bytes(*, there: int, back: int, blended: int) -> int:
+    """Return the bytes of a block on a grid of its own, in float32.
+
+    ``there`` and ``back`` are all voxels that live at once while it is resampled, and
+    ``blended`` those whose sums, weights and comparisons live in between.
+    """
+    return 4 * (there + back + 3 * blended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,7 @@ def segment_bytes(sizes: Sizes) -> int:
     # Blending holds sums and weights; turning logits into scores holds three more float32 arrays.
     blended = sizes.read_voxels * sizes.source_bytes * 2 * sizes.n_inputs
     blended += sizes.logits_bytes + core * 12 + sizes.decoded_bytes
+    blended += sizes.resampling_bytes
     if sizes.finds_threshold:
         blended += core * 4
     # Scores and a mask of all outputs, beside the logits.

@@ -211,6 +211,13 @@ def _number(value: object) -> float:
     return float(value)
 
 
+def parse_voxel_size(value: object) -> object:
+    """Return three sizes from ``z,y,x``, or ``source`` and ``model`` as they are."""
+    if isinstance(value, str) and value in ("source", "model"):
+        return value
+    return parse_three(value)
+
+
 # -- ranges
 
 
@@ -245,6 +252,10 @@ Seconds = Annotated[PositiveFloat, BeforeValidator(_parse_duration)]
 Triple = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(parse_three)]
 Patch = Annotated[
     tuple[Positive, Positive, Positive] | Literal["auto"], BeforeValidator(parse_patch)
+]
+VoxelSize = Annotated[
+    tuple[PositiveFloat, PositiveFloat, PositiveFloat] | Literal["source", "model"],
+    BeforeValidator(parse_voxel_size),
 ]
 Fractions = Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(parse_three)]
 Roi = Annotated[

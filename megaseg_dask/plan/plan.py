@@ -31,10 +31,17 @@ from megaseg_dask.ngff.plate import Plate
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.plan import stages
 from megaseg_dask.plan.choice import channel_text
-from megaseg_dask.plan.memory import IDLE_BYTES, EngineBytes, Sizes, decoded_bytes
+from megaseg_dask.plan.memory import (
+    IDLE_BYTES,
+    EngineBytes,
+    Sizes,
+    decoded_bytes,
+    resampling_bytes,
+)
 from megaseg_dask.plan.resolved import Given, OfLevel, Resolved
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.stages import Fact, PlannedStage, Stage
+from megaseg_dask.plan.voxel_size import VolumeForm, is_far, size_text, times_text
 from megaseg_dask.stores import Location
 
 # The folder of a target's runs has its name and this ending.
@@ -124,6 +131,8 @@ class Plan(BaseModel):
     auto_patch: Shape
     # Voxels of the largest padded box of an object to split; a run that resumes keeps it.
     split_voxels: int = 0
+    # Of the images that the model was trained on (z, y, x), if it is known.
+    model_voxel_size_um: tuple[float, ...] | None = None
 
     # -- geometry
 
@@ -171,13 +180,26 @@ class Plan(BaseModel):
     @property
     def warnings(self) -> list[str]:
         """What a person should know before the run, though nothing fails."""
+        texts = []
         reason = self.target_image.unknown_size
-        if reason is None or not self.resolved.measures_objects():
-            return []
-        return [
-            f"{self.source}: its voxel size is unknown ({reason}), so the measurements have no "
-            "columns in µm; to get them, write the voxel size into its metadata"
-        ]
+        if reason is not None and self.resolved.measures_objects():
+            texts.append(
+                f"{self.source}: its voxel size is unknown ({reason}), so the measurements have no "
+                "columns in µm; to get them, write the voxel size into its metadata"
+            )
+        times = self.source_form.times(self.model_voxel_size_um)
+        if self.resolved.voxel_size_um is None and times is not None and is_far(times):
+            texts.append(
+                f"{self.source}: its voxels of {size_text(self.source_form.spacing_um)} are "
+                f"{times_text(times)} times those that {self.model.name} was trained on; "
+                "--voxel-size model resamples the image to them"
+            )
+        return texts
+
+    @property
+    def source_form(self) -> VolumeForm:
+        """Shape and voxel size of a whole volume of the source."""
+        return VolumeForm.of(self.source_image)
 
     @property
     def channel_texts(self) -> list[str]:
@@ -196,8 +218,9 @@ class Plan(BaseModel):
     @cached_property
     def patch_grid(self) -> PatchGrid:
         """The network's patches over a whole volume, also if only a ROI is segmented."""
-        shape = self.source_image.volume_shape()
-        return PatchGrid(shape, self.resolved.patch, self.resolved.overlap)
+        form = self.source_form
+        grid_shape = form.on_grid(self.resolved.voxel_size_um)
+        return PatchGrid(grid_shape, self.resolved.patch, self.resolved.overlap, form.shape)
 
     def block_grid(self, level: int = 0) -> BlockGrid:
         """Return the blocks of a level, whose cores are whole write units."""
@@ -425,13 +448,33 @@ class Plan(BaseModel):
         # A block in the middle reads the most: it has halos on all sides.
         middle = grid.core(tuple(n // 2 for n in grid.grid_shape))
         offset = self.region.start
-        read_boxes = [self.patch_grid.read_box(core.shifted(offset)) for core in (first, middle)]
+        regions = [core.shifted(offset) for core in (first, middle)]
+        read_boxes = list(map(self.patch_grid.read_box, regions))
         measured = BlockGrid(self.volume_shape, _measured_shape(block))[0]
         return replace(
             self._sizes,
             core_voxels=first.size,
             read_voxels=max(box.size for box in read_boxes),
             measured_voxels=measured.size,
+            resampling_bytes=max(map(self._resampling_bytes, regions)),
+        )
+
+    def _resampling_bytes(self, region: Box) -> int:
+        """Return the bytes of voxels on the grid, and on the way there and back, of a block."""
+        grid = self.patch_grid
+        resampling = grid.resampling
+        if resampling.is_identity:
+            return 0
+        read_shape = grid.read_box(region).shape
+        covered_shape = grid.covered(region).shape
+        n_there = resampling.peak_voxels(read_shape, grid.seen_box(region).shape)
+        n_back = resampling.peak_voxels(covered_shape, region.shape)
+        model = self.model
+        return resampling_bytes(
+            # Wide numbers are normalized in float64.
+            there=(2 * math.prod(read_shape) + n_there) * model.in_channels,
+            back=(math.prod(covered_shape) + n_back) * len(model.outputs),
+            blended=math.prod(covered_shape),
         )
 
     @cached_property
@@ -442,6 +485,7 @@ class Plan(BaseModel):
             core_voxels=0,
             read_voxels=0,
             measured_voxels=0,
+            resampling_bytes=0,
             decoded_bytes=decoded_bytes(self.source_chunk_bytes, self.n_source_chunks),
             source_bytes=np.dtype(self.source_image.dtype).itemsize,
             scores_bytes=np.dtype(self.resolved.scores_dtype).itemsize,

@@ -35,6 +35,7 @@ from megaseg_dask.plan.plate_parts import Part, first_refusal
 from megaseg_dask.plan.resolved import Resolved, normalization_of, split_depth_of, threshold_of
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.source_identity import digest_of, sample_of
+from megaseg_dask.plan.voxel_size import Size, VolumeForm, choose_size_um, model_size_um
 from megaseg_dask.stores import Location, open_array
 
 DEFAULT_MEMORY_BYTES = 8 * 10**9
@@ -96,7 +97,7 @@ def make_plan(
     cluster = cluster_of(settings)
     filled = request.filled().filled(cluster.defaults())
     chunks = _Chunks.of(request.first_field / image.levels[0].path)
-    models = open_models(filled, image.volume_shape(), emit)
+    models = open_models(filled, VolumeForm.of(image), emit)
     inputs = _group_channels(choice, models.ref.in_channels, settings.channel, request.source)
     engine = resolve_engine(
         filled.engine, filled.device, filled.precision, filled.threads, filled.tta
@@ -106,6 +107,7 @@ def make_plan(
         times=choice.times,
         level=filled.level,
         roi=choice.roi,
+        voxel_size_um=models.voxel_size_um,
         nan_to_background=filled.nan_to_background,
         normalization=normalization_of(filled),
         patch=models.patch,
@@ -153,7 +155,8 @@ def make_plan(
         memory_bytes=memory_of(settings, cluster),
         n_parameters=sum(bundle.n_parameters for bundle in models.bundles),
         first_filters=max(bundle.network.filters[0] for bundle in models.bundles),
-        auto_patch=_auto_patch(models.bundles[0], models.overlap, image.volume_shape()),
+        auto_patch=_auto_patch(models.bundles[0], models.overlap, models.grid_shape),
+        model_voxel_size_um=model_size_um(models.bundles),
     )
     if resolved.splits_objects():
         plan = plan.with_split(min(LEAST_SPLIT_VOXELS, _padded_voxels(plan)))
@@ -392,16 +395,21 @@ def _folder_names(names: Sequence[str], numbers: Sequence[int]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The models of a run, and the patches that they take."""
+    """The models of a run, the patches that they take, and the grid on which these lie.
+
+    ``voxel_size_um`` (z, y, x) is that of the grid; ``None`` is the source's own.
+    """
 
     ref: ModelRef
     bundles: tuple[BundleFacts, ...]
     patch: Shape
     overlap: tuple[float, ...]
+    voxel_size_um: Size | None
+    grid_shape: Shape
 
 
-def open_models(settings: Settings, volume_shape: Shape, emit: Emit = ignore) -> Models:
-    """Read the bundles of the models that settings name.
+def open_models(settings: Settings, form: VolumeForm, emit: Emit = ignore) -> Models:
+    """Read the bundles of the models that settings name, for volumes of one form.
 
     Patch and overlap are those of the bundles if the settings leave them open.
 
@@ -425,14 +433,16 @@ def open_models(settings: Settings, volume_shape: Shape, emit: Emit = ignore) ->
     if settings.overlap is None:
         _require_alike("overlap", "overlap", bundles)
     overlap = settings.overlap or first.overlap
-    patch = _choose_patch(settings.patch, overlap, first, volume_shape)
+    voxel_size_um = choose_size_um(settings, form, list(bundles.values()))
+    grid_shape = form.on_grid(voxel_size_um)
+    patch = _choose_patch(settings.patch, overlap, first, grid_shape)
     for bundle in bundles.values():
         require_patch(bundle.network, patch)
     if settings.normalization and not first.preprocessing.has_zscore:
         raise SettingsError(
             f"--normalization: {ref.name} takes images without a z-score, by: {first.preprocessing}"
         )
-    return Models(ref, tuple(bundles.values()), patch, overlap)
+    return Models(ref, tuple(bundles.values()), patch, overlap, voxel_size_um, grid_shape)
 
 
 def _require_alike(
@@ -454,17 +464,17 @@ def _choose_patch(
     wanted: Shape | Literal["auto"] | None,
     overlap: tuple[float, ...],
     bundle: BundleFacts,
-    volume_shape: Shape,
+    grid_shape: Shape,
 ) -> Shape:
     """Return the patch: as wanted, the bundle's, or the cheapest near that."""
     if wanted == "auto":
-        return _auto_patch(bundle, overlap, volume_shape)
+        return _auto_patch(bundle, overlap, grid_shape)
     return wanted or bundle.patch_shape
 
 
-def _auto_patch(bundle: BundleFacts, overlap: tuple[float, ...], volume_shape: Shape) -> Shape:
+def _auto_patch(bundle: BundleFacts, overlap: tuple[float, ...], grid_shape: Shape) -> Shape:
     multiple = bundle.network.patch_multiple
-    return cheapest_patch(volume_shape, bundle.patch_shape, overlap, multiple)
+    return cheapest_patch(grid_shape, bundle.patch_shape, overlap, multiple)
 
 
 def _choose_batch(models: Models, engine: EngineSpec) -> int:

@@ -86,13 +86,15 @@ class Resolved:
     """All settings that can change the output.
 
     ``channels`` and ``times`` (half-open) are indices in the source, ``level`` is one of its
-    levels, and ``roi`` is in voxels ``(z, y, x)`` of that level, as are ``patch`` and ``block``.
+    levels, and ``roi`` is in voxels ``(z, y, x)`` of that level, as is ``block``. The network sees
+    voxels of ``voxel_size_um`` (z, y, x), of which ``patch`` is; ``None`` are the source's own.
     """
 
     channels: tuple[int, ...]
     times: tuple[int, int]
     level: int
     roi: Box | None
+    voxel_size_um: tuple[float, ...] | None
     nan_to_background: bool
     normalization: NormalizationSource
     patch: Shape
@@ -155,6 +157,7 @@ class Resolved:
             "time": list(self.times),
             "level": self.level,
             "roi": self._roi_option(),
+            "voxel_size": list(self.voxel_size_um) if self.voxel_size_um else "source",
             "nan_to_background": self.nan_to_background,
             "normalization": self._normalization_option(),
             "tta": engine.tta,

@@ -35,6 +35,7 @@ from megaseg_dask.plan.option_types import (
     Times,
     Triple,
     Version,
+    VoxelSize,
 )
 
 OUTPUTS = ("labels", "scores", "mask", "measurements")
@@ -102,6 +103,16 @@ class Settings(BaseModel):
             changes_result=True,
         ),
     ] = None
+    voxel_size: Annotated[
+        VoxelSize,
+        Option(
+            SOURCE,
+            "Size of the voxels that the network sees, in µm: the source's, the model's, or three "
+            "numbers. The image is resampled; scores and labels come back on the source's voxels.",
+            "source|model|Z,Y,X",
+            changes_result=True,
+        ),
+    ] = "source"
     wells: Annotated[
         Text | None,
         Option(

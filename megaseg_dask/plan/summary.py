@@ -30,6 +30,7 @@ def summarize(plan: Plan) -> dict[str, object]:
             "outputs": plan.model.outputs,
         },
         "engine": plan.engine.record(plan.batch),
+        **_voxels(plan),
         **_patches(plan),
         "block_shape": plan.block_shape,
         "blocks": len(plan.block_grid()),
@@ -41,6 +42,19 @@ def summarize(plan: Plan) -> dict[str, object]:
         "stages": {stage.name: stage.n_tasks for stage in plan.stages},
         "options": plan.resolved.options(),
         "warnings": plan.warnings,
+    }
+
+
+def _voxels(plan: Plan) -> dict[str, object]:
+    """Return the sizes of the voxels of the source and of the model, ``None`` if unknown."""
+    form = plan.source_form
+    return {
+        "voxel_size_um": None if form.unknown_size else form.spacing_um,
+        "model_voxel_size_um": plan.model_voxel_size_um,
+        "times_model_voxel": form.times(plan.model_voxel_size_um),
+        # The voxels that the network sees, of a whole volume.
+        "grid_shape": plan.patch_grid.volume_shape,
+        "is_resampled": not plan.patch_grid.resampling.is_identity,
     }
 
 

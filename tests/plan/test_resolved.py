@@ -22,6 +22,7 @@ VALUES = {
     "times": (1, 4),
     "level": 1,
     "roi": Box((0, 4, 8), (16, 40, 60)),
+    "voxel_size_um": (0.5, 0.25, 0.25),
     "nan_to_background": True,
     "normalization": OfLevel(2),
     "patch": (16, 32, 32),

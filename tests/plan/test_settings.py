@@ -66,6 +66,8 @@ VALUES = [
     ),
     ("anon", True, True, True),
     ("storage_option", "region=a, b=c", ["region=a", "b=c"], ("region=a", "b=c")),
+    ("voxel_size", "model", "model", "model"),
+    ("voxel_size", "0.29,0.108333,0.1", (0.29, 0.108333, 0.1), (0.29, 0.108333, 0.1)),
     ("threshold", "otsu", "otsu", "otsu"),
     ("fill_holes", "30", 30, 30),
     ("split", "distance", "distance", "distance"),
@@ -94,6 +96,10 @@ def test_every_option_is_in_the_table_above():
 
 
 NONSENSE = [
+    ("voxel_size", "0,1,1", "a number above 0"),
+    ("voxel_size", "inf", "a finite number"),
+    ("voxel_size", "1,2", "z,y,x"),
+    ("voxel_size", "modell", "a number"),
     ("channel", "", "expected a value, found an empty text"),
     ("time", "-1", "such as 0:10"),
     ("time", "5:2", "at least one timepoint"),

@@ -22,6 +22,7 @@ from megaseg_dask.models.bundle import (
     Bundle,
     Head,
     content_digest,
+    is_size,
     require_runnable,
 )
 from megaseg_dask.models.cytodl.config import (
@@ -79,6 +80,8 @@ INFERENCE_FREE = {
 INFERENCE_PATHS = ("hyper_parameters.inference_args", "model.inference_args")
 # Where the napari plugin keeps what it fills in, by argument of MONAI.
 PLUGIN_PATHS = {"roi_size": "data._aux.patch_shape", "overlap": "model._aux.overlap"}
+# The size of the voxels that the network was trained on; cyto-dl and the plugin know none.
+VOXEL_SIZE = "data._aux.voxel_size_um"
 # cyto-dl hands inference_args on to MONAI's sliding_window_inference, so these hold where they lack
 # the key.
 MONAI_DEFAULTS: Mapping[str, object] = {"overlap": 0.25, "mode": "constant"}
@@ -155,9 +158,12 @@ def _bundle_of(name: str, files: Files) -> Bundle:
     window = _read_window(hyper, config)
     preprocessing, preprocessing_origin = read_preprocessing(config, network.in_channels)
     precision, precision_origin = _read_precision(config)
+    voxel_size = config.statement(VOXEL_SIZE)
     origins |= head_origins | window.origins
     origins["preprocessing"] = preprocessing_origin
     origins["precision"] = precision_origin
+    if voxel_size is not None:
+        origins["voxel_size_um"] = voxel_size.origin
     bundle = Bundle(
         name,
         digest="",
@@ -169,6 +175,7 @@ def _bundle_of(name: str, files: Files) -> Bundle:
         preprocessing=preprocessing,
         heads=heads,
         precision=precision,
+        voxel_size_um=_parse_voxel_size(voxel_size) if voxel_size else None,
         weights=fit_weights(network, _without_other_heads(state, heads), heads),
     )
     return replace(bundle, digest=content_digest(bundle))
@@ -359,6 +366,15 @@ def _parse_overlap(statement: Statement) -> tuple[float, float, float]:
     if not all(0 <= number < 1 for number in numbers):
         raise BundleError(f"{statement}; overlap expected as values from 0 to below 1")
     z, y, x = map(float, numbers)
+    return z, y, x
+
+
+def _parse_voxel_size(statement: Statement) -> tuple[float, float, float]:
+    values = _three_values(statement)
+    sizes = [Statement(value, statement.origin).number() for value in values]
+    if not all(map(is_size, sizes)):
+        raise BundleError(f"{statement}; voxel_size_um expected as sizes above 0, in µm")
+    z, y, x = sizes
     return z, y, x
 
 

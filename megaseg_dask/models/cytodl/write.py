@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.models.cytodl.files import CONFIG
 from megaseg_dask.models.cytodl.read import TARGETS
@@ -19,12 +19,16 @@ _LIGHTNING_VERSION = "2.6.6"
 
 @dataclass(frozen=True, slots=True)
 class NewBundle:
-    """All that a new bundle says: patches in voxels (z, y, x), ``overlap`` a fraction of them."""
+    """All that a new bundle says: patches in voxels (z, y, x), ``overlap`` a fraction of them.
+
+    ``voxel_size_um`` (z, y, x) is that of the images it was trained on, where it is known.
+    """
 
     network: NetworkSpec
     patch_shape: Triple
     overlap: float
     epoch: int
+    voxel_size_um: tuple[float, float, float] | None = None
 
 
 def save_bundle(
@@ -69,9 +73,20 @@ def save_bundle(
     torch.save(content, checkpoint)
     # Copied, or YAML would write references.
     copied = json.loads(json.dumps(_train_config(backbone, inference)))
-    config = yaml.safe_dump(copied, sort_keys=False)
+    config = yaml.safe_dump(with_voxel_size(copied, new.voxel_size_um), sort_keys=False)
     Path(folder, CONFIG).write_text(config, encoding="utf-8")
     return checkpoint
+
+
+def with_voxel_size(
+    config: dict[str, Any], voxel_size_um: tuple[float, float, float] | None
+) -> dict[str, Any]:
+    """Return a training's configuration that says of which voxels the images were."""
+    if voxel_size_um is None:
+        return config
+    data = config["data"]
+    auxiliary = {**data.get("_aux", {}), "voxel_size_um": list(voxel_size_um)}
+    return {**config, "data": {**data, "_aux": auxiliary}}
 
 
 def _backbone(network: NetworkSpec) -> dict[str, object]:

@@ -216,8 +216,12 @@ def _faces_shape(plan: Plan, outputs: Sequence[Output], axis: int) -> tuple[int,
 
 def _patch_borders(plan: Plan, axis: int) -> set[int]:
     """Return the planes of an axis at which patches begin, or have just ended."""
-    starts = np.array(plan.patch_grid.starts[axis]) - plan.region.start[axis]
-    stops = starts + plan.patch_grid.patch_shape[axis]
+    grid = plan.patch_grid
+    on_grid = np.array(grid.starts[axis])
+    resampling = grid.resampling
+    step = resampling.source_shape[axis] / resampling.grid_shape[axis]
+    places = np.array([on_grid, on_grid + grid.patch_shape[axis]]) * step
+    starts, stops = np.rint(places).astype(int) - plan.region.start[axis]
     return {*starts.tolist(), *stops.tolist()}
 
 

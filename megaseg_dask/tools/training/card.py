@@ -34,11 +34,15 @@ All epochs are in `metrics.csv`. `megaseg evaluate` measures the model on other 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A training that is over: its manifest, the examples of each split, and cyto-dl's result."""
+    """A training that is over: its manifest, the examples of each split, and cyto-dl's result.
+
+    ``voxel_size_um`` (z, y, x) is that of all its images, if it is known.
+    """
 
     manifest: str
     n_examples: dict[str, int]
     finished: Finished
+    voxel_size_um: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ def write_card(
     facts = {
         "network": _network_text(bundle),
         "input": _input_text(recipe),
+        "voxels": _voxels_text(training),
         "loss": f"`{recipe.loss}`",
         "optimizer": _optimizer_text(recipe),
         "images": _images_text(recipe, training),
@@ -106,6 +111,12 @@ def _input_text(recipe: Recipe) -> str:
     patch = "×".join(map(str, recipe.patch_shape))
     channel = "one channel, z-scored as a whole volume"
     return f"{channel}; patches {patch}, overlap {recipe.overlap}"
+
+
+def _voxels_text(training: Training) -> str:
+    if training.voxel_size_um is None:
+        return "of unknown size, or of several: --voxel-size model cannot be used"
+    return f"{' × '.join(f'{size:g}' for size in training.voxel_size_um)} µm (z, y, x)"
 
 
 def _optimizer_text(recipe: Recipe) -> str:

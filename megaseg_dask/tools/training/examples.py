@@ -4,6 +4,7 @@ An example names where its voxels are; opening one reads metadata only, so that 
 whole manifest is checked before anything is written.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Box, Shape
+from megaseg_dask.algorithms.resampling import are_same_size
 from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.labels import choose_label, read_label_image
@@ -52,7 +54,10 @@ class Tiff:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A box of an image and its labels; a ``group``, such as a field, is never in both splits."""
+    """A box of an image and its labels; a ``group``, such as a field, is never in both splits.
+
+    ``spacing_um`` (z, y, x) is the size of its voxels, if that is known.
+    """
 
     name: str
     group: str
@@ -60,6 +65,7 @@ class Example:
     labels: Reader
     box: Box
     split: str | None = None
+    spacing_um: tuple[float, ...] | None = None
 
 
 # -- TIFF
@@ -110,8 +116,8 @@ def _tiff_channel(path: str, channel: str | None, n_channels: int) -> int:
 
 def open_image(
     location: Location, channel: str | None, *, is_label: bool = False
-) -> tuple[Volume, Shape]:
-    """Return a volume of an OME-Zarr image with one timepoint, and its shape ``(z, y, x)``.
+) -> tuple[Volume, Image]:
+    """Return a volume of an OME-Zarr image with one timepoint, and its metadata.
 
     Raises:
         SourceError: for several timepoints, what is no image, or labels that are no integers.
@@ -123,7 +129,7 @@ def open_image(
         advice = "name it instead of a CSV, or one file each"
         raise SourceError(f"{location} has {n_times} timepoints; {advice}")
     c = _choose_channel(location, image, channel)
-    return Volume.of(location, image, c=c), image.volume_shape()
+    return Volume.of(location, image, c=c), image
 
 
 def examples_of(
@@ -155,9 +161,20 @@ def examples_of(
             image=Volume.of(location, image, t=t, c=c),
             labels=Volume.of(place, labels, t=t, c=labels_c),
             box=Box.of(image.volume_shape()),
+            spacing_um=None if image.unknown_size else image.spacing_um,
         )
         examples.append(example)
     return examples
+
+
+def common_size_um(examples: Sequence[Example]) -> tuple[float, float, float] | None:
+    """Return the voxel size of all examples; ``None`` if one is not known, or they differ."""
+    sizes = [example.spacing_um for example in examples if example.spacing_um is not None]
+    first = sizes[0] if len(sizes) == len(examples) else None
+    if first is None or not all(are_same_size(first, size) for size in sizes):
+        return None
+    z, y, x = first
+    return z, y, x
 
 
 def _choose_channel(location: Location, image: Image, channel: str | None) -> int:

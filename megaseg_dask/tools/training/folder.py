@@ -18,8 +18,10 @@ from megaseg_dask.errors import (
     StoreError,
     TargetError,
 )
+from megaseg_dask.models.cytodl.files import CONFIG
+from megaseg_dask.models.cytodl.write import with_voxel_size
 
-BUNDLE_FILES = ("train_config.yaml", "metrics.csv", "curves.png")
+BUNDLE_FILES = (CONFIG, "metrics.csv", "curves.png")
 CARD = "MODEL_CARD.md"
 CHECKPOINTS = "checkpoints"
 _RECORD = "request.json"
@@ -147,13 +149,22 @@ class TrainingFolder:
         for folder in (self.cache, self.data):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def publish(self, checkpoint: Path) -> None:
+    def publish(
+        self, checkpoint: Path, voxel_size_um: tuple[float, float, float] | None = None
+    ) -> None:
         """Make the folder a bundle: its configuration and curves, then the best checkpoint.
 
-        The checkpoint comes last and at once: a folder without it is no bundle.
+        The configuration tells the size of the images' voxels, if it is known. The checkpoint comes
+        last and at once: a folder without it is no bundle.
         """
+        import yaml
+
         for name in BUNDLE_FILES:
             shutil.copyfile(self.work / name, self.out / name)
+        if voxel_size_um is not None:
+            config = self.out / CONFIG
+            told = with_voxel_size(yaml.safe_load(config.read_text()), voxel_size_um)
+            config.write_text(yaml.safe_dump(told, sort_keys=False))
         part = self.work / "checkpoints.part"
         for folder in (part, self.out / CHECKPOINTS):
             shutil.rmtree(folder, ignore_errors=True)

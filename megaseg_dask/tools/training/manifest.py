@@ -84,7 +84,7 @@ def _read_csv(path: Path, channel: str | None) -> list[Example]:
         if split == _TEST:
             continue
         try:
-            image, shape = _open_image(_address(path, row[image_column]), channel)
+            image, shape, spacing_um = _open_image(_address(path, row[image_column]), channel)
             labels, labels_shape = _open_labels(_address(path, row[labels_column]))
         except MegasegError as error:
             raise SourceError(f"{path} line {number}: {error}") from error
@@ -98,6 +98,7 @@ def _read_csv(path: Path, channel: str | None) -> list[Example]:
             labels=labels,
             box=Box.of(shape),
             split=split,
+            spacing_um=spacing_um,
         )
         examples.append(example)
     return examples
@@ -144,16 +145,22 @@ def _address(manifest: Path, value: str | None) -> str:
     return text if "://" in text else str(manifest.parent / Path(text).expanduser())
 
 
-def _open_image(address: str, channel: str | None) -> tuple[Reader, Shape]:
+def _open_image(
+    address: str, channel: str | None
+) -> tuple[Reader, Shape, tuple[float, ...] | None]:
+    """Return an image, its shape ``(z, y, x)``, and the size of its voxels in µm, if known."""
     if _is_tiff(address):
-        return open_tiff(address, channel)
-    return open_image(Location.of(address), channel)
+        reader, shape = open_tiff(address, channel)
+        return reader, shape, None
+    volume, image = open_image(Location.of(address), channel)
+    return volume, image.volume_shape(), None if image.unknown_size else image.spacing_um
 
 
 def _open_labels(address: str) -> tuple[Reader, Shape]:
     if _is_tiff(address):
         return open_tiff(address, None)
-    return open_image(Location.of(address), None, is_label=True)
+    volume, image = open_image(Location.of(address), None, is_label=True)
+    return volume, image.volume_shape()
 
 
 def _is_tiff(address: str) -> bool:

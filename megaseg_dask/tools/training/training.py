@@ -10,6 +10,7 @@ from megaseg_dask.tools.training.card import Training, read_losses, write_card
 from megaseg_dask.tools.training.cytodl_process import run_cytodl
 from megaseg_dask.tools.training.dataset import digest_of, write_dataset
 from megaseg_dask.tools.training.environment import find_python
+from megaseg_dask.tools.training.examples import common_size_um
 from megaseg_dask.tools.training.experiment import describe_experiment
 from megaseg_dask.tools.training.folder import CARD, TrainingFolder
 from megaseg_dask.tools.training.manifest import read_examples
@@ -52,7 +53,8 @@ def train(request: Request, emit: Emit) -> Trained:
             n_examples = write_dataset(examples, folder.data)
             experiment = describe_experiment(request, recipe, bundle, folder)
             finished = run_cytodl(python, experiment, folder, recipe, emit)
-            result = _publish(folder, recipe, Training(request.manifest, n_examples, finished))
+            training = Training(request.manifest, n_examples, finished, common_size_um(examples))
+            result = _publish(folder, recipe, training)
             done = asdict(result)
             del done["already_done"]
             folder.write_record({**identity, "ends": limits, "done": done})
@@ -73,7 +75,7 @@ def _earlier_result(folder: TrainingFolder, limits: dict[str, object]) -> Traine
 
 def _publish(folder: TrainingFolder, recipe: Recipe, training: Training) -> Trained:
     """Make the folder a bundle with its card, and return what was trained."""
-    folder.publish(training.finished.checkpoint)
+    folder.publish(training.finished.checkpoint, training.voxel_size_um)
     bundle = load_bundle(folder.out)
     losses = read_losses(folder.out / "metrics.csv")
     write_card(folder.out / CARD, bundle, recipe, training, losses)
