@@ -57,9 +57,15 @@ class VolumeProgress:
         return sum((stage.name, index) not in failed for index in self.left_of(stage))
 
     def missing_before(self, stage: PlannedStage) -> list[int]:
-        """Return the numbers of the blocks that failed in an earlier stage."""
-        earlier = self._stages_before(stage)
+        """Return the numbers of the blocks that failed in an earlier stage.
+
+        A coarser level has no holes where the finest one has some: what counts for the next is
+        which of its own blocks failed.
+        """
         failures = self._failures()
+        if stage.level > 1:
+            return sorted(n for failed, n in failures if failed.level == stage.level - 1)
+        earlier = self._stages_before(stage)
         return sorted({n for failed, n in failures if failed in earlier and failed.loses_block})
 
     def stale_after(self, stage: PlannedStage) -> list[str]:

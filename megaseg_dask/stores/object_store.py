@@ -1,5 +1,6 @@
 """A folder in a bucket of S3 or Google, or in a container of Azure, through obstore."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -109,6 +110,7 @@ class BucketFolder:
         for _ in range(_MAX_PASSES):
             if self.patience.ask(self._remove_listed):
                 return
+        raise OSError(errno.EBUSY, "objects in it appear or disappear again and again", self.prefix)
 
     def _remove_listed(self) -> bool:
         """Remove what is listed; return whether all of that is gone."""

@@ -56,9 +56,11 @@ def tasks(monkeypatch):
 
 
 class Case:
-    def __init__(self, folder, bundle, tasks, options, shape=SHAPE, **image_options):
+    def __init__(self, folder, bundle, tasks, options, shape=SHAPE, n_levels=1, **image_options):
         self.folder, self.tasks = folder, tasks
-        self.source = write_image(folder / "image.zarr", blobs(shape), **image_options)
+        data = blobs(shape)
+        levels = [data[..., :: 2**level, :: 2**level] for level in range(n_levels)]
+        self.source = write_image(folder / "image.zarr", *levels, **image_options)
         self.settings = parse_settings({"model": str(bundle), **options})
         self.target = folder / "out.zarr"
         self.run_folder = folder / "out.zarr.run/megaseg"
@@ -191,6 +193,19 @@ def test_what_is_lost_while_it_is_needed_is_not_read_as_background(tmp_path, tin
     case = Case(tmp_path, tiny_bundle, tasks, BLOCKS)
     chunk = case.run_folder / "work/0/0/fragments/c/0/0/1"
     tasks.acts["relabel", 1] = chunk.unlink
+    case.assert_as_calm()
+
+
+def test_a_coarser_level_is_made_of_no_chunk_that_is_gone(tmp_path, tiny_bundle, tasks):
+    """Also if it is back later, when listings find nothing."""
+    case = Case(tmp_path, tiny_bundle, tasks, BLOCKS, n_levels=4)
+    chunk = case.target / "1/c/0/0/0"
+    away = tmp_path / "away"
+    tasks.acts["downsample-2", 0] = lambda: chunk.rename(away)
+    tasks.acts["downsample-3", 0] = lambda: away.rename(chunk)
+    result = segment_here(str(case.source), str(case.target), case.settings)
+    assert [failure.stage for failure in result.failures] == ["downsample-2"]
+    assert "out.zarr/1/c/0/0/0 was written, and is not there" in result.failures[0].error
     case.assert_as_calm()
 
 

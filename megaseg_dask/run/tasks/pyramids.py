@@ -23,10 +23,9 @@ def downsample_block(workspace: Workspace, output: Output, number: int, level: i
     block = plan.block_grid(level)[number]
     units = BlockGrid(step.coarse_shape, plan.layout(level).write_unit)
     state = workspace.state(output.volume)
-    # Where tasks failed, the finer level has holes.
-    is_whole = level == 1 and not state.missing
     for kind in state.outputs:
-        below = workspace.array(kind, output, level - 1, is_whole=is_whole)
+        # Where tasks failed, the finer level has holes.
+        below = workspace.array(kind, output, level - 1, is_whole=not state.missing)
         for position in units.iter_overlapping(block):
             box = units.core(position) & block
             values = _reduce(below, box, step, by_mode=kind != "scores")
