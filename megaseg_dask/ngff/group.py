@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import ValidationError
 
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.errors import MegasegError, SourceError, StoreError, TargetError
+from megaseg_dask.errors import DataError, MegasegError, SourceError, StoreError, TargetError
 from megaseg_dask.messages import validation_message
 from megaseg_dask.ngff.versions import VERSIONS, Version, version_of_format
 from megaseg_dask.stores import (
@@ -234,7 +234,7 @@ def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
 def _describe_place(location: Location, error: Exception) -> str:
     """Return what is where no Zarr group could be opened."""
     if not location.is_folder():
-        return f"{_describe_file(location)} (convert it, with bioformats2raw for instance)"
+        return _describe_file(location)
     with suppress(FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
         open_array(location)
         return f"a single Zarr array (name the folder of its image, perhaps {location.parent})"
@@ -269,12 +269,14 @@ def _json_at(location: Location, key: str) -> dict[str, Any]:
 
 
 def _describe_file(location: Location) -> str:
-    first_bytes = location.parent.head(location.basename, 2) or b""
+    try:
+        first_bytes = location.head("", 2) or b""
+    except DataError:
+        return "a device, a pipe or a socket"
     suffix = PurePosixPath(location.basename).suffix.removeprefix(".")
     kind = _FIRST_BYTES.get(first_bytes, suffix)
-    if not kind:
-        return "a file"
-    return f"a {kind} file"
+    file = f"a {kind} file" if kind else "a file"
+    return f"{file} (convert it, with bioformats2raw for instance)"
 
 
 def _names_in(location: Location) -> list[str]:

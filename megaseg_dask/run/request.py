@@ -19,10 +19,12 @@ from megaseg_dask.run.lease import Held
 from megaseg_dask.run.losses import read_journal
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.ownership import (
+    find_superseded,
     is_present,
     require_alike,
     require_free,
     require_same,
+    require_whole,
 )
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location, StoreOptions, configure
@@ -73,13 +75,20 @@ class Request:
         self._parts = self._plan()
 
     def _read_recorded(self) -> list[Plan]:
-        return RunFolder.plans(self._target, self._settings.label_name, skip_damaged=True)
+        return RunFolder.plans(self._target, skip_damaged=True)
 
     def _plan(self) -> list[tuple[Plan, Part]]:
-        """Plan beside the recorded runs."""
+        """Plan beside the recorded runs of the same name."""
         source = Location.of(self._source)
-        parts = read_parts(source, self._target, self._settings, self._recorded)
+        name = self._settings.label_name
+        recorded = [plan for plan in self._recorded if plan.resolved.label_name == name]
+        parts = read_parts(source, self._target, self._settings, recorded)
         return make_plans(self._source, self._target.url, self._settings, parts, self._emit)
+
+    @property
+    def superseded(self) -> list[Plan]:
+        """The recorded runs of other names whose scores these runs replace."""
+        return find_superseded([plan for plan, _ in self._parts], self._recorded)
 
     def open_runs(self) -> Runs:
         """Return the plans and what earlier runs of them finished; writes nothing.
@@ -87,7 +96,7 @@ class Request:
         Raises:
             TargetError: The target holds another run, or is not ours.
         """
-        return [(plan, _open_journal(plan, part)) for plan, part in self._parts]
+        return self._open_journals()
 
     def reopen_runs(self, lease: Held) -> Runs:
         """Return the same now that the lease is held, with journals that may be written.
@@ -102,6 +111,10 @@ class Request:
             self._recorded = recorded
             self._parts = self._plan()
         sync = synced_by(lease, self._target)
+        return self._open_journals(sync)
+
+    def _open_journals(self, sync: Sync = lambda: None) -> Runs:
+        require_whole([plan for plan, _ in self._parts], self.superseded)
         return [(plan, _open_journal(plan, part, sync)) for plan, part in self._parts]
 
 

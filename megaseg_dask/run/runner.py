@@ -35,7 +35,7 @@ from megaseg_dask.run.target import publish
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.ownership import remove_replaced
 from megaseg_dask.run.tasks.worker import failure_of
-from megaseg_dask.run.workspace import Workspace
+from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import StoreOptions
 
 LEASE_TIMING = Timing()
@@ -120,7 +120,7 @@ def segment(
         executor.check()
         with Leases(runs_folder(plan.target), LEASE_TIMING).hold() as lease:
             runs = request.reopen_runs(lease)
-            record(runs, lease)
+            record(runs, request.superseded, lease)
             with executor.ready(plan, request.store_options):
                 session = _Session(executor, lease, emit)
                 result = join_results([session.run(plan, journal) for plan, journal in runs])
@@ -128,8 +128,10 @@ def segment(
     return result
 
 
-def record(runs: Runs, lease: Held) -> None:
+def record(runs: Runs, superseded: Sequence[Plan], lease: Held) -> None:
     """Record what is to be done, all of it before any of it is.
+
+    What is recorded of ``superseded`` runs is removed.
 
     Raises:
         StoreError: Another client took the run over, or the store failed.
@@ -138,6 +140,9 @@ def record(runs: Runs, lease: Held) -> None:
     if plans[0].settings.overwrite:
         lease.require()
         remove_replaced(plans)
+    for other in superseded:
+        lease.require()
+        RunFolder(other.run).remove()
     for plan, journal in runs:
         if journal.result is None:
             begin(plan, journal, lease)

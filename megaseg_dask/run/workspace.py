@@ -151,6 +151,11 @@ class RunFolder:
         for name in (journal.FOLDER, _WORK, _VOLUMES, _SUMS):
             (self.location / name).remove()
 
+    def remove(self) -> None:
+        """Remove the record: the plan last, for a journal without a plan is one that lost it."""
+        self.clear()
+        self.location.remove()
+
     def remove_work(self) -> None:
         """Remove intermediate data.
 

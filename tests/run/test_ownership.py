@@ -11,10 +11,13 @@ import zarr
 from numpy.testing import assert_array_equal
 
 from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.ngff.labels import list_labels
 from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.status import status
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here
 
 SHAPE = (20, 40, 50)
@@ -81,15 +84,43 @@ def test_another_version_is_refused_before_anything_is_removed_where_other_label
     assert zarr.open_group(tmp_path / "out.zarr")["labels/megaseg/0"].shape == SHAPE
 
 
-def test_runs_of_two_label_names_share_the_scores_and_know_it(run, tmp_path):
+def test_an_image_apart_from_its_source_has_the_scores_of_one_run(run, tmp_path):
     run(label_name="a")
-    with pytest.raises(TargetError, match="exists"):
+    with pytest.raises(TargetError, match="made with --label-name a,"):
         run(label_name="b", threshold=0.7)
     run(label_name="b", threshold=0.7, overwrite=True)
-    with pytest.raises(TargetError):
+    target = str(tmp_path / "out.zarr")
+    assert [(each.label_name, each.done) for each in status(target)] == [("b", True)]
+    # The labels of the first stay.
+    assert list_labels(Location.of(target)) == ["a", "b"]
+    with pytest.raises(TargetError, match="made with --label-name b,"):
         run(label_name="a")
+    shutil.rmtree(target)
+    run(label_name="c")
+    assert [(each.label_name, each.done) for each in status(target)] == [("c", True)]
     with pytest.raises(SettingsError, match="_mask"):
         run(label_name="a_mask")
+
+
+def test_labels_of_many_names_stand_in_a_source(run, tmp_path):
+    for name in ("a", "b"):
+        run("image.zarr", label_name=name, outputs="labels")
+    runs = status(str(tmp_path / "image.zarr"))
+    assert [(each.label_name, each.done) for each in runs] == [("a", True), ("b", True)]
+
+
+def test_a_run_of_another_name_replaces_all_fields_of_a_plate_or_none(run, tmp_path):
+    fields = {"A/1/0": FieldSpec(("dna",)), "A/2/0": FieldSpec(("dna",), seed=1)}
+    source = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    run(source=source, label_name="a", wells="A/1")
+    for wells in ("A/1", "A/2"):
+        with pytest.raises(TargetError, match="made with --label-name a,"):
+            run(source=source, label_name="b", wells=wells)
+    with pytest.raises(TargetError, match="A/1/0 is not among"):
+        run(source=source, label_name="b", wells="A/2", overwrite=True)
+    run(source=source, label_name="b", overwrite=True)
+    runs = status(str(tmp_path / "out.zarr"))
+    assert [(each.label_name, each.done) for each in runs] == [("b", True)]
 
 
 def test_labels_alone_are_a_target_of_their_own(run, tmp_path):

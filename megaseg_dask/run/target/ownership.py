@@ -31,7 +31,48 @@ def remove_replaced(plans: Sequence[Plan]) -> None:
     for earlier in RunFolder.plans(plans[0].target, name, skip_damaged=True):
         shares_fields = not replaced.isdisjoint(Target(earlier).paths)
         if earlier.run not in staying and shares_fields:
-            earlier.run.remove()
+            RunFolder(earlier.run).remove()
+
+
+def find_superseded(plans: Sequence[Plan], recorded: Sequence[Plan]) -> list[Plan]:
+    """Return the recorded runs of other names that these plans take the place of.
+
+    The labels of a source may have many names. Elsewhere an image has the scores of one run, and
+    the fields of a plate have one name.
+    """
+    first = plans[0]
+    if first.is_in_place:
+        return []
+    others = [plan for plan in recorded if not plan.is_in_place]
+    return [plan for plan in others if plan.resolved.label_name != first.resolved.label_name]
+
+
+def require_whole(plans: Sequence[Plan], superseded: Sequence[Plan]) -> None:
+    """Check that a person agreed to replace the scores of runs of other names, and all of them.
+
+    Raises:
+        TargetError: The target holds such a run.
+    """
+    written = {path for plan in plans for path in Target(plan).paths}
+    for other in superseded:
+        if not is_present(Target(other)):
+            continue
+        name = other.resolved.label_name
+        holds = (
+            f"{other.target} holds what was made with --label-name {name}, and scores are of one "
+            "name alone"
+        )
+        if not plans[0].settings.overwrite:
+            raise TargetError(
+                f"{holds}; choose another target, or replace them with --overwrite, which leaves "
+                f"the labels {name} as they are, without their record"
+            )
+        kept = sorted(Target(other).paths - written)
+        if kept:
+            raise TargetError(
+                f"{holds}; --overwrite all of its fields ({kept[0]} is not among the chosen ones), "
+                "or choose another target"
+            )
 
 
 def require_alike(plan: Plan, other: Plan) -> None:
