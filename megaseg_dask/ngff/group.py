@@ -68,6 +68,8 @@ _PROBLEMS = {
 
 # OME metadata that state their version themselves in a group without the key "ome".
 _VERSIONED_PARTS = ("multiscales", "image-label", "plate", "well")
+# OME metadata that say what is in a group.
+_OWNERS = {"multiscales", "plate", "well", "labels"}
 
 
 # -- reading
@@ -204,6 +206,36 @@ def first_problem(error: ValidationError, *parents: str) -> str:
     if words is None:
         return f"{path}: {validation_message(problem)}".removeprefix(": ")
     return f"{path} {words}".strip()
+
+
+def find_owner(location: Location) -> Location | None:
+    """Return the nearest folder above that is an array, or whose OME metadata list its members.
+
+    Other Zarr groups may hold anything. Folders that may not be read are passed over.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    folder = Location.of(location.path.resolve()) if location.is_local else location
+    above = []
+    while folder.parent != folder:
+        folder = folder.parent
+        above.append(folder)
+    owners = map_threaded(_owns_its_members, above)
+    return next((folder for folder, owns in zip(above, owners, strict=True) if owns), None)
+
+
+def _owns_its_members(folder: Location) -> bool:
+    try:
+        v3, v2_attributes, v2_array = [
+            _parse(folder.get(name)) for name in ("zarr.json", ".zattrs", ".zarray")
+        ]
+    except StoreError as error:
+        if not is_denied(error):
+            raise
+        return False
+    listings = {**v2_attributes, **ome_of(v3.get("attributes") or {})}
+    return "shape" in {**v3, **v2_array} or not _OWNERS.isdisjoint(listings)
 
 
 def lies_below(path: str) -> bool:

@@ -24,6 +24,7 @@ from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.inference.machine import memory_bytes
 from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.registry import describe
+from megaseg_dask.ngff.group import find_owner
 from megaseg_dask.ngff.image import Image, require_valid
 from megaseg_dask.ngff.plate import require_valid_listing
 from megaseg_dask.ngff.versions import VERSIONS
@@ -241,6 +242,11 @@ class _Request:
             raise TargetError(f"{target} contains the source; choose another folder")
         if self.is_in_place:
             self._require_labels_alone()
+        elif owner := find_owner(target):
+            raise TargetError(
+                f"{target} lies inside {owner}, which is an image, a plate or an array, and would "
+                "have a part that its metadata do not list; choose a folder outside it"
+            )
         target.require_writable()
         if self.part.plate and "scores" not in self.settings.outputs and not self.is_in_place:
             raise SettingsError(

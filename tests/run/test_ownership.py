@@ -102,6 +102,27 @@ def test_an_image_apart_from_its_source_has_the_scores_of_one_run(run, tmp_path)
         run(label_name="a_mask")
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_target_lies_in_no_image_or_plate_of_others(version, run, tmp_path):
+    write_image(tmp_path / "other.zarr", blobs((16, 32, 32)), version=version)
+    write_fields(tmp_path / "plate.zarr", version, {"A/1/0": FieldSpec(("dna",))})
+    (tmp_path / "link").symlink_to("plate.zarr/A")
+    zarr.open_group(tmp_path / "group.zarr", mode="w", attributes={"by": "hand"})
+    run("ours.zarr")
+    before = sorted(tmp_path.rglob("*"))
+    for folder in (
+        *("other.zarr", "other.zarr/labels", "other.zarr/labels/a", "other.zarr/0"),
+        *("plate.zarr", "plate.zarr/A", "plate.zarr/A/1", "plate.zarr/A/1/0", "link/1"),
+        *("ours.zarr/labels", "ours.zarr/labels/megaseg"),
+    ):
+        with pytest.raises(TargetError, match=r"lies inside /.*choose a folder outside"):
+            run(f"{folder}/new")
+    assert sorted(tmp_path.rglob("*")) == before
+    run("group.zarr/new")
+    field = tmp_path / "plate.zarr/A/1/0"
+    run("plate.zarr/A/1/0", source=field, outputs="labels")
+
+
 def test_labels_of_many_names_stand_in_a_source(run, tmp_path):
     for name in ("a", "b"):
         run("image.zarr", label_name=name, outputs="labels")
