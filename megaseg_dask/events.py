@@ -29,7 +29,10 @@ def ignore(event: Event) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Started(Event):
-    """A run began, or continues an earlier one; ``channels`` are those that it takes."""
+    """A run began, or continues an earlier one; ``channels`` are those that it takes.
+
+    ``fields`` are the paths of the fields of a plate that it is about.
+    """
 
     kind: ClassVar[str] = "started"
     target: str
@@ -37,6 +40,7 @@ class Started(Event):
     n_done: int
     dashboard: str | None = None
     channels: list[str] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +170,18 @@ class Trained(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunStatus(Event):
-    """Finished and planned tasks of each stage of a run, and its failures."""
+    """Finished and planned tasks of each stage of a run, and its failures.
+
+    ``channels`` are those that it takes, and ``fields`` the paths of its fields of a plate.
+    """
 
     kind: ClassVar[str] = "status"
     label_name: str
     done: bool
     stages: dict[str, tuple[int, int]]
     failures: list[Failure]
+    channels: list[str] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:

@@ -6,7 +6,7 @@ lines. What is left out is in the journal.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -105,15 +105,27 @@ def _first_lines(line: str, number: int, max_number: int, more: str) -> list[str
 
 
 def started_line(event: Started) -> str:
-    """Return how many tasks a run has, and the channels that it takes."""
+    """Return how many tasks a run has, and the fields and channels that it takes."""
     line = count(event.n_tasks, "task")
     if event.n_done:
         line += f", {event.n_done} of them done before"
-    if event.channels:
-        line += f"; channel {', '.join(event.channels)}"
+    subject = subject_text(event.fields, event.channels)
+    if subject:
+        line += f"; {subject}"
     if event.dashboard:
         line += f"; dashboard {event.dashboard}"
     return line
+
+
+def subject_text(fields: Sequence[str], channels: Sequence[str]) -> str:
+    """Return what a run is about: its fields of a plate, and the channels that it takes."""
+    parts = []
+    if fields:
+        noun = "field" if len(fields) == 1 else f"{len(fields)} fields"
+        parts.append(f"{noun} {first_few(fields)}")
+    if channels:
+        parts.append(f"channel {', '.join(channels)}")
+    return "; ".join(parts)
 
 
 def progress_line(event: Progress) -> str:
@@ -286,8 +298,14 @@ def validation_message(problem: "ErrorDetails") -> str:
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:
-    """Return the most similar of some words, for "did you mean"; ``None`` if none is similar."""
-    return next(iter(get_close_matches(word, list(words), n=1)), None)
+    """Return the most similar of some words, for "did you mean"; ``None`` if none is similar.
+
+    Small and capital letters are alike.
+    """
+    by_letters = {each.casefold(): each for each in words}
+    for letters in get_close_matches(word.casefold(), list(by_letters), n=1):
+        return by_letters[letters]
+    return None
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -63,6 +63,8 @@ def test_of_thousands_of_failures_the_first_are_told(event):
 
 def test_a_scheduler_without_a_dashboard_has_none():
     assert Narrator().lines(Started("out.zarr", 5, 2)) == ["5 tasks, 2 of them done before"]
+    of_plate = Started("out.zarr", 5, 0, channels=["1 (dna)"], fields=["A/1/0", "A/1/1"])
+    assert Narrator().lines(of_plate) == ["5 tasks; 2 fields A/1/0, A/1/1; channel 1 (dna)"]
 
 
 def test_words():

@@ -42,8 +42,8 @@ submit() {
         --wrap "exec $command"
 }
 
-# A wrong request ends here, and nothing is submitted.
-plan=$(megaseg plan "$@" --record --json)
+# A wrong request ends here, and nothing is submitted. Exit code 1: fields of a plate are missing, and named.
+plan=$(megaseg plan "$@" --record --json) || [ $? -eq 1 ]
 name=$(of_json 'print(line["options"]["label_name"])' <<< "$plan")
 # Exit code 3: something is pending.
 standing=$(megaseg status "$target" --label-name "$name" --json) || [ $? -le 3 ]

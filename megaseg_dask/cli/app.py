@@ -19,6 +19,7 @@ import typer
 from megaseg_dask.cli.cluster import check
 from megaseg_dask.cli.console import print_demo, print_plan, print_result, print_status, reporter
 from megaseg_dask.cli.exit_codes import (
+    FAILED,
     INTERRUPTED,
     WRONG_REQUEST,
     Json,
@@ -121,7 +122,8 @@ def plan(
 ) -> None:
     """Show what segment would do with the same options: blocks, patches, memory, bytes, time.
 
-    It writes nothing unless --record is given.
+    It writes nothing unless --record is given. The exit code is 1 if fields of a plate cannot be
+    segmented. They are named, as by segment.
 
     The time is for one worker like this machine. It comes from a few forward passes of the network
     that were measured in the last day.
@@ -147,16 +149,19 @@ def plan(
         for run, journal in runs:
             progress = {"tasks_done": journal.n_done, "done": journal.result is not None}
             summaries.append({**summarize(run), **estimate_time(run), **progress})
+        code = FAILED if any(summary["missing"] for summary in summaries) else 0
         if json_:
             # Several runs: a plate whose fields do not share one plan.
             first, *further = summaries
-            echo(json.dumps({"event": "plan", **first, "further_runs": further}))
-            return
+            whole = {"event": "plan", **first, "further_runs": further, "exit_code": code}
+            echo(json.dumps(whole))
+            raise typer.Exit(code)
         for summary in summaries:
             print_plan(summary)
         if record:
             for run_status in status_of(target, settings.label_name):
                 print_status(run_status, target)
+        raise typer.Exit(code)
 
 
 def demo(

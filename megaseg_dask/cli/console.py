@@ -22,6 +22,7 @@ from megaseg_dask.messages import (
     rates,
     size_text,
     stage_phrase,
+    subject_text,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _MAX_FAILURES = 10
 _BAR_WIDTH = 8
 _NAME_WIDTH = 29
 _RUN_AGAIN = "Fix the cause and run the same command again"
+RETRY_TASKS = "run the same megaseg plan … --record, the failed tasks, and the stages after them"
 
 # -- events
 
@@ -150,6 +152,8 @@ def print_result(
     how_to_retry: str = _RUN_AGAIN,
 ) -> None:
     """Print what was written, or what failed and how to continue; then ``following`` commands."""
+    for warning in result.warnings:
+        warn(warning)
     if result.failures:
         _print_failures(result, quiet, how_to_retry)
     else:
@@ -180,8 +184,6 @@ def _print_failures(result: Result, quiet: bool, how_to_retry: str) -> None:
 
 
 def _print_success(result: Result) -> None:
-    for warning in result.warnings:
-        warn(warning)
     objects = "" if result.n_objects is None else f"{result.n_objects} objects in "
     took = f" after {result.wall_s:.1f} s"
     if result.already_done:
@@ -218,7 +220,8 @@ def print_tasks(stage: str, n_tasks: int, ran: "Ran") -> None:
 
 def print_status(run: RunStatus, target: str) -> None:
     """Print the state of a run on a target: a row for each stage, then its failures."""
-    echo(f"{run.label_name}: {_state(run)}")
+    subject = subject_text(run.fields, run.channels)
+    echo(f"{run.label_name}: {_state(run)}" + (f"  ({subject})" if subject else ""))
     for stage, (n_done, n_tasks) in run.stages.items():
         print_rows(
             {f"  {stage}": f"{n_done} of {count(n_tasks, 'task')}, {stage_phrase(stage)}"}, 16
@@ -226,6 +229,10 @@ def print_status(run: RunStatus, target: str) -> None:
     for failure in run.failures[:_MAX_FAILURES]:
         echo(failure_line(failure))
     if run.done:
+        return
+    if run.failures:
+        echo("Fix the cause and run the same segment command again; only failed tasks are retried.")
+        echo(f"In a job array: {RETRY_TASKS}.")
         return
     pending = [stage for stage, (n_done, n_tasks) in run.stages.items() if n_done < n_tasks]
     if not pending:
@@ -274,7 +281,8 @@ def print_plan(summary: Mapping[str, Any]) -> None:
 
 def _source_text(summary: Mapping[str, Any]) -> str:
     volumes = f"{summary['volumes']} × {_shape(summary['volume_shape'])} {summary['dtype']}"
-    return f"{summary['source']}  ({volumes}, channel {', '.join(summary['channels'])})"
+    subject = subject_text(summary["field_paths"], summary["channels"])
+    return f"{summary['source']}  ({volumes}, {subject})"
 
 
 def _model_text(model: Mapping[str, Any]) -> str:

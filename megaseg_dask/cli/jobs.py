@@ -5,7 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from megaseg_dask.cli.console import print_result, print_status, print_tasks, reporter
+from megaseg_dask.cli.console import (
+    RETRY_TASKS,
+    print_result,
+    print_status,
+    print_tasks,
+    reporter,
+)
 from megaseg_dask.cli.exit_codes import FAILED, PENDING, Json, echo, echo_result, exit_codes
 from megaseg_dask.cli.options import open_stores
 
@@ -34,8 +40,6 @@ OnlyLabelName = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Show only the run with this label name. (default: all)"),
 ]
-
-_RETRY_TASKS = "Run the same megaseg plan … --record, the failed tasks, and the stages after them"
 
 
 def task(
@@ -100,7 +104,7 @@ def join(
         if result is None:
             raise typer.Exit(_show_status(target, label_name, json_))
         if not json_:
-            print_result(result, (), how_to_retry=_RETRY_TASKS)
+            print_result(result, (), how_to_retry=f"Fix the cause and {RETRY_TASKS}")
         raise typer.Exit(result.exit_code)
 
 

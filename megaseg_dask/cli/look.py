@@ -103,6 +103,12 @@ def evaluate(
         str | None,
         typer.Option(metavar="NAME", help="Name of the label image in TRUTH, if it has several."),
     ] = None,
+    unmarked: Annotated[
+        bool,
+        typer.Option(
+            "--unmarked", help="Voxels are ids also where no metadata mark an image as labels."
+        ),
+    ] = False,
     csv: Annotated[
         bool, typer.Option("--csv", help="Print comma-separated lines, for a spreadsheet.")
     ] = False,
@@ -116,19 +122,19 @@ def evaluate(
       megaseg evaluate segmented.zarr nuclei.zarr
     """
     with exit_codes(json_):
-        from megaseg_dask.tools.evaluate import evaluate_images, find_labels, is_label_image
+        from megaseg_dask.tools.evaluate import evaluate_images, find_labels, require_labels
 
         open_stores(options, None)
         compared = (find_labels(predicted, label), find_labels(truth, truth_label))
+        if not unmarked:
+            for labels in compared:
+                require_labels(labels)
         evaluation = evaluate_images(*compared)
         if evaluation.left_out_voxels:
             warn(
                 f"{evaluation.left_out_voxels} voxels were ignored because their tasks failed "
                 "(missing_boxes); run the same megaseg segment command again to compute them"
             )
-        for labels in compared:
-            if not is_label_image(labels):
-                warn(f"{labels} has no image-label metadata; its voxels are read as ids")
         if json_:
             echo_result(evaluation.as_dict())
         else:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
+from megaseg_dask.messages import one_line
 from megaseg_dask.ngff.group import (
     attributes_in,
     describe_group,
@@ -37,6 +38,8 @@ _MAX_NAMES_SHOWN = 12
 # Of rows, columns and fields, as OME-Zarr 0.6 has it; 0.4 and 0.5 allow only letters and digits,
 # which Fractal's "0_registered" is not.
 _NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9][A-Za-z0-9_.-]*")
+# Of rows and columns, in 0.4 and 0.5.
+_LISTED_NAME = re.compile(r"[A-Za-z0-9]+", re.ASCII)
 _NO_NAME = (
     "this is no name of a row, column or field: it has to begin with a letter or digit, and may "
     "hold these, '_', '-' and '.' alone; rename it, in the metadata too"
@@ -183,6 +186,8 @@ def _parse_listing(version: str, name: str, listing: Mapping[str, Any]) -> tuple
     """Return the plate without its fields, and the paths of its wells."""
     # Nothing else is read, so nothing else may be in the way, such as a time that is no number.
     part = {"version": version} | _only(listing, "rows", "columns", "wells", "acquisitions")
+    _require_listed_names("row", part.get("rows"))
+    _require_listed_names("column", part.get("columns"))
     if isinstance(part.get("acquisitions"), list):
         part["acquisitions"] = [_only(entry, "id", "name") for entry in part["acquisitions"]]
     try:
@@ -209,6 +214,22 @@ def _parse_listing(version: str, name: str, listing: Mapping[str, Any]) -> tuple
             )
     acquisitions = tuple(Acquisition(a.id, a.name) for a in parsed.acquisitions or ())
     return Plate(version, name, rows, columns, (), acquisitions), wells
+
+
+def _require_listed_names(kind: str, entries: object) -> None:
+    """Check the names of rows or columns; what is no list of them is told with the rest."""
+    names = []
+    for entry in entries if isinstance(entries, list) else ():
+        match entry:
+            case {"name": str(name)}:
+                names.append(name)
+    for name in names:
+        if not _LISTED_NAME.fullmatch(name):
+            raise SourceError(
+                f"{kind} {one_line(name)!r}: a name may hold letters and digits alone; rename it, "
+                "in the metadata too"
+            )
+    _require_once(kind, names)
 
 
 def _only(entry: Any, *keys: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.errors import SettingsError, SourceError
-from megaseg_dask.messages import one_line
+from megaseg_dask.messages import closest, one_line
 from megaseg_dask.models.cards import MINIMUM_SHAPE
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.plan.resolved import OfLevel, normalization_of
@@ -159,7 +159,12 @@ def _find_channels(wanted: str, image: Image, where: Location, option: str) -> l
     """Return the indices of the channels that a list of names and indices means."""
     names = image.channels
     # A name may hold a comma.
-    texts = [wanted] if wanted in names else wanted.split(",")
+    texts = [wanted] if wanted in names else [text.strip() for text in wanted.split(",")]
+    if "" in texts and "" not in names:
+        raise SettingsError(
+            f"{option} {wanted!r}: a name is missing before or after a comma; {where} has "
+            f"{_listed(names)}"
+        )
     channels = [_find_channel(text, names, where, option) for text in texts]
     if len(set(channels)) < len(channels):
         raise SettingsError(f"{option} {wanted}: the same channel of {where} is given twice")
@@ -168,12 +173,13 @@ def _find_channels(wanted: str, image: Image, where: Location, option: str) -> l
 
 def _find_channel(text: str, names: Sequence[str], where: Location, option: str) -> int:
     """Return the index of the channel that a name or an index means."""
-    number = text.strip().removeprefix(_INDEX)
+    number = text.removeprefix(_INDEX).strip()
     meant: set[int] = set()
     if not text.startswith(_INDEX):
-        meant = {index for index, name in enumerate(names) if name == text}
+        meant = {index for index, name in enumerate(names) if name.strip() == text.strip()}
         if not meant:
-            alike = [i for i, name in enumerate(names) if name.casefold() == text.casefold()]
+            letters = text.strip().casefold()
+            alike = [i for i, name in enumerate(names) if name.strip().casefold() == letters]
             meant.update(alike)
     if number.isdecimal() and int(number) < len(names):
         meant.add(int(number))
@@ -186,8 +192,17 @@ def _find_channel(text: str, names: Sequence[str], where: Location, option: str)
     if not meant:
         raise SettingsError(
             f"{option} {text}: {where} has no such channel; it has {_listed(names)}"
+            f"{_advice_for(text, names)}"
         )
     return meant.pop()
+
+
+def _advice_for(text: str, names: Sequence[str]) -> str:
+    """Return the end of a line about a channel that is not there."""
+    if text.startswith(_INDEX):
+        return f"; expected {_INDEX}N, with N from 0 to {len(names) - 1}"
+    meant = closest(text, names)
+    return f"; did you mean {one_line(meant)}?" if meant else ""
 
 
 def channel_text(index: int, name: str) -> str:

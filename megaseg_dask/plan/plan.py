@@ -202,6 +202,11 @@ class Plan(BaseModel):
         return VolumeForm.of(self.source_image)
 
     @property
+    def field_paths(self) -> list[str]:
+        """The paths of the fields of a plate that are segmented; empty for an image."""
+        return [] if self.plate is None else list(self.images)
+
+    @property
     def channel_texts(self) -> list[str]:
         """Each chosen channel as people know it: its index, and its names in the images."""
         texts = []

@@ -19,6 +19,7 @@ def summarize(plan: Plan) -> dict[str, object]:
         "volumes": len(plan.volumes),
         "volume_shape": plan.volume_shape,
         "fields": len(images) if plan.plate else None,
+        "field_paths": plan.field_paths,
         # Fields that a plate lists and lacks, and why; such a run will end as failed.
         "missing": dict(plan.plate.missing) if plan.plate else {},
         "dtype": plan.source_image.dtype,

@@ -179,6 +179,7 @@ class _Session:
             n_done=journal.n_done,
             dashboard=self._executor.dashboard,
             channels=plan.channel_texts,
+            fields=plan.field_paths,
         )
         emit(started)
         for failure in unread_fields(plan):

@@ -48,6 +48,8 @@ def _status_of(plan: Plan) -> RunStatus:
             for stage in plan.stages
         },
         failures=[*journal.failed.values(), *unread_fields(plan)],
+        channels=plan.channel_texts,
+        fields=plan.field_paths,
     )
 
 

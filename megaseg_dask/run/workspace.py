@@ -57,7 +57,13 @@ class Source(Readable, Protocol):
 
 
 class _DamagedPlanError(TargetError):
-    """The record of a plan cannot be understood."""
+    """The record of a plan is lost, or cannot be understood."""
+
+
+_WRITE_IT_AGAIN = (
+    "run the same megaseg segment command again (of a job array, the same megaseg plan … "
+    "--record), which writes it again if the target is of that run"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +104,18 @@ class RunFolder:
         """
         data = self.location.get(_PLAN)
         if data is None:
+            # A plan is recorded before, and removed after all else.
+            if (self.location / journal.FOLDER).is_folder():
+                raise _DamagedPlanError(
+                    f"{self.location}/{_PLAN} is not there any more; {_WRITE_IT_AGAIN}"
+                )
             return None
         try:
             plan = Plan.model_validate_json(data)
         except ValueError as error:
             raise _DamagedPlanError(
-                f"{self.location}/{_PLAN} is damaged, or was written by another version of "
-                "megaseg; run the same megaseg segment command again, which resumes if the target "
-                "belongs to that run"
+                f"{self.location}/{_PLAN} is damaged, or was written by another version of megaseg; "
+                f"{_WRITE_IT_AGAIN}"
             ) from error
         name = plan.resolved.label_name
         if not run_names(name).fullmatch(self.location.basename):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, Shape
 from megaseg_dask.algorithms.matching import Contingency, Evaluation, evaluate_contingency
 from megaseg_dask.errors import SourceError
-from megaseg_dask.ngff.image import Image, read_image
+from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import choose_label, read_label_image
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.run.target.provenance import missing_at
@@ -38,9 +38,17 @@ def find_labels(address: str, name: str | None = None) -> Location:
     return choose_label(location, name) or location
 
 
-def is_label_image(location: Location) -> bool:
-    """Return whether the metadata of an image say that its voxels are ids of objects."""
-    return read_image(location).kind == "label image"
+def require_labels(location: Location) -> None:
+    """Check that the metadata of an image say that its voxels are ids of objects.
+
+    Raises:
+        SourceError: They do not.
+    """
+    if read_label_image(location).kind != "label image":
+        raise SourceError(
+            f"{location} is not marked as a label image, and has none in it; name a label image "
+            "(such as IMAGE/labels/NAME), or pass --unmarked if its voxels are ids of objects"
+        )
 
 
 def evaluate_images(

@@ -11,8 +11,10 @@ from megaseg_dask.errors import MegasegError, TargetError
 from megaseg_dask.events import Event, Progress, Result, Started
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run import journal
+from megaseg_dask.run.job_array import join_run, read_plan
 from megaseg_dask.run.status import status
 from megaseg_dask.stores.arrays import clear_array_cache
+from megaseg_dask.tools.report.write import write_report
 from tests.fixtures.disk import Disk, read_tree, write_tree
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
@@ -120,11 +122,21 @@ def test_without_its_plan_the_target_of_another_run_stays_until_overwritten(dama
     assert run.go(threshold=0.4).already_done
 
 
-def test_a_command_that_needs_the_plan_says_what_writes_it_anew(run):
+NEED_THE_PLAN = {
+    "status": status,
+    "report": write_report,
+    "join": lambda target: join_run(target, "megaseg"),
+    "task": lambda target: read_plan(target, "megaseg"),
+}
+
+
+@pytest.mark.parametrize("command", NEED_THE_PLAN.values(), ids=NEED_THE_PLAN)
+@pytest.mark.parametrize("damage", ["absent", "empty"])
+def test_a_command_that_needs_the_plan_says_what_writes_it_anew(damage, command, run):
     run.stop_in("segment")
-    run.damage_plan(lambda whole: b"")
-    with pytest.raises(TargetError, match=r"plan\.json is damaged.* run the same megaseg segment"):
-        status(str(run.target))
+    run.damage_plan(DAMAGES[damage])
+    with pytest.raises(TargetError, match=r"plan\.json is .* run the same megaseg segment"):
+        command(str(run.target))
 
 
 def interrupt_in_label(run: Run) -> tuple[dict[str, bytes], int, dict[str, bytes]]:

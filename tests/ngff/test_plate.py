@@ -334,7 +334,20 @@ def _well(path, row=0, column=0):
 HOSTILE = {
     "well above": (_well("../A"), "row '..'"),
     "well two above": (_well("../../A/1"), "single '/'"),
-    "well of rows that lead out": (_with(lambda p: p["rows"].append({"name": ".."})), "rows"),
+    "well of rows that lead out": (
+        _with(lambda p: p["rows"].append({"name": ".."})),
+        "row '..': a name may hold letters and digits alone",
+    ),
+    "a row of two words": (
+        _with(lambda p: p["rows"].append({"name": "A 1"})),
+        "row 'A 1': a name may hold letters and digits alone",
+    ),
+    "a column with a letter of Greek": (
+        _with(lambda p: p["columns"].append({"name": "µ"})),
+        "column 'µ': a name",
+    ),
+    "an empty column": (_with(lambda p: p["columns"].append({"name": ""})), "column ''"),
+    "a name that is a number": (_with(lambda p: p["rows"].append({"name": 1})), "must be text"),
     "absolute well": (_well("/etc"), "row ''"),
     "absolute well of an empty row": (
         {
@@ -352,7 +365,10 @@ HOSTILE = {
     "row far out of range": (_well("A/2", row=10**30), "well 'A/2' has rowIndex 1000"),
     "negative column": (_well("A/2", column=-1), "columnIndex -1"),
     "row as text": (_well("A/2", row="0"), "wells.2.rowIndex"),
-    "row twice": (_with(lambda p: p["rows"].append({"name": "A"})), "rows"),
+    "row twice": (
+        _with(lambda p: p["rows"].append({"name": "A"})),
+        "row 'A' is listed more than once",
+    ),
     "acquisition twice": (
         _with(lambda p: p.update(acquisitions=[{"id": 1}, {"id": 1}])),
         "acquisition 1 is listed",
@@ -377,6 +393,7 @@ def test_a_listing_that_is_none_is_refused(tmp_path, version, listing, words):
         read_plate(location)
     assert str(location) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not re.search(r"should|pydantic|Value error|pattern|\w+\(\w+=", str(caught.value))
     assert len(str(caught.value)) < 1000
 
 

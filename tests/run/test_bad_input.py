@@ -133,6 +133,16 @@ def test_a_corrupt_chunk_is_named_and_mended(damage, block, megaseg, source, und
     assert {key: found[key] for key in voxels} == {key: undisturbed[key] for key in voxels}
 
 
+def test_warnings_are_told_also_if_something_failed(megaseg, source, tmp_path):
+    image = shutil.copytree(source, tmp_path / "cells.zarr")
+    (image / "0/c/0/0/0").unlink()
+    (image / "0/c/1/2/2").write_bytes(b"garbage")
+    code, _, err = megaseg(image, tmp_path / "out.zarr", "--normalization", "1000,400")
+    assert code == 1
+    assert "FAILED" in err
+    assert "warning: 1 chunks of the source are not there" in err
+
+
 def test_a_failure_as_json(megaseg, source, tmp_path):
     image = shutil.copytree(source, tmp_path / "cells.zarr")
     (image / "0/c/0/0/0").write_bytes(b"garbage")

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 from numpy.testing import assert_array_equal
+from typer.testing import CliRunner
 
+from megaseg_dask.cli.app import build_app
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.events import Started
 from megaseg_dask.messages import Narrator
@@ -271,6 +273,38 @@ def test_plan_and_the_first_line_say_which_channel_is_taken(run, tmp_path, tiny_
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "other.zarr"), settings)
     # By index, it is another dye in each.
     assert json.dumps(summarize(plan)["channels"]) == '["0 (actin, dna)"]'
+
+
+def test_what_is_missing_and_which_fields_are_done_alike_is_told(tiny_bundle, tmp_path):
+    fields = {"A/1/0": ("dna", "actin"), "A/2/0": ("actin", "dna"), "B/1/0": ("actin", "er")}
+    specs = {path: FieldSpec(channels) for path, channels in fields.items()}
+    source = write_fields(tmp_path / "plate.zarr", "0.5", specs)
+    target = str(tmp_path / "out.zarr")
+    options = ["--model", str(tiny_bundle), "--channel", "dna", "--overlap", "0"]
+
+    def megaseg(*words) -> tuple[int, str]:
+        done = CliRunner().invoke(build_app(), list(map(str, words)))
+        return done.exit_code, done.output
+
+    code, text = megaseg("plan", source, target, *options)
+    assert code == 1
+    assert "B/1/0: --channel dna: no such channel" in text
+    assert "field A/1/0; channel 0 (dna)" in text
+    assert "field A/2/0; channel 1 (dna)" in text
+    code, text = megaseg("plan", source, target, *options, "--json")
+    plan = json.loads(text.splitlines()[-1])
+    (further,) = plan["further_runs"]
+    assert (code, plan["exit_code"], list(further["missing"])) == (1, 1, ["B/1/0"])
+    assert (plan["field_paths"], further["field_paths"]) == (["A/1/0"], ["A/2/0"])
+    assert megaseg("plan", source, target, *options, "--wells", "A/*")[0] == 0
+    code, text = megaseg("segment", source, target, *options, "--workers", "0")
+    assert code == 1
+    assert "1 task; field A/2/0; channel 1 (dna)" in text
+    code, text = megaseg("status", target)
+    assert code == 1
+    assert "megaseg+2: failed  (field A/2/0; channel 1 (dna))" in text
+    assert "run the same segment command again" in text
+    assert "megaseg join" not in text
 
 
 # -- what cannot be published is not computed

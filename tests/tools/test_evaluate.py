@@ -54,14 +54,18 @@ def test_an_object_is_known_by_timepoint_and_id(tmp_path):
 
 def test_the_command_prints_a_table_json_or_csv(pair):
     ours, truth, expected = pair
-    run = CliRunner().invoke
-    table = run(build_app(), ["evaluate", str(ours), str(truth)])
+
+    def run(*options):
+        words = ["evaluate", str(ours), str(truth), *options]
+        return CliRunner().invoke(build_app(), words)
+
+    table = run("--unmarked")
     assert table.exit_code == 0
     assert f"{expected.dice:.4f}" in table.output
-    found = json.loads(run(build_app(), ["evaluate", str(ours), str(truth), "--json"]).stdout)
+    found = json.loads(run("--unmarked", "--json").stdout)
     assert found["dice"] == expected.dice
     assert len(found["matchings"]) == 10
-    csv = run(build_app(), ["evaluate", str(ours), str(truth), "--csv"]).stdout.splitlines()
+    csv = run("--unmarked", "--csv").stdout.splitlines()
     assert len(csv) == 11
     assert len({line.count(",") for line in csv}) == 1
 
@@ -76,6 +80,22 @@ def test_images_that_cannot_be_compared_are_refused(pair, tmp_path):
         evaluate.evaluate_images(Location.of(ours), Location.of(floats))
     with pytest.raises(SourceError, match="does not exist"):
         evaluate.find_labels(str(tmp_path / "nothing.zarr"))
+
+
+def test_an_image_is_not_taken_for_labels(pair):
+    import zarr
+
+    ours, truth, _ = pair
+    words = ["evaluate", str(ours), str(truth)]
+    for labels_of, other in ((ours, truth), (truth, ours)):
+        group = zarr.open_group(labels_of)
+        plain = group.attrs["ome"]
+        group.attrs["ome"] = {**plain, "image-label": {}}
+        refused = CliRunner().invoke(build_app(), words)
+        assert refused.exit_code == 2
+        assert f"{other} is not marked as a label image" in refused.output
+        assert "labels/NAME" in refused.output
+        group.attrs["ome"] = plain
 
 
 def test_a_label_image_is_found_in_its_image_or_asked_for(pair, tmp_path):

@@ -86,9 +86,8 @@ def require_alike(plan: Plan, other: Plan) -> None:
             f"{plan.target} has fields of {other.source}; choose another target for the fields of "
             f"{plan.source}"
         )
-    old = _without(other.determinants, _PER_PART)
-    new = _without(plan.determinants, _PER_PART)
-    if old == new:
+    changes = _changes(other, plan, _PER_PART)
+    if not changes:
         return
     if plan.settings.overwrite:
         advice = (
@@ -102,7 +101,7 @@ def require_alike(plan: Plan, other: Plan) -> None:
         )
     raise TargetError(
         f"{plan.target} already holds fields computed with different options "
-        f"({_changes(old, new)}); {advice}"
+        f"({'; '.join(changes)}); {advice}"
     )
 
 
@@ -113,9 +112,12 @@ def require_same(plan: Plan, recorded: Plan) -> None:
         TargetError: It would not; the message lists the differences.
     """
     if plan.fingerprint != recorded.fingerprint:
-        changes = _changes(recorded.determinants, plan.determinants)
+        changes = "; ".join(_changes(recorded, plan))
+        advice = "use its options to resume it, "
+        if plan.resolved.options() == recorded.resolved.options():
+            advice = ""
         raise TargetError(
-            f"{plan.target} belongs to another run ({changes}); use its options to resume it, "
+            f"{plan.target} belongs to another run ({changes}); {advice}"
             f"choose {_elsewhere(plan)}, or start again with --overwrite"
         )
     if plan.source != recorded.source and plan.source_sample != recorded.source_sample:
@@ -125,27 +127,59 @@ def require_same(plan: Plan, recorded: Plan) -> None:
         )
 
 
-def _without(determinants: dict[str, object], names: Sequence[str]) -> dict[str, object]:
-    return {name: value for name, value in determinants.items() if name not in names}
-
-
 def _elsewhere(plan: Plan) -> str:
     # The labels of a source have no other place, but may have another name.
     return "another --label-name" if Target(plan).is_in_place else "another target"
 
 
-def _changes(old: dict[str, object], new: dict[str, object]) -> str:
-    changes = [
-        f"{name}: was {_short(old.get(name))}, now {_short(value)}"
-        for name, value in new.items()
-        if old.get(name) != value
+def _changes(old: Plan, new: Plan, ignored: Sequence[str] = ()) -> list[str]:
+    """Return how what determines the output of a plan differs from that of an earlier one."""
+    before = old.determinants
+    changes = []
+    for name, value in new.determinants.items():
+        if name in ignored or before.get(name) == value:
+            continue
+        match name:
+            case "source":
+                changes.append(_change_of_source(old, new))
+            case "model":
+                changes.append(_change_of_model(old, new))
+            case _:
+                changes.append(f"{name}: was {_short(before.get(name))}, now {_short(value)}")
+    return changes
+
+
+def _change_of_source(old: Plan, new: Plan) -> str:
+    """Return what differs in the metadata of two sources, of which the digests differ."""
+    if old.images.keys() != new.images.keys():
+        return f"source: had {len(old.images)} fields, has {len(new.images)} others or more"
+    before = old.source_image
+    now = new.source_image
+    found = {
+        "shape": (before.levels[0].shape, now.levels[0].shape),
+        "dtype": (before.dtype, now.dtype),
+        "axes": (before.axis_names, now.axis_names),
+        "channels": (before.channels, now.channels),
+        "levels": (len(before.levels), len(now.levels)),
+        "voxel size": (before.spacing_um, now.spacing_um),
+    }
+    differing = [
+        f"{name} was {_short(was)} and is {_short(value)}"
+        for name, (was, value) in found.items()
+        if was != value
     ]
-    return "; ".join(changes)
+    return f"source: {', '.join(differing) or 'its metadata or chunks are others than then'}"
+
+
+def _change_of_model(old: Plan, new: Plan) -> str:
+    if old.model.name != new.model.name:
+        return f"model: was {old.model.name}, now {new.model.name}"
+    return f"model: {new.model.name} has other weights or settings than then"
 
 
 def _short(value: object) -> str:
     text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= 24 else text[:12] + "…"
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def is_present(target: Target) -> bool:
