@@ -114,8 +114,8 @@ class RunFolder:
             plan = Plan.model_validate_json(data)
         except ValueError as error:
             raise _DamagedPlanError(
-                f"{self.location}/{_PLAN} is damaged, or was written by another version of megaseg; "
-                f"{_WRITE_IT_AGAIN}"
+                f"{self.location}/{_PLAN} is damaged, or was written by another version of "
+                f"megaseg; {_WRITE_IT_AGAIN}"
             ) from error
         name = plan.resolved.label_name
         if not run_names(name).fullmatch(self.location.basename):
