@@ -8,6 +8,7 @@ hosts, and are left out. The exit code is 1 if a file differs.
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import zarr
 from scipy.ndimage import gaussian_filter
 
@@ -176,9 +178,42 @@ def compare(before: Path, after: Path, name: str) -> int:
                 run_case(tree, Path(folder), CASES[name])
         expected = digests(Path(old))
         actual = digests(Path(new))
-    different = [k for k in {**expected, **actual} if expected.get(k) != actual.get(k)]
-    print(f"{name}: {len(expected)} files, {len(different)} differ {different[:5]}", flush=True)
+        different = [k for k in {**expected, **actual} if expected.get(k) != actual.get(k)]
+        print(f"{name}: {len(expected)} files, {len(different)} differ", flush=True)
+        for key in different:
+            print(f"  {key}: {describe(Path(old) / key, Path(new) / key)}", flush=True)
     return len(different)
+
+
+def describe(before: Path, after: Path) -> str:
+    """Return in which values two JSON documents or tables differ."""
+    if not before.exists():
+        return "new"
+    if not after.exists():
+        return "absent"
+    if before.suffix == ".json":
+        values = [leaves(json.loads(path.read_text())) for path in (before, after)]
+    elif before.suffix == ".parquet":
+        tables = [pyarrow.parquet.read_table(path).to_pydict() for path in (before, after)]
+        values = [{name: str(column) for name, column in table.items()} for table in tables]
+    else:
+        return f"{before.stat().st_size} and {after.stat().st_size} bytes"
+    old, new = values
+    return ", ".join(key for key in {**old, **new} if old.get(key) != new.get(key))
+
+
+def leaves(value: object, name: str = "") -> dict[str, str]:
+    """Return the values inside nested JSON objects and lists, by their paths."""
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list):
+        parts = enumerate(value)
+    else:
+        return {name: str(value)}
+    result = {name: type(value).__name__}
+    for key, part in parts:
+        result |= leaves(part, f"{name}/{key}")
+    return result
 
 
 def main() -> None:
