@@ -121,7 +121,7 @@ def test_cluster_files(path):
     assert found.kind == path.stem
     assert found.wall_s == 4 * 3600
     jobqueue = pytest.importorskip("dask_jobqueue")
-    cls = getattr(jobqueue, start._BATCH[found.kind][0])
+    cls = getattr(jobqueue, start._BATCH[found.kind].cluster)
     options = start._options(found, cls, *start._ancestors(cls.job_cls))
     job = cls.job_cls("tcp://127.0.0.1:8786", "worker", config_name=found.kind, **options)
     script = job.job_script()
@@ -129,6 +129,37 @@ def test_cluster_files(path):
     assert str(found.options["walltime"]) in script
     assert re.search("gpu(:| num=|s?=)1", script)
     assert "distributed.cli.dask_worker tcp://127.0.0.1:8786" in script
+
+
+GREETING = "Welcome to cluster 7.\nHelp: 555-1234, at 9-17h on 5 days\n42\n"
+
+
+@pytest.mark.parametrize("greeting", ["", GREETING], ids=["plain", "greeting"])
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("slurm", "Submitted batch job 8123\n"),
+        ("slurm", "Submitted batch job 8123 on cluster two\n"),
+        ("pbs", "8123.server.site\n"),
+        ("lsf", "Job <8123> is submitted to default queue <normal>.\n"),
+        ("sge", 'Your job 8123 ("dask-worker") has been submitted\n'),
+    ],
+)
+def test_a_job_is_what_the_batch_system_states(kind, answer, greeting):
+    jobqueue = pytest.importorskip("dask_jobqueue")
+    system = start._BATCH[kind]
+    job_cls = start._job_class(getattr(jobqueue, system.cluster).job_cls, system)
+    assert job_cls._job_id_from_submit_output(job_cls, greeting + answer) == "8123"
+    with pytest.raises(ValueError, match=f"{system.command} did not state a job; it printed"):
+        job_cls._job_id_from_submit_output(job_cls, "no number 3 of a job")
+
+
+@pytest.mark.parametrize("answer", ["8123\n", "8123;two\n"])
+def test_a_job_is_what_sbatch_states_to_programs(answer):
+    jobqueue = pytest.importorskip("dask_jobqueue")
+    system = start._BATCH["slurm"]
+    job_cls = start._job_class(jobqueue.SLURMCluster.job_cls, system)
+    assert job_cls._job_id_from_submit_output(job_cls, answer) == "8123"
 
 
 # -- Kubernetes

@@ -4,6 +4,8 @@ Jobs that are cancelled in mid-run, refused, and given back.
 """
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +159,25 @@ def test_what_slurm_refuses_is_told_in_its_words(slurm: Slurm, cluster_file, req
         segment(source, target, settings)
     assert not Path(target).exists()
     assert not slurm.jobs()
+
+
+def test_a_site_whose_commands_greet(slurm: Slurm, cluster_file, request_of, tmp_path, monkeypatch):
+    """The run knows its jobs: it sees that they ended, and none of them stays in the queue."""
+    for command in ("sbatch", "squeue"):
+        script = tmp_path / "site" / command
+        script.parent.mkdir(exist_ok=True)
+        real = shutil.which(command)
+        script.write_text(f"#!/bin/sh\necho 'Welcome to cluster 7, 24 nodes'\nexec {real} \"$@\"\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'site'}:{os.environ['PATH']}")
+    source, target, settings = request_of("out.zarr", cluster=cluster_file())
+    assert segment(source, target, settings).status == "done"
+    assert not slurm.jobs()
+    source, target, settings = request_of(
+        "other.zarr", cluster=cluster_file(options={"python": "/bin/false"})
+    )
+    with pytest.raises(SettingsError, match=r"jobs \d+, \d+ ended before their workers joined"):
+        segment(source, target, settings)
 
 
 def test_jobs_that_end_before_their_workers_join_are_not_waited_for(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from megaseg_dask.errors import EngineError, MegasegError, SettingsError
 from megaseg_dask.messages import closest, nearest
@@ -20,12 +20,23 @@ from megaseg_dask.run.cluster.dask_config import inherited
 # On loopback: a dashboard asks for no credentials, whatever the rest is protected by.
 _DASHBOARD = "127.0.0.1:0"
 
-# kind: class of dask-jobqueue, and the command by which jobs are submitted.
+
+class _BatchSystem(NamedTuple):
+    """A class of dask-jobqueue, the command that submits a job, and how its answer states the job.
+
+    Sites let their commands greet: the first number in an answer may be that of a help desk.
+    """
+
+    cluster: str
+    command: str
+    job_id: str
+
+
 _BATCH = {
-    "slurm": ("SLURMCluster", "sbatch"),
-    "pbs": ("PBSCluster", "qsub"),
-    "lsf": ("LSFCluster", "bsub"),
-    "sge": ("SGECluster", "qsub"),
+    "slurm": _BatchSystem("SLURMCluster", "sbatch", r"(?:Submitted batch job |\A)(?P<job_id>\d+)"),
+    "pbs": _BatchSystem("PBSCluster", "qsub", r"(?m)^(?P<job_id>\d+)(?:\[\])?\.\S+\s*$"),
+    "lsf": _BatchSystem("LSFCluster", "bsub", r"Job <(?P<job_id>\d+)>"),
+    "sge": _BatchSystem("SGECluster", "qsub", r"(?:[Yy]our job |\A)(?P<job_id>\d+)"),
 }
 _ROLES = ("client", "scheduler", "worker")
 # Decided by the rest of the file, or by us.
@@ -115,7 +126,8 @@ def require_queued(wanted: Cluster, cluster: Any) -> None:
     command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"]
     # An error is about jobs that are long over, or a moment of no answer.
     queue = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not queue.stdout.split() and (queue.returncode == 0 or "Invalid job id" in queue.stderr):
+    is_left = bool(set(jobs) & set(queue.stdout.split()))
+    if not is_left and (queue.returncode == 0 or "Invalid job id" in queue.stderr):
         raise SettingsError(
             f"kind slurm: jobs {', '.join(jobs)} ended before their workers joined; read their "
             "output (options: log_directory)"
@@ -201,9 +213,9 @@ def _cuda(wanted: Cluster, _: ExitStack) -> Any:
 
 
 def _batch(wanted: Cluster, stack: ExitStack) -> Any:
-    class_name, _ = _BATCH[wanted.kind]
+    system = _BATCH[wanted.kind]
     library = _library("dask_jobqueue", "jobqueue")
-    cls = getattr(library, class_name)
+    cls = getattr(library, system.cluster)
     options = {"processes": 1, **_options(wanted, cls, *_ancestors(cls.job_cls))}
     folder = options.pop("shared_temp_directory", ".")
     exports = [f"export {key}={value}" for key, value in inherited().items()]
@@ -217,23 +229,28 @@ def _batch(wanted: Cluster, stack: ExitStack) -> Any:
     }
     return cls(
         n_workers=0,
-        job_cls=_job_class(cls.job_cls),
+        job_cls=_job_class(cls.job_cls, system),
         security=_in_files(security_of(wanted), folder, stack),
         **options,
     )
 
 
-def _job_class(job_cls: Any) -> Any:
+def _job_class(job_cls: Any, system: _BatchSystem) -> Any:
     """Return the class of a job that keeps the error of a refusal; Dask would log it and go on."""
     from distributed.core import Status
 
     class Job(job_cls):  # type: ignore[misc]  # known when it is called
         refused: ClassVar[list[Exception]] = []
 
+        def _job_id_from_submit_output(self, output: str) -> str:
+            if found := re.search(system.job_id, output):
+                return found["job_id"]
+            raise ValueError(f"{system.command} did not state a job; it printed: {output}")
+
         async def start(self) -> None:
             try:
                 await super().start()
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, ValueError) as error:
                 # Without its traceback, which would keep this object from being forgotten.
                 self.refused.append(type(error)(*error.args))
                 self.status = Status.running
@@ -416,7 +433,7 @@ def _explained(wanted: Cluster, error: Exception) -> MegasegError:
             "'__main__':`"
         )
     if isinstance(error, FileNotFoundError) and wanted.kind in _BATCH:
-        command = _BATCH[wanted.kind][1]
+        command = _BATCH[wanted.kind].command
         return SettingsError(
             f"kind {wanted.kind}: there is no {command} command here; run megaseg where jobs are "
             "submitted"
