@@ -205,6 +205,7 @@ def result_line(result: Result) -> str:
 # Shown to people; JSON, the journal and ``megaseg task`` keep the names.
 STAGE_PHRASES = {
     "volume": "segmenting volumes",
+    "import": "copying planes",
     "measure": "measuring intensities",
     "segment": "predicting blocks",
     "histogram": "counting scores",

@@ -148,12 +148,12 @@ def _samples(values: Array, window: Iterable[int]) -> list[Array]:
 def _mean(samples: list[Array]) -> Array:
     # One order of summation for every split, and no rounding in it that the result could show.
     dtype = samples[0].dtype
-    is_float = dtype.kind == "f"
-    total = np.zeros(samples[0].shape, np.float64 if is_float else np.uint32)
+    is_small = dtype.kind == "u" and dtype.itemsize <= 2
+    total = np.zeros(samples[0].shape, np.uint32 if is_small else np.float64)
     for sample in samples:
         total += sample
     mean = total / len(samples)
-    if not is_float:
+    if dtype.kind != "f":
         mean = np.rint(mean)
     return mean.astype(dtype)
 

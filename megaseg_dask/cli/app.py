@@ -31,6 +31,7 @@ from megaseg_dask.cli.exit_codes import (
     give_up_help,
     require_printed,
 )
+from megaseg_dask.cli.importing import IMPORT_SETTINGS, import_
 from megaseg_dask.cli.jobs import join, status, task
 from megaseg_dask.cli.look import doctor, evaluate, report, view
 from megaseg_dask.cli.models import models_app
@@ -208,9 +209,15 @@ _COMMANDS: Mapping[Callable[..., None], Sequence[str] | None] = {
     status: STORE,
     report: STORE,
     view: STORE,
+    import_: IMPORT_SETTINGS,
     train: _NO_SETTINGS,
 }
 _CHECK_SETTINGS = (*STORE, "engine", "device")
+
+
+def _name_of(command: Callable[..., None]) -> str:
+    """Return the word that is typed: that of a command may be taken in Python."""
+    return command.__name__.rstrip("_")
 
 
 def build_app(words: Collection[str] | None = None) -> typer.Typer:
@@ -222,7 +229,7 @@ def build_app(words: Collection[str] | None = None) -> typer.Typer:
     def complete(
         command: Callable[..., None], settings: Sequence[str] | None
     ) -> Callable[..., None]:
-        if words is not None and command.__name__ not in words:
+        if words is not None and _name_of(command) not in words:
             return without_options(command)
         return with_options(command, all_settings() if settings is _ALL else settings)
 
@@ -233,7 +240,7 @@ def build_app(words: Collection[str] | None = None) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(megaseg)
     for command, settings in _COMMANDS.items():
-        app.command()(complete(command, settings))
+        app.command(_name_of(command))(complete(command, settings))
     app.add_typer(models_app)
     cluster = typer.Typer(
         name="cluster", help="Test a cluster file before a long run depends on it."

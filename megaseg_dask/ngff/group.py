@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import DataError, MegasegError, SourceError, StoreError, TargetError
 from megaseg_dask.messages import validation_message
+from megaseg_dask.ngff.foreign import import_command
 from megaseg_dask.ngff.versions import VERSIONS, Version, version_of_format
 from megaseg_dask.stores import (
     METADATA,
@@ -308,6 +309,9 @@ def _describe_file(location: Location) -> str:
     suffix = PurePosixPath(location.basename).suffix.removeprefix(".")
     kind = _FIRST_BYTES.get(first_bytes, suffix)
     file = f"a {kind} file" if kind else "a file"
+    command = import_command(location.url) if location.is_local else None
+    if command is not None:
+        return f"{file} (import it with: {command})"
     return f"{file} (convert it, with bioformats2raw for instance)"
 
 

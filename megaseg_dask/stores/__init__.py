@@ -6,6 +6,7 @@ from megaseg_dask.stores.arrays import (
     clear_array_cache,
     clear_store_caches,
     open_array,
+    open_served,
     zarr_store,
 )
 from megaseg_dask.stores.backend import METADATA
@@ -30,6 +31,7 @@ __all__ = [
     "naming",
     "noting",
     "open_array",
+    "open_served",
     "stop_waiting",
     "store_error",
     "zarr_store",

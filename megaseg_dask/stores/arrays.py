@@ -32,6 +32,13 @@ def open_array(location: Location, *, writable: bool = False) -> "zarr.Array[Any
     return array.with_config({"write_empty_chunks": True}) if writable else array
 
 
+def open_served(store: "StoreLike") -> "zarr.Array[Any]":
+    """Open an array that another library shows as a zarr store, such as a series of a TIFF file."""
+    import zarr
+
+    return zarr.open_array(store, mode="r")
+
+
 def cached_array(location: Location, *, writable: bool = False) -> "zarr.Array[Any]":
     """Open an array once per process: opening costs more than reading a small chunk.
 

@@ -6,19 +6,23 @@ timepoint and id.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, Shape
 from megaseg_dask.algorithms.matching import Contingency, Evaluation, evaluate_contingency
-from megaseg_dask.errors import SourceError
+from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.ngff.foreign import TIFF_SUFFIXES
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import choose_label, read_label_image
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.stores import Location
+from megaseg_dask.tools.importing.files import open_file
 
 BLOCK_SHAPE = (64, 512, 512)
 # Ids of a timepoint stay below this: a volume of 2^40 objects would have 2^41 voxels.
@@ -35,20 +39,33 @@ def find_labels(address: str, name: str | None = None) -> Location:
     location = Location.of(address)
     if not location.exists():
         raise SourceError(f"{location} does not exist{location.hint()}; check the path")
+    if is_tiff(location):
+        return location
     return choose_label(location, name) or location
 
 
 def require_labels(location: Location) -> None:
     """Check that the metadata of an image say that its voxels are ids of objects.
 
+    A TIFF file cannot say it.
+
     Raises:
         SourceError: They do not.
     """
+    if is_tiff(location):
+        return
     if read_label_image(location).kind != "label image":
         raise SourceError(
             f"{location} is not marked as a label image, and has none in it; name a label image "
             "(such as IMAGE/labels/NAME), or pass --unmarked if its voxels are ids of objects"
         )
+
+
+def is_tiff(location: Location) -> bool:
+    """Return whether a TIFF file of this machine is at a location."""
+    if not location.is_local or not location.path.is_file():
+        return False
+    return location.path.suffix.lower() in TIFF_SUFFIXES
 
 
 def evaluate_images(
@@ -63,8 +80,13 @@ def evaluate_images(
             no integers.
         MegasegError: if one of them cannot be read.
     """
-    ours = _Labels.open(predicted)
-    theirs = _Labels.open(truth)
+    with closing(_open(predicted)) as ours, closing(_open(truth)) as theirs:
+        return _compare(predicted, truth, ours, theirs, block_shape)
+
+
+def _compare(
+    predicted: Location, truth: Location, ours: "_Readable", theirs: "_Readable", block_shape: Shape
+) -> Evaluation:
     if ours.shape != theirs.shape:
         shapes = f"{predicted} has {ours.shape}, {truth} has {theirs.shape}"
         raise SourceError(f"shapes (t, z, y, x) differ: {shapes}")
@@ -85,9 +107,36 @@ def evaluate_images(
     return replace(evaluate_contingency(table), left_out_voxels=n_left_out)
 
 
+class _Readable(Protocol):
+    """Labels of one or more timepoints."""
+
+    @property
+    def shape(self) -> Shape:
+        """Extents (t, z, y, x)."""
+        ...
+
+    def has(self, t: int, box: Box) -> NDArray[np.bool_]:
+        """Return which voxels ``(z, y, x)`` of a box were computed."""
+        ...
+
+    def read(self, t: int, box: Box) -> NDArray[np.uint64]:
+        """Return labels ``(z, y, x)``, with ids that are unique over all timepoints."""
+        ...
+
+    def close(self) -> None:
+        """Close the file, if it is one."""
+        ...
+
+
+def _open(location: Location) -> _Readable:
+    if is_tiff(location):
+        return _TiffLabels(location)
+    return _Labels.open(location)
+
+
 @dataclass(frozen=True, slots=True)
 class _Labels:
-    """A label image of one or more timepoints."""
+    """A label image of OME-Zarr."""
 
     location: Location
     image: Image
@@ -96,6 +145,9 @@ class _Labels:
     @classmethod
     def open(cls, location: Location) -> "_Labels":
         return cls(location, read_label_image(location), missing_at(location))
+
+    def close(self) -> None:
+        """Close nothing: arrays stay open."""
 
     @property
     def shape(self) -> Shape:
@@ -113,7 +165,43 @@ class _Labels:
 
     def read(self, t: int, box: Box) -> NDArray[np.uint64]:
         """Return labels ``(z, y, x)``, with ids that are unique over all timepoints."""
-        volume = Volume.of(self.location, self.image, t=t)
-        ids = volume.read(box).astype(np.uint64)
-        unique = ids + np.uint64(t * _IDS_PER_TIMEPOINT)
-        return np.where(ids > 0, unique, np.uint64(0))
+        return _unique(Volume.of(self.location, self.image, t=t).read(box), t)
+
+
+class _TiffLabels:
+    """Labels in a TIFF file; of one that does not say its axes, the first of three is z."""
+
+    def __init__(self, location: Location) -> None:
+        try:
+            self._file = open_file(location.path)
+        except SettingsError:
+            self._file = open_file(location.path, axes="ZYX")
+        contents = self._file.contents
+        n_times, n_channels, *spatial = contents.shape
+        if n_channels > 1 or np.dtype(contents.dtype).kind not in "iub":
+            self._file.close()
+            raise SourceError(
+                f"{location} has {n_channels} channels of {contents.dtype}; labels are integers, "
+                "in one channel"
+            )
+        self.shape: Shape = (n_times, *spatial)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def has(self, t: int, box: Box) -> NDArray[np.bool_]:
+        """Return that all voxels of a box are there."""
+        return np.ones(box.shape, bool)
+
+    def read(self, t: int, box: Box) -> NDArray[np.uint64]:
+        """Return labels ``(z, y, x)``, with ids that are unique over all timepoints."""
+        _, rows, columns = box.slices
+        planes = range(box.start[0], box.stop[0])
+        return _unique(np.stack([self._file.read_plane(t, 0, z, rows, columns) for z in planes]), t)
+
+
+def _unique(values: NDArray[Any], t: int) -> NDArray[np.uint64]:
+    """Return labels of a timepoint, with ids that are unique over all timepoints."""
+    ids = values.astype(np.uint64)
+    return np.where(ids > 0, ids + np.uint64(t * _IDS_PER_TIMEPOINT), np.uint64(0))

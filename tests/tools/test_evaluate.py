@@ -5,6 +5,8 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import tifffile
+import zarr
 from typer.testing import CliRunner
 
 from megaseg_dask.algorithms import matching
@@ -133,3 +135,19 @@ def test_a_list_of_labels_that_is_none_never_ends_raw(labels_group, tmp_path):
     (image / "labels/zarr.json").write_text(text)
     with suppress(MegasegError):
         assert evaluate.find_labels(str(image)) == Location.of(image)
+
+
+def test_a_tiff_of_labels_is_read_directly(tmp_path, pair):
+    ours, truth, expected = pair
+    path = tmp_path / "truth.tif"
+    values = zarr.open_array(truth / "0", mode="r")[...]
+    tifffile.imwrite(path, values, photometric="minisblack", metadata=None)
+    found = CliRunner().invoke(build_app(), ["evaluate", str(ours), str(path), "--json"])
+    assert found.exit_code == 0
+    assert json.loads(found.stdout)["dice"] == expected.dice
+    assert "not marked as a label image" in found.output
+    assert str(path) not in found.output
+    tifffile.imwrite(path, values.astype("float32"), photometric="minisblack", metadata=None)
+    found = CliRunner().invoke(build_app(), ["evaluate", str(ours), str(path)])
+    assert found.exit_code == 2
+    assert "labels are integers" in found.output

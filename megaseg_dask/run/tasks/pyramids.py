@@ -28,7 +28,7 @@ def downsample_block(workspace: Workspace, output: Output, number: int, level: i
         below = workspace.array(kind, output, level - 1, is_whole=not state.missing)
         for position in units.iter_overlapping(block):
             box = units.core(position) & block
-            values = _reduce(below, box, step, by_mode=kind != "scores")
+            values = reduce_box(below, box, step, by_mode=kind != "scores")
             workspace.write(kind, output, box, values, level)
     return OutputState()
 
@@ -42,7 +42,7 @@ def _step(plan: Plan, level: int) -> Step:
     return Step(image.volume_shape(level - 1), image.volume_shape(level), factors)
 
 
-def _reduce(below: Readable, box: Box, step: Step, *, by_mode: bool) -> NDArray[Any]:
+def reduce_box(below: Readable, box: Box, step: Step, *, by_mode: bool) -> NDArray[Any]:
     """Compute one write unit of a coarser level in parts.
 
     Its memory then does not grow with the factor between the levels.

@@ -136,7 +136,11 @@ class Gallery:
                 f"{self.location} has nothing to show yet: its run is not finished; run the same "
                 "segment command to go on"
             )
-        raise SourceError(f"{self.location / field} is no OME-Zarr image that can be read")
+        where = self.location / field
+        if not where.is_folder():
+            # It says what is there instead.
+            read_image(where)
+        raise SourceError(f"{where} is no OME-Zarr image that can be read")
 
     def _layers(self, field: str) -> Iterator[Layer]:
         plans = [plan for plan in self.plans if field in Target(plan).paths]

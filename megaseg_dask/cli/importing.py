@@ -1,0 +1,87 @@
+"""The command ``import``: files of microscopes become OME-Zarr."""
+
+from typing import Annotated, Any
+
+import typer
+
+from megaseg_dask.cli.console import print_result, reporter
+from megaseg_dask.cli.exit_codes import Json, Quiet, exit_codes
+from megaseg_dask.cli.options import settings_of
+
+IMPORT_SETTINGS = (
+    "ome_zarr",
+    "memory",
+    "workers",
+    "scheduler",
+    "cluster",
+    "endpoint",
+    "storage_option",
+    "retries",
+    "timeout",
+)
+
+
+def import_(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILES…", help="TIFF, CZI, ND2 or LIF files.", show_default=False),
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="OME-Zarr to write.", show_default=False)
+    ],
+    *,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What the names of several files mean: {well} or {row} and {column}, {field}, "
+            "{time}, {channel}, {z}; * is anything.",
+        ),
+    ] = None,
+    voxel_size: Annotated[
+        str | None,
+        typer.Option(metavar="Z,Y,X", help="Size of voxels in µm. (default: what the files say)"),
+    ] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="Axes of the arrays in the files, such as TCZYX. (default: what the files say)",
+        ),
+    ] = None,
+    channel_names: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Names of the channels. (default: what the files say)"),
+    ] = None,
+    series: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Which series or scene of files that have several."),
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Write TIFF, CZI, ND2 or LIF files as an OME-Zarr image, or as a plate.
+
+    Nothing that exists is replaced. Interrupt it with Ctrl-C: the same command goes on.
+
+    \b
+    Examples:
+      megaseg import cells.ome.tif cells.zarr
+      megaseg import stack.tif cells.zarr --axes ZYX --voxel-size 0.29,0.108,0.108
+      megaseg import movie_t*.tif movie.zarr --pattern 'movie_t{time}.tif'
+      megaseg import scan/*.tif plate.zarr --pattern '{well}_{field}_t{time}_{channel}.tif'
+    """
+    with exit_codes(json_):
+        settings = settings_of(options)
+        from megaseg_dask.tools.importing.convert import import_files
+        from megaseg_dask.tools.importing.planning import parse_options
+
+        chosen = parse_options(pattern, voxel_size, axes, channel_names, series)
+        with reporter(json_, quiet) as emit:
+            imported = import_files(files, target, chosen, settings, emit)
+        result = imported.result
+        if not json_:
+            following = [(imported.next_command, "what segmenting it takes")]
+            print_result(result, [] if result.failures else following, quiet=quiet)
+        raise typer.Exit(result.exit_code)

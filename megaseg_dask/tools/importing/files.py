@@ -1,0 +1,337 @@
+"""Files of microscopes: what they say that they hold, and their planes.
+
+TIFF is read by tifffile; CZI, ND2 and LIF by the readers of bioio, which are an
+extra. What a file does not say stays unknown: nobody guesses a size or an axis.
+"""
+
+import importlib
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import add
+from pathlib import Path
+from typing import Any, Protocol
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask.algorithms.geometry import Shape
+from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.ngff.foreign import EXTRA_READERS, TIFF_SUFFIXES
+from megaseg_dask.ngff.units import micrometers, seconds
+from megaseg_dask.stores import cause_of, open_served
+
+Array = NDArray[Any]
+AXES = "TCZYX"
+_INSTALL = "pip install 'megaseg-dask[import]'"
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What one series of a file holds, as far as the file says it.
+
+    ``shape`` is ``(t, c, z, y, x)``, with 1 for an axis that is not in ``axes``. ``spacing_um`` is
+    ``(z, y, x)``. ``time_s`` are the seconds between two timepoints.
+    """
+
+    axes: str
+    shape: Shape
+    dtype: str
+    spacing_um: tuple[float | None, ...] = (None, None, None)
+    time_s: float | None = None
+    channel_names: tuple[str, ...] = ()
+
+    @property
+    def n_planes(self) -> tuple[int, int, int]:
+        """Timepoints, channels and planes."""
+        return self.shape[0], self.shape[1], self.shape[2]
+
+
+class ImageFile(Protocol):
+    """An open file."""
+
+    contents: Contents
+
+    def read_plane(self, t: int, c: int, z: int, rows: slice, columns: slice) -> Array:
+        """Return a part of a plane, ``(y, x)``."""
+        ...
+
+    def close(self) -> None:
+        """Close the file."""
+        ...
+
+
+def open_file(path: Path, series: int | None = None, axes: str | None = None) -> ImageFile:
+    """Open one series of a file; ``axes`` are those of its array, if the file does not say them.
+
+    Raises:
+        SourceError: It cannot be read, or what it holds cannot be told.
+        SettingsError: The series does not exist, or is needed.
+    """
+    suffix = path.suffix.lower()
+    if suffix in EXTRA_READERS:
+        return BioioFile(path, EXTRA_READERS[suffix], series, axes)
+    if suffix not in TIFF_SUFFIXES:
+        known = ", ".join((*TIFF_SUFFIXES, *EXTRA_READERS))
+        raise SourceError(f"{path}: files of these kinds can be imported: {known}")
+    return TiffImage(path, series, axes)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what readers raise and log of a file into errors that name it."""
+    heard = _Listener()
+    logger = logging.getLogger("tifffile")
+    was_propagated = logger.propagate
+    logger.addHandler(heard)
+    logger.propagate = False
+    try:
+        with warnings.catch_warnings():
+            # Readers warn of metadata that they do not understand.
+            warnings.simplefilter("ignore")
+            yield
+    except (SourceError, SettingsError):
+        raise
+    except FileNotFoundError as error:
+        raise SourceError(f"{path} does not exist; check the path") from error
+    except Exception as error:
+        advice = f"; {_INSTALL}" if "imagecodecs" in str(error) else ""
+        raise SourceError(f"{path} cannot be read: {cause_of(error)}{advice}") from error
+    finally:
+        logger.removeHandler(heard)
+        logger.propagate = was_propagated
+    if heard.errors:
+        # tifffile goes on with what is left of a damaged file.
+        raise SourceError(f"{path} is damaged: {heard.errors[0]}")
+
+
+class _Listener(logging.Handler):
+    """Keeps what tifffile logs as an error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.errors: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.errors.append(" ".join(record.getMessage().split()))
+
+
+def _choose_series(path: Path, shapes: Sequence[str], series: int | None) -> int:
+    """Return the number of a series.
+
+    Raises:
+        SettingsError: There is none of this number, or one of several has to be chosen.
+    """
+    listed = "; ".join(f"{number}: {shape}" for number, shape in enumerate(shapes))
+    if series is None and len(shapes) > 1:
+        raise SettingsError(f"{path} has {len(shapes)} series; choose one with --series ({listed})")
+    number = series or 0
+    if number >= len(shapes):
+        raise SettingsError(f"--series {number}: {path} has {listed or 'no image'}")
+    return number
+
+
+class _Order:
+    """Where the axes t, c, z, y and x are in an array of a file."""
+
+    def __init__(self, path: Path, stored: str, shape: Sequence[int], given: str | None) -> None:
+        names = (given or stored).upper()
+        shown = "×".join(map(str, shape))
+        if given is not None and len(names) != len(shape):
+            raise SettingsError(
+                f"--axes {given}: {path} has {len(shape)} axes ({shown}, {stored} by its metadata)"
+            )
+        if "S" in names and "C" not in names:
+            # Red, green and blue of a pixel are channels.
+            names = names.replace("S", "C")
+        # An axis of one entry is none.
+        kept = [
+            (place, name) for place, name in enumerate(names) if name in AXES or shape[place] > 1
+        ]
+        unknown = [name for _, name in kept if name not in AXES]
+        found = "".join(name for _, name in kept)
+        if unknown or len(set(found)) < len(found) or not {"Y", "X"} <= set(found):
+            raise SettingsError(
+                f"{path}: the axes of its {shown} array are not known ({stored} by its metadata); "
+                f"name each with --axes, in their order, such as {_example(len(shape))}"
+            )
+        self.names = found
+        self._places = {name: place for place, name in kept}
+        self._n_dims = len(shape)
+        self.shape = tuple(
+            shape[self._places[name]] if name in self._places else 1 for name in AXES
+        )
+
+    def index(self, t: int, c: int, z: int, rows: slice, columns: slice) -> tuple[int | slice, ...]:
+        """Return the index of a part of a plane in the array."""
+        wanted: dict[str, int | slice] = {"T": t, "C": c, "Z": z, "Y": rows, "X": columns}
+        index: list[int | slice] = [0] * self._n_dims
+        for name, place in self._places.items():
+            index[place] = wanted[name]
+        return tuple(index)
+
+    def plane(self, values: Array) -> Array:
+        """Return a plane as ``(y, x)``."""
+        is_transposed = self._places["X"] < self._places["Y"]
+        return values.T if is_transposed else values
+
+
+def _example(n_dims: int) -> str:
+    return {2: "YX", 3: "ZYX", 4: "CZYX"}.get(n_dims, AXES)
+
+
+class TiffImage:
+    """One series of a TIFF file: OME-TIFF, a hyperstack of ImageJ, or any other."""
+
+    def __init__(self, path: Path, series: int | None, axes: str | None) -> None:
+        """Read the metadata of a series."""
+        import tifffile
+
+        self._path = path
+        with _naming(path):
+            self._file = tifffile.TiffFile(path)
+            try:
+                self._open(series, axes)
+            except BaseException:
+                self._file.close()
+                raise
+
+    def _open(self, series: int | None, axes: str | None) -> None:
+        all_series = self._file.series
+        shapes = [f"{each.axes} {'×'.join(map(str, each.shape))}" for each in all_series]
+        number = _choose_series(self._path, shapes, series)
+        chosen = all_series[number]
+        self._require_complete(chosen)
+        self._order = _Order(self._path, chosen.axes, chosen.shape, axes)
+        self.is_one_of_several = bool(chosen.is_multifile)
+        self._array = open_served(chosen.aszarr(level=0))
+        self.contents = Contents(
+            axes=self._order.names,
+            shape=self._order.shape,
+            dtype=str(np.dtype(chosen.dtype).newbyteorder("=")),
+            **self._said(number),
+        )
+
+    def _require_complete(self, series: Any) -> None:
+        # A set of files is one series; what is absent of it would read as background.
+        if series.is_multifile and any(page is None for page in series.pages):
+            raise SourceError(f"{self._path} names files of its set that are not there; add them")
+        if series.dataoffset is not None:
+            # One piece, of which only the first plane need be described.
+            end = series.dataoffset + math.prod(series.shape) * series.dtype.itemsize
+            n_bytes = self._file.filehandle.size
+        else:
+            last = series.pages[-1]
+            ends = map(add, last.dataoffsets, last.databytecounts)
+            end = max(ends, default=0)
+            n_bytes = last.parent.filehandle.size
+        if end > n_bytes:
+            raise SourceError(
+                f"{self._path} has {n_bytes} bytes, and its planes reach to {end}: the copy is "
+                "incomplete"
+            )
+
+    def _said(self, number: int) -> dict[str, Any]:
+        """Return what the file says of sizes, times and names."""
+        if self._file.ome_metadata:
+            return _said_by_ome(self._file.ome_metadata, number)
+        if self._file.imagej_metadata:
+            return self._said_by_imagej(self._file.imagej_metadata)
+        return {}
+
+    def _said_by_imagej(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        unit = str(said.get("unit", "")).replace("\\u00B5", "µ")
+        in_um = micrometers(unit)
+        spacing: list[float | None] = [said.get("spacing")]
+        for name in ("YResolution", "XResolution"):
+            tag = self._file.pages[0].tags.get(name)  # type: ignore[union-attr]
+            per_unit = tag.value[0] / tag.value[1] if tag and tag.value[1] else 0
+            spacing.append(1 / per_unit if per_unit else None)
+        return {
+            "spacing_um": tuple(n * in_um if n and in_um else None for n in spacing),
+            "time_s": said.get("finterval"),
+        }
+
+    def read_plane(self, t: int, c: int, z: int, rows: slice, columns: slice) -> Array:
+        """Return a part of a plane, ``(y, x)``."""
+        with _naming(self._path):
+            return self._order.plane(
+                np.asarray(self._array[self._order.index(t, c, z, rows, columns)])
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _said_by_ome(document: str, number: int) -> dict[str, Any]:
+    root = ElementTree.fromstring(document)
+    pixels = [element for element in root.iter() if _tag(element) == "Pixels"]
+    if number >= len(pixels):
+        return {}
+    of_series = pixels[number]
+    names = [element.get("Name") for element in of_series if _tag(element) == "Channel"]
+    spacing = [_ome_length(of_series, f"PhysicalSize{axis}") for axis in "ZYX"]
+    increment = of_series.get("TimeIncrement")
+    unit = seconds(of_series.get("TimeIncrementUnit", "s"))
+    return {
+        "spacing_um": tuple(spacing),
+        "time_s": float(increment) * unit if increment and unit else None,
+        "channel_names": tuple(str(name) for name in names) if all(names) else (),
+    }
+
+
+def _tag(element: ElementTree.Element) -> str:
+    return re.sub(r"\{.*\}", "", element.tag)
+
+
+def _ome_length(pixels: ElementTree.Element, name: str) -> float | None:
+    value = pixels.get(name)
+    # Without a unit, the specification means µm.
+    unit = micrometers(pixels.get(f"{name}Unit", "µm"))
+    return float(value) * unit if value and unit else None
+
+
+class BioioFile:
+    """One scene of a CZI, ND2 or LIF file."""
+
+    def __init__(self, path: Path, module: str, series: int | None, axes: str | None) -> None:
+        """Read the metadata of a scene."""
+        try:
+            reader_class = importlib.import_module(module).Reader
+        except ImportError as error:
+            raise SettingsError(
+                f"{path}: {path.suffix} files are read by {module.replace('_', '-')}: {_INSTALL}"
+            ) from error
+        self._path = path
+        with _naming(path):
+            reader = reader_class(str(path))
+            scenes = list(map(str, reader.scenes))
+            reader.set_scene(_choose_series(path, scenes, series))
+            self._data = reader.xarray_dask_data
+            stored = "".join(map(str, self._data.dims)).upper()
+            self._order = _Order(path, stored, self._data.shape, axes)
+            sizes = reader.physical_pixel_sizes
+            interval = getattr(reader, "time_interval", None)
+            self.contents = Contents(
+                axes=self._order.names,
+                shape=self._order.shape,
+                dtype=str(self._data.dtype.newbyteorder("=")),
+                spacing_um=(sizes.Z, sizes.Y, sizes.X),
+                time_s=interval.total_seconds() if interval else None,
+                channel_names=tuple(map(str, reader.channel_names or ())),
+            )
+
+    def read_plane(self, t: int, c: int, z: int, rows: slice, columns: slice) -> Array:
+        """Return a part of a plane, ``(y, x)``."""
+        with _naming(self._path):
+            lazy = self._data.data[self._order.index(t, c, z, rows, columns)]
+            return self._order.plane(np.asarray(lazy.compute(scheduler="synchronous")))
+
+    def close(self) -> None:
+        """Forget the file; its reader opens it for each read."""

@@ -1,0 +1,409 @@
+"""Files of microscopes become OME-Zarr, voxel for voxel, and other programs read it."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from ngio import open_ome_zarr_container, open_ome_zarr_plate
+from typer.testing import CliRunner
+
+from megaseg_dask.cli.app import build_app
+from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.tools.importing import convert
+from megaseg_dask.tools.importing.convert import import_files
+from megaseg_dask.tools.importing.files import open_file
+from megaseg_dask.tools.importing.pattern import group_files
+from megaseg_dask.tools.importing.planning import ImportOptions, plan_import
+
+SIZE = (0.3, 0.1, 0.1)
+HERE = parse_settings({"workers": 0})
+
+
+def noise(shape, dtype="uint16", seed=0) -> np.ndarray:
+    values = np.random.default_rng(seed).integers(0, 250, shape)
+    if np.dtype(dtype).kind == "i":
+        values = values - 125
+    return (values * 1.5 if np.dtype(dtype).kind == "f" else values).astype(dtype)
+
+
+def write_tiff(path, values, **options) -> None:
+    tifffile.imwrite(path, values, photometric="minisblack", **options)
+
+
+def imported(files, target, settings=HERE, **options):
+    files = [files] if isinstance(files, str | Path) else files
+    return import_files([str(f) for f in files], str(target), ImportOptions(**options), settings)
+
+
+def hashes(array: np.ndarray) -> list[str]:
+    planes = array.reshape(-1, *array.shape[-2:])
+    return [hashlib.sha256(np.ascontiguousarray(plane).tobytes()).hexdigest() for plane in planes]
+
+
+# -- voxels
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "dtype"),
+    [
+        ("ZYX", (5, 40, 30), "uint8"),
+        ("ZCYX", (4, 2, 40, 30), "uint16"),
+        ("TCZYX", (2, 3, 4, 40, 30), "int16"),
+        ("CTZYX", (3, 2, 4, 40, 30), "float32"),
+        ("TZXYC", (2, 3, 30, 40, 2), "int32"),
+    ],
+)
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_each_plane_is_what_it_was(tmp_path, axes, shape, dtype, version):
+    values = noise(shape, dtype)
+    path = tmp_path / "image.tif"
+    write_tiff(path, values, metadata={"axes": axes})
+    imported(
+        path,
+        tmp_path / "image.zarr",
+        parse_settings({"workers": 0, "ome_zarr": version}),
+        voxel_size=SIZE,
+    )
+    order = [axis for axis in "TCZYX" if axis in axes]
+    expected = values.transpose([axes.index(axis) for axis in order])
+    stored = zarr.open_array(tmp_path / "image.zarr/0", mode="r")
+    assert stored.dtype == values.dtype
+    assert hashes(stored[...]) == hashes(expected)
+    with tifffile.TiffFile(path) as file:
+        again = np.concatenate([page.asarray()[None] for page in file.pages])
+    assert sorted(hashes(again.reshape(shape).transpose([axes.index(a) for a in order]))) == sorted(
+        hashes(stored[...])
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"imagej": True},
+        {"ome": True},
+        {"ome": True, "bigtiff": True, "tile": (32, 32), "compression": "zlib"},
+        {"bigtiff": True, "rowsperstrip": 7, "compression": "zlib", "byteorder": ">"},
+    ],
+)
+def test_kinds_of_tiff(tmp_path, options):
+    axes = "TZCYX" if "imagej" in options else "TCZYX"
+    values = noise((2, 3, 4, 50, 45))
+    stored_as = values.transpose(0, 2, 1, 3, 4) if "imagej" in options else values
+    write_tiff(tmp_path / "a.tif", stored_as, metadata={"axes": axes}, **options)
+    imported(tmp_path / "a.tif", tmp_path / "a.zarr", voxel_size=SIZE)
+    container = open_ome_zarr_container(str(tmp_path / "a.zarr"), mode="r")
+    np.testing.assert_array_equal(container.get_image().get_as_numpy(), values)
+
+
+def test_a_block_of_the_least_memory_gives_the_same_voxels(tmp_path):
+    values = noise((20, 300, 280))
+    write_tiff(tmp_path / "a.tif", values, metadata={"axes": "ZYX"})
+    few = parse_settings({"workers": 0, "memory": "403MB"})
+    plan = plan_import(
+        [str(tmp_path / "a.tif")], str(tmp_path / "a.zarr"), ImportOptions(voxel_size=SIZE), few
+    )
+    assert len(plan.images[0].grid(0)) > 1
+    imported(tmp_path / "a.tif", tmp_path / "a.zarr", few, voxel_size=SIZE)
+    imported(tmp_path / "a.tif", tmp_path / "b.zarr", voxel_size=SIZE)
+    for level in zarr.open_group(tmp_path / "b.zarr", mode="r").array_keys():
+        ours = zarr.open_array(tmp_path / f"a.zarr/{level}", mode="r")[...]
+        np.testing.assert_array_equal(ours, zarr.open_array(tmp_path / f"b.zarr/{level}")[...])
+
+
+def test_levels_are_means_of_voxels(tmp_path):
+    for dtype in ("int16", "uint32", "float32", "uint8"):
+        values = noise((3, 300, 260), dtype)
+        write_tiff(tmp_path / "a.tif", values, metadata={"axes": "ZYX"})
+        shutil.rmtree(tmp_path / "a.zarr", ignore_errors=True)
+        imported(tmp_path / "a.tif", tmp_path / "a.zarr", voxel_size=(1.0, 0.1, 0.1))
+        level = zarr.open_array(tmp_path / "a.zarr/1", mode="r")[...]
+        expected = values.reshape(3, 150, 2, 130, 2).mean((2, 4), dtype=np.float64)
+        if np.dtype(dtype).kind != "f":
+            expected = np.rint(expected)
+        np.testing.assert_array_equal(level, expected.astype(dtype))
+
+
+# -- what a file says
+
+
+def test_sizes_times_and_names_come_from_the_file(tmp_path):
+    metadata = {
+        "axes": "TCZYX",
+        "PhysicalSizeX": 110,
+        "PhysicalSizeXUnit": "nm",
+        "PhysicalSizeY": 0.11,
+        "PhysicalSizeZ": 0.0003,
+        "PhysicalSizeZUnit": "mm",
+        "TimeIncrement": 500,
+        "TimeIncrementUnit": "ms",
+        "Channel": {"Name": ["DAPI", "GFP"]},
+    }
+    write_tiff(tmp_path / "a.ome.tif", noise((2, 2, 3, 32, 32)), metadata=metadata)
+    done = imported(tmp_path / "a.ome.tif", tmp_path / "a.zarr")
+    assert done.next_command.endswith("a-segmented.ome.zarr --channel DAPI")
+    container = open_ome_zarr_container(str(tmp_path / "a.zarr"), mode="r")
+    image = container.get_image()
+    size = image.pixel_size
+    np.testing.assert_allclose((size.z, size.y, size.x, size.t), (0.3, 0.11, 0.11, 0.5))
+    assert image.channel_labels == ["DAPI", "GFP"]
+
+
+def test_what_imagej_says(tmp_path):
+    write_tiff(
+        tmp_path / "a.tif",
+        noise((3, 32, 32)),
+        imagej=True,
+        resolution=(10, 5),
+        metadata={"axes": "ZYX", "spacing": 0.4, "unit": "um"},
+    )
+    assert open_file(tmp_path / "a.tif").contents.spacing_um == (0.4, 0.2, 0.1)
+
+
+def test_what_is_not_known_is_asked_for(tmp_path):
+    path = tmp_path / "a.tif"
+    write_tiff(path, noise((5, 32, 32)), metadata=None)
+    with pytest.raises(SettingsError, match=r"5×32×32 array are not known .* --axes.* ZYX"):
+        imported(path, tmp_path / "a.zarr")
+    with pytest.raises(SettingsError, match=r"z unknown, y unknown.*--voxel-size Z,Y,X"):
+        imported(path, tmp_path / "a.zarr", axes="ZYX")
+    with pytest.raises(SettingsError, match=r"--channel-names a,b: there is 1 channel"):
+        imported(path, tmp_path / "a.zarr", axes="ZYX", voxel_size=SIZE, channel_names=("a", "b"))
+    with pytest.raises(SettingsError, match=r"--axes ZY: .* has 3 axes"):
+        imported(path, tmp_path / "a.zarr", axes="ZY", voxel_size=SIZE)
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_one_of_several_series_is_chosen(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif", ome=True) as file:
+        for n in (3, 4):
+            file.write(noise((n, 32, 32)), metadata={"axes": "ZYX"})
+    with pytest.raises(SettingsError, match=r"has 2 series; choose one with --series"):
+        imported(tmp_path / "a.tif", tmp_path / "a.zarr", voxel_size=SIZE)
+    imported(tmp_path / "a.tif", tmp_path / "a.zarr", voxel_size=SIZE, series=1)
+    assert zarr.open_array(tmp_path / "a.zarr/0", mode="r").shape == (4, 32, 32)
+
+
+def test_a_file_that_is_cut_off_or_no_image_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    write_tiff(path, noise((5, 64, 64)), metadata={"axes": "ZYX"})
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(SourceError, match=r"the copy is incomplete"):
+        imported(path, tmp_path / "a.zarr", voxel_size=SIZE)
+    path.write_bytes(b"no image")
+    with pytest.raises(SourceError, match=r"a\.tif cannot be read"):
+        imported(path, tmp_path / "a.zarr", voxel_size=SIZE)
+    with pytest.raises(SourceError, match=r"does not exist"):
+        imported(tmp_path / "b.tif", tmp_path / "a.zarr", voxel_size=SIZE)
+
+
+def test_czi(tmp_path):
+    pytest.importorskip("bioio_czi", reason="the extra import is not installed")
+    from pylibCZIrw import czi
+
+    values = noise((2, 2, 3, 40, 36))
+    with czi.create_czi(str(tmp_path / "a.czi")) as file:
+        for t, c, z in np.ndindex(2, 2, 3):
+            file.write(values[t, c, z][..., None], plane={"T": t, "C": c, "Z": z})
+        file.write_metadata(
+            "a", channel_names={0: "dna", 1: "er"}, scale_x=1e-7, scale_y=1e-7, scale_z=3e-7
+        )
+    done = imported(tmp_path / "a.czi", tmp_path / "a.zarr")
+    assert "--channel dna" in done.next_command
+    container = open_ome_zarr_container(str(tmp_path / "a.zarr"), mode="r")
+    np.testing.assert_array_equal(container.get_image().get_as_numpy(), values)
+    np.testing.assert_allclose(container.get_image().pixel_size.zyx, SIZE)
+
+
+# -- several files
+
+
+def write_plate(folder: Path) -> dict[str, np.ndarray]:
+    folder.mkdir()
+    fields = {}
+    for number, (well, field) in enumerate(product(("A01", "B01", "C01"), ("1", "2"))):
+        values = noise((2, 2, 4, 32, 40), seed=number)
+        fields[f"{well[0]}/1/{field}"] = values
+        for t, c in np.ndindex(2, 2):
+            name = f"{well}_{field}_t{t + 9}_{('DAPI', 'GFP')[c]}.tif"
+            write_tiff(folder / name, values[t, c], metadata={"axes": "ZYX"})
+    return fields
+
+
+def test_a_plate_by_pattern_is_read_by_ngio(tmp_path):
+    fields = write_plate(tmp_path / "scan")
+    files = sorted((tmp_path / "scan").iterdir())
+    imported(
+        files, tmp_path / "p.zarr", voxel_size=SIZE, pattern="{well}_{field}_t{time}_{channel}.tif"
+    )
+    plate = open_ome_zarr_plate(str(tmp_path / "p.zarr"), mode="r")
+    assert sorted(plate.images_paths()) == sorted(fields)
+    for path, image in plate.get_images().items():
+        np.testing.assert_array_equal(image.get_image().get_as_numpy(), fields[path])
+        assert image.get_image().channel_labels == ["DAPI", "GFP"]
+
+
+def test_a_field_that_cannot_be_read_is_named_and_the_others_are_done(tmp_path, monkeypatch):
+    write_plate(tmp_path / "scan")
+    files = sorted((tmp_path / "scan").iterdir())
+    options = {"voxel_size": SIZE, "pattern": "{well}_{field}_t{time}_{channel}"}
+    options["pattern"] += ".tif"
+    plan = convert._claim
+    lost = tmp_path / "scan/B01_1_t9_DAPI.tif"
+
+    def lose(planned):
+        if lost.exists():
+            lost.rename(tmp_path / "lost.tif")
+        return plan(planned)
+
+    monkeypatch.setattr(convert, "_claim", lose)
+    result = imported(files, tmp_path / "p.zarr", **options).result
+    assert result.exit_code == 1
+    assert {failure.volume for failure in result.failures} == {"B/1/1 t=0 c=0"}
+    assert "B01_1_t9_DAPI.tif is gone" in result.failures[0].error
+    plate = open_ome_zarr_plate(str(tmp_path / "p.zarr"), mode="r")
+    assert len(plate.images_paths()) == 5
+    monkeypatch.undo()
+    (tmp_path / "lost.tif").rename(lost)
+    assert imported(files, tmp_path / "p.zarr", **options).result.exit_code == 0
+    plate = open_ome_zarr_plate(str(tmp_path / "p.zarr"), mode="r")
+    assert len(plate.images_paths()) == 6
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "message"),
+    [
+        (["a1.tif", "a2.tif"], None, r"2 files: say with --pattern .* a\{time\}\.tif"),
+        (["a1.tif"], "b{time}.tif", r"a1\.tif does not match it"),
+        (["a1.tif"], "a{tme}.tif", r"no part is named 'tme'; did you mean time"),
+        (["a1.tif"], "a1.tif", r"has no part in braces"),
+        (["a1.tif"], "a{field}.tif", r"fields are those of wells"),
+        (["a_1_x.tif", "b_2_y.tif"], "*_{time}_*.tif", None),
+        (["1/a1.tif", "2/a1.tif"], "a{time}.tif", r"are the same part"),
+        (["1a.tif", "2a.tif", "1b.tif"], "{time}{channel}.tif", r"no file is time 2, channel b"),
+    ],
+)
+def test_patterns(names, pattern, message):
+    paths = [Path("/scan") / name for name in names]
+    if message is None:
+        group_files(paths, pattern)
+        return
+    with pytest.raises(SettingsError, match=message):
+        group_files(paths, pattern)
+
+
+def test_parts_follow_each_other_as_numbers_do():
+    paths = [Path(f"/scan/a_{n}.tif") for n in (10, 9, 1)]
+    [group] = group_files(paths, "a_{time}.tif")
+    assert group.values[0] == ("1", "9", "10")
+
+
+# -- interruptions, and what is there
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_an_import_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
+    values = noise((48, 400, 300))
+    path = tmp_path / "a.tif"
+    write_tiff(path, values, metadata={"axes": "ZYX"}, compression="zlib")
+    arguments = ["import", str(path), str(tmp_path / "a.zarr"), "--voxel-size", "0.3,0.1,0.1"]
+    arguments += ["--workers", "0", "--memory", "405MB"]
+    slow = (
+        "import time; from megaseg_dask.tools.importing import work; "
+        "write = work.ImportWork._write\n"
+        "def slowly(self, task, values):\n"
+        "    write(self, task, values); time.sleep(0.3)\n"
+        "work.ImportWork._write = slowly\n"
+        f"from megaseg_dask.cli.app import main; main({arguments!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow])
+    chunks = tmp_path / "a.zarr/0/c"
+    while not chunks.exists() or len(list(chunks.rglob("*"))) < 9:
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1.2)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "a.zarr/zarr.json").exists()
+    events = []
+    settings = parse_settings({"workers": 0, "memory": "405MB"})
+    import_files(
+        [str(path)],
+        str(tmp_path / "a.zarr"),
+        ImportOptions(voxel_size=SIZE),
+        settings,
+        events.append,
+    )
+    assert events[0].n_done > 0
+    imported(path, tmp_path / "other/a.zarr", settings, voxel_size=SIZE)
+    assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "other/a.zarr")
+    again = imported(path, tmp_path / "a.zarr", settings, voxel_size=SIZE).result
+    assert again.already_done
+
+
+def test_a_chunk_that_is_lost_is_written_again(tmp_path):
+    path = tmp_path / "a.tif"
+    write_tiff(path, noise((4, 300, 300)), metadata={"axes": "ZYX"})
+    imported(path, tmp_path / "a.zarr", voxel_size=SIZE)
+    before = files_of(tmp_path / "a.zarr")
+    lost = next(path for path in (tmp_path / "a.zarr/0/c").rglob("*") if path.is_file())
+    lost.unlink()
+    assert not imported(path, tmp_path / "a.zarr", voxel_size=SIZE).result.already_done
+    assert files_of(tmp_path / "a.zarr") == before
+
+
+def test_nothing_that_exists_is_replaced(tmp_path):
+    path = tmp_path / "a.tif"
+    write_tiff(path, noise((4, 32, 32)), metadata={"axes": "ZYX"})
+    foreign = tmp_path / "foreign.zarr"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    with pytest.raises(TargetError, match=r"no import made it: it is never replaced"):
+        imported(path, foreign, voxel_size=SIZE)
+    assert [child.name for child in foreign.iterdir()] == ["notes.txt"]
+    imported(path, tmp_path / "a.zarr", voxel_size=SIZE)
+    with pytest.raises(TargetError, match=r"imported from other files or with other options"):
+        imported(path, tmp_path / "a.zarr", voxel_size=(1.0, 1.0, 1.0))
+    write_tiff(path, noise((4, 32, 32), seed=1), metadata={"axes": "ZYX"})
+    with pytest.raises(TargetError, match=r"imported from other files"):
+        imported(path, tmp_path / "a.zarr", voxel_size=SIZE)
+
+
+# -- the command line
+
+
+def test_other_commands_name_the_command_that_imports(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    write_tiff(path, noise((4, 32, 32)), metadata={"axes": "ZYX"})
+    for words in (
+        ["segment", str(path), str(tmp_path / "b.zarr"), "--model", "starter"],
+        ["plan", str(path), str(tmp_path / "b.zarr"), "--model", "starter"],
+        ["view", str(path), "--no-browser"],
+    ):
+        found = CliRunner().invoke(build_app(), words)
+        assert found.exit_code == 2
+        assert f"megaseg import {path} {tmp_path}/a.ome.zarr" in found.output
+
+
+def test_the_command_says_what_to_type_next(tmp_path):
+    path = tmp_path / "a.tif"
+    write_tiff(path, noise((4, 32, 32)), metadata={"axes": "ZYX"})
+    words = ["import", str(path), str(tmp_path / "a.zarr"), "--voxel-size", "0.3,0.1,0.1"]
+    found = CliRunner().invoke(build_app(), words)
+    assert found.exit_code == 0
+    assert f"megaseg plan {tmp_path}/a.zarr {tmp_path}/a-segmented.ome.zarr" in found.output
+    [*_, last] = CliRunner().invoke(build_app(), [*words, "--json"]).stdout.splitlines()
+    assert json.loads(last)["already_done"]
