@@ -33,7 +33,8 @@ from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
-from megaseg_dask.tools.demo import read_sample, write_sample
+from megaseg_dask.tools.demo import read_sample
+from megaseg_dask.tools.sample import write_sample
 from starter.simulation import simulate
 
 # What a worker runs in place of the network, and in place of everything.

@@ -32,7 +32,7 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location, open_array
-from megaseg_dask.tools.demo import write_sample
+from megaseg_dask.tools.sample import write_sample
 from starter.simulation import simulate
 
 PATCH = (64, 128, 128)

@@ -19,7 +19,7 @@ from megaseg_dask.cli.app import build_app
 from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.stores import Location, clear_store_caches
-from megaseg_dask.tools.demo import read_sample, write_sample
+from megaseg_dask.tools.demo import read_sample, write_as_others_do
 from tests.fixtures.images import write_image
 from tests.fixtures.runs import segment_here
 from tests.fixtures.servers import KEY, SECRET, S3Server, find_weed
@@ -73,7 +73,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
     demo = folder / "megaseg-demo"
     image, truth = (values[:, 40:200, 40:232] for values in read_sample())
-    write_sample(Location.of(demo / "nuclei.zarr"), image, truth)
+    write_as_others_do(Location.of(demo / "nuclei.zarr"), image, truth)
     settings = parse_settings({"model": "starter", "min_size": 500})
     segment_here(str(demo / "nuclei.zarr"), str(demo / "segmented.zarr"), settings)
     write_small_plate(demo / "plate.zarr")

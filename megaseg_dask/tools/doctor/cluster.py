@@ -17,7 +17,7 @@ from megaseg_dask.plan.cluster_spec import read_cluster
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
-from megaseg_dask.tools.demo import write_sample
+from megaseg_dask.tools.sample import write_sample
 
 # The starter's patch shape: its whole network runs.
 _VOLUME_SHAPE = (32, 128, 128)
