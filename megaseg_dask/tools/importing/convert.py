@@ -17,7 +17,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Emit, Failure, Result, Started, ignore
-from megaseg_dask.ngff.group import write_group
+from megaseg_dask.ngff.group import find_owner, write_group
 from megaseg_dask.ngff.image import image_attributes
 from megaseg_dask.ngff.plate import write_plate
 from megaseg_dask.ngff.volume import Volume, restore_array
@@ -78,6 +78,11 @@ def import_files(
     where.probe(TargetError)
     plan = _claim(plan_import(files, target, options, settings))
     where.require_writable()
+    owner = find_owner(where)
+    if owner is not None:
+        raise TargetError(
+            f"{where} lies in {owner}, which lists its members; choose another TARGET"
+        )
     journal = _read_journal(plan)
     if journal.result is not None:
         result = Result("done", where.url, None, 0.0, already_done=True, run=plan.run.url)
