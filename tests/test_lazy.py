@@ -237,7 +237,7 @@ def test_voxels_of_a_numpy_array_are_in_no_task(tiny_bundle):
     ("dims", "shape", "message"),
     [
         ("yx", (32, 32), "no z"),
-        ("szyx", (1, 16, 32, 32), r"\['s'\] cannot be told apart"),
+        ("szyx", (1, 16, 32, 32), r"\['s'\] is not one of"),
         ("zyx", (15, 32, 32), "too small"),
         ("tzyx", (0, 16, 32, 32), "empty"),
     ],

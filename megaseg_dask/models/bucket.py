@@ -82,8 +82,8 @@ class Bucket:
         with self._naming("list", self.location.url):
             if not self.location.is_listable:
                 raise BundleError(
-                    f"cannot list {self.location}: a web server does not list what it has; name "
-                    "the object itself"
+                    f"cannot list {self.location}: a web server does not list its objects; give "
+                    "the address of the object itself"
                 )
             client = self._client(patient=False)
             listed = self.location.patience(patient=False).ask(

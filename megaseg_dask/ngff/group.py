@@ -189,8 +189,8 @@ def require_known_version(
     version = version.removesuffix("-dev-spatialdata")
     if version not in VERSIONS:
         raise SourceError(
-            f"{location} is OME-Zarr {version}; {' and '.join(VERSIONS)} can be read: "
-            "convert it first"
+            f"{location} is OME-Zarr {version}; megaseg reads {' and '.join(VERSIONS)}: convert it "
+            "first"
         )
     return version
 
@@ -250,17 +250,17 @@ def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
         case {"multiscales": [_, *_]}:
             return "an OME-Zarr image"
         case {"plate": {"wells": [{"path": str(well)}, *_]}}:
-            return f"an HCS plate (name one image in it, such as {location / well}/0)"
+            return f"an HCS plate (give one image in it, such as {location / well}/0)"
         case {"plate": _}:
-            return "an HCS plate (name one image in it)"
+            return "an HCS plate (give one image in it)"
         case {"well": {"images": [{"path": str(field)}, *_]}}:
-            return f"a well of a plate (name one image in it, such as {location / field})"
+            return f"a well of a plate (give one image in it, such as {location / field})"
         case {"well": _}:
-            return "a well of a plate (name one image in it)"
+            return "a well of a plate (give one image in it)"
         case {"labels": _}:
-            return f"a labels group (name the image that it belongs to, {location.parent})"
+            return f"a labels group (give the image that it belongs to, {location.parent})"
         case {"bioformats2raw.layout": _}:
-            return f"a bioformats2raw collection (name one image in it, such as {location}/0)"
+            return f"a bioformats2raw collection (give one image in it, such as {location}/0)"
     return "a Zarr group without multiscales metadata"
 
 
@@ -270,10 +270,10 @@ def _describe_place(location: Location, error: Exception) -> str:
         return _describe_file(location)
     with suppress(FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
         open_array(location)
-        return f"a single Zarr array (name the folder of its image, perhaps {location.parent})"
+        return f"a single Zarr array (give the folder of its image, perhaps {location.parent})"
     kind = _other_format(location)
     if kind:
-        return f"{kind} (convert it to OME-Zarr, with tensorstore in Python for instance)"
+        return f"{kind} (convert it to OME-Zarr, for example with tensorstore in Python)"
     names = _names_in(location)
     if any(version.group_file in names for version in VERSIONS.values()):
         return f"a Zarr group whose metadata cannot be read ({cause_of(error)})"
@@ -352,9 +352,8 @@ def require_version(location: Location, version: str) -> None:
         is_other = other.zarr_format != ours.zarr_format
         if is_other and location.size(other.group_file) is not None:
             raise TargetError(
-                f"{location} is a Zarr v{other.zarr_format} group, and OME-Zarr {version} is "
-                f"stored as v{ours.zarr_format}; choose another target, or the other version with "
-                "--ome-zarr"
+                f"{location} is a Zarr v{other.zarr_format} group, but OME-Zarr {version} needs "
+                f"v{ours.zarr_format}; choose another target, or the other version with --ome-zarr"
             )
 
 
@@ -425,9 +424,7 @@ def _write_v2(location: Location, attributes: Mapping[str, object], *, replace: 
 def _write_v3(location: Location, attributes: Mapping[str, object], *, replace: bool) -> None:
     stored = _read_json(location, "zarr.json")
     if stored.get("node_type") == "array":
-        raise TargetError(
-            f"{location} is an array, and cannot become a group; choose another target"
-        )
+        raise TargetError(f"{location} is an array, not a group; choose another target")
     kept = {} if replace else stored.get("attributes") or {}
     group = {"zarr_format": 3, "node_type": "group"}
     updated = {**group, **stored, "attributes": {**kept, **attributes}}

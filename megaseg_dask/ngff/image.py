@@ -308,17 +308,15 @@ def require_axes(subject: object, names: Sequence[str]) -> None:
     """
     axes = list(names)
     if len(set(axes)) < len(axes):
-        raise SourceError(f"{subject} has axes {axes}: one of them twice")
+        raise SourceError(f"{subject} has axes {axes}: each axis may occur only once")
     unknown = sorted(set(axes) - set(_AXIS_TYPES))
     if unknown:
-        raise SourceError(
-            f"{subject} has axes {axes}; {unknown} cannot be told apart from t, c, z, y, x"
-        )
+        raise SourceError(f"{subject} has axes {axes}; {unknown} is not one of t, c, z, y, x")
     missing = [name for name in SPATIAL if name not in axes]
     if missing:
         raise SourceError(
-            f"{subject} has axes {axes} and no {' or '.join(missing)}: "
-            "the model segments 3D volumes of z, y and x"
+            f"{subject} has axes {axes} and no {' or '.join(missing)}; the model needs 3D volumes "
+            "with z, y and x"
         )
 
 
@@ -376,7 +374,7 @@ def _read_multiscale(location: Location, version: str, entry: Json) -> Json:
         raise SourceError(
             f"{location}: its OME-Zarr {version} metadata are invalid: "
             f"{first_problem(error, 'multiscales')}; correct them, or write the image again with a "
-            "newer version of the program that made it"
+            "newer version of its program"
         ) from error
     return multiscale
 
@@ -481,7 +479,7 @@ def _read_dataset(location: Location, axes: Sequence[Axis], dataset: Json) -> Le
     """Return a level without its shape."""
     path = dataset["path"]
     if not lies_below(path):
-        raise SourceError(f"{location}: level {path!r} does not lie in the image")
+        raise SourceError(f"{location}: level {path!r} is outside the image")
     scale, translation = _read_transforms(location / path, axes, dataset)
     return Level(path, (), scale, translation)
 
@@ -514,15 +512,15 @@ def _compose(ndim: int, transforms: Sequence[Json]) -> tuple[tuple[float, ...], 
         offset = transform.get("translation", [0.0] * ndim)
         if transform.get("path") is not None or isinstance(offset, str):
             raise ValueError(
-                "its scale or translation is in a file of its own; "
-                "only numbers in the metadata are read"
+                "its scale or translation is in a separate file; megaseg reads only numbers in the "
+                "metadata"
             )
         factors = np.asarray(transform.get("scale", [1.0] * ndim), np.float64)
         with np.errstate(all="ignore"):
             scale = scale * factors
             translation = translation * factors + np.asarray(offset, np.float64)
     if not np.isfinite([scale, translation]).all():
-        raise ValueError(f"scale {scale} and translation {translation} have to be finite")
+        raise ValueError(f"scale {scale} and translation {translation} must be finite")
     return tuple(map(float, scale)), tuple(map(float, translation))
 
 
@@ -564,9 +562,9 @@ def _read_level_form(location: Location, path: str, axes: Sequence[Axis]) -> _Ar
         ) from error
     except Exception as error:
         raise SourceError(
-            f"{location / path} is no Zarr array that can be opened: {cause_of(error)}; if it is "
-            "its codec that is not known, install the package that has it, or write the image "
-            "again, compressed by zstd or Blosc"
+            f"{location / path} cannot be opened as a Zarr array: {cause_of(error)}; if its codec "
+            "is unknown, install the package of the codec, or write the image again with zstd or "
+            "Blosc compression"
         ) from error
     n_dims = len(form.shape)
     if n_dims != len(axes):
@@ -641,8 +639,8 @@ def require_valid(image: Image, where: object) -> None:
         image_attributes(image.without_channels(), label=True)
     except ValidationError as error:
         raise SourceError(
-            f"{where}: images with its axes and scales would be no valid OME-Zarr {image.version} "
-            f"({first_problem(error)}); correct the metadata of the source"
+            f"{where}: with its axes and scales the output would not be valid OME-Zarr "
+            f"{image.version} ({first_problem(error)}); correct the metadata of the source"
         ) from error
 
 

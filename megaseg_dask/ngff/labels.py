@@ -36,7 +36,7 @@ def list_labels(image: Location) -> list[str]:
     names = _names_in(ome_of(find_attributes(group) or {}))
     for name in names:
         if not lies_below(name):
-            raise SourceError(f"{group}: label image {name!r} does not lie in the image")
+            raise SourceError(f"{group}: label image {name!r} is outside the image")
     return names
 
 
@@ -68,7 +68,7 @@ def read_label_image(location: Location) -> Image:
     image = read_image(location)
     values = "scores" if image.kind == "scores" else image.dtype
     if values == "scores" or not re.fullmatch(r"u?int\d+|bool", image.dtype):
-        raise SourceError(f"{location} holds {values}; labels are integers: name a label image")
+        raise SourceError(f"{location} holds {values}; labels are integers: give a label image")
     return image
 
 

@@ -41,8 +41,8 @@ _NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Of rows and columns, in 0.4 and 0.5.
 _LISTED_NAME = re.compile(r"[A-Za-z0-9]+", re.ASCII)
 _NO_NAME = (
-    "this is no name of a row, column or field: it has to begin with a letter or digit, and may "
-    "hold these, '_', '-' and '.' alone; rename it, in the metadata too"
+    "not a valid name of a row, column or field: expected a letter or digit, then letters, digits, "
+    "'_', '-' and '.'; rename it, also in the metadata"
 )
 
 
@@ -264,7 +264,7 @@ def _read_well(
     try:
         data = location.get(key)
         if data is None:
-            return (), {well: f"the plate lists this well, but there is no {key}"}
+            return (), {well: f"the plate lists this well, but {key} is missing"}
         document = json.loads(data)
     except StoreError as error:
         if not is_of_object(location.url, error):
@@ -289,7 +289,7 @@ def _read_well(
                 fields[name] = Field(row, column, name, image.get("acquisition"))
             case _:
                 shown = shorten(repr(image), _MAX_REASON_LENGTH)
-                missing[well] = f"{key} lists {shown}, twice or not as a field is listed"
+                missing[well] = f"{key} lists {shown} twice, or not in the form of a field"
     return fields.values(), missing
 
 
@@ -334,9 +334,7 @@ def select_fields(
         )
         paths &= of_acquisition | missing
     if not paths:
-        raise SettingsError(
-            "no field of the plate is in these wells, of these names and of this acquisition"
-        )
+        raise SettingsError("no field of the plate matches --wells, --fields and --acquisition")
     return replace(
         plate,
         fields=tuple(field for field in plate.fields if field.path in paths),
@@ -375,7 +373,7 @@ def _chosen(
         paths = matching(name)
         if not paths:
             raise SettingsError(
-                f"{kind} {name!r} is not on the plate, which has: {_shown(existing) or 'none'}"
+                f"the plate has no {kind} {name!r}; it has {_shown(existing) or 'none'}"
             )
         chosen |= paths
     return chosen
@@ -455,7 +453,7 @@ def require_valid_listing(plate: Plate, version: str) -> None:
         _listing(plate, _by_well(plate.fields), version)
     except ValidationError as error:
         raise SourceError(
-            f"plate {plate.name!r} would be no valid OME-Zarr {version} ({first_problem(error)}); "
+            f"plate {plate.name!r} would not be valid OME-Zarr {version} ({first_problem(error)}); "
             "correct the metadata of the source"
         ) from error
 

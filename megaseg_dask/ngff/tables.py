@@ -295,8 +295,8 @@ class ImageTable:
         # A writer that was killed may have left a bare group.
         if attributes and PROVENANCE not in attributes:
             raise TargetError(
-                f"{self.location} is a table that megaseg did not write, and is never replaced; "
-                "choose another name"
+                f"{self.location} is a table that megaseg did not write and never replaces; choose "
+                "another name"
             )
 
     def _is_own(self) -> bool:
@@ -320,7 +320,7 @@ def iter_columns(file: Location, names: Sequence[str]) -> Iterator[tuple[NDArray
     folder = file.parent
     size = folder.size(file.basename)
     if size is None:
-        raise StoreError(f"{file} is not there")
+        raise StoreError(f"{file} is missing")
     reader: Any = io.BufferedReader(_ObjectReader(folder, file.basename, size), _READ_BYTES)
     with _naming_damage(file):
         for batch in _iter_batches(file, reader, names):
@@ -348,7 +348,7 @@ def _naming_damage(file: Location) -> Iterator[None]:
         yield
     except pa.ArrowInvalid as error:
         raise StoreError(
-            f"{file} is no table that can be read ({error}); restore it from a copy, or compute "
+            f"{file} cannot be read as a table ({error}); restore it from a copy, or compute "
             "it again with --overwrite"
         ) from error
 

@@ -136,7 +136,7 @@ class Volume:
             size = self.location.size(key)
             if self.is_whole and size is None:
                 raise DataError(
-                    f"{self.location}/{key} was written, and is not there any more; find what "
+                    f"{self.location}/{key} was written but is missing now; find the program that "
                     "removes it, and run the same command again"
                 )
             if size == 0:
@@ -182,7 +182,7 @@ class Volume:
         # zarr casts silently, and a wrapped number would look like data.
         if values.dtype != array.dtype:
             raise TypeError(
-                f"{self.location}: values are {values.dtype}, the array is {array.dtype}"
+                f"{self.location}: values have dtype {values.dtype}, the array has {array.dtype}"
             )
         try:
             self._write(array, box, self._to_stored(values))
@@ -192,8 +192,8 @@ class Volume:
             if not self.location.is_local:
                 raise store_error(self.location, "write", error) from error
             raise StoreError(
-                f"cannot write {self.location}: {cause_of(error)}; fix that (make room, mount the "
-                "disk) and run the same command again"
+                f"cannot write {self.location}: {cause_of(error)}; fix the cause (free some space, "
+                "mount the disk) and run the same command again"
             ) from error
 
     def _write(self, array: "zarr.Array[Any]", box: Box, stored: Array) -> None:
@@ -216,8 +216,8 @@ class Volume:
 
     def _lost(self) -> StoreError:
         return StoreError(
-            f"cannot open {self.location}: the array is not there any more, or its bucket or disk "
-            "is not; restore it and run the same command again"
+            f"cannot open {self.location}: the array, its bucket or its disk is missing now; "
+            "restore it and run the same command again"
         )
 
     @property

@@ -252,7 +252,7 @@ def _log_in(root: str, cloud: Cloud) -> Any:
         if provider is not None:
             provider()
     except ImportError as error:
-        install = f"pip install 'megaseg-dask[{cloud.extra}]' for other ways to log in"
+        install = f"pip install 'megaseg-dask[{cloud.extra}]' to use other logins"
         raise SettingsError(f"{nothing}; {variables}, {install}, {public}") from error
     except MegasegError:
         raise

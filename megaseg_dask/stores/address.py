@@ -34,20 +34,20 @@ def normalize(address: str | Path) -> str:
     """
     text = _path_of_file_url(str(address))
     if not text:
-        raise SettingsError("an empty path names no image; give a folder such as cells.zarr")
+        raise SettingsError("the path is empty; give a folder such as cells.zarr")
     scheme, separator, rest = text.partition("://")
     if not separator:
         # Links are not resolved: the user knows the address of the link.
         return os.path.normpath(Path(text).expanduser().absolute())
     if not _SCHEME.fullmatch(scheme) or "://" in rest:
         raise SettingsError(
-            f"{scheme}://…: not a URL that can be opened; chains of URLs are not followed"
+            f"{scheme}://…: not a URL that can be opened; chained URLs are not supported"
         )
     scheme = _ALIASES.get(scheme.lower(), scheme.lower())
     if not rest.isprintable() or "\\" in rest:
         # Clients and servers do not agree on their meaning.
         raise SettingsError(
-            f"{scheme}://{rest!r}: control characters and backslashes cannot be part of an address"
+            f"{scheme}://{rest!r}: an address cannot contain control characters or backslashes"
         )
     _require_no_secrets(scheme, rest)
     if scheme in WEB:
@@ -68,12 +68,12 @@ def _require_no_secrets(scheme: str, rest: str) -> None:
     host, _, path = rest.partition("/")
     if _names_user(scheme, host) or _SIGNATURE.search(rest):
         raise SettingsError(
-            f"{scheme}://…: credentials do not belong in a URL, which is recorded; set them in the "
-            "environment"
+            f"{scheme}://…: do not put credentials in a URL, because it is recorded; set them in "
+            "the environment"
         )
     if scheme in WEB and re.search("[?#]", path):
         raise SettingsError(
-            f"{scheme}://{host}/…: an address with ? or # names one document, not a folder of data"
+            f"{scheme}://{host}/…: an address with ? or # is one document, not a folder of data"
         )
 
 
@@ -116,7 +116,7 @@ def _clean(path: str) -> str:
     """Return a path without empty parts."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise SettingsError(f"…/{path}: '..' has no meaning in a URL; name the folder itself")
+        raise SettingsError(f"…/{path}: '..' is not allowed in a URL; give the folder itself")
     return "/".join(parts)
 
 
@@ -145,7 +145,7 @@ def join(url: str, name: str) -> str:
         return url
     if ".." in name.split("/"):
         raise SourceError(
-            f"the path {name!r} leads out of {url}, and is not followed; correct the metadata"
+            f"the path {name!r} leads out of {url} and is not followed; correct the metadata"
         )
     if scheme_of(url) in WEB:
         name = quote(name, safe=_UNESCAPED)

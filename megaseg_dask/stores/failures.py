@@ -47,8 +47,8 @@ _KINDS_OF_REQUEST = {
 }
 
 _NO_BUCKET = Cause("bucket", "there is no such bucket")
-_UNKNOWN_KEY = Cause("key", "the store does not know the access key")
-_WRONG_SECRET = Cause("key", "the secret does not fit the access key")
+_UNKNOWN_KEY = Cause("key", "the access key is unknown to the store")
+_WRONG_SECRET = Cause("key", "the secret does not match the access key")
 _EXPIRED = Cause("key", "the credentials have expired")
 _OTHER_REGION = Cause("region", "the bucket is in another region")
 _ACCESS_DENIED = Cause("denied", "access denied")
@@ -90,13 +90,16 @@ _NO_ANSWER = [
     (r"redirect without LOCATION", _OTHER_REGION),
     (
         r"InvalidContentType|BadScheme|WRONG_VERSION_NUMBER",
-        Cause("protocol", "the endpoint speaks http where https was asked for, or the reverse"),
+        Cause("protocol", "the endpoint uses http instead of https, or https instead of http"),
     ),
     (r"[Cc]ertificate|UnknownIssuer", Cause("certificate", "its certificate is not trusted")),
     (r"Connection ?[Rr]efused", Cause("refused", "connection refused")),
     (r"dns error", Cause("host", "unknown host")),
     (r"TimedOut|kind: Timeout|[Tt]imed out|TimeoutError", Cause("time", "no answer in time")),
-    (r"kind: (Connect|Request|Decode|Interrupted)", Cause("lost", "the connection broke")),
+    (
+        r"kind: (Connect|Request|Decode|Interrupted)",
+        Cause("lost", "the connection was interrupted"),
+    ),
 ]
 # The service that tells a virtual machine who it is: the last place where a client looks.
 _MACHINE_IDENTITY = r"/latest/(api|meta-data)|/metadata/identity"
@@ -221,9 +224,11 @@ def _next_step(kind: str, verb: str, url: str, *, anonymous: bool) -> str:
     variables = CLOUDS[scheme].usual_variables if scheme in CLOUDS else "the credentials"
     endpoint = _ENDPOINTS.get(scheme, "the address")
     if scheme in WEB and kind == "denied":
-        return "data behind a login cannot be read; copy them, or ask for a bucket's address"
+        return (
+            "data behind a web login cannot be read; copy them, or ask for the address of a bucket"
+        )
     if anonymous and kind in ("denied", "credentials"):
-        return f"it is not public: leave out --anon, and set {variables}"
+        return f"the data are not public: remove --anon, and set {variables}"
     public = ""
     if verb in ("read", "list", "open"):
         public = ", or pass --anon if the data are public"
@@ -233,13 +238,13 @@ def _next_step(kind: str, verb: str, url: str, *, anonymous: bool) -> str:
         "credentials": f"set {variables}{public}",
         "denied": f"check whether {variables} may {verb} it{public}",
         "region": "set AWS_REGION to the region of the bucket",
-        "clock": "set it right",
+        "clock": "correct the clock",
         "ranges": (
-            "sharded arrays need that: serve them with nginx, Caddy or an object store, "
+            "sharded arrays need such requests: use nginx, Caddy or an object store as the server, "
             "or copy the image"
         ),
         "protocol": f"check http:// or https:// in {endpoint}",
-        "certificate": "name a file with its authority: SSL_CERT_FILE=FILE in the environment",
+        "certificate": "set SSL_CERT_FILE to the file of its certificate authority",
         "refused": f"check that the store is running, and {endpoint}",
         "host": f"check the network and {endpoint}",
         "time": f"check the network and {endpoint}",

@@ -157,14 +157,14 @@ def require_regular(root: Path, key: str) -> None:
         return
     if not stat.S_ISREG(mode):
         raise DataError(
-            f"{path} is no regular file but a {_kind_of(mode)}, and is not read; put the data in "
-            "its place and run the same command again"
+            f"{path} is not a regular file but a {_kind_of(mode)}; replace it with the data and "
+            "run the same command again"
         )
     real = path.resolve()
     if not real.is_relative_to(root.resolve()):
         raise DataError(
-            f"{path} is a link to {real}, which lies elsewhere, and is not followed; put a copy in "
-            "its place and run the same command again"
+            f"{path} is a link to {real} outside the image, and is not followed; replace it with a "
+            "copy and run the same command again"
         )
 
 

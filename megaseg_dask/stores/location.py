@@ -47,8 +47,7 @@ class Location:
         scheme = address.scheme_of(url)
         if scheme not in address.SCHEMES:
             raise SettingsError(
-                f"{url}: {scheme}:// is no kind of store that is known; use a path, s3://, gs://, "
-                "az:// or https://"
+                f"{url}: {scheme}:// is not supported; use a path, s3://, gs://, az:// or https://"
             )
         return cls(url, options)
 
@@ -74,7 +73,7 @@ class Location:
     def path(self) -> Path:
         """The folder of a local location; raises :class:`ValueError` for any other."""
         if not self.is_local:
-            raise ValueError(f"{self.url} is no folder of this machine")
+            raise ValueError(f"{self.url} is not a folder of this machine")
         return Path(self.url)
 
     @property
@@ -200,7 +199,7 @@ class Location:
             return
         if self.parent == self:
             raise TargetError(
-                f"{self} is a whole bucket; name a folder in it, such as {self}/cells.zarr"
+                f"{self} is a whole bucket; give a folder in it, such as {self}/cells.zarr"
             )
         # The run folder lies beside the target.
         folder = self.parent.backend(patient=False)
@@ -210,9 +209,8 @@ class Location:
             folder.delete(name)
         if created != [True, False]:
             raise TargetError(
-                f"{self} is on a store that replaces an object where it is asked to create one "
-                "only if there is none (If-None-Match), so two runs could not be kept apart; "
-                "choose another"
+                f"the store of {self} ignores If-None-Match, so two runs could overwrite each "
+                "other; choose another store"
             )
 
     # -- small objects

@@ -13,8 +13,8 @@ from megaseg_dask.stores.object_store import BucketFolder
 if TYPE_CHECKING:
     from zarr.storage import StoreLike
 
-_READ_ONLY = "http:// and https:// are for reading only; write to a folder, s3://, gs:// or az://"
-_NOT_LISTED = "a web server does not list what it has; name the image itself"
+_READ_ONLY = "http:// and https:// can only be read; write to a folder, s3://, gs:// or az://"
+_NOT_LISTED = "a web server does not list its images; give the address of the image itself"
 
 
 @dataclass(frozen=True, slots=True)

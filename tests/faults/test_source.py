@@ -107,7 +107,7 @@ def test_a_source_that_is_gone_is_a_failure(
     before[moment] = lambda: act(case)
     result = case.run()
     assert result.status == "failed"
-    assert "the array is not there any more" in result.failures[0].error
+    assert "the array, its bucket or its disk is missing now" in result.failures[0].error
     restore(case)
     case.assert_as_calm()
 
@@ -173,7 +173,7 @@ def test_chunks_that_are_removed_long_before_their_array_are_a_failure(
     before["volume", 2] = (case.source / "0/zarr.json").unlink
     result = case.run()
     assert [failure.index for failure in result.failures] == [1]
-    assert "the array is not there any more" in result.failures[0].error
+    assert "the array, its bucket or its disk is missing now" in result.failures[0].error
     restore(case)
     case.assert_as_calm()
 

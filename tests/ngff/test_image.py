@@ -365,7 +365,7 @@ NO_IMAGE = {
     "broken json": (_broken_json, "metadata cannot be read"),
     "level gone": (_level_gone, "lists level '1', but no Zarr array is there"),
     "level is a file": (_level_is_a_file, "lists level '1', but no Zarr array is there"),
-    "level broken": (_level_broken, "no Zarr array that can be opened"),
+    "level broken": (_level_broken, "cannot be opened as a Zarr array"),
     "level is a group": (
         _with(lambda e: e["datasets"][0].update(path="")),
         "level ''|can be opened",
@@ -395,7 +395,7 @@ NO_IMAGE = {
     ),
     "version 0.1": (
         _with(lambda e: e.update(version="0.1"), version="0.4"),
-        "is OME-Zarr 0.1; 0.4 and 0.5",
+        "is OME-Zarr 0.1; megaseg reads 0.4 and 0.5",
     ),
     "no z": (_with(_nothing, axes="yx", shape=(20, 17)), r"has axes \['y', 'x'\] and no z"),
     "time for z": (_with(_nothing, axes="tyx"), r"has axes \['t', 'y', 'x'\] and no z"),
@@ -419,7 +419,7 @@ def test_what_is_no_image_is_named(tmp_path, make, found):
 def test_a_newer_version_is_named(tmp_path):
     path = write_image(tmp_path / "image.zarr", blobs(SHAPE))
     set_ome(path, {**ome_of(path), "version": "0.6"})
-    with pytest.raises(SourceError, match=r"is OME-Zarr 0\.6; 0\.4 and 0\.5 can be read"):
+    with pytest.raises(SourceError, match=r"is OME-Zarr 0\.6; megaseg reads 0\.4 and 0\.5"):
         read_image(Location.of(path))
 
 
@@ -696,7 +696,7 @@ def test_values_are_never_cast_on_the_way(tmp_path):
     image = read_image(Location.of(write_image(tmp_path / "source", blobs(SHAPE))))
     location = Location.of(tmp_path / "0")
     create_array(location, image, 0, "uint8", write_layout(SHAPE, SHAPE, sharded=True))
-    with pytest.raises(TypeError, match="values are uint16, the array is uint8"):
+    with pytest.raises(TypeError, match="values have dtype uint16, the array has uint8"):
         Volume(location, image.axis_names).write(Box.of(SHAPE), np.full(SHAPE, 300, "uint16"))
 
 

@@ -222,7 +222,7 @@ def test_the_version_may_stand_in_the_listing_or_nowhere(tmp_path):
     location = make_plate(
         tmp_path / "p", "0.4", listing_of("A/1", version="0.6rc0"), {"A/1": images("0")}
     )
-    with pytest.raises(SourceError, match=r"is OME-Zarr 0\.6rc0; 0\.4 and 0\.5 can be read"):
+    with pytest.raises(SourceError, match=r"is OME-Zarr 0\.6rc0; megaseg reads 0\.4 and 0\.5"):
         read_plate(location)
 
 
@@ -235,7 +235,7 @@ def test_numbers_of_rows_may_contradict_the_path(tmp_path):
 
 
 BAD_WELLS = {
-    "absent": (None, "there is no B/2/"),
+    "absent": (None, "but B/2/"),
     "not json": (b"{", "B/2/.*: Expecting"),
     "not text": (b"\xff\xfe\x00", "B/2/.*codec"),
     "a list": (b"[1]", "lists no fields"),
@@ -246,9 +246,12 @@ BAD_WELLS = {
     "no images": ({"well": {}}, "lists no fields"),
     "no fields": ({"well": {"images": []}}, "lists no fields"),
     "images are no list": ({"well": {"images": {"path": "0"}}}, "lists no fields"),
-    "a number for a path": ({"well": {"images": [{"path": 0}]}}, "'path': 0.*not as a field"),
-    "no path": ({"well": {"images": [{}]}}, "lists {}, .*not as a field"),
-    "an image is a name": ({"well": {"images": ["0"]}}, "lists '0', .*not as a field"),
+    "a number for a path": (
+        {"well": {"images": [{"path": 0}]}},
+        "'path': 0.*not in the form of a field",
+    ),
+    "no path": ({"well": {"images": [{}]}}, "lists {} .*not in the form of a field"),
+    "an image is a name": ({"well": {"images": ["0"]}}, "lists '0' .*not in the form of a field"),
     "acquisition as text": (
         {"well": {"images": [{"path": "0", "acquisition": "0"}]}},
         "'acquisition': '0'",
@@ -261,7 +264,7 @@ BAD_WELLS = {
         {"well": {"images": [{"path": "0", "acquisition": True}]}},
         "'acquisition': True",
     ),
-    "a long text": ({"well": {"images": [{"path": ["0 "] * 9999}]}}, "not as a field"),
+    "a long text": ({"well": {"images": [{"path": ["0 "] * 9999}]}}, "not in the form of a field"),
 }
 
 
@@ -299,7 +302,7 @@ def test_an_odd_field_is_told_and_the_others_of_its_well_are_there(tmp_path, odd
     assert [field.path for field in plate.fields] == ["A/1/0", "A/1/2"]
     ((path, told),) = plate.missing
     assert path == "A/1"
-    assert "twice or not as a field is listed" in told
+    assert "twice, or not in the form of a field" in told
 
 
 def test_a_well_that_the_system_cannot_read_is_missing_by_name(tmp_path):
@@ -421,10 +424,10 @@ def test_a_field_that_leads_elsewhere_is_missing_and_the_others_are_there(tmp_pa
     assert [field.path for field in plate.fields] == ["A/1/0"]
     ((path, told),) = plate.missing
     assert path == f"A/1/{repr(name)[1:-1]}"
-    assert "is no name of a row, column or field" in told
+    assert "not a valid name of a row, column or field" in told
     assert path in told
     assert "\n" not in told
-    with pytest.raises(SourceError, match="is no name of a row, column or field"):
+    with pytest.raises(SourceError, match="not a valid name of a row, column or field"):
         replace(plate, fields=(Field("A", "1", name),))
 
 
@@ -553,20 +556,20 @@ def test_fields_are_chosen(choice, expected, missing):
 UNKNOWN = {
     "well": (
         {"wells": "A/1,C/1"},
-        "well 'C/1' is not on the plate, which has: A/1, A/03, B/03, B/1",
+        "the plate has no well 'C/1'; it has A/1, A/03, B/03, B/1",
     ),
-    "column as a number": ({"wells": "A/3"}, "well 'A/3' is not"),
-    "row alone": ({"wells": "A"}, "well 'A' is not"),
-    "well without a slash": ({"wells": "A1"}, "well 'A1' is not"),
-    "a pattern": ({"wells": "[AB]/1"}, "well '.AB./1' is not"),
-    "no wells": ({"wells": []}, "well '' is not"),
-    "empty": ({"wells": ""}, "well '' is not"),
-    "a stray comma": ({"wells": "A/1,"}, "well '' is not"),
-    "field": ({"fields": "x2"}, "field 'x2' is not on the plate, which has: 0, x1, 5"),
-    "place": ({"fields": "3"}, "field '3' is not"),
-    "negative place": ({"fields": [-1]}, "field '-1' is not"),
-    "a huge place": ({"fields": "9" * 5000}, "is not on the plate"),
-    "acquisition": ({"acquisition": 0}, "acquisition '0' is not on the plate, which has: 1, 2"),
+    "column as a number": ({"wells": "A/3"}, "has no well 'A/3'"),
+    "row alone": ({"wells": "A"}, "has no well 'A'"),
+    "well without a slash": ({"wells": "A1"}, "has no well 'A1'"),
+    "a pattern": ({"wells": "[AB]/1"}, "has no well '.AB./1'"),
+    "no wells": ({"wells": []}, "has no well ''"),
+    "empty": ({"wells": ""}, "has no well ''"),
+    "a stray comma": ({"wells": "A/1,"}, "has no well ''"),
+    "field": ({"fields": "x2"}, "the plate has no field 'x2'; it has 0, x1, 5"),
+    "place": ({"fields": "3"}, "has no field '3'"),
+    "negative place": ({"fields": [-1]}, "has no field '-1'"),
+    "a huge place": ({"fields": "9" * 5000}, "the plate has no"),
+    "acquisition": ({"acquisition": 0}, "the plate has no acquisition '0'; it has 1, 2"),
     "nothing of it": ({"wells": "A/03", "fields": "x1"}, "no field of the plate"),
 }
 
@@ -591,7 +594,7 @@ def test_the_only_acquisition_owns_what_names_none():
         acquisitions=(Acquisition(1),),
     )
     assert select_fields(plate, acquisition=1) == plate
-    with pytest.raises(SettingsError, match="acquisition '1' is not on the plate, which has: none"):
+    with pytest.raises(SettingsError, match="the plate has no acquisition '1'; it has none"):
         select_fields(
             replace(plate, fields=plate.fields[:1], acquisitions=(), missing=()), acquisition=1
         )
@@ -631,7 +634,7 @@ def test_each_well_is_one_request_to_a_web_server_and_nothing_is_listed(tmp_path
         plate = read_plate(location)
     assert [field.path for field in plate.fields] == ["A/1/0", "A/1/1", "C/3/0", "C/3/1"]
     assert plate.missing == (
-        ("B/2", f"the plate lists this well, but there is no B/2/{key_of(version)}"),
+        ("B/2", f"the plate lists this well, but B/2/{key_of(version)} is missing"),
     )
     of_wells = sorted(
         path.removeprefix("/my%20plate.zarr/") for path in asked if "/2/" in path or "/1/" in path

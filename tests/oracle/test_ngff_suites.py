@@ -228,14 +228,14 @@ def assert_reads_in_part(location: Location) -> None:
 # -- what has to come out, and what the message has to say
 
 MESSAGES = {
-    "refused: 2D images have no z": "and no z: the model segments 3D volumes",
-    "refused: axes other than t, c, z, y and x": "cannot be told apart from t, c, z, y, x",
-    "refused: invalid": r"(metadata are|plate is) invalid: |lists no fields|not as a field is listed|and no x: "
-    r"|without multiscales|is OME-Zarr (foo|0\.3|abc123); 0\.4 and 0\.5 can be read|2 dimensions for axes",
+    "refused: 2D images have no z": "and no z; the model needs 3D volumes",
+    "refused: axes other than t, c, z, y and x": "is not one of t, c, z, y, x",
+    "refused: invalid": r"(metadata are|plate is) invalid: |lists no fields|not in the form of a field|and no x; "
+    r"|without multiscales|is OME-Zarr (foo|0\.3|abc123); megaseg reads 0\.4 and 0\.5|2 dimensions for axes",
     "refused: its rows and columns are exchanged": "in well path .* is not in list of",
     "refused: its scale has fewer numbers than it has axes": "length of axes does not match",
     "refused: a list or a collection, no image": "is (a labels group|a bioformats2raw collection|a Zarr group without)",
-    "refused: OME-Zarr 0.6": r"is OME-Zarr 0\.6\S+; 0\.4 and 0\.5 can be read|not an OME-Zarr image|are invalid: ",
+    "refused: OME-Zarr 0.6": r"is OME-Zarr 0\.6\S+; megaseg reads 0\.4 and 0\.5|not an OME-Zarr image|are invalid: ",
 }
 TABLE: dict[str, dict[str, str]] = {
     "accepted": {

@@ -47,7 +47,7 @@ ODD = {
     "A/1/never": (FieldSpec(n_times=0), "has no voxels"),
     "A/2/blind": (FieldSpec(channels=()), "has no voxels"),
     "A/2/other": (FieldSpec(("er", "golgi")), "has no such channel; it has 0 .er., 1 .golgi."),
-    "B/2/no name": (FieldSpec(), "no name of a row, column or field"),
+    "B/2/no name": (FieldSpec(), "not a valid name of a row, column or field"),
     "B/1/twice": (FieldSpec(("dna", "dna", "actin")), "2 channels of .* match; choose one"),
 }
 

@@ -170,7 +170,7 @@ def test_a_fault_that_stays_is_named_after_a_few_attempts(relay, folder, fault, 
 def test_a_wrong_key_is_told_at_once(relay, folder, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
     clear_store_caches()
-    with pytest.raises(StoreError, match="the secret does not fit"):
+    with pytest.raises(StoreError, match="the secret does not match"):
         Location.of(folder).get("a")
     assert len(relay.requests) == 1
 

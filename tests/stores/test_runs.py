@@ -164,7 +164,7 @@ def test_commands_on_a_target_take_the_options_of_its_store(
     assert megaseg("status", target, "--label-name", "other", *store) == 2
     assert "no run of the name other" in capsys.readouterr().err
     assert megaseg("status", target, "--anon", *store) == 2
-    assert "it is not public: leave out --anon" in capsys.readouterr().err
+    assert "the data are not public: remove --anon" in capsys.readouterr().err
 
 
 def test_reading_over_http(image, expected, options, tmp_path):

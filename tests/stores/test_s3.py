@@ -168,7 +168,7 @@ def test_of_eight_that_create_one_succeeds(s3, folder):
 def test_probing_a_target_leaves_nothing(s3, folder):
     Location.of(f"{folder}/deep/target.zarr").require_writable()
     assert Location.of(folder).keys("") == []
-    with pytest.raises(TargetError, match="a whole bucket; name a folder in it"):
+    with pytest.raises(TargetError, match="a whole bucket; give a folder in it"):
         Location.of("s3://private").require_writable()
 
 
@@ -285,42 +285,42 @@ REFUSED = {
         "private",
         look,
         SourceError,
-        "does not know the access key (InvalidAccessKeyId); check AWS_ACCESS_KEY_ID",
+        "is unknown to the store (InvalidAccessKeyId); check AWS_ACCESS_KEY_ID",
     ),
     "wrong key, write": (
         ("nobody", SECRET),
         "private",
         write,
         StoreError,
-        "does not know the access key",
+        "is unknown to the store",
     ),
     "wrong key, probe": (
         ("nobody", SECRET),
         "private",
         probe,
         TargetError,
-        "does not know the access key",
+        "is unknown to the store",
     ),
     "wrong secret, read": (
         (KEY, "wrong-secret"),
         "private",
         look,
         SourceError,
-        "the secret does not fit the access key (SignatureDoesNotMatch); check AWS_ACCESS_KEY_ID",
+        "the secret does not match the access key (SignatureDoesNotMatch); check AWS_ACCESS_KEY_ID",
     ),
     "wrong secret, write": (
         (KEY, "wrong-secret"),
         "private",
         write,
         StoreError,
-        "the secret does not fit",
+        "the secret does not match",
     ),
     "wrong secret, probe": (
         (KEY, "wrong-secret"),
         "private",
         probe,
         TargetError,
-        "the secret does not fit",
+        "the secret does not match",
     ),
     "reader, write": (
         (READER_KEY, READER_SECRET),
@@ -406,14 +406,14 @@ def test_a_public_bucket_is_read_without_credentials_and_nothing_else_is(
     assert read_image(private) == image
     with pytest.raises(TargetError) as caught:
         (public / "out.zarr").require_writable()
-    one_line(caught, "access denied", "leave out --anon")
+    one_line(caught, "access denied", "remove --anon")
     configure(StoreOptions.parse(s3_server.url, anon=True, source=private.url))
     with pytest.raises(SourceError) as caught:
         read_image(private)
     one_line(
         caught,
-        "access denied (AccessDenied); it is not public: "
-        "leave out --anon, and set AWS_ACCESS_KEY_ID",
+        "access denied (AccessDenied); the data are not public: "
+        "remove --anon, and set AWS_ACCESS_KEY_ID",
     )
 
 
@@ -613,7 +613,9 @@ def test_a_bucket_that_vanishes_is_no_background(s3, options, tmp_path):
     for box in (Box.of(SHAPE), Box((5, 3, 2), (6, 4, 9))):
         with pytest.raises(StoreError) as caught:
             volume.read(box)
-        one_line(caught, f"cannot open {location}/0: the array is not there any more")
+        one_line(
+            caught, f"cannot open {location}/0: the array, its bucket or its disk is missing now"
+        )
     with pytest.raises(StoreError) as caught:
         volume.write(Box.of(SHAPE), blobs(SHAPE))
     with pytest.raises(StoreError, match="no such bucket"):
@@ -621,7 +623,7 @@ def test_a_bucket_that_vanishes_is_no_background(s3, options, tmp_path):
     with pytest.raises(StoreError, match="no such bucket"):
         location.keys("")
     clear_array_cache()
-    with pytest.raises(StoreError, match="not there any more"):
+    with pytest.raises(StoreError, match="missing now"):
         volume.read(Box.of(SHAPE))
 
 
