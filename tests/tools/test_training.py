@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,8 @@ from megaseg_dask.errors import (
     StoreError,
     TargetError,
 )
-from megaseg_dask.tools.training import Request, environment, train
-from megaseg_dask.tools.training.dataset import write_dataset
+from megaseg_dask.tools.training import Request, checks, environment, train
+from megaseg_dask.tools.training.dataset import digest_of, write_dataset
 from megaseg_dask.tools.training.examples import Example, Tiff
 from megaseg_dask.tools.training.manifest import read_examples
 from megaseg_dask.tools.training.splits import split_examples
@@ -40,7 +41,7 @@ SHAPE = (20, 40, 44)
 def write_pair(
     folder: Path, name: str, shape=SHAPE, axes: str = "ZYX"
 ) -> tuple[np.ndarray, np.ndarray]:
-    image = blobs(shape)
+    image = blobs(shape, seed=sum(map(ord, name)))
     labels = (image > 1300).astype(np.uint16) * 9
     for kind, values in (("raw", image), ("seg", labels)):
         imwrite(folder / f"{name}_{kind}.ome.tif", values, ome=True, metadata={"axes": axes})
@@ -79,20 +80,21 @@ def rows_of(folder: Path, split: str) -> list[dict]:
 def test_a_csv_becomes_images_and_masks_of_one_channel(tmp_path):
     image, labels = write_pair(tmp_path, "a")
     many, of_many = write_pair(tmp_path, "b", (2, *SHAPE), "CZYX")
+    others, _ = write_pair(tmp_path, "d", (2, *SHAPE), "CZYX")
     imwrite(tmp_path / "b_seg.ome.tif", of_many[1], ome=True, metadata={"axes": "ZYX"})
     imwrite(tmp_path / "c_raw.tif", image)  # no axes at all
     manifest = write_manifest(
         tmp_path,
         "raw,seg,split",
         "b_raw.ome.tif,b_seg.ome.tif,train",
-        "b_raw.ome.tif,a_seg.ome.tif,VALID",
+        "d_raw.ome.tif,a_seg.ome.tif,VALID",
         "gone.tif,gone.tif,test",
     )
     examples = split_examples(read_examples(manifest, "1", None), 0.5, PATCH)
     assert write_dataset(examples, tmp_path / "data") == {"train": 1, "val": 1}
-    for split, truth in (("train", of_many[1]), ("val", labels)):
+    for split, raw, truth in (("train", many, of_many[1]), ("val", others, labels)):
         (row,) = rows_of(tmp_path / "data", split)
-        np.testing.assert_array_equal(imread(row["raw"]), many[1])
+        np.testing.assert_array_equal(imread(row["raw"]), raw[1])
         np.testing.assert_array_equal(imread(row["seg1"]), truth > 0)
     manifest = write_manifest(
         tmp_path, "raw,seg", "c_raw.tif,a_seg.ome.tif", "a_raw.ome.tif,a_seg.ome.tif"
@@ -153,7 +155,7 @@ shapes = st.tuples(*[st.integers(8, 300)] * 3)
 
 
 def example(name: str, shape=SHAPE, group: str | None = None) -> Example:
-    file = Tiff(name, "ZYX")
+    file = Tiff(name, "ZYX", channel=0, n_bytes=1, modified_ns=1)
     return Example(name, group or name, file, file, Box.of(shape))
 
 
@@ -247,6 +249,94 @@ def test_a_bad_manifest_is_one_line_and_nothing_is_written(name, tmp_path):
     with pytest.raises(SourceError, match=message):
         train(request, print)
     assert not (tmp_path / "out").exists()
+
+
+def write_tiff(path: Path, values: np.ndarray) -> None:
+    imwrite(path, values, ome=True, metadata={"axes": "ZYX"})
+
+
+IMAGE = blobs(SHAPE)
+MASK = IMAGE > 1300
+LYING_LABELS = {
+    "probabilities": (MASK * np.float32(0.7), "hold 0.7, as probabilities or intensities do"),
+    "1 for background, 255 for objects": (
+        np.where(MASK, 255, 1).astype(np.uint8),
+        "no background, the smallest value is 1",
+    ),
+    "the image": (IMAGE, "look like intensities"),
+    "an image with empty background": (np.where(MASK, IMAGE, 0), "look like intensities"),
+    "not annotated": (np.where(MASK, 3, -1).astype(np.int16), "hold -1"),
+}
+
+
+@pytest.mark.parametrize("name", LYING_LABELS)
+def test_labels_that_are_none_are_named_before_a_training_begins(name, tmp_path, somewhere):
+    labels, message = LYING_LABELS[name]
+    write_pair(tmp_path, "a")
+    write_tiff(tmp_path / "b_raw.ome.tif", IMAGE[::-1])
+    write_tiff(tmp_path / "b_seg.ome.tif", labels)
+    manifest = write_manifest(
+        tmp_path,
+        "raw,seg,split",
+        "a_raw.ome.tif,a_seg.ome.tif,train",
+        "b_raw.ome.tif,b_seg.ome.tif,val",
+    )
+    lying = Request(manifest, "MegaSeg_light", str(tmp_path / "out"), patch=PATCH)
+    with pytest.raises(SourceError, match=f"line 3: its labels.*{message}"):
+        train(lying, print)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", [1, 255])
+def test_masks_of_any_value_and_type_are_taken(inside, tmp_path):
+    for dtype in (np.uint8, np.uint16, np.float32):
+        checks.require_labels("a mask", (MASK * inside).astype(dtype))
+    checks.require_labels("a mask", MASK)
+    checks.require_labels("noise", np.random.default_rng(0).integers(0, 2, SHAPE))
+
+
+def test_a_mask_given_as_an_image_is_named(tmp_path, somewhere):
+    write_pair(tmp_path, "a")
+    write_tiff(tmp_path / "b_raw.ome.tif", np.where(MASK, 255, 1).astype(np.uint8))
+    write_tiff(tmp_path / "b_seg.ome.tif", MASK.astype(np.uint8))
+    manifest = write_manifest(
+        tmp_path,
+        "raw,seg,split",
+        "a_raw.ome.tif,a_seg.ome.tif,train",
+        "b_raw.ome.tif,b_seg.ome.tif,val",
+    )
+    lying = Request(manifest, "MegaSeg_light", str(tmp_path / "out"), patch=PATCH)
+    with pytest.raises(SourceError, match="line 3: the image has one value in its objects, 255"):
+        train(lying, print)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_image_in_both_splits_is_named(copied, tmp_path, somewhere):
+    write_pair(tmp_path, "a")
+    second = "a"
+    if copied:
+        for kind in ("raw", "seg"):
+            shutil.copy(tmp_path / f"a_{kind}.ome.tif", tmp_path / f"b_{kind}.ome.tif")
+        second = "b"
+    manifest = write_manifest(
+        tmp_path,
+        "raw,seg,split",
+        "a_raw.ome.tif,a_seg.ome.tif,train",
+        f"{second}_raw.ome.tif,{second}_seg.ome.tif,val",
+    )
+    leaking = Request(manifest, "MegaSeg_light", str(tmp_path / "out"), patch=PATCH)
+    with pytest.raises(SourceError, match=r"line 2 and .*line 3 are the same image"):
+        train(leaking, print)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_changed_is_another_example(tmp_path):
+    write_pair(tmp_path, "a")
+    manifest = write_manifest(tmp_path, "raw,seg", "a_raw.ome.tif,a_seg.ome.tif")
+    before = digest_of(read_examples(manifest, None, None))
+    assert digest_of(read_examples(manifest, None, None)) == before
+    write_tiff(tmp_path / "a_seg.ome.tif", np.ones(SHAPE, np.uint16))
+    assert digest_of(read_examples(manifest, None, None)) != before
 
 
 def test_an_omezarr_without_labels_is_refused(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.errors import SourceError
+from megaseg_dask.tools.training.checks import both_splits, require_image, require_labels
 from megaseg_dask.tools.training.examples import TRAIN, VALIDATION, Example
 
 COLUMNS = ("raw", "seg1", "base_image")
@@ -34,15 +35,21 @@ def write_dataset(examples: Sequence[Example], folder: Path) -> dict[str, int]:
     Files that exist are kept. A volume without any label is left out: nobody labelled it.
 
     Raises:
-        SourceError: if the labels of a whole split are empty.
+        SourceError: if the labels of a whole split are empty, an image or its labels are not what
+            they are listed as, or the same image is in both splits under two names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[tuple[str, str, str]]] = {TRAIN: [], VALIDATION: []}
+    by_content: dict[str, Example] = {}
     for example in examples:
         files = _write_example(example, folder)
-        if files is not None:
-            image, mask = files
-            rows[str(example.split)].append((str(image), str(mask), COLUMNS[1]))
+        if files is None:
+            continue
+        image, mask = files
+        rows[str(example.split)].append((str(image), str(mask), COLUMNS[1]))
+        first = by_content.setdefault(_content_file(image).read_text(), example)
+        if first.split != example.split:
+            raise both_splits(first.name, example.name)
     for split, of_split in rows.items():
         if not of_split:
             problem = f"the labels of every image for {split} are empty"
@@ -62,13 +69,23 @@ def _write_example(example: Example, folder: Path) -> tuple[Path, Path] | None:
         return None
     # The mask is written last: with it the example is complete.
     if not mask.exists():
-        is_object = example.labels.read(example.box) > 0
+        labels = example.labels.read(example.box)
+        is_object = labels > 0
         if not is_object.any():
             empty.touch()
             return None
-        _write_tiff(image, example.image.read(example.box))
+        require_labels(example.name, labels)
+        values = example.image.read(example.box)
+        require_image(example.name, values, is_object)
+        _content_file(image).write_text(hashlib.sha256(values.tobytes()).hexdigest())
+        _write_tiff(image, values)
         _write_tiff(mask, is_object.astype(np.uint8))
     return image, mask
+
+
+def _content_file(image: Path) -> Path:
+    """Return the file with the digest of an image's voxels."""
+    return image.with_suffix(".sha256")
 
 
 def _write_tiff(path: Path, values: NDArray[Any]) -> None:

@@ -6,6 +6,7 @@ whole manifest is checked before anything is written.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,11 +34,16 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tiff:
-    """A TIFF file with one timepoint, of which one channel is read."""
+    """A TIFF file with one timepoint, of which one channel is read.
+
+    A file of another size or time is another file: a training does not continue with it.
+    """
 
     path: str
     axes: str
-    channel: int = 0
+    channel: int
+    n_bytes: int
+    modified_ns: int
 
     def read(self, box: Box) -> NDArray[Any]:
         """Read a box as ``(z, y, x)``."""
@@ -96,7 +102,9 @@ def open_tiff(path: str, channel: str | None) -> tuple[Tiff, Shape]:
         expected = "expected z, y and x, and at most channels"
         raise SourceError(f"{path} has axes {axes} of {extents}; {expected}")
     shape = tuple(sizes[axis] for axis in "ZYX")
-    return Tiff(path, axes, _tiff_channel(path, channel, sizes.get("C", 1))), shape
+    chosen = _tiff_channel(path, channel, sizes.get("C", 1))
+    about = Path(path).stat()
+    return Tiff(path, axes, chosen, about.st_size, about.st_mtime_ns), shape
 
 
 def _tiff_channel(path: str, channel: str | None, n_channels: int) -> int:

@@ -74,7 +74,7 @@ class TrainingFolder:
         if differing and not overwrite:
             difference = "other options, another recipe or other images"
             if differing == ["examples"]:
-                difference = "the images"
+                difference = "other images, or with files that have changed since"
             advice = "choose another folder, or pass --overwrite"
             raise TargetError(f"{self.out} holds a training with {difference}; {advice}")
 

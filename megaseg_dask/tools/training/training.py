@@ -7,6 +7,7 @@ from megaseg_dask.models import load_bundle
 from megaseg_dask.run.lease import Leases
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.training.card import Training, read_losses, write_card
+from megaseg_dask.tools.training.checks import require_apart
 from megaseg_dask.tools.training.cytodl_process import run_cytodl
 from megaseg_dask.tools.training.dataset import digest_of, write_dataset
 from megaseg_dask.tools.training.environment import find_python
@@ -31,6 +32,7 @@ def train(request: Request, emit: Emit) -> Trained:
     recipe, bundle = resolve_recipe(request)
     listed = read_examples(request.manifest, request.channel, request.label)
     examples = split_examples(listed, request.validation, recipe.patch_shape)
+    require_apart(examples)
     python = find_python()
     folder = TrainingFolder(request.out)
     identity = identity_of(recipe, bundle, digest_of(examples))
