@@ -5,6 +5,7 @@ often, and only the first failures get one: an hour or a night is some hundred
 lines. What is left out is in the journal.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
@@ -275,6 +276,23 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "missing"
+
+
+def install_command(extra: str) -> str:
+    """Return a command that installs what an extra of this package has, wherever that came from.
+
+    It names the packages themselves: the name of this package need not be known to an index.
+    """
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        requirements = requires("megaseg-dask") or []
+    except PackageNotFoundError:
+        requirements = []
+    marker = re.compile(rf"extra == .{re.escape(extra)}.$")
+    packages = [text.split(";")[0].strip() for text in requirements if marker.search(text)]
+    quoted = [f"'{package}'" for package in packages or [f"megaseg-dask[{extra}]"]]
+    return f"pip install {' '.join(quoted)}"
 
 
 def one_line(text: object, max_length: int = 80) -> str:

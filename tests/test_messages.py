@@ -12,7 +12,13 @@ import sys
 import pytest
 
 from megaseg_dask.events import Failure, Notice, Progress, Started
-from megaseg_dask.messages import Narrator, duration, progress_line, size_text
+from megaseg_dask.messages import (
+    Narrator,
+    duration,
+    install_command,
+    progress_line,
+    size_text,
+)
 
 
 def progress(
@@ -70,6 +76,12 @@ def test_a_scheduler_without_a_dashboard_has_none():
 def test_words():
     assert [duration(s) for s in (5, 89, 200, 7300)] == ["5 s", "89 s", "3 min", "2 h 2 min"]
     assert [size_text(n) for n in (12, 1234, 5.5e9, 2e12)] == ["12 B", "1.23 kB", "5.5 GB", "2 TB"]
+
+
+def test_the_command_that_installs_an_extra_names_packages_that_an_index_has():
+    assert install_command("jobqueue") == "pip install 'dask-jobqueue>=0.9'"
+    assert install_command("demo").count(">=") > 1
+    assert "megaseg-dask" not in install_command("view")
 
 
 SCRIPT = """

@@ -20,6 +20,7 @@ from megaseg_dask.inference.engine_names import EngineName
 from megaseg_dask.inference.ensemble import Averaged, BundleRef, ModelRef
 from megaseg_dask.inference.gpu import cuda_devices
 from megaseg_dask.inference.machine import n_cores
+from megaseg_dask.messages import install_command
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,10 @@ class EngineKind:
     """One engine: what it runs on, what it needs, and what its forward passes cost.
 
     ``module`` has a function ``open_bundle(ref, spec)`` that returns the engine.
-    ``precisions`` are those of each device. ``extra`` installs ``package``.
-    ``versions`` says of each package that can change a bit how many leading parts
-    of its version must agree between a client and its workers.
+    ``precisions`` are those of each device. ``extra`` is the extra of this package that
+    installs ``package``; it is empty if ``package`` is always installed. ``versions``
+    says of each package that can change a bit how many leading parts of its version
+    must agree between a client and its workers.
     """
 
     title: str
@@ -106,7 +108,9 @@ class EngineKind:
     @property
     def install_command(self) -> str:
         """The command that installs it."""
-        return f"pip install '{self.extra}'"
+        if not self.extra:
+            return f"pip install {self.package}"
+        return install_command(self.extra)
 
     def offers(self, device: str, precision: str) -> bool:
         """Return whether it computes in a precision, or in any for ``auto``, on a device."""
@@ -120,7 +124,7 @@ ENGINES: Mapping[EngineName, EngineKind] = {
         title="PyTorch",
         module="megaseg_dask.inference.pytorch",
         package="torch",
-        extra="megaseg-dask",
+        extra="",
         precisions={"cpu": ("fp32",), "cuda": ("fp32", "bf16", "fp16")},
         versions={"torch": 9},
         # Skip connection, concatenation, residual, convolution buffers, and what the heap loses
@@ -138,7 +142,7 @@ ENGINES: Mapping[EngineName, EngineKind] = {
         title="OpenVINO",
         module="megaseg_dask.inference.openvino",
         package="openvino",
-        extra="megaseg-dask[openvino]",
+        extra="openvino",
         precisions={"cpu": ("fp32", "bf16")},
         versions={"torch": 1, "openvino": 9},
         # The weights as they were and repacked, and kernels. Measured with filters from 4 to 32.

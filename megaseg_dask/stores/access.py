@@ -20,6 +20,7 @@ from typing import Any
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from megaseg_dask.errors import MegasegError, SettingsError
+from megaseg_dask.messages import install_command
 from megaseg_dask.stores.address import WEB, azure_names, normalize, scheme_of, split
 from megaseg_dask.stores.clouds import CLOUDS, Cloud, Config, forget_environment
 
@@ -252,7 +253,7 @@ def _log_in(root: str, cloud: Cloud) -> Any:
         if provider is not None:
             provider()
     except ImportError as error:
-        install = f"pip install 'megaseg-dask[{cloud.extra}]' to use other logins"
+        install = f"{install_command(cloud.extra)} to use other logins"
         raise SettingsError(f"{nothing}; {variables}, {install}, {public}") from error
     except MegasegError:
         raise

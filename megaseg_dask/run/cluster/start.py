@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 from megaseg_dask.errors import EngineError, MegasegError, SettingsError
-from megaseg_dask.messages import closest, nearest
+from megaseg_dask.messages import closest, install_command, nearest
 from megaseg_dask.plan.cluster_spec import Cluster, TlsFiles
 from megaseg_dask.plan.plan import TASKS_AT_ONCE
 from megaseg_dask.run.cluster.dask_config import inherited
@@ -395,7 +395,7 @@ def _library(name: str, extra: str) -> Any:
     except ImportError as error:
         package = name.partition(".")[0].replace("_", "-")
         raise SettingsError(
-            f"this kind of cluster needs {package}: pip install 'megaseg-dask[{extra}]'"
+            f"this kind of cluster needs {package}: {install_command(extra)}"
         ) from error
 
 

@@ -19,7 +19,7 @@ from megaseg_dask.errors import BundleError
 from megaseg_dask.inference.engine import resolve_engine
 from megaseg_dask.inference.gpu import cuda_devices, cuda_version
 from megaseg_dask.inference.machine import memory_bytes, n_cores
-from megaseg_dask.messages import size_text, version_of
+from megaseg_dask.messages import install_command, size_text, version_of
 from megaseg_dask.models.registry import PUBLISHED, find
 from megaseg_dask.plan.planner import default_memory_bytes
 from megaseg_dask.tools.doctor.address import Finding, check_address, check_disk
@@ -135,8 +135,7 @@ def _check_engine() -> Finding:
     engine = f"engine {spec.engine} {spec.precision} on {spec.device} ({reason})"
     advice = ""
     if spec.engine == "torch" and spec.device == "cpu":
-        install = "pip install 'megaseg-dask[openvino]'"
-        advice = f"OpenVINO is several times faster on a CPU: {install}"
+        advice = f"OpenVINO is several times faster on a CPU: {install_command('openvino')}"
     return Finding("auto", f"{engine}, {spec.threads} threads per forward pass", advice)
 
 
@@ -144,7 +143,7 @@ def _check_dashboard() -> Finding:
     # Dask's dashboard is drawn by bokeh.
     if importlib.util.find_spec("bokeh"):
         return Finding("dashboard", "can be shown")
-    advice = "to watch workers in a browser: pip install 'megaseg-dask[dashboard]'"
+    advice = f"to watch workers in a browser: {install_command('dashboard')}"
     return Finding("dashboard", "cannot be shown", advice)
 
 

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Shape
 from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.messages import install_command
 from megaseg_dask.ngff.foreign import EXTRA_READERS, TIFF_SUFFIXES
 from megaseg_dask.ngff.units import micrometers, seconds
 from megaseg_dask.stores import cause_of, open_served
 
 Array = NDArray[Any]
 AXES = "TCZYX"
-_INSTALL = "pip install 'megaseg-dask[import]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _naming(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise SourceError(f"{path} does not exist; check the path") from error
     except Exception as error:
-        advice = f"; {_INSTALL}" if "imagecodecs" in str(error) else ""
+        advice = f"; {install_command('import')}" if "imagecodecs" in str(error) else ""
         raise SourceError(f"{path} cannot be read: {cause_of(error)}{advice}") from error
     finally:
         logger.removeHandler(heard)
@@ -306,7 +306,8 @@ class BioioFile:
             reader_class = importlib.import_module(module).Reader
         except ImportError as error:
             raise SettingsError(
-                f"{path}: {path.suffix} files are read by {module.replace('_', '-')}: {_INSTALL}"
+                f"{path}: {path.suffix} files are read by {module.replace('_', '-')}: "
+                f"{install_command('import')}"
             ) from error
         self._path = path
         with _naming(path):

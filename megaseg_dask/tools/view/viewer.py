@@ -13,11 +13,10 @@ from dataclasses import asdict
 from typing import Any
 
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.messages import install_command
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.view.gallery import Gallery, Scene
 from megaseg_dask.tools.view.neuroglancer_state import changed, controls_of, keep_looks, state_of
-
-_INSTALL = "pip install 'megaseg-dask[view]'"
 
 
 def view(
@@ -37,7 +36,7 @@ def view(
     try:
         import neuroglancer
     except ImportError as error:
-        raise SettingsError(f"the viewer needs Neuroglancer: {_INSTALL}") from error
+        raise SettingsError(f"the viewer needs Neuroglancer: {install_command('view')}") from error
     asyncio.run(_serve(neuroglancer, gallery, announce, browser))
 
 
