@@ -7,30 +7,43 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: demo test test-slow check docs bench clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dashboard,demo,docs,view,test]'
-	touch $@
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-demo: $(VENV)/.installed  ## Segment real cells and say where to look
-	$(BIN)/megaseg demo megaseg-demo
+$(BIN)/python:
+	@echo "Making a Python environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
-test: $(VENV)/.installed  ## Every promise, fast
+# What the demo and the viewer need.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing megaseg and what it needs into $(VENV). PyTorch is large: this can take some minutes."
+	@$(PIP) -e '.[demo,view]'
+	@touch $@
+
+# What tests and pages need, and with it all that the demo needs.
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing megaseg and what its tests need into $(VENV): about 3 GB, some minutes."
+	@$(PIP) -e '.[dashboard,demo,docs,view,test]'
+	@touch $(VENV)/.demo $@
+
+demo: $(VENV)/.demo  ## Segment real nuclei, and print where the results are
+	@$(BIN)/megaseg demo megaseg-demo
+
+test: $(VENV)/.test  ## Every promise, fast
 	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --durations=10
 
-test-slow: $(VENV)/.installed  ## What takes longer: kills, large volumes, servers
+test-slow: $(VENV)/.test  ## What takes longer: kills, large volumes, servers
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile --durations=10
 
-check: $(VENV)/.installed  ## Lint, types and layers
+check: $(VENV)/.test  ## Lint, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(VENV)/.installed  ## Build the pages into site/, strictly and offline
+docs: $(VENV)/.test  ## Build the pages into site/, strictly and offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.installed  ## Measure, and write benchmarks/results
+bench: $(VENV)/.test  ## Measure, and write benchmarks/results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
