@@ -208,6 +208,7 @@ STAGE_PHRASES = {
     "volume": "segmenting volumes",
     "import": "copying planes",
     "measure": "measuring intensities",
+    "pool": "joining intensities of groups",
     "segment": "predicting blocks",
     "histogram": "counting scores",
     "cutoff": "finding the threshold",

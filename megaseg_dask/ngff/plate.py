@@ -113,7 +113,7 @@ class Plate:
     def wells(self) -> tuple[str, ...]:
         """Paths of all wells, those that cannot be read last."""
         readable = [field.well for field in self.fields]
-        missing = [_well_of(path) for path, _ in self.missing]
+        missing = [well_of(path) for path, _ in self.missing]
         return tuple(dict.fromkeys(readable + missing))
 
     def fields_of(self, acquisition: int) -> list[Field]:
@@ -130,7 +130,8 @@ def _require_once(kind: str, names: Iterable[object]) -> None:
             raise SourceError(f"{kind} {name!r} is listed more than once")
 
 
-def _well_of(path: str) -> str:
+def well_of(path: str) -> str:
+    """Return the path of the well of a field."""
     return "/".join(path.split("/")[:2])
 
 
@@ -348,7 +349,7 @@ def _paths(fields: Iterable[Field]) -> set[str]:
 
 def _paths_in_wells(paths: Collection[str], pattern: str) -> set[str]:
     well = re.compile(re.escape(pattern).replace(r"\*", "[^/]+"))
-    return {path for path in paths if well.fullmatch(_well_of(path))}
+    return {path for path in paths if well.fullmatch(well_of(path))}
 
 
 def _paths_of_field(plate: Plate, name: str) -> set[str]:

@@ -21,6 +21,8 @@ _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+)", re.ASCII)
 _UNITS = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", re.ASCII)
 _TIMES = re.compile(r"(\d*)(:?)(\d*)", re.ASCII)
 _LIMITS = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
+# Volumes that may have one normalization: of a field, a well, an acquisition or a plate.
+GROUPS = ("series", "well", "acquisition", "plate")
 _LEVEL = re.compile(r"level:\d+", re.ASCII)
 _WHOLE = re.compile(r"\d+", re.ASCII)
 
@@ -188,17 +190,20 @@ def parse_threshold(value: object) -> float | str:
 
 
 def parse_normalization(value: object) -> tuple[float, float] | str:
-    """Return mean and standard deviation from ``MEAN,STD``, or ``level:N`` as it is.
+    """Return mean and standard deviation from ``MEAN,STD``; ``level:N`` and groups as they are.
 
     Raises:
         ValueError: It is neither.
     """
-    if isinstance(value, str) and _LEVEL.fullmatch(value.strip()):
-        return value.strip()
+    text = value.strip() if isinstance(value, str) else ""
+    if _LEVEL.fullmatch(text) or text in GROUPS:
+        return text
     try:
         mean, std = map(_number, _values_of(value))
     except (TypeError, ValueError):
-        raise ValueError("expected two numbers MEAN,STD, or level:N") from None
+        raise ValueError(
+            f"expected two numbers MEAN,STD, level:N, or one of {', '.join(GROUPS)}"
+        ) from None
     is_finite = math.isfinite(mean) and math.isfinite(std)
     if not is_finite or std <= 0:
         raise ValueError("expected a finite mean and a standard deviation above 0")

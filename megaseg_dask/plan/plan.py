@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from megaseg_dask.inference.engine import EngineSpec, Forward
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.messages import first_few
 from megaseg_dask.ngff.image import Image, Placement
-from megaseg_dask.ngff.plate import Plate
+from megaseg_dask.ngff.plate import Plate, well_of
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.plan import stages
 from megaseg_dask.plan.choice import channel_text
@@ -38,7 +39,7 @@ from megaseg_dask.plan.memory import (
     decoded_bytes,
     resampling_bytes,
 )
-from megaseg_dask.plan.resolved import Given, OfLevel, Resolved
+from megaseg_dask.plan.resolved import Given, OfGroup, OfLevel, Resolved
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.stages import Fact, PlannedStage, Stage
 from megaseg_dask.plan.voxel_size import VolumeForm, is_far, size_text, times_text
@@ -234,7 +235,7 @@ class Plan(BaseModel):
     @property
     def is_one_task(self) -> bool:
         """Whether a volume is one block, and so one task."""
-        if len(self.block_grid()) > 1:
+        if len(self.block_grid()) > 1 or self.resolved.pools_statistics():
             return False
         # A ROI has the statistics of its whole volume, which may be large.
         return self.resolved.roi is None or self.measure_level is None
@@ -256,6 +257,23 @@ class Plan(BaseModel):
             case OfLevel(level):
                 return level - self.resolved.level
         return 0
+
+    @cached_property
+    def groups(self) -> dict[str, list[int]]:
+        """The volumes that have one normalization, where the settings ask for groups, by names."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        if self.resolved.pools_statistics():
+            for number in range(len(self.volumes)):
+                groups[self.group_of(number)].append(number)
+        return dict(groups)
+
+    def group_of(self, volume: int) -> str:
+        """Return the name of the group of a volume; its channels are those of the volume."""
+        assert isinstance(self.resolved.normalization, OfGroup)
+        planned = self.volumes[volume]
+        group = group_of_field(self.resolved.normalization, self.plate, planned.image)
+        channels = ",".join(map(str, planned.channels))
+        return f"{group} c={channels}".strip()
 
     @property
     def measure_grid(self) -> BlockGrid:
@@ -425,6 +443,9 @@ class Plan(BaseModel):
         engine = self._engine_bytes
         sizes = self._sizes_of(block)
         is_one_block = sizes.core_voxels == sizes.volume_voxels
+        if self.resolved.pools_statistics():
+            # Volumes wait for each other between two stages.
+            is_one_block = False
         of_tasks = stages.project(sizes, self.resolved, is_one_block=is_one_block)
         # The engine is kept open from one task to the next.
         idle = IDLE_BYTES + engine.kept
@@ -503,6 +524,19 @@ class Plan(BaseModel):
             fills_holes=self.resolved.fills_holes(),
             split_voxels=self.split_voxels,
         )
+
+
+def group_of_field(normalization: OfGroup, plate: Plate | None, path: str) -> str:
+    """Return the name of the group of a field, ``""`` of an image that is in no plate."""
+    match normalization.kind:
+        case "series":
+            return path
+        case "well":
+            return well_of(path)
+        case "acquisition" if plate is not None:
+            ids = [field.acquisition for field in plate.fields if field.path == path]
+            return f"acquisition {ids[0]}" if ids else "acquisition unknown"
+    return "plate"
 
 
 def _iter_diagonal(grid: BlockGrid) -> Iterator[Box]:

@@ -30,6 +30,7 @@ from megaseg_dask.ngff.plate import require_valid_listing
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.plan.choice import Choice
 from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
+from megaseg_dask.plan.groups import require_whole_groups
 from megaseg_dask.plan.memory import BUDGET_SHARE, CLIENT_BYTES, LEAST_SPLIT_VOXELS
 from megaseg_dask.plan.plan import Plan, PlannedImage, PlannedVolume, run_folder
 from megaseg_dask.plan.plate_parts import Part, first_refusal
@@ -58,6 +59,8 @@ def make_plans(
     plans: list[tuple[Plan, Part]] = []
     refused: dict[str, SettingsError | SourceError] = {}
     missing: list[tuple[str, str]] = []
+    parts, lacking = require_whole_groups(parts, settings)
+    refused |= lacking
     for part in parts:
         try:
             plans.append((make_plan(source, target, settings, part, emit), part))

@@ -30,6 +30,16 @@ class OfLevel:
 
 
 @dataclass(frozen=True, slots=True)
+class OfGroup:
+    """Mean and standard deviation of all voxels of a group of volumes.
+
+    ``kind`` is series, well, acquisition or plate.
+    """
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class Given:
     """The same mean and standard deviation for all volumes."""
 
@@ -52,7 +62,7 @@ class Automatic:
 
 
 # Longer forms first: of a recorded value, the form whose fields are all there is meant.
-NormalizationSource: TypeAlias = Given | OfLevel | OfVolume
+NormalizationSource: TypeAlias = Given | OfLevel | OfGroup | OfVolume
 Threshold: TypeAlias = Fixed | Automatic
 
 
@@ -61,8 +71,10 @@ def normalization_of(settings: Settings) -> NormalizationSource:
     match settings.normalization:
         case None:
             return OfVolume()
-        case str(text):
+        case str(text) if text.startswith(_LEVEL):
             return OfLevel(int(text.removeprefix(_LEVEL)))
+        case str(kind):
+            return OfGroup(kind)
         case (mean, std):
             return Given(mean, std)
 
@@ -146,6 +158,10 @@ class Resolved:
         """Return whether voxels are read to find mean and standard deviation."""
         return not isinstance(self.normalization, Given)
 
+    def pools_statistics(self) -> bool:
+        """Return whether volumes of a group have one mean and standard deviation."""
+        return isinstance(self.normalization, OfGroup)
+
     # -- as they are recorded
 
     def options(self) -> dict[str, object]:
@@ -194,6 +210,8 @@ class Resolved:
                 return None
             case OfLevel(level):
                 return f"{_LEVEL}{level}"
+            case OfGroup(kind):
+                return kind
             case Given(mean, std):
                 return [mean, std]
 

@@ -150,8 +150,10 @@ class Settings(BaseModel):
         Option(
             SOURCE,
             "Mean and standard deviation for the normalization, or level:N: those of a coarser "
-            "level, which is read faster. (default: those of all voxels of each volume)",
-            "MEAN,STD|level:N",
+            "level, which is read faster. Or one for all timepoints of a field (series), for all "
+            "fields of a well, an acquisition or the plate. (default: those of all voxels of each "
+            "volume)",
+            "MEAN,STD|level:N|series|well|acquisition|plate",
             changes_result=True,
         ),
     ] = None

@@ -86,6 +86,17 @@ STAGES = (
         tells=("statistics",),
     ),
     Stage(
+        "pool",
+        "statistics.require_group",
+        over="volume",
+        per="volume",
+        when=Resolved.pools_statistics,
+        needs=("statistics",),
+        # As without its own: the statistics are those of the whole group.
+        loss="volume",
+        quick=True,
+    ),
+    Stage(
         "segment",
         "scores.segment_block",
         over="blocks",

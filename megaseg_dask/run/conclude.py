@@ -156,7 +156,8 @@ def state_of(plan: Plan, journal: Journal, volume: int) -> VolumeState | None:
     if measure is not None and not journal.is_stage_complete(measure.name, volume):
         return None
     progress = VolumeProgress(Workspace(plan), journal, volume)
-    return progress.state(("statistics", "threshold", "objects"))
+    state = progress.state(("statistics", "threshold", "objects"))
+    return None if state.lacking else state
 
 
 def _state_of(summary: TaskSummary | None) -> VolumeState | None:
@@ -175,7 +176,11 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
                 "ignore its objects"
             )
     summaries = list(
-        chain.from_iterable(journal.summaries(stage.name) for stage in plan.stages[:2])
+        chain.from_iterable(
+            journal.summaries(stage.name)
+            for stage in plan.stages
+            if {"statistics", "scores"} & set(stage.declared.tells)
+        )
     )
     n_absent = sum(summary.absent for summary in summaries)
     if n_absent:

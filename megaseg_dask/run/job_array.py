@@ -247,6 +247,11 @@ def _require_ready(process: _Process, stage: PlannedStage, volume: int) -> None:
     """
     plan = process.plan
     progress = process.progress_of(volume)
+    if "statistics" in stage.declared.needs and not progress.is_group_settled:
+        raise SettingsError(
+            f"stage {plan.stages[0].name} comes first, of all volumes: their statistics are those "
+            "of groups"
+        )
     for earlier in plan.stages[: plan.stages.index(stage)]:
         n_untried = progress.count_untried(earlier)
         if n_untried:
@@ -312,6 +317,8 @@ def _settle(process: _Process, volume: int) -> bool:
     for stage in process.plan.stages:
         progress = process.progress_of(volume)
         left = list(progress.left_of(stage))
+        if left and "statistics" in stage.declared.needs and not progress.is_group_settled:
+            return False
         if left and stage.declared.quick:
             process.require_work(volume)
             progress.prepare(stage)

@@ -147,6 +147,8 @@ def undo_losses(plan: Plan, journal: Journal) -> int:
     changed = _find_changed(plan, journal)
     for volume in changed:
         journal.undo([stage.name for stage in plan.stages], volume)
+    for volume in _others_of_groups(plan, changed):
+        journal.undo([stage.name for stage in plan.stages[1:]], volume)
     finished = {volume for volume in range(len(plan.volumes)) if journal.is_complete(volume)}
     lost = _find_losses(plan, journal, _list(plan, finished), finished)
     harmed = {plan.split_index(*task)[0] for task in lost}
@@ -161,6 +163,15 @@ def undo_losses(plan: Plan, journal: Journal) -> int:
             journal.undo([stage.name for stage in plan.stages if stage.level > level], volume)
     journal.lose(lost)
     return len(lost) + len(changed)
+
+
+def _others_of_groups(plan: Plan, changed: Collection[int]) -> list[int]:
+    """Return the volumes whose normalization is also that of volumes that changed."""
+    if not plan.resolved.pools_statistics():
+        return []
+    groups = {plan.group_of(volume) for volume in changed}
+    members = chain.from_iterable(plan.groups[group] for group in groups)
+    return sorted(set(members) - set(changed))
 
 
 def _find_changed(plan: Plan, journal: Journal) -> list[int]:

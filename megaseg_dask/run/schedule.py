@@ -9,14 +9,19 @@ together with all that was computed in their absence.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from weakref import WeakKeyDictionary
 
-from megaseg_dask.plan.plan import Output
+import numpy as np
+
+from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.plan.stages import Fact, PlannedStage
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.progress import GroupSize
-from megaseg_dask.run.state import ChannelStatistics, OutputState, TaskSummary, VolumeState
-from megaseg_dask.run.tasks.statistics import describe_volume
+from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
+from megaseg_dask.run.tasks.statistics import describe_group, describe_volume
 from megaseg_dask.run.tasks.thresholds import merge_extremes
+from megaseg_dask.run.tasks.worker import volume_name
 from megaseg_dask.run.workspace import Workspace
 
 
@@ -107,12 +112,28 @@ class VolumeProgress:
 
     def state(self, facts: Sequence[Fact]) -> VolumeState:
         """Return facts about the volume, from what its finished tasks told."""
-        statistics: tuple[ChannelStatistics, ...] = ()
+        state = VolumeState()
         if "statistics" in facts:
-            statistics = describe_volume(self._plan, self._summaries("statistics"))
+            state = self._measured()
         outputs = self._plan.outputs_of(self.volume)
         by_output = tuple(self._output_state(output, facts) for output in outputs)
-        return VolumeState(statistics=statistics, by_output=by_output)
+        return replace(state, by_output=by_output)
+
+    def _measured(self) -> VolumeState:
+        """Return the statistics of the volume, or those of its group."""
+        if self._plan.resolved.pools_statistics():
+            return groups_of(self._plan, self._journal).measured(self._plan.group_of(self.volume))
+        statistics = describe_volume(self._plan, self._summaries("statistics"))
+        return VolumeState(statistics=statistics)
+
+    @property
+    def is_group_settled(self) -> bool:
+        """Whether nothing is left untried to measure, if statistics are those of groups."""
+        if not self._plan.resolved.pools_statistics():
+            return True
+        measure = self._plan.stages[0].name
+        n_failed = sum(stage == measure for stage, _ in self._journal.failed)
+        return int((~self._journal.done(measure)).sum()) == n_failed
 
     def _output_state(self, output: Output, facts: Sequence[Fact]) -> OutputState:
         state = OutputState()
@@ -160,6 +181,73 @@ class VolumeProgress:
 
     def _stages_before(self, stage: PlannedStage) -> tuple[PlannedStage, ...]:
         return self._plan.stages[: self._plan.stages.index(stage)]
+
+
+class GroupStatistics:
+    """The statistics of groups of volumes, each computed once from what its tasks told."""
+
+    def __init__(self, plan: Plan, journal: Journal) -> None:
+        """Look at a journal; nothing is read or written."""
+        self._plan = plan
+        self._done = journal.done(plan.stages[0].name)
+        self._summaries = partial(journal.summaries, plan.stages[0].name)
+        self._n_done = 0
+        self._known: dict[str, VolumeState] = {}
+
+    def measured(self, group: str) -> VolumeState:
+        """Return the statistics of a group, or the names of the volumes that it lacks."""
+        n_done = int(self._done.sum())
+        if n_done != self._n_done:
+            self._known.clear()
+            self._n_done = n_done
+        if group not in self._known:
+            self._known[group] = self._describe(group)
+        return self._known[group]
+
+    def _describe(self, group: str) -> VolumeState:
+        members = self._plan.groups[group]
+        by_volume = self._done.reshape(len(self._plan.volumes), -1)
+        unmeasured = set(np.flatnonzero(~by_volume.all(axis=1)).tolist())
+        lacking = [self._plan.volumes[volume] for volume in members if volume in unmeasured]
+        if lacking:
+            return VolumeState(lacking=tuple(map(volume_name, lacking)))
+        told = [self._summaries(volume) for volume in members]
+        return VolumeState(statistics=describe_group(self._plan, told))
+
+
+_GROUPS: WeakKeyDictionary[Journal, GroupStatistics] = WeakKeyDictionary()
+
+
+def groups_of(plan: Plan, journal: Journal) -> GroupStatistics:
+    """Return the statistics of groups that a journal tells."""
+    if journal not in _GROUPS:
+        _GROUPS[journal] = GroupStatistics(plan, journal)
+    return _GROUPS[journal]
+
+
+class GroupMeasures:
+    """The tasks that measure all volumes, before a volume of any group is predicted."""
+
+    def __init__(self, plan: Plan, journal: Journal) -> None:
+        """Find what is left."""
+        self.stage = plan.stages[0].name
+        self._pending = deque((~journal.done(self.stage)).nonzero()[0].tolist())
+        self._n_running = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left that could run."""
+        return not self._pending and not self._n_running
+
+    def take(self, size: GroupSize) -> tuple[str, Sequence[int]]:
+        """Return tasks that may start now, which are then running."""
+        n_taken = min(size(self.stage, len(self._pending)), len(self._pending))
+        self._n_running += n_taken
+        return self.stage, [self._pending.popleft() for _ in range(n_taken)]
+
+    def settle(self) -> None:
+        """Mark a running task as ended."""
+        self._n_running -= 1
 
 
 class VolumeSchedule:
@@ -218,6 +306,9 @@ class Schedule:
         self._workspace = workspace
         self._plan = workspace.plan
         self._journal = journal
+        self._measures: GroupMeasures | None = None
+        if self._plan.resolved.pools_statistics():
+            self._measures = GroupMeasures(self._plan, journal)
         self._active: list[VolumeSchedule] = []
         self._upcoming = self._iter_volumes()
 
@@ -236,13 +327,19 @@ class Schedule:
                     continue
                 self._workspace.create_work(volume)
             progress = VolumeProgress(self._workspace, self._journal, volume)
-            yield VolumeSchedule(progress, self._plan.stages)
+            stages = self._plan.stages
+            if self._measures is not None:
+                # A volume that could not be measured is tried again by the next run.
+                stages = stages[1:]
+            yield VolumeSchedule(progress, stages)
 
     def take(self, size: GroupSize) -> tuple[str, Sequence[int]]:
         """Return tasks of the first volume that has some.
 
         A volume begins only when those before leave workers idle.
         """
+        if self._measures is not None and not self._measures.is_over:
+            return self._measures.take(size)
         while True:
             for schedule in self._active:
                 if schedule.n_ready:
@@ -255,6 +352,9 @@ class Schedule:
 
     def settle(self, stage: str, index: int) -> None:
         """Mark a running task as ended, and remove the intermediate data of a finished volume."""
+        if self._measures is not None and stage == self._measures.stage:
+            self._measures.settle()
+            return
         volume = 0
         if not self._plan.is_one_task:
             volume, _ = self._plan.split_index(stage, index)

@@ -160,13 +160,14 @@ class VolumeState:
 
     ``missing`` are the numbers of the blocks that failed in an earlier stage,
     ``outputs`` the kinds of arrays that the volume will have. Statistics are
-    empty until the volume is measured.
+    empty until the volume is measured; of a group, while it is ``lacking`` volumes.
     """
 
     missing: tuple[int, ...] = ()
     outputs: tuple[str, ...] = ()
     statistics: tuple[ChannelStatistics, ...] = ()
     by_output: tuple[OutputState, ...] = ()
+    lacking: tuple[str, ...] = ()
 
     def to_json(self) -> Json:
         """Return JSON values."""
@@ -175,6 +176,7 @@ class VolumeState:
             "outputs": list(self.outputs),
             "statistics": [asdict(channel) for channel in self.statistics],
             "by_output": outputs_to_json(self.by_output),
+            "lacking": list(self.lacking),
         }
 
     @classmethod
@@ -185,6 +187,7 @@ class VolumeState:
             outputs=tuple(value["outputs"]),
             statistics=statistics_from_json(value),
             by_output=outputs_from_json(value),
+            lacking=tuple(value["lacking"]),
         )
 
     def output(self, number: int) -> OutputState:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import zarr
+from ome_zarr_models.v05.image import ImageAttrs
 from typer.testing import CliRunner
 
 from megaseg_dask.cli.app import build_app
@@ -40,11 +41,11 @@ def test_starter_finds_the_nuclei_about_as_well_as_otsu_or_better(demo):
 
 
 def test_the_source_is_an_image_in_micrometres_with_its_labels(demo):
-    from ome_zarr_models import open_ome_zarr
-
     folder, _ = demo
-    image = open_ome_zarr(zarr.open_group(folder / "nuclei.zarr", mode="r"))
-    scale = image.ome_attributes.multiscales[0].datasets[0].coordinateTransformations[0].scale
+    # The list of labels that ome-zarr-py 0.18 writes lacks a version, so models refuse the whole.
+    ome = zarr.open_group(folder / "nuclei.zarr", mode="r").attrs["ome"]
+    [multiscale] = ImageAttrs.model_validate(ome).multiscales
+    scale = multiscale.datasets[0].coordinateTransformations[0].scale
     assert scale == [0.29, 0.26, 0.26]
     assert zarr.open_group(folder / "nuclei.zarr/labels/truth", mode="r")["s0"].shape == (
         60,

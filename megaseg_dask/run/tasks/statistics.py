@@ -1,6 +1,6 @@
 """The stage ``measure``: statistics of each channel of a volume, for its normalization."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
@@ -13,9 +13,12 @@ from megaseg_dask.algorithms.normalization import (
     PARTITION_SHAPE,
     Counts,
     Normalization,
+    Statistics,
     measure,
     merge_statistics,
 )
+from megaseg_dask.errors import DataError
+from megaseg_dask.messages import first_few
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.resolved import Given
 from megaseg_dask.run.state import ChannelStatistics, PartStatistics, TaskSummary
@@ -77,13 +80,58 @@ def describe_channel(plan: Plan, parts: Iterable[PartStatistics]) -> ChannelStat
     normalization = plan.resolved.normalization
     if isinstance(normalization, Given):
         return ChannelStatistics(normalization.mean, normalization.std)
-    in_order = sorted(parts, key=lambda part: part.place)
-    total = merge_statistics(part.statistics for part in in_order)
+    return _describe(_in_order(parts))
+
+
+def _in_order(parts: Iterable[PartStatistics]) -> Iterator[Statistics]:
+    for part in sorted(parts, key=lambda part: part.place):
+        yield part.statistics
+
+
+def _describe(in_order: Iterable[Statistics]) -> ChannelStatistics:
+    total = merge_statistics(in_order)
     zscore = asdict(Normalization.of(total))
     if not total.n:
         # JSON has no infinity, which is the minimum of a volume without a finite voxel.
         return ChannelStatistics(**zscore, minimum=0.0, maximum=0.0)
     return ChannelStatistics(**zscore, minimum=total.minimum, maximum=total.maximum)
+
+
+def describe_group(
+    plan: Plan, volumes: Sequence[Sequence[TaskSummary]]
+) -> tuple[ChannelStatistics, ...]:
+    """Return the statistics of each channel of a group from the ``measure`` tasks of its volumes.
+
+    They are added in the order of the volumes.
+
+    Raises:
+        DataError: The numbers have no exact mean or std.
+    """
+
+    def describe(channel: int) -> ChannelStatistics:
+        each = [
+            _in_order(chain.from_iterable(summary.parts[channel] for summary in summaries))
+            for summaries in volumes
+        ]
+        return _describe(chain.from_iterable(each))
+
+    return tuple(map(describe, range(plan.model.in_channels)))
+
+
+def require_group(workspace: Workspace, volume: int, _: int) -> TaskSummary:
+    """Require that all volumes of the group of a volume were measured.
+
+    Raises:
+        DataError: Some were not; it names them.
+    """
+    lacking = workspace.state(volume).lacking
+    if lacking:
+        group = workspace.plan.group_of(volume)
+        raise DataError(
+            f"the statistics of its group ({group}) lack {first_few(lacking)}, which could not be "
+            "measured; fix that and run the same command again"
+        )
+    return TaskSummary()
 
 
 def describe_volume(plan: Plan, summaries: Sequence[TaskSummary]) -> tuple[ChannelStatistics, ...]:
