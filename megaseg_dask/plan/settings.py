@@ -170,7 +170,7 @@ class Settings(BaseModel):
         Text | None,
         Option(
             NETWORK,
-            "Checkpoint of the bundle to use. (default: that of the highest epoch)",
+            "Checkpoint of the bundle to use. (default: the best, or of the highest epoch)",
             "FILE",
         ),
     ] = None

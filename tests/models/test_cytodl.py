@@ -218,6 +218,23 @@ def test_training_heads_and_losses_are_left_out(tmp_path, reference):
     assert load_bundle(save(tmp_path / "a.ckpt", content)).digest == reference.digest
 
 
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "module.backbone.", "model.", "net.", "module.model."]
+)
+def test_what_other_programs_put_before_all_keys(prefix, tmp_path, reference):
+    path = write_checkpoint(tmp_path / "a.ckpt", prefix=prefix)
+    assert load_bundle(path).digest == reference.digest
+
+
+def test_moving_averages_are_named(tmp_path):
+    content = checkpoint_content()
+    of_average = checkpoint_content(seed=1, prefix="backbone_ema.")["state_dict"]
+    content["state_dict"] |= of_average
+    assert "moving averages of weights (backbone_ema." in refusal(
+        save(tmp_path / "a.ckpt", content)
+    )
+
+
 def test_old_pickle_format(tmp_path, reference):
     torch.save(checkpoint_content(), tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
     assert load_bundle(tmp_path / "a.ckpt").digest == reference.digest
@@ -250,10 +267,31 @@ def seed_of(bundle) -> int:
         (("best.ckpt", "._best.ckpt"), 0),
         (("last.ckpt", "best.ckpt"), 1),
         (("epoch_010.ckpt", "last-v1.ckpt", "last.ckpt"), 0),
+        (("epoch=9-val_loss=0.25.ckpt", "epoch=12-val_loss=0.31.ckpt", "last.ckpt"), 0),
+        (("epoch=9-val_loss=3e-2.ckpt", "epoch=12-val_loss=0.0299.ckpt"), 1),
+        (("epoch=9-val_loss=0.25.ckpt", "epoch=12.ckpt"), 1),
     ],
 )
 def test_highest_epoch_and_last_only_when_alone(names, chosen, tmp_path):
     assert seed_of(load_bundle(checkpoints(tmp_path, *names))) == chosen
+
+
+@pytest.mark.parametrize("slash", ["/", "\\"])
+@pytest.mark.parametrize("with_last", [True, False])
+def test_the_best_is_what_lightning_recorded(with_last, slash, tmp_path):
+    names = ["epoch_004.ckpt", "epoch_007.ckpt", *["last.ckpt"] * with_last]
+    folder = checkpoints(tmp_path, *names)
+    newest = folder / "checkpoints" / names[-1]
+    content = torch.load(newest, weights_only=True)
+    state = {
+        "monitor": "val/loss",
+        "best_model_score": torch.tensor(0.2),
+        "best_model_path": slash.join(("", "elsewhere", "epoch_004.ckpt")),
+    }
+    torch.save({**content, "callbacks": {"ModelCheckpoint{'monitor': 'val/loss'}": state}}, newest)
+    bundle = load_bundle(folder)
+    assert seed_of(bundle) == 0
+    assert bundle.origins["weights"].endswith("(recorded as the best of 2)")
 
 
 @pytest.mark.parametrize("wanted", ["last", "last.ckpt"])

@@ -168,7 +168,8 @@ def _choose(files: list[File], name: str | None) -> tuple[File, str]:
 
     The napari plugin takes the file that was modified last of those without "last" in their names:
     Lightning keeps only the best beside last.ckpt, so the newest is the best. Copying and unpacking
-    change that time, so here the epoch in the name decides.
+    change that time. So the loss decides if the names state it, else what Lightning recorded as the
+    best, else the epoch in the name.
     """
     if name is not None:
         same_name = [file for file in files if file.name in (name, f"{name}.ckpt")]
@@ -178,6 +179,12 @@ def _choose(files: list[File], name: str | None) -> tuple[File, str]:
         return best[0], "the only one"
     if len(best) == 1:
         return best[0], "the only one beside last.ckpt"
+    losses = [loss for loss in map(_loss, best) if loss is not None]
+    if best and len(losses) == len(best):
+        of_least = [file for file in best if _loss(file) == min(losses)]
+        return max(of_least, key=_epoch), f"the least loss in the names of {len(best)}"
+    if best and (recorded := _recorded_as_best(files, best)):
+        return recorded, f"recorded as the best of {len(best)}"
     newest = max(map(_epoch, best), default=())
     problem = "several of the newest epoch" if newest else "no checkpoint that names its epoch"
     first = [file for file in best if newest and _epoch(file) == newest]
@@ -189,6 +196,23 @@ def _only(chosen: list[File], problem: str, files: list[File]) -> File:
         names = first_few((file.name for file in files), 10) or "none"
         raise BundleError(f"{problem}; there are: {names}; choose one with --checkpoint")
     return chosen[0]
+
+
+def _loss(file: File) -> float | None:
+    """Return the loss that a file's name states, such as ``epoch=12-val_loss=0.034.ckpt``."""
+    match = re.search(r"loss[=_](\d+(?:\.\d+)?(?:e-?\d+)?)", file.name)
+    return float(match[1]) if match else None
+
+
+def _recorded_as_best(files: list[File], best: list[File]) -> File | None:
+    """Return the file that Lightning's callback recorded as the best in the newest checkpoint."""
+    last = [file for file in files if file not in best]
+    newest = last or sorted(best, key=_epoch)
+    data = _read_bytes(newest[-1], safe_loading.MAX_BYTES)
+    path = safe_loading.text_in_checkpoint(data, "best_model_path")
+    # The path is of the machine that trained, also of one with the other slashes.
+    name = re.split(r"[/\\]", path or "")[-1]
+    return next((file for file in best if file.name == name), None)
 
 
 def _epoch(file: File) -> tuple[int, ...]:

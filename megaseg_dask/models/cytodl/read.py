@@ -97,6 +97,15 @@ PRECISIONS: Mapping[object, str] = {
     "32": "fp32",
     "32-true": "fp32",
 }
+_PARTS_OF_DYNUNET = (
+    "input_block.",
+    "downsamples.",
+    "bottleneck.",
+    "upsamples.",
+    "output_block.",
+    "skip_layers.",
+    "deep_supervision_heads.",
+)
 # The heads of deep supervision are for training; the last output is the same without them.
 _UNUSED = re.compile(r"deep_supervision_heads\.|.*\.super_head\.")
 
@@ -117,7 +126,8 @@ def read_bundle(path: str | Path, checkpoint: str | None = None) -> Bundle:
     """Return the bundle in a folder, a zip or a ``.ckpt``, with any number of channels and heads.
 
     ``<x>/checkpoints/*.ckpt`` and ``<x>/train_config.yaml`` may lie one level deeper. Of several
-    checkpoints ``checkpoint`` names one; else the highest epoch is taken. Settings come from
+    checkpoints ``checkpoint`` names one; else the best is taken, as far as names or callbacks tell
+    it, or the highest epoch. Settings come from
     ``hyper_parameters``, else train_config.yaml, else the reference of MegaSeg_v1.
 
     Raises:
@@ -195,10 +205,15 @@ def _named_tensors(state: Mapping[object, object]) -> "dict[str, torch.Tensor]":
 
     # A loss keeps class weights in its head; they say nothing about prediction.
     kept = {
-        str(key): value
-        for key, value in state.items()
-        if not re.match(r"task_heads\..*\bloss\.", str(key))
+        key: value
+        for key, value in _without_wrappers(state).items()
+        if not re.match(r"task_heads\..*\bloss\.", key)
     }
+    if averages := [key for key in kept if "ema" in re.split(r"[._]", key)]:
+        raise BundleError(
+            f"the state_dict holds moving averages of weights ({first_few(averages)}) beside "
+            "others; save those to predict with as backbone.*, alone"
+        )
     if foreign := [key for key in kept if not key.startswith(("backbone.", HEADS))]:
         raise BundleError(
             f"weights outside the backbone ({first_few(foreign)}): only a DynUNet is run"
@@ -222,6 +237,21 @@ def _named_tensors(state: Mapping[object, object]) -> "dict[str, torch.Tensor]":
     for key, tensor in weights.items():
         require_stored(key, tensor)
     return weights
+
+
+def _without_wrappers(state: Mapping[object, object]) -> dict[str, object]:
+    """Return the entries as cyto-dl names them, without what other programs put before all keys.
+
+    That is ``module.`` of data parallel training, ``model.`` or ``net.`` of a LightningModule; what
+    is left may be a bare DynUNet.
+    """
+    entries = {str(key): value for key, value in state.items()}
+    for wrapper in ("module.", "model.", "net."):
+        if entries and all(key.startswith(wrapper) for key in entries):
+            entries = {key.removeprefix(wrapper): value for key, value in entries.items()}
+    if entries and all(key.startswith(_PARTS_OF_DYNUNET) for key in entries):
+        return {f"backbone.{key}": value for key, value in entries.items()}
+    return entries
 
 
 def _without_prefixes(key: str) -> str:

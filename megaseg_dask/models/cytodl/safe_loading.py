@@ -10,9 +10,11 @@ import pickletools
 import re
 import stat
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from reprlib import Repr
 from typing import IO, TYPE_CHECKING, TypeAlias
@@ -220,6 +222,25 @@ def require_safe_checkpoint(stream: io.BytesIO) -> None:
     if sum(n_values.values()) > n_bytes:
         raise Unsafe(f"claims tensors of {sum(n_values.values())} values in {n_bytes} bytes")
     stream.seek(0)
+
+
+def text_in_checkpoint(data: bytes, key: str) -> str | None:
+    """Return the text that a checkpoint in torch's zip format holds under a key, loading nothing.
+
+    None if it has none, or is no such checkpoint.
+    """
+    try:
+        with open_zip(io.BytesIO(data)) as archive:
+            names = [name for name in archive.namelist() if PurePosixPath(name).match("*/data.pkl")]
+            pickled = archive.read(names[0]) if names else b""
+        texts = (text for _, text, _ in pickletools.genops(pickled) if isinstance(text, str))
+        for text in islice(texts, MAX_OPCODES):
+            if text == key:
+                return next(texts, None)
+    # What is wrong with the file is told when it is loaded.
+    except (BundleError, ValueError, zipfile.BadZipFile, zlib.error):
+        pass
+    return None
 
 
 _Item: TypeAlias = tuple[object, int]  # a value on the pickle's stack, and how many values it holds
