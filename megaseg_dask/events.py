@@ -99,6 +99,23 @@ class Notice(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Doubt(Event):
+    """A reason not to believe a result, though nothing failed.
+
+    ``about`` names the reason: ``one object``, ``specks``, ``small objects``, ``threshold``,
+    ``no classes``, ``foreground``, ``noise``, ``outlier`` or ``constant``. ``text`` is about the
+    first of the ``volumes``, of which ten are named; ``advice`` is what to try.
+    """
+
+    kind: ClassVar[str] = "doubt"
+    about: str
+    text: str
+    advice: str
+    volumes: list[str]
+    n_volumes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Joined(Event):
     """A worker joined the run; ``device`` and ``uuid`` are set if it computes on a GPU."""
 
@@ -124,6 +141,7 @@ class Result(Event):
     already_done: bool = False
     failures: list[Failure] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     run: str = ""
     log: str = ""

@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from megaseg_dask.events import Epoch, Event, Failure, Fetching, Notice, Progress, Result, Started
+from megaseg_dask.events import (
+    Doubt,
+    Epoch,
+    Event,
+    Failure,
+    Fetching,
+    Notice,
+    Progress,
+    Result,
+    Started,
+)
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -169,6 +179,11 @@ def failure_line(failure: Failure) -> str:
         return f"FAILED {failure.volume}: {failure.error}"
     stage = stage_phrase(failure.stage)
     return f"FAILED {stage}, {failure.volume}, box {failure.box}: {failure.error}"
+
+
+def doubt_line(doubt: Doubt) -> str:
+    """Return why a result is doubtful, and what to try."""
+    return f"{doubt.text}; {doubt.advice}"
 
 
 def epoch_line(event: Epoch) -> str:

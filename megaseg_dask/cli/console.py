@@ -15,6 +15,7 @@ from megaseg_dask.events import Event, Fetching, Progress, Result, RunStatus, Tr
 from megaseg_dask.messages import (
     Narrator,
     count,
+    doubt_line,
     duration,
     failed_text,
     failure_line,
@@ -154,6 +155,8 @@ def print_result(
     """Print what was written, or what failed and how to continue; then ``following`` commands."""
     for warning in result.warnings:
         warn(warning)
+    for doubt in result.doubts:
+        echo(f"megaseg: doubt: {doubt_line(doubt)}", err=True)
     if result.failures:
         _print_failures(result, quiet, how_to_retry)
     else:

@@ -133,11 +133,13 @@ def open_stores(options: dict[str, Any], source: str | None) -> None:
 
 
 def next_commands(target: str, settings: "Settings", *, failed: bool) -> list[tuple[str, str]]:
-    """Return commands to type after a run, each with its purpose.
+    """Return commands to type after a run, each with its purpose, and the table to read.
 
     The commands keep the options that are needed to find the target, but no secret.
     """
     from megaseg_dask.plan.command_line import command_line
+    from megaseg_dask.plan.plan import table_of
+    from megaseg_dask.stores import Location
 
     def command(name: str) -> str:
         return command_line(name, target, settings=settings, options=_TARGET_OPTIONS)
@@ -145,4 +147,8 @@ def next_commands(target: str, settings: "Settings", *, failed: bool) -> list[tu
     report = (command("report"), "quality control")
     if failed:
         return [(command("status"), "what failed"), report]
-    return [report, (command("view"), "in a browser")]
+    following = [report, (command("view"), "in a browser")]
+    if "measurements" in settings.outputs:
+        table = table_of(Location.of(target), settings.table)
+        following.append((str(table), f"the table: pandas.read_{settings.table}"))
+    return following

@@ -47,6 +47,7 @@ from megaseg_dask.stores import Location
 
 # The folder of a target's runs has its name and this ending.
 _RUNS = ".run"
+_TABLE = ".measurements"
 # On a GPU one task computes, while another reads and a third labels, compresses and writes. On a
 # CPU one task already uses all cores: more tasks would only take more memory.
 TASKS_AT_ONCE = {"cuda": 3}
@@ -172,6 +173,11 @@ class Plan(BaseModel):
         The first is the one that is segmented.
         """
         return tuple(dict.fromkeys((volume.c, *self.resolved.measure_channels)))
+
+    @property
+    def table(self) -> Location:
+        """The file of the run's measurements."""
+        return table_of(self.target, self.resolved.table)
 
     @property
     def times(self) -> range:
@@ -571,6 +577,11 @@ def run_names(label_name: str) -> re.Pattern[str]:
 def runs_folder(target: Location) -> Location:
     """Return the folder that holds a target's run folders, and the lease that they share."""
     return target.sibling(_RUNS)
+
+
+def table_of(target: Location, form: str) -> Location:
+    """Return the table of a target's measurements, ``parquet`` or ``csv``."""
+    return target.sibling(f"{_TABLE}.{form}")
 
 
 def target_of(run: Location) -> Location:

@@ -4,12 +4,14 @@ The order of writes is such that a run killed at any moment finds its record
 and goes on; a target without a record is not ours.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import chain
 
-from megaseg_dask.events import Result
+from megaseg_dask.events import Doubt, Result
 from megaseg_dask.plan.plan import Plan
+from megaseg_dask.run.doubts import Facts, find_doubts
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
 from megaseg_dask.run.losses import undo_losses
@@ -89,6 +91,7 @@ def already_done(plan: Plan, journal: Journal) -> Result:
         already_done=True,
         failures=failures,
         warnings=journal.result.warnings if journal.result else [],
+        doubts=journal.result.doubts if journal.result else [],
         run=plan.run.url,
     )
 
@@ -106,10 +109,11 @@ def conclude(
     if any(states) and is_published:
         _publish(plan, journal, lease, states)
     warnings = _warnings(plan, states, journal)
+    doubts = doubts_of(plan, states)
     n_objects = None
     if not failures:
         n_objects = count_objects(plan, journal)
-        journal.finish(Ending(n_objects, warnings))
+        journal.finish(Ending(n_objects, warnings, doubts))
         lease.require()
         RunFolder(plan.run).remove_work()
     return Result(
@@ -119,6 +123,7 @@ def conclude(
         wall_s=round(time.monotonic() - started_s, 3),
         failures=failures,
         warnings=warnings,
+        doubts=doubts,
         peak_bytes={
             name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks
         },
@@ -156,7 +161,7 @@ def state_of(plan: Plan, journal: Journal, volume: int) -> VolumeState | None:
     if measure is not None and not journal.is_stage_complete(measure.name, volume):
         return None
     progress = VolumeProgress(Workspace(plan), journal, volume)
-    state = progress.state(("statistics", "threshold", "objects"))
+    state = progress.state(("statistics", "scores", "threshold", "objects"))
     return None if state.lacking else state
 
 
@@ -167,14 +172,8 @@ def _state_of(summary: TaskSummary | None) -> VolumeState | None:
 
 
 def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal) -> list[str]:
-    """Name volumes whose segmentation is meaningless; count absent chunks and smaller batches."""
+    """Name objects that were not split; count absent chunks and smaller batches."""
     warnings = list(plan.warnings)
-    for planned, state in zip(plan.volumes, states, strict=True):
-        if state and any(channel.is_constant for channel in state.statistics):
-            warnings.append(
-                f"{volume_name(planned)} has one single value (empty, or the wrong channel?): "
-                "ignore its objects"
-            )
     summaries = list(
         chain.from_iterable(
             journal.summaries(stage.name)
@@ -196,6 +195,27 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
             "choose a smaller --batch"
         )
     return warnings
+
+
+def doubts_of(plan: Plan, states: Sequence[VolumeState | None]) -> list[Doubt]:
+    """Return what the volumes of a run should not be believed for."""
+    resolved = plan.resolved
+    is_measured = plan.measure_level == 0 and resolved.roi is None
+    volumes = []
+    for planned, state in zip(plan.volumes, states, strict=True):
+        for number, known in enumerate(state.by_output if state else ()):
+            channel = state.statistics[0] if state and state.statistics else None
+            of_output = [plan.model.outputs[number]] if len(plan.model.outputs) > 1 else []
+            facts = Facts(
+                name=" ".join([volume_name(planned), *of_output]),
+                n_voxels=math.prod(plan.volume_shape),
+                channel=channel if is_measured else None,
+                output=known,
+                min_size=resolved.min_size,
+                is_split=resolved.split_depth is not None,
+            )
+            volumes.append(facts)
+    return find_doubts(volumes)
 
 
 def _left_whole(plan: Plan, states: Sequence[VolumeState | None]) -> list[str]:

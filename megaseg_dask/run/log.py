@@ -13,7 +13,7 @@ from datetime import datetime
 
 from megaseg_dask.errors import MegasegError
 from megaseg_dask.events import Event, Result
-from megaseg_dask.messages import Narrator, result_line
+from megaseg_dask.messages import Narrator, doubt_line, result_line
 from megaseg_dask.stores import Location
 
 FOLDER = "log"
@@ -52,7 +52,8 @@ class RunLog:
         self._lines += map(_stamped, self._narrator.lines(event))
         if isinstance(event, Result):
             warnings = [f"warning: {warning}" for warning in event.warnings]
-            self._lines += map(_stamped, [*warnings, result_line(event)])
+            doubts = [f"doubt: {doubt_line(doubt)}" for doubt in event.doubts]
+            self._lines += map(_stamped, [*warnings, *doubts, result_line(event)])
         now = time.monotonic()
         if now - self._written_s > max(_MIN_PAUSE_S, (now - self._began_s) * _PAUSE_SHARE):
             self.write()

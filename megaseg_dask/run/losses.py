@@ -128,11 +128,7 @@ def _is_whole(plan: Plan, journal: Journal) -> bool:
                 return False
     if not plan.resolved.measures_objects():
         return True
-    # It imports pyarrow.
-    from megaseg_dask.run.target.tables import table_location
-
-    table = table_location(plan)
-    return bool(table.parent.size(table.basename))
+    return bool(plan.table.parent.size(plan.table.basename))
 
 
 def undo_losses(plan: Plan, journal: Journal) -> int:

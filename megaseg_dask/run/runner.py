@@ -167,6 +167,8 @@ class _Session:
                 self._emit(event)
 
             result = replace(self._run(plan, journal, emit), log=log.url)
+            for doubt in result.doubts:
+                emit(doubt)
             log.note(result)
             return result
 
@@ -280,6 +282,7 @@ def join_results(results: Sequence[Result]) -> Result:
         already_done=all(result.already_done for result in results),
         failures=list(chain.from_iterable(result.failures for result in results)),
         warnings=list(dict.fromkeys(chain.from_iterable(r.warnings for r in results))),
+        doubts=list(chain.from_iterable(result.doubts for result in results)),
         peak_bytes=_highest_peaks(results),
         run=shown.run,
         log=shown.log,

@@ -20,7 +20,7 @@ from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.progress import GroupSize
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.tasks.statistics import describe_group, describe_volume
-from megaseg_dask.run.tasks.thresholds import merge_extremes
+from megaseg_dask.run.tasks.thresholds import merge_extremes, merge_sums
 from megaseg_dask.run.tasks.worker import volume_name
 from megaseg_dask.run.workspace import Workspace
 
@@ -138,10 +138,11 @@ class VolumeProgress:
     def _output_state(self, output: Output, facts: Sequence[Fact]) -> OutputState:
         state = OutputState()
         if "scores" in facts:
-            state = merge_extremes(self._told_of(output, "scores"))
+            told_of_blocks = self._told_of(output, "scores")
+            state = merge_extremes(told_of_blocks).updated(merge_sums(told_of_blocks))
         if "threshold" in facts:
             for told in self._told_of(output, "threshold"):
-                state = replace(state, threshold=told.threshold)
+                state = state.updated(told)
         if "objects" in facts:
             for told in self._told_of(output, "objects"):
                 state = state.updated(told)

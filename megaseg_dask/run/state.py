@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from megaseg_dask.algorithms.doubts import ObjectSizes
 from megaseg_dask.algorithms.normalization import Counts, Moments, Statistics
-from megaseg_dask.events import Joined
+from megaseg_dask.events import Doubt, Joined
 
 Json = dict[str, Any]
 
@@ -68,7 +69,13 @@ class OutputState:
     low: float | None = None
     high: float | None = None
     threshold: float | None = None
+    # Scores as a share of two classes, where a threshold was found from them.
+    bimodality: float | None = None
+    # Voxels above a threshold that is given, and the sum of their intensities.
+    n_above: int | None = None
+    sum_above: float | None = None
     n_objects: int | None = None
+    sizes: ObjectSizes | None = None
     n_fragments: int | None = None
     # Objects that were too large to be split; of the first ones id, start and stop.
     n_whole: int | None = None
@@ -76,7 +83,8 @@ class OutputState:
 
     def updated(self, other: "OutputState") -> "OutputState":
         """Return this state with the fields that have a value in another one."""
-        return replace(self, **other.to_json())
+        told = {name: getattr(other, name) for name in other.to_json()}
+        return replace(self, **told)
 
     def to_json(self) -> Json:
         """Return the fields that have a value."""
@@ -87,10 +95,12 @@ class OutputState:
         """Return the value that :meth:`to_json` wrote."""
         numbers = dict(value)
         whole = tuple(map(tuple, numbers.pop("whole", ())))
+        sizes = numbers.pop("sizes", None)
         _require_numbers(numbers)
+        _require_numbers(sizes or {})
         for row in whole:
             _require_numbers(dict(enumerate(row)))
-        return cls(**numbers, whole=whole)
+        return cls(**numbers, whole=whole, sizes=ObjectSizes(**sizes) if sizes else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +236,13 @@ class Ending:
 
     n_objects: int | None = None
     warnings: list[str] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Ending":
         """Return the value that ``asdict`` made JSON."""
-        return cls(value["n_objects"], list(map(str, value["warnings"])))
+        doubts = [Doubt(**doubt) for doubt in value.get("doubts", ())]
+        return cls(value["n_objects"], list(map(str, value["warnings"])), doubts)
 
 
 def statistics_from_json(value: Mapping[str, Any]) -> tuple[ChannelStatistics, ...]:

@@ -232,6 +232,5 @@ def test_a_constant_volume_of_floats_is_said_to_be_constant(options, tmp_path):
     # The mean of ten thousands of tenths is not a tenth.
     source = write_image(tmp_path / "image.zarr", np.full((20, 40, 50), 0.1))
     result = segment_here(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
-    assert result.warnings == [
-        "t=0 c=0 has one single value (empty, or the wrong channel?): ignore its objects"
-    ]
+    [doubt] = [doubt for doubt in result.doubts if doubt.about == "constant"]
+    assert doubt.text == "all voxels have one value, so its objects mean nothing"

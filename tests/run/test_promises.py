@@ -204,6 +204,5 @@ def test_a_constant_volume_is_called_meaningless(tmp_path, tiny_bundle):
     source = write_image(tmp_path / "image.zarr", np.full((16, 32, 40), 7, np.uint8))
     settings = parse_settings({"model": str(tiny_bundle), "threads": 1})
     result = segment_here(str(source), str(tmp_path / "out.zarr"), settings)
-    assert result.warnings == [
-        "t=0 c=0 has one single value (empty, or the wrong channel?): ignore its objects"
-    ]
+    [doubt] = [doubt for doubt in result.doubts if doubt.about == "constant"]
+    assert doubt.text == "all voxels have one value, so its objects mean nothing"

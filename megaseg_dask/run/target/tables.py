@@ -20,13 +20,12 @@ from megaseg_dask.ngff.tables import (
     run_schema,
     write_rows,
 )
-from megaseg_dask.plan.plan import Output, Plan, PlannedVolume
+from megaseg_dask.plan.plan import Output, Plan, PlannedVolume, table_of
 from megaseg_dask.run.state import Json
 from megaseg_dask.run.target.arrays import Group, ImageTarget, Target
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
-_SUFFIX = ".measurements"
 _FORMS = ("parquet", "csv")
 
 # Outputs whose sums are in memory or on their way at a time.
@@ -35,18 +34,9 @@ _MAX_READ_AHEAD = 16
 _N_WRITERS = 8
 
 
-def table_location(plan: Plan) -> Location:
-    """Return the address of the table of a run."""
-    return _table_location(plan.target, plan.resolved.table)
-
-
-def _table_location(target: Location, form: str) -> Location:
-    return target.sibling(f"{_SUFFIX}.{form}")
-
-
 def _remove_tables_of_run(target: Location, forms: Sequence[str]) -> None:
     for form in forms:
-        table = _table_location(target, form)
+        table = table_of(target, form)
         table.parent.delete(table.basename)
 
 
@@ -74,14 +64,14 @@ def remove_tables(target: Target) -> None:
 
 def sweep_tables(target: Target) -> None:
     """Remove what a writer of the table of the run left that was killed."""
-    table = table_location(target.plan)
+    table = target.plan.table
     table.parent.sweep_staged([table.basename])
 
 
 def write_tables(target: Target, missing_boxes: Sequence[Json]) -> None:
     """Write the measurements of all volumes that have some, and what they lack."""
     plan = target.plan
-    table = table_location(plan)
+    table = plan.table
     outputs = list(chain.from_iterable(map(plan.outputs_of, range(len(plan.volumes)))))
     others = _other_plans(target)
     rows = chain(_rows_of_others(others), _rows(plan, outputs))

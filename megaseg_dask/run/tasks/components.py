@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms import components
+from megaseg_dask.algorithms.doubts import ObjectSizes
 from megaseg_dask.algorithms.splitting import Objects, fragment_boxes
 from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.errors import SettingsError
@@ -178,7 +179,11 @@ def join_objects(workspace: Workspace, output: Output, _: int) -> OutputState:
     min_size = workspace.plan.resolved.min_size
     final = components.join_fragments(volume.fragments, volume.iter_pairs(), min_size=min_size)
     volume.write_tables(final, OBJECTS.table)
-    return OutputState(n_objects=int(final.max(initial=0)), n_fragments=len(volume.fragments))
+    return OutputState(
+        n_objects=int(final.max(initial=0)),
+        sizes=ObjectSizes.of(final, volume.fragments.size, min_size),
+        n_fragments=len(volume.fragments),
+    )
 
 
 def _deal_objects(workspace: Workspace, output: Output, volume: "_Fragments") -> OutputState:

@@ -13,7 +13,7 @@ from megaseg_dask.inference.engine import open_engine
 from megaseg_dask.plan.resolved import Automatic, Fixed
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.tasks.source import require_same_voxels
-from megaseg_dask.run.tasks.thresholds import find_extremes
+from megaseg_dask.run.tasks.thresholds import find_extremes, sum_above
 from megaseg_dask.run.workspace import Source, Workspace
 
 Array = NDArray[Any]
@@ -41,9 +41,18 @@ def segment_block(workspace: Workspace, volume: int, number: int) -> TaskSummary
     for output, arrays in zip(plan.outputs_of(volume), prediction.arrays, strict=True):
         for kind, array in arrays.items():
             workspace.write(kind, output, core, array)
-    return TaskSummary(
-        absent=n_absent, batch=prediction.largest_batch, by_output=prediction.extremes
-    )
+    intensity = values[0][region.within(read_box).slices]
+    facts = [_facts_of(workspace, arrays, intensity) for arrays in prediction.arrays]
+    return TaskSummary(absent=n_absent, batch=prediction.largest_batch, by_output=tuple(facts))
+
+
+def _facts_of(workspace: Workspace, arrays: dict[str, Array], intensity: Array) -> OutputState:
+    """Return what a block tells of its volume: extremes of logits, or sums above the threshold."""
+    if "logits" in arrays:
+        return find_extremes(arrays["logits"])
+    if workspace.first_mask in arrays:
+        return sum_above(arrays[workspace.first_mask], intensity)
+    return OutputState()
 
 
 def _count_absent(channels: list[Source], box: Box, values: Array) -> int:
@@ -61,13 +70,6 @@ class _Prediction:
 
     arrays: list[dict[str, Array]]
     largest_batch: int | None
-
-    @property
-    def extremes(self) -> tuple[OutputState, ...]:
-        """The extremes of the logits of each output, if a threshold is found from them."""
-        return tuple(
-            find_extremes(arrays["logits"]) for arrays in self.arrays if "logits" in arrays
-        )
 
 
 def _predict(workspace: Workspace, values: Array, region: Box, state: VolumeState) -> _Prediction:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms import components, splitting
 from megaseg_dask.algorithms.components import Fragments
+from megaseg_dask.algorithms.doubts import ObjectSizes
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.plan.plan import Output
@@ -272,9 +273,26 @@ def rank_objects(workspace: Workspace, output: Output, _: int) -> OutputState:
     highest = max(int(ids.max(initial=0)), int(part_ids.max(initial=0)))
     return OutputState(
         n_objects=highest,
+        sizes=_sizes_of(objects, ids, split, Fragments(first, size), part_ids, min_size),
         n_whole=n_whole or None,
         whole=tuple(tuple(row) for row in kept.T[:_MAX_NAMED].tolist()),
     )
+
+
+def _sizes_of(
+    objects: Fragments,
+    ids: NDArray[Any],
+    split: Rows,
+    parts: Fragments,
+    part_ids: NDArray[Any],
+    min_size: int,
+) -> ObjectSizes:
+    """Return what the sizes of whole objects and of parts say; an object that is split is none."""
+    is_whole = np.ones(len(objects), np.bool_)
+    is_whole[np.unique(split).astype(np.int64) - 1] = False
+    all_ids = np.concatenate([ids[is_whole], part_ids])
+    sizes = np.concatenate([objects.size[is_whole], parts.size])
+    return ObjectSizes.of(all_ids, sizes, min_size)
 
 
 # -- in the stage ``relabel``

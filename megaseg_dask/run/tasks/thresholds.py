@@ -1,11 +1,14 @@
 """The stages of an automatic threshold: tables of logits, the threshold of a volume, its mask."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms import thresholds
+from megaseg_dask.algorithms.doubts import bimodality
 from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.errors import DataError
 from megaseg_dask.plan.memory import TABLES_READ_AHEAD
@@ -23,6 +26,23 @@ def find_extremes(logits: Float32) -> OutputState:
     if not known.size:
         return OutputState()
     return OutputState(low=float(known.min()), high=float(known.max()))
+
+
+def sum_above(mask: NDArray[np.uint8], intensity: NDArray[Any]) -> OutputState:
+    """Return the voxels of a block that are above the threshold, and the sum of intensities."""
+    values = intensity[mask != 0]
+    return OutputState(n_above=values.size, sum_above=float(values.sum(dtype=np.float64)))
+
+
+def merge_sums(blocks: Sequence[OutputState]) -> OutputState:
+    """Return the sums of :func:`sum_above` of a volume from those of its blocks."""
+    known = [block for block in blocks if block.n_above is not None]
+    if not known:
+        return OutputState()
+    return OutputState(
+        n_above=sum(block.n_above or 0 for block in known),
+        sum_above=math.fsum(block.sum_above or 0.0 for block in known),
+    )
 
 
 def merge_extremes(blocks: Sequence[OutputState]) -> OutputState:
@@ -64,7 +84,10 @@ def find_cutoff(workspace: Workspace, output: Output, _: int) -> OutputState:
     merged = thresholds.merge_tables(table for _, table in tables)
     low, high = _range(workspace, output)
     cutoff = thresholds.find_threshold(merged, low, high, _method(workspace))
-    return OutputState(threshold=cutoff)
+    separation = None
+    if len(merged["counts"]) == thresholds.N_BINS:
+        separation = bimodality(merged["counts"], low, high)
+    return OutputState(threshold=cutoff, bimodality=separation)
 
 
 def threshold_block(workspace: Workspace, output: Output, number: int) -> OutputState:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.events import Failure
-from megaseg_dask.messages import duration, version_of
+from megaseg_dask.messages import doubt_line, duration, version_of
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.plan.settings import Settings, declared
@@ -46,7 +46,7 @@ _REPEATED_OPTIONS = {"model", "wells", "fields", "acquisition", "memory", "endpo
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """The run at a glance. ``status`` is ``done``, ``failed`` or ``not finished``.
+    """The run at a glance. ``status`` is ``done``, ``doubtful``, ``failed`` or ``not finished``.
 
     ``n_absent`` counts chunks that the source lacks; ``missing`` are the wells and fields that
     could not be read, each with the reason.
@@ -56,6 +56,7 @@ class Overview:
     failed: list[Failure]
     missing: list[tuple[str, str]]
     warnings: list[str]
+    doubts: list[str]
     n_absent: int
     n_objects: int | None
     n_voxels: int
@@ -185,6 +186,9 @@ def _overview(runs: Sequence[Run], result: Survey) -> Overview:
     sessions = list(chain(*(journal.sessions for journal in journals)))
     endings = [journal.result for journal in journals if journal.result]
     status = "done" if len(endings) == len(runs) else "not finished"
+    doubts = list(chain(*(ending.doubts for ending in endings)))
+    if doubts and status == "done":
+        status = "doubtful"
     if failed or (missing and sessions):
         status = "failed"
     objects = [report.objects for report in result.volumes if report.objects is not None]
@@ -193,6 +197,7 @@ def _overview(runs: Sequence[Run], result: Survey) -> Overview:
         failed=failed,
         missing=missing,
         warnings=list(chain(*(ending.warnings for ending in endings))),
+        doubts=list(map(doubt_line, doubts)),
         n_absent=sum(map(_n_absent, runs)),
         n_objects=sum(objects) if objects else None,
         n_voxels=sum(len(plan.volumes) * math.prod(plan.volume_shape) for plan in plans),

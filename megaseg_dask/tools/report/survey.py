@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.blending import max_score, sigmoid
+from megaseg_dask.algorithms.doubts import OUTLIER_Z, robust_z
 from megaseg_dask.algorithms.geometry import BlockGrid, Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.ngff.tables import iter_columns
@@ -24,7 +25,6 @@ from megaseg_dask.run.conclude import state_of
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.state import TaskSummary, VolumeState
 from megaseg_dask.run.target.arrays import Target
-from megaseg_dask.run.target.tables import table_location
 from megaseg_dask.tools.report.sampling import (
     UNREADABLE,
     View,
@@ -51,10 +51,6 @@ N_SCORE_BINS = 51
 # Eight bins per factor of ten, up to 10^12 voxels.
 SIZE_EDGES = 10 ** (np.arange(0, 12 * 8 + 1) / 8)
 
-# Robust z-score beyond which a volume is an outlier (Iglewicz and Hoaglin 1993), and the
-# number of volumes below which there are no outliers.
-_OUTLIER_Z = 3.5
-_MIN_VOLUMES = 8
 # The measures that make outliers, and the words for too much and too little.
 _OUTLIER_MEASURES = (
     ("objects", "many objects", "few objects"),
@@ -206,7 +202,7 @@ def _read_table(plan: Plan, result: Survey) -> bool:
     sizes = np.zeros_like(result.sizes)
     columns = ("well", "field", "timepoint", "channel", "output", "volume_voxels")
     try:
-        for *keys, volumes in iter_columns(table_location(plan), columns):
+        for *keys, volumes in iter_columns(plan.table, columns):
             sizes += _size_histogram(volumes)
             for rows in _groups(keys):
                 well, name, t, c, output = (column[rows[0]] for column in keys)
@@ -331,17 +327,6 @@ def _find_outliers(reports: Sequence[VolumeReport]) -> None:
     for measure, high, low in _OUTLIER_MEASURES:
         measured = [report for report in reports if getattr(report, measure) is not None]
         values = np.array([getattr(report, measure) for report in measured], float)
-        for report, z in zip(measured, _robust_z(values), strict=True):
-            if abs(z) > _OUTLIER_Z:
+        for report, z in zip(measured, robust_z(values), strict=True):
+            if abs(z) > OUTLIER_Z:
                 report.outlier_reasons.append(high if z > 0 else low)
-
-
-def _robust_z(values: Array) -> Array:
-    """Return the distances from the median in robust standard deviations; 0 of a few values."""
-    if len(values) < _MIN_VOLUMES:
-        return np.zeros(len(values))
-    median = np.median(values)
-    deviation = np.median(np.abs(values - median))
-    # Counts of a few objects differ by chance: without a minimum, all others were outliers.
-    z: Array = 0.6745 * (values - median) / max(deviation, 0.05 * abs(median), 1e-9)
-    return z

@@ -1,0 +1,86 @@
+"""Sums of a segmentation that tell whether it can be believed; they cost no further pass.
+
+The limits are declared here: objects that are specks, and shares, distances and scores beyond which
+a result is doubtful. docs/doubts.md has how often each is wrong.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask.algorithms.blending import sigmoid
+
+Array = NDArray[Any]
+
+# An object below so many voxels is a speck: less than a ball of 5 voxels across.
+SPECK_VOXELS = 64
+# Robust z-score beyond which a volume is an outlier (Iglewicz and Hoaglin 1993), and the
+# number of volumes below which there are no outliers.
+OUTLIER_Z = 3.5
+MIN_VOLUMES = 8
+
+# Objects whose sizes are looked at together.
+_BATCH = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectSizes:
+    """What the sizes of all objects of a volume say, in voxels.
+
+    ``foreground`` counts the voxels of all objects, also of those that are dropped; ``largest`` is
+    the largest object, ``n_specks`` how many are specks, and ``n_near`` how many have less than
+    twice the least size.
+    """
+
+    foreground: int = 0
+    largest: int = 0
+    n_specks: int = 0
+    n_near: int = 0
+
+    @classmethod
+    def of(cls, ids: Array, sizes: Array, min_size: int) -> "ObjectSizes":
+        """Add up the sizes of fragments of objects, by their ids; 0 are dropped ones."""
+        total = np.zeros(int(ids.max(initial=0)) + 1, np.uint64)
+        for start in range(0, len(ids), _BATCH):
+            part = slice(start, start + _BATCH)
+            np.add.at(total, ids[part], sizes[part])
+        kept = total[1:]
+        return cls(
+            foreground=int(total.sum()),
+            largest=int(kept.max(initial=0)),
+            n_specks=int((kept < SPECK_VOXELS).sum()),
+            n_near=int((kept < 2 * min_size).sum()),
+        )
+
+
+def bimodality(counts: Array, low: float, high: float) -> float:
+    """Return the share of the variance of all scores that lies between two classes, at best.
+
+    ``counts`` is a histogram of logits from ``low`` to ``high``. The share is 1 where all scores
+    are 0 or 1, and 0.75 where all scores are as frequent.
+    """
+    step = (high - low) / len(counts)
+    scores = sigmoid(np.float32(low) + np.float32(step) * (np.arange(len(counts)) + 0.5))
+    below = np.cumsum(counts, dtype=np.float64)
+    first = np.cumsum(counts * scores)
+    mean = first[-1] / below[-1]
+    variance = float((counts * np.square(scores - mean)).sum() / below[-1])
+    is_inner = (below > 0) & (below < below[-1])
+    if variance == 0 or not is_inner.any():
+        return 0.0
+    below, first, n = below[is_inner], first[is_inner], below[-1]
+    between = np.square(mean * below - first) / (below * (n - below))
+    return float(between.max() / variance)
+
+
+def robust_z(values: Array) -> Array:
+    """Return the distances from the median in robust standard deviations; 0 of a few values."""
+    if len(values) < MIN_VOLUMES:
+        return np.zeros(len(values))
+    median = np.median(values)
+    deviation = np.median(np.abs(values - median))
+    # Counts of a few objects differ by chance: without a minimum, all others were outliers.
+    z: Array = 0.6745 * (values - median) / max(deviation, 0.05 * abs(median), 1e-9)
+    return z
