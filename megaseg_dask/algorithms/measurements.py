@@ -123,8 +123,13 @@ class Sums:
         return self.squares.ndim == 3
 
     def arrays(self) -> Columns:
-        """Return the columns by name, to be stored; ``Sums(**arrays)`` is the way back."""
+        """Return the columns by name, to be stored."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> "Sums":
+        """Return the sums that :meth:`arrays` lists, among others by other names."""
+        return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
 
 def measure_block(
@@ -146,13 +151,30 @@ def measure_block(
     Raises:
         DataError: The shapes differ.
     """
-    inner = tuple(n - 2 for n in labels.shape)
-    if not inner == intensity.shape[1:] == core.shape:
-        raise DataError(
-            f"labels {inner} and image {intensity.shape[1:]} of block {core} differ in shape"
-        )
-    sums = merge(_iter_slabs(labels[1:-1, 1:-1, 1:-1], intensity, core, slab_voxels))
+    inner = labels[1:-1, 1:-1, 1:-1]
+    sums = sum_block(inner, intensity, core, slab_voxels=slab_voxels)
     return replace(sums, cubes=count_cubes(labels, sums.label))
+
+
+def sum_block(
+    labels: NDArray[np.unsignedinteger],
+    intensity: Array,
+    core: Box,
+    *,
+    slab_voxels: int = _SLAB_VOXELS,
+) -> Sums:
+    """Return the sums of a block's objects without their surfaces.
+
+    ``labels`` are those of the block alone.
+
+    Raises:
+        DataError: The shapes differ.
+    """
+    if not labels.shape == intensity.shape[1:] == core.shape:
+        raise DataError(
+            f"labels {labels.shape} and image {intensity.shape[1:]} of block {core} differ in shape"
+        )
+    return merge(_iter_slabs(labels, intensity, core, slab_voxels))
 
 
 def merge(parts: Iterable[Sums]) -> Sums:

@@ -151,4 +151,7 @@ def next_commands(target: str, settings: "Settings", *, failed: bool) -> list[tu
     if "measurements" in settings.outputs:
         table = table_of(Location.of(target), settings.table)
         following.append((str(table), f"the table: pandas.read_{settings.table}"))
+        if settings.regions:
+            regions = table_of(Location.of(target), settings.table, "regions")
+            following.append((str(regions), "the table of regions"))
     return following

@@ -209,12 +209,12 @@ class ImageTable:
         version: str,
         volumes: Iterable[tuple[Place, Columns]],
         *,
-        label_name: str,
+        label_name: str | None,
         provenance: Mapping[str, object],
         form: Form = COLUMNS,
         has_times: bool = False,
     ) -> None:
-        """Write the features of the objects in ``labels/<label_name>``.
+        """Write the features of the objects in ``labels/<label_name>``, or of others elsewhere.
 
         ``version`` is the image's, ``"0.4"`` or ``"0.5"``; ``volumes`` are its
         timepoints, told apart by the column ``timepoint``, and have columns of one ``form``.
@@ -238,7 +238,7 @@ class ImageTable:
         metadata = {
             "type": "feature_table",
             "table_version": "1",
-            "region": {"path": f"../labels/{label_name}"},
+            **({"region": {"path": f"../labels/{label_name}"}} if label_name else {}),
             "instance_key": "label",
             "backend": "parquet",
             **index,

@@ -54,6 +54,9 @@ LEAST_SPLIT_VOXELS = 2**20
 # Place and part of a voxel of a split object, twice while they are packed.
 _PART_BYTES = 16
 
+# Ids of regions, those inside objects, and what is compared of both, per voxel.
+_REGION_BYTES = 40
+
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
 
@@ -79,6 +82,7 @@ class Sizes:
     n_inputs: int
     # Channels of which intensities are measured, if any are.
     n_measured: int
+    has_regions: bool
     n_outputs: int
     finds_threshold: bool
     fills_holes: bool
@@ -217,6 +221,8 @@ def measurements_bytes(sizes: Sizes) -> int:
     """Return the bytes of measuring the objects of a block."""
     read_bytes = sizes.label_bytes + sizes.source_bytes * sizes.n_measured
     voxels = sizes.core_voxels * read_bytes * 2
+    if sizes.has_regions:
+        voxels += sizes.core_voxels * _REGION_BYTES
     return voxels + sizes.decoded_bytes + _MEASURING_BYTES
 
 
@@ -249,4 +255,5 @@ def whole_volume_bytes(sizes: Sizes) -> int:
         # Outputs are labelled one after the other, beside the scores, and mask or logits, of all.
         kept = sizes.scores_bytes + (4 if sizes.finds_threshold else 1)
         labelling += core * sizes.n_outputs * max(4, kept)
-    return volume + max(predicting, labelling) + _MEASURING_BYTES
+    measuring = core * (sizes.label_bytes + _REGION_BYTES) if sizes.has_regions else 0
+    return volume + max(predicting, labelling, measuring) + _MEASURING_BYTES

@@ -32,6 +32,7 @@ from megaseg_dask.ngff.plate import Plate, well_of
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.plan import stages
 from megaseg_dask.plan.choice import channel_text
+from megaseg_dask.plan.companion import Companion
 from megaseg_dask.plan.memory import (
     IDLE_BYTES,
     EngineBytes,
@@ -47,7 +48,6 @@ from megaseg_dask.stores import Location
 
 # The folder of a target's runs has its name and this ending.
 _RUNS = ".run"
-_TABLE = ".measurements"
 # On a GPU one task computes, while another reads and a third labels, compresses and writes. On a
 # CPU one task already uses all cores: more tasks would only take more memory.
 TASKS_AT_ONCE = {"cuda": 3}
@@ -90,6 +90,7 @@ class PlannedImage:
 
     placement: Placement
     channel_names: tuple[str, ...]
+    regions: Companion | None = None
 
 
 class Output(NamedTuple):
@@ -178,6 +179,13 @@ class Plan(BaseModel):
     def table(self) -> Location:
         """The file of the run's measurements."""
         return table_of(self.target, self.resolved.table)
+
+    @property
+    def tables(self) -> list[Location]:
+        """The files of all that the run measures."""
+        if not self.resolved.regions:
+            return [self.table]
+        return [self.table, table_of(self.target, self.resolved.table, "regions")]
 
     @property
     def times(self) -> range:
@@ -391,8 +399,15 @@ class Plan(BaseModel):
         return {
             "source": self.source_digest,
             "model": self.model.digest,
+            **self._digest_of_regions(),
             **self.resolved.options(),
         }
+
+    def _digest_of_regions(self) -> dict[str, str]:
+        digests = [image.regions.digest for image in self.images.values() if image.regions]
+        if not digests:
+            return {}
+        return {"digest of regions": hashlib.sha256(" ".join(digests).encode()).hexdigest()}
 
     @property
     def fingerprint(self) -> str:
@@ -526,6 +541,7 @@ class Plan(BaseModel):
             n_inputs=self.model.in_channels,
             n_measured=max(len(self.measured_channels(volume)) for volume in self.volumes),
             n_outputs=len(self.model.outputs),
+            has_regions=self.resolved.regions is not None,
             finds_threshold=self.resolved.finds_threshold(),
             fills_holes=self.resolved.fills_holes(),
             split_voxels=self.split_voxels,
@@ -579,9 +595,9 @@ def runs_folder(target: Location) -> Location:
     return target.sibling(_RUNS)
 
 
-def table_of(target: Location, form: str) -> Location:
-    """Return the table of a target's measurements, ``parquet`` or ``csv``."""
-    return target.sibling(f"{_TABLE}.{form}")
+def table_of(target: Location, form: str, kind: str = "measurements") -> Location:
+    """Return the table of a target's measurements or regions, ``parquet`` or ``csv``."""
+    return target.sibling(f".{kind}.{form}")
 
 
 def target_of(run: Location) -> Location:

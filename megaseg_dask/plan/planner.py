@@ -33,7 +33,7 @@ from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
 from megaseg_dask.plan.groups import require_whole_groups
 from megaseg_dask.plan.memory import BUDGET_SHARE, CLIENT_BYTES, LEAST_SPLIT_VOXELS
 from megaseg_dask.plan.plan import Plan, PlannedImage, PlannedVolume, run_folder
-from megaseg_dask.plan.plate_parts import Part, first_refusal
+from megaseg_dask.plan.plate_parts import Part, Readable, first_refusal
 from megaseg_dask.plan.resolved import Resolved, normalization_of, split_depth_of, threshold_of
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.source_identity import digest_of, sample_of
@@ -120,6 +120,8 @@ def make_plan(
         batch=filled.batch or _choose_batch(models, engine),
         outputs=filled.outputs,
         measure_channels=choice.measured,
+        # As given: what it names was read for this request.
+        regions=settings.regions,
         table=filled.table,
         threshold=threshold_of(filled),
         connectivity=filled.connectivity,
@@ -147,8 +149,7 @@ def make_plan(
         n_source_chunks=chunks.n_chunks,
         volumes=_list_volumes(list(part.fields), choice.times, inputs, len(models.ref.outputs)),
         images={
-            path: PlannedImage(target.placement, part.fields[path].choice.channel_names)
-            for path, target in targets.items()
+            path: _planned_image(target, part.fields[path]) for path, target in targets.items()
         },
         suffixes=tuple(map(_suffix, names)),
         measured_names=_column_names(choice),
@@ -170,6 +171,10 @@ def make_plan(
         plan = plan.with_split(_choose_split(plan, part.recorded))
     require_memory(plan)
     return plan
+
+
+def _planned_image(target: Image, field: Readable) -> PlannedImage:
+    return PlannedImage(target.placement, field.choice.channel_names, field.regions)
 
 
 # -- the request

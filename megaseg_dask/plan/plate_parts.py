@@ -20,6 +20,7 @@ from megaseg_dask.errors import (
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate, select_fields
 from megaseg_dask.plan.choice import Choice, choose
+from megaseg_dask.plan.companion import Companion, find_companion
 from megaseg_dask.plan.plan import Plan, iter_run_folders
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.stores import Location
@@ -52,14 +53,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Readable:
-    """An image that can be segmented, and what the settings choose in it."""
+    """An image that can be segmented, what the settings choose in it, and its regions."""
 
     image: Image
     choice: Choice
+    regions: Companion | None = None
 
     @classmethod
-    def at(cls, location: Location, settings: Settings) -> "Readable":
-        """Read the metadata of an image.
+    def at(cls, location: Location, settings: Settings, field: str = "") -> "Readable":
+        """Read the metadata of an image; ``field`` is its path in its plate.
 
         Raises:
             SourceError: It cannot be read or segmented.
@@ -67,7 +69,15 @@ class Readable:
             StoreError: The store failed.
         """
         image = read_image(location)
-        return cls(image, choose(image, settings, location))
+        choice = choose(image, settings, location)
+        if settings.regions is None:
+            return cls(image, choice)
+        segmented = image.from_level(settings.level)
+        return cls(
+            image,
+            choice,
+            find_companion(location, segmented, settings.regions, "--regions", field),
+        )
 
     @property
     def form(self) -> "Readable":
@@ -169,7 +179,7 @@ def _read_fields(source: Location, settings: Settings) -> _Fields:
         raise SourceError(f"{source} has no field that can be read ({listed})")
     readable: dict[str, Readable] = {}
     refused: dict[str, MegasegError] = {}
-    results = map_threaded(lambda field: _try_field(source / field.path, settings), plate.fields)
+    results = map_threaded(lambda field: _try_field(source, field.path, settings), plate.fields)
     for field, result in zip(plate.fields, results, strict=True):
         if isinstance(result, Readable):
             readable[field.path] = result
@@ -181,9 +191,10 @@ def _read_fields(source: Location, settings: Settings) -> _Fields:
     return _Fields(source, replace(plate, missing=(*plate.missing, *unread)), readable, refused)
 
 
-def _try_field(location: Location, settings: Settings) -> Readable | MegasegError:
+def _try_field(source: Location, path: str, settings: Settings) -> Readable | MegasegError:
+    location = source / path
     try:
-        return Readable.at(location, settings)
+        return Readable.at(location, settings, path)
     except StoreError as error:
         if not is_of_object(location.url, error):
             raise

@@ -116,6 +116,7 @@ class Resolved:
     outputs: tuple[str, ...]
     # Channels that are measured by themselves, beside the one that is segmented.
     measure_channels: tuple[int, ...]
+    regions: str | None
     table: str
     threshold: Threshold
     connectivity: int
@@ -186,6 +187,7 @@ class Resolved:
             "threads": engine.threads,
             "outputs": list(self.outputs),
             "measure_channels": ",".join(map(str, self.measure_channels)) or None,
+            "regions": self.regions,
             "table": self.table,
             "threshold": self._threshold_option(),
             "connectivity": self.connectivity,

@@ -271,6 +271,17 @@ class Settings(BaseModel):
             changes_result=True,
         ),
     ] = None
+    regions: Annotated[
+        Text | None,
+        Option(
+            OUTPUT,
+            "Label image of regions, such as cells: one of the source by its name, or the path of "
+            "another with the same voxels. Measurements then say in which region an object lies, "
+            "and a table of regions is written.",
+            "LABELS",
+            changes_result=True,
+        ),
+    ] = None
     table: Annotated[
         Literal["parquet", "csv"],
         Option(
@@ -496,7 +507,7 @@ class Settings(BaseModel):
             raise ValueError("measurements need labels; add labels to --outputs")
         return tuple(name for name in OUTPUTS if name in outputs)
 
-    @field_validator("measure_channels")
+    @field_validator("measure_channels", "regions")
     @classmethod
     def _of_measurements(cls, value: str | None, info: ValidationInfo) -> str | None:
         # Outputs that are wrong are told first.

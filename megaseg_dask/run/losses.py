@@ -128,7 +128,7 @@ def _is_whole(plan: Plan, journal: Journal) -> bool:
                 return False
     if not plan.resolved.measures_objects():
         return True
-    return bool(plan.table.parent.size(plan.table.basename))
+    return all(table.parent.size(table.basename) for table in plan.tables)
 
 
 def undo_losses(plan: Plan, journal: Journal) -> int:

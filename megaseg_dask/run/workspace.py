@@ -270,6 +270,12 @@ class Workspace:
         measured = self.plan.measured_channels(self.plan.volumes[volume])
         return [self.sources(volume)[0], *self._channels(volume, measured[1:])]
 
+    def regions(self, volume: int) -> Readable | None:
+        """Return the ids of the regions of a volume, if there are some."""
+        planned = self.plan.volumes[volume]
+        companion = self.plan.images[planned.image].regions
+        return companion.volume(self.plan.source / planned.image, planned.t) if companion else None
+
     def _channels(self, volume: int, channels: Iterable[int], level: int = 0) -> list[Source]:
         plan = self.plan
         planned = plan.volumes[volume]

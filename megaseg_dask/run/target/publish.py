@@ -184,4 +184,7 @@ def _tables(target: Target, image: ImageTarget) -> list[Location]:
     if not target.plan.resolved.measures_objects():
         return []
     tables = image.location / "tables"
-    return [tables, *(tables / group.name for group in image.measured_groups)]
+    names = [group.name for group in image.measured_groups]
+    if target.plan.resolved.regions:
+        names += [f"{name}_regions" for name in names]
+    return [tables, *(tables / name for name in names)]

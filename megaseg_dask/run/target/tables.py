@@ -5,11 +5,21 @@ The tables in the images are those that Fractal's tools read.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
+
+from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.measurements import Sums, columns_of, to_columns
+from megaseg_dask.algorithms.regions import (
+    OBJECT_COLUMNS,
+    RegionSums,
+    columns_of_objects,
+    columns_of_regions,
+    to_region_columns,
+)
 from megaseg_dask.concurrency import map_threaded, read_ahead
 from megaseg_dask.messages import version_of
 from megaseg_dask.ngff.tables import (
@@ -26,6 +36,8 @@ from megaseg_dask.run.target.arrays import Group, ImageTarget, Target
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
+Array = NDArray[Any]
+
 _FORMS = ("parquet", "csv")
 
 # Outputs whose sums are in memory or on their way at a time.
@@ -34,10 +46,67 @@ _MAX_READ_AHEAD = 16
 _N_WRITERS = 8
 
 
-def _remove_tables_of_run(target: Location, forms: Sequence[str]) -> None:
-    for form in forms:
-        table = table_of(target, form)
-        table.parent.delete(table.basename)
+@dataclass(frozen=True)
+class _Kind:
+    """Tables of objects, or of the regions that they lie in.
+
+    ``ending`` is that of the name of a table in an image. ``form`` and ``columns`` are those of a
+    volume with these sums.
+    """
+
+    name: str
+    ending: str
+    form: Callable[[Plan], Form]
+    columns: Callable[[Plan, PlannedVolume, Mapping[str, Array]], Columns]
+
+    def table(self, group: Group) -> ImageTable:
+        """Return the table that belongs to a label image."""
+        return ImageTable(group.image, group.name + self.ending)
+
+    def file(self, target: Location, form: str) -> Location:
+        """Return the table of all images of a target."""
+        return table_of(target, form, self.name)
+
+    def remove_files(self, target: Location, forms: Sequence[str]) -> None:
+        """Remove the tables of a target in some forms."""
+        for form in forms:
+            file = self.file(target, form)
+            file.parent.delete(file.basename)
+
+
+def _form_of_objects(plan: Plan) -> Form:
+    columns = columns_of(size_is_known=_size_is_known(plan), channels=plan.measured_names)
+    return columns | (OBJECT_COLUMNS if plan.resolved.regions else {})
+
+
+def _columns_of_objects(plan: Plan, volume: PlannedVolume, arrays: Mapping[str, Array]) -> Columns:
+    sums = Sums.from_arrays(arrays)
+    columns = to_columns(sums, plan.volume_shape, _spacing_um(plan), _channels(plan, volume))
+    if plan.resolved.regions:
+        overlaps = RegionSums.from_arrays(arrays).overlaps
+        columns |= columns_of_objects(sums.label, overlaps, sums.n_voxels)
+    return columns
+
+
+def _form_of_regions(plan: Plan) -> Form:
+    return columns_of_regions(size_is_known=_size_is_known(plan), channels=plan.measured_names)
+
+
+def _columns_of_regions(plan: Plan, volume: PlannedVolume, arrays: Mapping[str, Array]) -> Columns:
+    objects = Sums.from_arrays(arrays)
+    sums = RegionSums.from_arrays(arrays)
+    of_objects = columns_of_objects(objects.label, sums.overlaps, objects.n_voxels)
+    channels = _channels(plan, volume)
+    spacing_um = _spacing_um(plan)
+    return to_region_columns(sums, of_objects["region"], plan.volume_shape, spacing_um, channels)
+
+
+_OBJECTS = _Kind("measurements", "", _form_of_objects, _columns_of_objects)
+_REGIONS = _Kind("regions", "_regions", _form_of_regions, _columns_of_regions)
+
+
+def _kinds(plan: Plan) -> list[_Kind]:
+    return [_OBJECTS, _REGIONS] if plan.resolved.regions else [_OBJECTS]
 
 
 def require_own_tables(target: Target) -> None:
@@ -46,40 +115,54 @@ def require_own_tables(target: Target) -> None:
     Raises:
         TargetError: One has.
     """
-    map_threaded(lambda group: _table(group).require_own(), target.iter_labels())
+
+    def require(group: Group) -> None:
+        for kind in _kinds(target.plan):
+            kind.table(group).require_own()
+
+    map_threaded(require, target.iter_labels())
 
 
 def remove_tables(target: Target) -> None:
     """Remove the measurements of labels that this run makes again."""
+    kinds = (_OBJECTS, _REGIONS)
     if not target.is_in_place:
-        _remove_tables_of_run(target.location, _FORMS)
+        for kind in kinds:
+            kind.remove_files(target.location, _FORMS)
 
     def remove(image: ImageTarget) -> None:
         for group in image.measured_groups:
-            _table(group).remove_own()
+            for kind in kinds:
+                kind.table(group).remove_own()
 
     # One thread for each image: its tables share one list of tables.
     map_threaded(remove, target.images)
 
 
 def sweep_tables(target: Target) -> None:
-    """Remove what a writer of the table of the run left that was killed."""
-    table = target.plan.table
-    table.parent.sweep_staged([table.basename])
+    """Remove what a writer of the tables of the run left that was killed."""
+    plan = target.plan
+    files = [kind.file(plan.target, plan.resolved.table) for kind in _kinds(plan)]
+    files[0].parent.sweep_staged([file.basename for file in files])
 
 
 def write_tables(target: Target, missing_boxes: Sequence[Json]) -> None:
     """Write the measurements of all volumes that have some, and what they lack."""
+    for kind in _kinds(target.plan):
+        _write_tables(target, missing_boxes, kind)
+
+
+def _write_tables(target: Target, missing_boxes: Sequence[Json], kind: _Kind) -> None:
     plan = target.plan
-    table = plan.table
+    table = kind.file(plan.target, plan.resolved.table)
     outputs = list(chain.from_iterable(map(plan.outputs_of, range(len(plan.volumes)))))
-    others = _other_plans(target)
-    rows = chain(_rows_of_others(others), _rows(plan, outputs))
-    schema = run_schema([_form(each) for each in (plan, *others)])
+    others = [other for other in _other_plans(target) if kind in _kinds(other)]
+    rows = chain(_rows_of_others(others, kind), _rows(plan, outputs, kind))
+    schema = run_schema([kind.form(each) for each in (plan, *others)])
     lacks = {"missing_boxes": json.dumps(missing_boxes)}
     write_rows(table.parent, table.basename, rows, schema=schema.with_metadata(lacks))
     # Fields that were measured before are in it too: a table of the other form would lack some.
-    _remove_tables_of_run(target.location, [form for form in _FORMS if form != plan.resolved.table])
+    kind.remove_files(target.location, [form for form in _FORMS if form != plan.resolved.table])
     of_group: dict[Location, list[Output]] = defaultdict(list)
     for output in outputs:
         of_group[target.array("labels", output).location.parent].append(output)
@@ -92,12 +175,12 @@ def write_tables(target: Target, missing_boxes: Sequence[Json]) -> None:
     def write(image: ImageTarget) -> None:
         lacks = [box for box in missing_boxes if box.get("image", "") == image.path]
         for group in image.measured_groups:
-            _table(group).write(
+            kind.table(group).write(
                 target.version,
-                _rows(plan, of_group[group.location]),
-                label_name=group.name,
+                _rows(plan, of_group[group.location], kind),
+                label_name=_label_name(plan, group, kind),
                 provenance={**made_by, "missing_boxes": lacks},
-                form=_form(plan),
+                form=kind.form(plan),
                 has_times=len(plan.times) > 1,
             )
 
@@ -105,23 +188,24 @@ def write_tables(target: Target, missing_boxes: Sequence[Json]) -> None:
     map_threaded(write, target.images, _N_WRITERS)
 
 
-def _table(group: Group) -> ImageTable:
-    return ImageTable(group.image, group.name)
+def _label_name(plan: Plan, group: Group, kind: _Kind) -> str | None:
+    """Return the label image of the same image that a table is about; regions may be elsewhere."""
+    if kind == _OBJECTS:
+        return group.name
+    companions = [image.regions for image in plan.images.values() if image.regions]
+    is_beside = plan.is_in_place and companions[0].is_own
+    return companions[0].label if is_beside else None
 
 
-def _rows(plan: Plan, outputs: Sequence[Output]) -> Iterator[tuple[Place, Columns]]:
+def _rows(plan: Plan, outputs: Sequence[Output], kind: _Kind) -> Iterator[tuple[Place, Columns]]:
     """Yield the measurements of some outputs, from the sums in the run folder."""
     folder = RunFolder(plan.run)
-    for output, data in read_ahead(folder.read_sums, outputs, _MAX_READ_AHEAD):
-        if data is None:
+    for output, arrays in read_ahead(folder.read_sums, outputs, _MAX_READ_AHEAD):
+        if arrays is None:
             continue  # it failed, and is named as missing
         planned = plan.volumes[output.volume]
         place = _place(plan, planned.image, planned.target_t, planned.c, output.number)
-        spacing_um = plan.target_image.spacing_um if _size_is_known(plan) else None
-        yield (
-            place,
-            to_columns(Sums(**data), plan.volume_shape, spacing_um, _channels(plan, planned)),
-        )
+        yield place, kind.columns(plan, planned, arrays)
 
 
 def _channels(plan: Plan, volume: PlannedVolume) -> dict[str, int]:
@@ -131,12 +215,12 @@ def _channels(plan: Plan, volume: PlannedVolume) -> dict[str, int]:
     return {name: numbers.index(channel) for name, channel in pairs}
 
 
-def _form(plan: Plan) -> Form:
-    return columns_of(size_is_known=_size_is_known(plan), channels=plan.measured_names)
-
-
 def _size_is_known(plan: Plan) -> bool:
     return plan.target_image.unknown_size is None
+
+
+def _spacing_um(plan: Plan) -> tuple[float, ...] | None:
+    return plan.target_image.spacing_um if _size_is_known(plan) else None
 
 
 def _other_plans(target: Target) -> list[Plan]:
@@ -148,7 +232,7 @@ def _other_plans(target: Target) -> list[Plan]:
     return [p for p in plans if p.run != plan.run and p.resolved.measures_objects()]
 
 
-def _rows_of_others(others: Sequence[Plan]) -> Iterator[tuple[Place, Columns]]:
+def _rows_of_others(others: Sequence[Plan], kind: _Kind) -> Iterator[tuple[Place, Columns]]:
     """Yield the measurements of other runs, read from the tables beside their labels."""
     tables: list[tuple[Plan, str, Group]] = []
     for other in others:
@@ -157,7 +241,7 @@ def _rows_of_others(others: Sequence[Plan]) -> Iterator[tuple[Place, Columns]]:
 
     def read(number: int) -> list[tuple[int, int, Columns]]:
         group = tables[number][2]
-        return _table(group).read()
+        return kind.table(group).read()
 
     for number, volumes in read_ahead(read, range(len(tables)), _MAX_READ_AHEAD):
         other, path, group = tables[number]

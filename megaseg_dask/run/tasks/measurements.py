@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.measurements import Sums, measure_block, merge
+from megaseg_dask.algorithms.regions import RegionSums, measure_regions, merge_regions
 from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.plan.plan import Output
 from megaseg_dask.run.state import OutputState
@@ -36,6 +37,10 @@ def measure_objects(workspace: Workspace, output: Output, number: int) -> Output
     require_same_voxels(workspace, output.volume, region, intensity[:1])
     sums = measure_block(labels, intensity, core)
     workspace.save(output, _name(number), sums.arrays())
+    regions = _read_regions(workspace, output.volume, core)
+    if regions is not None:
+        of_regions = measure_regions(labels, regions, intensity, core)
+        workspace.save(output, _name_of_regions(number), of_regions.arrays())
     return OutputState()
 
 
@@ -59,26 +64,63 @@ def _read_with_border(workspace: Workspace, output: Output, core: Box) -> Array:
     return labels
 
 
+def _read_regions(workspace: Workspace, volume: int, core: Box) -> Array | None:
+    """Return the ids of the regions in a block and one voxel around it, 0 where the volume ends."""
+    regions = workspace.regions(volume)
+    if regions is None:
+        return None
+    plan = workspace.plan
+    around = core.grown(1)
+    box = around & Box.of(plan.volume_shape)
+    values = regions.read(box.shifted(plan.region.start))
+    before = [a - b for a, b in zip(box.start, around.start, strict=True)]
+    after = [b - a for a, b in zip(box.stop, around.stop, strict=True)]
+    return np.pad(values, list(zip(before, after, strict=True)))
+
+
 def collect_objects(workspace: Workspace, output: Output, _: int) -> OutputState:
     """Add the sums of all blocks, in grid order, and write those of the volume."""
     parts = read_ahead(
-        lambda number: Sums(**workspace.load(output, _name(number))),
+        lambda number: Sums.from_arrays(workspace.load(output, _name(number))),
         workspace.present_blocks(output),
         _N_AHEAD,
     )
     # There may be no block that is not missing.
     total = merge(chain([_no_objects(workspace, output)], (sums for _, sums in parts)))
-    workspace.save_sums(output, total.arrays())
+    arrays = total.arrays()
+    if workspace.regions(output.volume) is not None:
+        of_blocks = read_ahead(
+            lambda number: RegionSums.from_arrays(workspace.load(output, _name_of_regions(number))),
+            workspace.present_blocks(output),
+            _N_AHEAD,
+        )
+        none = _no_regions(workspace, output)
+        of_regions = merge_regions(chain([none], (sums for _, sums in of_blocks)))
+        arrays |= of_regions.arrays()
+    workspace.save_sums(output, arrays)
     return OutputState()
 
 
 def _no_objects(workspace: Workspace, output: Output) -> Sums:
+    labels = np.zeros((3, 3, 3), np.uint32)
+    return measure_block(labels, _one_voxel(workspace, output), Box.of((1, 1, 1)))
+
+
+def _no_regions(workspace: Workspace, output: Output) -> RegionSums:
+    labels = np.zeros((3, 3, 3), np.uint32)
+    return measure_regions(labels, labels, _one_voxel(workspace, output), Box.of((1, 1, 1)))
+
+
+def _one_voxel(workspace: Workspace, output: Output) -> Array:
+    """Return a voxel of all channels that are measured, of no object."""
     plan = workspace.plan
-    voxel = (1, 1, 1)
     n_channels = len(plan.measured_channels(plan.volumes[output.volume]))
-    intensity = np.zeros((n_channels, *voxel), plan.source_image.dtype)
-    return measure_block(np.zeros((3, 3, 3), np.uint32), intensity, Box.of(voxel))
+    return np.zeros((n_channels, 1, 1, 1), plan.source_image.dtype)
 
 
 def _name(number: int) -> str:
     return f"sums/{number}.npz"
+
+
+def _name_of_regions(number: int) -> str:
+    return f"regions/{number}.npz"

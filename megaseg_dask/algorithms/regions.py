@@ -1,0 +1,166 @@
+"""Objects in regions, such as organelles in cells: sums over the voxels of both that add.
+
+Three sums tell all: the voxels that each object shares with each region, the sums of the regions,
+and those of the structure inside each region. Each adds across blocks, exactly as
+:mod:`megaseg_dask.algorithms.measurements` says.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask.algorithms.geometry import Box, Shape
+from megaseg_dask.algorithms.matching import Contingency
+from megaseg_dask.algorithms.measurements import (
+    Columns,
+    Sums,
+    columns_of,
+    measure_block,
+    merge,
+    sum_block,
+    to_columns,
+)
+
+Array = NDArray[Any]
+
+# The columns that objects get, and those of a region beside its own measurements.
+OBJECT_COLUMNS = {"region": "int64", "region_share": "float64"}
+_STRUCTURE_COLUMNS = {
+    "n_objects": "int64",
+    "structure_voxels": "int64",
+    "structure_um3": "float64",
+    "structure_share": "float64",
+    "structure_intensity_sum": "float64",
+}
+_UM_COLUMNS = ("structure_um3",)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegionSums:
+    """Sums of some regions, of the structure inside them, and of the pairs of object and region.
+
+    ``overlaps`` has objects as ``predicted`` and regions as ``true``, without background.
+    """
+
+    regions: Sums
+    inside: Sums
+    overlaps: Contingency
+
+    def arrays(self) -> Columns:
+        """Return all columns by name, to be stored."""
+        arrays = {f"regions_{name}": values for name, values in self.regions.arrays().items()}
+        arrays |= {f"inside_{name}": values for name, values in self.inside.arrays().items()}
+        overlaps = self.overlaps
+        return {
+            **arrays,
+            "overlap_object": overlaps.predicted,
+            "overlap_region": overlaps.true,
+            "overlap_voxels": overlaps.voxels,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> "RegionSums":
+        """Return the sums that :meth:`arrays` lists."""
+
+        def those_of(prefix: str) -> Columns:
+            names = [name for name in arrays if name.startswith(prefix)]
+            return {name.removeprefix(prefix): arrays[name] for name in names}
+
+        pairs = those_of("overlap_")
+        overlaps = Contingency(pairs["object"], pairs["region"], pairs["voxels"])
+        return cls(Sums(**those_of("regions_")), Sums(**those_of("inside_")), overlaps)
+
+
+def measure_regions(labels: Array, regions: Array, intensity: Array, core: Box) -> RegionSums:
+    """Return the sums of a block.
+
+    ``labels`` and ``regions`` are ids ``(z, y, x)`` of the block and of one voxel around it, and
+    ``intensity`` the channels ``(c, z, y, x)`` of the block, as for
+    :func:`~megaseg_dask.algorithms.measurements.measure_block`.
+
+    Raises:
+        DataError: The shapes differ, or a region has a negative id.
+    """
+    inner = np.s_[1:-1, 1:-1, 1:-1]
+    # It refuses ids that are negative.
+    overlaps = Contingency.of(labels[inner], regions[inner])
+    regions = regions.astype(np.uint64, copy=False)
+    structure = np.where(labels[inner] != 0, regions[inner], np.uint64(0))
+    is_pair = (overlaps.predicted != 0) & (overlaps.true != 0)
+    return RegionSums(
+        measure_block(regions, intensity, core),
+        sum_block(structure, intensity, core),
+        Contingency(overlaps.predicted[is_pair], overlaps.true[is_pair], overlaps.voxels[is_pair]),
+    )
+
+
+def merge_regions(parts: Iterable[RegionSums]) -> RegionSums:
+    """Add the sums of at least one part of a volume, in grid order."""
+    return functools.reduce(_add, parts)
+
+
+def _add(total: RegionSums, part: RegionSums) -> RegionSums:
+    return RegionSums(
+        merge([total.regions, part.regions]),
+        merge([total.inside, part.inside]),
+        total.overlaps + part.overlaps,
+    )
+
+
+def columns_of_objects(objects: NDArray[np.uint64], overlaps: Contingency, sizes: Array) -> Columns:
+    """Return ``OBJECT_COLUMNS`` of objects ``(n,)``, ascending, of ``sizes`` voxels.
+
+    ``region`` is the one with most of the object's voxels, the smallest id of several, and 0 of an
+    object that lies in none. ``region_share`` is the share of its voxels there.
+    """
+    # By object, then by voxels, then by smaller id: the last of each object is its region.
+    order = np.lexsort((~overlaps.true, overlaps.voxels, overlaps.predicted))
+    owners = overlaps.predicted[order]
+    is_last = np.append(owners[1:] != owners[:-1], True)[: len(owners)]
+    rows = np.searchsorted(objects, owners[is_last])
+    region = np.zeros(len(objects), np.int64)
+    region[rows] = overlaps.true[order][is_last].astype(np.int64)
+    shared = np.zeros(len(objects), np.int64)
+    shared[rows] = overlaps.voxels[order][is_last]
+    return {"region": region, "region_share": shared / sizes}
+
+
+def columns_of_regions(*, size_is_known: bool, channels: Sequence[str] = ()) -> dict[str, str]:
+    """Return the columns of :func:`to_region_columns`, and their dtypes."""
+    left_out = () if size_is_known else _UM_COLUMNS
+    own = {name: dtype for name, dtype in _STRUCTURE_COLUMNS.items() if name not in left_out}
+    return {**columns_of(size_is_known=size_is_known, channels=channels), **own}
+
+
+def to_region_columns(
+    sums: RegionSums,
+    region_of_objects: NDArray[np.int64],
+    volume_shape: Shape,
+    spacing_um: Sequence[float] | None,
+    channels: Mapping[str, int] | None = None,
+) -> Columns:
+    """Return the table of a volume's regions, a row per region, by ascending label.
+
+    Beside the region's own measurements: the objects of which it holds the most voxels; voxels,
+    volume and sum of intensity of all structure inside it; and the share that the structure takes.
+    """
+    columns = to_columns(sums.regions, volume_shape, spacing_um, channels)
+    labels = sums.regions.label
+    rows = np.searchsorted(labels, sums.inside.label)
+    n_voxels = np.zeros(len(labels), np.int64)
+    n_voxels[rows] = sums.inside.n_voxels
+    total = np.zeros(len(labels))
+    total[rows] = sums.inside.total[0]
+    chosen = region_of_objects[region_of_objects > 0].astype(np.uint64)
+    n_objects = np.bincount(np.searchsorted(labels, chosen), minlength=len(labels))
+    columns["n_objects"] = n_objects.astype(np.int64)
+    columns["structure_voxels"] = n_voxels
+    if spacing_um:
+        columns["structure_um3"] = n_voxels * float(np.prod(spacing_um))
+    columns["structure_share"] = n_voxels / sums.regions.n_voxels
+    columns["structure_intensity_sum"] = total
+    return columns

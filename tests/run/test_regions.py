@@ -1,0 +1,132 @@
+"""Regions of a run: both tables at any block, in ngio's form; wrong ones are refused."""
+
+import numpy as np
+import pandas
+import pytest
+import zarr
+from numpy.testing import assert_array_equal
+
+from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.ngff.labels import add_label
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.stores import Location
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
+
+SHAPE = (24, 50, 70)
+SCALE = {"z": 0.5, "y": 0.2, "x": 0.2}
+
+
+@pytest.fixture
+def run(tmp_path, tiny_bundle, cheap_engine):
+    def call(target="out.zarr", **options):
+        options = {
+            "model": str(tiny_bundle),
+            "threads": 1,
+            "overlap": 0,
+            "outputs": "labels,scores,measurements",
+            "threshold": "otsu",
+            **options,
+        }
+        result = segment_here(
+            str(tmp_path / "image.zarr"), str(tmp_path / target), parse_settings(options)
+        )
+        assert result.status == "done", result.failures
+        read = [
+            pandas.read_parquet(tmp_path / f"{target}.{kind}.parquet")
+            for kind in ("measurements", "regions")
+        ]
+        return tuple(read)
+
+    return call
+
+
+@pytest.fixture
+def cells():
+    """Regions that cross blocks: slabs along x, with gaps."""
+    regions = np.zeros(SHAPE, np.uint16)
+    for number in range(4):
+        regions[:, 4 * number :, 17 * number : 17 * number + 15] = 10 * (number + 1)
+    return regions
+
+
+@pytest.fixture
+def source(tmp_path, cells):
+    path = write_image(tmp_path / "image.zarr", blobs(SHAPE), scale=SCALE)
+    write_label(path / "labels/cells", cells)
+    add_label(Location.of(path), "0.5", "cells")
+    return path
+
+
+def write_label(path, labels):
+    write_image(path, labels, scale=SCALE)
+    group = zarr.open_group(path, mode="r+")
+    group.attrs["ome"] = {**group.attrs["ome"], "image-label": {}}
+    return path
+
+
+def test_both_tables_are_the_same_at_any_block(run, source, tmp_path, cells):
+    split = run("split.zarr", regions="cells", block="13,17,29")
+    whole = run("whole.zarr", regions="cells", block="24,50,70")
+    for one, other in zip(split, whole, strict=True):
+        pandas.testing.assert_frame_equal(one, other, check_exact=True)
+    objects, regions = whole
+    assert regions.label.tolist() == [10, 20, 30, 40]
+    labels = zarr.open_array(tmp_path / "whole.zarr/labels/megaseg/0", mode="r")[...]
+    assert regions.structure_voxels.tolist() == [
+        ((cells == r) & (labels > 0)).sum() for r in regions.label
+    ]
+    assert regions.n_objects.tolist() == [(objects.region == r).sum() for r in regions.label]
+    largest = objects.loc[objects.volume_voxels.idxmax()]
+    counts = np.bincount(cells[labels == largest.label])
+    assert largest.region == counts[1:].argmax() + 1
+    assert largest.region_share == counts[1:].max() / largest.volume_voxels
+
+
+def test_regions_of_another_store_with_a_region_of_interest(run, source, tmp_path, cells):
+    other = write_label(tmp_path / "other.zarr", cells)
+    by_name = run("named.zarr", regions="cells", roi="2:20,5:45,10:60")
+    by_path = run("path.zarr", regions=str(other), roi="2:20,5:45,10:60", block="9,20,25")
+    for one, another in zip(by_name, by_path, strict=True):
+        pandas.testing.assert_frame_equal(one, another, check_exact=True)
+    inside = cells[2:20, 5:45, 10:60]
+    assert by_name[1].volume_voxels.tolist() == [(inside == r).sum() for r in by_name[1].label]
+
+
+def test_ngio_reads_both_tables(run, source, tmp_path):
+    from ngio import open_ome_zarr_container
+
+    objects, regions = run("out.zarr", regions="cells")
+    container = open_ome_zarr_container(tmp_path / "out.zarr")
+    assert set(container.list_tables()) == {"megaseg", "megaseg_regions"}
+    read = container.get_table("megaseg_regions").dataframe.reset_index()
+    assert_array_equal(read["label"], regions["label"])
+    assert_array_equal(read["structure_share"], regions["structure_share"])
+    read = container.get_table("megaseg").dataframe
+    assert_array_equal(read["region"], objects["region"])
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ("nuclei", "does not exist.*label images cells"),
+        ("small.zarr", r"it has \(12, 50, 70\) voxels .*the image \(24, 50, 70\)"),
+        ("float.zarr", "holds float32"),
+    ],
+)
+def test_what_are_no_regions_is_a_wrong_request(
+    run, source, tmp_path, cells, regions, message, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_label(tmp_path / "small.zarr", cells[:12])
+    write_image(tmp_path / "float.zarr", cells.astype(np.float32))
+    with pytest.raises(SettingsError, match=f"--regions {regions}: .*{message}"):
+        run(regions=regions)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_other_regions_are_another_run(run, source, cells):
+    run(regions="cells")
+    zarr.open_array(source / "labels/cells/0", mode="r+")[0, :, :] = 7
+    with pytest.raises(TargetError, match="digest of regions"):
+        run(regions="cells")
