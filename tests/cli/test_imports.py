@@ -58,8 +58,8 @@ COMMANDS = {
     "segment in this process": (f"segment cells.zarr new.zarr {OPTIONS} --workers 0", COMPUTING),
     "segment, measured": (
         f"segment cells.zarr measured.zarr {OPTIONS} --workers 0 --outputs labels,measurements",
-        # pyarrow imports pandas where it is installed.
-        {*COMPUTING, "pandas", "pyarrow"},
+        # pyarrow imports pandas where it is installed; scikit-image has the areas of surfaces.
+        {*COMPUTING, "pandas", "pyarrow", "skimage"},
     ),
     "segment on a worker": (f"segment cells.zarr other.zarr {OPTIONS} --workers 1", SCHEDULING),
 }
