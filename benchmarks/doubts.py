@@ -149,7 +149,7 @@ def facts_of(case: Case, logits: Array, cutoff: float, min_size: int, *, is_foun
         sum_above=None if is_found else float(values[mask].sum()),
     )
     channel = ChannelStatistics(values.mean(), values.std(), values.min(), values.max())
-    return Facts(case.name, mask.size, channel, output, min_size, is_split=False)
+    return Facts(case.name, mask.size, channel, True, output, min_size, is_split=False)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from itertools import chain
 
 from megaseg_dask.events import Doubt, Result
 from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.resolved import OfVolume
 from megaseg_dask.run.doubts import Facts, find_doubts
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
@@ -200,7 +201,7 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
 def doubts_of(plan: Plan, states: Sequence[VolumeState | None]) -> list[Doubt]:
     """Return what the volumes of a run should not be believed for."""
     resolved = plan.resolved
-    is_measured = plan.measure_level == 0 and resolved.roi is None
+    is_measured = resolved.normalization == OfVolume() and resolved.roi is None
     volumes = []
     for planned, state in zip(plan.volumes, states, strict=True):
         for number, known in enumerate(state.by_output if state else ()):
@@ -209,7 +210,8 @@ def doubts_of(plan: Plan, states: Sequence[VolumeState | None]) -> list[Doubt]:
             facts = Facts(
                 name=" ".join([volume_name(planned), *of_output]),
                 n_voxels=math.prod(plan.volume_shape),
-                channel=channel if is_measured else None,
+                channel=channel,
+                is_measured=is_measured,
                 output=known,
                 min_size=resolved.min_size,
                 is_split=resolved.split_depth is not None,

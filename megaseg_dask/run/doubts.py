@@ -38,8 +38,9 @@ class Facts:
 
     name: str
     n_voxels: int
-    # The first channel, if these voxels are all that was measured of it.
+    # The first channel, and whether its statistics are those of just these voxels.
     channel: ChannelStatistics | None
+    is_measured: bool
     output: OutputState
     min_size: int
     is_split: bool
@@ -175,7 +176,8 @@ def _noise(facts: Facts) -> _Reason | None:
     n_above = facts.output.n_above
     total = facts.output.sum_above
     channel = facts.channel
-    if not n_above or total is None or channel is None or channel.std == 0:
+    is_known = facts.is_measured and channel is not None and channel.std > 0
+    if not n_above or total is None or channel is None or not is_known:
         return None
     n_below = facts.n_voxels - n_above
     if n_below <= 0:

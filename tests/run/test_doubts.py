@@ -18,6 +18,7 @@ SOUND = Facts(
     name="t=0 c=0",
     n_voxels=100_000,
     channel=ChannelStatistics(mean=100.0, std=50.0, minimum=3.0, maximum=900.0),
+    is_measured=True,
     output=OutputState(
         n_objects=50,
         sizes=ObjectSizes(foreground=20_000, largest=900, n_specks=4, n_near=3),
@@ -79,6 +80,11 @@ def test_each_case_has_its_line(about):
     assert doubt.about == about
     assert text in doubt.text
     assert advice in doubt.advice
+
+
+def test_statistics_of_other_voxels_tell_nothing_of_noise():
+    facts, _, _ = CASES["noise"]
+    assert find_doubts([replace(facts, is_measured=False)]) == []
 
 
 def test_what_holds_for_many_volumes_is_told_once():
