@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -151,7 +151,7 @@ def fetch(
         from megaseg_dask.models import registry
 
         url = model if "://" in model else None
-        default_name = PurePosixPath(model).stem if url else model
+        default_name = registry.file_of(url).stem if url else model
         key = object_
         is_renamed = name is not None and name != model
         if key is None and url is None and is_renamed:

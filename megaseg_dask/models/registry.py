@@ -33,6 +33,26 @@ OFFLINE = "MEGASEG_OFFLINE"
 STARTER = Path(__file__).parent / "starter"
 
 
+# What a link ends in that asks a browser to save the file.
+_SAVED = ("?download=1", "?download=true", "?dl=1")
+
+
+# -- what a link means
+
+
+def plain_link(url: str) -> str:
+    """Return the address of a file, of a link to save it."""
+    for ending in _SAVED:
+        url = url.removesuffix(ending)
+    return url
+
+
+def file_of(url: str) -> PurePosixPath:
+    """Return the file that an address is of; Zenodo's interface has ``…/NAME/content``."""
+    path = PurePosixPath(plain_link(url))
+    return path.parent if path.name == "content" else path
+
+
 # -- what a name means
 
 
@@ -50,7 +70,7 @@ def locate(model: str, emit: Emit = ignore) -> Path:
     if model in PUBLISHED:
         return _fetch_or_advise(model, Origin(), emit).path
     if "://" in model:
-        name = PurePosixPath(model).stem
+        name = file_of(model).stem
         if not is_name(name) or cache.folder_of(name).exists():
             raise BundleError(
                 f"--model {model}: fetch it under a name of its own, `megaseg models fetch {model} "
@@ -77,7 +97,8 @@ def find(model: str) -> Path | None:
     if is_name(model) and (record := read_record(model)):
         return record.path
     if "://" in model:
-        return next((record.path for record in _records() if record.source == model), None)
+        source = plain_link(model)
+        return next((record.path for record in _records() if record.source == source), None)
     path = Path(model).expanduser()
     return path.absolute() if path.exists() else None
 
@@ -224,12 +245,15 @@ class Origin:
         address = self.bucket
         key = self.key
         if self.url:
-            location = Location.of(self.url)
+            location = Location.of(plain_link(self.url))
             address = location.parent.url
             key = location.basename
         bucket = open_bucket(address, self.endpoint)
-        if key and PurePosixPath(key).suffix not in FORMS:
-            raise BundleError(f"{bucket}: expected a .zip or .ckpt, and {one_line(key)} is neither")
+        file = file_of(self.url or key or "")
+        if key and file.suffix not in FORMS:
+            raise BundleError(
+                f"{bucket}: expected a .zip or .ckpt, and {one_line(file.name)} is neither"
+            )
         return bucket, _find_object(bucket, name, key)
 
 
@@ -261,9 +285,9 @@ def fetch(
             _require_digests(part, stored, origin.sha256)
             record = cache.install(
                 name,
-                PurePosixPath(stored.key).suffix,
+                file_of(stored.url).suffix,
                 lambda file: _move(part, file),
-                source=origin.url or stored.url,
+                source=plain_link(origin.url or stored.url),
                 version=stored.version,
             )
         except BundleError as error:
@@ -310,7 +334,7 @@ def _require_digests(part: Path, stored: StoredObject, sha256: str | None) -> No
 
 def _require_same(record: Record, origin: Origin) -> None:
     """Check a model that is in the cache against what was asked for, and against its record."""
-    is_other = origin.url is not None and record.source != origin.url
+    is_other = origin.url is not None and record.source != plain_link(origin.url)
     if origin.key is not None:
         is_other |= PurePosixPath(record.source).name != PurePosixPath(origin.key).name
     if origin.sha256 is not None:

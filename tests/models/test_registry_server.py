@@ -6,6 +6,7 @@ Listed, fetched, interrupted, spoilt, changed.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -452,6 +453,23 @@ def test_a_url_as_a_model(relay, megaseg_zip):
         assert path.name == "megaSeg.zip"
         with pytest.raises(BundleError, match="fetch it under a name of its own"):
             registry.locate(f"{url}/sub/megaSeg.zip")
+
+
+@pytest.mark.parametrize(
+    "link", ["files/nuclei.zip?download=1", "api/files/nuclei.zip/content", "files/nuclei.zip?dl=1"]
+)
+def test_a_link_to_save_a_file_is_the_address_of_the_file(link, relay, megaseg_zip, tmp_path):
+    record = tmp_path / "record"
+    (record / "files").mkdir(parents=True)
+    (record / "api/files/nuclei.zip").mkdir(parents=True)
+    shutil.copy(megaseg_zip, record / "files/nuclei.zip")
+    shutil.copy(megaseg_zip, record / "api/files/nuclei.zip/content")
+    with range_server(record) as url:
+        path = registry.locate(f"{url}/{link}")
+        assert path.name == "nuclei.zip"
+        assert registry.locate(f"{url}/{link}") == path
+        assert load_bundle(path).digest == load_bundle(megaseg_zip).digest
+        assert registry.fetch("nuclei", Origin(url=f"{url}/{link}")).path == path
 
 
 def test_over_tls_a_certificate_that_nobody_knows_is_refused(tmp_path, megaseg_zip):
