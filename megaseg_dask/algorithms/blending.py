@@ -46,12 +46,17 @@ def window(patch_shape: Shape, mode: str = "gaussian") -> Float32:
 
 
 def blend(
-    predictions: Iterable[tuple[Box, A]], core: Box, weights: A, library: ArrayLibrary[A]
+    predictions: Iterable[tuple[Box, A]],
+    core: Box,
+    weights: A,
+    library: ArrayLibrary[A],
+    needed: A | None = None,
 ) -> A:
     """Blend patch logits ``(channels, *patch)`` into the core's logits ``(channels, *core)``.
 
     ``predictions`` come in grid order. They and ``weights``, ``(z, y, x)``, are
-    float32 arrays of ``library``, all on one device.
+    float32 arrays of ``library``, all on one device. ``needed`` marks the voxels of the core
+    of which all patches come; the others get 0.
 
     Raises:
         EngineError: A voxel of the core got no weight, or a logit that is not
@@ -70,6 +75,10 @@ def blend(
         inside_core = shared.within(core).slices
         weight_sum[inside_core] += window[inside_patch]
         total[:, *inside_core] += logits[:, *inside_patch] * window[inside_patch]
+    if needed is not None and total is not None:
+        others: Any = ~needed  # type: ignore[operator]
+        total[:, others] = 0
+        weight_sum[others] = 1
     if total is None or not weight_sum.all():
         raise EngineError(f"block {core} has voxels that no patch covers")
     total /= weight_sum

@@ -257,10 +257,17 @@ class PatchGrid:
         """Return how many patches a block has to predict."""
         return math.prod(map(len, self._touching_starts(core)))
 
-    def iter_touching(self, core: Box) -> Iterator[Box]:
-        """Yield the patches that a block has to predict, in grid order."""
+    def iter_touching(self, core: Box, where: NDArray[np.bool_] | None = None) -> Iterator[Box]:
+        """Yield the patches that a block has to predict, in grid order.
+
+        ``where`` marks the voxels of the core that are wanted, if not all are.
+        """
+        covered = self.covered(core)
+        needed = None if where is None else self.resampling.needed_on_grid(where, core.ranges)
         for start in product(*self._touching_starts(core)):
-            yield Box.of(self.patch_shape).shifted(start)
+            patch = Box.of(self.patch_shape).shifted(start)
+            if needed is None or needed[(patch & covered).within(covered).slices].any():
+                yield patch
 
     def seen_box(self, core: Box) -> Box:
         """Return the voxels of the grid that the patches of ``core`` see, without padding."""
@@ -283,6 +290,25 @@ class PatchGrid:
     def count_read(self, block_shape: Shape, region: Box | None = None) -> int:
         """Return how many voxels all blocks of a region read together, halos included."""
         return math.prod(n_voxels for _, n_voxels in self._axis_totals(block_shape, region))
+
+    def voxels_read(self, block_shape: Shape, region: Box) -> NDArray[np.int64]:
+        """Return how many voxels each block of a region reads, halos included, in grid order."""
+        source_shape = self.resampling.source_shape
+        axes = zip(
+            source_shape,
+            self.volume_shape,
+            self.patch_shape,
+            self.overlap,
+            block_shape,
+            region.ranges,
+            strict=True,
+        )
+        per_axis = []
+        for n, m, patch, overlap, block, (start, stop) in axes:
+            line = PatchGrid((m,), (patch,), (overlap,), (n,))
+            cores = [core.shifted((start,)) for core in BlockGrid((stop - start,), (block,))]
+            per_axis.append(np.array([line.read_box(core).size for core in cores], np.int64))
+        return functools.reduce(np.multiply.outer, per_axis).ravel()
 
     def _axis_totals(self, block_shape: Shape, region: Box | None) -> Iterator[tuple[int, int]]:
         source_shape = self.resampling.source_shape

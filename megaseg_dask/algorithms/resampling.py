@@ -148,12 +148,33 @@ class Resampling:
         taps = [_taps(_interpolating, m, n, *limits) for m, n, limits in axes]
         return _along_axes(values, taps, library)
 
+    def needed_on_grid(self, needed: NDArray[np.bool_], source: Ranges) -> NDArray[np.bool_]:
+        """Return which voxels of :meth:`grid_ranges` some voxels of the source are made of.
+
+        ``needed`` marks those among the voxels of ``source``; both are ``(z, y, x)``.
+        """
+        axes = zip(self.grid_shape, self.source_shape, source, strict=True)
+        for axis, (m, n, limits) in enumerate(axes):
+            taps = _taps(_interpolating, m, n, *limits)
+            if taps is not None:
+                needed = np.moveaxis(_spread(np.moveaxis(needed, axis, 0), taps), 0, axis)
+        return needed
+
     def peak_voxels(self, from_shape: Shape, to_shape: Shape) -> int:
         """Return how many values are in memory at once while one box becomes another."""
         z, y, _ = to_shape
         steps = [from_shape, (z, *from_shape[1:]), (z, y, from_shape[2]), to_shape]
         sizes = list(map(math.prod, steps))
         return max(map(sum, itertools.pairwise(sizes)))
+
+
+def _spread(needed: NDArray[np.bool_], taps: Taps) -> NDArray[np.bool_]:
+    first, stop = taps.reach
+    spread = np.zeros((stop - first, *needed.shape[1:]), bool)
+    for row in taps.indices - first:
+        for plane, index in enumerate(row):
+            spread[index] |= needed[plane]
+    return spread
 
 
 def _taps(make: _Make, n_from: int, n_to: int, start: int, stop: int) -> Taps | None:

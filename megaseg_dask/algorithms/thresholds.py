@@ -42,7 +42,7 @@ def tabulate(values: NDArray[np.float32], low: float, high: float, method: str) 
         DataError: A logit is not between the extremes, such as NaN, or the
             volume has no room for the bins that ``method`` needs.
     """
-    if not (low <= values.min() and values.max() <= high):
+    if values.size and not (low <= values.min() and values.max() <= high):
         raise DataError(
             f"logits of {values.min()} to {values.max()} in a volume of {low} to {high}: the "
             "logits changed; run the same command again"

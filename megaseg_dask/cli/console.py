@@ -264,6 +264,7 @@ def print_plan(summary: Mapping[str, Any]) -> None:
         "patches": _patches_text(summary),
         "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, "
         f"redundancy {summary['redundancy']}",
+        **_where_rows(summary["where"]),
         "bytes": _bytes_text(summary),
         "memory": _memory_text(summary),
         "time": _time_text(summary),
@@ -328,6 +329,18 @@ def _patches_text(summary: Mapping[str, Any]) -> str:
     if cheapest < redundancy:
         text += f" ({cheapest} with --patch auto, {_shape(summary['auto_patch_shape'])})"
     return text
+
+
+def _where_rows(where: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the row that says what a mask saves, if there is one."""
+    if where is None:
+        return {}
+    everywhere = where["predictions"] + where["predictions_left_out"]
+    text = (
+        f"{where['voxels']:.1%} of the voxels: {where['predictions']} of {everywhere} predictions; "
+        f"{where['blocks_left_out']} of {where['blocks']} blocks are left out"
+    )
+    return {"where": text}
 
 
 def _bytes_text(summary: Mapping[str, Any]) -> str:

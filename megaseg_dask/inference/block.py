@@ -134,7 +134,8 @@ class Block:
     The core is a box of the source, also where patches lie on another grid. ``values`` are
     the voxels ``(c, z, y, x)`` of ``read_box``, on the host or a device; ``prepare`` turns
     them into the network's input. ``background`` marks the voxels of the core that are
-    background whatever the network says.
+    background whatever the network says. ``where`` marks those that are wanted, on the host,
+    if not all are: no other patches are predicted than theirs.
     """
 
     core: Box
@@ -142,6 +143,7 @@ class Block:
     patches: Patches
     prepare: Callable[[Any], Any]
     background: Any = None
+    where: NDArray[np.bool_] | None = None
 
     @property
     def read_box(self) -> Box:
@@ -162,9 +164,14 @@ def blend_patches(
     """
     grid = block.patches.grid
     on_grid = resampled(block, library)
-    patches = ((p, cut_patch(on_grid, p, library)) for p in grid.iter_touching(block.core))
+    touching = grid.iter_touching(block.core, block.where)
+    patches = ((patch, cut_patch(on_grid, patch, library)) for patch in touching)
     predictions = _predict(patches, forward, block.patches.batch, library)
-    logits = blend(predictions, grid.covered(block.core), weights, library)
+    needed = None
+    if block.where is not None:
+        on_covered = grid.resampling.needed_on_grid(block.where, block.core.ranges)
+        needed = library.asarray(on_covered)
+    logits = blend(predictions, grid.covered(block.core), weights, library, needed)
     logits = grid.resampling.onto_source(logits, block.core.ranges, library)
     if block.background is not None:
         logits[:, block.background] = np.nan

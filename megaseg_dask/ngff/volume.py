@@ -71,19 +71,47 @@ class Volume:
         self._require_stored(array, box, values)
         return self._to_zyx(values).astype(values.dtype.newbyteorder("="), copy=False)
 
-    def count_absent(self, box: Box, values: Array) -> int:
+    def count_absent(self, box: Box, values: Array | None = None) -> int:
         """Return how many stored objects that begin in ``box`` are absent.
 
-        ``values`` ``(z, y, x)`` were read from the box. Zarr reads absent
-        objects as the fill value: legal, but users should know.
+        ``values`` ``(z, y, x)`` were read from the box; without them, the store is asked about
+        each. Zarr reads absent objects as the fill value: legal, but users should know.
 
         Raises:
             StoreError: The store failed.
         """
         array = cached_array(self.location)
-        background = self._units_of_fill_value(array, box, self._to_stored(values))
-        keys = self._keys_beginning_in(box, background)
+        units = self._units(array, box)
+        if values is not None:
+            units = self._units_of_fill_value(array, box, self._to_stored(values))
+        keys = self._keys_beginning_in(box, units)
         return sum(self.location.size(key) is None for key in keys)
+
+    def is_stored(self, box: Box, listed: Container[str] | None = None) -> NDArray[np.bool_]:
+        """Return which voxels of a box ``(z, y, x)`` lie in stored objects that exist.
+
+        They are those that are ``listed`` in the array; without a list, the store is asked.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        stored = self._stored_box(box)
+        exists = np.zeros(stored.shape, bool)
+        for core, key in self._units(self._open(), box):
+            if self._is_there(key, listed):
+                exists[(core & stored).within(stored).slices] = True
+        return self._to_zyx(exists.reshape(self._without_tc(stored.shape)))
+
+    def stored_keys(self, box: Box, listed: Container[str] | None = None) -> list[str]:
+        """Return the keys of the stored objects that share a voxel with a box, and exist."""
+        return [key for _, key in self._units(self._open(), box) if self._is_there(key, listed)]
+
+    def _is_there(self, key: str, listed: Container[str] | None) -> bool:
+        return key in listed if listed is not None else self.location.size(key) is not None
+
+    def _without_tc(self, shape: Shape) -> Shape:
+        axes = zip(self.axis_names, shape, strict=True)
+        return tuple(n for name, n in axes if name in SPATIAL)
 
     def count_unlisted(self, box: Box, listed: Container[str]) -> int:
         """Return how many stored objects that begin in ``box`` are not ``listed`` in the array.

@@ -72,6 +72,8 @@ class Sizes:
     measured_voxels: int
     # What a block takes beside that where patches lie on a grid of their own.
     resampling_bytes: int
+    # Reading and keeping the block's part of a mask.
+    mask_bytes: int
     # Chunks of the source that are decoded at a time.
     decoded_bytes: int
     source_bytes: int
@@ -144,7 +146,7 @@ def segment_bytes(sizes: Sizes) -> int:
     # Blending holds sums and weights; turning logits into scores holds three more float32 arrays.
     blended = sizes.read_voxels * sizes.source_bytes * 2 * sizes.n_inputs
     blended += sizes.logits_bytes + core * 12 + sizes.decoded_bytes
-    blended += sizes.resampling_bytes
+    blended += sizes.resampling_bytes + sizes.mask_bytes
     if sizes.finds_threshold:
         blended += core * 4
     # Scores and a mask of all outputs, beside the logits.

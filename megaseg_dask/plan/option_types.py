@@ -246,6 +246,7 @@ def _require_times(times: tuple[int, int | None]) -> tuple[int, int | None]:
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Distance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Limits: TypeAlias = tuple[int, int]
 

@@ -30,6 +30,7 @@ from megaseg_dask.messages import first_few
 from megaseg_dask.ngff.image import Image, Placement
 from megaseg_dask.ngff.plate import Plate, well_of
 from megaseg_dask.ngff.versions import VERSIONS
+from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan import stages
 from megaseg_dask.plan.choice import channel_text
 from megaseg_dask.plan.companion import Companion
@@ -44,6 +45,7 @@ from megaseg_dask.plan.resolved import Given, OfGroup, OfLevel, Resolved
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.stages import Fact, PlannedStage, Stage
 from megaseg_dask.plan.voxel_size import VolumeForm, is_far, size_text, times_text
+from megaseg_dask.plan.where import MaskReader, MaskSurvey, PlannedMask, reading_bytes
 from megaseg_dask.stores import Location
 
 # The folder of a target's runs has its name and this ending.
@@ -86,11 +88,12 @@ class PlannedVolume:
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """What is one image's own: its place at the target, and the names of the chosen channels."""
+    """What is one image's own: its place at the target, the names of its channels, its mask."""
 
     placement: Placement
     channel_names: tuple[str, ...]
     regions: Companion | None = None
+    mask: PlannedMask | None = None
 
 
 class Output(NamedTuple):
@@ -136,6 +139,8 @@ class Plan(BaseModel):
     split_voxels: int = 0
     # Of the images that the model was trained on (z, y, x), if it is known.
     model_voxel_size_um: tuple[float, ...] | None = None
+    # What the masks of the volumes mean for their blocks, if there are masks.
+    surveys: tuple[MaskSurvey, ...] = ()
 
     # -- geometry
 
@@ -241,6 +246,46 @@ class Plan(BaseModel):
         form = self.source_form
         grid_shape = form.on_grid(self.resolved.voxel_size_um)
         return PatchGrid(grid_shape, self.resolved.patch, self.resolved.overlap, form.shape)
+
+    def mask_reader(
+        self, volume: PlannedVolume, listed: frozenset[str] | None = None
+    ) -> MaskReader | None:
+        """Return what reads the mask of a volume; ``None`` if there is none.
+
+        ``listed`` are the keys of all stored objects of its image, if they were listed.
+        """
+        where = self.resolved.where
+        mask = self.images[volume.image].mask
+        if where is None or mask is None:
+            return None
+        image = self.source / volume.image
+        form = self.source_form
+        return MaskReader(
+            mask,
+            image,
+            volume.t,
+            [Volume.of(image, self.source_image, t=volume.t, c=c) for c in volume.channels],
+            form.shape,
+            form.spacing_um,
+            where.margin_um,
+            listed,
+        )
+
+    def survey_of(self, volume: PlannedVolume) -> MaskSurvey:
+        """Return what the mask of a volume means for its blocks."""
+        return self._surveys[volume]
+
+    @cached_property
+    def _surveys(self) -> dict[PlannedVolume, MaskSurvey]:
+        return dict(zip(self.volumes, self.surveys, strict=True))
+
+    @cached_property
+    def n_predicted(self) -> int:
+        """Patches that all blocks of all volumes predict together."""
+        if self.surveys:
+            return sum(int(each.patches_of_blocks.sum()) for each in self.surveys)
+        of_volume = self.patch_grid.count_predicted(self.block_shape, self.region)
+        return of_volume * len(self.volumes)
 
     def block_grid(self, level: int = 0) -> BlockGrid:
         """Return the blocks of a level, whose cores are whole write units."""
@@ -396,10 +441,12 @@ class Plan(BaseModel):
     @property
     def determinants(self) -> dict[str, object]:
         """All that determines the output, as JSON values; no address, time or worker does."""
+        masks = {} if self.resolved.where is None else {"mask": self.mask_digest}
         return {
             "source": self.source_digest,
             "model": self.model.digest,
             **self._digest_of_regions(),
+            **masks,
             **self.resolved.options(),
         }
 
@@ -408,6 +455,13 @@ class Plan(BaseModel):
         if not digests:
             return {}
         return {"digest of regions": hashlib.sha256(" ".join(digests).encode()).hexdigest()}
+
+    @property
+    def mask_digest(self) -> str:
+        """Digest of the masks of all images: of what is set, and of how they lie on the images."""
+        masks = [self.images[path].mask for path in sorted(self.images)]
+        parts = [(mask.step, mask.offset, mask.digests) for mask in masks if mask is not None]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
@@ -504,6 +558,7 @@ class Plan(BaseModel):
             read_voxels=max(box.size for box in read_boxes),
             measured_voxels=measured.size,
             resampling_bytes=max(map(self._resampling_bytes, regions)),
+            mask_bytes=reading_bytes(self.resolved.where, first.shape, self.source_form.spacing_um),
         )
 
     def _resampling_bytes(self, region: Box) -> int:
@@ -533,6 +588,7 @@ class Plan(BaseModel):
             read_voxels=0,
             measured_voxels=0,
             resampling_bytes=0,
+            mask_bytes=0,
             decoded_bytes=decoded_bytes(self.source_chunk_bytes, self.n_source_chunks),
             source_bytes=np.dtype(self.source_image.dtype).itemsize,
             scores_bytes=np.dtype(self.resolved.scores_dtype).itemsize,

@@ -16,6 +16,7 @@ from typing import Literal
 
 from megaseg_dask.algorithms.chunking import cheapest_block, iter_block_shapes
 from megaseg_dask.algorithms.geometry import Shape, cheapest_patch
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
 from megaseg_dask.events import Emit, ignore
 from megaseg_dask.inference.calibration import quickest_batch
@@ -34,10 +35,17 @@ from megaseg_dask.plan.groups import require_whole_groups
 from megaseg_dask.plan.memory import BUDGET_SHARE, CLIENT_BYTES, LEAST_SPLIT_VOXELS
 from megaseg_dask.plan.plan import Plan, PlannedImage, PlannedVolume, run_folder
 from megaseg_dask.plan.plate_parts import Part, Readable, first_refusal
-from megaseg_dask.plan.resolved import Resolved, normalization_of, split_depth_of, threshold_of
+from megaseg_dask.plan.resolved import (
+    Resolved,
+    normalization_of,
+    split_depth_of,
+    threshold_of,
+    where_of,
+)
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.source_identity import digest_of, sample_of
 from megaseg_dask.plan.voxel_size import Size, VolumeForm, choose_size_um, model_size_um
+from megaseg_dask.plan.where import MaskSurvey, list_chunks, survey
 from megaseg_dask.stores import Location, open_array
 
 DEFAULT_MEMORY_BYTES = 8 * 10**9
@@ -112,6 +120,7 @@ def make_plan(
         level=filled.level,
         roi=choice.roi,
         voxel_size_um=models.voxel_size_um,
+        where=where_of(filled),
         nan_to_background=filled.nan_to_background,
         normalization=normalization_of(filled),
         patch=models.patch,
@@ -149,7 +158,7 @@ def make_plan(
         n_source_chunks=chunks.n_chunks,
         volumes=_list_volumes(list(part.fields), choice.times, inputs, len(models.ref.outputs)),
         images={
-            path: _planned_image(target, part.fields[path]) for path, target in targets.items()
+            path: _planned_image(part.fields[path], target) for path, target in targets.items()
         },
         suffixes=tuple(map(_suffix, names)),
         measured_names=_column_names(choice),
@@ -170,11 +179,38 @@ def make_plan(
     if resolved.splits_objects():
         plan = plan.with_split(_choose_split(plan, part.recorded))
     require_memory(plan)
-    return plan
+    return plan if resolved.where is None else _with_surveys(plan)
 
 
-def _planned_image(target: Image, field: Readable) -> PlannedImage:
-    return PlannedImage(target.placement, field.choice.channel_names, field.regions)
+def _planned_image(field: Readable, target: Image) -> PlannedImage:
+    names = field.choice.channel_names
+    return PlannedImage(target.placement, names, field.regions, field.mask)
+
+
+def _with_surveys(plan: Plan) -> Plan:
+    """Return the plan with what its masks mean for the blocks of its volumes.
+
+    Raises:
+        SettingsError: No mask has a voxel in what is segmented.
+    """
+    listings: dict[str, frozenset[str] | None] = {}
+    if plan.resolved.where and plan.resolved.where.is_data:
+        listings = {
+            path: list_chunks(plan.source / path, plan.source_image) for path in plan.images
+        }
+
+    def survey_volume(volume: PlannedVolume) -> MaskSurvey:
+        reader = plan.mask_reader(volume, listings.get(volume.image))
+        assert reader is not None
+        return survey(reader, plan.block_grid(), plan.region, plan.patch_grid)
+
+    surveys = tuple(map_threaded(survey_volume, plan.volumes))
+    if not any(each.n_voxels for each in surveys):
+        raise SettingsError(
+            f"--where {plan.settings.where}: no voxel of the mask is set in what is segmented, so "
+            "nothing would be predicted; name another mask, timepoint or region"
+        )
+    return plan.model_copy(update={"surveys": surveys})
 
 
 # -- the request
@@ -268,6 +304,11 @@ class _Request:
             raise SettingsError(
                 "the target is the source, and scores would replace its image: pass --outputs "
                 "labels"
+            )
+        if settings.where and settings.where.partition("/")[0] == settings.label_name:
+            raise SettingsError(
+                f"--label-name {settings.label_name}: it is the mask, and would be written anew; "
+                "choose another name"
             )
         if settings.level or settings.time or settings.roi:
             raise SettingsError(

@@ -11,6 +11,7 @@ from itertools import chain
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import (
+    DataError,
     MegasegError,
     SettingsError,
     SourceError,
@@ -22,7 +23,9 @@ from megaseg_dask.ngff.plate import Plate, is_plate, read_plate, select_fields
 from megaseg_dask.plan.choice import Choice, choose
 from megaseg_dask.plan.companion import Companion, find_companion
 from megaseg_dask.plan.plan import Plan, iter_run_folders
+from megaseg_dask.plan.resolved import where_of
 from megaseg_dask.plan.settings import Settings
+from megaseg_dask.plan.where import PlannedMask, find_mask
 from megaseg_dask.stores import Location
 from megaseg_dask.stores.failures import is_of_object
 
@@ -53,31 +56,34 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Readable:
-    """An image that can be segmented, what the settings choose in it, and its regions."""
+    """An image that can be segmented, what the settings choose in it, its regions and its mask."""
 
     image: Image
     choice: Choice
     regions: Companion | None = None
+    mask: PlannedMask | None = None
 
     @classmethod
     def at(cls, location: Location, settings: Settings, field: str = "") -> "Readable":
-        """Read the metadata of an image; ``field`` is its path in its plate.
+        """Read the metadata of an image, and its mask; ``field`` is its path in its plate.
 
         Raises:
             SourceError: It cannot be read or segmented.
             SettingsError: It lacks what is chosen.
+            DataError: Its mask cannot be read.
             StoreError: The store failed.
         """
         image = read_image(location)
         choice = choose(image, settings, location)
-        if settings.regions is None:
-            return cls(image, choice)
         segmented = image.from_level(settings.level)
-        return cls(
-            image,
-            choice,
-            find_companion(location, segmented, settings.regions, "--regions", field),
-        )
+        regions = None
+        if settings.regions is not None:
+            regions = find_companion(location, segmented, settings.regions, "--regions", field)
+        mask = None
+        where = where_of(settings)
+        if where is not None:
+            mask = find_mask(location, segmented, where, choice.times, choice.channels, field)
+        return cls(image, choice, regions, mask)
 
     @property
     def form(self) -> "Readable":
@@ -199,7 +205,7 @@ def _try_field(source: Location, path: str, settings: Settings) -> Readable | Me
         if not is_of_object(location.url, error):
             raise
         return error
-    except (SettingsError, SourceError) as error:
+    except (SettingsError, SourceError, DataError) as error:
         return error
 
 

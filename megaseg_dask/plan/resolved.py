@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from megaseg_dask.algorithms.geometry import Box, Shape
+from megaseg_dask.errors import SettingsError
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.plan.settings import Settings
 
@@ -15,6 +16,7 @@ from megaseg_dask.plan.settings import Settings
 DEFAULT_SPLIT_DEPTH = 0.75
 
 _LEVEL = "level:"
+_DATA = "data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,32 @@ def threshold_of(settings: Settings) -> Threshold:
 
 
 @dataclass(frozen=True, slots=True)
+class Where:
+    """A mask by its name or address, outside which nothing is predicted, and a margin around it."""
+
+    text: str
+    margin_um: float = 0.0
+
+    @property
+    def is_data(self) -> bool:
+        """Whether the mask is the chunks that the source has."""
+        return self.text == _DATA
+
+
+def where_of(settings: Settings) -> Where | None:
+    """Return where to predict; ``None`` is everywhere.
+
+    Raises:
+        SettingsError: There is a margin without a mask.
+    """
+    if settings.where is None:
+        if settings.where_margin:
+            raise SettingsError("--where-margin: it belongs to a mask; name one with --where")
+        return None
+    return Where(settings.where, settings.where_margin)
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """All settings that can change the output.
 
@@ -107,6 +135,7 @@ class Resolved:
     level: int
     roi: Box | None
     voxel_size_um: tuple[float, ...] | None
+    where: Where | None
     nan_to_background: bool
     normalization: NormalizationSource
     patch: Shape
@@ -175,6 +204,8 @@ class Resolved:
             "level": self.level,
             "roi": self._roi_option(),
             "voxel_size": list(self.voxel_size_um) if self.voxel_size_um else "source",
+            "where": self.where.text if self.where else None,
+            "where_margin": self.where.margin_um if self.where else 0.0,
             "nan_to_background": self.nan_to_background,
             "normalization": self._normalization_option(),
             "tta": engine.tta,

@@ -21,6 +21,7 @@ from megaseg_dask.ngff.versions import LATEST, VERSIONS
 from megaseg_dask.plan.option_types import (
     Bytes,
     Connectivity,
+    Distance,
     Fractions,
     MeanStd,
     Models,
@@ -113,6 +114,26 @@ class Settings(BaseModel):
             changes_result=True,
         ),
     ] = "source"
+    where: Annotated[
+        Text | None,
+        Option(
+            SOURCE,
+            "Predict only where a mask is: a label image of the source, by its name, or the path "
+            "of another; data is the chunks that the source has. Elsewhere is background. "
+            "(default: everywhere)",
+            "LABELS|data",
+            changes_result=True,
+        ),
+    ] = None
+    where_margin: Annotated[
+        Distance,
+        Option(
+            SOURCE,
+            "Predict also what is at most this far from the mask, in µm.",
+            "UM",
+            changes_result=True,
+        ),
+    ] = 0.0
     wells: Annotated[
         Text | None,
         Option(

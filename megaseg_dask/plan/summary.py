@@ -36,6 +36,7 @@ def summarize(plan: Plan) -> dict[str, object]:
         "block_shape": plan.block_shape,
         "blocks": len(plan.block_grid()),
         "redundancy": _redundancy(plan),
+        "where": _where(plan),
         **_traffic(plan, len(images)),
         "label_dtype": str(label_dtype(plan.volume_shape)),
         "memory_bytes": plan.memory_bytes,
@@ -76,9 +77,28 @@ def _patches(plan: Plan) -> dict[str, object]:
 
 def _redundancy(plan: Plan) -> float:
     """Return how often a patch is predicted, on average."""
-    grid = plan.patch_grid
-    n_predicted = grid.count_predicted(plan.block_shape, plan.region)
-    return round(n_predicted / grid.count_touching(plan.region), 3)
+    n_patches = plan.patch_grid.count_touching(plan.region) * len(plan.volumes)
+    if plan.surveys:
+        n_patches = sum(each.n_patches for each in plan.surveys)
+    return round(plan.n_predicted / n_patches, 3)
+
+
+def _where(plan: Plan) -> dict[str, object] | None:
+    """Return what a mask saves, of all volumes together; ``None`` if there is none."""
+    if not plan.surveys:
+        return None
+    n_volumes = len(plan.volumes)
+    n_blocks = n_volumes * len(plan.block_grid())
+    n_left_out = sum(each.n_blocks_left_out for each in plan.surveys)
+    everywhere = plan.patch_grid.count_predicted(plan.block_shape, plan.region) * n_volumes
+    n_voxels = sum(each.n_voxels for each in plan.surveys)
+    return {
+        "voxels": round(n_voxels / (math.prod(plan.volume_shape) * n_volumes), 4),
+        "blocks": n_blocks,
+        "blocks_left_out": n_left_out,
+        "predictions": plan.n_predicted,
+        "predictions_left_out": everywhere - plan.n_predicted,
+    }
 
 
 def _traffic(plan: Plan, n_images: int) -> dict[str, object]:
@@ -93,8 +113,10 @@ def _traffic(plan: Plan, n_images: int) -> dict[str, object]:
     n_written = n_images * sum(math.prod(level.shape) for level in plan.target_image.levels)
     intermediate = sum(np.dtype(dtype).itemsize for dtype in plan.intermediates.values())
     return {
-        "bytes_read": n_read * source_bytes * len(plan.volumes),
-        "read_amplification": round(n_read / voxels / plan.model.in_channels, 2),
+        "bytes_read": n_read * source_bytes,
+        "read_amplification": round(
+            n_read / voxels / len(plan.volumes) / plan.model.in_channels, 2
+        ),
         "bytes_written": n_written * sum(item_bytes[kind] for kind in plan.arrays),
         # Of one volume: they are removed when it is finished.
         "bytes_intermediate": voxels * len(plan.model.outputs) * intermediate,
@@ -102,12 +124,17 @@ def _traffic(plan: Plan, n_images: int) -> dict[str, object]:
 
 
 def _count_read(plan: Plan) -> int:
-    """Return the voxels of the source that are read for one volume."""
-    predicted = plan.patch_grid.count_read(plan.block_shape, plan.region)
+    """Return the voxels of the source that are read for all volumes."""
+    n_volumes = len(plan.volumes)
+    predicted = plan.patch_grid.count_read(plan.block_shape, plan.region) * n_volumes
+    if plan.surveys and not plan.is_one_task:
+        of_blocks = plan.patch_grid.voxels_read(plan.block_shape, plan.region)
+        is_predicted = [each.patches_of_blocks > 0 for each in plan.surveys]
+        predicted = sum(int(of_blocks[blocks].sum()) for blocks in is_predicted)
     # Statistics take one more read, except where a volume is read once for all.
     is_measured = plan.measure_level is not None and not plan.is_one_task
-    measured = math.prod(plan.measure_grid.volume_shape) if is_measured else 0
+    measured = math.prod(plan.measure_grid.volume_shape) * n_volumes if is_measured else 0
     n_read = (predicted + measured) * plan.model.in_channels
     if plan.resolved.measures_objects() and not plan.is_one_task:
-        n_read += math.prod(plan.volume_shape)
+        n_read += math.prod(plan.volume_shape) * n_volumes
     return n_read

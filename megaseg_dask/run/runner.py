@@ -260,9 +260,7 @@ def estimate_time(plan: Plan) -> dict[str, Any]:
         patch_s = measure_patch_s(plan.model, plan.engine, plan.batch, plan.patch_grid.patch_shape)
     except MegasegError as error:
         return {"patch_s": None, "projected_s": None, "time_unknown": str(error)}
-    grid = plan.patch_grid
-    n_patches = grid.count_predicted(plan.block_shape, plan.region) * len(plan.volumes)
-    return {"patch_s": patch_s, "projected_s": round(patch_s * n_patches, 1)}
+    return {"patch_s": patch_s, "projected_s": round(patch_s * plan.n_predicted, 1)}
 
 
 def join_results(results: Sequence[Result]) -> Result:

@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ class Readable(Protocol):
 class Source(Readable, Protocol):
     """A channel of the source."""
 
-    def count_absent(self, box: Box, values: Array) -> int:
+    def count_absent(self, box: Box, values: Array | None = None) -> int:
         """Return how many stored objects that begin in ``box`` are absent."""
         ...
 
@@ -418,17 +419,20 @@ class _ArrayInMemory:
 
 
 class _SourceInMemory:
-    """A channel of the source, of which one box is read once and kept."""
+    """A channel of the source, of which one box is read once, when it is asked for, and kept."""
 
     def __init__(self, channel: Source, box: Box) -> None:
         self._channel = channel
         self._box = box
-        self._values = channel.read(box)
+
+    @cached_property
+    def _values(self) -> Array:
+        return self._channel.read(self._box)
 
     def read(self, box: Box) -> Array:
         return self._values[box.within(self._box).slices]
 
-    def count_absent(self, box: Box, values: Array) -> int:
+    def count_absent(self, box: Box, values: Array | None = None) -> int:
         return self._channel.count_absent(box, values)
 
 

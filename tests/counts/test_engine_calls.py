@@ -3,6 +3,7 @@
 import shutil
 import time
 
+import numpy as np
 import pytest
 import zarr
 
@@ -62,6 +63,35 @@ def test_forward_passes_reads_and_intermediate_data_are_those_of_the_plan(
         zarr.open_array, (path.parent for path in (tmp_path / "out.zarr.run").rglob("zarr.json"))
     )
     assert sum(array.nbytes for array in arrays) == summary["bytes_intermediate"]
+
+
+@pytest.mark.parametrize("block", ["24,64,96", "24,32,48", "13,29,31"])
+@pytest.mark.parametrize("options", [{}, {"voxel_size": "1,0.8,1.3"}, {"normalization": "900,300"}])
+def test_only_patches_that_touch_the_mask_are_predicted_and_only_their_blocks_are_read(
+    block, options, tmp_path, tiny_bundle, counted
+):
+    image = blobs((24, 64, 96))
+    source = write_image(tmp_path / "image.zarr", image)
+    mask = np.zeros(image.shape, "uint8")
+    mask[2:9, 3:11, 4:30] = 1
+    where = write_image(tmp_path / "mask.zarr", mask)
+    settings = parse_settings(
+        {"model": str(tiny_bundle), "engine": "torch", "threads": 1, "block": block}
+        | {"where": str(where), **options}
+    )
+    [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
+    for stage in plan.stages:
+        assert not run_tasks(plan, stage.name, range(stage.n_tasks)).failures
+    summary = summarize(plan)
+    cores = [core for core in plan.block_grid() if mask[core.slices].any()]
+    n_predicted = counted["forward"]
+    assert n_predicted == summary["where"]["predictions"]
+    assert n_predicted < 0.6 * plan.patch_grid.count_predicted(plan.block_shape)
+    if "voxel_size" not in options:
+        parts = [p & core for core in cores for p in plan.patch_grid.iter_touching(core)]
+        assert n_predicted == sum(mask[part.slices].any() for part in parts)
+    assert counted["read_voxels"] * image.itemsize == summary["bytes_read"]
+    assert summary["where"]["blocks_left_out"] == len(plan.block_grid()) - len(cores)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from megaseg_dask.plan.resolved import (
     OfLevel,
     OfVolume,
     Resolved,
+    Where,
     normalization_of,
     threshold_of,
+    where_of,
 )
 from megaseg_dask.plan.settings import Settings, declared, parse_settings
 
@@ -23,6 +25,7 @@ VALUES = {
     "level": 1,
     "roi": Box((0, 4, 8), (16, 40, 60)),
     "voxel_size_um": (0.5, 0.25, 0.25),
+    "where": Where("cells", 1.5),
     "nan_to_background": True,
     "normalization": OfLevel(2),
     "patch": (16, 32, 32),
@@ -56,6 +59,7 @@ def test_options_as_settings_are_the_same_values():
     assert (settings.threads, settings.tta) == (3, True)
     assert normalization_of(settings) == resolved.normalization
     assert threshold_of(settings) == resolved.threshold
+    assert where_of(settings) == resolved.where
     assert parse_settings(resolved.options()) == settings.model_copy(update={"retries": 3})
 
 

@@ -67,6 +67,8 @@ VALUES = [
     ("anon", True, True, True),
     ("storage_option", "region=a, b=c", ["region=a", "b=c"], ("region=a", "b=c")),
     ("voxel_size", "model", "model", "model"),
+    ("where", "cells", "cells", "cells"),
+    ("where_margin", "2.5", 2.5, 2.5),
     ("voxel_size", "0.29,0.108333,0.1", (0.29, 0.108333, 0.1), (0.29, 0.108333, 0.1)),
     ("threshold", "otsu", "otsu", "otsu"),
     ("fill_holes", "30", 30, 30),
@@ -96,6 +98,9 @@ def test_every_option_is_in_the_table_above():
 
 
 NONSENSE = [
+    ("where", "", "an empty text"),
+    ("where_margin", "-1", "0 or more"),
+    ("where_margin", "inf", "a finite number"),
     ("voxel_size", "0,1,1", "a number above 0"),
     ("voxel_size", "inf", "a finite number"),
     ("voxel_size", "1,2", "z,y,x"),

@@ -18,7 +18,7 @@ from megaseg_dask.stores import Location
 # Of a plate's thousands of fields, only the marks of some are read before a run goes on.
 _MAX_MARKS = 16
 # Options in which the parts of a plate may differ.
-_PER_PART = ("source", "block", "time", "channel", "digest of regions")
+_PER_PART = ("source", "block", "time", "channel", "digest of regions", "mask")
 
 
 def remove_replaced(plans: Sequence[Plan]) -> None:

@@ -85,11 +85,27 @@ def provenance_by(
         "versions": _versions(),
         "missing_boxes": list(missing_boxes),
     }
+    if plan.resolved.where is not None:
+        found["where"] = [_mask_of(plan, planned) for planned, _ in volumes]
     left_whole = _left_whole(plan.model.outputs, volumes)
     if left_whole:
         # Larger boxes than this are not split.
         found["left_whole"] = {"max_voxels": plan.split_voxels, "volumes": left_whole}
     return found
+
+
+def _mask_of(plan: Plan, planned: PlannedVolume) -> Json:
+    """Return which mask a volume had, and what it left out: blocks are not told, as ever."""
+    mask = plan.images[planned.image].mask
+    assert mask is not None
+    n_patches = plan.survey_of(planned).n_patches
+    return {
+        "t": planned.t,
+        "c": planned.c,
+        "digest": mask.digest_at(planned.target_t),
+        "patches": n_patches,
+        "patches_left_out": plan.patch_grid.count_touching(plan.region) - n_patches,
+    }
 
 
 def is_of_run(plan: Plan, provenance: Mapping[str, Any] | None) -> bool:

@@ -8,12 +8,21 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.normalization import Normalization, require_finite
-from megaseg_dask.inference.block import Block, BlockOutputs, Patches, Preparation, stack
+from megaseg_dask.inference.block import (
+    Block,
+    BlockOutputs,
+    HostOutputs,
+    Patches,
+    Preparation,
+    stack,
+)
 from megaseg_dask.inference.engine import open_engine
 from megaseg_dask.plan.resolved import Automatic, Fixed
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
-from megaseg_dask.run.tasks.source import require_same_voxels
+
+from megaseg_dask.run.tasks.source import require_same_voxels, wanted_voxels
 from megaseg_dask.run.tasks.thresholds import find_extremes, sum_above
+>>>>>>> 0fa4891 (--where: only patches that touch a mask are predicted, and blocks without one are left out)
 from megaseg_dask.run.workspace import Source, Workspace
 
 Array = NDArray[Any]
@@ -22,14 +31,19 @@ Array = NDArray[Any]
 def segment_block(workspace: Workspace, volume: int, number: int) -> TaskSummary:
     """Predict one block and write its core's scores, and its mask or the logits to find it from.
 
+    A block that a mask leaves out is background: nothing of it is read or predicted.
+
     Raises:
-        DataError: A voxel is not finite, or not what was measured.
+        DataError: A voxel is not finite, or the source or the mask is not what it was.
         EngineError: The block does not fit the device, or a logit is not finite.
     """
     plan = workspace.plan
     core = plan.block_grid()[number]
     region = core.shifted(plan.region.start)
     channels = workspace.sources(volume)
+    wanted = wanted_voxels(workspace, volume, number, region)
+    if wanted is not None and not wanted.any():
+        return _leave_out(workspace, volume, core, region)
     read_box = plan.patch_grid.read_box(region)
     values = stack([channel.read(read_box) for channel in channels])
     require_same_voxels(workspace, volume, read_box, values)
@@ -37,13 +51,39 @@ def segment_block(workspace: Workspace, volume: int, number: int) -> TaskSummary
     if plan.measure_level != 0:
         # Absent chunks are counted by the measure stage; if it is skipped, count them here.
         n_absent = _count_absent(channels, region, values[:, *region.within(read_box).slices])
-    prediction = _predict(workspace, values, region, workspace.state(volume))
-    for output, arrays in zip(plan.outputs_of(volume), prediction.arrays, strict=True):
+    prediction = _predict(workspace, values, region, wanted, workspace.state(volume))
+    intensity = values[0][region.within(read_box).slices]
+    facts = _write(workspace, volume, core, prediction.arrays, intensity)
+    return TaskSummary(absent=n_absent, batch=prediction.largest_batch, by_output=facts)
+
+
+def _leave_out(workspace: Workspace, volume: int, core: Box, region: Box) -> TaskSummary:
+    """Write a block of background."""
+    plan = workspace.plan
+    unknown = HostOutputs(np.full(core.shape, np.nan, np.float32))
+    arrays = [_arrays_to_write(workspace, unknown) for _ in plan.model.outputs]
+    # Nothing of it lies above a threshold.
+    intensity = np.broadcast_to(np.zeros((), plan.source_image.dtype), core.shape)
+    facts = _write(workspace, volume, core, arrays, intensity)
+    n_absent = 0
+    if plan.measure_level != 0:
+        n_absent = sum(channel.count_absent(region) for channel in workspace.sources(volume))
+    return TaskSummary(absent=n_absent, by_output=facts)
+
+
+def _write(
+    workspace: Workspace,
+    volume: int,
+    core: Box,
+    by_output: list[dict[str, Array]],
+    intensity: Array,
+) -> tuple[OutputState, ...]:
+    """Write the arrays of a block, and return what they tell of the volume."""
+    outputs = workspace.plan.outputs_of(volume)
+    for output, arrays in zip(outputs, by_output, strict=True):
         for kind, array in arrays.items():
             workspace.write(kind, output, core, array)
-    intensity = values[0][region.within(read_box).slices]
-    facts = [_facts_of(workspace, arrays, intensity) for arrays in prediction.arrays]
-    return TaskSummary(absent=n_absent, batch=prediction.largest_batch, by_output=tuple(facts))
+    return tuple(_facts_of(workspace, arrays, intensity) for arrays in by_output)
 
 
 def _facts_of(workspace: Workspace, arrays: dict[str, Array], intensity: Array) -> OutputState:
@@ -72,10 +112,16 @@ class _Prediction:
     largest_batch: int | None
 
 
-def _predict(workspace: Workspace, values: Array, region: Box, state: VolumeState) -> _Prediction:
+def _predict(
+    workspace: Workspace,
+    values: Array,
+    region: Box,
+    wanted: NDArray[np.bool_] | None,
+    state: VolumeState,
+) -> _Prediction:
     """Predict a region of the source; ``values`` are the voxels of its read box.
 
-    NaN is background by request.
+    Background is what is not ``wanted``, and by request what is NaN.
     """
     plan = workspace.plan
     read_box = plan.patch_grid.read_box(region)
@@ -84,9 +130,10 @@ def _predict(workspace: Workspace, values: Array, region: Box, state: VolumeStat
         # Not every voxel was measured, and the network would take a NaN for the mean.
         for channel in values:
             require_finite(channel, read_box)
-    background = None
+    background: Any = None if wanted is None else ~wanted
     if is_float and plan.resolved.nan_to_background:
-        background = ~np.isfinite(values[:, *region.within(read_box).slices]).all(axis=0)
+        unknown = ~np.isfinite(values[:, *region.within(read_box).slices]).all(axis=0)
+        background = unknown if background is None else np.logical_or(background, unknown)
     zscores = tuple(Normalization(channel.mean, channel.std) for channel in state.statistics)
     block = Block(
         core=region,
@@ -94,6 +141,7 @@ def _predict(workspace: Workspace, values: Array, region: Box, state: VolumeStat
         patches=Patches(plan.patch_grid, plan.model.window, plan.batch),
         prepare=Preparation(plan.model.steps, zscores),
         background=background,
+        where=wanted,
     )
     with open_engine(plan.model, plan.engine) as engine:
         outputs = engine.predict_block(block)

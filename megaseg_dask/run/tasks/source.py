@@ -1,10 +1,33 @@
-"""What tasks see of the source: the voxels of all later stages are those that were measured."""
+"""What tasks see of the source is what was there: voxels when measured, masks when planned."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import DataError
+from megaseg_dask.plan.where import checksum_of
 from megaseg_dask.run.workspace import Array, Workspace
+
+
+def wanted_voxels(
+    workspace: Workspace, volume: int, number: int, region: Box
+) -> NDArray[np.bool_] | None:
+    """Return which voxels of the region of a block a mask marks; ``None`` if there is no mask.
+
+    Raises:
+        DataError: The mask is not that with which the run was planned, or cannot be read.
+    """
+    plan = workspace.plan
+    reader = plan.mask_reader(plan.volumes[volume])
+    if reader is None:
+        return None
+    wanted = reader.read(region)
+    if checksum_of(wanted) != plan.surveys[volume].checksum(number):
+        raise DataError(
+            f"the mask of --where changed after the run was planned: it is another one at {region}"
+            "; restore it and run the same command again, or start again with --overwrite"
+        )
+    return wanted
 
 
 def is_compared(workspace: Workspace) -> bool:

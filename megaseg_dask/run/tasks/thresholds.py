@@ -58,9 +58,12 @@ def tabulate_block(workspace: Workspace, output: Output, number: int) -> OutputS
     Raises:
         DataError: No voxel of the volume is a number.
     """
-    resolved = workspace.plan.resolved
     logits = workspace.array("logits", output).read(workspace.plan.block_grid()[number])
-    known = logits[~np.isnan(logits)] if resolved.nan_to_background else logits.ravel()
+    is_known = ~np.isnan(logits)
+    known = logits[is_known] if _has_background(workspace) else logits.ravel()
+    if not known.size:
+        workspace.save(output, _table_name(number), {})
+        return OutputState()
     low, high = _range(workspace, output)
     table = thresholds.tabulate(known, low, high, _method(workspace))
     workspace.save(output, _table_name(number), table)
@@ -76,12 +79,16 @@ def find_cutoff(workspace: Workspace, output: Output, _: int) -> OutputState:
     present = workspace.present_blocks(output)
     if not present:
         raise DataError("no block of the volume was predicted, so no threshold can be found")
+    state = workspace.output_state(output)
+    if state.low is None and workspace.plan.resolved.where is not None:
+        # A mask may leave out all of a volume.
+        return OutputState()
     tables = read_ahead(
         lambda number: workspace.load(output, _table_name(number)),
         present,
         TABLES_READ_AHEAD,
     )
-    merged = thresholds.merge_tables(table for _, table in tables)
+    merged = thresholds.merge_tables(table for _, table in tables if table)
     low, high = _range(workspace, output)
     cutoff = thresholds.find_threshold(merged, low, high, _method(workspace))
     separation = None
@@ -95,11 +102,16 @@ def threshold_block(workspace: Workspace, output: Output, number: int) -> Output
     core = workspace.plan.block_grid()[number]
     logits = workspace.array("logits", output).read(core)
     cutoff = workspace.output_state(output).threshold
-    assert cutoff is not None
-    # Strictly above; a NaN never is.
-    mask = (logits > np.float32(cutoff)).view(np.uint8)
+    # Strictly above; a NaN never is, and without a threshold all are NaN.
+    mask = (logits > np.float32(np.inf if cutoff is None else cutoff)).view(np.uint8)
     workspace.write(workspace.first_mask, output, core, mask)
     return OutputState()
+
+
+def _has_background(workspace: Workspace) -> bool:
+    """Return whether a logit may be NaN: not by accident, but since its voxel is background."""
+    resolved = workspace.plan.resolved
+    return resolved.nan_to_background or resolved.where is not None
 
 
 def _method(workspace: Workspace) -> str:

@@ -1,0 +1,224 @@
+"""`--where`: inside a mask all is as without it, and nothing is computed for the rest."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+from numpy.testing import assert_array_equal
+from scipy.ndimage import distance_transform_edt
+
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.plan.summary import summarize
+from megaseg_dask.run.request import plan_runs
+from tests.fixtures.images import blobs, write_image
+from tests.fixtures.runs import segment_here
+
+SHAPE = (24, 64, 96)
+SPACING = {"z": 0.5, "y": 0.25, "x": 0.25}
+BLOCKS = ("24,64,96", "24,32,48", "13,29,31")
+
+
+def mask_of(shape=SHAPE):
+    """Two objects that reach neither all blocks nor all patches."""
+    mask = np.zeros(shape, "uint16")
+    mask[3:9, 4:12, 5:20] = 7
+    mask[15:20, 40:45, 60:63] = 300
+    return mask
+
+
+def add_labels(image, *levels, name="cells", scale=SPACING, axes="zyx"):
+    """Write a label image of an image by zarr alone."""
+    place = write_image(image / "labels" / name, *levels, scale=scale, axes=axes)
+    group = zarr.open_group(place)
+    ome = dict(group.attrs["ome"])
+    group.attrs["ome"] = {**ome, "image-label": {"source": {"image": "../../"}}}
+    listed = zarr.open_group(image / "labels", mode="a")
+    names = [*dict(listed.attrs.get("ome", {})).get("labels", []), name]
+    listed.attrs["ome"] = {"version": "0.5", "labels": names}
+    return place
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    image = write_image(
+        tmp_path_factory.mktemp("source") / "image.zarr", blobs(SHAPE), scale=SPACING
+    )
+    mask = mask_of()
+    add_labels(image, mask, mask[::2, ::2, ::2])
+    add_labels(image, np.zeros(SHAPE, "uint8"), name="nothing")
+    add_labels(image, mask[:, :, :48], name="half")
+    return image
+
+
+def settings_of(bundle, **options):
+    options = {"scores_dtype": "float32", "threads": 1, "block": BLOCKS[1], **options}
+    return parse_settings({"model": str(bundle), **options})
+
+
+def scores_of(target):
+    return zarr.open_array(target / "0", mode="r")[...]
+
+
+@pytest.fixture
+def everywhere(source, tmp_path, tiny_bundle, cheap_engine):
+    target = tmp_path / "everywhere.zarr"
+    segment_here(str(source), str(target), settings_of(tiny_bundle))
+    return scores_of(target)
+
+
+CASES = {
+    "the mask": ({"where": "cells"}, lambda mask: mask > 0),
+    "a margin": (
+        {"where": "cells", "where_margin": 1.5},
+        lambda mask: distance_transform_edt(mask == 0, sampling=(0.5, 0.25, 0.25)) <= 1.5,
+    ),
+    "a coarse level": (
+        {"where": "cells/1"},
+        lambda mask: np.kron(mask[::2, ::2, ::2], np.ones((2, 2, 2))) > 0,
+    ),
+    "other voxels": ({"where": "cells", "voxel_size": (0.3, 0.4, 0.25)}, lambda mask: mask > 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inside_is_as_everywhere_at_any_block_and_outside_is_background(
+    name, source, tmp_path, tiny_bundle, cheap_engine
+):
+    options, wanted = CASES[name]
+    inside = wanted(mask_of())
+    target = tmp_path / "everywhere.zarr"
+    same = {key: value for key, value in options.items() if not key.startswith("where")}
+    segment_here(str(source), str(target), settings_of(tiny_bundle, **same))
+    expected = np.where(inside, scores_of(target), 0)
+    for block in BLOCKS:
+        target = tmp_path / f"{block}.zarr"
+        settings = settings_of(tiny_bundle, block=block, **options)
+        result = segment_here(str(source), str(target), settings)
+        assert result.status == "done"
+        assert_array_equal(scores_of(target), expected)
+    labels = zarr.open_array(target / "labels/megaseg/0", mode="r")[...]
+    assert labels.any()
+    assert not labels[~inside].any()
+
+
+def test_a_path_is_a_mask_too_and_automatic_thresholds_are_of_what_is_predicted(
+    source, tmp_path, tiny_bundle, everywhere
+):
+    mask = write_image(tmp_path / "mask.zarr", mask_of(), scale=SPACING)
+    inside = mask_of() > 0
+    expected = None
+    for number, (where, block) in enumerate([(str(mask), BLOCKS[1]), ("cells", BLOCKS[0])]):
+        target = tmp_path / f"{number}.zarr"
+        settings = settings_of(tiny_bundle, where=where, threshold="otsu", block=block)
+        assert segment_here(str(source), str(target), settings).status == "done"
+        assert_array_equal(scores_of(target), np.where(inside, everywhere, 0))
+        labels = zarr.open_array(target / "labels/megaseg/0", mode="r")[...]
+        assert labels.any()
+        if expected is not None:
+            assert_array_equal(labels, expected)
+        expected = labels
+
+
+def test_data_is_the_chunks_that_there_are(tmp_path, tiny_bundle, cheap_engine):
+    image = write_image(tmp_path / "image.zarr", blobs(SHAPE), scale=SPACING)
+    for chunk in ("c/0/0/1", "c/0/1/0", "c/0/1/1", "c/0/1/2"):
+        (image / "0" / chunk).unlink()
+    segment_here(str(image), str(tmp_path / "all.zarr"), settings_of(tiny_bundle))
+    inside = np.zeros(SHAPE, bool)
+    inside[:, :32, :32] = inside[:, :32, 64:] = True
+    for options in ({}, {"normalization": "900,300"}):
+        target = tmp_path / f"{len(options)}.zarr"
+        settings = settings_of(tiny_bundle, where="data", **options)
+        result = segment_here(str(image), str(target), settings)
+        assert result.status == "done"
+        assert result.warnings == [
+            "4 chunks of the source are missing, and were read as its fill value"
+        ]
+        assert not scores_of(target)[~inside].any()
+    expected = np.where(inside, scores_of(tmp_path / "all.zarr"), 0)
+    assert_array_equal(scores_of(tmp_path / "0.zarr"), expected)
+
+
+def test_each_timepoint_has_its_mask_and_an_empty_one_is_background(
+    tmp_path, tiny_bundle, cheap_engine
+):
+    scale = {**SPACING, "t": 1.0}
+    values = np.stack([blobs(SHAPE), blobs(SHAPE, 1)])
+    image = write_image(tmp_path / "image.zarr", values, axes="tzyx", scale=scale)
+    mask = np.stack([mask_of(), np.zeros_like(mask_of())])
+    add_labels(image, mask, axes="tzyx", scale=scale)
+    target = tmp_path / "out.zarr"
+    settings = settings_of(tiny_bundle, where="cells", threshold="otsu")
+    assert segment_here(str(image), str(target), settings).status == "done"
+    scores = scores_of(target)
+    assert scores[0][mask[0] > 0].all()
+    assert not scores[1].any()
+    assert not zarr.open_array(target / "labels/megaseg/0", mode="r")[1].any()
+
+
+def test_what_a_mask_saves_is_told(source, tmp_path, tiny_bundle, cheap_engine):
+    target = tmp_path / "out.zarr"
+    settings = settings_of(tiny_bundle, where="cells")
+    [(plan, _)] = plan_runs(str(source), str(target), settings)
+    told = summarize(plan)["where"]
+    assert told["blocks"] == 4
+    assert 0 < told["blocks_left_out"] < 4
+    assert told["predictions"] == plan.n_predicted < told["predictions_left_out"]
+    segment_here(str(source), str(target), settings)
+    attributes = json.loads((target / "zarr.json").read_text())["attributes"]
+    provenance = attributes["megaseg"]
+    assert provenance["settings"]["where"] == "cells"
+    [row] = provenance["where"]
+    assert row["patches"] + row["patches_left_out"] == len(plan.patch_grid)
+    assert row["digest"] == plan.images[""].mask.digests[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"where": "cell"}, "has label images cells, nothing, half, and there is nothing at"),
+        ({"where": "cells/7"}, "its levels are 0, 1"),
+        ({"where": "nothing"}, "no voxel of the mask is set"),
+        ({"where": "half"}, "along x the image goes from voxel 0 to 96 of the mask, which has 48"),
+        ({"where": "cells", "roi": "0:24,0:64,70:96"}, "no voxel of the mask is set"),
+        ({"where_margin": 1}, "name one with --where"),
+        ({"where": "cells", "label_name": "cells", "outputs": "labels"}, "is the mask"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_refused(options, message, source, tmp_path, tiny_bundle):
+    target = source if "label_name" in options else tmp_path / "out.zarr"
+    with pytest.raises(SettingsError, match=message):
+        plan_runs(str(source), str(target), settings_of(tiny_bundle, **options))
+    assert not (tmp_path / "out.zarr.run").exists()
+
+
+def test_a_margin_needs_to_know_the_size_of_voxels(tmp_path, tiny_bundle):
+    image = write_image(tmp_path / "image.zarr", blobs(SHAPE))
+    add_labels(image, mask_of(), scale=None)
+    group = zarr.open_group(image)
+    ome = dict(group.attrs["ome"])
+    for axis in ome["multiscales"][0]["axes"]:
+        axis.pop("unit")
+    group.attrs["ome"] = ome
+    settings = settings_of(tiny_bundle, where="cells", where_margin=2)
+    with pytest.raises(SettingsError, match="z has no unit"):
+        plan_runs(str(image), str(tmp_path / "out.zarr"), settings)
+
+
+def test_a_mask_that_changes_is_refused(source, tmp_path, tiny_bundle, cheap_engine):
+    image = tmp_path / "image.zarr"
+    shutil.copytree(source, image)
+    target = str(tmp_path / "out.zarr")
+    settings = settings_of(tiny_bundle, where="cells", outputs="scores")
+
+    def change(event):
+        if event.kind == "progress" and event.stage == "measure":
+            zarr.open_array(image / "labels/cells/0")[18, 50, 80] = 1
+
+    result = segment_here(str(image), target, settings, emit=change)
+    assert "the mask of --where changed" in result.failures[0].error
+    with pytest.raises(Exception, match="mask: was"):
+        segment_here(str(image), target, settings)
