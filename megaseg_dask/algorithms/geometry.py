@@ -86,6 +86,12 @@ class Box:
         start = tuple(a - margin for a in self.start)
         return Box(start, tuple(b + margin for b in self.stop))
 
+    def grown(self, by: Sequence[int]) -> "Box":
+        """Return the box that reaches ``by`` voxels further, on both sides of each axis."""
+        start = tuple(a - n for a, n in zip(self.start, by, strict=True))
+        stop = tuple(b + n for b, n in zip(self.stop, by, strict=True))
+        return Box(start, stop)
+
     def within(self, frame: "Box") -> "Box":
         """Return the same voxels in coordinates that start at ``frame.start``."""
         return self.shifted([-o for o in frame.start])

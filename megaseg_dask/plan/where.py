@@ -17,6 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid, Shape
+from megaseg_dask.algorithms.masks import (
+    DISTANCE_BYTES,
+    ROUNDING,
+    Mask,
+    near,
+    nearest_voxels,
+    reach,
+)
 from megaseg_dask.algorithms.normalization import PARTITION_SHAPE
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
@@ -28,15 +36,9 @@ from megaseg_dask.plan.resolved import Where
 from megaseg_dask.stores import Location
 from megaseg_dask.stores.failures import is_denied
 
-Mask = NDArray[np.bool_]
-
-# Of positions in voxels, and of distances: sums that are equal may differ in their last bits.
-_ROUNDING = 1e-6
 # Planes of a block whose mask is read at a time, and the part whose distances are computed at once.
 _N_PLANES = 64
 _TILE = 128
-# Working memory of SciPy's distance transform, measured, per voxel.
-_DISTANCE_BYTES = 72
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ def _choose_level(image: Image, labels: Image, name: str | None, text: str, *, i
     chosen = 0
     for level in range(len(names)):
         step, _ = _steps(image, labels, level, is_own=is_own)
-        if min(step) >= 1 - _ROUNDING:
+        if min(step) >= 1 - ROUNDING:
             chosen = level
     return chosen
 
@@ -232,7 +234,7 @@ def _alignment(
         last = begin + (n - 0.5) * factor
         # In voxels of the mask, which goes from -0.5 to n - 0.5.
         largest_gap = max(abs(first + 0.5), abs(last - n_mask + 0.5))
-        if largest_gap > max(abs(factor), 1) / 2 + _ROUNDING:
+        if largest_gap > max(abs(factor), 1) / 2 + ROUNDING:
             raise SettingsError(
                 f"--where {text}: along {axis} the image goes from voxel {first + 0.5:.6g} to "
                 f"{last + 0.5:.6g} of the mask, which has {n_mask}; a mask covers the whole image, "
@@ -327,20 +329,16 @@ class MaskReader:
     def _read_slab(self, slab: Box) -> Mask:
         if not self.margin_um:
             return self._read_mask(slab)
-        reach = halo(self.margin_um, self.spacing_um)
-        start = tuple(a - n for a, n in zip(slab.start, reach, strict=True))
-        stop = tuple(b + n for b, n in zip(slab.stop, reach, strict=True))
-        around = Box(start, stop) & Box.of(self.volume_shape)
+        halo = reach(self.margin_um, self.spacing_um)
+        around = slab.grown(halo) & Box.of(self.volume_shape)
         mask = self._read_mask(around)
         wanted = np.empty(slab.shape, bool)
         for tile in BlockGrid(slab.shape, (slab.shape[0], _TILE, _TILE)):
             core = tile.shifted(slab.start)
-            halo_start = tuple(a - n for a, n in zip(core.start, reach, strict=True))
-            halo_stop = tuple(b + n for b, n in zip(core.stop, reach, strict=True))
-            read = Box(halo_start, halo_stop) & around
-            near = mask[read.within(around).slices]
-            within = _within(near, self.margin_um, self.spacing_um)
-            wanted[tile.slices] = within[core.within(read).slices]
+            read = core.grown(halo) & around
+            part = mask[read.within(around).slices]
+            is_near = near(part, self.margin_um, self.spacing_um)
+            wanted[tile.slices] = is_near[core.within(read).slices]
         return wanted
 
     def _read_mask(self, box: Box) -> Mask:
@@ -349,7 +347,7 @@ class MaskReader:
             return functools.reduce(np.logical_or, stored)
         mask = self.mask
         axes = zip(box.ranges, mask.step, mask.offset, mask.shape, strict=True)
-        indices = [_nearest(*limits, step, offset, n) for limits, step, offset, n in axes]
+        indices = [nearest_voxels(*limits, step, offset, n) for limits, step, offset, n in axes]
         needed = Box.between((int(axis.min()), int(axis.max()) + 1) for axis in indices)
         values = self.mask.volume(self.image, self.t).read(needed) != 0
         z, y, x = (axis - first for axis, first in zip(indices, needed.start, strict=True))
@@ -357,45 +355,17 @@ class MaskReader:
         return on_source
 
 
-def _nearest(start: int, stop: int, step: float, offset: float, n: int) -> NDArray[np.int64]:
-    """Return the voxels of a mask whose centers are nearest; of two, the first."""
-    places = offset + np.arange(start, stop) * step
-    nearest: NDArray[np.int64] = np.ceil(places - 0.5 - _ROUNDING).astype(np.int64)
-    return nearest.clip(0, n - 1)
-
-
-def halo(margin_um: float, spacing_um: Sequence[float]) -> Shape:
-    """Return the voxels ``(z, y, x)`` that a margin reaches."""
-    return tuple(math.floor(margin_um / size * (1 + _ROUNDING)) for size in spacing_um)
-
-
-def _within(mask: Mask, margin_um: float, spacing_um: Sequence[float]) -> Mask:
-    """Return which voxels are at most ``margin_um`` from a voxel of the mask."""
-    if not mask.any() or mask.all():
-        return mask
-    from scipy.ndimage import distance_transform_edt
-
-    # Of features at one distance SciPy takes any: their sums may differ in the last bit.
-    distances = distance_transform_edt(~mask, sampling=spacing_um)
-    within: Mask = distances <= margin_um * (1 + _ROUNDING)
-    return within
-
-
 def reading_bytes(where: Where | None, region: Shape, spacing_um: Sequence[float]) -> int:
     """Return the bytes of reading the mask of a region, and of keeping it."""
     if where is None:
         return 0
     n_planes = min(_N_PLANES, region[0])
-    reach = halo(where.margin_um, spacing_um)
-    slab = _grown((n_planes, *region[1:]), reach)
-    tile = _grown((n_planes, _TILE, _TILE), reach)
-    distances = math.prod(tile) * _DISTANCE_BYTES if where.margin_um else 0
+    halo = reach(where.margin_um, spacing_um)
+    slab = Box.of((n_planes, *region[1:])).grown(halo)
+    tile = Box.of((n_planes, _TILE, _TILE)).grown(halo)
+    distances = tile.size * DISTANCE_BYTES if where.margin_um else 0
     # Ids of 8 bytes, what is set of them, and those on the voxels of the source.
-    return math.prod(region) * 3 + math.prod(slab) * 12 + distances
-
-
-def _grown(shape: Shape, reach: Shape) -> Shape:
-    return tuple(n + 2 * more for n, more in zip(shape, reach, strict=True))
+    return math.prod(region) * 3 + slab.size * 12 + distances
 
 
 # -- what a mask means for the blocks of a volume
