@@ -81,13 +81,12 @@ class Box:
         stop = tuple(b + o for b, o in zip(self.stop, offset, strict=True))
         return Box(start, stop)
 
-    def grown(self, margin: int) -> "Box":
-        """Return the box with ``margin`` more voxels on every side, also beyond the volume."""
-        start = tuple(a - margin for a in self.start)
-        return Box(start, tuple(b + margin for b in self.stop))
+    def grown(self, margin: int | Sequence[int]) -> "Box":
+        """Return the box with more voxels on every side, also beyond the volume.
 
-    def grown(self, by: Sequence[int]) -> "Box":
-        """Return the box that reaches ``by`` voxels further, on both sides of each axis."""
+        ``margin`` is their number, or that of each axis.
+        """
+        by = (margin,) * len(self.start) if isinstance(margin, int) else margin
         start = tuple(a - n for a, n in zip(self.start, by, strict=True))
         stop = tuple(b + n for b, n in zip(self.stop, by, strict=True))
         return Box(start, stop)

@@ -55,7 +55,7 @@ def find_companion(
     try:
         label = labels_group(location) / text
         if not is_own:
-            label = _find_label(text, field)
+            label = find_label(text, field)
         labels = read_label_image(label)
     except SourceError as error:
         listed = f"label images {', '.join(own)}" if own else "no label image"
@@ -79,8 +79,13 @@ def find_companion(
     )
 
 
-def _find_label(text: str, field: str) -> Location:
-    """Return the label image at an address."""
+def find_label(text: str, field: str) -> Location:
+    """Return the label image at an address, or of the only one of an image or a field there.
+
+    Raises:
+        SourceError: There is none, or there are several.
+        StoreError: The store failed.
+    """
     location = Location.of(text)
     if not location.exists():
         raise SourceError(f"{location} does not exist{location.hint()}; check the path")

@@ -28,10 +28,10 @@ from megaseg_dask.algorithms.masks import (
 from megaseg_dask.algorithms.normalization import PARTITION_SHAPE
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
-from megaseg_dask.ngff.image import SPATIAL, Image, read_image
+from megaseg_dask.ngff.image import SPATIAL, Image
 from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image
-from megaseg_dask.ngff.plate import is_plate
 from megaseg_dask.ngff.volume import Volume
+from megaseg_dask.plan.companion import find_label
 from megaseg_dask.plan.resolved import Where
 from megaseg_dask.stores import Location
 from megaseg_dask.stores.failures import is_denied
@@ -139,40 +139,20 @@ def _find_label(location: Location, text: str, field: str) -> tuple[Location, st
         return labels_group(location) / text, None, True
     if name in own:
         return labels_group(location) / name, level_name, True
-    other = Location.of(text)
-    if not other.exists():
-        listed = f"label images {', '.join(own)}" if own else "no label image"
-        raise SettingsError(
-            f"--where {text}: {location} has {listed}, and there is nothing at {other}; give the "
-            "name of a label image of the source, the path of another, or data"
-        )
-    if field and is_plate(other):
-        other = other / field
     try:
-        return _label_at(other), None, False
+        return find_label(text, field), None, False
     except SourceError as error:
-        try:
-            labels = read_label_image(other.parent)
-        except SourceError:
-            raise SettingsError(f"--where {text}: {error}") from error
-    if other.basename not in [level.path for level in labels.levels]:
-        raise SettingsError(f"--where {text}: {other.parent} has no level {other.basename}")
-    return other.parent, other.basename, False
-
-
-def _label_at(location: Location) -> Location:
-    """Return the label image at a place: that itself, or the only one of the image there."""
-    if read_image(location).kind != "label image":
-        names = list_labels(location)
-        if len(names) > 1:
-            raise SettingsError(
-                f"{location} has label images {', '.join(names)}; give the path of one of them, "
-                f"{location}/labels/{names[0]} for instance"
-            )
-        if names:
-            return labels_group(location) / names[0]
-    read_label_image(location)
-    return location
+        listed = f"label images {', '.join(own)}" if own else "no label image"
+        refusal = SettingsError(f"--where {text}: {error} ({location} has {listed})")
+        refusal.__cause__ = error
+    level = Location.of(text)
+    try:
+        labels = read_label_image(level.parent)
+    except SourceError:
+        raise refusal from None
+    if level.basename not in [each.path for each in labels.levels]:
+        raise refusal
+    return level.parent, level.basename, False
 
 
 def _choose_level(image: Image, labels: Image, name: str | None, text: str, *, is_own: bool) -> int:

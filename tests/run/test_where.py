@@ -179,7 +179,7 @@ def test_what_a_mask_saves_is_told(source, tmp_path, tiny_bundle, cheap_engine):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"where": "cell"}, "has label images cells, nothing, half, and there is nothing at"),
+        ({"where": "cell"}, "does not exist.*has label images cells, nothing, half"),
         ({"where": "cells/7"}, "its levels are 0, 1"),
         ({"where": "nothing"}, "no voxel of the mask is set"),
         ({"where": "half"}, "along x the image goes from voxel 0 to 96 of the mask, which has 48"),

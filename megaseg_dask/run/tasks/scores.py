@@ -19,10 +19,8 @@ from megaseg_dask.inference.block import (
 from megaseg_dask.inference.engine import open_engine
 from megaseg_dask.plan.resolved import Automatic, Fixed
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
-
 from megaseg_dask.run.tasks.source import require_same_voxels, wanted_voxels
 from megaseg_dask.run.tasks.thresholds import find_extremes, sum_above
->>>>>>> 0fa4891 (--where: only patches that touch a mask are predicted, and blocks without one are left out)
 from megaseg_dask.run.workspace import Source, Workspace
 
 Array = NDArray[Any]
