@@ -19,6 +19,7 @@ from megaseg_dask.messages import (
     duration,
     failed_text,
     failure_line,
+    first_few,
     left_text,
     rates,
     size_text,
@@ -261,6 +262,7 @@ def print_plan(summary: Mapping[str, Any]) -> None:
         "model": _model_text(summary["model"]),
         "engine": _engine_text(summary["engine"]),
         "voxels": _voxels_text(summary),
+        **_groups_row(summary),
         "patches": _patches_text(summary),
         "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, "
         f"redundancy {summary['redundancy']}",
@@ -281,6 +283,16 @@ def print_plan(summary: Mapping[str, Any]) -> None:
     n_more = len(summary["missing"]) - _MAX_FAILURES
     if n_more > 0:
         print_rows({"": f"{n_more} more; --json lists all"})
+
+
+def _groups_row(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the row about groups of one normalization; none if each volume has its own."""
+    groups = summary["groups"]
+    if not groups:
+        return {}
+    kind = summary["options"]["normalization"]
+    n_groups = f"1 {kind}" if len(groups) == 1 else f"each {kind}, {len(groups)} in all"
+    return {"normalized": f"by all voxels of {n_groups}: {first_few(groups)}"}
 
 
 def _source_text(summary: Mapping[str, Any]) -> str:

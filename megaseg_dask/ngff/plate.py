@@ -478,7 +478,8 @@ def _listing(plate: Plate, wells: Mapping[str, list[Field]], version: str) -> di
         "rows": [{"name": name} for name in plate.rows],
         "columns": [{"name": name} for name in plate.columns],
         "wells": listed_wells,
-        "acquisitions": listed_acquisitions,
+        # iohub refuses an empty list.
+        "acquisitions": listed_acquisitions or None,
         "field_count": _largest_well(wells),
     }
     checked = VERSIONS[version].models.plate.Plate.model_validate(listing)

@@ -32,6 +32,7 @@ def summarize(plan: Plan) -> dict[str, object]:
         },
         "engine": plan.engine.record(plan.batch),
         **_voxels(plan),
+        "groups": list(plan.groups),
         **_patches(plan),
         "block_shape": plan.block_shape,
         "blocks": len(plan.block_grid()),

@@ -76,6 +76,7 @@ VALUES = [
     ("split_depth", "0.5", 0.5, 0.5),
     ("normalization", "10.5,2", (10.5, 2), (10.5, 2.0)),
     ("normalization", "level:2", "level:2", "level:2"),
+    ("normalization", "well", "well", "well"),
 ]
 
 
@@ -155,10 +156,10 @@ NONSENSE = [
     ("split", "shape", "'none' or 'distance'"),
     ("split_depth", "0", "a number above 0"),
     ("split_depth", "inf", "finite"),
-    ("normalization", "10", "MEAN,STD, or level:N"),
+    ("normalization", "10", "MEAN,STD, level:N, or one of series"),
     ("normalization", "10,0", "above 0"),
     ("normalization", "nan,1", "finite mean"),
-    ("normalization", "level:-1", "MEAN,STD, or level:N"),
+    ("normalization", "level:-1", "MEAN,STD, level:N, or one of series"),
     ("timeout", "0", "expected a number above 0"),
     ("roi", "0:4,10:20", "z0:z1,y0:y1,x0:x1"),
     ("roi", "0:4,10:5,0:3", "at least one voxel"),
