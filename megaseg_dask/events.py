@@ -103,8 +103,9 @@ class Doubt(Event):
     """A reason not to believe a result, though nothing failed.
 
     ``about`` names the reason: ``one object``, ``specks``, ``small objects``, ``threshold``,
-    ``no classes``, ``foreground``, ``noise``, ``outlier`` or ``constant``. ``text`` is about the
-    first of the ``volumes``, of which ten are named; ``advice`` is what to try.
+    ``no classes``, ``foreground``, ``noise``, ``outlier``, ``voxel size`` or ``constant``.
+    ``text`` is about the first of the ``volumes``, of which ten are named; ``advice`` is what to
+    try.
     """
 
     kind: ClassVar[str] = "doubt"

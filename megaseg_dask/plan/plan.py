@@ -50,6 +50,8 @@ from megaseg_dask.stores import Location
 
 # The folder of a target's runs has its name and this ending.
 _RUNS = ".run"
+# What to do about voxels that are far from those of the model.
+RESAMPLING = "--voxel-size model resamples the image to them"
 # On a GPU one task computes, while another reads and a third labels, compresses and writes. On a
 # CPU one task already uses all cores: more tasks would only take more memory.
 TASKS_AT_ONCE = {"cuda": 3}
@@ -207,14 +209,20 @@ class Plan(BaseModel):
                 f"{self.source}: its voxel size is unknown ({reason}), so the measurements have no "
                 "columns in µm; to get them, write the voxel size into its metadata"
             )
-        times = self.source_form.times(self.model_voxel_size_um)
-        if self.resolved.voxel_size_um is None and times is not None and is_far(times):
-            texts.append(
-                f"{self.source}: its voxels of {size_text(self.source_form.spacing_um)} are "
-                f"{times_text(times)} times those that {self.model.name} was trained on; "
-                "--voxel-size model resamples the image to them"
-            )
+        if self.far_voxels is not None:
+            texts.append(f"{self.source}: {self.far_voxels}; {RESAMPLING}")
         return texts
+
+    @property
+    def far_voxels(self) -> str | None:
+        """How far the source's voxels are from those of the model; ``None`` if they are near."""
+        times = self.source_form.times(self.model_voxel_size_um)
+        if self.resolved.voxel_size_um is not None or times is None or not is_far(times):
+            return None
+        return (
+            f"its voxels of {size_text(self.source_form.spacing_um)} are {times_text(times)} times "
+            f"those that {self.model.name} was trained on"
+        )
 
     @property
     def source_form(self) -> VolumeForm:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from megaseg_dask.events import Doubt, Result
-from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.plan import RESAMPLING, Plan
 from megaseg_dask.plan.resolved import OfVolume
 from megaseg_dask.run.doubts import Facts, find_doubts
 from megaseg_dask.run.journal import Journal
@@ -174,7 +174,8 @@ def _state_of(summary: TaskSummary | None) -> VolumeState | None:
 
 def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal) -> list[str]:
     """Name objects that were not split; count absent chunks and smaller batches."""
-    warnings = list(plan.warnings)
+    # Voxels that are far from those of the model are a doubt.
+    warnings = [text for text in plan.warnings if RESAMPLING not in text]
     summaries = list(
         chain.from_iterable(
             journal.summaries(stage.name)
@@ -217,7 +218,11 @@ def doubts_of(plan: Plan, states: Sequence[VolumeState | None]) -> list[Doubt]:
                 is_split=resolved.split_depth is not None,
             )
             volumes.append(facts)
-    return find_doubts(volumes)
+    doubts = find_doubts(volumes)
+    if plan.far_voxels is not None:
+        names = list(dict.fromkeys(map(volume_name, plan.volumes)))
+        doubts.append(Doubt("voxel size", plan.far_voxels, RESAMPLING, names[:10], len(names)))
+    return doubts
 
 
 def _left_whole(plan: Plan, states: Sequence[VolumeState | None]) -> list[str]:
