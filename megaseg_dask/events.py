@@ -118,7 +118,10 @@ class Doubt(Event):
 
 @dataclass(frozen=True, slots=True)
 class Joined(Event):
-    """A worker joined the run; ``device`` and ``uuid`` are set if it computes on a GPU."""
+    """A worker joined the run.
+
+    If it computes on a GPU, ``device`` and ``uuid`` are set, and the bytes of its memory.
+    """
 
     kind: ClassVar[str] = "worker"
     name: str
@@ -128,6 +131,8 @@ class Joined(Event):
     memory_limit: int
     device: str | None = None
     uuid: str | None = None
+    device_free_bytes: int = 0
+    device_total_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,7 @@ class Result(Event):
     warnings: list[str] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    device_peak_bytes: dict[str, int] = field(default_factory=dict)
     run: str = ""
     log: str = ""
 

@@ -20,7 +20,7 @@ settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "megaseg")
 )
 
-pytest_plugins = ["tests.fixtures.engines", "tests.fixtures.stores"]
+pytest_plugins = ["tests.fixtures.engines", "tests.fixtures.gpus", "tests.fixtures.stores"]
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 

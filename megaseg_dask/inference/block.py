@@ -263,6 +263,11 @@ class Engine(ABC):
         """
         return predict_block(block, self)
 
+    def prepare_pass(self, shape: tuple[int, ...]) -> Callable[[], object]:
+        """Return a function that runs a batch of ``shape``, as blocks run it."""
+        patches = np.zeros(shape, np.float32)
+        return lambda: self(patches)
+
     def close(self) -> None:  # noqa: B027  # most engines hold nothing but themselves
         """Free the memory that the engine holds on a device."""
 

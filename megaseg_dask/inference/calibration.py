@@ -1,37 +1,134 @@
 """How quick an engine is on this machine: seconds a patch, and the quickest batch.
 
-The seconds are kept for a day, so that a plan is made quickly. They belong to all that a forward
+Figures are kept for a day, so that a plan is made quickly. They belong to all that a forward
 pass depends on: the weights, the engine, its packages, the patch, and the processor or GPU.
+
+A GPU is measured in a process of its own, which ends: the memory that it takes there would
+otherwise be missing to the workers for as long as the run lasts.
 """
 
 import json
+import os
+import pickle
 import platform
+import subprocess
+import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-
-import numpy as np
 
 from megaseg_dask.algorithms.geometry import Shape
 from megaseg_dask.errors import EngineError
 from megaseg_dask.inference.block import Engine
 from megaseg_dask.inference.engine import ENGINES, EngineSpec, close_engine, open_engine
 from megaseg_dask.inference.ensemble import ModelRef
-from megaseg_dask.inference.gpu import cuda_devices
+from megaseg_dask.inference.gpu import installed_devices, is_out_of_memory, visible_devices
 from megaseg_dask.messages import version_of
 from megaseg_dask.models.home import home, write_whole
+
+# Of a GPU that cannot be measured: one patch leaves most of it idle, and where so many do not fit
+# the batch is halved.
+DEFAULT_GPU_BATCH = 4
 
 # Other work on the machine may have slowed the passes down: they are timed again the next day.
 _KEPT_S = 24 * 3600.0
 
-_MAX_PASSES = 3
+# A heavy network shows its pace in one pass, a light one when it is warm. On a GPU a pass takes
+# milliseconds, and the first ones choose kernels.
+_MAX_PASSES = {"cpu": 3, "cuda": 12}
 _MAX_S = 1.0
 
 _LARGER_BATCHES = (2, 4, 8)
 # A larger batch is taken if a patch then takes at most this share of the time.
 _GAIN = 0.97
+
+# For the start of a process, the libraries of CUDA, and a few passes.
+_PROCESS_S = 600.0
+_PROCESS = "from megaseg_dask.inference.calibration import measure_here; measure_here()"
+
+
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """Forward passes on patches ``(z, y, x)`` whose time is wanted.
+
+    Without a ``batch`` it is the quickest batch that is wanted.
+    """
+
+    model: ModelRef
+    spec: EngineSpec
+    patch_shape: Shape
+    batch: int | None = None
+
+    def measure(self) -> float:
+        """Return the seconds of one patch, or the quickest batch, measured in this process."""
+        shape = (self.model.in_channels, *self.patch_shape)
+        try:
+            with open_engine(self.model, self.spec) as engine:
+                if self.batch is None:
+                    return _choose_batch(engine, shape, self.spec.device)
+                return _measure(engine, (self.batch, *shape), self.spec.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise EngineError(f"the network does not fit the memory of the GPU: {error}") from error
+        finally:
+            close_engine()
+
+    def measure_apart(self) -> float:
+        """Return the same, measured in a process that ends.
+
+        Raises:
+            EngineError: The device does not work, or has too little memory.
+        """
+        command = [sys.executable, "-c", _PROCESS]
+        question = pickle.dumps(self)
+        try:
+            ended = subprocess.run(
+                command, input=question, capture_output=True, timeout=_PROCESS_S, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise EngineError(f"the GPU could not be measured: {error}") from error
+        if ended.returncode:
+            lines = ended.stderr.decode(errors="replace").strip().splitlines()
+            raise EngineError(f"the GPU could not be measured: {' '.join(lines[-1:])}")
+        return float(json.loads(ended.stdout.splitlines()[-1]))
+
+    def known_or_measured(self) -> float:
+        """Return what was measured less than a day ago, or is measured now.
+
+        Raises:
+            EngineError: This machine cannot run the engine.
+        """
+        file = home() / "speeds" / f"{self._key}.json"
+        found = _read_kept(file)
+        if found is not None:
+            return found
+        found = self.measure_apart() if self.spec.device == "cuda" else self.measure()
+        # A folder that cannot be written keeps nothing.
+        with suppress(OSError):
+            write_whole(file, json.dumps(found).encode())
+        return found
+
+    @property
+    def _key(self) -> str:
+        """SHA-256 of all that the time of a forward pass depends on."""
+        packages = ("megaseg-dask", *ENGINES[self.spec.engine].versions)
+        depends_on = {
+            "model": self.model.digest,
+            "engine": asdict(self.spec),
+            "shape": (self.batch, self.model.in_channels, *self.patch_shape),
+            "versions": {package: version_of(package) for package in packages},
+            "processors": _gpus() if self.spec.device == "cuda" else _processor(),
+        }
+        return sha256(json.dumps(depends_on).encode()).hexdigest()
+
+
+def measure_here() -> None:
+    """Measure the passes that standard input holds, and write the figure to standard output."""
+    passes: _Passes = pickle.load(sys.stdin.buffer)
+    sys.stdout.write(f"{json.dumps(passes.measure())}\n")
 
 
 def measure_patch_s(model: ModelRef, spec: EngineSpec, batch: int, patch_shape: Shape) -> float:
@@ -43,33 +140,30 @@ def measure_patch_s(model: ModelRef, spec: EngineSpec, batch: int, patch_shape: 
     Raises:
         EngineError: This machine cannot run the engine.
     """
-    shape = (batch, model.in_channels, *patch_shape)
-    file = home() / "speeds" / f"{_key_of(model, spec, shape)}.json"
-    patch_s = _read_kept(file)
-    if patch_s is not None:
-        return patch_s
+    _require_device(spec)
+    return _Passes(model, spec, patch_shape, batch).known_or_measured()
+
+
+def _require_device(spec: EngineSpec) -> None:
+    if spec.device == "cuda" and not visible_devices():
+        raise EngineError("this machine has no GPU that PyTorch sees")
+
+
+def quickest_batch(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> int:
+    """Return the batch that takes least time per patch on the GPU of this machine, and fits it.
+
+    A machine without one that works gets :data:`DEFAULT_GPU_BATCH`: it plans for workers.
+    """
     try:
-        with open_engine(model, spec) as engine:
-            patch_s = _measure(engine, shape)
-    finally:
-        close_engine()
-    # A folder that cannot be written keeps nothing.
-    with suppress(OSError):
-        write_whole(file, json.dumps(patch_s).encode())
-    return patch_s
+        _require_device(spec)
+        return int(_Passes(model, spec, patch_shape).known_or_measured())
+    except EngineError:
+        return DEFAULT_GPU_BATCH
 
 
-def _key_of(model: ModelRef, spec: EngineSpec, shape: tuple[int, ...]) -> str:
-    """Return the SHA-256 of all that the time of a forward pass depends on."""
-    packages = ("megaseg-dask", *ENGINES[spec.engine].versions)
-    depends_on = {
-        "model": model.digest,
-        "engine": asdict(spec),
-        "shape": shape,
-        "versions": {package: version_of(package) for package in packages},
-        "processors": cuda_devices() if spec.device == "cuda" else _processor(),
-    }
-    return sha256(json.dumps(depends_on).encode()).hexdigest()
+def _gpus() -> list[str]:
+    names = [device.name for device in installed_devices()]
+    return [*names, os.environ.get("CUDA_VISIBLE_DEVICES", "")]
 
 
 def _processor() -> str:
@@ -89,26 +183,11 @@ def _read_kept(file: Path) -> float | None:
         return None
 
 
-def quickest_batch(model: ModelRef, spec: EngineSpec, patch_shape: Shape) -> int:
-    """Return the batch that takes least time per patch here, and fits the device.
-
-    A machine that cannot run the engine gets 1: it plans for workers that can.
-    """
-    try:
-        with open_engine(model, spec) as engine:
-            return _choose_batch(engine, (model.in_channels, *patch_shape))
-    except EngineError:
-        return 1
-    finally:
-        # The workers on this machine need the memory of the device.
-        close_engine()
-
-
-def _choose_batch(engine: Engine, patch_shape: tuple[int, ...]) -> int:
+def _choose_batch(engine: Engine, patch_shape: tuple[int, ...], device: str) -> int:
     best = 1
-    best_s = _measure(engine, (best, *patch_shape))
+    best_s = _measure(engine, (best, *patch_shape), device)
     for batch in _LARGER_BATCHES:
-        patch_s = _measure(engine, (batch, *patch_shape))
+        patch_s = _measure(engine, (batch, *patch_shape), device)
         fits = engine.largest_batch is None
         if not fits or patch_s > _GAIN * best_s:
             break
@@ -117,19 +196,18 @@ def _choose_batch(engine: Engine, patch_shape: tuple[int, ...]) -> int:
     return best
 
 
-def _measure(engine: Engine, shape: tuple[int, ...]) -> float:
+def _measure(engine: Engine, shape: tuple[int, ...], device: str) -> float:
     """Return the seconds of one patch in batches of ``shape``, ``(batch, c, z, y, x)``."""
-    patches = np.zeros(shape, np.float32)
+    run = engine.prepare_pass(shape)
     passes: list[float] = []
     started = time.perf_counter()
-    # A heavy network shows its pace in one pass, a light one when it is warm.
-    while not passes or _goes_on(passes, started):
+    while not passes or _goes_on(passes, started, device):
         began = time.perf_counter()
-        engine(patches)
+        run()
         passes.append(time.perf_counter() - began)
     warm = passes[1:] or passes
     return min(warm) / shape[0]
 
 
-def _goes_on(passes: list[float], started: float) -> bool:
-    return len(passes) < _MAX_PASSES and time.perf_counter() - started < _MAX_S
+def _goes_on(passes: list[float], started: float, device: str) -> bool:
+    return len(passes) < _MAX_PASSES[device] and time.perf_counter() - started < _MAX_S

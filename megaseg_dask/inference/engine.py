@@ -18,7 +18,7 @@ from megaseg_dask.errors import EngineError, SettingsError
 from megaseg_dask.inference.block import Engine
 from megaseg_dask.inference.engine_names import EngineName
 from megaseg_dask.inference.ensemble import Averaged, BundleRef, ModelRef
-from megaseg_dask.inference.gpu import cuda_devices
+from megaseg_dask.inference.gpu import visible_devices
 from megaseg_dask.inference.machine import n_cores
 from megaseg_dask.messages import install_command
 
@@ -178,7 +178,7 @@ def resolve_engine(
     """
     if device == "auto":
         runs_on_gpu = engine == "auto" or ENGINES[engine].offers("cuda", "auto")
-        device = "cuda" if runs_on_gpu and cuda_devices() else "cpu"
+        device = "cuda" if runs_on_gpu and visible_devices() else "cpu"
     if engine == "auto":
         engine = _choose_engine(device, precision)
     if precision == "auto":

@@ -4,7 +4,7 @@ The arithmetic on a device is that of the reference: the same patches, cut,
 prepared and summed in grid order in float32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from megaseg_dask.inference.block import (
 )
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.ensemble import BundleRef
+from megaseg_dask.inference.gpu import is_out_of_memory, precision_problem
 from megaseg_dask.models.build import build_network
 from megaseg_dask.models.bundle import Bundle
 
@@ -63,13 +64,11 @@ class TorchEngine(Engine):
         """Build the network.
 
         Raises:
-            EngineError: The device is not there; another one is never taken instead.
+            EngineError: The device is not there, or does not have the precision; another one is
+                never taken instead.
         """
-        if spec.device == "cuda" and not torch.cuda.is_available():
-            raise EngineError(
-                "the plan needs a GPU, but the PyTorch of this worker finds none; start workers "
-                "with a GPU, or plan with --device cpu"
-            )
+        if spec.device == "cuda":
+            _require_gpu(spec.precision)
         self._device = spec.device
         self._threads = spec.threads
         self._half = _HALVES.get(spec.precision)
@@ -100,7 +99,9 @@ class TorchEngine(Engine):
         n = min(self.largest_batch or len(patches), len(patches))
         try:
             return torch.cat([self._forward(part) for part in torch.split(patches, n)])
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if n == 1:
                 raise EngineError(
                     f"one patch of {patches.shape[2:]} voxels does not fit in the memory of "
@@ -120,6 +121,16 @@ class TorchEngine(Engine):
             inputs = patches.to(self._device, memory_format=self._layout)
             logits: torch.Tensor = self._network(inputs)
             return logits.float()
+
+
+def _require_gpu(precision: str) -> None:
+    if not torch.cuda.is_available():
+        raise EngineError(
+            "the plan needs a GPU, but the PyTorch of this worker finds none; start workers "
+            "with a GPU, or plan with --device cpu"
+        )
+    if problem := precision_problem(precision):
+        raise EngineError(f"{torch.cuda.get_device_name(0)}: {problem}")
 
 
 @contextmanager
@@ -149,6 +160,18 @@ class DeviceEngine(TorchEngine):
     Voxels go up once, as they are stored; outputs come down as they will be stored.
     """
 
+    def prepare_pass(self, shape: tuple[int, ...]) -> Callable[[], None]:
+        """Return a function that runs a batch as blocks do: on the device from end to end."""
+        patches = torch.randn(shape, device=self._device)
+
+        def run() -> None:
+            with _exact_arithmetic(self._threads):
+                self._predict(patches)
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
     def predict_block(self, block: Block) -> Sequence[BlockOutputs]:
         """Return each output of the network for the core of a block.
 
@@ -164,7 +187,9 @@ class DeviceEngine(TorchEngine):
             with _exact_arithmetic(self._threads), torch.inference_mode():
                 weights = self._upload(block.patches.weights)
                 logits = blend_patches(self._moved(block), self._predict, weights, library)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise EngineError(
                 f"a block of {block.core.shape} voxels does not fit in the memory of "
                 f"{self._device}; choose a smaller --block, or another device"
@@ -185,7 +210,9 @@ class DeviceEngine(TorchEngine):
         return replace(block, values=values, prepare=_as_it_is, background=background)
 
     def _upload(self, values: NDArray[Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        # In the byte order of this machine, and writable: PyTorch takes no other array.
+        native = np.require(values, values.dtype.newbyteorder("="), ["C", "W"])
+        tensor = torch.from_numpy(native)
         if self._device == "cpu":
             return tensor
         # From pinned memory the copy runs at the pace of the bus.

@@ -61,6 +61,13 @@ _REGION_BYTES = 40
 _LABELLING_BYTES = 12
 
 
+# Of a GPU, estimated and not measured yet: a context of CUDA with the kernels of cuDNN, its
+# scratch space beside the maps of a pass, and bytes of a value in each precision.
+_CONTEXT_BYTES = 600 * 10**6
+_SCRATCH_BYTES = 500 * 10**6
+_PRECISION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Voxels of boxes and bytes of voxels, from which the memory of a task follows."""
@@ -79,7 +86,8 @@ class Sizes:
     source_bytes: int
     scores_bytes: int
     label_bytes: int
-    # A forward pass on the host. It is 0 on a device, and for an engine that keeps its memory.
+    # A forward pass on the host: what is on its way to a device, and 0 for an engine that keeps its
+    # memory.
     forward_bytes: int
     n_inputs: int
     # Channels of which intensities are measured, if any are.
@@ -130,6 +138,27 @@ class EngineBytes:
         if engine.device != "cpu":
             return cls(weights, 0)
         return cls(weights, n_bytes)
+
+
+def device_bytes(sizes: Sizes, engine: EngineSpec, forward: Forward) -> int:
+    """Return the memory of a GPU that predicts a block, in bytes; 0 on a CPU."""
+    if engine.device == "cpu":
+        return 0
+    # Voxels as they are stored, or prepared by the host; sums of logits and of weights; scores and
+    # what they are rounded from.
+    block = sizes.read_voxels * min(sizes.source_bytes, 4) * sizes.n_inputs
+    block += sizes.core_voxels * (4 * sizes.n_outputs + 4 + 8)
+    maps = ENGINES[engine.engine].memory.n_maps * forward.n_filters
+    maps += forward.n_inputs + forward.n_outputs
+    values = forward.patch_voxels * forward.batch * maps + forward.n_parameters
+    forward_bytes = values * _PRECISION_BYTES[engine.precision] + 4 * forward.n_parameters
+    return _CONTEXT_BYTES + _SCRATCH_BYTES + block + forward_bytes
+
+
+def pinned_bytes(sizes: Sizes) -> int:
+    """Return the memory of the host that a block takes on its way to a GPU: powers of two."""
+    values = sizes.read_voxels * min(sizes.source_bytes, 4) * sizes.n_inputs
+    return 1 << max(values - 1, 0).bit_length()
 
 
 # -- of each stage

@@ -39,6 +39,8 @@ from megaseg_dask.plan.memory import (
     EngineBytes,
     Sizes,
     decoded_bytes,
+    device_bytes,
+    pinned_bytes,
     resampling_bytes,
 )
 from megaseg_dask.plan.resolved import Given, OfGroup, OfLevel, Resolved
@@ -534,11 +536,24 @@ class Plan(BaseModel):
         idle = IDLE_BYTES + engine.kept
         return {name: idle + n_bytes * self.tasks_at_once for name, n_bytes in of_tasks.items()}
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory of a GPU that a block takes there, in bytes; 0 on a CPU."""
+        return self.project_device(self.block_shape, self.batch)
+
+    def project_device(self, block: Shape, batch: int) -> int:
+        """Return the memory of a GPU with other blocks ``(z, y, x)`` and another batch."""
+        return device_bytes(self._sizes_of(block), self.engine, replace(self._forward, batch=batch))
+
     @cached_property
     def _engine_bytes(self) -> EngineBytes:
+        return EngineBytes.of(self.engine, self._forward)
+
+    @property
+    def _forward(self) -> Forward:
         n_models = len(self.model.bundles)
         n_outputs = len(self.model.outputs)
-        forward = Forward(
+        return Forward(
             patch_voxels=math.prod(self.resolved.patch),
             batch=self.batch,
             # Heads with layers of their own have as many maps as the backbone has outputs.
@@ -549,7 +564,6 @@ class Plan(BaseModel):
             n_parameters=self.n_parameters,
             is_averaged=self.engine.tta or n_models > 1,
         )
-        return EngineBytes.of(self.engine, forward)
 
     def _sizes_of(self, block: Shape) -> Sizes:
         grid = BlockGrid(self.volume_shape, block)
@@ -560,7 +574,7 @@ class Plan(BaseModel):
         regions = [core.shifted(offset) for core in (first, middle)]
         read_boxes = list(map(self.patch_grid.read_box, regions))
         measured = BlockGrid(self.volume_shape, _measured_shape(block))[0]
-        return replace(
+        sizes = replace(
             self._sizes,
             core_voxels=first.size,
             read_voxels=max(box.size for box in read_boxes),
@@ -586,6 +600,9 @@ class Plan(BaseModel):
             back=(math.prod(covered_shape) + n_back) * len(model.outputs),
             blended=math.prod(covered_shape),
         )
+        if self.engine.device == "cpu":
+            return sizes
+        return replace(sizes, forward_bytes=pinned_bytes(sizes))
 
     @cached_property
     def _sizes(self) -> Sizes:

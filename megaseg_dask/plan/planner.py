@@ -19,9 +19,10 @@ from megaseg_dask.algorithms.geometry import Shape, cheapest_patch
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import BundleError, SettingsError, SourceError, TargetError
 from megaseg_dask.events import Emit, ignore
-from megaseg_dask.inference.calibration import quickest_batch
+from megaseg_dask.inference.calibration import DEFAULT_GPU_BATCH, quickest_batch
 from megaseg_dask.inference.engine import EngineSpec, resolve_engine
 from megaseg_dask.inference.ensemble import ModelRef
+from megaseg_dask.inference.gpu import installed_devices, visible_devices
 from megaseg_dask.inference.machine import memory_bytes
 from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.registry import describe
@@ -126,7 +127,7 @@ def make_plan(
         patch=models.patch,
         overlap=models.overlap,
         engine=engine,
-        batch=filled.batch or _choose_batch(models, engine),
+        batch=filled.batch or _choose_batch(models, engine, cluster),
         outputs=filled.outputs,
         measure_channels=choice.measured,
         # As given: what it names was read for this request.
@@ -166,7 +167,7 @@ def make_plan(
         model=models.ref,
         resolved=resolved,
         settings=settings.recorded(),
-        memory_bytes=memory_of(settings, cluster),
+        memory_bytes=memory_of(settings, cluster, engine.device),
         n_parameters=sum(bundle.n_parameters for bundle in models.bundles),
         first_filters=max(bundle.network.filters[0] for bundle in models.bundles),
         auto_patch=_auto_patch(models.bundles[0], models.overlap, models.grid_shape),
@@ -175,7 +176,8 @@ def make_plan(
     if resolved.splits_objects():
         plan = plan.with_split(min(LEAST_SPLIT_VOXELS, _padded_voxels(plan)))
     if filled.block is None:
-        plan = plan.with_block(choose_block(plan))
+        device = _device_memory_bytes(engine, cluster)
+        plan = plan.with_block(choose_block(plan, device))
     if resolved.splits_objects():
         plan = plan.with_split(_choose_split(plan, part.recorded))
     require_memory(plan)
@@ -532,9 +534,12 @@ def _auto_patch(bundle: BundleFacts, overlap: tuple[float, ...], grid_shape: Sha
     return cheapest_patch(grid_shape, bundle.patch_shape, overlap, multiple)
 
 
-def _choose_batch(models: Models, engine: EngineSpec) -> int:
+def _choose_batch(models: Models, engine: EngineSpec, cluster: Cluster) -> int:
     if engine.device != "cuda":
         return 1
+    if not cluster.is_local:
+        # What is quickest on a GPU of this machine says nothing about others.
+        return DEFAULT_GPU_BATCH
     return quickest_batch(models.ref, engine, models.patch)
 
 
@@ -549,7 +554,7 @@ def default_memory_bytes(n_workers: int) -> int:
     return min(DEFAULT_MEMORY_BYTES, max(int(for_workers / n_workers), 0))
 
 
-def memory_of(settings: Settings, cluster: Cluster) -> int:
+def memory_of(settings: Settings, cluster: Cluster, device: str) -> int:
     """Return the bytes that a worker may plan with: asked for, of a job, or of this machine.
 
     Raises:
@@ -561,7 +566,20 @@ def memory_of(settings: Settings, cluster: Cluster) -> int:
             f"--memory {settings.memory / 1e9:.1f} GB: a worker of {settings.cluster} may plan "
             f"with {limit / 1e9:.1f} GB; raise options.memory there"
         )
-    return settings.memory or limit or default_memory_bytes(cluster.workers or 1)
+    return settings.memory or limit or default_memory_bytes(_n_workers(cluster, settings, device))
+
+
+def _n_workers(cluster: Cluster, settings: Settings, device: str) -> int:
+    """Return how many workers share the memory of this machine, at most."""
+    if settings.workers == 0:
+        return 1
+    if cluster.workers:
+        return cluster.workers
+    if cluster.adaptive:
+        return cluster.adaptive.maximum
+    if cluster.is_local and device == "cuda":
+        return max(len(visible_devices()), 1)
+    return 1
 
 
 def require_machine(plan: Plan) -> None:
@@ -572,7 +590,7 @@ def require_machine(plan: Plan) -> None:
     cluster = cluster_of(plan.settings)
     if not cluster.is_local:
         return
-    n_workers = cluster.workers or 1
+    n_workers = _n_workers(cluster, plan.settings, plan.engine.device)
     each = max(plan.projected_bytes.values())
     needed = each
     words = f"the run needs {each / 1e9:.2f} GB"
@@ -590,13 +608,22 @@ def require_machine(plan: Plan) -> None:
         )
 
 
-def choose_block(plan: Plan) -> Shape:
-    """Return the block that predicts the fewest patches within the memory budget.
+def _device_memory_bytes(engine: EngineSpec, cluster: Cluster) -> int | None:
+    """Return what is free on the GPUs of local workers; ``None`` where nobody can tell."""
+    if engine.device == "cpu" or not cluster.is_local:
+        return None
+    return min((device.free_bytes for device in installed_devices()), default=None)
+
+
+def choose_block(plan: Plan, device_memory_bytes: int | None = None) -> Shape:
+    """Return the block that predicts the fewest patches within the memory of host and GPU.
 
     It is the smallest block if none fits; :func:`require_memory` then says so.
     """
 
     def fits(block: Shape) -> bool:
+        if device_memory_bytes and plan.project_device(block, plan.batch) > device_memory_bytes:
+            return False
         return max(plan.project(block).values()) <= plan.memory_bytes
 
     return cheapest_block(plan.volume_shape, plan.patch_grid, fits)

@@ -42,6 +42,7 @@ def summarize(plan: Plan) -> dict[str, object]:
         "label_dtype": str(label_dtype(plan.volume_shape)),
         "memory_bytes": plan.memory_bytes,
         "projected_bytes": plan.projected_bytes,
+        "device_bytes": plan.device_bytes,
         "stages": {stage.name: stage.n_tasks for stage in plan.stages},
         "options": plan.resolved.options(),
         "warnings": plan.warnings,

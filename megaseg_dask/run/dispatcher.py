@@ -237,7 +237,9 @@ class DaskDispatcher:
         finally:
             future.release()
         for outcome in outcomes:
-            if outcome.is_infrastructure and self._retries.allow(group.attempt):
+            if outcome.device == "failed":
+                self._workers.device_failed(address, (group.stage, outcome.index))
+            if self._may_help(outcome) and self._retries.allow(group.attempt):
                 again = _Group(group.stage, [outcome.index], group.attempt + 1)
                 self._tell(again, f"{outcome.error}; it runs again")
                 self._send_later(again, address)
@@ -245,6 +247,13 @@ class DaskDispatcher:
             if not outcome.error:
                 self._durations.add(group.stage, outcome.seconds)
             yield group.stage, outcome
+
+    def _may_help(self, outcome: Outcome) -> bool:
+        """Return whether another attempt may end otherwise."""
+        if outcome.device == "full":
+            # Another GPU may be larger, or have more memory free.
+            return self._n_workers > 1
+        return outcome.is_infrastructure
 
     def _handle_error(self, group: _Group, error: Exception) -> Iterator[tuple[str, Outcome]]:
         """Deal with a group that came back without outcomes: mostly its worker died or hung.
@@ -294,12 +303,12 @@ class DaskDispatcher:
                 f"the scheduler does not answer ({error}); run the same command again"
             ) from error
         self._n_workers = max(self._n_workers, len(threads))
-        self._workers.watch(len(threads))
         # A worker works on the groups that it was given first; the rest waits there.
         addresses: dict[Any, str] = {}
         for address, n_threads in threads.items():
             for key in list(processing.get(address, ()))[:n_threads]:
                 addresses[key] = address
+        self._workers.watch(len(threads), busy=set(addresses.values()))
         now = time.monotonic()
         for future, group in list(self._running.items()):
             if future.key not in addresses:
@@ -323,8 +332,14 @@ class DaskDispatcher:
 def _run_here(assignment: Assigned, stage: str, indices: list[int]) -> Any:
     """Run a group on this worker; return the worker's address, and the outcomes."""
     from distributed import get_worker
+    from distributed.core import Status
 
-    return get_worker().address, run_tasks(assignment, stage, indices)
+    worker = get_worker()
+    outcomes = run_tasks(assignment, stage, indices)
+    if any(outcome.device == "failed" for outcome in outcomes):
+        # It takes no further task: the client ends its process when it has this answer.
+        worker.loop.add_callback(setattr, worker, "status", Status.paused)
+    return worker.address, outcomes
 
 
 def _give_up(client: Any, address: str) -> None:
@@ -392,8 +407,7 @@ def open_workers(plan: Needs, client: Any, emit: Emit) -> Iterator[DaskExecutor]
     """
     if client is not None:
         require_client(client)
-        needed = max(plan.projected_bytes.values())
-        yield DaskExecutor(Workers(client, plan.engine, emit, needed_bytes=needed))
+        yield DaskExecutor(Workers.of(plan, client, emit))
         return
     with connect(plan, emit) as workers:
         yield DaskExecutor(workers)

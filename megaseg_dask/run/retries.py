@@ -51,7 +51,7 @@ class StoreWatch:
         """Return whether a store is lost, now that a task ended for good."""
         if not outcome.error:
             self._n_in_a_row = 0
-        if not outcome.is_infrastructure:
+        if not outcome.is_infrastructure or outcome.device:
             return False
         self._n_in_a_row += 1
         return self._n_in_a_row >= _MAX_FAILURES_IN_A_ROW or not self._stores_answer()

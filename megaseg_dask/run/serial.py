@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from megaseg_dask.errors import EngineError
 from megaseg_dask.events import Emit, Joined
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.run.lease import Leases, Permit
@@ -23,7 +24,11 @@ class SerialDispatcher:
         self._retries = retries
 
     def outcomes(self, ready: Ready) -> Iterator[tuple[str, Outcome]]:
-        """Yield stage and outcome of each task, in order."""
+        """Yield stage and outcome of each task, in order.
+
+        Raises:
+            EngineError: The GPU of this process failed.
+        """
         while True:
             stage, indices = ready(lambda stage, n_ready: 1)
             if not indices:
@@ -33,11 +38,22 @@ class SerialDispatcher:
 
     def _attempt(self, stage: str, index: int) -> Outcome:
         attempt = 1
-        outcome = self._worker.attempt(stage, index)
+        outcome = self._try(stage, index)
         while outcome.is_infrastructure and self._retries.allow(attempt):
             attempt += 1
             time.sleep(self._retries.pause_s(attempt))
-            outcome = self._worker.attempt(stage, index)
+            outcome = self._try(stage, index)
+        return outcome
+
+    def _try(self, stage: str, index: int) -> Outcome:
+        """Run a task once.
+
+        Raises:
+            EngineError: The GPU of this process failed: nothing can be predicted here any more.
+        """
+        outcome = self._worker.attempt(stage, index)
+        if outcome.device == "failed":
+            raise EngineError(f"{outcome.error}; run the same command again to go on")
         return outcome
 
 

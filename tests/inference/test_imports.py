@@ -103,5 +103,5 @@ def test_an_engine_imports_no_other_engine(engine):
 
 def test_what_a_gpu_worker_says_of_itself_imports_nothing_else():
     describe = "from megaseg_dask.run.cluster.worker_plugin import describe, make_plugin"
-    look = "from megaseg_dask.inference.gpu import cuda_devices; cuda_devices()"
+    look = "from megaseg_dask.inference.gpu import visible_devices; visible_devices()"
     assert imports_of(f"{describe}; {look}") <= {"torch"}

@@ -101,9 +101,9 @@ def test_the_plan_follows_from_what_a_job_has(tmp_path):
     assert found.memory_bytes() == 12_800_000_000
     assert found.lifetime_s == (5100.0, 300.0)
     options = {"cluster": str(tmp_path / "cluster.yaml")}
-    assert memory_of(parse_settings(options), found) == 12_800_000_000
+    assert memory_of(parse_settings(options), found, "cpu") == 12_800_000_000
     with pytest.raises(SettingsError, match=r"may plan with 12\.8 GB"):
-        memory_of(parse_settings({**options, "memory": "13GB"}), found)
+        memory_of(parse_settings({**options, "memory": "13GB"}), found, "cpu")
     assert read(tmp_path, "kind: local").defaults() == {}
 
 
@@ -318,9 +318,9 @@ def test_a_network_that_openvino_runs_needs_it_everywhere():
 
 
 def test_workers_on_gpus_up_to_where_cuda_is_asked_for():
-    from megaseg_dask.inference.gpu import cuda_devices
+    from megaseg_dask.inference.gpu import visible_devices
 
-    if n := len(cuda_devices()):
+    if n := len(visible_devices()):
         with (
             pytest.raises(SettingsError, match=f"{n + 1} workers: there are {n} GPUs here"),
             ExitStack() as stack,

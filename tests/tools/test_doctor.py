@@ -31,7 +31,7 @@ def test_it_names_versions_choice_and_models():
     [([], None, "without CUDA"), ([], "13.0", "driver"), (["NVIDIA X"], "13.0", "NVIDIA X")],
 )
 def test_a_gpu_that_cannot_be_used_gets_advice(devices, built_with, expected, monkeypatch):
-    monkeypatch.setattr(machine, "cuda_devices", lambda: devices)
+    monkeypatch.setattr(machine, "device_names", lambda: devices)
     monkeypatch.setattr(machine, "cuda_version", lambda: built_with)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     gpu = machine.check_gpu()
@@ -56,7 +56,7 @@ def test_why_a_gpu_cannot_be_used(driver, hidden, expected, monkeypatch, tmp_pat
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{driver}\n")
     program.chmod(0o755)
-    monkeypatch.setattr(machine, "cuda_devices", list)
+    monkeypatch.setattr(machine, "device_names", list)
     monkeypatch.setattr(machine, "cuda_version", lambda: "12.8")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

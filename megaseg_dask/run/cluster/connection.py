@@ -76,7 +76,7 @@ def connect(plan: Needs, emit: Emit = lambda _: None) -> Iterator[Workers]:
         with _open_client(cluster, dask_cluster, emit) as client:
             _wait_for_worker(client, cluster, emit)
             adapt(cluster, dask_cluster)
-            yield Workers(client, plan.engine, emit, cluster, max(plan.projected_bytes.values()))
+            yield Workers.of(plan, client, emit, cluster)
 
 
 @functools.cache

@@ -16,6 +16,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
     # Threads that spin at a barrier hold each other up as soon as another process wants a core.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # A batch that shrank leaves pieces of the memory of a GPU that a block would not fit.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 
 # Ctrl-C, Ctrl-\\ and a terminal that is closed reach every process of it: the client alone answers,

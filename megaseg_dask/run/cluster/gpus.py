@@ -1,20 +1,8 @@
 """One worker process per GPU of this machine, each of which sees that one alone."""
 
-import os
 from typing import Any
 
 from distributed import LocalCluster
-
-
-def visible_devices(n: int) -> list[str]:
-    """Return the names of the ``n`` GPUs that this process may use.
-
-    They are as ``CUDA_VISIBLE_DEVICES`` takes them.
-    """
-    # A batch system may have given us some of the machine's.
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    names = [name.strip() for name in given if name.strip()]
-    return names[:n] or [str(i) for i in range(n)]
 
 
 class GpuCluster(LocalCluster):  # type: ignore[misc]  # distributed has no types
@@ -24,9 +12,11 @@ class GpuCluster(LocalCluster):  # type: ignore[misc]  # distributed has no type
     the device of the worker that was lost.
     """
 
-    def __init__(self, devices: list[str], **options: Any) -> None:
+    def __init__(self, devices: list[str], n_workers: int, **options: Any) -> None:
+        """Start workers on the first of ``devices``, as ``CUDA_VISIBLE_DEVICES`` takes them."""
         self.devices = devices
         super().__init__(n_workers=0, **options)
+        self.scale(n_workers)
 
     def new_worker_spec(self) -> dict[Any, Any]:
         """Return the next worker, named by its place in ``devices``."""

@@ -181,12 +181,10 @@ def _local_options(wanted: Cluster) -> dict[str, Any]:
 
 
 def _cuda(wanted: Cluster, _: ExitStack) -> Any:
-    from distributed import LocalCluster, Nanny, Worker
+    from megaseg_dask.inference.gpu import visible_devices
 
-    from megaseg_dask.inference.gpu import cuda_devices
-    from megaseg_dask.run.cluster.gpus import GpuCluster, visible_devices
-
-    n_devices = len(cuda_devices())
+    devices = visible_devices()
+    n_devices = len(devices)
     if not n_devices:
         raise SettingsError(
             "--device cuda: PyTorch finds no GPU here; run megaseg doctor to see why, or use "
@@ -200,16 +198,34 @@ def _cuda(wanted: Cluster, _: ExitStack) -> Any:
             f"{max_workers} workers: there are {n_devices} GPUs here, and each worker needs one of "
             "its own"
         )
-    options = {
-        **_local_options(wanted),
-        # One thread computes, while others read and write.
-        "threads_per_worker": TASKS_AT_ONCE["cuda"],
-        **_options(wanted, LocalCluster, Nanny, Worker),
-    }
-    cluster = GpuCluster(visible_devices(n_devices), **options)
-    if not max_workers:
-        cluster.scale(n_devices)
-    return cluster
+    return _gpu_cluster(wanted, devices, _n_first_workers(wanted) or n_devices)
+
+
+def _gpu_cluster(wanted: Cluster, devices: list[str], n_workers: int) -> Any:
+    """Return dask-cuda's local cluster where it can be used, or a plain one with the same pins.
+
+    A worker of dask-cuda runs on the processors beside its GPU, and tells Dask's page about it.
+    """
+    from distributed import LocalCluster, Nanny, Worker
+
+    from megaseg_dask.run.cluster.gpus import GpuCluster
+
+    takers: list[Any] = [LocalCluster, Nanny, Worker]
+    # One thread computes, while others read and write.
+    options = {**_local_options(wanted), "threads_per_worker": TASKS_AT_ONCE["cuda"]}
+    try:
+        from dask_cuda import LocalCUDACluster
+        from pynvml import NVMLError
+    except ImportError:
+        return GpuCluster(devices, n_workers, **options, **_options(wanted, *takers))
+    options |= {"device_memory_limit": 0, **_options(wanted, LocalCUDACluster, *takers)}
+    try:
+        return LocalCUDACluster(CUDA_VISIBLE_DEVICES=devices, n_workers=n_workers, **options)
+    except NVMLError as error:
+        raise EngineError(
+            f"dask-cuda cannot ask the driver of the GPUs ({error}); run nvidia-smi, or uninstall "
+            "dask-cuda to do without"
+        ) from error
 
 
 def _batch(wanted: Cluster, stack: ExitStack) -> Any:

@@ -28,7 +28,9 @@ _OF_SCHEDULER = {"python", "dask", "distributed"}
 Versions = Mapping[str, str | None]
 
 
-def require_versions(client: Any, engine: EngineName) -> tuple[dict[str, list[str]], list[str]]:
+def require_versions(
+    client: Any, engine: EngineName, device: str
+) -> tuple[dict[str, list[str]], list[str]]:
     """Compare this client with its scheduler and all workers.
 
     Return the leading parts of the version of each package that later workers must
@@ -43,9 +45,14 @@ def require_versions(client: Any, engine: EngineName) -> tuple[dict[str, list[st
     versions = client.get_versions(packages=packages)
     mine = versions["client"]["packages"]
     notes = list(compare(mine, versions["scheduler"]["packages"], engine, "the scheduler"))
-    for address, of_worker in versions["workers"].items():
-        theirs = (of_worker or {}).get("packages", {})
-        notes += compare(mine, theirs, engine, f"worker {address}")
+    theirs = {
+        address: (of_worker or {}).get("packages", {})
+        for address, of_worker in versions["workers"].items()
+    }
+    for address, packages_there in theirs.items():
+        notes += compare(mine, packages_there, engine, f"worker {address}")
+    if device == "cuda":
+        notes += compare_builds({a: found["torch"] for a, found in theirs.items()})
     required = {name: _public(mine[name]).split(".")[: n_parts[name]] for name in packages}
     return required, list(dict.fromkeys(notes))
 
@@ -72,6 +79,28 @@ def compare(mine: Versions, theirs: Versions, engine: EngineName, owner: str) ->
             )
         if here != there and name != "python":
             yield f"{owner} has {name} {there}, this client has {here}"
+
+
+def compare_builds(versions: Versions) -> Iterator[str]:
+    """Yield a note if the PyTorch of some workers, by address, is built for another CUDA.
+
+    Raises:
+        SettingsError: One is built for CPUs.
+    """
+    builds: dict[str, str] = {}
+    for address, version in versions.items():
+        build = str(version).partition("+")[2]
+        if build == "cpu":
+            raise SettingsError(
+                f"worker {address} has torch {version}, which is built for CPUs, and the run is on "
+                "cuda; install a CUDA build there"
+            )
+        builds.setdefault(build, address)
+    if len(builds) > 1:
+        found = [f"{address} has {build or 'that of PyPI'}" for build, address in builds.items()]
+        yield (
+            f"workers have several builds of torch, whose last bits may differ: {', '.join(found)}"
+        )
 
 
 def _n_parts(engine: EngineName) -> Mapping[str, int]:

@@ -23,11 +23,13 @@ def make_plugin(
     bundles: str | None,
     versions: Mapping[str, list[str]],
     lifetime_s: Lifetime,
+    precision: str | None,
 ) -> Any:
     """Return the plugin that makes a worker ready for the tasks of a run.
 
     ``bundles`` is the address of the copies of bundles, if workers need them. A worker
-    whose packages do not begin with ``versions`` leaves before it has done anything.
+    whose packages do not begin with ``versions``, or whose GPU does not compute in a
+    ``precision``, leaves before it has done anything.
     The class is made here, so that it travels as a whole: another version of this
     package may not have it.
     """
@@ -58,6 +60,8 @@ def make_plugin(
                     worker.loop.add_callback(worker.close, reason="megaseg-version")
                     return
             plugin = importlib.import_module(module)
+            if precision is not None and await plugin.leaves_without_device(worker, precision):
+                return
             plugin.set_up_worker(worker, options, bundles, lifetime_s)
 
         def teardown(self, worker: Any) -> None:
@@ -66,6 +70,29 @@ def make_plugin(
             importlib.import_module(module).tear_down_worker()
 
     return RunPlugin()
+
+
+async def leaves_without_device(worker: Any, precision: str) -> bool:
+    """Send a worker away whose GPU does not work; return whether that was so."""
+    import asyncio
+
+    from megaseg_dask.inference.gpu import open_device
+
+    # In a thread: it takes seconds, in which the scheduler has to hear from this process.
+    device = await asyncio.to_thread(open_device, precision)
+    if not device.problem:
+        return False
+    name = str(worker.name)
+    event = {
+        "notice": f"worker {name} was sent away: {device.problem}",
+        "address": worker.address,
+        "name": name,
+        "device": device.uuid or name,
+        "problem": device.problem,
+    }
+    worker.log_event(NAME, event)
+    worker.loop.add_callback(worker.close, reason="megaseg-device")
+    return True
 
 
 def set_up_worker(
@@ -103,10 +130,11 @@ async def _retire(worker: Any) -> None:
     await worker.close_gracefully(reason="megaseg-lifetime")
 
 
-def describe(on_gpu: bool, dask_worker: Any = None) -> dict[str, Any]:
+def describe(precision: str | None, dask_worker: Any = None) -> dict[str, Any]:
     """Return the fields of this worker's :class:`~megaseg_dask.events.Joined`.
 
-    Dask passes ``dask_worker``.
+    With a ``precision`` it is to compute on a GPU; ``problem`` then says why it cannot. Dask
+    passes ``dask_worker``.
     """
     description = {
         "name": str(dask_worker.name),
@@ -115,11 +143,17 @@ def describe(on_gpu: bool, dask_worker: Any = None) -> dict[str, Any]:
         "cores": n_cores(),
         "memory_limit": _memory_limit(dask_worker),
     }
-    if on_gpu:
-        from megaseg_dask.inference.gpu import cuda_identity
+    if precision is not None:
+        from megaseg_dask.inference.gpu import open_device
 
-        device, uuid = cuda_identity() or (None, None)
-        description |= {"device": device, "uuid": uuid}
+        device = open_device(precision)
+        description |= {
+            "device": device.name,
+            "uuid": device.uuid,
+            "device_free_bytes": device.free_bytes,
+            "device_total_bytes": device.total_bytes,
+            "problem": device.problem,
+        }
     return description
 
 

@@ -4,8 +4,10 @@ Each kind of cluster differs only in how its workers start (:mod:`megaseg_dask.r
 All of them are Dask workers of one scheduler; a run knows no more than that.
 """
 
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +19,13 @@ from megaseg_dask.events import Emit, Joined, Notice, ignore
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.inference.machine import count_killed, memory_bytes
+from megaseg_dask.messages import count
 from megaseg_dask.models import staging
 from megaseg_dask.plan.cluster_spec import Cluster
-from megaseg_dask.plan.plan import TASKS_AT_ONCE
+from megaseg_dask.plan.plan import TASKS_AT_ONCE, Plan
 from megaseg_dask.run.cluster import worker_plugin
 from megaseg_dask.run.cluster.dask_config import SCHEDULER_CONFIG
+from megaseg_dask.run.cluster.devices import FailedDevices, Task
 from megaseg_dask.run.cluster.versions import require_versions
 from megaseg_dask.stores import Location, StoreOptions
 
@@ -32,6 +36,8 @@ _MISSING_S = 20.0
 _ALL_MISSING_S = 120.0
 # Paused workers that are to go on have freed memory by then.
 _ALL_PAUSED_S = 40.0
+# Of a worker whose GPU failed: its other tasks read or write for so long at most.
+_LAST_TASKS_S = 30.0
 # A look at the state of all workers is a large answer where they are many.
 _LOOK_S = 10.0
 
@@ -42,7 +48,8 @@ class Workers:
 
     ``cluster`` is the declaration of workers that were started for this run, ``None``
     for those of a client that a user gave. ``needed_bytes`` is the projected peak of
-    a worker. ``joined`` are all that ever joined, by address.
+    a worker, ``device_bytes`` that of its GPU, and ``least_device_bytes`` the same with a
+    batch of one patch. ``joined`` are all that ever joined, by address.
     """
 
     client: Any
@@ -50,6 +57,8 @@ class Workers:
     emit: Emit = ignore
     cluster: Cluster | None = None
     needed_bytes: int = 0
+    device_bytes: int = 0
+    least_device_bytes: int = 0
     joined: dict[str, Joined] = field(default_factory=dict)
     # Of those that joined: a worker's name is also that of its job or nanny.
     _names: set[str] = field(default_factory=set)
@@ -57,8 +66,28 @@ class Workers:
     _all_paused_since: float | None = None
     _looked_s: float = 0.0
     _required_versions: Mapping[str, list[str]] = field(default_factory=dict)
+    _failed_devices: FailedDevices = field(default_factory=FailedDevices)
+    # Workers whose GPU failed, by address, and since when.
+    _broken: dict[str, float] = field(default_factory=dict)
+    # GPUs that get no other process, and why.
+    _left_out: dict[str, str] = field(default_factory=dict)
+    # What the plugin told of workers that it sent away, until the next look.
+    _sent_away: deque[Mapping[str, str]] = field(default_factory=deque)
     # By the system of this machine, until the last look.
     _n_killed: int = field(default_factory=count_killed)
+
+    @classmethod
+    def of(cls, plan: Plan, client: Any, emit: Emit, cluster: Cluster | None = None) -> "Workers":
+        """Return the workers of a plan behind a client."""
+        return cls(
+            client,
+            plan.engine,
+            emit,
+            cluster,
+            needed_bytes=max(plan.projected_bytes.values()),
+            device_bytes=plan.device_bytes,
+            least_device_bytes=plan.project_device(plan.block_shape, batch=1),
+        )
 
     @property
     def is_local(self) -> bool:
@@ -82,18 +111,22 @@ class Workers:
         """Compare versions, and check the settings of the scheduler and of each worker.
 
         Raises:
-            SettingsError: Versions differ where it matters, two workers share a GPU, or one may
-                not use the memory that the plan needs.
+            SettingsError: Versions differ where it matters, a worker has no GPU that works, two
+                share one, or one may not use the memory that the plan needs.
         """
-        self._required_versions, notes = require_versions(self.client, self.engine.engine)
+        self._required_versions, notes = require_versions(
+            self.client, self.engine.engine, self.engine.device
+        )
         for note in notes:
             self.emit(Notice(note))
         self._warn_of_threads()
         self._warn_of_scheduler()
         self._describe(list(self.client.nthreads()), is_first=True)
         for worker in self.joined.values():
-            if problem := self._memory_problem(worker):
+            if problem := self._memory_problem(worker) or self._device_memory_problem(worker):
                 raise SettingsError(problem)
+            if note := self._device_memory_note(worker):
+                self.emit(Notice(note))
 
     def _memory_problem(self, worker: Joined) -> str:
         """Return what is wrong with the memory of a worker, if anything is."""
@@ -106,14 +139,43 @@ class Workers:
             "smaller --memory (if the plan is recorded, with --overwrite)"
         )
 
+    def _device_memory_problem(self, worker: Joined) -> str:
+        """Return why no batch fits the GPU of a worker, if that is so."""
+        if not 0 < worker.device_total_bytes < self.least_device_bytes:
+            return ""
+        return (
+            f"{worker.device} of worker {worker.name} on {worker.host} has "
+            f"{worker.device_total_bytes / 1e9:.2f} GB, and the plan needs some "
+            f"{self.least_device_bytes / 1e9:.2f} GB of a GPU: plan with a smaller --block or "
+            "--patch (of a plan that is recorded, with --overwrite)"
+        )
+
+    def _device_memory_note(self, worker: Joined) -> str:
+        """Return what a person should know of the memory of a worker's GPU, if anything."""
+        if not 0 < worker.device_free_bytes < self.device_bytes:
+            return ""
+        return (
+            f"{worker.device} of worker {worker.name} on {worker.host} has "
+            f"{worker.device_free_bytes / 1e9:.2f} GB free, and the plan takes some "
+            f"{self.device_bytes / 1e9:.2f} GB: batches may have to be halved"
+        )
+
     def _warn_of_threads(self) -> None:
-        n_threads = max(self.client.nthreads().values(), default=1)
+        n_threads = list(self.client.nthreads().values()) or [1]
         n_planned = TASKS_AT_ONCE.get(self.engine.device, 1)
-        if n_threads > n_planned:
+        advice = f"start them with --nthreads {n_planned}"
+        if max(n_threads) > n_planned:
             self.emit(
                 Notice(
-                    f"workers run {n_threads} tasks at the same time, and the memory of the plan "
-                    f"is for {n_planned}; start them with --nthreads {n_planned}"
+                    f"workers run {max(n_threads)} tasks at the same time, and the memory of the "
+                    f"plan is for {n_planned}; {advice}"
+                )
+            )
+        if min(n_threads) < n_planned:
+            self.emit(
+                Notice(
+                    f"workers run {count(min(n_threads), 'task')} at a time, so a GPU waits while "
+                    f"they read and write; {advice}"
                 )
             )
 
@@ -136,10 +198,10 @@ class Workers:
         new = [address for address in addresses if address not in self.joined]
         if not new:
             return
-        on_gpu = self.engine.device == "cuda"
         descriptions = self.client.run(
-            worker_plugin.describe, on_gpu, workers=new, on_error="return"
+            worker_plugin.describe, self._gpu_precision, workers=new, on_error="return"
         )
+        useless: list[tuple[Joined, str]] = []
         for address, description in descriptions.items():
             if isinstance(description, Exception):
                 # It is gone again, or of another version and about to leave; the first workers
@@ -147,14 +209,51 @@ class Workers:
                 if is_first and not isinstance(description, OSError):
                     raise description
                 continue
+            problem = description.pop("problem", "")
             worker = Joined(**description)
+            if worker.uuid in self._left_out:
+                problem = "its GPU failed before"
+            if problem:
+                useless.append((worker, problem))
+                continue
             self.joined[address] = worker
             self._names.add(worker.name)
             self.emit(worker)
-            problem = self._memory_problem(worker)
-            if problem and not is_first:
-                self.emit(Notice(problem))
+            if not is_first:
+                self._note_problems(worker)
+        if useless:
+            self._do_without(useless, is_first=is_first)
         self._require_own_devices(set(addresses))
+
+    @property
+    def _gpu_precision(self) -> str | None:
+        """The precision in which workers compute on a GPU; ``None`` if they do not."""
+        return self.engine.precision if self.engine.device == "cuda" else None
+
+    def _note_problems(self, worker: Joined) -> None:
+        problems = (
+            self._memory_problem(worker),
+            self._device_memory_problem(worker),
+            self._device_memory_note(worker),
+        )
+        if problem := next(filter(None, problems), None):
+            self.emit(Notice(problem))
+
+    def _do_without(self, useless: list[tuple[Joined, str]], *, is_first: bool) -> None:
+        """Go on without workers whose GPU does not work.
+
+        Raises:
+            SettingsError: No worker is left, or they are not ours to end.
+        """
+        is_ours = self.cluster is not None and self.cluster.kind != "scheduler"
+        if is_first and not (is_ours and self.joined):
+            texts = [f"worker {each.name} on {each.host}: {problem}" for each, problem in useless]
+            raise SettingsError(
+                f"--device cuda: {'; '.join(texts)}; start workers where a GPU works, or use "
+                "--device cpu"
+            )
+        for worker, problem in useless:
+            self._leave_out(worker.uuid or worker.name, worker.address, worker.name, problem)
 
     def _require_own_devices(self, addresses: set[str]) -> None:
         """Raise :class:`SettingsError` if two workers compute on one GPU.
@@ -170,7 +269,8 @@ class Workers:
             if owner != worker.name:
                 raise SettingsError(
                     f"workers {owner} and {worker.name} share GPU {worker.uuid} on {worker.host}; "
-                    "give each worker its own GPU"
+                    "give each worker its own GPU (a script that uses CUDA as it is imported "
+                    "holds all its workers on one: put that under `if __name__ == '__main__':`)"
                 )
 
     @contextmanager
@@ -199,6 +299,7 @@ class Workers:
             bundles.url if bundles else None,
             self._required_versions,
             self.cluster.lifetime_s if self.cluster else None,
+            self._gpu_precision,
         )
         self.client.subscribe_topic(worker_plugin.NAME, self._forward)
         self.client.register_plugin(plugin)
@@ -213,18 +314,23 @@ class Workers:
 
     def _forward(self, message: Any) -> None:
         self.emit(Notice(message[1]["notice"]))
+        if "device" in message[1]:
+            self._sent_away.append(message[1])
 
     # -- while it lasts
 
-    def watch(self, n_workers: int) -> None:
+    def watch(self, n_workers: int, busy: Collection[str] = ()) -> None:
         """Describe workers that joined, and replace workers that were lost.
 
+        ``busy`` are the addresses of workers that have tasks in hand.
+
         Raises:
-            ClusterError: No worker has been there for long, or all are paused.
+            ClusterError: No worker has been there for long, all are paused, or no GPU works.
             SettingsError: Two workers share a GPU.
         """
         self._describe(list(self.client.nthreads()))
         now = time.monotonic()
+        self._end_broken(busy, now)
         if now - self._looked_s >= _LOOK_S:
             self._looked_s = now
             self._require_one_that_works(now)
@@ -256,6 +362,65 @@ class Workers:
                 "run the same command again to resume"
             )
 
+    # -- GPUs that fail
+
+    def device_failed(self, address: str, task: Task) -> None:
+        """Note that a task failed because of the GPU of a worker, whose process is to end."""
+        self._failed_devices.add(self._device_of(address), address, task)
+        self._broken.setdefault(address, time.monotonic())
+
+    def _device_of(self, address: str) -> str:
+        worker = self.joined.get(address)
+        if worker is None:
+            return address
+        return worker.uuid or worker.name
+
+    def _end_broken(self, busy: Collection[str], now: float) -> None:
+        """End processes whose GPU failed, when their other tasks have come to an end.
+
+        A nanny starts another process, unless the GPU failed for the second time.
+        """
+        for address, since in list(self._broken.items()):
+            if address in busy and now - since < _LAST_TASKS_S:
+                continue
+            del self._broken[address]
+            device = self._device_of(address)
+            if self._failed_devices.is_left_out(device):
+                name = self.joined[address].name if address in self.joined else ""
+                self._leave_out(device, address, name, "two processes failed on it")
+                continue
+            self.client.run(_end_process, workers=[address], wait=False, on_error="ignore")
+        while self._sent_away:
+            event = self._sent_away.popleft()
+            self._failed_devices.add(event["device"], event["address"])
+            if self._failed_devices.is_left_out(event["device"]):
+                self._leave_out(event["device"], event["address"], event["name"], event["problem"])
+
+    def _leave_out(self, device: str, address: str, name: str, reason: str) -> None:
+        """End a worker, and start no other on its GPU.
+
+        Raises:
+            ClusterError: No worker of this machine is left.
+        """
+        from distributed import SpecCluster
+
+        self._left_out[device] = reason
+        self.emit(Notice(f"GPU {device} is left out: {reason}"))
+        cluster = self.client.cluster
+        is_ours = self.cluster is not None and self.cluster.is_local
+        if not is_ours or not isinstance(cluster, SpecCluster):
+            self.client.run_on_scheduler(_remove_worker, address=address)
+            return
+        cluster.sync(_forget, cluster, name)
+        n_left = len(cluster.worker_spec)
+        if not n_left:
+            reasons = [f"{gpu}: {text}" for gpu, text in self._left_out.items()]
+            raise ClusterError(
+                f"no GPU of this machine works ({'; '.join(reasons)}); see megaseg doctor, and run "
+                "the same command again to go on"
+            )
+        self._absence.n_most = n_left
+
     def cause_of_loss(self) -> str:
         """Return why a worker is gone, as far as that is known."""
         n_before = self._n_killed
@@ -281,6 +446,8 @@ class Workers:
         if not hasattr(cluster, "worker_spec") or (self.cluster and self.cluster.adaptive):
             return False
         n_workers = self.cluster.workers if self.cluster else None
+        if self._left_out and self.is_local:
+            n_workers = None
         cluster.sync(_remove_ended, cluster, self._names)
         cluster.scale(n_workers or self._absence.n_most)
         return True
@@ -319,13 +486,29 @@ def _elapsed(since: float | None, now: float) -> float:
     return 0.0 if since is None else now - since
 
 
+def _end_process() -> None:
+    """End this worker's process at once: what holds on to a GPU that failed may wait for ever."""
+    os._exit(1)
+
+
+async def _remove_worker(address: str, dask_scheduler: Any = None) -> None:
+    await dask_scheduler.remove_worker(address, stimulus_id="megaseg-device")
+
+
+async def _forget(cluster: Any, name: str) -> None:
+    """Take a worker out of a cluster, which then ends it and starts none in its place."""
+    for key in [key for key in cluster.worker_spec if str(key) == name]:
+        del cluster.worker_spec[key]
+    await cluster._correct_state()
+
+
 async def _remove_ended(cluster: Any, joined: set[str]) -> None:
     """Close the jobs and nannies of a cluster whose workers had joined and are gone."""
     live = {str(worker["name"]) for worker in cluster.scheduler_info["workers"].values()}
     for name, job in list(cluster.workers.items()):
-        suffixes = cluster.worker_spec.get(name, {}).get("group", ("",))
-        members = {f"{name}{suffix}" for suffix in suffixes}
-        if members & joined and not members & live:
+        # A job may hold several workers, whose names begin with its own.
+        members = {each for each in joined if f"{each}-".startswith(f"{name}-")}
+        if members and not members & live:
             # Its replacement has the same name, and has not joined yet.
             joined -= members
             cluster.workers.pop(name, None)

@@ -10,11 +10,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, StoreError, TaskError
 from megaseg_dask.events import Failure
+from megaseg_dask.inference import gpu
 from megaseg_dask.plan.plan import Plan, PlannedVolume, runs_folder
 from megaseg_dask.run.lease import Leases, Permit
 from megaseg_dask.run.losses import wrote
@@ -24,20 +25,26 @@ from megaseg_dask.run.tasks.process_memory import peak_bytes, release, reset_pea
 from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import Location, clear_array_cache, noting
 
+DeviceState: TypeAlias = Literal["", "full", "failed"]
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a task ended: its summary, or the error in one line.
 
-    ``is_infrastructure`` says whether another attempt may help.
+    ``is_infrastructure`` says whether another attempt may help. ``device`` says that
+    memory of a GPU was ``full``, so that a larger one may do, or that it ``failed``:
+    this process can compute nothing on it any more.
     """
 
     index: int
     summary: TaskSummary = field(default_factory=TaskSummary)
     seconds: float = 0.0
     peak_bytes: int = 0
+    device_peak_bytes: int = 0
     error: str = ""
     is_infrastructure: bool = False
+    device: DeviceState = ""
     details: str = ""
 
 
@@ -104,15 +111,17 @@ class Worker:
                 summary = self._work.run_task(stage, index)
             except Exception as error:
                 # As text: the exception of a library may not survive the way to the client.
-                is_ours = isinstance(error, MegasegError)
+                device = device_state(error)
+                is_explained = isinstance(error, MegasegError) or device
                 return Outcome(
                     index,
                     error=describe(error),
-                    is_infrastructure=is_infrastructure(error),
-                    details="" if is_ours else traceback.format_exc(),
+                    is_infrastructure=is_infrastructure(error) or device == "failed",
+                    device=device,
+                    details="" if is_explained else traceback.format_exc(),
                 )
             seconds = round(time.perf_counter() - started_s, 4)
-            return Outcome(index, summary, seconds, peak_bytes())
+            return Outcome(index, summary, seconds, peak_bytes(), gpu.peak_bytes())
 
     @contextmanager
     def _measured(self, stage: str) -> Iterator[None]:
@@ -121,6 +130,7 @@ class Worker:
             if stage != self._stage and self._n_running == 0:
                 release()
                 reset_peak()
+                gpu.reset_peak()
                 self._stage = stage
             self._n_running += 1
         try:
@@ -208,12 +218,25 @@ def describe(error: BaseException) -> str:
     """Return one line for an error: ours as they are, others with their class."""
     if isinstance(error, MegasegError) and not isinstance(error, TaskError):
         return str(error)
+    match device_state(error):
+        case "full":
+            return f"the GPU of its worker has too little memory: {gpu.first_line(error)}"
+        case "failed":
+            return f"the GPU of its worker failed: {gpu.first_line(error)}"
     return f"{type(error).__name__}: {error}"
 
 
 def is_infrastructure(error: BaseException) -> bool:
     """Return whether another attempt may help: a store or connection failed, not the data."""
     return isinstance(error, StoreError | ConnectionError | TimeoutError)
+
+
+def device_state(error: BaseException) -> DeviceState:
+    """Return what an error says of the GPU of this process."""
+    causes = (error, error.__cause__)
+    if any(map(gpu.is_out_of_memory, causes)):
+        return "full"
+    return "failed" if any(map(gpu.is_device_error, causes)) else ""
 
 
 def task_box(plan: Plan, stage: str, index: int) -> Box:

@@ -17,7 +17,7 @@ import psutil
 
 from megaseg_dask.errors import BundleError
 from megaseg_dask.inference.engine import resolve_engine
-from megaseg_dask.inference.gpu import cuda_devices, cuda_version
+from megaseg_dask.inference.gpu import cuda_version, device_names
 from megaseg_dask.inference.machine import memory_bytes, n_cores
 from megaseg_dask.messages import install_command, size_text, version_of
 from megaseg_dask.models.registry import PUBLISHED, find
@@ -80,7 +80,7 @@ def _check_memory() -> Finding:
 
 def check_gpu() -> Finding:
     """Return which GPUs can be used, or why one that is there cannot."""
-    devices = cuda_devices()
+    devices = device_names()
     if devices:
         return Finding("GPU", f"{', '.join(devices)}: one worker each")
     program = shutil.which("nvidia-smi")
