@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -24,7 +25,12 @@ from megaseg_dask.errors import EngineError
 from megaseg_dask.inference.block import Engine
 from megaseg_dask.inference.engine import ENGINES, EngineSpec, close_engine, open_engine
 from megaseg_dask.inference.ensemble import ModelRef
-from megaseg_dask.inference.gpu import installed_devices, is_out_of_memory, visible_devices
+from megaseg_dask.inference.gpu import (
+    first_line,
+    installed_devices,
+    is_out_of_memory,
+    visible_devices,
+)
 from megaseg_dask.messages import version_of
 from megaseg_dask.models.home import home, write_whole
 
@@ -128,7 +134,13 @@ class _Passes:
 def measure_here() -> None:
     """Measure the passes that standard input holds, and write the figure to standard output."""
     passes: _Passes = pickle.load(sys.stdin.buffer)
-    sys.stdout.write(f"{json.dumps(passes.measure())}\n")
+    try:
+        found = passes.measure()
+    except Exception as error:
+        # The last line tells why.
+        traceback.print_exc()
+        sys.exit(first_line(error))
+    sys.stdout.write(f"{json.dumps(found)}\n")
 
 
 def measure_patch_s(model: ModelRef, spec: EngineSpec, batch: int, patch_shape: Shape) -> float:

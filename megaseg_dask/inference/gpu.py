@@ -163,7 +163,7 @@ def open_device(precision: str) -> Device:
         properties = torch.cuda.get_device_properties(0)
         name = properties.name
         uuid = str(properties.uuid)
-        _convolve()
+        convolve("cuda")
         free, total = torch.cuda.mem_get_info()
         held = torch.cuda.memory_reserved()
     except Exception as error:
@@ -171,10 +171,15 @@ def open_device(precision: str) -> Device:
     return Device(name, uuid, free + held, total, precision_problem(precision))
 
 
-def _convolve() -> None:
+def convolve(device: str) -> None:
+    """Run a first convolution on a device.
+
+    Raises:
+        RuntimeError: It fails, or gives another result than that of a CPU.
+    """
     import torch
 
-    ones = torch.ones((1, 1, 4, 4, 4), device="cuda")
+    ones = torch.ones((1, 1, 4, 4, 4), device=device)
     total = torch.nn.functional.conv3d(ones, ones).item()
     if total != ones.numel():
         raise RuntimeError(f"a convolution that sums {ones.numel()} ones gives {total}")

@@ -65,7 +65,7 @@ _LABELLING_BYTES = 12
 # scratch space beside the maps of a pass, and bytes of a value in each precision.
 _CONTEXT_BYTES = 600 * 10**6
 _SCRATCH_BYTES = 500 * 10**6
-_PRECISION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PRECISION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def device_bytes(sizes: Sizes, engine: EngineSpec, forward: Forward) -> int:
     maps = ENGINES[engine.engine].memory.n_maps * forward.n_filters
     maps += forward.n_inputs + forward.n_outputs
     values = forward.patch_voxels * forward.batch * maps + forward.n_parameters
-    forward_bytes = values * _PRECISION_BYTES[engine.precision] + 4 * forward.n_parameters
+    forward_bytes = values * PRECISION_BYTES[engine.precision] + 4 * forward.n_parameters
     return _CONTEXT_BYTES + _SCRATCH_BYTES + block + forward_bytes
 
 

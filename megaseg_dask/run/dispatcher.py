@@ -263,7 +263,11 @@ class DaskDispatcher:
         from distributed import CancelledError, KilledWorker
 
         is_lost = isinstance(error, KilledWorker | CancelledError) or is_infrastructure(error)
-        cause = str(error) if isinstance(error, TimeoutError) else self._workers.cause_of_loss()
+        if isinstance(error, TimeoutError):
+            cause = str(error)
+        else:
+            worker = getattr(error, "last_worker", None)
+            cause = self._workers.cause_of_loss(getattr(worker, "address", ""))
         if not is_lost:
             yield from self._fail(group, f"{type(error).__name__}: {error}", is_lost=False)
         elif len(group.indices) > 1:
@@ -303,12 +307,12 @@ class DaskDispatcher:
                 f"the scheduler does not answer ({error}); run the same command again"
             ) from error
         self._n_workers = max(self._n_workers, len(threads))
+        self._workers.watch(len(threads))
         # A worker works on the groups that it was given first; the rest waits there.
         addresses: dict[Any, str] = {}
         for address, n_threads in threads.items():
             for key in list(processing.get(address, ()))[:n_threads]:
                 addresses[key] = address
-        self._workers.watch(len(threads), busy=set(addresses.values()))
         now = time.monotonic()
         for future, group in list(self._running.items()):
             if future.key not in addresses:

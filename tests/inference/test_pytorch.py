@@ -190,6 +190,9 @@ class Paced:
         if batch > self.fits:
             self.largest_batch = self.fits
 
+    def prepare_pass(self, shape):
+        return lambda: self(np.zeros(shape, np.uint8))
+
     def close(self):
         pass
 
@@ -208,5 +211,44 @@ def test_the_batch_is_the_quickest_that_fits_and_the_engine_is_opened_once(
     bundle = BundleRef("a", "a", "0")
     model = ModelRef((bundle,), "gaussian", 1, ("seg",), ())
     spec = EngineSpec("torch", "cuda", "bf16", 1)
-    assert calibration.quickest_batch(model, spec, (16, 32, 32)) == expected
+    assert calibration._Passes(model, spec, (16, 32, 32)).measure() == expected
     assert opened == [bundle]
+
+
+FACES = {
+    "the allocator's": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cuDNN's": RuntimeError("GET was unable to find an engine to execute this computation"),
+}
+
+
+class Small(DeviceEngine):
+    """A device whose memory holds so many patches, and then says so in one of several ways."""
+
+    holds = 1
+    face: Exception
+
+    def _forward(self, patches):
+        if len(patches) > self.holds:
+            raise self.face
+        return super()._forward(patches)
+
+
+@pytest.mark.parametrize("face", FACES.values(), ids=FACES)
+def test_each_face_of_a_full_device_makes_the_batch_smaller(face, tiny_bundle):
+    engine = Small(load_bundle(tiny_bundle), SPEC)
+    engine.face = face
+    patches = np.zeros((3, 1, 16, 32, 32), np.float32)
+    expected = TorchEngine(load_bundle(tiny_bundle), SPEC)(patches)
+    assert_allclose(engine(patches), expected, atol=1e-4)
+    assert engine.largest_batch == 1
+    engine.holds = 0
+    with pytest.raises(EngineError, match="one patch .* does not fit the memory"):
+        engine(patches)
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4", "<u2"])
+def test_any_byte_order_and_memory_that_is_read_only_go_to_a_device(dtype, tiny_bundle):
+    values = blobs(GRID.volume_shape).astype(dtype)[None]
+    values.flags.writeable = False
+    engine = DeviceEngine(load_bundle(tiny_bundle), SPEC)
+    assert_array_equal(engine._upload(values).numpy(), values)

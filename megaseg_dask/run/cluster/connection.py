@@ -213,7 +213,12 @@ def require_client(client: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Dask's log lines about workers that come and go from the user's terminal."""
-    names = ("distributed", "distributed.nanny", "distributed.scheduler")
+    names = (
+        "distributed",
+        "distributed.client",
+        "distributed.nanny",
+        "distributed.scheduler",
+    )
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

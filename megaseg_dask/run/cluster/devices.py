@@ -5,6 +5,7 @@ process may compute there. Two processes that failed are no accident, unless it 
 same task that ended both.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -23,7 +24,8 @@ class FailedDevices:
         processes = self._tasks.setdefault(device, {})
         processes.setdefault(process, set()).update(tasks)
 
-    def is_left_out(self, device: str) -> bool:
-        """Return whether two processes failed on a GPU, and no task has part in all of that."""
-        processes = list(self._tasks.get(device, {}).values())
-        return len(processes) > 1 and not set.intersection(*processes)
+    def iter_left_out(self) -> Iterator[str]:
+        """Yield GPUs on which two processes failed, and no task has part in all of that."""
+        for device, processes in self._tasks.items():
+            if len(processes) > 1 and not set.intersection(*processes.values()):
+                yield device

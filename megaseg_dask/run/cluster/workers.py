@@ -4,13 +4,14 @@ Each kind of cluster differs only in how its workers start (:mod:`megaseg_dask.r
 All of them are Dask workers of one scheduler; a run knows no more than that.
 """
 
+import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask
 
@@ -29,6 +30,9 @@ from megaseg_dask.run.cluster.devices import FailedDevices, Task
 from megaseg_dask.run.cluster.versions import require_versions
 from megaseg_dask.stores import Location, StoreOptions
 
+if TYPE_CHECKING:
+    from megaseg_dask.run.cluster.connection import Needs
+
 # A job may wait in a queue for as long.
 QUEUE_S = 3600.0
 # Workers that are gone for this long do not come back by themselves.
@@ -38,6 +42,7 @@ _ALL_MISSING_S = 120.0
 _ALL_PAUSED_S = 40.0
 # Of a worker whose GPU failed: its other tasks read or write for so long at most.
 _LAST_TASKS_S = 30.0
+_ANSWERS_S = 1.0
 # A look at the state of all workers is a large answer where they are many.
 _LOOK_S = 10.0
 
@@ -67,8 +72,9 @@ class Workers:
     _looked_s: float = 0.0
     _required_versions: Mapping[str, list[str]] = field(default_factory=dict)
     _failed_devices: FailedDevices = field(default_factory=FailedDevices)
-    # Workers whose GPU failed, by address, and since when.
-    _broken: dict[str, float] = field(default_factory=dict)
+    # Addresses of workers whose GPU failed, and the names of workers by their GPU.
+    _ending: set[str] = field(default_factory=set)
+    _names_of_devices: dict[str, str] = field(default_factory=dict)
     # GPUs that get no other process, and why.
     _left_out: dict[str, str] = field(default_factory=dict)
     # What the plugin told of workers that it sent away, until the next look.
@@ -77,17 +83,15 @@ class Workers:
     _n_killed: int = field(default_factory=count_killed)
 
     @classmethod
-    def of(cls, plan: Plan, client: Any, emit: Emit, cluster: Cluster | None = None) -> "Workers":
-        """Return the workers of a plan behind a client."""
-        return cls(
-            client,
-            plan.engine,
-            emit,
-            cluster,
-            needed_bytes=max(plan.projected_bytes.values()),
-            device_bytes=plan.device_bytes,
-            least_device_bytes=plan.project_device(plan.block_shape, batch=1),
-        )
+    def of(
+        cls, needs: "Plan | Needs", client: Any, emit: Emit, cluster: Cluster | None = None
+    ) -> "Workers":
+        """Return the workers of a plan, or of other work, behind a client."""
+        workers = cls(client, needs.engine, emit, cluster, max(needs.projected_bytes.values()))
+        if isinstance(needs, Plan):
+            workers.device_bytes = needs.device_bytes
+            workers.least_device_bytes = needs.project_device(needs.block_shape, batch=1)
+        return workers
 
     @property
     def is_local(self) -> bool:
@@ -217,6 +221,7 @@ class Workers:
                 useless.append((worker, problem))
                 continue
             self.joined[address] = worker
+            self._names_of_devices[worker.uuid or worker.name] = worker.name
             self._names.add(worker.name)
             self.emit(worker)
             if not is_first:
@@ -253,7 +258,12 @@ class Workers:
                 "--device cpu"
             )
         for worker, problem in useless:
-            self._leave_out(worker.uuid or worker.name, worker.address, worker.name, problem)
+            device = worker.uuid or worker.name
+            self._names_of_devices[device] = worker.name
+            # Of a GPU that is left out already, jobs elsewhere may bring a worker again.
+            self.client.run_on_scheduler(_close_worker, address=worker.address)
+            if device not in self._left_out:
+                self._leave_out(device, problem)
 
     def _require_own_devices(self, addresses: set[str]) -> None:
         """Raise :class:`SettingsError` if two workers compute on one GPU.
@@ -319,10 +329,8 @@ class Workers:
 
     # -- while it lasts
 
-    def watch(self, n_workers: int, busy: Collection[str] = ()) -> None:
+    def watch(self, n_workers: int) -> None:
         """Describe workers that joined, and replace workers that were lost.
-
-        ``busy`` are the addresses of workers that have tasks in hand.
 
         Raises:
             ClusterError: No worker has been there for long, all are paused, or no GPU works.
@@ -330,7 +338,7 @@ class Workers:
         """
         self._describe(list(self.client.nthreads()))
         now = time.monotonic()
-        self._end_broken(busy, now)
+        self._leave_out_failed()
         if now - self._looked_s >= _LOOK_S:
             self._looked_s = now
             self._require_one_that_works(now)
@@ -365,39 +373,29 @@ class Workers:
     # -- GPUs that fail
 
     def device_failed(self, address: str, task: Task) -> None:
-        """Note that a task failed because of the GPU of a worker, whose process is to end."""
-        self._failed_devices.add(self._device_of(address), address, task)
-        self._broken.setdefault(address, time.monotonic())
+        """Note that a task failed because of the GPU of a worker, and end its process.
 
-    def _device_of(self, address: str) -> str:
-        worker = self.joined.get(address)
-        if worker is None:
-            return address
-        return worker.uuid or worker.name
-
-    def _end_broken(self, busy: Collection[str], now: float) -> None:
-        """End processes whose GPU failed, when their other tasks have come to an end.
-
-        A nanny starts another process, unless the GPU failed for the second time.
+        A nanny starts another one, unless the GPU failed for the second time.
         """
-        for address, since in list(self._broken.items()):
-            if address in busy and now - since < _LAST_TASKS_S:
-                continue
-            del self._broken[address]
-            device = self._device_of(address)
-            if self._failed_devices.is_left_out(device):
-                name = self.joined[address].name if address in self.joined else ""
-                self._leave_out(device, address, name, "two processes failed on it")
-                continue
+        worker = self.joined.get(address)
+        device = address if worker is None else worker.uuid or worker.name
+        self._failed_devices.add(device, address, task)
+        if address not in self._ending:
+            self._ending.add(address)
             self.client.run(_end_process, workers=[address], wait=False, on_error="ignore")
+
+    def _leave_out_failed(self) -> None:
+        """Leave GPUs out on which two processes failed, in tasks or as they joined."""
         while self._sent_away:
             event = self._sent_away.popleft()
             self._failed_devices.add(event["device"], event["address"])
-            if self._failed_devices.is_left_out(event["device"]):
-                self._leave_out(event["device"], event["address"], event["name"], event["problem"])
+            self._names_of_devices[event["device"]] = event["name"]
+        for device in self._failed_devices.iter_left_out():
+            if device not in self._left_out:
+                self._leave_out(device, "two processes failed on it")
 
-    def _leave_out(self, device: str, address: str, name: str, reason: str) -> None:
-        """End a worker, and start no other on its GPU.
+    def _leave_out(self, device: str, reason: str) -> None:
+        """Start no other worker on a GPU, and end the one that is there.
 
         Raises:
             ClusterError: No worker of this machine is left.
@@ -409,20 +407,21 @@ class Workers:
         cluster = self.client.cluster
         is_ours = self.cluster is not None and self.cluster.is_local
         if not is_ours or not isinstance(cluster, SpecCluster):
-            self.client.run_on_scheduler(_remove_worker, address=address)
             return
-        cluster.sync(_forget, cluster, name)
+        cluster.sync(_forget, cluster, self._names_of_devices.get(device, device))
         n_left = len(cluster.worker_spec)
         if not n_left:
-            reasons = [f"{gpu}: {text}" for gpu, text in self._left_out.items()]
+            reasons = [f"{name}: {text}" for name, text in self._left_out.items()]
             raise ClusterError(
                 f"no GPU of this machine works ({'; '.join(reasons)}); see megaseg doctor, and run "
                 "the same command again to go on"
             )
         self._absence.n_most = n_left
 
-    def cause_of_loss(self) -> str:
+    def cause_of_loss(self, address: str = "") -> str:
         """Return why a worker is gone, as far as that is known."""
+        if address in self._ending:
+            return "the GPU of its worker failed"
         n_before = self._n_killed
         self._n_killed = count_killed()
         if self.is_local and self._n_killed > n_before:
@@ -486,12 +485,18 @@ def _elapsed(since: float | None, now: float) -> float:
     return 0.0 if since is None else now - since
 
 
-def _end_process() -> None:
-    """End this worker's process at once: what holds on to a GPU that failed may wait for ever."""
+async def _end_process(dask_worker: Any) -> None:
+    """End this worker's process when its last tasks have come to an end."""
+    ends = time.monotonic() + _LAST_TASKS_S
+    while dask_worker.state.executing_count and time.monotonic() < ends:
+        await asyncio.sleep(0.1)
+    # The client fetches what they returned.
+    await asyncio.sleep(_ANSWERS_S)
+    # At once: what holds on to a GPU that failed may wait for ever.
     os._exit(1)
 
 
-async def _remove_worker(address: str, dask_scheduler: Any = None) -> None:
+async def _close_worker(address: str, dask_scheduler: Any = None) -> None:
     await dask_scheduler.remove_worker(address, stimulus_id="megaseg-device")
 
 
