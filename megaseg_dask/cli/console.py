@@ -167,6 +167,9 @@ def print_result(
     if result.peak_bytes:
         stage = max(result.peak_bytes, key=result.peak_bytes.__getitem__)
         peak = size_text(result.peak_bytes[stage])
+        if result.device_peak_bytes:
+            of_gpu = size_text(max(result.device_peak_bytes.values()))
+            print_rows({"GPU memory": f"at most {of_gpu} of one"}, err=True)
         print_rows({"memory": f"peak {peak} in one worker, while {stage_phrase(stage)}"}, err=True)
     if result.log:
         print_rows({"log": result.log}, err=True)

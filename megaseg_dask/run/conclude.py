@@ -128,6 +128,11 @@ def conclude(
         peak_bytes={
             name: timing.peak_bytes for name, timing in journal.timings.items() if timing.n_tasks
         },
+        device_peak_bytes={
+            name: timing.device_peak_bytes
+            for name, timing in journal.timings.items()
+            if timing.device_peak_bytes
+        },
         run=plan.run.url,
     )
 

@@ -57,6 +57,7 @@ class Timing:
     n_tasks: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
+    device_peak_bytes: int = 0
 
 
 class TaskRecord:
@@ -187,6 +188,7 @@ class TaskRecord:
         timing.n_tasks += 1
         timing.seconds += record["s"]
         timing.peak_bytes = max(timing.peak_bytes, record["peak"])
+        timing.device_peak_bytes = max(timing.device_peak_bytes, record.get("gpu", 0))
 
     def _undo(self, stage: str, volume: int) -> None:
         tasks = self._tasks_of(stage, volume)
@@ -310,12 +312,15 @@ class Journal(TaskRecord):
         summary: TaskSummary,
         seconds: float = 0.0,
         peak_bytes: int = 0,
+        device_peak_bytes: int = 0,
     ) -> None:
         """Record a task whose data are written.
 
         The record reaches the store within seconds, or at :meth:`flush`.
         """
         record: dict[str, Any] = {"stage": stage, "index": index, "s": seconds, "peak": peak_bytes}
+        if device_peak_bytes:
+            record["gpu"] = device_peak_bytes
         fields = summary.to_json()
         if fields:
             record["summary"] = fields

@@ -158,7 +158,12 @@ class Recorder:
             progress.n_failed += 1
         else:
             self._journal.add(
-                stage, outcome.index, outcome.summary, outcome.seconds, outcome.peak_bytes
+                stage,
+                outcome.index,
+                outcome.summary,
+                outcome.seconds,
+                outcome.peak_bytes,
+                outcome.device_peak_bytes,
             )
             self.n_done += 1
             progress.n_done += 1

@@ -8,7 +8,7 @@ in the output which boxes are missing.
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -281,7 +281,8 @@ def join_results(results: Sequence[Result]) -> Result:
         failures=list(chain.from_iterable(result.failures for result in results)),
         warnings=list(dict.fromkeys(chain.from_iterable(r.warnings for r in results))),
         doubts=list(chain.from_iterable(result.doubts for result in results)),
-        peak_bytes=_highest_peaks(results),
+        peak_bytes=_highest([result.peak_bytes for result in results]),
+        device_peak_bytes=_highest([result.device_peak_bytes for result in results]),
         run=shown.run,
         log=shown.log,
     )
@@ -297,9 +298,10 @@ def _sum_objects(results: Sequence[Result]) -> int | None:
     return total
 
 
-def _highest_peaks(results: Sequence[Result]) -> dict[str, int]:
-    peaks: dict[str, int] = {}
-    for result in results:
-        for stage, peak in result.peak_bytes.items():
-            peaks[stage] = max(peak, peaks.get(stage, 0))
-    return peaks
+def _highest(peaks_of_runs: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Return the largest peak of each stage."""
+    highest: dict[str, int] = {}
+    for peaks in peaks_of_runs:
+        for stage, peak in peaks.items():
+            highest[stage] = max(peak, highest.get(stage, 0))
+    return highest

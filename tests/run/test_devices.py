@@ -78,7 +78,7 @@ def test_builds_of_pytorch_are_compared_where_they_compute():
     assert list(compare_builds({"a": "2.13.0+cu130", "b": "2.13.0+cu130"})) == []
     [note] = compare_builds({"a": "2.13.0+cu130", "b": "2.13.0+cu126", "c": "2.13.0"})
     assert "a has cu130, b has cu126, c has that of PyPI" in note
-    with pytest.raises(SettingsError, match="worker b has torch 2.13.0.cpu, which is built for C"):
+    with pytest.raises(SettingsError, match=r"worker b has torch \S+cpu, which is built"):
         list(compare_builds({"a": "2.13.0+cu130", "b": "2.13.0+cpu"}))
 
 
@@ -87,7 +87,7 @@ def test_builds_of_pytorch_are_compared_where_they_compute():
 
 @pytest.fixture
 def plan_of(machine, tmp_path, tiny_bundle):
-    source = write_image(tmp_path / "image.zarr", blobs((32, 96, 96)))
+    source = write_image(tmp_path / "image.zarr", blobs((16, 256, 256)))
 
     def plan(target="out.zarr", **options):
         options = {"model": str(tiny_bundle), "device": "cuda", **options}
@@ -117,8 +117,8 @@ def test_the_gpus_of_a_machine_share_its_memory(machine, monkeypatch):
 
 def test_a_block_fits_the_memory_of_the_gpu(machine, plan_of):
     large = plan_of(batch=1, precision="fp32")
-    assert large.block_shape == (32, 96, 96)
-    little = large.project_device((32, 32, 32), 1)
+    assert large.block_shape == (16, 256, 256)
+    little = large.project_device((16, 128, 128), 1)
     assert little < large.device_bytes
     machine.has(Gpu("GPU-a", free_bytes=(little + large.device_bytes) // 2))
     small = plan_of("small.zarr", batch=1, precision="fp32")
@@ -126,11 +126,9 @@ def test_a_block_fits_the_memory_of_the_gpu(machine, plan_of):
 
 
 def test_a_half_precision_takes_half_of_a_pass(machine, plan_of):
-    passes = {
-        precision: plan_of(batch=8, precision=precision).device_bytes
-        for precision in PRECISION_BYTES
-    }
-    assert passes["bf16"] == passes["fp16"] < passes["fp32"]
+    plans = {each: plan_of(batch=8, precision=each) for each in PRECISION_BYTES}
+    needed = {precision: plan.device_bytes for precision, plan in plans.items()}
+    assert needed["bf16"] == needed["fp16"] < needed["fp32"]
 
 
 # -- runs in this process
@@ -144,6 +142,7 @@ def test_a_full_gpu_halves_the_batch_and_the_run_says_so(face, machine, plan_of,
     settings = parse_settings({**options, "model": plan.settings.model[0]})
     result = segment_here(plan.source.url, plan.target.url, settings)
     assert result.status == "done", result.failures
+    assert result.device_peak_bytes == {"volume": 123_000_000}
     assert "ran out of memory: 1 tasks went in batches down to 1, not 4" in result.warnings[0]
 
 

@@ -94,6 +94,7 @@ class StageRow:
     n_tasks: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
+    device_peak_bytes: int = 0
     projected_bytes: int = 0
     projected_s: float | None = None
 
@@ -267,6 +268,7 @@ def _timings(runs: Sequence[Run]) -> Timings:
             row.n_done += int(run.journal.done(stage.name).sum())
             row.seconds += timing.seconds
             row.peak_bytes = max(row.peak_bytes, timing.peak_bytes)
+            row.device_peak_bytes = max(row.device_peak_bytes, timing.device_peak_bytes)
             row.projected_bytes = max(row.projected_bytes, run.plan.projected(stage))
             # The stage that runs the network.
             if "scores" in stage.declared.tells:
