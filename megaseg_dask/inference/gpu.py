@@ -74,11 +74,12 @@ class Installed:
 def installed_devices() -> list[Installed]:
     """Return the GPUs of this machine; none where the driver's library is not there."""
     with suppress(OSError, AttributeError):
-        return list(_iter_installed(ctypes.CDLL(_NVIDIA_MANAGEMENT)))
+        return list(_iter_installed())
     return []
 
 
-def _iter_installed(library: ctypes.CDLL) -> Iterator[Installed]:
+def _iter_installed() -> Iterator[Installed]:
+    library = ctypes.CDLL(_NVIDIA_MANAGEMENT)
     n_devices = ctypes.c_uint()
     if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(n_devices)):
         return

@@ -582,6 +582,9 @@ class Plan(BaseModel):
             resampling_bytes=max(map(self._resampling_bytes, regions)),
             mask_bytes=reading_bytes(self.resolved.where, first.shape, self.source_form.spacing_um),
         )
+        if self.engine.device == "cpu":
+            return sizes
+        return replace(sizes, forward_bytes=pinned_bytes(sizes))
 
     def _resampling_bytes(self, region: Box) -> int:
         """Return the bytes of voxels on the grid, and on the way there and back, of a block."""
@@ -600,9 +603,6 @@ class Plan(BaseModel):
             back=(math.prod(covered_shape) + n_back) * len(model.outputs),
             blended=math.prod(covered_shape),
         )
-        if self.engine.device == "cpu":
-            return sizes
-        return replace(sizes, forward_bytes=pinned_bytes(sizes))
 
     @cached_property
     def _sizes(self) -> Sizes:

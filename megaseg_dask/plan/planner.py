@@ -554,7 +554,7 @@ def default_memory_bytes(n_workers: int) -> int:
     return min(DEFAULT_MEMORY_BYTES, max(int(for_workers / n_workers), 0))
 
 
-def memory_of(settings: Settings, cluster: Cluster, device: str) -> int:
+def memory_of(settings: Settings, cluster: Cluster, device: str = "cpu") -> int:
     """Return the bytes that a worker may plan with: asked for, of a job, or of this machine.
 
     Raises:

@@ -4,6 +4,8 @@ What each run did is in the asserts: which devices were opened by which process,
 was said, and that the arrays are those of an undisturbed run.
 """
 
+import os
+
 import numpy as np
 import pytest
 
