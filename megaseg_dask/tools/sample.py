@@ -16,9 +16,14 @@ SPACING_UM = (0.29, 0.26, 0.26)
 AXES = ("z", "y", "x")
 
 
-def write_sample(location: Location, image: NDArray[np.uint16], truth: NDArray[np.uint16]) -> None:
-    """Write an image ``(z, y, x)`` of the sample's spacing, and its labels, as OME-Zarr 0.5."""
-    level = Level("0", image.shape, SPACING_UM, (0.0, 0.0, 0.0))
+def write_sample(
+    location: Location,
+    image: NDArray[np.uint16],
+    truth: NDArray[np.uint16],
+    spacing_um: tuple[float, ...] = SPACING_UM,
+) -> None:
+    """Write an image ``(z, y, x)``, of the sample's spacing, and its labels, as OME-Zarr 0.5."""
+    level = Level("0", image.shape, spacing_um, (0.0, 0.0, 0.0))
     axes = tuple(Axis(name, "space", "micrometer") for name in AXES)
     described = Image(LATEST, "nuclei", axes, (level,), "uint16")
     labels = labels_group(location)

@@ -6,14 +6,21 @@ import shutil
 import numpy as np
 import pytest
 import zarr
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import distance_transform_edt
 
+from megaseg_dask.algorithms.geometry import Box, PatchGrid
+from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.inference.block import Block, Patches, Preparation
+from megaseg_dask.inference.engine import EngineSpec
+from megaseg_dask.inference.pytorch import DeviceEngine, TorchEngine
+from megaseg_dask.models import Step, load_bundle
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run.request import plan_runs
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here
 
 SHAPE = (24, 64, 96)
@@ -222,3 +229,61 @@ def test_a_mask_that_changes_is_refused(source, tmp_path, tiny_bundle, cheap_eng
     assert "the mask of --where changed" in result.failures[0].error
     with pytest.raises(Exception, match="mask: was"):
         segment_here(str(image), target, settings)
+
+
+FIELDS = {
+    "A/1/0": FieldSpec(("dna",), (24, 40, 48)),
+    "A/1/1": FieldSpec(("dna",), (24, 40, 48), seed=1),
+    # Of larger voxels.
+    "B/1/0": FieldSpec(("dna",), (24, 40, 48), seed=2, outer=(0.0, 0.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("options", [{"where": "cells"}, {"voxel_size": (0.4, 0.2, 0.3)}])
+def test_each_field_of_a_plate_has_its_own_mask_and_its_own_voxels(
+    options, tmp_path, tiny_bundle, cheap_engine
+):
+    plate = write_fields(tmp_path / "plate.zarr", "0.5", FIELDS)
+    for number, place in enumerate(FIELDS):
+        size = 2 if FIELDS[place].outer else 1
+        mask = np.zeros((24, 40, 48), "uint8")
+        mask[2:9, 10 * number : 10 * number + 8, 5:30] = 1
+        if place != "A/1/1":
+            add_labels(plate / place, mask, scale={k: v * size for k, v in SPACING.items()})
+    target = tmp_path / "out.zarr"
+    result = segment_here(str(plate), str(target), settings_of(tiny_bundle, **options))
+    done = set(FIELDS)
+    if "where" in options:
+        done.remove("A/1/1")
+        [failure] = result.failures
+        assert "A/1/1" in str(failure)
+        assert "no label image" in failure.error
+    else:
+        assert result.status == "done"
+    for place in done:
+        alone = tmp_path / f"{place.replace('/', '-')}.zarr"
+        segment_here(str(plate / place), str(alone), settings_of(tiny_bundle, **options))
+        assert scores_of(alone).any()
+        assert_array_equal(scores_of(target / place), scores_of(alone))
+
+
+def test_a_device_predicts_what_a_mask_wants_on_another_grid(tiny_bundle):
+    spec = EngineSpec("torch", "cpu", "fp32", 1, False)
+    bundle = load_bundle(tiny_bundle)
+    values = blobs(SHAPE)[None]
+    grid = PatchGrid((40, 40, 96), (16, 32, 32), (0.5, 0.5, 0.5), SHAPE)
+    core = Box((3, 0, 20), (20, 50, 96))
+    block = Block(
+        core,
+        values[:, *grid.read_box(core).slices],
+        Patches(grid),
+        Preparation((Step("zscore"),), (Normalization(1000.0, 400.0),)),
+        ~(mask_of() > 0)[core.slices],
+        (mask_of() > 0)[core.slices],
+    )
+    [host] = TorchEngine(bundle, spec).predict_block(block)
+    [device] = DeviceEngine(bundle, spec).predict_block(block)
+    wanted = mask_of()[core.slices] > 0
+    assert_allclose(device.logits()[wanted], host.logits()[wanted], atol=1e-5)
+    assert np.isnan(device.logits()[~wanted]).all()
+    assert_array_equal(device.mask(0.5), host.mask(0.5))

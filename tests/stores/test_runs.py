@@ -191,3 +191,25 @@ def test_a_wrong_key(s3, folder, image, options, monkeypatch):
         segment_here(source, f"{folder}/out.zarr", parse_settings(options))
     assert raised.value.exit_code == 2
     assert "not-the-secret" not in str(raised.value)
+
+
+def test_masks_in_a_bucket_and_of_stored_chunks_are_those_of_files(s3, folder, options, tmp_path):
+    settings = {**options, "scores_dtype": "float32"}
+    local = write_image(tmp_path / "image.zarr", blobs(SHAPE), chunks=(20, 30, 45))
+    (local / "0/c/1/1/1").unlink()
+    mask = np.zeros(SHAPE, "uint8")
+    mask[5:12, 40:50, 3:20] = 1
+    place = write_image(tmp_path / "mask.zarr", mask)
+    source = upload(local, f"{folder}/image.zarr")
+    remote = upload(place, f"{folder}/mask.zarr")
+    for number, (here, there) in enumerate([(str(place), remote), ("data", "data")]):
+        for image, where, target in (
+            (str(local), here, str(tmp_path / f"{number}.zarr")),
+            (source, there, f"{folder}/{number}.zarr"),
+        ):
+            result = segment_here(image, target, parse_settings({**settings, "where": where}))
+            assert result.status == "done"
+        written = arrays(f"{folder}/{number}.zarr")
+        for path, values in arrays(str(tmp_path / f"{number}.zarr")).items():
+            assert_array_equal(written[path], values)
+        assert written["0"].any()

@@ -18,10 +18,13 @@ from typing import TypeVar
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, SourceError
 from megaseg_dask.messages import count, size_text
+from megaseg_dask.models.cards import MEGASEG_VOXEL_SIZE_UM
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import runs_folder
+from megaseg_dask.plan.voxel_size import VolumeForm, is_far, times_text
+from megaseg_dask.plan.voxel_size import size_text as size_text_um
 from megaseg_dask.stores import Location
 
 T = TypeVar("T")
@@ -92,6 +95,8 @@ def _check_image(location: Location, has_run: bool) -> Iterator[Finding]:
     if plate:
         subject = f"plate of {len(plate.fields)} fields, the first that can be read"
     yield _describe_image(image, subject)
+    if image.kind == "image":
+        yield _compare_voxels(image)
     volume = Volume.of(first, image)
     values, read_s = _timed(lambda: volume.read(Box.centered(_READ_SHAPE, image.volume_shape())))
     yield Finding("", f"can be read: {_speed_text(values.nbytes, read_s)} of voxels")
@@ -122,6 +127,22 @@ def _describe_image(image: Image, subject: str) -> Finding:
         advice = f"the size of its voxels is unknown ({reason}): measurements have no µm"
     content = f"{axes}; {image.dtype}, {levels}, voxels of {spacing}{unit} (z, y, x)"
     return Finding("", f"OME-Zarr {image.version} {subject}: {content}", advice)
+
+
+def _compare_voxels(image: Image) -> Finding:
+    """Return how far the voxels of an image are from those that the published models know."""
+    form = VolumeForm.of(image)
+    model = size_text_um(MEGASEG_VOXEL_SIZE_UM)
+    times = form.times(MEGASEG_VOXEL_SIZE_UM)
+    if times is None:
+        advice = "write the size into the metadata, to use --voxel-size"
+        return Finding("", f"whether its voxels are those of MegaSeg ({model}) is unknown", advice)
+    advice = ""
+    if is_far(times):
+        advice = "--voxel-size model resamples it; it comes back on its own voxels"
+    return Finding(
+        "", f"its voxels are {times_text(times)} times those of MegaSeg ({model})", advice
+    )
 
 
 def _check_writing(location: Location) -> Iterator[Finding]:
