@@ -28,6 +28,14 @@ def ignore(event: Event) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Step(Event):
+    """Work before the first task began, such as reading the image; only displays show it."""
+
+    kind: ClassVar[str] = "step"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Started(Event):
     """A run began, or continues an earlier one; ``channels`` are those that it takes.
 

@@ -6,6 +6,7 @@ Few lines for a long night, bars on a terminal, colours only where they are want
 import contextlib
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -94,14 +95,35 @@ with reporter({json}, {quiet}) as emit:
 """
 
 
+INTERRUPTED = """
+import os, signal
+from megaseg_dask.cli import app
+from megaseg_dask.cli.console import reporter
+from megaseg_dask.events import Progress, Step
+app._catch_signals()
+try:
+    with reporter({json}, {quiet}) as emit:
+        emit(Step("reading the image"))
+        emit(Progress("segment", 1, 4, 2.0, 3e6, 1.0, 0, "blocks", 2.0))
+        os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    pass
+"""
+
+
 def shown(
-    *, terminal: bool, json: bool = False, quiet: bool = False, **environment: str
+    *,
+    terminal: bool,
+    json: bool = False,
+    quiet: bool = False,
+    script: str = SCRIPT,
+    **environment: str,
 ) -> tuple[str, str]:
     """What a process writes to stdout, and to stderr: a pipe or a real terminal."""
     master, slave = pty.openpty()
     environment = {**os.environ, "COLUMNS": "160", "TERM": "xterm-256color", **environment}
     with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(json=json, quiet=quiet)],
+        [sys.executable, "-c", script.format(json=json, quiet=quiet)],
         stdout=subprocess.PIPE,
         stderr=slave if terminal else subprocess.PIPE,
         env=environment,
@@ -135,6 +157,33 @@ def test_a_terminal_gets_bars():
     assert "1 failed" in err
     assert "[red]not markup[/red]" in err
     assert "\x1b[3" in err
+
+
+STEP = """
+from megaseg_dask.cli.console import reporter
+from megaseg_dask.events import Step
+with reporter({json}, {quiet}) as emit:
+    emit(Step("reading the image"))
+    import time
+    time.sleep(0.3)
+"""
+
+
+def test_a_step_is_a_spinner_on_a_terminal_and_nothing_elsewhere():
+    _, err = shown(terminal=True, script=STEP)
+    assert "reading the image" in err
+    last_line = err.replace("\r", "\n").splitlines()[-1]
+    assert "reading" not in last_line, "it is removed at the end"
+    for other in ({"terminal": False}, {"terminal": True, "json": True}):
+        assert shown(script=STEP, **other) == ("", "")
+
+
+def test_an_interrupt_never_prints_into_a_live_bar():
+    _, err = shown(terminal=True, script=INTERRUPTED)
+    before, told, after = err.partition("megaseg: stopping; press Ctrl-C again to quit now")
+    assert told
+    assert re.sub(r"\x1b\[\S*?[a-zA-Z]", "", before).endswith("\n")
+    assert "predicting" not in after
 
 
 def test_a_narrow_terminal_keeps_the_numbers():

@@ -17,7 +17,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from megaseg_dask.cli.cluster import check
-from megaseg_dask.cli.console import print_demo, print_plan, print_result, print_status, reporter
+from megaseg_dask.cli.console import (
+    print_demo,
+    print_plan,
+    print_result,
+    print_status,
+    reporter,
+    stop_display,
+)
 from megaseg_dask.cli.exit_codes import (
     FAILED,
     INTERRUPTED,
@@ -29,6 +36,7 @@ from megaseg_dask.cli.exit_codes import (
     exit_codes,
     fail,
     give_up_help,
+    help_without_command,
     require_printed,
 )
 from megaseg_dask.cli.importing import IMPORT_SETTINGS, import_
@@ -44,6 +52,7 @@ from megaseg_dask.cli.options import (
     without_options,
 )
 from megaseg_dask.cli.train import train
+from megaseg_dask.events import Step
 from megaseg_dask.messages import version_of
 
 Source = Annotated[
@@ -81,9 +90,8 @@ def megaseg(context: typer.Context, *, version: Version = False) -> None:
     """
     if version:
         echo(f"megaseg-dask {version_of('megaseg-dask')}")
-    elif context.invoked_subcommand is None:
-        echo(context.get_help())
-        raise typer.Exit(WRONG_REQUEST)
+        return
+    help_without_command(context)
 
 
 def segment(
@@ -101,9 +109,10 @@ def segment(
     """
     with exit_codes(json_):
         settings = settings_of(options)
-        from megaseg_dask.run.runner import segment as run_segment
-
         with reporter(json_, quiet) as emit:
+            emit(Step("starting"))
+            from megaseg_dask.run.runner import segment as run_segment
+
             result = run_segment(source, target, settings, emit=emit)
         if not json_:
             following = next_commands(target, settings, failed=bool(result.failures))
@@ -183,11 +192,12 @@ def demo(
       megaseg demo my-first-cells
     """
     with exit_codes(json_):
-        from pathlib import Path
-
-        from megaseg_dask.tools.demo import run_demo
-
         with reporter(json_, quiet) as emit:
+            emit(Step("writing the example image"))
+            from pathlib import Path
+
+            from megaseg_dask.tools.demo import run_demo
+
             made = run_demo(Path(folder), emit)
         if not json_:
             print_demo(made)
@@ -246,7 +256,7 @@ def build_app(words: Collection[str] | None = None) -> typer.Typer:
         name="cluster", help="Test a cluster file before a long run depends on it."
     )
     # With a callback it is a group of commands, also while it has only one.
-    cluster.callback()(lambda: None)
+    cluster.callback(invoke_without_command=True)(help_without_command)
     cluster.command()(complete(check, _CHECK_SETTINGS))
     app.add_typer(cluster)
     return app
@@ -338,7 +348,9 @@ def _interrupt(*_: object) -> NoReturn:
             _leave_at_once()
 
     _catch_signals(interrupt_again)
-    # The terminal may be gone.
+    # The terminal may be gone, or in use at this moment.
+    with contextlib.suppress(OSError, RuntimeError):
+        stop_display()
     with contextlib.suppress(OSError):
         os.write(2, b"megaseg: stopping; press Ctrl-C again to quit now\n")
     raise KeyboardInterrupt

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.cli.exit_codes import echo, echo_result, warn
-from megaseg_dask.events import Event, Fetching, Progress, Result, RunStatus, Trained
+from megaseg_dask.events import Event, Fetching, Progress, Result, RunStatus, Step, Trained
 from megaseg_dask.messages import (
     Narrator,
     count,
@@ -28,6 +28,7 @@ from megaseg_dask.messages import (
 )
 
 if TYPE_CHECKING:
+    import rich.live
     import rich.progress
 
     from megaseg_dask.algorithms.matching import Evaluation
@@ -41,6 +42,9 @@ _NAME_WIDTH = 29
 _RUN_AGAIN = "Fix the cause and run the same command again"
 RETRY_TASKS = "run the same megaseg plan … --record, the failed tasks, and the stages after them"
 
+# The display on the terminal, if there is one.
+_LIVE: "list[rich.live.Live]" = []
+
 # -- events
 
 
@@ -52,8 +56,7 @@ def reporter(as_json: bool, quiet: bool) -> Iterator[Callable[[Event], None]]:
     elif quiet:
         yield lambda event: None
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        with _progress_display() as display:
-            bars = _Bars(display)
+        with _progress_display() as bars:
 
             def show(event: Event) -> None:
                 # A terminal that is gone stops no run.
@@ -72,16 +75,25 @@ def reporter(as_json: bool, quiet: bool) -> Iterator[Callable[[Event], None]]:
 
 
 def _print_json(event: Event) -> None:
+    if isinstance(event, Step):
+        return
     import json
 
     echo(json.dumps(event.to_json()))
 
 
 @contextlib.contextmanager
-def _progress_display() -> Iterator["rich.progress.Progress"]:
-    """Yield rich's progress display, which draws without colors where ``NO_COLOR`` is set."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+def _progress_display() -> Iterator["_Bars"]:
+    """Yield bars on the terminal, which have no colors where ``NO_COLOR`` is set."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
     from rich.progress import Progress as Display
 
     columns = (
@@ -91,19 +103,37 @@ def _progress_display() -> Iterator["rich.progress.Progress"]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[rate]}", markup=False),
     )
-    display = Display(*columns, console=Console(stderr=True))
-    display.start()
+    console = Console(stderr=True)
+    display = Display(*columns, console=console)
+    steps = Display(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    live = Live(Group(steps, display), console=console)
+    bars = _Bars(steps, display)
+    live.start()
+    _LIVE.append(live)
     try:
-        yield display
+        yield bars
     finally:
+        _LIVE.remove(live)
         with contextlib.suppress(OSError):
-            display.stop()
+            bars.end_step()
+            live.stop()
+
+
+def stop_display() -> None:
+    """Leave the bars as they are, so that a line can follow them; for handlers of signals."""
+    for live in _LIVE:
+        live.stop()
 
 
 class _Bars:
-    """A bar for each stage and each download; other events as lines above them."""
+    """A bar for each stage and each download; other events as lines above them.
 
-    def __init__(self, display: "rich.progress.Progress") -> None:
+    Before the first task there is a spinner with the current step.
+    """
+
+    def __init__(self, steps: "rich.progress.Progress", display: "rich.progress.Progress") -> None:
+        self._steps = steps
+        self._step = steps.add_task("", total=None, visible=False)
         self._display = display
         self._narrator = Narrator()
         self._tasks: dict[str, rich.progress.TaskID] = {}
@@ -111,7 +141,10 @@ class _Bars:
     def show(self, event: Event) -> None:
         """Show an event."""
         match event:
+            case Step():
+                self._steps.update(self._step, description=event.text, visible=True)
             case Progress():
+                self.end_step()
                 words = [left_text(event), failed_text(event), *rates(event)]
                 self._draw(stage_phrase(event.stage), event.n_done, event.n_tasks, words)
             case Fetching():
@@ -122,6 +155,10 @@ class _Bars:
             case _:
                 for line in self._narrator.lines(event):
                     self._display.console.print(line, markup=False, highlight=False)
+
+    def end_step(self) -> None:
+        """Hide the spinner."""
+        self._steps.update(self._step, visible=False)
 
     def _draw(self, name: str, n_done: float, total: float, words: Sequence[str]) -> None:
         if name not in self._tasks:

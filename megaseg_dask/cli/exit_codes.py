@@ -116,6 +116,17 @@ def fail(message: str, code: int, as_json: bool) -> NoReturn:
     raise typer.Exit(code)
 
 
+def help_without_command(context: typer.Context) -> None:
+    """Print the help of a group of commands that was called alone.
+
+    Raises:
+        typer.Exit: with the exit code of an invalid request, if no command was named.
+    """
+    if context.invoked_subcommand is None:
+        echo(context.get_help())
+        raise typer.Exit(WRONG_REQUEST)
+
+
 def warn(message: str) -> None:
     """Print a warning on stderr."""
     echo(f"megaseg: warning: {message}", err=True)

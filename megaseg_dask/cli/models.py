@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megaseg_dask.cli.console import print_rows, reporter
-from megaseg_dask.cli.exit_codes import Json, Quiet, echo, echo_result, exit_codes, warn
+from megaseg_dask.cli.exit_codes import (
+    Json,
+    Quiet,
+    echo,
+    echo_result,
+    exit_codes,
+    help_without_command,
+    warn,
+)
 from megaseg_dask.messages import size_text
 
 if TYPE_CHECKING:
     from megaseg_dask.models.cache import Record
 
-models_app = typer.Typer(
-    name="models", help="List, fetch, import and show models.", no_args_is_help=True
-)
+models_app = typer.Typer(name="models", help="List, fetch, import and show models.")
+models_app.callback(invoke_without_command=True)(help_without_command)
 
 Bucket = Annotated[
     str | None,

@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaseg_dask.errors import SettingsError
+
 _NVIDIA_DRIVER = "libcuda.so.1"
 _NVIDIA_MANAGEMENT = "libnvidia-ml.so.1"
 _AMD_DRIVER = Path("/dev/kfd")
@@ -60,6 +62,21 @@ def visible_devices() -> list[str]:
         # CUDA shows a process one of them, however many are listed.
         return names
     return names[:n_devices] or [str(i) for i in range(n_devices)]
+
+
+def require_devices() -> list[str]:
+    """Return the GPUs that this process may use.
+
+    Raises:
+        SettingsError: There is none.
+    """
+    devices = visible_devices()
+    if not devices:
+        raise SettingsError(
+            "--device cuda: PyTorch finds no GPU here; run megaseg doctor to see why, or use "
+            "--device cpu"
+        )
+    return devices
 
 
 @dataclass(frozen=True, slots=True)

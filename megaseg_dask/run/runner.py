@@ -16,8 +16,9 @@ from itertools import chain
 from typing import Any, Protocol
 
 from megaseg_dask.errors import MegasegError, StoreError
-from megaseg_dask.events import Emit, Event, Joined, Notice, Result, Started
+from megaseg_dask.events import Emit, Event, Joined, Notice, Result, Started, Step
 from megaseg_dask.inference.calibration import measure_patch_s
+from megaseg_dask.inference.gpu import require_devices
 from megaseg_dask.messages import version_of
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.plan.planner import require_machine
@@ -81,15 +82,28 @@ def _open_executor(plan: Plan, client: Any, emit: Emit) -> Iterator[Executor]:
     """
     if client is None:
         require_machine(plan)
+        _require_device(plan)
     if client is None and plan.settings.workers == 0:
         from megaseg_dask.run.serial import SerialExecutor
 
         yield SerialExecutor()
         return
+    emit(Step("starting workers"))
     from megaseg_dask.run.dispatcher import open_workers
 
     with open_workers(plan, client, emit) as executor:
         yield executor
+
+
+def _require_device(plan: Plan) -> None:
+    """Check that this machine has the plan's device, unless workers elsewhere compute.
+
+    Raises:
+        SettingsError: It has no GPU.
+    """
+    settings = plan.settings
+    if plan.engine.device == "cuda" and not settings.scheduler and not settings.cluster:
+        require_devices()
 
 
 def segment(
@@ -108,6 +122,7 @@ def segment(
     Raises:
         MegasegError: The request cannot be carried out, or was stopped.
     """
+    emit(Step("reading the image and the model"))
     request = Request(source, target, settings, emit)
     runs = request.open_runs()
     if all(journal.result is not None for _, journal in runs):

@@ -64,6 +64,19 @@ COMMANDS = {
     "segment on a worker": (f"segment cells.zarr other.zarr {OPTIONS} --workers 1", SCHEDULING),
 }
 
+# A refusal comes before anything heavy: its arguments and what it says. None imports more than a
+# plan does.
+REFUSALS = {
+    "a value": ("segment cells.zarr new.zarr --batch two", "expected a whole number"),
+    "no image": ("segment cels.zarr new.zarr", "cells.zarr is there"),
+    "no channel": ("segment cells.zarr new.zarr --channel DNA", "has no such channel"),
+    "no model": ("segment cells.zarr new.zarr --model nothing", "neither a known model"),
+    "a region": ("segment cells.zarr new.zarr --roi 0:99,0:9,0:9 --model starter", "outside"),
+    "a plan": ("plan cells.zarr new.zarr --model starter --patch 7", "in multiples of"),
+    "a target": ("segment cells.zarr https://example.org/new.zarr", "web server"),
+    "a run": ("status new.zarr", "no run is recorded"),
+}
+
 RUN = f"""
 import sys
 from megaseg_dask.cli import main
@@ -77,6 +90,13 @@ finally:
 
 def modules_after(arguments: str, folder: Path) -> set[str]:
     """Run a command in another process, and return the heavy modules that it imported."""
+    code, _, modules = run(arguments, folder)
+    assert code == 0
+    return modules
+
+
+def run(arguments: str, folder: Path) -> tuple[int, str, set[str]]:
+    """Return exit code, last line and heavy modules of a command in another process."""
     ended = subprocess.run(
         [sys.executable, "-c", RUN, *arguments.split()],
         capture_output=True,
@@ -84,8 +104,8 @@ def modules_after(arguments: str, folder: Path) -> set[str]:
         cwd=folder,
         env={**os.environ, "MEGASEG_HOME": str(folder / "home"), "MEGASEG_OFFLINE": "1"},
     )
-    assert ended.returncode == 0, ended.stderr
-    return set(ended.stderr.splitlines()[-1].split())
+    *lines, modules = ["", *ended.stderr.splitlines()]
+    return ended.returncode, lines[-1], set(modules.split())
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +123,21 @@ def folder(tmp_path_factory) -> Path:
 def test_a_command_imports_no_more_than_it_may(command, folder):
     arguments, allowed = COMMANDS[command]
     assert modules_after(arguments, folder) <= allowed
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refusal_imports_no_more_than_a_plan(refusal, folder):
+    arguments, words = REFUSALS[refusal]
+    code, line, modules = run(arguments, folder)
+    assert (code, words in line) == (2, True), line
+    assert modules <= PLANNING
+
+
+def test_a_gpu_that_is_not_there_is_found_out_without_torch(folder):
+    from megaseg_dask.inference.gpu import _may_have_gpu
+
+    if _may_have_gpu():
+        pytest.skip("this machine has a driver of a GPU")
+    code, line, modules = run(f"segment cells.zarr new.zarr {OPTIONS} --device cuda", folder)
+    assert (code, "finds no GPU" in line) == (2, True), line
+    assert modules <= PLANNING

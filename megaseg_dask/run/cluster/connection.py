@@ -104,7 +104,7 @@ def _open_client(cluster: Cluster, dask_cluster: Any, emit: Emit) -> Any:
         return Client(dask_cluster)
     # A scheduler that was started beside this command may need a moment.
     notice = Notice(
-        f"no answer from the scheduler at {cluster.address} yet; waiting {START_S:.0f} s in all"
+        f"no answer from the scheduler at {cluster.address} yet; waiting up to {START_S:.0f} s"
     )
     timer = threading.Timer(_NOTICE_S / 2, emit, [notice])
     timer.start()

@@ -181,15 +181,10 @@ def _local_options(wanted: Cluster) -> dict[str, Any]:
 
 
 def _cuda(wanted: Cluster, _: ExitStack) -> Any:
-    from megaseg_dask.inference.gpu import visible_devices
+    from megaseg_dask.inference.gpu import require_devices
 
-    devices = visible_devices()
+    devices = require_devices()
     n_devices = len(devices)
-    if not n_devices:
-        raise SettingsError(
-            "--device cuda: PyTorch finds no GPU here; run megaseg doctor to see why, or use "
-            "--device cpu"
-        )
     max_workers = wanted.workers
     if wanted.adaptive and not max_workers:
         max_workers = wanted.adaptive.maximum

@@ -52,7 +52,7 @@ def check_disk(path: Path, where: str) -> Finding:
     free = shutil.disk_usage(path).free
     advice = ""
     if free < _MIN_DISK_BYTES:
-        needs = "a run needs about 3 bytes per voxel, 8 while it works"
+        needs = "a run writes about 3 bytes per voxel, and needs 8 while it runs"
         advice = f"choose a target on a larger disk: {needs}"
     return Finding("disk", f"{size_text(free)} free {where}", advice)
 
@@ -68,15 +68,15 @@ def check_address(address: str) -> Iterator[Finding]:
 
 def _check_location(location: Location) -> Iterator[Finding]:
     exists, answer_s = _timed(location.probe)
-    state = "there" if exists else "nothing there yet"
-    yield Finding(location.url, f"{state}; its store answered after {answer_s * 1000:.0f} ms")
+    state = "exists" if exists else "does not exist yet"
+    yield Finding(location.url, f"{state}; the store answered in {answer_s * 1000:.0f} ms")
     has_run = location.is_listable and runs_folder(location).exists()
     if exists:
         yield from _check_image(location, has_run)
     if has_run or not exists:
         yield from _check_writing(location)
     else:
-        yield Finding("", "nothing was written: no run of megaseg is recorded beside it")
+        yield Finding("", "write access not tested")
 
 
 def _check_image(location: Location, has_run: bool) -> Iterator[Finding]:
@@ -93,7 +93,7 @@ def _check_image(location: Location, has_run: bool) -> Iterator[Finding]:
         return
     subject = "image"
     if plate:
-        subject = f"plate of {len(plate.fields)} fields, the first that can be read"
+        subject = f"plate of {len(plate.fields)} fields; the first field that can be read"
     yield _describe_image(image, subject)
     if image.kind == "image":
         yield _compare_voxels(image)
@@ -101,9 +101,9 @@ def _check_image(location: Location, has_run: bool) -> Iterator[Finding]:
     values, read_s = _timed(lambda: volume.read(Box.centered(_READ_SHAPE, image.volume_shape())))
     yield Finding("", f"can be read: {_speed_text(values.nbytes, read_s)} of voxels")
     if values.size and (values == values.flat[0]).all():
-        advice = "a constant image has no meaning for the model"
-        advice = f"look at it, for example with megaseg view; {advice}"
-        yield Finding("", f"all voxels in its middle are {values.flat[0]}", advice)
+        advice = "the image may be empty"
+        advice = f"{advice}; look at it with megaseg view"
+        yield Finding("", f"all voxels in the middle have the value {values.flat[0]}", advice)
 
 
 def _read_first(location: Location, plate: Plate | None) -> tuple[Location, Image]:
@@ -124,7 +124,7 @@ def _describe_image(image: Image, subject: str) -> Finding:
     unit = "" if reason else " µm"
     advice = ""
     if reason:
-        advice = f"the size of its voxels is unknown ({reason}): measurements have no µm"
+        advice = f"the voxel size is unknown ({reason}), so measurements have no columns in µm"
     content = f"{axes}; {image.dtype}, {levels}, voxels of {spacing}{unit} (z, y, x)"
     return Finding("", f"OME-Zarr {image.version} {subject}: {content}", advice)
 
@@ -156,7 +156,7 @@ def _check_writing(location: Location) -> Iterator[Finding]:
         yield check_disk(existing, f"at {existing}")
         return
     speed = _speed_text(_OBJECT_BYTES, _write_s(location))
-    promise = "objects are created only where there is none, which keeps two runs apart"
+    promise = "the store protects a run from a second one"
     yield Finding("", f"can be written: {speed}; {promise}")
 
 

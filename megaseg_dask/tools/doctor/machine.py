@@ -89,9 +89,9 @@ def check_gpu() -> Finding:
     cuda = cuda_version()
     if cuda is None:
         advice = f"install a CUDA build of PyTorch ({_PYTORCH_PAGE})"
-        return Finding("GPU", "there, but this PyTorch is built without CUDA", advice)
+        return Finding("GPU", "found, but this PyTorch is built without CUDA", advice)
     driver = _driver_version(program) if program else None
-    text = f"there, but PyTorch (CUDA {cuda}) cannot use it"
+    text = f"found, but PyTorch (CUDA {cuda}) cannot use it"
     return Finding("GPU", text, _gpu_advice(driver, cuda))
 
 
@@ -111,11 +111,11 @@ def _gpu_advice(driver: str | None, cuda: str) -> str:
     """Return why a GPU that is there cannot be used, and the next step."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not re.match(r"\d|GPU-|MIG-", visible):
-        return f"CUDA_VISIBLE_DEVICES={visible!r} hides it: unset that, or name a GPU"
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides the GPU: unset it, or set it to a GPU"
     if not driver:
         return (
-            "the driver does not answer: run nvidia-smi; "
-            "in a container, start it with its GPUs (--gpus all, --nv)"
+            "the driver does not answer: run nvidia-smi; start a container with its GPUs (--gpus "
+            "all, --nv)"
         )
     minimum = _MIN_DRIVER.get(cuda.partition(".")[0], 0)
     major = driver.partition(".")[0]
@@ -125,13 +125,13 @@ def _gpu_advice(driver: str | None, cuda: str) -> str:
             f"update the driver, or install a PyTorch for an older CUDA ({_PYTORCH_PAGE})"
         )
     test = "python -c 'import torch; torch.zeros(1).cuda()'"
-    return f"driver {driver} should do for CUDA {cuda}: try {test}"
+    return f"driver {driver} is new enough for CUDA {cuda}: run {test} to see the error"
 
 
 def _check_engine() -> Finding:
     """Return the engine that ``auto`` chooses here, and why."""
     spec = resolve_engine()
-    reason = "PyTorch sees a GPU" if spec.device == "cuda" else "no usable GPU"
+    reason = "PyTorch finds a GPU" if spec.device == "cuda" else "no usable GPU"
     engine = f"engine {spec.engine} {spec.precision} on {spec.device} ({reason})"
     advice = ""
     if spec.engine == "torch" and spec.device == "cpu":
@@ -142,9 +142,9 @@ def _check_engine() -> Finding:
 def _check_dashboard() -> Finding:
     # Dask's dashboard is drawn by bokeh.
     if importlib.util.find_spec("bokeh"):
-        return Finding("dashboard", "can be shown")
-    advice = f"to watch workers in a browser: {install_command('dashboard')}"
-    return Finding("dashboard", "cannot be shown", advice)
+        return Finding("dashboard", "available")
+    advice = f"to see the workers in a browser: {install_command('dashboard')}"
+    return Finding("dashboard", "not available", advice)
 
 
 def _check_model(name: str) -> Finding:
@@ -154,5 +154,5 @@ def _check_model(name: str) -> Finding:
         return Finding(f"model {name}", "damaged", str(error))
     if path:
         return Finding(f"model {name}", str(path))
-    advice = f"megaseg models fetch {name}, or see megaseg models import"
+    advice = f"megaseg models fetch {name}, or megaseg models import if you have the file"
     return Finding(f"model {name}", "not in the cache", advice)
