@@ -42,8 +42,8 @@ def test_a_gpu_that_cannot_be_used_gets_advice(devices, built_with, expected, mo
     ("driver", "hidden", "expected"),
     [
         ("echo 470.82.01", None, "driver 470.82.01 is too old for CUDA 12.8, which needs 525"),
-        ("echo 580.65.06", None, "should do"),
-        ("echo 580.65.06", "", "CUDA_VISIBLE_DEVICES='' hides it"),
+        ("echo 580.65.06", None, "is new enough"),
+        ("echo 580.65.06", "", "CUDA_VISIBLE_DEVICES='' hides the GPU"),
         (
             "echo failed to communicate with the NVIDIA driver; exit 9",
             None,
@@ -80,9 +80,15 @@ def test_an_image_is_read_and_nothing_is_written_beside_it(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_channels_are_listed(tmp_path):
+    data = blobs((2, 16, 40, 44))
+    image = write_image(tmp_path / "image.zarr", data, axes="czyx", channels=["DNA", "Actin"])
+    assert told(image)[1].endswith("; channels 0 (DNA), 1 (Actin)")
+
+
 def test_a_constant_image_is_named(tmp_path):
     image = write_image(tmp_path / "image.zarr", np.full((16, 40, 44), 7, np.uint16))
-    assert any("all voxels in its middle are 7" in text for text in told(image))
+    assert any("all voxels in the middle have the value 7" in text for text in told(image))
 
 
 def test_a_damaged_image_is_named(tmp_path):

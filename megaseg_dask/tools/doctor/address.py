@@ -4,6 +4,7 @@ Nothing is written beside an image that is not ours. Where a run could write,
 small objects are created and removed again.
 """
 
+import itertools
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ from megaseg_dask.models.cards import MEGASEG_VOXEL_SIZE_UM
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate
 from megaseg_dask.ngff.volume import Volume
+from megaseg_dask.plan.choice import channel_text
 from megaseg_dask.plan.plan import runs_folder
 from megaseg_dask.plan.voxel_size import VolumeForm, is_far, times_text
 from megaseg_dask.plan.voxel_size import size_text as size_text_um
@@ -126,6 +128,9 @@ def _describe_image(image: Image, subject: str) -> Finding:
     if reason:
         advice = f"the voxel size is unknown ({reason}), so measurements have no columns in µm"
     content = f"{axes}; {image.dtype}, {levels}, voxels of {spacing}{unit} (z, y, x)"
+    if "c" in image.axis_names:
+        channels = map(channel_text, itertools.count(), image.channels)
+        content += f"; channels {', '.join(channels)}"
     return Finding("", f"OME-Zarr {image.version} {subject}: {content}", advice)
 
 
