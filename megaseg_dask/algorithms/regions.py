@@ -6,7 +6,7 @@ and those of the structure inside each region. Each adds across blocks, exactly 
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,12 @@ from megaseg_dask.algorithms.measurements import (
 
 Array = NDArray[Any]
 
-# The columns that objects get, and those of a region beside its own measurements.
-OBJECT_COLUMNS = {"region": "int64", "region_share": "float64"}
+# The columns that objects get, and those of a region beside its own measurements; in µm.
+_OBJECT_COLUMNS = {
+    "region": "int64",
+    "region_share": "float64",
+    "region_distance_um": "float64",
+}
 _STRUCTURE_COLUMNS = {
     "n_objects": "int64",
     "structure_voxels": "int64",
@@ -36,7 +40,11 @@ _STRUCTURE_COLUMNS = {
     "structure_share": "float64",
     "structure_intensity_sum": "float64",
 }
-_UM_COLUMNS = ("structure_um3",)
+_UM_COLUMNS = ("region_distance_um", "structure_um3")
+# The name under which distances are stored.
+DISTANCES = "region_distance_um"
+# A region whose box, and one voxel around it, has more voxels is not looked at as a whole.
+MAX_BOX_VOXELS = 2**25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,11 +119,10 @@ def _add(total: RegionSums, part: RegionSums) -> RegionSums:
     )
 
 
-def columns_of_objects(objects: NDArray[np.uint64], overlaps: Contingency, sizes: Array) -> Columns:
-    """Return ``OBJECT_COLUMNS`` of objects ``(n,)``, ascending, of ``sizes`` voxels.
+def choose_regions(objects: NDArray[np.uint64], overlaps: Contingency) -> tuple[Array, Array]:
+    """Return the region of each object ``(n,)``, ascending, and how many of its voxels lie there.
 
-    ``region`` is the one with most of the object's voxels, the smallest id of several, and 0 of an
-    object that lies in none. ``region_share`` is the share of its voxels there.
+    It is the one with most of them, the smallest id of several, and 0 of an object in none.
     """
     # By object, then by voxels, then by smaller id: the last of each object is its region.
     order = np.lexsort((~overlaps.true, overlaps.voxels, overlaps.predicted))
@@ -126,7 +133,82 @@ def columns_of_objects(objects: NDArray[np.uint64], overlaps: Contingency, sizes
     region[rows] = overlaps.true[order][is_last].astype(np.int64)
     shared = np.zeros(len(objects), np.int64)
     shared[rows] = overlaps.voxels[order][is_last]
-    return {"region": region, "region_share": shared / sizes}
+    return region, shared
+
+
+def measure_distances(
+    objects: Sums,
+    sums: RegionSums,
+    read: Callable[[Box], Array],
+    volume_shape: Shape,
+    spacing_um: Sequence[float],
+    *,
+    max_voxels: int = MAX_BOX_VOXELS,
+) -> NDArray[np.float64]:
+    """Return how far the centroid of each object is from the surface of its region, in µm.
+
+    That is the distance to the nearest center of a voxel outside the region, 0 if the centroid
+    lies in such a voxel itself. What is beyond the volume is not outside. It is NaN of objects in
+    no region, of a region that fills the volume, and of one whose box has more than
+    ``max_voxels``. ``read`` returns the ids of regions in a box of the volume; one region is read
+    at a time.
+    """
+    region, _ = choose_regions(objects.label, sums.overlaps)
+    centroid = (objects.coordinates / objects.n_voxels).T
+    distances = np.full(len(objects), np.nan)
+    for label in np.unique(region[region > 0]).tolist():
+        place = int(np.searchsorted(sums.regions.label, np.uint64(label)))
+        start = tuple(sums.regions.start[:, place].tolist())
+        stop = tuple(sums.regions.stop[:, place].tolist())
+        box = Box(start, stop).grown(1) & Box.of(volume_shape)
+        if box.size <= max_voxels:
+            own = region == label
+            mask = read(box) == label
+            distances[own] = _distances_to_outside(mask, centroid[own] - box.start, spacing_um)
+    return distances
+
+
+def _distances_to_outside(mask: Array, points: Array, spacing_um: Sequence[float]) -> Array:
+    """Return the distances of points ``(n, 3)``, in voxels, from the voxels that are not set."""
+    from scipy.spatial import cKDTree
+
+    # Of a point in the mask, the nearest voxel outside has a neighbor by a face in the mask.
+    touching = np.zeros(mask.shape, np.bool_)
+    for axis in range(mask.ndim):
+        low = (slice(None),) * axis + (slice(None, -1),)
+        high = (slice(None),) * axis + (slice(1, None),)
+        touching[low] |= mask[high]
+        touching[high] |= mask[low]
+    surface = np.argwhere(touching & ~mask)
+    if not len(surface):
+        return np.full(len(points), np.nan)
+    distances, _ = cKDTree(surface * np.array(spacing_um)).query(points * np.array(spacing_um))
+    nearest = np.rint(points).astype(np.int64)
+    is_within = ((nearest >= 0) & (nearest < mask.shape)).all(axis=1)
+    is_inside = np.zeros(len(points), np.bool_)
+    is_inside[is_within] = mask[tuple(nearest[is_within].T)]
+    return np.where(is_inside, distances, 0.0)
+
+
+def object_columns(*, size_is_known: bool) -> dict[str, str]:
+    """Return the columns that objects get, and their dtypes."""
+    left_out = () if size_is_known else _UM_COLUMNS
+    return {name: dtype for name, dtype in _OBJECT_COLUMNS.items() if name not in left_out}
+
+
+def columns_of_objects(
+    objects: Sums, overlaps: Contingency, distances: NDArray[np.float64] | None
+) -> Columns:
+    """Return :func:`object_columns` of objects, and their distances if the voxel size is known.
+
+    ``region`` is that of :func:`choose_regions`, and ``region_share`` the share of the object's
+    voxels that lie in it.
+    """
+    region, shared = choose_regions(objects.label, overlaps)
+    columns = {"region": region, "region_share": shared / objects.n_voxels}
+    if distances is not None:
+        columns["region_distance_um"] = distances
+    return columns
 
 
 def columns_of_regions(*, size_is_known: bool, channels: Sequence[str] = ()) -> dict[str, str]:

@@ -10,6 +10,7 @@ belongs to which stage.
 from dataclasses import dataclass
 
 from megaseg_dask.algorithms.components import join_bytes
+from megaseg_dask.algorithms.regions import MAX_BOX_VOXELS
 from megaseg_dask.algorithms.splitting import SPLIT_BYTES
 from megaseg_dask.inference.engine import ENGINES, EngineSpec, Forward
 
@@ -56,6 +57,9 @@ _PART_BYTES = 16
 
 # Ids of regions, those inside objects, and what is compared of both, per voxel.
 _REGION_BYTES = 40
+
+# Ids and mask of the box of a region, and its surface.
+_BOX_BYTES = 20
 
 # cc3d's working memory per voxel beside its labels.
 _LABELLING_BYTES = 12
@@ -257,9 +261,11 @@ def measurements_bytes(sizes: Sizes) -> int:
     return voxels + sizes.decoded_bytes + _MEASURING_BYTES
 
 
-def table_bytes(_: Sizes) -> int:
-    """Return the bytes of adding up the measurements of a volume."""
-    return _MEASURING_BYTES
+def table_bytes(sizes: Sizes) -> int:
+    """Return the bytes of adding up the measurements of a volume, and of looking at a region."""
+    if not sizes.has_regions:
+        return _MEASURING_BYTES
+    return _MEASURING_BYTES + min(sizes.volume_voxels, MAX_BOX_VOXELS) * _BOX_BYTES
 
 
 def downsample_bytes(sizes: Sizes) -> int:
@@ -286,5 +292,7 @@ def whole_volume_bytes(sizes: Sizes) -> int:
         # Outputs are labelled one after the other, beside the scores, and mask or logits, of all.
         kept = sizes.scores_bytes + (4 if sizes.finds_threshold else 1)
         labelling += core * sizes.n_outputs * max(4, kept)
-    measuring = core * (sizes.label_bytes + _REGION_BYTES) if sizes.has_regions else 0
+    measuring = 0
+    if sizes.has_regions:
+        measuring = core * (sizes.label_bytes + _REGION_BYTES) + table_bytes(sizes)
     return volume + max(predicting, labelling, measuring) + _MEASURING_BYTES

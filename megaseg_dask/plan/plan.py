@@ -190,6 +190,12 @@ class Plan(BaseModel):
         return table_of(self.target, self.resolved.table)
 
     @property
+    def known_spacing_um(self) -> tuple[float, ...] | None:
+        """The voxel size of the labels, if it is known."""
+        image = self.target_image
+        return image.spacing_um if image.unknown_size is None else None
+
+    @property
     def tables(self) -> list[Location]:
         """The files of all that the run measures."""
         if not self.resolved.regions:

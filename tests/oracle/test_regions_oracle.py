@@ -12,8 +12,10 @@ from megaseg_dask.algorithms.regions import (
     RegionSums,
     columns_of_objects,
     columns_of_regions,
+    measure_distances,
     measure_regions,
     merge_regions,
+    object_columns,
     to_region_columns,
 )
 from tests.fixtures.images import with_border
@@ -42,6 +44,17 @@ def region_of(inside, sizes_of_regions):
     return min(r for r, n in counts.items() if n == most), most
 
 
+def distance_of(voxels, regions, region):
+    """From the centroid to the nearest of all voxels outside the region."""
+    outside = np.argwhere(regions != region)
+    if not region or not len(outside):
+        return np.nan
+    centroid = voxels.mean(axis=0)
+    if regions[tuple(np.rint(centroid).astype(int))] != region:
+        return 0.0
+    return np.sqrt(np.square((outside - centroid) * SPACING).sum(axis=1)).min()
+
+
 @given(data=st.data(), block_shape=st.tuples(*[st.integers(1, 6)] * 3))
 def test_regions_at_any_block(data, block_shape):
     shape = data.draw(hnp.array_shapes(min_dims=3, max_dims=3, max_side=6))
@@ -51,11 +64,16 @@ def test_regions_at_any_block(data, block_shape):
     image = data.draw(hnp.arrays("u2", shape))
     sums, of_regions = measure(labels, regions, image, block_shape)
     ids = [int(r) for r in np.unique(regions) if r]
-    of_objects = columns_of_objects(sums.label, of_regions.overlaps, sums.n_voxels)
+    distances = measure_distances(sums, of_regions, lambda box: regions[box.slices], shape, SPACING)
+    of_objects = columns_of_objects(sums, of_regions.overlaps, distances)
+    assert list(of_objects) == list(object_columns(size_is_known=True))
     expected = [region_of(regions[labels == label], ids) for label in sums.label]
     assert of_objects["region"].tolist() == [region for region, _ in expected]
     shares = [n / size for (_, n), size in zip(expected, sums.n_voxels, strict=True)]
     assert of_objects["region_share"].tolist() == shares
+    for row, label in enumerate(sums.label):
+        far = distance_of(np.argwhere(labels == label), regions, expected[row][0])
+        assert_allclose(distances[row], far, rtol=1e-12)
     table = to_region_columns(of_regions, of_objects["region"], shape, SPACING)
     assert list(table) == list(columns_of_regions(size_is_known=True))
     assert table["label"].tolist() == ids
@@ -79,3 +97,26 @@ def test_without_a_voxel_size_there_is_no_volume():
     left_out = set(known) - set(unknown)
     assert {"structure_um3", "volume_um3", "surface_area_um2", "sphericity"} <= left_out
     assert "structure_share" in unknown
+
+
+def test_a_region_that_is_too_large_has_no_distance():
+    regions = np.zeros((20, 20, 20), np.uint16)
+    regions[1:19, 1:19, 1:19] = 3
+    labels = np.zeros(regions.shape, np.uint32)
+    labels[9:12, 9:12, 9:12] = 1
+    sums, of_regions = measure(labels, regions, labels.astype(np.uint16), (7, 8, 9))
+
+    def far(max_voxels):
+        [distance] = measure_distances(
+            sums,
+            of_regions,
+            lambda box: regions[box.slices],
+            regions.shape,
+            SPACING,
+            max_voxels=max_voxels,
+        )
+        return distance
+
+    # The centroid is at 10, and 19 is outside.
+    assert_allclose(far(8000), 9 * 0.2)
+    assert np.isnan(far(7999))

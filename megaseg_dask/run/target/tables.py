@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.measurements import Sums, columns_of, to_columns
 from megaseg_dask.algorithms.regions import (
-    OBJECT_COLUMNS,
+    DISTANCES,
     RegionSums,
+    choose_regions,
     columns_of_objects,
     columns_of_regions,
+    object_columns,
     to_region_columns,
 )
 from megaseg_dask.concurrency import map_threaded, read_ahead
@@ -76,15 +78,17 @@ class _Kind:
 
 def _form_of_objects(plan: Plan) -> Form:
     columns = columns_of(size_is_known=_size_is_known(plan), channels=plan.measured_names)
-    return columns | (OBJECT_COLUMNS if plan.resolved.regions else {})
+    if plan.resolved.regions:
+        columns |= object_columns(size_is_known=_size_is_known(plan))
+    return columns
 
 
 def _columns_of_objects(plan: Plan, volume: PlannedVolume, arrays: Mapping[str, Array]) -> Columns:
     sums = Sums.from_arrays(arrays)
-    columns = to_columns(sums, plan.volume_shape, _spacing_um(plan), _channels(plan, volume))
+    columns = to_columns(sums, plan.volume_shape, plan.known_spacing_um, _channels(plan, volume))
     if plan.resolved.regions:
         overlaps = RegionSums.from_arrays(arrays).overlaps
-        columns |= columns_of_objects(sums.label, overlaps, sums.n_voxels)
+        columns |= columns_of_objects(sums, overlaps, arrays.get(DISTANCES))
     return columns
 
 
@@ -95,10 +99,9 @@ def _form_of_regions(plan: Plan) -> Form:
 def _columns_of_regions(plan: Plan, volume: PlannedVolume, arrays: Mapping[str, Array]) -> Columns:
     objects = Sums.from_arrays(arrays)
     sums = RegionSums.from_arrays(arrays)
-    of_objects = columns_of_objects(objects.label, sums.overlaps, objects.n_voxels)
+    region, _ = choose_regions(objects.label, sums.overlaps)
     channels = _channels(plan, volume)
-    spacing_um = _spacing_um(plan)
-    return to_region_columns(sums, of_objects["region"], plan.volume_shape, spacing_um, channels)
+    return to_region_columns(sums, region, plan.volume_shape, plan.known_spacing_um, channels)
 
 
 _OBJECTS = _Kind("measurements", "", _form_of_objects, _columns_of_objects)
@@ -216,11 +219,7 @@ def _channels(plan: Plan, volume: PlannedVolume) -> dict[str, int]:
 
 
 def _size_is_known(plan: Plan) -> bool:
-    return plan.target_image.unknown_size is None
-
-
-def _spacing_um(plan: Plan) -> tuple[float, ...] | None:
-    return plan.target_image.spacing_um if _size_is_known(plan) else None
+    return plan.known_spacing_um is not None
 
 
 def _other_plans(target: Target) -> list[Plan]:

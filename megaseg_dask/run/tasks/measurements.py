@@ -9,7 +9,13 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.measurements import Sums, measure_block, merge
-from megaseg_dask.algorithms.regions import RegionSums, measure_regions, merge_regions
+from megaseg_dask.algorithms.regions import (
+    DISTANCES,
+    RegionSums,
+    measure_distances,
+    measure_regions,
+    merge_regions,
+)
 from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.plan.plan import Output
 from megaseg_dask.run.state import OutputState
@@ -80,6 +86,7 @@ def _read_regions(workspace: Workspace, volume: int, core: Box) -> Array | None:
 
 def collect_objects(workspace: Workspace, output: Output, _: int) -> OutputState:
     """Add the sums of all blocks, in grid order, and write those of the volume."""
+    plan = workspace.plan
     parts = read_ahead(
         lambda number: Sums.from_arrays(workspace.load(output, _name(number))),
         workspace.present_blocks(output),
@@ -88,7 +95,8 @@ def collect_objects(workspace: Workspace, output: Output, _: int) -> OutputState
     # There may be no block that is not missing.
     total = merge(chain([_no_objects(workspace, output)], (sums for _, sums in parts)))
     arrays = total.arrays()
-    if workspace.regions(output.volume) is not None:
+    regions = workspace.regions(output.volume)
+    if regions is not None:
         of_blocks = read_ahead(
             lambda number: RegionSums.from_arrays(workspace.load(output, _name_of_regions(number))),
             workspace.present_blocks(output),
@@ -97,6 +105,15 @@ def collect_objects(workspace: Workspace, output: Output, _: int) -> OutputState
         none = _no_regions(workspace, output)
         of_regions = merge_regions(chain([none], (sums for _, sums in of_blocks)))
         arrays |= of_regions.arrays()
+        spacing_um = plan.known_spacing_um
+        if spacing_um is not None:
+            arrays[DISTANCES] = measure_distances(
+                total,
+                of_regions,
+                lambda box: regions.read(box.shifted(plan.region.start)),
+                plan.volume_shape,
+                spacing_um,
+            )
     workspace.save_sums(output, arrays)
     return OutputState()
 
