@@ -225,6 +225,7 @@ STAGE_PHRASES = {
     "measure": "measuring intensities",
     "pool": "joining intensities of groups",
     "segment": "predicting blocks",
+    "reread": "reading scores",
     "histogram": "counting scores",
     "cutoff": "finding the threshold",
     "threshold": "applying the threshold",

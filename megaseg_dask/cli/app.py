@@ -174,6 +174,44 @@ def plan(
         raise typer.Exit(code)
 
 
+def relabel(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="TARGET of a run that kept scores or logits.")
+    ],
+    *,
+    json_: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Label again what a run predicted, with another threshold or other objects; no network runs.
+
+    It writes a new label image beside that of the run. Options that are not given are those of the
+    run; of the outputs, labels alone. Scores of 8 bits are rounded: --threshold 0.3 then means
+    stored scores above 76.5. From float32 scores (--scores-dtype float32) and kept logits
+    (--keep-logits) the labels are those of a new run. Automatic thresholds need kept logits.
+
+    \b
+    Examples:
+      megaseg relabel segmented.zarr --label-name strict --threshold 0.8
+      megaseg relabel segmented.zarr --label-name apart --split distance --min-size 100
+    """
+    with exit_codes(json_):
+        settings = settings_of(options)
+        from megaseg_dask.run.runner import relabel as run_relabel
+
+        with reporter(json_, quiet) as emit:
+            result = run_relabel(target, settings, emit=emit)
+        if not json_:
+            following = next_commands(
+                target,
+                settings,
+                failed=bool(result.failures),
+                table_label=settings.label_name,
+            )
+            print_result(result, following, quiet=quiet)
+        raise typer.Exit(result.exit_code)
+
+
 def demo(
     folder: Annotated[
         str, typer.Argument(metavar="[DIR]", help="Folder to write to.")
@@ -208,9 +246,33 @@ def demo(
 # Every command that is not in a group, in the order of the help, with the settings it takes.
 _ALL = None
 _NO_SETTINGS = ()
+# As `megaseg_dask.plan.relabelling` has them: what follows the scores, then how the work is done.
+_RELABELLING = (
+    "label_name",
+    "threshold",
+    "connectivity",
+    "min_size",
+    "fill_holes",
+    "split",
+    "split_depth",
+    "outputs",
+    "regions",
+    "table",
+    "overwrite",
+    "memory",
+    "workers",
+    "scheduler",
+    "cluster",
+    "endpoint",
+    "anon",
+    "storage_option",
+    "retries",
+    "timeout",
+)
 _COMMANDS: Mapping[Callable[..., None], Sequence[str] | None] = {
     segment: _ALL,
     plan: _ALL,
+    relabel: _RELABELLING,
     demo: _NO_SETTINGS,
     evaluate: STORE,
     doctor: STORE,
@@ -241,7 +303,9 @@ def build_app(words: Collection[str] | None = None) -> typer.Typer:
     ) -> Callable[..., None]:
         if words is not None and _name_of(command) not in words:
             return without_options(command)
-        return with_options(command, all_settings() if settings is _ALL else settings)
+        names = all_settings() if settings is _ALL else settings
+        # Where a run is labelled again, its own values are the defaults.
+        return with_options(command, names, shows_defaults=command is not relabel)
 
     app = typer.Typer(
         name="megaseg",

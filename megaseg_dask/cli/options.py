@@ -30,9 +30,12 @@ def without_options(command: Command) -> Command:
     return _with_parameters(command, [])
 
 
-def with_options(command: Command, settings: Sequence[str]) -> Command:
+def with_options(
+    command: Command, settings: Sequence[str], *, shows_defaults: bool = True
+) -> Command:
     """Return a command whose ``**options`` are options for these fields of :class:`Settings`."""
-    return _with_parameters(command, [_parameter(name) for name in settings])
+    parameters = [_parameter(name, shows_default=shows_defaults) for name in settings]
+    return _with_parameters(command, parameters)
 
 
 def all_settings() -> list[str]:
@@ -56,7 +59,7 @@ def _with_parameters(command: Command, options: list[inspect.Parameter]) -> Comm
     return built
 
 
-def _parameter(name: str) -> inspect.Parameter:
+def _parameter(name: str, *, shows_default: bool) -> inspect.Parameter:
     """Return a setting as a parameter; the setting's own validator parses its text."""
     from megaseg_dask.plan.settings import Settings, declared, option_text
 
@@ -64,7 +67,7 @@ def _parameter(name: str) -> inspect.Parameter:
     shown = declared(name)
     option = typer.Option(
         option_text(name),
-        help=f"{shown.help}{_default_text(field.default)}",
+        help=f"{shown.help}{_default_text(field.default) if shows_default else ''}",
         metavar=shown.metavar,
         rich_help_panel=shown.panel,
         show_default=False,
@@ -132,7 +135,9 @@ def open_stores(options: dict[str, Any], source: str | None) -> None:
     )
 
 
-def next_commands(target: str, settings: "Settings", *, failed: bool) -> list[tuple[str, str]]:
+def next_commands(
+    target: str, settings: "Settings", *, failed: bool, table_label: str = ""
+) -> list[tuple[str, str]]:
     """Return commands to type after a run, each with its purpose, and the table to read.
 
     The commands keep the options that are needed to find the target, but no secret.
@@ -149,9 +154,10 @@ def next_commands(target: str, settings: "Settings", *, failed: bool) -> list[tu
         return [(command("status"), "what failed"), report]
     following = [report, (command("view"), "in a browser")]
     if "measurements" in settings.outputs:
-        table = table_of(Location.of(target), settings.table)
+        table = table_of(Location.of(target), settings.table, label_name=table_label)
         following.append((str(table), f"the table: pandas.read_{settings.table}"))
         if settings.regions:
-            regions = table_of(Location.of(target), settings.table, "regions")
+            where = Location.of(target)
+            regions = table_of(where, settings.table, "regions", table_label)
             following.append((str(regions), "the table of regions"))
     return following

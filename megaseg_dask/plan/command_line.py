@@ -8,17 +8,24 @@ from megaseg_dask.stores import is_secret
 
 
 def command_line(
-    command: str, *addresses: object, settings: Settings, options: Container[str]
+    command: str,
+    *addresses: object,
+    settings: Settings,
+    options: Container[str],
+    repeats_defaults: bool = False,
 ) -> str:
     """Return ``megaseg COMMAND ADDRESS... --OPTION VALUE...`` for a shell.
 
-    Of the settings named by ``options``, those that differ from their defaults are given.
+    Of the settings named by ``options``, those that differ from their defaults are given, or all
+    that have a value.
     Secrets among the options of a store are left out.
     """
     words = ["megaseg", command, *map(str, addresses)]
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
-        if name not in options or value in (None, field.default):
+        if name not in options or value is None:
+            continue
+        if value == field.default and not repeats_defaults:
             continue
         option = option_text(name)
         if value is True:

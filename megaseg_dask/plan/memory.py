@@ -187,6 +187,11 @@ def segment_bytes(sizes: Sizes) -> int:
     return blended + max(sizes.forward_bytes, core * written)
 
 
+def reread_bytes(sizes: Sizes) -> int:
+    """Return the bytes of turning a block's stored scores or logits into a mask."""
+    return sizes.core_voxels * (4 + 1 + 4)
+
+
 def histogram_bytes(sizes: Sizes) -> int:
     """Return the bytes of making the table of a block's logits: all, and the known ones."""
     return sizes.core_voxels * 4 * 2 + _TABULATING_BYTES

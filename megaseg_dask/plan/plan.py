@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import count
 from typing import Annotated, NamedTuple
@@ -57,6 +57,12 @@ RESAMPLING = "--voxel-size model resamples the image to them"
 # On a GPU one task computes, while another reads and a third labels, compresses and writes. On a
 # CPU one task already uses all cores: more tasks would only take more memory.
 TASKS_AT_ONCE = {"cuda": 3}
+
+
+_ROUNDED = (
+    "the stored scores have 8 bits: a voxel is foreground where its stored score is above 255 "
+    "times the threshold, which differs from a new run only where the score lies within 1/510 of it"
+)
 
 
 def _parse_location(value: object) -> object:
@@ -187,7 +193,7 @@ class Plan(BaseModel):
     @property
     def table(self) -> Location:
         """The file of the run's measurements."""
-        return table_of(self.target, self.resolved.table)
+        return table_of(self.target, self.resolved.table, label_name=self.table_label)
 
     @property
     def known_spacing_um(self) -> tuple[float, ...] | None:
@@ -200,7 +206,13 @@ class Plan(BaseModel):
         """The files of all that the run measures."""
         if not self.resolved.regions:
             return [self.table]
-        return [self.table, table_of(self.target, self.resolved.table, "regions")]
+        form = self.resolved.table
+        return [self.table, table_of(self.target, form, "regions", self.table_label)]
+
+    @property
+    def table_label(self) -> str:
+        """What names the tables of labels that were made again, beside those of the first run."""
+        return "" if self.resolved.predicts() else self.resolved.label_name
 
     @property
     def times(self) -> range:
@@ -210,7 +222,7 @@ class Plan(BaseModel):
     @property
     def warnings(self) -> list[str]:
         """What a person should know before the run, though nothing fails."""
-        texts = []
+        texts = [_ROUNDED] if self.resolved.has_rounded_basis() else []
         reason = self.target_image.unknown_size
         if reason is not None and self.resolved.measures_objects():
             texts.append(
@@ -318,7 +330,7 @@ class Plan(BaseModel):
     @property
     def tasks_at_once(self) -> int:
         """Tasks that a worker runs at once, each in a thread; one of them computes."""
-        return TASKS_AT_ONCE.get(self.engine.device, 1)
+        return TASKS_AT_ONCE.get(self.engine.device, 1) if self.resolved.predicts() else 1
 
     @property
     def measure_level(self) -> int | None:
@@ -326,6 +338,8 @@ class Plan(BaseModel):
 
         ``None`` if the settings give it.
         """
+        if not self.resolved.predicts():
+            return None
         match self.resolved.normalization:
             case Given():
                 return None
@@ -415,7 +429,13 @@ class Plan(BaseModel):
         dtypes: dict[str, str] = {}
         for stage in self.stages:
             dtypes.update(stage.declared.arrays)
-        return {kind: dtype for kind, dtype in dtypes.items() if kind not in self.arrays}
+        others = {*self.arrays, *self.kept}
+        return {kind: dtype for kind, dtype in dtypes.items() if kind not in others}
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Kinds of arrays that stay in the run folder."""
+        return ("logits",) if self.resolved.keep_logits else ()
 
     def stage(self, name: str) -> PlannedStage:
         """Return the stage of a name.
@@ -458,12 +478,14 @@ class Plan(BaseModel):
     def determinants(self) -> dict[str, object]:
         """All that determines the output, as JSON values; no address, time or worker does."""
         masks = {} if self.resolved.where is None else {"mask": self.mask_digest}
+        basis = self.resolved.basis
         return {
             "source": self.source_digest,
             "model": self.model.digest,
             **self._digest_of_regions(),
             **masks,
             **self.resolved.options(),
+            **({"basis": asdict(basis)} if basis else {}),
         }
 
     def _digest_of_regions(self) -> dict[str, str]:
@@ -498,6 +520,17 @@ class Plan(BaseModel):
     def is_in_place(self) -> bool:
         """Whether labels go into the source, whose own group and image are not ours."""
         return self.target.is_same(self.source)
+
+    @property
+    def adds_labels(self) -> bool:
+        """Whether labels go into images that are there already, and are not this run's."""
+        return self.is_in_place or not self.resolved.predicts()
+
+    @property
+    def basis_run(self) -> Location:
+        """The folder of the run whose scores or logits are labelled again."""
+        assert self.resolved.basis is not None
+        return self.run.parent / self.resolved.basis.run
 
     def found_in(self, run: Location) -> "Plan":
         """Return the plan of a run that is found in a folder.
@@ -553,6 +586,8 @@ class Plan(BaseModel):
 
     @cached_property
     def _engine_bytes(self) -> EngineBytes:
+        if not self.resolved.predicts():
+            return EngineBytes(0, 0)
         return EngineBytes.of(self.engine, self._forward)
 
     @property
@@ -629,7 +664,7 @@ class Plan(BaseModel):
             n_measured=max(len(self.measured_channels(volume)) for volume in self.volumes),
             n_outputs=len(self.model.outputs),
             has_regions=self.resolved.regions is not None,
-            finds_threshold=self.resolved.finds_threshold(),
+            finds_threshold=self.resolved.finds_threshold() or self.resolved.keep_logits,
             fills_holes=self.resolved.fills_holes(),
             split_voxels=self.split_voxels,
         )
@@ -682,9 +717,15 @@ def runs_folder(target: Location) -> Location:
     return target.sibling(_RUNS)
 
 
-def table_of(target: Location, form: str, kind: str = "measurements") -> Location:
-    """Return the table of a target's measurements or regions, ``parquet`` or ``csv``."""
-    return target.sibling(f".{kind}.{form}")
+def table_of(
+    target: Location, form: str, kind: str = "measurements", label_name: str = ""
+) -> Location:
+    """Return the table of a target's measurements or regions, ``parquet`` or ``csv``.
+
+    ``label_name`` is that of labels that were made again.
+    """
+    name = f".{label_name}" if label_name else ""
+    return target.sibling(f"{name}.{kind}.{form}")
 
 
 def target_of(run: Location) -> Location:

@@ -139,6 +139,7 @@ def make_plan(
         fill_holes=filled.fill_holes,
         split_depth=split_depth_of(filled),
         scores_dtype=filled.scores_dtype,
+        keep_logits=filled.keep_logits,
         label_name=filled.label_name,
         ome_zarr=filled.ome_zarr,
         block=filled.block or image.volume_shape(),
@@ -174,12 +175,12 @@ def make_plan(
         model_voxel_size_um=model_size_um(models.bundles),
     )
     if resolved.splits_objects():
-        plan = plan.with_split(min(LEAST_SPLIT_VOXELS, _padded_voxels(plan)))
+        plan = plan.with_split(min(LEAST_SPLIT_VOXELS, padded_voxels(plan)))
     if filled.block is None:
         device = _device_memory_bytes(engine, cluster)
         plan = plan.with_block(choose_block(plan, device))
     if resolved.splits_objects():
-        plan = plan.with_split(_choose_split(plan, part.recorded))
+        plan = plan.with_split(choose_split(plan, part.recorded))
     require_memory(plan)
     return plan if resolved.where is None else _with_surveys(plan)
 
@@ -629,7 +630,7 @@ def choose_block(plan: Plan, device_memory_bytes: int | None = None) -> Shape:
     return cheapest_block(plan.volume_shape, plan.patch_grid, fits)
 
 
-def _choose_split(plan: Plan, recorded: Plan | None) -> int:
+def choose_split(plan: Plan, recorded: Plan | None) -> int:
     """Return the voxels of the largest padded box of an object that can be split.
 
     A run that resumes keeps them: another memory must not change its result.
@@ -640,12 +641,12 @@ def _choose_split(plan: Plan, recorded: Plan | None) -> int:
     def needed(voxels: int) -> int:
         return max(plan.with_split(voxels).projected_bytes.values())
 
-    candidates = range(plan.split_voxels, _padded_voxels(plan) + 1)
+    candidates = range(plan.split_voxels, padded_voxels(plan) + 1)
     n_fitting = bisect_right(candidates, plan.memory_bytes, key=needed)
     return candidates[max(n_fitting - 1, 0)]
 
 
-def _padded_voxels(plan: Plan) -> int:
+def padded_voxels(plan: Plan) -> int:
     """Return the voxels of the box of an object as large as the volume, with its padding."""
     return math.prod(n + 2 for n in plan.volume_shape)
 

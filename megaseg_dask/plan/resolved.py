@@ -5,7 +5,7 @@ output, and compared with those of another run, is :meth:`Resolved.options`.
 """
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.errors import SettingsError
@@ -122,6 +122,19 @@ def where_of(settings: Settings) -> Where | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Basis:
+    """What a run labels again: the scores of an earlier run on the same target, or its logits.
+
+    ``run`` is the name of the folder of that run, and ``fingerprint`` that of its plan.
+    """
+
+    run: str
+    fingerprint: str
+    kind: Literal["scores", "logits"]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """All settings that can change the output.
 
@@ -154,11 +167,27 @@ class Resolved:
     # µm; ``None`` if objects that touch stay one.
     split_depth: float | None
     scores_dtype: str
+    keep_logits: bool
     label_name: str
     ome_zarr: str
     block: Shape
+    # Set where nothing is predicted.
+    basis: Basis | None = None
 
     # -- what follows from them
+
+    def predicts(self) -> bool:
+        """Return whether the network runs; else scores that are there are read."""
+        return self.basis is None
+
+    def rereads(self) -> bool:
+        """Return whether scores or logits of an earlier run are read."""
+        return self.basis is not None
+
+    def has_rounded_basis(self) -> bool:
+        """Return whether scores of 8 bits are read: thresholds are then those of rounded scores."""
+        basis = self.basis
+        return basis is not None and basis.kind == "scores" and basis.dtype == "uint8"
 
     def has_mask(self) -> bool:
         """Return whether scores are turned into a mask."""
@@ -186,7 +215,7 @@ class Resolved:
 
     def measures_voxels(self) -> bool:
         """Return whether voxels are read to find mean and standard deviation."""
-        return not isinstance(self.normalization, Given)
+        return self.predicts() and not isinstance(self.normalization, Given)
 
     def pools_statistics(self) -> bool:
         """Return whether volumes of a group have one mean and standard deviation."""
@@ -227,6 +256,7 @@ class Resolved:
             "split": "none" if self.split_depth is None else "distance",
             "split_depth": self.split_depth,
             "scores_dtype": self.scores_dtype,
+            "keep_logits": self.keep_logits,
             "label_name": self.label_name,
             "ome_zarr": self.ome_zarr,
             "block": list(self.block),

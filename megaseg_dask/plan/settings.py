@@ -380,6 +380,15 @@ class Settings(BaseModel):
             changes_result=True,
         ),
     ] = "uint8"
+    keep_logits: Annotated[
+        bool,
+        Option(
+            OUTPUT,
+            "Keep the logits, 4 bytes a voxel, in the run folder: megaseg relabel then also finds "
+            "automatic thresholds.",
+            changes_result=True,
+        ),
+    ] = False
     label_name: Annotated[
         Text,
         Option(

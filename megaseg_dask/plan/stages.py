@@ -101,8 +101,18 @@ STAGES = (
         "scores.segment_block",
         over="blocks",
         per="volume",
+        when=Resolved.predicts,
         memory=memory.segment_bytes,
         needs=("statistics",),
+        tells=("scores",),
+    ),
+    Stage(
+        "reread",
+        "relabelling.read_block",
+        over="blocks",
+        per="volume",
+        when=Resolved.rereads,
+        memory=memory.reread_bytes,
         tells=("scores",),
     ),
     Stage(

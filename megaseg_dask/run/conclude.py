@@ -7,6 +7,7 @@ and goes on; a target without a record is not ours.
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 from megaseg_dask.events import Doubt, Result
@@ -54,6 +55,7 @@ def begin(plan: Plan, journal: Journal, lease: Held) -> None:
     else:
         reopen(target, journal)
     lease.require()
+    Workspace(plan).create_kept()
     _sweep(target)
     publish.refresh_consolidated(target)
 
@@ -157,8 +159,20 @@ def _publish(
 def read_states(plan: Plan, journal: Journal) -> list[VolumeState | None]:
     """Return the state of each volume; ``None`` for one that is missing as a whole."""
     if plan.is_one_task:
-        return list(map(_state_of, journal.by_index(plan.stages[0].name)))
-    return [state_of(plan, journal, volume) for volume in range(len(plan.volumes))]
+        states = list(map(_state_of, journal.by_index(plan.stages[0].name)))
+    else:
+        states = [state_of(plan, journal, volume) for volume in range(len(plan.volumes))]
+    return states if plan.resolved.predicts() else _with_statistics(plan, states)
+
+
+def _with_statistics(plan: Plan, states: Sequence[VolumeState | None]) -> list[VolumeState | None]:
+    """Add the statistics with which the scores were predicted."""
+    basis = RunFolder(plan.basis_run).read_plan()
+    predicted = read_states(basis, Journal.read(basis))
+    return [
+        state and replace(state, statistics=before.statistics if before else ())
+        for state, before in zip(states, predicted, strict=True)
+    ]
 
 
 def state_of(plan: Plan, journal: Journal, volume: int) -> VolumeState | None:

@@ -385,6 +385,8 @@ class DaskExecutor:
 
     def ready(self, plan: Plan, options: StoreOptions) -> AbstractContextManager[None]:
         """Give the workers the model and the options of stores, and take it back at the end."""
+        if not plan.resolved.predicts():
+            return self.ready_without_model(options)
         return self._workers.ready(plan.model, plan.run, options)
 
     def ready_without_model(self, options: StoreOptions) -> AbstractContextManager[None]:

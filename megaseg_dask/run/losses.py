@@ -123,7 +123,7 @@ def _is_whole(plan: Plan, journal: Journal) -> bool:
     for image in target.images:
         for node in image.nodes:
             # The list of a source's labels is not only ours.
-            is_shared = plan.is_in_place and node == image.labels
+            is_shared = plan.adds_labels and node == image.labels
             if not is_shared and keys.isdisjoint(f"{node.key}/{name}" for name in METADATA):
                 return False
     if not plan.resolved.measures_objects():
@@ -256,7 +256,7 @@ def _list(plan: Plan, finished: Collection[int]) -> list[_Listed]:
         folders = [group.location for group in target.iter_groups()]
     else:
         folders = [image.location for image in target.images]
-    folders.append(run.sums)
+    folders += [run.sums, run.kept]
     if not plan.is_one_task:
         folders += [run.work(v) for v in range(len(plan.volumes)) if v not in finished]
     listings = map_threaded(Location.entries, folders)

@@ -5,15 +5,22 @@ are read again: another client may have worked on the target until then.
 """
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.events import Emit, ignore
 from megaseg_dask.messages import count
-from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.plan.planner import make_plans
 from megaseg_dask.plan.plate_parts import Part, read_parts
+from megaseg_dask.plan.relabelling import (
+    can_be_basis,
+    plan_relabelling,
+    require_new_name,
+    run_beside,
+)
 from megaseg_dask.plan.settings import Settings
+from megaseg_dask.plan.source_identity import sample_of
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
 from megaseg_dask.run.losses import read_journal
@@ -26,6 +33,7 @@ from megaseg_dask.run.target.ownership import (
     require_same,
     require_whole,
 )
+from megaseg_dask.run.target.publish import is_withdrawn
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location, StoreOptions, configure
 
@@ -37,8 +45,15 @@ Sync = Callable[[], None]
 Runs = list[tuple[Plan, Journal]]
 
 
+def _nothing() -> None:
+    """Nothing has to be synced before a look."""
+
+
 class Request:
-    """What a command asks for, and the plans that carry it out."""
+    """What a command asks for, and the plans that carry it out.
+
+    :class:`Relabelling` is another one, of the same methods.
+    """
 
     def __init__(self, source: str, target: str, settings: Settings, emit: Emit = ignore) -> None:
         """Plan the runs of a request; writes nothing.
@@ -113,9 +128,115 @@ class Request:
         sync = synced_by(lease, self._target)
         return self._open_journals(sync)
 
-    def _open_journals(self, sync: Sync = lambda: None) -> Runs:
+    def _open_journals(self, sync: Sync = _nothing) -> Runs:
         require_whole([plan for plan, _ in self._parts], self.superseded)
-        return [(plan, _open_journal(plan, part, sync)) for plan, part in self._parts]
+        return [(plan, _open_journal_of(plan, part, sync)) for plan, part in self._parts]
+
+
+class Relabelling:
+    """A request to label again what was predicted, and the plans that carry it out."""
+
+    def __init__(self, target: str, settings: Settings) -> None:
+        """Plan the runs of a request; writes nothing, and reads no bundle.
+
+        Raises:
+            SettingsError: The request is wrong.
+            TargetError: The target has no run whose scores can be labelled again.
+            SourceError: Intensities are to be measured, and the source changed.
+        """
+        _require_files(settings.workers or 1)
+        self.store_options = StoreOptions.parse(
+            settings.endpoint,
+            settings.anon,
+            settings.storage_option or (),
+            target,
+            settings.retries,
+        )
+        configure(self.store_options)
+        self._target = Location.of(target)
+        self._settings = settings
+        if not self._target.is_listable:
+            raise SettingsError(
+                f"{self._target}: nothing can be written to a web server; copy it into a folder or "
+                "a bucket first"
+            )
+        self._target.probe(TargetError)
+        # It replaces no scores.
+        self.superseded: list[Plan] = []
+        self._plans = self._plan()
+
+    def _plan(self) -> list[tuple[Plan, Plan | None]]:
+        """Return the plans, each with that of an earlier attempt."""
+        recorded = RunFolder.plans(self._target)
+        predicted = [plan for plan in recorded if plan.resolved.predicts()]
+        if not predicted:
+            raise TargetError(
+                f"no run is recorded at {runs_folder(self._target)}{self._target.hint()}; "
+                "start one with megaseg segment"
+            )
+        require_new_name(self._settings, {plan.resolved.label_name for plan in predicted})
+        kept = [plan for plan in predicted if can_be_basis(plan)]
+        earlier_attempts = {plan.run.basename: plan for plan in recorded}
+        plans = []
+        for earlier in kept or predicted[:1]:
+            _require_predicted(earlier)
+            name = run_beside(earlier, self._settings.label_name).basename
+            attempt = earlier_attempts.get(name)
+            attempt = None if self._settings.overwrite else attempt
+            plan = plan_relabelling(earlier, self._settings, attempt)
+            if plan.resolved.measures_objects():
+                _require_same_source(plan)
+            plans.append((plan, attempt))
+        return plans
+
+    def open_runs(self) -> Runs:
+        """Return the plans and what earlier attempts finished; writes nothing.
+
+        Raises:
+            TargetError: The target holds another run, or is not ours.
+        """
+        return [(plan, _open_journal(plan, attempt)) for plan, attempt in self._plans]
+
+    def reopen_runs(self, lease: Held) -> Runs:
+        """Return the same now that the lease is held, with journals that may be written.
+
+        Raises:
+            TargetError: The target holds another run, or is not ours.
+        """
+        self._plans = self._plan()
+        sync = synced_by(lease, self._target)
+        return [(plan, _open_journal(plan, attempt, (), sync)) for plan, attempt in self._plans]
+
+
+def _require_predicted(plan: Plan) -> None:
+    """Check that a run has ended, and that all that it wrote is there.
+
+    Blocks that failed are missing in what it published, and will be missing again.
+
+    Raises:
+        TargetError: It has not, or something is lost.
+    """
+    is_done = Journal.read(plan).result is not None
+    is_lost = is_done and read_journal(plan).result is None
+    if is_lost or not is_present(Target(plan)) or is_withdrawn(Target(plan)):
+        raise TargetError(
+            f"{plan.target}: what run {plan.resolved.label_name} writes is not all there; run its "
+            "megaseg segment command again first"
+        )
+
+
+def _require_same_source(plan: Plan) -> None:
+    """Check that the image whose intensities are measured is the one that was predicted.
+
+    Raises:
+        SourceError: It is another by now, or cannot be read.
+    """
+    first = plan.source / next(iter(plan.images))
+    if sample_of(first / plan.source_image.levels[0].path) != plan.source_sample:
+        raise SourceError(
+            f"{plan.source} changed since it was predicted; restore it, or leave measurements out "
+            "of --outputs"
+        )
 
 
 def _require_files(n_workers: int) -> None:
@@ -161,19 +282,25 @@ def synced_by(lease: Held, target: Location) -> Sync:
     return sync
 
 
-def _open_journal(plan: Plan, part: Part, sync: Sync = lambda: None) -> Journal:
+def _open_journal_of(plan: Plan, part: Part, sync: Sync = _nothing) -> Journal:
+    return _open_journal(plan, part.recorded, part.others, sync)
+
+
+def _open_journal(
+    plan: Plan, recorded: Plan | None, others: Sequence[Plan] = (), sync: Sync = _nothing
+) -> Journal:
     """Return the journal of a run, after a look at what is at the target."""
     target = Target(plan)
-    if part.recorded is not None:
-        require_same(plan, part.recorded)
+    if recorded is not None:
+        require_same(plan, recorded)
         if is_present(target):
             return read_journal(plan, sync)
-    for other in part.others:
+    for other in others:
         require_alike(plan, other)
     # Arrays that do not exist hold nothing, whatever a record beside them says.
-    is_recorded = part.recorded is not None
+    is_recorded = recorded is not None
     try:
-        require_free(target, is_recorded=is_recorded, is_joining=bool(part.others))
+        require_free(target, is_recorded=is_recorded, is_joining=bool(others))
     except TargetError:
         # A plan whose record is lost is named by its target and its journal too.
         journal = Journal.read(plan, sync=sync)

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from megaseg_dask.errors import MegasegError, StoreError
 from megaseg_dask.events import Emit, Event, Joined, Notice, Result, Started, Step
 from megaseg_dask.inference.calibration import measure_patch_s
+from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.gpu import require_devices
 from megaseg_dask.messages import version_of
 from megaseg_dask.plan.plan import Plan, runs_folder
@@ -29,7 +30,7 @@ from megaseg_dask.run.lease import Held, Leases, Timing
 from megaseg_dask.run.log import logged
 from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.progress import Dispatcher, Recorder, StageProgress
-from megaseg_dask.run.request import Request, Runs
+from megaseg_dask.run.request import Relabelling, Request, Runs
 from megaseg_dask.run.schedule import Schedule
 from megaseg_dask.run.status import unread_fields
 from megaseg_dask.run.target import publish
@@ -40,6 +41,7 @@ from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import StoreOptions
 
 LEASE_TIMING = Timing()
+_HOST = EngineSpec("torch", "cpu", "fp32", 1)
 # Tasks whose objects are gone at the end run again, and then once more.
 _MAX_ROUNDS = 3
 
@@ -91,7 +93,8 @@ def _open_executor(plan: Plan, client: Any, emit: Emit) -> Iterator[Executor]:
     emit(Step("starting workers"))
     from megaseg_dask.run.dispatcher import open_workers
 
-    with open_workers(plan, client, emit) as executor:
+    needs = plan if plan.resolved.predicts() else _NoNetwork(plan.settings, plan.projected_bytes)
+    with open_workers(needs, client, emit) as executor:
         yield executor
 
 
@@ -102,8 +105,18 @@ def _require_device(plan: Plan) -> None:
         SettingsError: It has no GPU.
     """
     settings = plan.settings
-    if plan.engine.device == "cuda" and not settings.scheduler and not settings.cluster:
+    is_elsewhere = bool(settings.scheduler or settings.cluster)
+    if plan.engine.device == "cuda" and plan.resolved.predicts() and not is_elsewhere:
         require_devices()
+
+
+@dataclass(frozen=True, slots=True)
+class _NoNetwork:
+    """What workers need that run no network: no device, and one task at a time."""
+
+    settings: Settings
+    projected_bytes: Mapping[str, int]
+    engine: EngineSpec = _HOST
 
 
 def segment(
@@ -123,7 +136,25 @@ def segment(
         MegasegError: The request cannot be carried out, or was stopped.
     """
     emit(Step("reading the image and the model"))
-    request = Request(source, target, settings, emit)
+    return _carry_out(Request(source, target, settings, emit), client, emit)
+
+
+def relabel(
+    target: str, settings: Settings, *, client: Any = None, emit: Emit = lambda _: None
+) -> Result:
+    """Label again what a run on ``target`` predicted; resumes what an earlier attempt left.
+
+    No network runs. Options that are not given are those of the run, but for the outputs.
+
+    Raises:
+        MegasegError: The request cannot be carried out, or was stopped.
+    """
+    emit(Step("reading the record of the run"))
+    return _carry_out(Relabelling(target, settings), client, emit)
+
+
+def _carry_out(request: Request | Relabelling, client: Any, emit: Emit) -> Result:
+    """Carry out a request, on workers or in this process."""
     runs = request.open_runs()
     if all(journal.result is not None for _, journal in runs):
         result = join_results([already_done(plan, journal) for plan, journal in runs])

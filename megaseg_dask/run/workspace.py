@@ -38,6 +38,7 @@ _PLAN = "plan.json"
 _WORK = "work"
 _VOLUMES = "volumes"
 _SUMS = "sums"
+_KEPT = "kept"
 _ROW_BYTES = 8
 
 
@@ -159,7 +160,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove all that an earlier run left here, but its plan and its log."""
-        for name in (journal.FOLDER, _WORK, _VOLUMES, _SUMS):
+        for name in (journal.FOLDER, _WORK, _VOLUMES, _SUMS, _KEPT):
             (self.location / name).remove()
 
     def remove(self) -> None:
@@ -184,6 +185,16 @@ class RunFolder:
     def sums(self) -> Location:
         """The folder of what tables are made of."""
         return self.location / _SUMS
+
+    @property
+    def kept(self) -> Location:
+        """The folder of arrays that stay: logits, for runs that label them again."""
+        return self.location / _KEPT
+
+    def kept_array(self, kind: str, output: Output) -> Volume:
+        """Return an array that stays."""
+        where = self.kept / str(output.volume) / str(output.number)
+        return Volume(where / kind, SPATIAL)
 
     def work(self, volume: int) -> Location:
         """Return the folder of the intermediate data of one volume."""
@@ -293,6 +304,16 @@ class Workspace:
         """
         return replace(self._volume(kind, output, level), is_whole=is_whole)
 
+    def basis(self, output: Output) -> Readable:
+        """Return the stored scores or logits that are labelled again."""
+        basis = self.plan.resolved.basis
+        assert basis is not None
+        if basis.kind == "logits":
+            stored = RunFolder(self.plan.basis_run).kept_array("logits", output)
+        else:
+            stored = self.target.array("scores", output)
+        return replace(stored, is_whole=True)
+
     def write(self, kind: str, output: Output, box: Box, values: Array, level: int = 0) -> None:
         """Write a box of an output's array; the task owns the write units that the box covers."""
         self._require_permit()
@@ -301,6 +322,8 @@ class Workspace:
     def _volume(self, kind: str, output: Output, level: int) -> Volume:
         if kind in self.plan.arrays:
             return self.target.array(kind, output, level)
+        if kind in self.plan.kept:
+            return self.folder.kept_array(kind, output)
         return Volume(self._output_folder(output) / kind, SPATIAL)
 
     def _output_folder(self, output: Output) -> Location:
@@ -310,13 +333,25 @@ class Workspace:
 
     def create_work(self, volume: int) -> None:
         """Create the arrays of a volume's intermediate data, or what is lost of their metadata."""
-        plan = self.plan
-        level = Level("0", plan.volume_shape, (), ())
-        axes = tuple(map(Axis, SPATIAL))
-        image = Image(plan.target_image.version, "", axes, (level,), "")
         for array, dtype in self._iter_work(volume):
-            typed = replace(image, dtype=dtype)
-            restore_array(array, typed, 0, dtype, plan.layout(0))
+            self._create(array, dtype)
+
+    def create_kept(self) -> None:
+        """Create the arrays of all volumes that stay, or what is lost of their metadata."""
+
+        def create(volume: int) -> None:
+            for output in self.plan.outputs_of(volume):
+                for kind in self.plan.kept:
+                    self._create(self.folder.kept_array(kind, output).location, "float32")
+
+        if self.plan.kept:
+            map_threaded(create, range(len(self.plan.volumes)))
+
+    def _create(self, array: Location, dtype: str) -> None:
+        level = Level("0", self.plan.volume_shape, (), ())
+        axes = tuple(map(Axis, SPATIAL))
+        image = Image(self.plan.target_image.version, "", axes, (level,), dtype)
+        restore_array(array, image, 0, dtype, self.plan.layout(0))
 
     def has_work(self, volume: int) -> bool:
         """Return whether there are arrays for the intermediate data of a volume."""
@@ -491,7 +526,7 @@ class MemoryWorkspace(Workspace):
 
     def write(self, kind: str, output: Output, box: Box, values: Array, level: int = 0) -> None:
         """Keep a box of an output's array, and write it if its kind is an output of the run."""
-        if kind in self.plan.arrays:
+        if kind in (*self.plan.arrays, *self.plan.kept):
             super().write(kind, output, box, values, level)
         shape = self.plan.target_image.volume_shape(level)
         if box == Box.of(shape):

@@ -61,6 +61,10 @@ COMMANDS = {
         # pyarrow imports pandas where it is installed; scikit-image has the areas of surfaces.
         {*COMPUTING, "pandas", "pyarrow", "skimage"},
     ),
+    "relabel": (
+        "relabel done.zarr --label-name again --threshold 0.6 --workers 0",
+        {*PLANNING, "cc3d"},
+    ),
     "segment on a worker": (f"segment cells.zarr other.zarr {OPTIONS} --workers 1", SCHEDULING),
 }
 

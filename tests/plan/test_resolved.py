@@ -39,6 +39,7 @@ VALUES = {
     "fill_holes": 7,
     "split_depth": 0.6,
     "scores_dtype": "float32",
+    "keep_logits": True,
     "label_name": "cells",
     "ome_zarr": "0.4",
     "block": (16, 64, 64),

@@ -111,7 +111,7 @@ class ImageTarget:
         for group in self.groups:
             if group.is_label:
                 write_group(self.labels, version, {})
-            if group.is_label or not self._plan.is_in_place:
+            if group.is_label or not self._plan.adds_labels:
                 write_group(group.location, version, {PROVENANCE: mark})
             self._create_arrays(group)
 
@@ -137,7 +137,7 @@ class ImageTarget:
             StoreError: The store failed.
         """
         version = self._plan.target_image.version
-        is_ours = not self._plan.is_in_place
+        is_ours = not self._plan.adds_labels
         if self.label_groups and is_ours:
             remove_damaged_group(self.labels, version)
         for group in self.groups:
@@ -197,8 +197,8 @@ class Target:
 
     @cached_property
     def is_in_place(self) -> bool:
-        """Whether labels go into the source, whose own group and image are not ours."""
-        return self.plan.is_in_place
+        """Whether labels go into images whose own groups are not ours: a source, or scores."""
+        return self.plan.adds_labels
 
     @property
     def is_whole_plate(self) -> bool:

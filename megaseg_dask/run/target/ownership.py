@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError
 from megaseg_dask.ngff.group import PROVENANCE, find_attributes, require_version
+from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.relabelling import can_relabel
+from megaseg_dask.plan.settings import option_text
 from megaseg_dask.run.target.arrays import ImageTarget, Target, folders
 from megaseg_dask.run.target.provenance import is_of_run, provenance_at
 from megaseg_dask.run.workspace import RunFolder
@@ -43,7 +46,7 @@ def find_superseded(plans: Sequence[Plan], recorded: Sequence[Plan]) -> list[Pla
     first = plans[0]
     if first.is_in_place:
         return []
-    others = [plan for plan in recorded if not plan.is_in_place]
+    others = [plan for plan in recorded if not plan.adds_labels]
     return [plan for plan in others if plan.resolved.label_name != first.resolved.label_name]
 
 
@@ -119,12 +122,33 @@ def require_same(plan: Plan, recorded: Plan) -> None:
         raise TargetError(
             f"{plan.target} belongs to another run ({changes}); {advice}"
             f"choose {_elsewhere(plan)}, or start again with --overwrite"
+            f"{_relabelling(plan, recorded)}"
         )
     if plan.source != recorded.source and plan.source_sample != recorded.source_sample:
         raise TargetError(
             f"{plan.target} belongs to a run on {recorded.source}, and {plan.source} is another "
             f"image; choose {_elsewhere(plan)}, or start again with --overwrite"
         )
+
+
+def _relabelling(plan: Plan, recorded: Plan) -> str:
+    """Return a command that does without the network, if one would do."""
+    new = plan.determinants
+    names = [name for name, value in recorded.determinants.items() if new.get(name) != value]
+    if not can_relabel(recorded, names, new["threshold"]):
+        return ""
+    command = command_line(
+        "relabel",
+        plan.target,
+        "--label-name",
+        "NEW",
+        settings=plan.resolved.as_settings(plan.settings),
+        options=names,
+        repeats_defaults=True,
+    )
+    differing = " and ".join(map(option_text, names))
+    verb = "differs" if len(names) == 1 else "differ"
+    return f"; only {differing} {verb}, so no new prediction is needed: {command}"
 
 
 def _elsewhere(plan: Plan) -> str:

@@ -7,6 +7,7 @@ complete its groups carry a mark in the place of the provenance.
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from megaseg_dask.algorithms.geometry import Box
@@ -14,6 +15,7 @@ from megaseg_dask.errors import TargetError
 from megaseg_dask.messages import version_of
 from megaseg_dask.ngff.group import PROVENANCE, find_attributes
 from megaseg_dask.plan.plan import Plan, PlannedVolume
+from megaseg_dask.plan.resolved import Resolved
 from megaseg_dask.run.state import OutputState, VolumeState
 from megaseg_dask.stores import Location
 
@@ -87,6 +89,8 @@ def provenance_by(
     }
     if plan.resolved.where is not None:
         found["where"] = [_mask_of(plan, planned) for planned, _ in volumes]
+    if plan.resolved.basis is not None:
+        found["basis"] = _basis(plan.resolved)
     left_whole = _left_whole(plan.model.outputs, volumes)
     if left_whole:
         # Larger boxes than this are not split.
@@ -119,7 +123,7 @@ def is_of_run(plan: Plan, provenance: Mapping[str, Any] | None) -> bool:
 
 def _identity(provenance: Mapping[str, Any]) -> str:
     source = provenance.get("source", {}).get("digest")
-    rest = [provenance.get(key) for key in ("model", "settings", "engine")]
+    rest = [provenance.get(key) for key in ("model", "settings", "engine", "basis")]
     return json.dumps([source, *rest])
 
 
@@ -157,6 +161,15 @@ def _thresholds(outputs: Sequence[str], volumes: Sequence[Measured]) -> list[Jso
             row["threshold"] = known.threshold
             rows.append(row)
     return rows
+
+
+def _basis(resolved: Resolved) -> Json:
+    """Return what was labelled again, and what a threshold means where that is not exact."""
+    assert resolved.basis is not None
+    found = asdict(resolved.basis)
+    if resolved.has_rounded_basis():
+        found["foreground"] = "score_u8 > 255 * threshold"
+    return found
 
 
 def _left_whole(outputs: Sequence[str], volumes: Sequence[Measured]) -> list[Json]:

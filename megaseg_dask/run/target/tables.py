@@ -65,14 +65,14 @@ class _Kind:
         """Return the table that belongs to a label image."""
         return ImageTable(group.image, group.name + self.ending)
 
-    def file(self, target: Location, form: str) -> Location:
-        """Return the table of all images of a target."""
-        return table_of(target, form, self.name)
+    def file(self, plan: Plan, form: str) -> Location:
+        """Return the table of all images of a run."""
+        return table_of(plan.target, form, self.name, plan.table_label)
 
-    def remove_files(self, target: Location, forms: Sequence[str]) -> None:
-        """Remove the tables of a target in some forms."""
+    def remove_files(self, plan: Plan, forms: Sequence[str]) -> None:
+        """Remove the tables of a run in some forms."""
         for form in forms:
-            file = self.file(target, form)
+            file = self.file(plan, form)
             file.parent.delete(file.basename)
 
 
@@ -131,7 +131,7 @@ def remove_tables(target: Target) -> None:
     kinds = (_OBJECTS, _REGIONS)
     if not target.is_in_place:
         for kind in kinds:
-            kind.remove_files(target.location, _FORMS)
+            kind.remove_files(target.plan, _FORMS)
 
     def remove(image: ImageTarget) -> None:
         for group in image.measured_groups:
@@ -145,7 +145,7 @@ def remove_tables(target: Target) -> None:
 def sweep_tables(target: Target) -> None:
     """Remove what a writer of the tables of the run left that was killed."""
     plan = target.plan
-    files = [kind.file(plan.target, plan.resolved.table) for kind in _kinds(plan)]
+    files = [kind.file(plan, plan.resolved.table) for kind in _kinds(plan)]
     files[0].parent.sweep_staged([file.basename for file in files])
 
 
@@ -157,7 +157,7 @@ def write_tables(target: Target, missing_boxes: Sequence[Json]) -> None:
 
 def _write_tables(target: Target, missing_boxes: Sequence[Json], kind: _Kind) -> None:
     plan = target.plan
-    table = kind.file(plan.target, plan.resolved.table)
+    table = kind.file(plan, plan.resolved.table)
     outputs = list(chain.from_iterable(map(plan.outputs_of, range(len(plan.volumes)))))
     others = [other for other in _other_plans(target) if kind in _kinds(other)]
     rows = chain(_rows_of_others(others, kind), _rows(plan, outputs, kind))
@@ -165,7 +165,7 @@ def _write_tables(target: Target, missing_boxes: Sequence[Json], kind: _Kind) ->
     lacks = {"missing_boxes": json.dumps(missing_boxes)}
     write_rows(table.parent, table.basename, rows, schema=schema.with_metadata(lacks))
     # Fields that were measured before are in it too: a table of the other form would lack some.
-    kind.remove_files(target.location, [form for form in _FORMS if form != plan.resolved.table])
+    kind.remove_files(plan, [form for form in _FORMS if form != plan.resolved.table])
     of_group: dict[Location, list[Output]] = defaultdict(list)
     for output in outputs:
         of_group[target.array("labels", output).location.parent].append(output)

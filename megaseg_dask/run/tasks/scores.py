@@ -17,7 +17,7 @@ from megaseg_dask.inference.block import (
     stack,
 )
 from megaseg_dask.inference.engine import open_engine
-from megaseg_dask.plan.resolved import Automatic, Fixed
+from megaseg_dask.plan.resolved import Fixed
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.tasks.source import require_same_voxels, wanted_voxels
 from megaseg_dask.run.tasks.thresholds import find_extremes, sum_above
@@ -156,11 +156,8 @@ def _arrays_to_write(workspace: Workspace, output: BlockOutputs) -> dict[str, Ar
     arrays = {}
     if "scores" in resolved.outputs:
         arrays["scores"] = output.scores(resolved.scores_dtype)
-    if not resolved.has_mask():
-        return arrays
-    match resolved.threshold:
-        case Automatic():
-            arrays["logits"] = output.logits()
-        case Fixed(score):
-            arrays[workspace.first_mask] = output.mask(score)
+    if resolved.finds_threshold() or resolved.keep_logits:
+        arrays["logits"] = output.logits()
+    if resolved.has_mask() and isinstance(resolved.threshold, Fixed):
+        arrays[workspace.first_mask] = output.mask(resolved.threshold.score)
     return arrays

@@ -135,7 +135,12 @@ def require_group(workspace: Workspace, volume: int, _: int) -> TaskSummary:
 
 
 def describe_volume(plan: Plan, summaries: Sequence[TaskSummary]) -> tuple[ChannelStatistics, ...]:
-    """Return the statistics of each channel of a volume from its ``measure`` tasks."""
+    """Return the statistics of each channel of a volume from its ``measure`` tasks.
+
+    There are none if nothing is predicted.
+    """
+    if not plan.resolved.predicts():
+        return ()
 
     def describe(channel: int) -> ChannelStatistics:
         of_tasks = (summary.parts[channel] for summary in summaries)

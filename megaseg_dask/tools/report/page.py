@@ -20,6 +20,7 @@ from megaseg_dask.events import Failure
 from megaseg_dask.messages import doubt_line, duration, version_of
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Output, Plan
+from megaseg_dask.plan.relabelling import RESULT
 from megaseg_dask.plan.settings import Settings, declared
 from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run import log
@@ -306,6 +307,17 @@ def _versions(plan: Plan) -> Mapping[str, str]:
     return {}
 
 
+def _relabelling(plan: Plan) -> str:
+    """Return the shell command that labels the same scores in the same way."""
+    return command_line(
+        "relabel",
+        plan.target,
+        settings=plan.resolved.as_settings(plan.settings),
+        options=RESULT,
+        repeats_defaults=True,
+    )
+
+
 def commands_of(plans: Sequence[Plan]) -> list[str]:
     """Return the shell commands that give the same output.
 
@@ -313,6 +325,9 @@ def commands_of(plans: Sequence[Plan]) -> list[str]:
     """
     commands = []
     for plan in plans:
+        if not plan.resolved.predicts():
+            commands.append(_relabelling(plan))
+            continue
         options = {n for n in Settings.model_fields if declared(n).changes_result}
         options |= _REPEATED_OPTIONS
         # The planner writes these down also where the source leaves no choice.

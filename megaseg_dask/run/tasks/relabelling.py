@@ -1,0 +1,62 @@
+"""The stage ``reread``: a block's stored scores or logits become its mask; no network runs."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaseg_dask.algorithms.blending import MAX_UINT8_SCORE
+from megaseg_dask.errors import DataError
+from megaseg_dask.inference.block import HostOutputs
+from megaseg_dask.plan.plan import Output
+from megaseg_dask.plan.resolved import Fixed
+from megaseg_dask.run.state import OutputState, TaskSummary
+from megaseg_dask.run.tasks.thresholds import find_extremes
+from megaseg_dask.run.workspace import Workspace
+
+Array = NDArray[Any]
+
+
+def read_block(workspace: Workspace, volume: int, number: int) -> TaskSummary:
+    """Write the mask of one block, or the logits to find it from.
+
+    Raises:
+        DataError: That part was not predicted, or is lost.
+    """
+    outputs = workspace.plan.outputs_of(volume)
+    states = tuple(_read_output(workspace, output, number) for output in outputs)
+    return TaskSummary(by_output=states)
+
+
+def _read_output(workspace: Workspace, output: Output, number: int) -> OutputState:
+    plan = workspace.plan
+    basis = plan.resolved.basis
+    assert basis is not None
+    core = plan.block_grid()[number]
+    try:
+        stored = workspace.basis(output).read(core)
+    except DataError as error:
+        raise DataError(
+            f"the {basis.kind} of run {basis.run} lack this part ({error}); finish that run with "
+            "its megaseg segment command, then run this command again"
+        ) from error
+    if not isinstance(plan.resolved.threshold, Fixed):
+        workspace.write("logits", output, core, stored)
+        return find_extremes(stored)
+    threshold = plan.resolved.threshold.score
+    if basis.kind == "logits":
+        mask = HostOutputs(stored).mask(threshold)
+    else:
+        mask = _mask_of_scores(stored, threshold)
+    workspace.write(workspace.first_mask, output, core, mask)
+    return OutputState()
+
+
+def _mask_of_scores(scores: Array, threshold: float) -> NDArray[np.uint8]:
+    """Return 1 where a stored score is above a threshold, strictly, else 0."""
+    if scores.dtype.kind == "f":
+        return (scores > np.float32(threshold)).view(np.uint8)
+    # Above 255 times the threshold, in whole numbers.
+    limit = math.floor(MAX_UINT8_SCORE * threshold)
+    return (scores > np.uint8(limit)).view(np.uint8)

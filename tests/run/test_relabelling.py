@@ -1,0 +1,333 @@
+"""``megaseg relabel``: labels of what was predicted are those of a new run, and no network runs."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from numpy.testing import assert_array_equal
+from skimage.measure import label
+
+from megaseg_dask.cli.app import main
+from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.runner import relabel
+from megaseg_dask.run.status import status
+from megaseg_dask.run.tasks import worker
+from megaseg_dask.run.workspace import RunFolder
+from megaseg_dask.stores import Location
+from megaseg_dask.tools.report.write import write_report
+from tests.counts.test_engine_calls import contents
+from tests.fixtures.images import write_image
+from tests.fixtures.plates import FieldSpec, write_fields
+from tests.fixtures.runs import segment_here
+from tests.run.test_splitting import MANY, ONE, SCALE, touching_balls
+
+OPTIONS = {"threads": 1, "overlap": 0, "scores_dtype": "float32"}
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_image(tmp_path / "image.zarr", touching_balls(), scale=SCALE)
+
+
+@pytest.fixture
+def run(source, tmp_path, tiny_bundle, cheap_engine):
+    """Segment into a target by name."""
+
+    def segment_into(name, source=source, **options):
+        settings = parse_settings({"model": str(tiny_bundle), **OPTIONS, **options})
+        result = segment_here(str(source), str(tmp_path / name), settings)
+        assert result.status == "done", result.failures
+        return zarr.open_group(tmp_path / name, mode="r")
+
+    return segment_into
+
+
+@pytest.fixture
+def again(tmp_path, monkeypatch):
+    """Label again, in this process, without bundle and network."""
+
+    def relabel_into(name, label_name="again", **options):
+        with monkeypatch.context() as patch:
+
+            def refuse(*_, **__):
+                raise AssertionError("a bundle is read")
+
+            patch.setattr("megaseg_dask.run.tasks.scores.open_engine", refuse)
+            patch.setattr("megaseg_dask.models.registry.describe", refuse)
+            patch.setattr("megaseg_dask.plan.planner.describe", refuse)
+            settings = parse_settings({"workers": 0, "label_name": label_name, **options})
+            result = relabel(str(tmp_path / name), settings)
+        group = zarr.open_group(tmp_path / name, mode="r")
+        return group, result
+
+    return relabel_into
+
+
+CHANGES = [
+    {"threshold": 0.8},
+    {"threshold": 0.7, "connectivity": 3, "min_size": 40, "fill_holes": 30},
+    {"split": "distance", "split_depth": 0.2, "min_size": 20},
+]
+
+
+@pytest.mark.parametrize(
+    ("block", "changes", "keep_logits"),
+    [
+        (ONE, CHANGES[0], False),
+        (MANY, CHANGES[1], False),
+        (MANY, CHANGES[2], False),
+        (ONE, CHANGES[2], True),
+        (MANY, CHANGES[0], True),
+    ],
+)
+def test_labels_are_those_of_a_new_run(block, changes, keep_logits, run, again):
+    run("out.zarr", block=block, keep_logits=keep_logits)
+    found, result = again("out.zarr", outputs="labels,mask", **changes)
+    assert result.status == "done", result.failures
+    new = run("new.zarr", block=block, outputs="labels,scores,mask", **changes)
+    for kind in ("", "_mask"):
+        expected = new[f"labels/megaseg{kind}/0"][...]
+        assert_array_equal(found[f"labels/again{kind}/0"][...], expected)
+    assert 1 < result.n_objects == new["labels/megaseg/0"][...].max()
+    levels = sorted(new["labels/megaseg"].array_keys())
+    assert sorted(found["labels/again"].array_keys()) == levels
+    ours = dict(found["labels/again"].attrs["megaseg"])
+    theirs = new["labels/megaseg"].attrs["megaseg"]
+    assert ours.pop("basis")["kind"] == ("logits" if keep_logits else "scores")
+    for key in ("model", "engine", "normalization", "threshold", "source"):
+        assert ours[key] == theirs[key]
+
+
+@pytest.mark.parametrize("block", [ONE, MANY])
+def test_automatic_thresholds_come_from_kept_logits(block, run, again, tmp_path):
+    run("out.zarr", block=block, keep_logits=True)
+    for method in ("otsu", "li"):
+        found, _ = again("out.zarr", method, threshold=method)
+        new = run(f"{method}.zarr", block=block, threshold=method)
+        assert_array_equal(found[f"labels/{method}/0"][...], new["labels/megaseg/0"][...])
+        threshold = found[f"labels/{method}"].attrs["megaseg"]["threshold"]
+        assert threshold == new["labels/megaseg"].attrs["megaseg"]["threshold"]
+
+
+def test_automatic_thresholds_need_kept_logits(run, again):
+    run("out.zarr")
+    with pytest.raises(SettingsError, match=r"kept scores alone.*--keep-logits"):
+        again("out.zarr", threshold="otsu")
+
+
+def test_scores_of_eight_bits_are_above_255_times_the_threshold(run, again):
+    scores = run("out.zarr", scores_dtype="uint8")["0"][...]
+    for threshold in (0.0, 0.3, 0.5, 0.6, 1.0):
+        name = f"at-{threshold}"
+        found, result = again("out.zarr", name, threshold=threshold)
+        expected = label(scores.astype(float) > 255 * threshold, connectivity=1)
+        assert_array_equal(found[f"labels/{name}/0"][...], expected)
+        assert "within 1/510" in result.warnings[0]
+        basis = found[f"labels/{name}"].attrs["megaseg"]["basis"]
+        assert basis["foreground"] == "score_u8 > 255 * threshold"
+
+
+def test_the_run_itself_is_left_as_it_was(run, again, tmp_path):
+    run("out.zarr", outputs="labels,scores,measurements", block=MANY)
+    folder = tmp_path / "out.zarr"
+    table = tmp_path / "out.zarr.measurements.parquet"
+    before = {**contents(folder), "table": table.read_bytes()}
+    outputs = "labels,measurements"
+    found, result = again("out.zarr", outputs=outputs, threshold=0.6, min_size=9)
+    after = {**contents(folder), "table": table.read_bytes()}
+    changed = {path for path in before if before[path] != after[path]}
+    shared = {"labels/zarr.json", "tables/zarr.json"}
+    assert {str(path) for path in changed} <= shared
+    new = set(after) - set(before)
+    assert all(str(path).startswith(("labels/again/", "tables/again/")) for path in new)
+    assert set(found["labels"].attrs["ome"]["labels"]) == {"megaseg", "again"}
+    rows = pq.read_table(tmp_path / "out.zarr.again.measurements.parquet").to_pydict()
+    assert rows["label"] == list(range(1, result.n_objects + 1))
+    other = run("new.zarr", outputs="labels,scores,measurements", threshold=0.6, min_size=9)
+    expected = pq.read_table(tmp_path / "new.zarr.measurements.parquet").to_pydict()
+    assert rows == expected
+    assert other["0"].shape == found["0"].shape
+    # The run is still believed, and resumes as done.
+    run("out.zarr", outputs="labels,scores,measurements", block=MANY)
+
+
+def test_it_resumes_to_the_same_bytes_and_is_done_once(run, again, tmp_path, monkeypatch):
+    changes = {"split": "distance", "split_depth": 0.2, "threshold": 0.6, "workers": 0}
+    run("a.zarr", block=MANY)
+    run("b.zarr", block=MANY)
+    again("a.zarr", **changes)
+    calls = []
+
+    def stop(workspace, stage, index, original=worker.run_task):
+        calls.append((stage, index))
+        if calls[-1] in [("reread", 4), ("relabel", 5)] and calls.count(calls[-1]) == 1:
+            raise KeyboardInterrupt
+        return original(workspace, stage, index)
+
+    monkeypatch.setattr(worker, "run_task", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            again("b.zarr", **changes)
+    _, result = again("b.zarr", **changes)
+    assert sum(stage == "reread" for stage, _ in calls) == 27 + 1
+    assert contents(tmp_path / "a.zarr") == contents(tmp_path / "b.zarr")
+    assert not result.already_done
+    assert again("b.zarr", **changes)[1].already_done
+    with pytest.raises(TargetError, match="belongs to another run"):
+        again("b.zarr", threshold=0.9)
+    found, _ = again("b.zarr", threshold=0.9, overwrite=True)
+    assert found["labels/again"].attrs["megaseg"]["settings"]["threshold"] == 0.9
+    names = {each.label_name: each.done for each in status(str(tmp_path / "b.zarr"))}
+    assert names == {"megaseg": True, "again": True}
+
+
+def test_what_was_lost_is_made_again(run, again, tmp_path):
+    run("out.zarr", block=MANY)
+    again("out.zarr", threshold=0.6)
+    expected = contents(tmp_path / "out.zarr")
+    chunks = (tmp_path / "out.zarr/labels/again/0").rglob("c/**/*")
+    next(path for path in sorted(chunks) if path.is_file()).unlink()
+    again("out.zarr", threshold=0.6)
+    assert contents(tmp_path / "out.zarr") == expected
+
+
+def test_scores_that_are_lost_are_no_background(run, again, tmp_path):
+    run("out.zarr", block=MANY)
+    chunks = [path for path in (tmp_path / "out.zarr/0/c").rglob("*") if path.is_file()]
+    chunks[0].unlink()
+    with pytest.raises(TargetError, match="is not all there"):
+        again("out.zarr", threshold=0.6)
+    assert not (tmp_path / "out.zarr/labels/again").exists()
+
+
+def test_a_block_that_was_not_predicted_is_missing_again_until_it_is(
+    source, run, again, tmp_path, tiny_bundle, monkeypatch
+):
+    def fail(workspace, stage, index, original=worker.run_task):
+        if (stage, index) == ("segment", 5):
+            raise ValueError("no")
+        return original(workspace, stage, index)
+
+    settings = parse_settings({"model": str(tiny_bundle), **OPTIONS, "block": MANY})
+    target = str(tmp_path / "out.zarr")
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "run_task", fail)
+        assert segment_here(str(source), target, settings).status == "failed"
+    found, result = again("out.zarr", threshold=0.6)
+    assert result.status == "failed"
+    assert "finish that run" in result.failures[0].error
+    [missing] = found["labels/again"].attrs["megaseg"]["missing_boxes"]
+    theirs = found["labels/megaseg"].attrs["megaseg"]["missing_boxes"]
+    assert missing == theirs[0]
+    run("out.zarr", block=MANY)
+    found, result = again("out.zarr", threshold=0.6)
+    assert result.status == "done", result.failures
+    new = run("new.zarr", threshold=0.6)
+    assert_array_equal(found["labels/again/0"][...], new["labels/megaseg/0"][...])
+
+
+def test_timepoints_channels_and_a_region(run, again, tmp_path):
+    frames = [np.stack([touching_balls(seed=t), touching_balls(seed=t + 7)]) for t in range(2)]
+    source = write_image(tmp_path / "series.zarr", np.stack(frames), axes="tczyx", scale=SCALE)
+    options = {"channel": "0,1", "roi": "4:24,0:50,20:90", "block": "9,30,30"}
+    run("out.zarr", source, **options)
+    found, _ = again("out.zarr", threshold=0.6)
+    new = run("new.zarr", source, threshold=0.6, **options)
+    for channel in "01":
+        expected = new[f"labels/megaseg_{channel}/0"][...]
+        assert_array_equal(found[f"labels/again_{channel}/0"][...], expected)
+        assert expected.max() > 1
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_plate_whose_fields_took_several_runs(version, run, again, tmp_path):
+    fields = {
+        "A/1/0": FieldSpec(shape=(16, 40, 40)),
+        "A/1/1": FieldSpec(shape=(16, 40, 40), seed=3),
+        "B/2/0": FieldSpec(shape=(16, 32, 56), seed=5),
+    }
+    source = write_fields(tmp_path / "plate.zarr", version, fields)
+    options = {"channel": "dna", "ome_zarr": version}
+    run("out.zarr", source, **options)
+    outputs = "labels,measurements"
+    found, result = again("out.zarr", threshold=0.6, outputs=outputs)
+    assert result.status == "done", result.failures
+    new = run("new.zarr", source, threshold=0.6, **options)
+    for path in fields:
+        expected = new[f"{path}/labels/megaseg/0"][...]
+        assert expected.max() > 1
+        assert_array_equal(found[f"{path}/labels/again/0"][...], expected)
+    table = pq.read_table(tmp_path / "out.zarr.again.measurements.parquet").to_pydict()
+    assert len(table["label"]) == result.n_objects
+    assert set(table["well"]) == {"A/1", "B/2"}
+    done = {each.label_name: each.done for each in status(str(tmp_path / "out.zarr"))}
+    assert done == dict.fromkeys(["again", "again+2", "megaseg", "megaseg+2"], True)
+
+
+def test_a_report_of_it(run, again, tmp_path):
+    run("out.zarr", outputs="labels,scores,measurements", block=MANY)
+    again("out.zarr", threshold=0.6, outputs="labels,measurements", min_size=9)
+    write_report(str(tmp_path / "out.zarr"), label_name="again")
+    text = (tmp_path / "out.zarr.report.html").read_text()
+    assert "megaseg relabel" in text
+    assert "--threshold 0.6" in text
+
+
+def test_wrong_requests_write_nothing(run, again, source, tmp_path):
+    run("out.zarr")
+    before = contents(tmp_path / "out.zarr")
+    with pytest.raises(SettingsError, match="scores are there already"):
+        again("out.zarr", outputs="labels,scores")
+    with pytest.raises(SettingsError, match="choose a new one"):
+        again("out.zarr", "megaseg", threshold=0.6)
+    with pytest.raises(SettingsError, match="--label-name is needed"):
+        relabel(str(tmp_path / "out.zarr"), parse_settings({"threshold": 0.6}))
+    with pytest.raises(TargetError, match="no run is recorded"):
+        again("image.zarr")
+    run("labels.zarr", outputs="labels")
+    with pytest.raises(SettingsError, match="kept neither scores nor logits"):
+        again("labels.zarr", threshold=0.6)
+    zarr.open_array(source / "0", mode="r+")[0, 0, 0] += 1
+    with pytest.raises(SourceError, match="changed since it was predicted"):
+        again("out.zarr", outputs="labels,measurements")
+    again_in_place = {"outputs": "labels", "label_name": "own"}
+    run("image.zarr", **again_in_place)
+    with pytest.raises(SettingsError, match="kept neither"):
+        again("image.zarr", threshold=0.6)
+    assert contents(tmp_path / "out.zarr") == before
+
+
+def test_segment_names_the_command_and_the_command_works(run, tmp_path, capsys):
+    run("out.zarr", min_size=5)
+    with pytest.raises(TargetError, match="only --threshold differs") as refused:
+        run("out.zarr", min_size=5, threshold=0.7)
+    command = str(refused.value).rsplit(": ", 1)[1]
+    words = shlex.split(command.replace("NEW", "strict"))
+    with pytest.raises(SystemExit) as ended:
+        main([*words[1:], "--workers", "0", "--json"])
+    assert ended.value.code == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["event"], last["status"]) == ("result", "done")
+    new = run("new.zarr", min_size=5, threshold=0.7)
+    found = zarr.open_group(tmp_path / "out.zarr", mode="r")
+    assert_array_equal(found["labels/strict/0"][...], new["labels/megaseg/0"][...])
+    with pytest.raises(TargetError) as refused:
+        run("out.zarr", min_size=5, threshold="otsu")
+    assert "relabel" not in str(refused.value)
+
+
+def test_a_target_that_was_moved_with_its_runs(run, again, tmp_path):
+    run("out.zarr", keep_logits=True, block=MANY)
+    for suffix in ("", ".run"):
+        Path(tmp_path / f"out.zarr{suffix}").rename(tmp_path / f"moved.zarr{suffix}")
+    (tmp_path / "image.zarr").rename(tmp_path / "gone.zarr")
+    found, result = again("moved.zarr", threshold="otsu")
+    assert result.n_objects == found["labels/again/0"][...].max() > 1
+    plan = RunFolder(Location.of(str(tmp_path / "moved.zarr.run/again"))).read_plan()
+    assert Journal.read(plan).result is not None
