@@ -391,7 +391,9 @@ class Plan(BaseModel):
     def stages(self) -> tuple[PlannedStage, ...]:
         """The stages in order, with the number of their tasks."""
         if self.is_one_task:
-            return (PlannedStage(stages.WHOLE_VOLUME, len(self.volumes), 1),)
+            predicts = self.resolved.predicts()
+            stage = stages.WHOLE_VOLUME if predicts else stages.WHOLE_VOLUME_AGAIN
+            return (PlannedStage(stage, len(self.volumes), 1),)
         return self.staged
 
     @cached_property

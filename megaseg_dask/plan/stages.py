@@ -6,7 +6,7 @@ job arrays, workers and the report read what they need from here.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megaseg_dask.errors import SettingsError
@@ -70,6 +70,9 @@ WHOLE_VOLUME = Stage(
     loss="volume",
     tells=("statistics", "scores", "threshold", "objects"),
 )
+
+# The same where scores are read: nothing of the source is measured.
+WHOLE_VOLUME_AGAIN = replace(WHOLE_VOLUME, tells=("scores", "threshold", "objects"))
 
 # The stages of a volume of several blocks, in order.
 STAGES = (

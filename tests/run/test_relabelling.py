@@ -109,6 +109,7 @@ def test_automatic_thresholds_come_from_kept_logits(block, run, again, tmp_path)
     run("out.zarr", block=block, keep_logits=True)
     for method in ("otsu", "li"):
         found, _ = again("out.zarr", method, threshold=method)
+        assert again("out.zarr", method, threshold=method)[1].already_done
         new = run(f"{method}.zarr", block=block, threshold=method)
         assert_array_equal(found[f"labels/{method}/0"][...], new["labels/megaseg/0"][...])
         threshold = found[f"labels/{method}"].attrs["megaseg"]["threshold"]
@@ -237,7 +238,9 @@ def test_timepoints_channels_and_a_region(run, again, tmp_path):
     source = write_image(tmp_path / "series.zarr", np.stack(frames), axes="tczyx", scale=SCALE)
     options = {"channel": "0,1", "roi": "4:24,0:50,20:90", "block": "9,30,30"}
     run("out.zarr", source, **options)
-    found, _ = again("out.zarr", threshold=0.6)
+    found, result = again("out.zarr", threshold=0.6)
+    assert not result.already_done
+    assert again("out.zarr", threshold=0.6)[1].already_done
     new = run("new.zarr", source, threshold=0.6, **options)
     for channel in "01":
         expected = new[f"labels/megaseg_{channel}/0"][...]
