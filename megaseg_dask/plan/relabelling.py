@@ -10,6 +10,7 @@ from typing import Any
 
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.plan.cluster_spec import cluster_of
+from megaseg_dask.plan.companion import Companion, find_companion
 from megaseg_dask.plan.memory import LEAST_SPLIT_VOXELS
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.planner import choose_split, memory_of, padded_voxels, require_memory
@@ -20,6 +21,7 @@ from megaseg_dask.stores import Location
 # Options of what follows the scores, and of how the work is done. The others are the earlier run's.
 RESULT = (
     "outputs",
+    "regions",
     "table",
     "threshold",
     "connectivity",
@@ -60,6 +62,8 @@ def plan_relabelling(earlier: Plan, settings: Settings, recorded: Plan | None = 
     values["resolved"] = replace(
         old,
         outputs=merged.outputs,
+        measure_channels=old.measure_channels if "measurements" in merged.outputs else (),
+        regions=merged.regions,
         table=merged.table,
         threshold=threshold_of(merged),
         connectivity=merged.connectivity,
@@ -70,6 +74,10 @@ def plan_relabelling(earlier: Plan, settings: Settings, recorded: Plan | None = 
         keep_logits=False,
         basis=basis,
     )
+    values["images"] = {
+        path: replace(image, regions=_regions_of(earlier, path, merged.regions))
+        for path, image in earlier.images.items()
+    }
     values["settings"] = merged.recorded()
     values["memory_bytes"] = memory_of(merged, cluster_of(merged))
     values["split_voxels"] = 0
@@ -80,6 +88,13 @@ def plan_relabelling(earlier: Plan, settings: Settings, recorded: Plan | None = 
         plan = plan.with_split(choose_split(plan, recorded))
     require_memory(plan)
     return plan
+
+
+def _regions_of(earlier: Plan, path: str, regions: str | None) -> Companion | None:
+    """Return the regions of an image, if there are any."""
+    if regions is None:
+        return None
+    return find_companion(earlier.source / path, earlier.source_image, regions, "--regions", path)
 
 
 def require_new_name(settings: Settings, taken: Collection[str]) -> None:
@@ -114,19 +129,27 @@ def can_relabel(earlier: Plan, names: Collection[str], threshold: object) -> boo
     needs_logits = isinstance(threshold, str) and "threshold" in names
     if not can_be_basis(earlier) or (needs_logits and not earlier.resolved.keep_logits):
         return False
-    return bool(names) and set(names) <= set(RESULT) - {"label_name", "outputs", "table"}
+    return bool(names) and set(names) <= set(RESULT) - {
+        "label_name",
+        "outputs",
+        "table",
+        "regions",
+    }
 
 
 def _merge(earlier: Plan, settings: Settings) -> Settings:
     """Return the earlier run's settings with those that are given, and its own for the work."""
     given = settings.model_fields_set
     options = earlier.resolved.options()
-    changed: dict[str, object] = {name: options[name] for name in RESULT}
+    changed: dict[str, Any] = {name: options[name] for name in RESULT}
     changed["outputs"] = ("labels",)
     changed |= {name: getattr(settings, name) for name in RESULT if name in given}
     changed |= {name: getattr(settings, name) for name in WORK}
     if "split" in given and settings.split == "none":
         changed["split_depth"] = None
+    if "measurements" not in changed["outputs"]:
+        # They are told of objects that are measured.
+        changed |= {"regions": None, "measure_channels": None}
     return Settings.model_validate({**earlier.settings.model_dump(), **changed})
 
 
