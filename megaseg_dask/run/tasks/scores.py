@@ -86,10 +86,10 @@ def _write(
 
 def _facts_of(workspace: Workspace, arrays: dict[str, Array], intensity: Array) -> OutputState:
     """Return what a block tells of its volume: extremes of logits, or sums above the threshold."""
-    if "logits" in arrays:
-        return find_extremes(arrays["logits"])
     if workspace.first_mask in arrays:
         return sum_above(arrays[workspace.first_mask], intensity)
+    if "logits" in arrays:
+        return find_extremes(arrays["logits"])
     return OutputState()
 
 
