@@ -9,7 +9,7 @@ not NaN: StarDist's convention (`stardist.matching`), kept for the foreground
 too. The counts beside it tell such a case from a bad prediction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,6 +74,19 @@ class Contingency:
         )
 
     @classmethod
+    def joined(cls, tables: Iterable["Contingency"]) -> "Contingency":
+        """Return one table of several images, where an id of one is not that id of another.
+
+        Objects are numbered anew; background stays 0.
+        """
+        result = cls.none()
+        for table in tables:
+            predicted = _numbered(table.predicted, int(result.predicted.max(initial=0)))
+            true = _numbered(table.true, int(result.true.max(initial=0)))
+            result = result + cls(predicted, true, table.voxels)
+        return result
+
+    @classmethod
     def _merged(
         cls, predicted: NDArray[np.uint64], true: NDArray[np.uint64], voxels: NDArray[np.int64]
     ) -> "Contingency":
@@ -84,6 +97,13 @@ class Contingency:
         true = true[order]
         starts = _run_starts(predicted, true)
         return cls(predicted[starts], true[starts], np.add.reduceat(voxels[order], starts))
+
+
+def _numbered(ids: NDArray[np.uint64], n_before: int) -> NDArray[np.uint64]:
+    """Return consecutive numbers after ``n_before`` for the ids above 0."""
+    _, numbers = np.unique(np.append(ids, np.uint64(0)), return_inverse=True)
+    numbers = numbers[:-1].astype(np.uint64)
+    return np.where(numbers > 0, numbers + np.uint64(n_before), np.uint64(0))
 
 
 def _run_starts(predicted: NDArray[Any], true: NDArray[Any]) -> NDArray[np.intp]:
@@ -115,7 +135,9 @@ class Evaluation:
     in voxels. Panoptic quality = segmentation quality (mean IoU of the matched)
     times recognition quality (F1 of the objects), at IoU 0.5: Kirillov et al.,
     "Panoptic Segmentation", CVPR 2019, but an IoU of exactly 0.5 matches, as in
-    StarDist.
+    StarDist. A true object is split if more than half of the voxels of two or more
+    predicted objects lie in it; a predicted object is merged if more than half of
+    the voxels of two or more true objects lie in it.
     """
 
     dice: float
@@ -124,6 +146,8 @@ class Evaluation:
     recall: float
     n_predicted: int
     n_true: int
+    n_split: int
+    n_merged: int
     mean_average_precision: float
     panoptic_quality: float
     segmentation_quality: float
@@ -131,6 +155,8 @@ class Evaluation:
     matchings: tuple[Matching, ...]
     # Voxels that were not compared, because one of the images lacks them.
     left_out_voxels: int = 0
+    # Voxels that were not compared, because the truth says nothing about them.
+    not_annotated_voxels: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields by name, as plain Python values that are ready for JSON."""
@@ -178,6 +204,8 @@ def evaluate_contingency(
         recall=_ratio(shared, in_true),
         n_predicted=n_predicted,
         n_true=n_true,
+        n_split=_n_shared(table.true, table.predicted, table.voxels),
+        n_merged=_n_shared(table.predicted, table.true, table.voxels),
         mean_average_precision=float(
             np.mean([matching.average_precision for matching in matchings])
         ),
@@ -215,6 +243,15 @@ def _object_voxels(ids: NDArray[np.uint64], voxels: NDArray[np.int64]) -> NDArra
     object_voxels = np.zeros(len(ids), np.int64)
     np.add.at(object_voxels, rows, voxels)
     return object_voxels[rows]
+
+
+def _n_shared(
+    whole: NDArray[np.uint64], parts: NDArray[np.uint64], voxels: NDArray[np.int64]
+) -> int:
+    """Return in how many of the objects ``whole`` two or more of ``parts`` mainly lie."""
+    is_mainly = 2 * voxels > _object_voxels(parts, voxels)
+    _, n_parts = np.unique(whole[is_mainly & (whole > 0) & (parts > 0)], return_counts=True)
+    return int(np.count_nonzero(n_parts > 1))
 
 
 def _match(

@@ -109,6 +109,15 @@ def evaluate(
             "--unmarked", help="Voxels are ids also where no metadata mark an image as labels."
         ),
     ] = False,
+    ignore: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="ID",
+            help="Id in TRUTH of voxels that are not annotated; they are left out, as those below "
+            "0 are. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     csv: Annotated[
         bool, typer.Option("--csv", help="Print comma-separated lines, for a spreadsheet.")
     ] = False,
@@ -129,7 +138,7 @@ def evaluate(
         if not unmarked:
             for labels in compared:
                 require_labels(labels)
-        evaluation = evaluate_images(*compared)
+        evaluation = evaluate_images(*compared, ignored=ignore or ())
         if evaluation.left_out_voxels:
             warn(
                 f"{evaluation.left_out_voxels} voxels were ignored because their tasks failed "

@@ -1,13 +1,13 @@
 """Score a label image on a store against the truth, block by block.
 
 Only a table of touching pairs of objects is kept, and tables add, so images of
-any size can be compared. Ids start again in each timepoint: an object is known by
-timepoint and id.
+any size can be compared. Ids start again in each timepoint: each has a table of
+its own. Voxels with a negative id in the truth are not annotated, and are left out.
 """
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, Shape
 from megaseg_dask.algorithms.matching import Contingency, Evaluation, evaluate_contingency
-from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.errors import DataError, SettingsError, SourceError
 from megaseg_dask.ngff.foreign import TIFF_SUFFIXES
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import choose_label, read_label_image
@@ -25,8 +25,6 @@ from megaseg_dask.stores import Location
 from megaseg_dask.tools.importing.files import open_file
 
 BLOCK_SHAPE = (64, 512, 512)
-# Ids of a timepoint stay below this: a volume of 2^40 objects would have 2^41 voxels.
-_IDS_PER_TIMEPOINT = 2**40
 
 
 def find_labels(address: str, name: str | None = None) -> Location:
@@ -69,42 +67,75 @@ def is_tiff(location: Location) -> bool:
 
 
 def evaluate_images(
-    predicted: Location, truth: Location, block_shape: Shape = BLOCK_SHAPE
+    predicted: Location,
+    truth: Location,
+    block_shape: Shape = BLOCK_SHAPE,
+    *,
+    ignored: Sequence[int] = (),
 ) -> Evaluation:
     """Compare two label images of one shape, all timepoints together; any block gives the same.
 
-    Voxels that one of them lacks because tasks of its run failed are left out, and counted.
+    Voxels that one of them lacks because tasks of its run failed are left out, and counted. So are
+    those that the truth does not annotate: with a negative id, or one of ``ignored``.
 
     Raises:
         SourceError: for images of different shapes, without a voxel in common, or whose voxels are
-            no integers.
+            no integers; for a predicted id below 0.
         MegasegError: if one of them cannot be read.
     """
     with closing(_open(predicted)) as ours, closing(_open(truth)) as theirs:
-        return _compare(predicted, truth, ours, theirs, block_shape)
-
-
-def _compare(
-    predicted: Location, truth: Location, ours: "_Readable", theirs: "_Readable", block_shape: Shape
-) -> Evaluation:
-    if ours.shape != theirs.shape:
-        shapes = f"{predicted} has {ours.shape}, {truth} has {theirs.shape}"
-        raise SourceError(f"shapes (t, z, y, x) differ: {shapes}")
-    n_times, *volume_shape = ours.shape
-    table = Contingency.none()
-    n_left_out = 0
-    for t in range(n_times):
-        for box in BlockGrid(tuple(volume_shape), block_shape):
-            is_there = ours.has(t, box) & theirs.has(t, box)
-            n_left_out += int((~is_there).sum())
-            compared = (labels.read(t, box)[is_there] for labels in (ours, theirs))
-            table = table + Contingency.of(*compared)
+        if ours.shape != theirs.shape:
+            shapes = f"{predicted} has {ours.shape}, {truth} has {theirs.shape}"
+            raise SourceError(f"shapes (t, z, y, x) differ: {shapes}")
+        comparison = _Comparison(ours, theirs, ignored)
+        n_times, *volume_shape = ours.shape
+        for t in range(n_times):
+            for box in BlockGrid(tuple(volume_shape), block_shape):
+                try:
+                    comparison.add(t, box)
+                except DataError as error:
+                    raise SourceError(f"{predicted}: {error}") from error
+    table = Contingency.joined(comparison.tables.values())
     if not len(table.voxels):
+        if comparison.n_not_annotated:
+            raise SourceError(f"{truth} annotates no voxel; expected ids of 0 and above")
         raise SourceError(
             f"{predicted} lacks all voxels: its run failed; fix the cause, and run the same "
             "megaseg segment command again"
         )
-    return replace(evaluate_contingency(table), left_out_voxels=n_left_out)
+    return replace(
+        evaluate_contingency(table),
+        left_out_voxels=comparison.n_lacking,
+        not_annotated_voxels=comparison.n_not_annotated,
+    )
+
+
+@dataclass(slots=True)
+class _Comparison:
+    """Tables of the timepoints, of the boxes that were added."""
+
+    ours: "_Readable"
+    theirs: "_Readable"
+    ignored: Sequence[int]
+    tables: dict[int, Contingency] = field(default_factory=dict)
+    n_lacking: int = 0
+    n_not_annotated: int = 0
+
+    def add(self, t: int, box: Box) -> None:
+        """Add a box of a timepoint.
+
+        Raises:
+            DataError: A predicted id is below 0.
+        """
+        is_there = self.ours.has(t, box) & self.theirs.has(t, box)
+        self.n_lacking += int((~is_there).sum())
+        true = self.theirs.read(t, box)[is_there]
+        is_annotated = (true >= 0) & ~np.isin(true, self.ignored)
+        self.n_not_annotated += int((~is_annotated).sum())
+        predicted = self.ours.read(t, box)[is_there][is_annotated]
+        # Negative ids are left out above, so that no value is lost.
+        of_box = Contingency.of(predicted, true[is_annotated].astype(np.uint64))
+        self.tables[t] = self.tables.get(t, Contingency.none()) + of_box
 
 
 class _Readable(Protocol):
@@ -119,8 +150,8 @@ class _Readable(Protocol):
         """Return which voxels ``(z, y, x)`` of a box were computed."""
         ...
 
-    def read(self, t: int, box: Box) -> NDArray[np.uint64]:
-        """Return labels ``(z, y, x)``, with ids that are unique over all timepoints."""
+    def read(self, t: int, box: Box) -> NDArray[Any]:
+        """Return labels ``(z, y, x)``, integers as they are stored."""
         ...
 
     def close(self) -> None:
@@ -144,7 +175,14 @@ class _Labels:
 
     @classmethod
     def open(cls, location: Location) -> "_Labels":
-        return cls(location, read_label_image(location), missing_at(location))
+        image = read_label_image(location)
+        n_channels = image.extent("c")
+        if n_channels > 1:
+            raise SourceError(
+                f"{location} has {n_channels} channels; expected a label image with one. Give each "
+                "channel a label image of its own"
+            )
+        return cls(location, image, missing_at(location))
 
     def close(self) -> None:
         """Close nothing: arrays stay open."""
@@ -163,9 +201,9 @@ class _Labels:
                 is_there[common.within(box).slices] = False
         return is_there
 
-    def read(self, t: int, box: Box) -> NDArray[np.uint64]:
-        """Return labels ``(z, y, x)``, with ids that are unique over all timepoints."""
-        return _unique(Volume.of(self.location, self.image, t=t).read(box), t)
+    def read(self, t: int, box: Box) -> NDArray[Any]:
+        """Return labels ``(z, y, x)``, integers as they are stored."""
+        return Volume.of(self.location, self.image, t=t).read(box)
 
 
 class _TiffLabels:
@@ -194,14 +232,8 @@ class _TiffLabels:
         """Return that all voxels of a box are there."""
         return np.ones(box.shape, bool)
 
-    def read(self, t: int, box: Box) -> NDArray[np.uint64]:
-        """Return labels ``(z, y, x)``, with ids that are unique over all timepoints."""
+    def read(self, t: int, box: Box) -> NDArray[Any]:
+        """Return labels ``(z, y, x)``, integers as they are stored."""
         _, rows, columns = box.slices
         planes = range(box.start[0], box.stop[0])
-        return _unique(np.stack([self._file.read_plane(t, 0, z, rows, columns) for z in planes]), t)
-
-
-def _unique(values: NDArray[Any], t: int) -> NDArray[np.uint64]:
-    """Return labels of a timepoint, with ids that are unique over all timepoints."""
-    ids = values.astype(np.uint64)
-    return np.where(ids > 0, ids + np.uint64(t * _IDS_PER_TIMEPOINT), np.uint64(0))
+        return np.stack([self._file.read_plane(t, 0, z, rows, columns) for z in planes])

@@ -107,7 +107,7 @@ def test_as_dict_is_json():
     ("predicted", "true", "message"),
     [
         (np.zeros((2, 3), int), np.zeros((3, 2), int), r"\(2, 3\).*\(3, 2\)"),
-        (np.zeros(3), np.zeros(3, int), "integers, got float64"),
+        (np.zeros(3), np.zeros(3, int), "integers, found float64"),
         (np.zeros(3, int), np.array([0, -1, 2]), "negative, found -1"),
     ],
 )
@@ -120,3 +120,15 @@ def test_refuses_what_is_no_pair_of_label_images(predicted, true, message):
 def test_refuses_thresholds_where_matching_is_not_unique(thresholds):
     with pytest.raises(SettingsError, match=r"between 0\.5 and 1"):
         evaluate(np.eye(2, dtype=int), np.eye(2, dtype=int), thresholds)
+
+
+def test_splits_and_merges_by_hand():
+    true = np.array([1, 1, 1, 1, 0, 2, 2, 0, 3, 3, 0, 4, 4, 4])
+    ours = np.array([5, 5, 6, 6, 0, 7, 7, 7, 7, 7, 0, 8, 8, 0])
+    found = evaluate(ours, true)
+    # Object 1 is split into 5 and 6; 7 is 2 and 3 together; 8 is a part of 4 alone.
+    assert (found.n_split, found.n_merged) == (1, 1)
+    swapped = evaluate(true, ours)
+    assert (swapped.n_split, swapped.n_merged) == (1, 1)
+    # Half of an object's voxels are not most of them.
+    assert evaluate(np.array([1, 1, 2, 2]), np.array([3, 0, 3, 0])).n_split == 0

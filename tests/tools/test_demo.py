@@ -57,5 +57,5 @@ def test_the_source_is_an_image_in_micrometres_with_its_labels(demo):
 def test_again_is_already_done(demo):
     folder, _ = demo
     again = CliRunner().invoke(build_app(), ["demo", str(folder)])
-    assert again.exit_code == 0
+    assert again.exit_code == 0, again.output
     assert "done before" in again.output

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,3 +151,46 @@ def test_a_tiff_of_labels_is_read_directly(tmp_path, pair):
     found = CliRunner().invoke(build_app(), ["evaluate", str(ours), str(path), "--unmarked"])
     assert found.exit_code == 2
     assert "labels are integers" in found.output
+
+
+def evaluation_of(folder, ours, truth, axes="zyx", **options):
+    predicted = write_image(folder / "predicted.zarr", ours, axes=axes)
+    true = write_image(folder / "true.zarr", truth, axes=axes)
+    return evaluate.evaluate_images(Location.of(predicted), Location.of(true), **options)
+
+
+@pytest.mark.parametrize("how", ["negative", "named"])
+def test_voxels_that_are_not_annotated_are_left_out(how, tmp_path):
+    truth = labels(2).astype("i8")
+    ours = labels(1)
+    unknown = -1 if how == "negative" else 77
+    truth[:, 30:50] = unknown
+    ignored = () if how == "negative" else (unknown,)
+    found = evaluation_of(tmp_path, ours, truth, block_shape=(7, 32, 41), ignored=ignored)
+    is_known = truth != unknown
+    expected = matching.evaluate(ours[is_known], truth[is_known])
+    assert found.not_annotated_voxels == np.count_nonzero(~is_known)
+    assert replace(found, not_annotated_voxels=0) == expected
+
+
+def test_a_truth_without_annotation_and_a_prediction_below_zero_are_refused(tmp_path):
+    with pytest.raises(SourceError, match="annotates no voxel"):
+        evaluation_of(tmp_path / "a", labels(1), np.full((20, 70, 90), -1, "i2"))
+    with pytest.raises(SourceError, match=r"predicted.zarr: labels must not be negative, found -3"):
+        evaluation_of(tmp_path / "b", np.full((20, 70, 90), -3, "i2"), labels(1))
+
+
+@pytest.mark.parametrize("offset", [2**40, 2**41 + 1, 2**63])
+def test_ids_of_any_size_are_those_of_their_timepoint(offset, tmp_path):
+    small = np.stack([labels(1), labels(2)]).astype("u8")
+    large = np.where(small > 0, small + np.uint64(offset), 0).astype("u8")
+    large[1] = small[1]
+    assert evaluation_of(tmp_path / "a", large, small, "tzyx") == evaluation_of(
+        tmp_path / "b", small, small, "tzyx"
+    )
+
+
+def test_label_images_of_several_channels_are_refused(tmp_path):
+    several = np.stack([labels(1), labels(2)])
+    with pytest.raises(SourceError, match="has 2 channels; expected a label image with one"):
+        evaluation_of(tmp_path, several, several, "czyx")

@@ -62,7 +62,7 @@ def targets(tmp_path, tiny_bundle, cheap_engine):
 def test_damaged_attributes_of_ours_are_named(said, tmp_path):
     image = write_image(tmp_path / "image.zarr", blobs(SHAPE))
     zarr.open_group(image).attrs["megaseg"] = said
-    with pytest.raises(TargetError, match=r"image\.zarr: .* is damaged"):
+    with pytest.raises(TargetError, match=r"image\.zarr: .* are damaged"):
         missing_at(Location.of(image))
 
 
