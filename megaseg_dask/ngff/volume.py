@@ -6,6 +6,7 @@ is wrong with a chunk, but not where it lies.
 """
 
 import functools
+import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from operator import ge
@@ -18,8 +19,10 @@ from megaseg_dask.algorithms.chunking import Layout
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, Shape
 from megaseg_dask.errors import DataError, MegasegError, StoreError
 from megaseg_dask.ngff.image import SPATIAL, Image
+from megaseg_dask.ngff.shards import read_presence
 from megaseg_dask.ngff.versions import VERSIONS, version_of_format
 from megaseg_dask.stores import (
+    METADATA,
     Location,
     cached_array,
     cause_of,
@@ -31,6 +34,17 @@ if TYPE_CHECKING:
     import zarr
 
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """What is absent in a part of an array: stored objects, and chunks of shards that exist."""
+
+    objects: int = 0
+    inner: int = 0
+
+    def __add__(self, other: "Absent") -> "Absent":
+        return Absent(self.objects + other.objects, self.inner + other.inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +60,8 @@ class Volume:
     c: int = 0
     # Whether all chunks were written, so that an absent one is lost.
     is_whole: bool = False
+    # Whether an absent chunk of somebody's array is an error, and not its fill value.
+    needs_chunks: bool = False
 
     @classmethod
     def of(
@@ -69,23 +85,96 @@ class Volume:
         except Exception as error:
             raise self._read_error(array, box, error) from error
         self._require_stored(array, box, values)
+        if self.needs_chunks:
+            for chunk, key in self._absent_inner(array, box, values):
+                raise self._missing(f"{key}, chunk {chunk}")
         return self._to_zyx(values).astype(values.dtype.newbyteorder("="), copy=False)
 
-    def count_absent(self, box: Box, values: Array | None = None) -> int:
-        """Return how many stored objects that begin in ``box`` are absent.
+    def count_absent(self, box: Box, values: Array | None = None) -> Absent:
+        """Return how many stored objects, and chunks of shards, that begin in ``box`` are absent.
 
         ``values`` ``(z, y, x)`` were read from the box; without them, the store is asked about
-        each. Zarr reads absent objects as the fill value: legal, but users should know.
+        each object, and about no chunk of a shard. Zarr reads what is absent as the fill value:
+        legal, but users should know.
 
         Raises:
+            DataError: All chunks of the whole volume are absent.
             StoreError: The store failed.
         """
         array = cached_array(self.location)
         units = self._units(array, box)
+        n_inner = 0
         if values is not None:
-            units = self._units_of_fill_value(array, box, self._to_stored(values))
+            stored = self._to_stored(values)
+            units = self._units_of_fill_value(array, box, stored)
+            n_inner = sum(1 for _ in self._absent_inner(array, box, stored))
         keys = self._keys_beginning_in(box, units)
-        return sum(self.location.size(key) is None for key in keys)
+        n_absent = sum(self.location.size(key) is None for key in keys)
+        n_units = sum(1 for _ in self._keys_beginning_in(box, self._units(array, box)))
+        if n_absent and n_absent == n_units:
+            _require_some(self)
+        return Absent(n_absent, n_inner)
+
+    def _absent_inner(
+        self, array: "zarr.Array[Any]", box: Box, values: Array
+    ) -> Iterator[tuple[Box, str]]:
+        """Yield the voxels and the shard of the absent chunks of shards that begin in a box."""
+        if array.shards is None:
+            return
+        stored = self._stored_box(box)
+        values = values.reshape(stored.shape)
+        for core, key in self._units(array, box):
+            presence: Array | None = None
+            chunks = BlockGrid(array.shards, array.chunks)
+            for position in chunks.iter_overlapping((core & stored).within(core)):
+                chunk = chunks.core(position).shifted(core.start)
+                common = chunk & stored
+                if not all(map(ge, chunk.start, stored.start)) or min(common.shape) <= 0:
+                    continue
+                if not _is_fill_value(values[common.within(stored).slices], array.fill_value):
+                    continue
+                if presence is None:
+                    presence = read_presence(self.location, key, array)
+                if presence is None:
+                    break
+                if not presence[position]:
+                    yield chunk, key
+
+    def require_some(self) -> None:
+        """Require that a chunk of the volume exists.
+
+        Raises:
+            DataError: None does; it names the likely cause.
+            StoreError: The store failed.
+        """
+        array = self._open()
+        shape = tuple(array.shape[self.axis_names.index(name)] for name in SPATIAL)
+        keys = [key for _, key in self._units(array, Box.of(shape))]
+        # Spread over the volume: where some are absent, their neighbors mostly are too.
+        for number in np.random.default_rng(0).permutation(len(keys)).tolist():
+            if self.location.size(keys[number]) is not None:
+                return
+        raise DataError(
+            f"{self.location}: none of the {len(keys)} chunks of t={self.t} c={self.c} is there, "
+            f"such as {keys[0]}; {self._why_absent(keys[0])}"
+        )
+
+    def _why_absent(self, expected: str) -> str:
+        """Return the likely cause that all chunks are absent."""
+        if not self.location.is_listable:
+            return "look at the address, and at how the keys of chunks are written there"
+        found = [key for key in self.location.keys("") if key.rpartition("/")[2] not in METADATA]
+        if not found:
+            return (
+                "the array has no chunk at all: the copy is incomplete, or another --level has the "
+                "voxels"
+            )
+        if _without_digits(found[0]) == _without_digits(expected):
+            return "the array has others, so this timepoint or channel was not written"
+        return (
+            f"the array has {found[0]}: its metadata state another separator or encoding of keys "
+            "(dimension_separator, chunk_key_encoding) than its chunks have; correct them"
+        )
 
     def is_stored(self, box: Box, listed: Container[str] | None = None) -> NDArray[np.bool_]:
         """Return which voxels of a box ``(z, y, x)`` lie in stored objects that exist.
@@ -159,9 +248,11 @@ class Volume:
             if not self.is_whole:
                 if number == 0 and self.location.size(version.array_file) is None:
                     raise self._lost()
-                if array.shards is None:
+                if array.shards is None and not self.needs_chunks:
                     return
             size = self.location.size(key)
+            if self.needs_chunks and size is None:
+                raise self._missing(key)
             if self.is_whole and size is None:
                 raise DataError(
                     f"{self.location}/{key} was written but is missing now; find the program that "
@@ -169,6 +260,12 @@ class Volume:
                 )
             if size == 0:
                 raise _corrupt(f"{self.location}/{key}", "it is empty")
+
+    def _missing(self, chunk: str) -> DataError:
+        return DataError(
+            f"{self.location}/{chunk} is missing; restore it, or read it as the fill value with "
+            "--missing-chunks fill"
+        )
 
     def _read_error(self, array: "zarr.Array[Any]", box: Box, error: Exception) -> MegasegError:
         """Return the error that names the stored object that cannot be read.
@@ -272,6 +369,16 @@ class Volume:
 
     def _to_stored(self, values: Array) -> Array:
         return values.transpose([SPATIAL.index(name) for name in self._spatial])
+
+
+@functools.lru_cache(maxsize=1024)
+def _require_some(volume: Volume) -> None:
+    """Require once a process that a chunk of a volume exists."""
+    volume.require_some()
+
+
+def _without_digits(key: str) -> str:
+    return re.sub(r"\d+", "0", key)
 
 
 def _is_fill_value(values: Array, fill_value: Any) -> bool:

@@ -123,6 +123,7 @@ def make_plan(
         voxel_size_um=models.voxel_size_um,
         where=where_of(filled),
         nan_to_background=filled.nan_to_background,
+        missing_chunks=filled.missing_chunks,
         normalization=normalization_of(filled),
         patch=models.patch,
         overlap=models.overlap,

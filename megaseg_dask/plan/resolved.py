@@ -150,6 +150,7 @@ class Resolved:
     voxel_size_um: tuple[float, ...] | None
     where: Where | None
     nan_to_background: bool
+    missing_chunks: str
     normalization: NormalizationSource
     patch: Shape
     overlap: tuple[float, ...]
@@ -236,6 +237,7 @@ class Resolved:
             "where": self.where.text if self.where else None,
             "where_margin": self.where.margin_um if self.where else 0.0,
             "nan_to_background": self.nan_to_background,
+            "missing_chunks": self.missing_chunks,
             "normalization": self._normalization_option(),
             "tta": engine.tta,
             "patch": list(self.patch),

@@ -166,6 +166,16 @@ class Settings(BaseModel):
             changes_result=True,
         ),
     ] = False
+    missing_chunks: Annotated[
+        Literal["fill", "error"],
+        Option(
+            SOURCE,
+            "What chunks are that the source lacks: its fill value, and counted, or an error. A "
+            "volume without any chunk is always an error.",
+            "fill|error",
+            changes_result=True,
+        ),
+    ] = "fill"
     normalization: Annotated[
         MeanStd | None,
         Option(

@@ -6,6 +6,7 @@ and goes on; a target without a record is not ours.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -24,6 +25,9 @@ from megaseg_dask.run.target import publish
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.tasks.worker import missing_box, volume_name
 from megaseg_dask.run.workspace import RunFolder, Workspace
+
+# Volumes that a warning counts for themselves.
+_MAX_NAMED = 20
 
 
 def begin(plan: Plan, journal: Journal, lease: Held) -> None:
@@ -202,11 +206,7 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
             if {"statistics", "scores"} & set(stage.declared.tells)
         )
     )
-    n_absent = sum(summary.absent for summary in summaries)
-    if n_absent:
-        warnings.append(
-            f"{n_absent} chunks of the source are missing, and were read as its fill value"
-        )
+    warnings += absent_texts(plan, journal)
     warnings += _left_whole(plan, states)
     batches = [summary.batch for summary in summaries if summary.batch]
     if batches:
@@ -259,6 +259,31 @@ def _left_whole(plan: Plan, states: Sequence[VolumeState | None]) -> list[str]:
                 "--overwrite"
             )
     return warnings
+
+
+def absent_texts(plan: Plan, journal: Journal) -> list[str]:
+    """Return how many chunks the source lacks, in all and of the volumes; nothing if none."""
+    counts: Counter[str] = Counter()
+    n_inner = 0
+    for stage in plan.stages:
+        if not {"statistics", "scores"} & set(stage.declared.tells):
+            continue
+        for index, summary in enumerate(journal.by_index(stage.name)):
+            if summary is not None and summary.absent + summary.absent_inner:
+                volume, _ = plan.split_index(stage.name, index)
+                name = volume_name(plan.volumes[volume])
+                counts[name] += summary.absent + summary.absent_inner
+                n_inner += summary.absent_inner
+    if not counts:
+        return []
+    inner = f", {n_inner} of them in shards" if n_inner else ""
+    each = [f"{name}: {n}" for name, n in counts.most_common(_MAX_NAMED)]
+    if len(counts) > _MAX_NAMED:
+        each.append("…")
+    return [
+        f"{counts.total()} chunks of the source are missing{inner}, and were read as its fill "
+        f"value ({', '.join(each)})"
+    ]
 
 
 def count_objects(plan: Plan, journal: Journal) -> int | None:

@@ -117,12 +117,13 @@ class TaskSummary:
 
     ``parts`` are the statistics of each channel, by parts of the volume;
     ``statistics`` those of each channel of a whole volume. ``absent`` counts
-    chunks that the source lacks. ``batch`` is the batch that a device ran with
-    after it was out of memory.
+    stored objects that the source lacks, ``absent_inner`` chunks that its shards
+    lack. ``batch`` is the batch that a device ran with after it was out of memory.
     """
 
     parts: tuple[tuple[PartStatistics, ...], ...] = ()
     absent: int = 0
+    absent_inner: int = 0
     batch: int | None = None
     statistics: tuple[ChannelStatistics, ...] = ()
     by_output: tuple[OutputState, ...] = ()
@@ -139,6 +140,7 @@ class TaskSummary:
             "wrote": wrote if any(wrote) else [],
             "parts": [list(map(PartStatistics.to_json, parts)) for parts in self.parts],
             "absent": self.absent,
+            "absent_inner": self.absent_inner,
             "batch": self.batch,
             "statistics": [asdict(channel) for channel in self.statistics],
             "by_output": outputs_to_json(self.by_output),
@@ -150,13 +152,15 @@ class TaskSummary:
         """Return the value that :meth:`to_json` wrote."""
         absent = value.get("absent", 0)
         batch = value.get("batch")
-        _require_numbers({"absent": absent, "batch": batch})
+        absent_inner = value.get("absent_inner", 0)
+        _require_numbers({"absent": absent, "absent_inner": absent_inner, "batch": batch})
         channels = value.get("parts", ())
         if "parts" in value and not (channels and all(channels)):
             raise ValueError("statistics of no channel, or of no part of one")
         return cls(
             parts=tuple(tuple(map(PartStatistics.from_json, parts)) for parts in channels),
             absent=absent,
+            absent_inner=absent_inner,
             batch=batch,
             statistics=statistics_from_json(value),
             by_output=outputs_from_json(value),

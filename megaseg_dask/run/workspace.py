@@ -23,7 +23,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError, TaskError
 from megaseg_dask.ngff.image import SPATIAL, Axis, Image, Level
-from megaseg_dask.ngff.volume import Volume, restore_array
+from megaseg_dask.ngff.volume import Absent, Volume, restore_array
 from megaseg_dask.plan.plan import Output, Plan, run_names, runs_folder
 from megaseg_dask.run import journal
 from megaseg_dask.run.lease import Permit
@@ -53,8 +53,8 @@ class Readable(Protocol):
 class Source(Readable, Protocol):
     """A channel of the source."""
 
-    def count_absent(self, box: Box, values: Array | None = None) -> int:
-        """Return how many stored objects that begin in ``box`` are absent."""
+    def count_absent(self, box: Box, values: Array | None = None) -> Absent:
+        """Return what that begins in ``box`` is absent."""
         ...
 
 
@@ -293,7 +293,9 @@ class Workspace:
         planned = plan.volumes[volume]
         field = plan.source / planned.image
         image = plan.source_image
-        return [Volume.of(field, image, level=level, t=planned.t, c=c) for c in channels]
+        volumes = [Volume.of(field, image, level=level, t=planned.t, c=c) for c in channels]
+        needs_chunks = plan.resolved.missing_chunks == "error"
+        return [replace(volume, needs_chunks=needs_chunks) for volume in volumes]
 
     def array(
         self, kind: str, output: Output, level: int = 0, *, is_whole: bool = True
@@ -467,7 +469,7 @@ class _SourceInMemory:
     def read(self, box: Box) -> Array:
         return self._values[box.within(self._box).slices]
 
-    def count_absent(self, box: Box, values: Array | None = None) -> int:
+    def count_absent(self, box: Box, values: Array | None = None) -> Absent:
         return self._channel.count_absent(box, values)
 
 

@@ -209,7 +209,7 @@ def test_an_array_that_was_repaired_is_read_anew(tmp_path, tiny_bundle):
     # As of another program: all chunks are absent under these names.
     wrong["chunk_key_encoding"]["configuration"]["separator"] = "."
     path.write_text(json.dumps(wrong))
-    assert case.run().warnings
+    assert case.run().status == "failed"
     path.write_text(metadata)
     assert case.run(overwrite=True).status == "done"
     assert contents(case.folder / "out.zarr") == contents(case.folder / "calm.zarr")

@@ -17,6 +17,7 @@ from megaseg_dask.inference.block import (
     stack,
 )
 from megaseg_dask.inference.engine import open_engine
+from megaseg_dask.ngff.volume import Absent
 from megaseg_dask.plan.resolved import Fixed
 from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.tasks.source import require_same_voxels, wanted_voxels
@@ -45,14 +46,19 @@ def segment_block(workspace: Workspace, volume: int, number: int) -> TaskSummary
     read_box = plan.patch_grid.read_box(region)
     values = stack([channel.read(read_box) for channel in channels])
     require_same_voxels(workspace, volume, read_box, values)
-    n_absent = 0
+    absent = Absent()
     if plan.measure_level != 0:
         # Absent chunks are counted by the measure stage; if it is skipped, count them here.
-        n_absent = _count_absent(channels, region, values[:, *region.within(read_box).slices])
+        absent = _count_absent(channels, region, values[:, *region.within(read_box).slices])
     prediction = _predict(workspace, values, region, wanted, workspace.state(volume))
     intensity = values[0][region.within(read_box).slices]
     facts = _write(workspace, volume, core, prediction.arrays, intensity)
-    return TaskSummary(absent=n_absent, batch=prediction.largest_batch, by_output=facts)
+    return TaskSummary(
+        absent=absent.objects,
+        absent_inner=absent.inner,
+        batch=prediction.largest_batch,
+        by_output=facts,
+    )
 
 
 def _leave_out(workspace: Workspace, volume: int, core: Box, region: Box) -> TaskSummary:
@@ -63,10 +69,11 @@ def _leave_out(workspace: Workspace, volume: int, core: Box, region: Box) -> Tas
     # Nothing of it lies above a threshold.
     intensity = np.broadcast_to(np.zeros((), plan.source_image.dtype), core.shape)
     facts = _write(workspace, volume, core, arrays, intensity)
-    n_absent = 0
+    absent = Absent()
     if plan.measure_level != 0:
-        n_absent = sum(channel.count_absent(region) for channel in workspace.sources(volume))
-    return TaskSummary(absent=n_absent, by_output=facts)
+        each = (channel.count_absent(region) for channel in workspace.sources(volume))
+        absent = sum(each, absent)
+    return TaskSummary(absent=absent.objects, by_output=facts)
 
 
 def _write(
@@ -93,10 +100,11 @@ def _facts_of(workspace: Workspace, arrays: dict[str, Array], intensity: Array) 
     return OutputState()
 
 
-def _count_absent(channels: list[Source], box: Box, values: Array) -> int:
-    """Return how many stored objects of the source are absent in a box."""
+def _count_absent(channels: list[Source], box: Box, values: Array) -> Absent:
+    """Return what of the source is absent in a box."""
     pairs = zip(channels, values, strict=True)
-    return sum(channel.count_absent(box, voxels) for channel, voxels in pairs)
+    each = (channel.count_absent(box, voxels) for channel, voxels in pairs)
+    return sum(each, Absent())
 
 
 @dataclass(frozen=True, slots=True)

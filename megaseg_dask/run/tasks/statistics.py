@@ -19,6 +19,7 @@ from megaseg_dask.algorithms.normalization import (
 )
 from megaseg_dask.errors import DataError
 from megaseg_dask.messages import first_few
+from megaseg_dask.ngff.volume import Absent
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.resolved import Given
 from megaseg_dask.run.state import ChannelStatistics, PartStatistics, TaskSummary
@@ -31,13 +32,13 @@ def measure_block(workspace: Workspace, volume: int, number: int) -> TaskSummary
     plan = workspace.plan
     level = plan.measure_level or 0
     box = plan.measure_grid[number]
-    n_absent = 0
+    absent = Absent()
     parts = []
     checksums = []
     for channel in workspace.sources(volume, level):
         values = channel.read(box)
         if level == 0:
-            n_absent += channel.count_absent(box, values)
+            absent += channel.count_absent(box, values)
         parts.append(_measure_parts(plan, values, box))
         if is_compared(workspace):
             checksums.append(plan.cell_grid.checksums(values, box))
@@ -45,7 +46,7 @@ def measure_block(workspace: Workspace, volume: int, number: int) -> TaskSummary
         describe_channel(plan, parts[-1])
     if checksums:
         workspace.save_checksums(volume, number, np.stack(checksums))
-    return TaskSummary(parts=tuple(parts), absent=n_absent)
+    return TaskSummary(parts=tuple(parts), absent=absent.objects, absent_inner=absent.inner)
 
 
 def _measure_parts(plan: Plan, values: NDArray[Any], box: Box) -> tuple[PartStatistics, ...]:

@@ -63,8 +63,11 @@ class _VolumeTask:
             statistics = describe_volume(self._plan, summaries)
             self._summary = replace(self._summary, statistics=statistics)
         n_absent = self._summary.absent + sum(summary.absent for summary in summaries)
+        n_inner = self._summary.absent_inner + sum(each.absent_inner for each in summaries)
         last = summaries[-1]
-        self._summary = replace(self._summary, absent=n_absent, batch=last.batch)
+        self._summary = replace(
+            self._summary, absent=n_absent, absent_inner=n_inner, batch=last.batch
+        )
         if last.by_output:
             self._by_output = list(last.by_output)
         self._update_state()

@@ -24,6 +24,7 @@ from megaseg_dask.plan.relabelling import RESULT
 from megaseg_dask.plan.settings import Settings, declared
 from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run import log
+from megaseg_dask.run.conclude import absent_texts
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import estimate_time
 from megaseg_dask.run.target.arrays import Target
@@ -49,7 +50,7 @@ _REPEATED_OPTIONS = {"model", "wells", "fields", "acquisition", "memory", "endpo
 class Overview:
     """The run at a glance. ``status`` is ``done``, ``doubtful``, ``failed`` or ``not finished``.
 
-    ``n_absent`` counts chunks that the source lacks; ``missing`` are the wells and fields that
+    ``absent`` says which chunks the source lacks; ``missing`` are the wells and fields that
     could not be read, each with the reason.
     """
 
@@ -58,7 +59,7 @@ class Overview:
     missing: list[tuple[str, str]]
     warnings: list[str]
     doubts: list[str]
-    n_absent: int
+    absent: list[str]
     n_objects: int | None
     n_voxels: int
     n_outliers: int
@@ -200,18 +201,13 @@ def _overview(runs: Sequence[Run], result: Survey) -> Overview:
         missing=missing,
         warnings=list(chain(*(ending.warnings for ending in endings))),
         doubts=list(map(doubt_line, doubts)),
-        n_absent=sum(map(_n_absent, runs)),
+        absent=list(chain.from_iterable(absent_texts(run.plan, run.journal) for run in runs)),
         n_objects=sum(objects) if objects else None,
         n_voxels=sum(len(plan.volumes) * math.prod(plan.volume_shape) for plan in plans),
         n_outliers=sum(report.stands_out for report in result.volumes),
         n_sessions=len(sessions),
         wall_s=float(sum(session.wall_s for session in sessions)),
     )
-
-
-def _n_absent(run: Run) -> int:
-    summaries = chain(*(run.journal.summaries(stage.name) for stage in run.plan.stages))
-    return sum(summary.absent for summary in summaries)
 
 
 def _seams(runs: Sequence[Run], result: Survey) -> SeamSection | None:
