@@ -5,12 +5,15 @@ was said, and that the arrays are those of an undisturbed run.
 """
 
 import os
+import sys
 
 import numpy as np
 import pytest
 
+from megaseg_dask.errors import SettingsError
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
+from tests.faults.test_faults import arrays, assert_same
 from tests.fixtures.gpus import Gpu
 from tests.fixtures.images import blobs, write_image
 
@@ -54,7 +57,13 @@ def run(request_of):
     return run
 
 
-def test_one_dead_gpu_of_two_costs_no_volume(machine, run):
+@pytest.fixture
+def plain(monkeypatch):
+    """Workers of this machine are started as without dask-cuda."""
+    monkeypatch.setitem(sys.modules, "dask_cuda", None)
+
+
+def test_one_dead_gpu_of_two_costs_no_volume(machine, plain, run):
     machine.has(Gpu("GPU-a"), Gpu("GPU-b", fails="forward"))
     result, notices, joined = run(workers=2)
     assert result.status == "done", result.failures
@@ -69,3 +78,100 @@ def test_one_dead_gpu_of_two_costs_no_volume(machine, run):
     # No process of a client holds a device.
     assert os.getpid() not in machine.noted("context")
     assert result.device_peak_bytes == {"volume": 123_000_000}
+
+
+def test_a_worker_without_a_gpu_that_works_takes_no_task(machine, plain, run):
+    """It fails in its first convolution; the other one serves one process, and so no client."""
+    machine.has(Gpu("GPU-a", is_exclusive=True), Gpu("GPU-b", fails="convolution"))
+    result, notices, joined = run(workers=2)
+    assert result.status == "done", result.failures
+    assert [worker.uuid for worker in joined] == ["GPU-a"]
+    assert "GPU GPU-b is left out: CUDA error: an illegal memory access was encountered" in notices
+    assert {uuid for used in machine.noted("forward").values() for uuid in used} == {"GPU-a"}
+
+
+def test_without_any_gpu_that_works_nothing_is_written(machine, plain, run, tmp_path):
+    machine.has(Gpu("GPU-a", fails="convolution"))
+    with pytest.raises(SettingsError, match=r"worker 0 on .*: CUDA error: .*; start workers where"):
+        run(workers=1)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+# -- dask-cuda, really: it is told to leave devices alone, of which there are none
+
+
+@pytest.fixture
+def dask_cuda(monkeypatch):
+    """Let dask-cuda start its workers without a driver; they are pinned as ever."""
+    module = pytest.importorskip("dask_cuda", exc_type=ImportError)
+    monkeypatch.setenv("DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    return module
+
+
+def test_the_gpus_of_a_machine_are_those_of_a_local_cuda_cluster(
+    machine, dask_cuda, run, monkeypatch
+):
+    started = []
+
+    class Seen(dask_cuda.LocalCUDACluster):
+        def new_worker_spec(self):
+            spec = super().new_worker_spec()
+            [worker] = spec.values()
+            started.append((worker["options"]["env"], worker["options"]["nthreads"]))
+            return spec
+
+    monkeypatch.setattr(dask_cuda, "LocalCUDACluster", Seen)
+    result, notices, joined = run()
+    assert result.status == "done", result.failures
+    assert started == [
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "1,0"}, 3),
+    ]
+    assert sorted(worker.uuid for worker in joined) == ["GPU-a", "GPU-b"]
+    assert sorted({uuid for used in machine.noted("forward").values() for uuid in used}) == [
+        "GPU-a",
+        "GPU-b",
+    ]
+    assert not [text for text in notices if "--nthreads" in text]
+    expected, _, _ = run("expected.zarr", workers=0)
+    assert_same(arrays(result.target), arrays(expected.target))
+
+
+CUSTOM = """
+kind: custom
+class: dask_cuda:LocalCUDACluster
+device: cuda
+workers: 2
+options:
+  threads_per_worker: 3
+  memory_limit: 0
+  device_memory_limit: 0
+  host: 127.0.0.1
+  dashboard_address: null
+"""
+# Jobs that take whole nodes: one job, and in it a worker for each of its GPUs.
+JOB = """
+kind: custom
+class: dask_jobqueue.local:LocalCluster
+device: cuda
+workers: 1
+wait: 120s
+options:
+  cores: 3
+  processes: 1
+  memory: 8GB
+  worker_command: dask_cuda.cli
+  interface: lo
+  scheduler_options: {dashboard_address: null}
+  worker_extra_args: ["--nthreads", "3", "--no-dashboard"]
+"""
+
+
+@pytest.mark.parametrize("file", [CUSTOM, JOB], ids=["custom", "dask cuda worker"])
+def test_clusters_that_start_workers_of_dask_cuda(file, machine, dask_cuda, run, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(file)
+    result, _, joined = run(cluster=str(path))
+    assert result.status == "done", result.failures
+    assert sorted(worker.uuid for worker in joined) == ["GPU-a", "GPU-b"]
