@@ -43,6 +43,7 @@ from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.choice import require_segmentable
 from megaseg_dask.plan.planner import open_models
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.plan.signature import with_settings
 from megaseg_dask.plan.voxel_size import VolumeForm
 from megaseg_dask.stores import Location, StoreOptions, cached_array, clear_array_cache
 
@@ -158,16 +159,19 @@ def _read_chunk(location: Location, axis_names: tuple[str, ...], block_info: Any
 
 
 def predict(
-    image: xarray.DataArray,
+    image: xarray.DataArray | Array,
     model: str | Path | Sequence[str | Path] = "starter",
+    *,
+    spacing_um: Sequence[float] | None = None,
     **settings: object,
 ) -> xarray.DataArray:
     """Return the scores of ``image``, lazily: float32 from 0 to 1.
 
     They have its dimensions and coordinates. The dimensions are z, y, x and perhaps t and c,
-    in any order. Each volume (z, y, x) is normalized and predicted by itself.
+    in any order. Each volume (z, y, x) is normalized and predicted by itself. An array of NumPy
+    or Dask is one volume (z, y, x); ``spacing_um`` is then the size of its voxels (z, y, x) in µm.
 
-    ``settings`` are ``patch``, ``overlap``, ``voxel_size``, ``block``, ``engine``, ``device``,
+    The settings are ``patch``, ``overlap``, ``voxel_size``, ``block``, ``engine``, ``device``,
     ``precision``, ``batch``, ``threads`` and ``tta``, as for :func:`megaseg_dask.segment`, whose
     scores these are, bit for bit on a CPU, at any ``block`` (z, y, x), which is the chunk of the
     result. Computing a part of them predicts only the blocks there, with the
@@ -186,6 +190,7 @@ def predict(
         raise SettingsError(
             f"predict() does not take {', '.join(sorted(unknown))}; it takes {', '.join(_SETTINGS)}"
         )
+    image = _with_axes(image, spacing_um)
     names = model if isinstance(model, str | Path) else list(model)
     options = parse_settings({"model": names, **settings})
     order = _axis_order(image)
@@ -222,6 +227,48 @@ def predict(
     scores = predictor.predict(array, measured)
     return xarray.DataArray(scores, image.coords, order, "scores", attributes).transpose(
         *image.dims
+    )
+
+
+with_settings(predict, _SETTINGS)
+
+
+def _with_axes(image: Any, spacing_um: Sequence[float] | None) -> xarray.DataArray:
+    """Return an image with named axes.
+
+    Raises:
+        SourceError: It is an array of other than three dimensions, or no array.
+        SettingsError: The size of its voxels is no three positive numbers, or is stated twice.
+    """
+    if isinstance(image, xarray.DataArray):
+        if spacing_um is not None:
+            raise SettingsError(
+                "spacing_um: a DataArray has coordinates instead; set those of z, y and x in µm"
+            )
+        return image
+    n_dims = getattr(image, "ndim", None)
+    if n_dims is None:
+        raise SourceError(
+            f"the image is a {type(image).__name__}; expected a DataArray or an array (z, y, x)"
+        )
+    if n_dims != len(SPATIAL):
+        raise SourceError(
+            f"the array has {n_dims} dimensions; expected (z, y, x), or a xarray.DataArray that "
+            "names its dimensions"
+        )
+    named = xarray.DataArray(image, dims=SPATIAL)
+    if spacing_um is None:
+        return named
+    sizes = np.asarray(spacing_um, float)
+    if sizes.shape != (len(SPATIAL),) or not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise SettingsError(
+            f"spacing_um {spacing_um}: expected three positive numbers (z, y, x) in µm"
+        )
+    return named.assign_coords(
+        {
+            name: (name, np.arange(named.sizes[name]) * size, {"units": "µm"})
+            for name, size in zip(SPATIAL, sizes, strict=True)
+        }
     )
 
 

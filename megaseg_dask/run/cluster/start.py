@@ -15,6 +15,7 @@ from megaseg_dask.errors import EngineError, MegasegError, SettingsError
 from megaseg_dask.messages import closest, install_command, nearest
 from megaseg_dask.plan.cluster_spec import Cluster, TlsFiles
 from megaseg_dask.plan.plan import TASKS_AT_ONCE
+from megaseg_dask.run.cluster import main_module
 from megaseg_dask.run.cluster.dask_config import inherited
 
 # On loopback: a dashboard asks for no credentials, whatever the rest is protected by.
@@ -68,6 +69,9 @@ def started(wanted: Cluster) -> Iterator[Any]:
         EngineError: Workers of this machine cannot be started.
     """
     with ExitStack() as stack:
+        if wanted.is_local:
+            # Also for workers that are started again later.
+            stack.enter_context(main_module.importable())
         try:
             cluster = _KINDS[wanted.kind](wanted, stack)
             stack.callback(_close, cluster)
@@ -439,10 +443,7 @@ def _options(wanted: Cluster, *takers: Any) -> dict[str, Any]:
 def _explained(wanted: Cluster, error: Exception) -> MegasegError:
     """Return an error of a library or of a batch system as one line."""
     if wanted.is_local:
-        return EngineError(
-            f"workers could not start ({error}); in a script, put its calls under `if __name__ == "
-            "'__main__':`"
-        )
+        return EngineError(f"workers could not start ({error}){main_module.advice()}")
     if isinstance(error, FileNotFoundError) and wanted.kind in _BATCH:
         command = _BATCH[wanted.kind].command
         return SettingsError(
