@@ -220,7 +220,7 @@ class Resolved:
 
     def pools_statistics(self) -> bool:
         """Return whether volumes of a group have one mean and standard deviation."""
-        return isinstance(self.normalization, OfGroup)
+        return self.predicts() and isinstance(self.normalization, OfGroup)
 
     # -- as they are recorded
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import zarr
 from numpy.testing import assert_allclose
+from typer.testing import CliRunner
 
+from megaseg_dask.cli.app import build_app
 from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.ngff.plate import Acquisition, Field, Plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
@@ -191,3 +193,17 @@ def test_fields_of_several_forms_are_no_group(run, tmp_path):
     run(tmp_path / "plate.zarr", "few.zarr", normalization="well", fields="0")
     with pytest.raises(SettingsError, match=r"of one group"):
         run(tmp_path / "plate.zarr", "few.zarr", normalization="well", wells="A/1", fields="1")
+
+
+def test_what_a_group_predicted_is_labelled_again(run, tmp_path):
+    write_fields(tmp_path / "plate.zarr")
+    run(tmp_path / "plate.zarr", "out.zarr", normalization="well")
+    run(tmp_path / "plate.zarr", "high.zarr", normalization="well", threshold=0.7)
+    words = ["--label-name", "high", "--threshold", "0.7", "--workers", "0"]
+    done = CliRunner().invoke(build_app(), ["relabel", str(tmp_path / "out.zarr"), *words])
+    assert done.exit_code == 0, done.output
+    ours, fresh = (
+        zarr.open_array(tmp_path / name / "A/1/0/labels" / label / "0", mode="r")[...]
+        for name, label in (("out.zarr", "high"), ("high.zarr", "megaseg"))
+    )
+    np.testing.assert_array_equal(ours, fresh)
