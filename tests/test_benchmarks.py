@@ -1,5 +1,6 @@
 """The measurements run; what they measure is kept in benchmarks/results, and never asserted."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -25,16 +26,41 @@ def test_the_benchmark_against_a_script_runs():
     assert found["objects_ours"] == found["objects_unsplit"]
 
 
-def test_the_table_of_a_gpu_runs_on_a_cpu():
-    from benchmarks.gpu import TINY, measure
+def test_the_acceptance_run_of_a_gpu_runs_on_a_cpu(tmp_path):
+    from benchmarks.gpu import JOBS, STEPS, TINY, Acceptance
 
-    found = measure(TINY)
-    assert len(found["cases"]) == 4
-    for case in found["cases"].values():
-        assert case["dice_with_fp32"] >= 0.99
-        assert len(case["top_kernels"]) == 10
-        assert min(case["steady_s"], case["fraction_of_peak"]) > 0
-    assert min(job["fields_per_s"] for job in found["zarr_to_zarr"].values()) > 0
+    Acceptance(tmp_path, TINY, seconds=280).run()
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert not [line for line in lines if "failed" in line]
+    found = {name: [line for line in lines if line["step"] == name] for name in STEPS}
+    for name, of_step in found.items():
+        assert "took_s" in of_step[-1], name
+    assert all(line["ms_a_patch"] > 0 for line in found["forward"][:-1])
+    for line in found["fields"][:-1]:
+        assert line["dice"] >= 0.98
+        assert line["same_bits_again"]
+    assert found["bits"][0]["voxels_that_blocks_change"] == 0
+    assert found["bits"][0]["same_in_threads"] == [True] * 3
+    jobs = {line["kind"]: line for line in found["jobs"][:-1]}
+    assert jobs.keys() == JOBS.keys()
+    assert all(job["status"] == "done" and job["fields_per_s"] > 0 for job in jobs.values())
+    assert "no such limit" in found["out of memory"][0]["skipped"]
+
+
+def test_steps_that_do_not_fit_the_time_are_skipped_and_others_go_on(tmp_path, monkeypatch):
+    from benchmarks import gpu
+
+    def fails(run):
+        raise ZeroDivisionError("a bug")
+
+    steps = {"fails": (fails, 0.0), "long": (fails, 100.0), "last": (lambda run: None, 0.0)}
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    gpu.Acceptance(tmp_path, gpu.TINY, seconds=50).run()
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    told = [(line["step"], line.get("failed") or line.get("skipped")) for line in lines]
+    assert ("fails", "ZeroDivisionError: a bug") in told
+    assert ("long", "no time is left") in told
+    assert told[-1] == ("last", None)
 
 
 def test_the_benchmark_of_zarr_runs():
