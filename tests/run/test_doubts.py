@@ -166,3 +166,16 @@ def test_voxels_far_from_those_of_the_model(size, tmp_path, cheap_engine):
     assert len(far) == int(size > 0.29 * 1.5)
     assert all("2.1 × 1 × 1 times" in doubt.text for doubt in far)
     assert not [text for text in result.warnings if "--voxel-size" in text]
+
+
+def test_the_report_of_a_doubtful_run_is_not_just_done(run, tmp_path):
+    pytest.importorskip("jinja2")
+    from megaseg_dask.tools.report.page import render
+    from megaseg_dask.tools.report.write import find_plans
+
+    doubts = run(noise()).doubts
+    page = render(find_plans(str(tmp_path / "out.zarr")))
+    assert '<b class="bad">doubtful</b>' in page
+    assert '<b class="good">done</b>' not in page
+    for doubt in doubts:
+        assert doubt.text in page

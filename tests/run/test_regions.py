@@ -8,6 +8,7 @@ from numpy.testing import assert_array_equal
 
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.ngff.labels import add_label
+from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
@@ -130,3 +131,61 @@ def test_other_regions_are_another_run(run, source, cells):
     zarr.open_array(source / "labels/cells/0", mode="r+")[0, :, :] = 7
     with pytest.raises(TargetError, match="digest of regions"):
         run(regions="cells")
+
+
+def test_a_plate_has_the_regions_of_each_field_and_timepoint(tmp_path, tiny_bundle, cheap_engine):
+    shape = (16, 40, 44)
+    fields = tuple(Field("A", column, "0") for column in ("1", "2"))
+    folder = tmp_path / "plate.zarr"
+    write_plate(Location.of(folder), Plate("0.5", "screen", ("A",), ("1", "2"), fields), "0.5")
+    regions = {}
+    for number, field in enumerate(fields):
+        images = [[blobs(shape, seed=number + 10 * t + c) for c in range(2)] for t in range(2)]
+        path = write_image(
+            folder / field.path,
+            np.array(images),
+            axes="tczyx",
+            scale=SCALE,
+            channels=["DNA", "RNA"],
+        )
+        split = 10 * (number + 1)
+        ids = np.ones((2, *shape), np.uint16)
+        ids[0, :, :, split:] = 2
+        ids[1, :, split:, :] = 3
+        regions[f"A/{number + 1}"] = ids
+        write_image(path / "labels/cells", ids, axes="tzyx", scale=SCALE)
+        group = zarr.open_group(path / "labels/cells", mode="r+")
+        group.attrs["ome"] = {**group.attrs["ome"], "image-label": {}}
+        add_label(Location.of(path), "0.5", "cells")
+    settings = parse_settings(
+        {
+            "model": str(tiny_bundle),
+            "threads": 1,
+            "overlap": 0,
+            "outputs": "labels,scores,measurements",
+            "channel": "RNA",
+            "measure_channels": "all",
+            "regions": "cells",
+            "threshold": "otsu",
+            "table": "csv",
+        }
+    )
+    result = segment_here(str(folder), str(tmp_path / "out.zarr"), settings)
+    assert result.status == "done", result.failures
+    table = pandas.read_csv(tmp_path / "out.zarr.regions.csv", float_precision="round_trip")
+    objects = pandas.read_csv(tmp_path / "out.zarr.measurements.csv", float_precision="round_trip")
+    assert set(objects.columns) >= {"intensity_mean_DNA", "intensity_mean_RNA", "region"}
+    for (well, t), rows in table.groupby(["well", "timepoint"]):
+        ids = regions[well][t]
+        assert rows.label.tolist() == [1, 2 + t]
+        assert rows.volume_voxels.tolist() == [(ids == r).sum() for r in rows.label]
+        labels = zarr.open_array(tmp_path / "out.zarr" / well / "0/labels/megaseg/0", mode="r")[t]
+        assert rows.structure_voxels.tolist() == [
+            ((ids == r) & (labels > 0)).sum() for r in rows.label
+        ]
+        of_volume = objects[(objects.well == well) & (objects.timepoint == t)]
+        assert rows.n_objects.tolist() == [(of_volume.region == r).sum() for r in rows.label]
+        image = zarr.open_array(folder / well / "0/0", mode="r")[t, 0]
+        assert_array_equal(
+            rows.intensity_sum_DNA, [image[ids == r].sum(dtype=np.int64) for r in rows.label]
+        )
