@@ -113,7 +113,7 @@ class Doubt(Event):
     ``about`` names the reason: ``one object``, ``specks``, ``small objects``, ``threshold``,
     ``no classes``, ``foreground``, ``noise``, ``outlier``, ``voxel size`` or ``constant``.
     ``text`` is about the first of the ``volumes``, of which ten are named; ``advice`` is what to
-    try.
+    try. ``option`` is that of ``relabel`` to try, if there is one.
     """
 
     kind: ClassVar[str] = "doubt"
@@ -122,6 +122,7 @@ class Doubt(Event):
     advice: str
     volumes: list[str]
     n_volumes: int
+    option: str = ""
 
 
 @dataclass(frozen=True, slots=True)

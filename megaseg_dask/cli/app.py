@@ -115,7 +115,9 @@ def segment(
 
             result = run_segment(source, target, settings, emit=emit)
         if not json_:
-            following = next_commands(target, settings, failed=bool(result.failures))
+            following = next_commands(
+                target, settings, failed=bool(result.failures), doubts=result.doubts
+            )
             print_result(result, following, quiet=quiet)
         raise typer.Exit(result.exit_code)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from megaseg_dask.events import Doubt
     from megaseg_dask.plan.settings import Settings
 
 Command = Callable[..., None]
@@ -136,9 +137,16 @@ def open_stores(options: dict[str, Any], source: str | None) -> None:
 
 
 def next_commands(
-    target: str, settings: "Settings", *, failed: bool, table_label: str = ""
+    target: str,
+    settings: "Settings",
+    *,
+    failed: bool,
+    table_label: str = "",
+    doubts: Sequence["Doubt"] = (),
 ) -> list[tuple[str, str]]:
     """Return commands to type after a run, each with its purpose, and the table to read.
+
+    Of doubts they try the options, without another prediction.
 
     The commands keep the options that are needed to find the target, but no secret.
     """
@@ -160,4 +168,9 @@ def next_commands(
             where = Location.of(target)
             regions = table_of(where, settings.table, "regions", table_label)
             following.append((str(regions), "the table of regions"))
+    options = list(dict.fromkeys(doubt.option for doubt in doubts if doubt.option))
+    if options and "scores" in settings.outputs:
+        # To write another label image beside that of the run.
+        words = [command_line("relabel", target, settings=settings, options=STORE), *options]
+        following.append((" ".join([*words, "--label-name again"]), "no prediction again"))
     return following

@@ -59,6 +59,7 @@ class _Reason:
     about: str
     text: str
     advice: str
+    option: str = ""
 
 
 def find_doubts(volumes: Sequence[Facts]) -> list[Doubt]:
@@ -78,7 +79,7 @@ def _told_once(reasons: Sequence[tuple[Facts, _Reason]], *, is_alone: bool) -> D
     text = reason.text if is_alone else f"{first.name}: {reason.text}"
     if len(names) > 1:
         text += f" (and {len(names) - 1} more of such volumes)"
-    return Doubt(reason.about, text, reason.advice, names[:_MAX_NAMED], len(names))
+    return Doubt(reason.about, text, reason.advice, names[:_MAX_NAMED], len(names), reason.option)
 
 
 # -- one volume
@@ -99,10 +100,12 @@ def _one_object(facts: Facts) -> _Reason | None:
     if sizes is None or sizes.largest <= _LARGEST_SHARE * sizes.foreground:
         return None
     advice = "if it should be several, --split distance takes it apart"
+    option = "--split distance"
     if facts.is_split:
         advice = "if it should be several, try a smaller --split-depth or a higher --threshold"
+        option = ""
     share = sizes.largest / sizes.foreground
-    return _Reason("one object", f"one object holds {share:.0%} of the foreground", advice)
+    return _Reason("one object", f"one object holds {share:.0%} of the foreground", advice, option)
 
 
 def _specks(facts: Facts) -> _Reason | None:
@@ -116,6 +119,7 @@ def _specks(facts: Facts) -> _Reason | None:
         "specks",
         f"{sizes.n_specks} of {n_objects} objects have fewer than {SPECK_VOXELS} voxels",
         f"--min-size {SPECK_VOXELS} or more drops them",
+        f"--min-size {SPECK_VOXELS}",
     )
 
 
@@ -147,6 +151,7 @@ def _threshold(facts: Facts) -> _Reason | None:
         "threshold",
         f"the threshold that was found is a score of {score:.2g}, far from 0.5",
         "compare with --threshold 0.5, which the authors of MegaSeg validated",
+        "--threshold 0.5",
     )
 
 
@@ -158,6 +163,7 @@ def _no_classes(facts: Facts) -> _Reason | None:
         "no classes",
         "the scores are not of two classes, so no threshold parts them",
         "look at the scores: is there a structure at all? Compare with --threshold 0.5",
+        "--threshold 0.5",
     )
 
 

@@ -80,6 +80,7 @@ def test_each_case_has_its_line(about):
     assert doubt.about == about
     assert text in doubt.text
     assert advice in doubt.advice
+    assert not doubt.option or doubt.option.split()[0] in doubt.advice
 
 
 def test_statistics_of_other_voxels_tell_nothing_of_noise():
