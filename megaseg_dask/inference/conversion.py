@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool3d
 from megaseg_dask.models.build import build_network
 from megaseg_dask.models.bundle import Bundle
 
-# Voxels per axis of the windows that instance norm sums over first.
+# Voxels per axis of the windows that instance norm sums over first, where extents allow.
 _MAX_WINDOW = 8
 
 
@@ -44,15 +44,21 @@ class _PooledNorm(torch.nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Map ``(n, c, z, y, x)`` to the same shape.
 
-        It is traced at the smallest shape, so its windows fit all others.
+        It is traced at twice the smallest extents, of which all others are multiples. So are
+        they of the windows, and every voxel counts.
         """
-        window = [min(_MAX_WINDOW, int(extent) // 2) for extent in values.shape[2:]]
+        window = [_window(int(extent) // 2) for extent in values.shape[2:]]
         space = (-3, -2, -1)
         mean = avg_pool3d(values, window).mean(space, keepdim=True)
         variance = avg_pool3d((values - mean) ** 2, window).mean(space, keepdim=True)
         gain = self.norm.weight[:, None, None, None] * torch.rsqrt(variance + self.norm.eps)
         # From the values again, not from the centred ones, which would be kept in memory.
         return values * gain + (self.norm.bias[:, None, None, None] - mean * gain)
+
+
+def _window(extent: int) -> int:
+    """Return the largest divisor of the smallest extent that is no larger than a window."""
+    return max(n for n in range(1, _MAX_WINDOW + 1) if extent % n == 0)
 
 
 def _pool_norms(module: torch.nn.Module) -> None:

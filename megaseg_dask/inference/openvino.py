@@ -22,7 +22,7 @@ from megaseg_dask.models.home import HOME, home, sha256_of
 Float32 = NDArray[np.float32]
 
 # Raised when the conversion changes, so that an older kept one is not used.
-_RULES = 4
+_RULES = 5
 _MODEL = "model.xml"
 _WEIGHTS = "model.bin"
 _DIGEST = "sha256"
