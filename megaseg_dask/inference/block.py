@@ -250,6 +250,8 @@ class Engine(ABC):
     """
 
     largest_batch: int | None = None
+    # Of a network that was converted, the digest of the conversion.
+    identity: str = ""
 
     @abstractmethod
     def __call__(self, patches: Float32) -> Float32:

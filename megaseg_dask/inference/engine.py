@@ -182,9 +182,7 @@ def resolve_engine(
     if engine == "auto":
         engine = _choose_engine(device, precision)
     if precision == "auto":
-        # Of the halves, float16 has more bits of mantissa; normalized activations are far
-        # from its largest number.
-        precision = "fp16" if device == "cuda" else "fp32"
+        precision = _choose_precision(device)
     kind = ENGINES[engine]
     if not kind.is_installed:
         raise SettingsError(
@@ -204,6 +202,12 @@ def _choose_engine(device: str, precision: str) -> EngineName:
         if kind.is_installed and kind.offers(device, precision):
             chosen = name
     return chosen
+
+
+def _choose_precision(device: str) -> str:
+    # Of the halves, float16 has more bits of mantissa; normalized activations are far from its
+    # largest number.
+    return "fp16" if device == "cuda" else "fp32"
 
 
 def _list_precisions(engine: EngineName) -> str:
@@ -237,6 +241,21 @@ def open_engine(model: ModelRef, spec: EngineSpec) -> Iterator[Engine]:
             _close_all()
             _opened[key] = _open(model, spec)
         yield _opened[key]
+
+
+@contextmanager
+def open_apart(model: ModelRef, spec: EngineSpec) -> Iterator[Engine]:
+    """Give the thread that has this process's engine another one beside it, for a moment.
+
+    Raises:
+        BundleError: A bundle at its address is no longer the plan's.
+        EngineError: This machine cannot run the engine.
+    """
+    engine = _open(model, spec)
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def close_engine() -> None:

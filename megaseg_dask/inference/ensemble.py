@@ -138,6 +138,11 @@ class Averaged(Engine):
         limits = [engine.largest_batch for engine in self.engines]
         return min((limit for limit in limits if limit is not None), default=None)
 
+    @property
+    def identity(self) -> str:  # type: ignore[override]
+        """Those of all engines."""
+        return " ".join(engine.identity for engine in self.engines)
+
     def __call__(self, patches: Float32) -> Float32:
         """Map prepared patches ``(batch, channels in, z, y, x)`` to the mean logits."""
         passes = list(product(self.engines, self._mirrors))

@@ -6,6 +6,7 @@ group and of all above it counts.
 
 import math
 import os
+import platform
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,6 +42,14 @@ def memory_bytes(root: Path = _ROOT) -> int:
     if limit != resource.RLIM_INFINITY:
         limits.append(limit)
     return min(limits)
+
+
+def processor(root: Path = _ROOT) -> str:
+    """Return the model of this machine's processor, as far as the system tells it."""
+    for line in _lines(root / "proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line
+    return f"{platform.processor()} {platform.machine()}"
 
 
 def count_killed(root: Path = _ROOT) -> int:

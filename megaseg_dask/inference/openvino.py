@@ -57,7 +57,7 @@ class OpenVinoEngine(Engine):
                 "fp32"
             )
         self._core = openvino.Core()
-        self._model = _read_model(self._core, bundle)
+        self._model, self.identity = _read_model(self._core, bundle)
         self._options = {
             "INFERENCE_PRECISION_HINT": _PRECISIONS[spec.precision],
             "INFERENCE_NUM_THREADS": spec.threads,
@@ -89,14 +89,17 @@ def has_bfloat16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _read_model(core: openvino.Core, bundle: BundleRef) -> Any:
-    """Return the converted network; the first process on a machine keeps it for later ones."""
+def _read_model(core: openvino.Core, bundle: BundleRef) -> tuple[Any, str]:
+    """Return the converted network, and the digest under which it is kept, if it is.
+
+    The first process on a machine keeps it for later ones.
+    """
     # The digest of the weights, the version of the converter, and that of our own rules.
     name = f"{bundle.digest[:32]}-{openvino.get_version().split('-')[0]}-{_RULES}"
     kept = home() / "openvino" / name
-    if _is_whole(kept):
+    if digest := _find_whole(kept):
         bundle.require_unchanged()
-        return core.read_model(kept / _MODEL)
+        return core.read_model(kept / _MODEL), digest
     # PyTorch and MONAI take seconds to import.
     from megaseg_dask.inference.conversion import convert
 
@@ -105,7 +108,7 @@ def _read_model(core: openvino.Core, bundle: BundleRef) -> Any:
         _keep(model, kept)
     # OpenVINO's own error is that of a full disk.
     except (OSError, RuntimeError) as error:
-        if not _is_whole(kept):
+        if not _find_whole(kept):
             _LOG.warning(
                 "the converted network cannot be stored in %s (%s), so each worker converts it "
                 "again; free some space there, or set %s to another folder",
@@ -113,15 +116,19 @@ def _read_model(core: openvino.Core, bundle: BundleRef) -> Any:
                 str(error).strip().rpartition("\n")[2],
                 HOME,
             )
-    return model
+    return model, _find_whole(kept)
 
 
-def _is_whole(kept: Path) -> bool:
-    """Return whether a kept conversion is what was written: a damaged one predicts nothing."""
+def _find_whole(kept: Path) -> str:
+    """Return the digest of a kept conversion; empty if it is not what was written.
+
+    A damaged one predicts nothing.
+    """
     try:
-        return (kept / _DIGEST).read_text() == _digest_of(kept)
+        digest = (kept / _DIGEST).read_text()
+        return digest if digest == _digest_of(kept) else ""
     except (OSError, ValueError):
-        return False
+        return ""
 
 
 def _digest_of(folder: Path) -> str:
@@ -136,6 +143,6 @@ def _keep(model: openvino.Model, kept: Path) -> None:
         openvino.save_model(model, saved / _MODEL, compress_to_fp16=False)
         (saved / _DIGEST).write_text(_digest_of(saved))
         # Another process may have replaced it by now.
-        if not _is_whole(kept):
+        if not _find_whole(kept):
             shutil.rmtree(kept, ignore_errors=True)
             saved.rename(kept)

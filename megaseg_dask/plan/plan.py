@@ -145,6 +145,8 @@ class Plan(BaseModel):
     first_filters: int
     # The patch of ``--patch auto``, to report how much it would save.
     auto_patch: Shape
+    # The patch that engines prove themselves on.
+    proof_patch: Shape
     # Voxels of the largest padded box of an object to split; a run that resumes keeps it.
     split_voxels: int = 0
     # Of the images that the model was trained on (z, y, x), if it is known.
@@ -607,6 +609,13 @@ class Plan(BaseModel):
             n_parameters=self.n_parameters,
             is_averaged=self.engine.tta or n_models > 1,
         )
+
+    def reference_bytes(self, patch: Shape) -> int:
+        """Return the peak memory of a worker while float32 PyTorch predicts one patch."""
+        forward = replace(self._forward, patch_voxels=math.prod(patch), batch=1)
+        reference = replace(self.engine, engine="torch", precision="fp32")
+        n_bytes = EngineBytes.of(reference, forward)
+        return IDLE_BYTES + n_bytes.kept + n_bytes.forward
 
     def _sizes_of(self, block: Shape) -> Sizes:
         grid = BlockGrid(self.volume_shape, block)

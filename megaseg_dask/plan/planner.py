@@ -174,7 +174,9 @@ def make_plan(
         first_filters=max(bundle.network.filters[0] for bundle in models.bundles),
         auto_patch=_auto_patch(models.bundles[0], models.overlap, models.grid_shape),
         model_voxel_size_um=model_size_um(models.bundles),
+        proof_patch=models.patch,
     )
+    plan = plan.model_copy(update={"proof_patch": choose_proof_patch(plan, models.patch_multiple)})
     if resolved.splits_objects():
         plan = plan.with_split(min(LEAST_SPLIT_VOXELS, padded_voxels(plan)))
     if filled.block is None:
@@ -466,6 +468,12 @@ class Models:
     voxel_size_um: Size | None
     grid_shape: Shape
 
+    @property
+    def patch_multiple(self) -> Shape:
+        """What the extents of a patch of all models are multiples of."""
+        multiples = [bundle.network.patch_multiple for bundle in self.bundles]
+        return tuple(math.lcm(*along_axis) for along_axis in zip(*multiples, strict=True))
+
 
 def open_models(settings: Settings, form: VolumeForm, emit: Emit = ignore) -> Models:
     """Read the bundles of the models that settings name, for volumes of one form.
@@ -650,6 +658,25 @@ def choose_split(plan: Plan, recorded: Plan | None) -> int:
 def padded_voxels(plan: Plan) -> int:
     """Return the voxels of the box of an object as large as the volume, with its padding."""
     return math.prod(n + 2 for n in plan.volume_shape)
+
+
+def choose_proof_patch(plan: Plan, multiple: Shape) -> Shape:
+    """Return the patch that engines prove themselves on against float32 PyTorch.
+
+    It is the plan's, halved along its longest axes while PyTorch needs more memory than a worker
+    has. The smallest is twice the multiple that the network takes.
+    """
+    patch = plan.resolved.patch
+    while plan.reference_bytes(patch) > plan.memory_bytes:
+        lengths = []
+        for n, step in zip(patch, multiple, strict=True):
+            lengths.append(n if n >= 4 * step else 0)
+        if not any(lengths):
+            break
+        axis = lengths.index(max(lengths))
+        half = patch[axis] // 2 // multiple[axis] * multiple[axis]
+        patch = (*patch[:axis], half, *patch[axis + 1 :])
+    return patch
 
 
 def require_memory(plan: Plan) -> None:

@@ -17,12 +17,14 @@ from typing import Any
 
 from megaseg_dask.errors import ClusterError
 from megaseg_dask.events import Emit, Joined, Notice
+from megaseg_dask.inference.certificate import Certificate, is_proof_needed
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.cluster.connection import Needs, connect, dashboard_of, require_client
 from megaseg_dask.run.cluster.workers import Workers
 from megaseg_dask.run.progress import Ready
 from megaseg_dask.run.retries import Retries
+from megaseg_dask.run.tasks.proof import prove_engine, sample_of
 from megaseg_dask.run.tasks.worker import (
     Assigned,
     Assignment,
@@ -45,6 +47,8 @@ _GROUP_COST_S = 0.01
 _POLL_S = 0.02
 _TICK_S = 1.0
 _ANSWER_S = 30.0
+# For a worker to load the network, and to predict a patch twice.
+_PROOF_S = 600.0
 
 # A task may take this many times the longest of its stage, and at least this long.
 _TASK_FACTOR = 20
@@ -392,6 +396,18 @@ class DaskExecutor:
     def ready_without_model(self, options: StoreOptions) -> AbstractContextManager[None]:
         """Give the workers the options of stores alone."""
         return self._workers.ready_with(options)
+
+    def prove(self, plan: Plan) -> Certificate | None:
+        """Let the engine of a worker prove itself; all others do before their first task.
+
+        Raises:
+            Exception: The worker cannot run the engine, died, or does not answer.
+        """
+        if not is_proof_needed(plan.engine):
+            return None
+        future = self._workers.client.submit(prove_engine, sample_of(plan), pure=False)
+        certificate: Certificate | None = future.result(plan.settings.timeout or _PROOF_S)
+        return certificate
 
     def dispatcher(self, plan: Plan, lease_id: str, emit: Emit) -> DaskDispatcher:
         """Return a dispatcher of the tasks of one run."""

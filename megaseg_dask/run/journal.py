@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import StoreError
 from megaseg_dask.events import Failure, Joined
+from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.stages import PlannedStage
 from megaseg_dask.run.state import Ending, Session, TaskSummary
@@ -73,6 +74,8 @@ class TaskRecord:
         self.timings = {stage.name: Timing() for stage in self.stages}
         # Clients that worked on the run; one that was killed left none.
         self.sessions: list[Session] = []
+        # Of the engines that proved themselves, one for each client whose figures were others.
+        self.certificates: list[Certificate] = []
         self.result: Ending | None = None
         self._measuring = {s.name for s in self.stages if "statistics" in s.declared.tells}
         self._done = {stage.name: np.zeros(stage.n_tasks, bool) for stage in self.stages}
@@ -130,6 +133,8 @@ class TaskRecord:
                 pass
             case {"session": session}:
                 Session.from_json(session)
+            case {"certificate": certificate}:
+                Certificate.from_json(certificate)
             case {"lose": stage, "index": index}:
                 self._require_among(index, self._done[stage].size)
             case {"undo": stage, "volume": volume}:
@@ -163,6 +168,8 @@ class TaskRecord:
                 self.result = None
             case {"session": session}:
                 self.sessions.append(Session.from_json(session))
+            case {"certificate": certificate}:
+                self.certificates.append(Certificate.from_json(certificate))
             case {"lose": stage, "index": index}:
                 self.result = None
                 self._done[stage][index] = False
@@ -352,6 +359,11 @@ class Journal(TaskRecord):
         for stage, index in tasks:
             self._append({"lose": stage, "index": index})
         self.flush()
+
+    def certify(self, certificate: Certificate | None) -> None:
+        """Record the certificate of an engine that needs one, unless it is recorded."""
+        if certificate is not None and certificate not in self.certificates:
+            self._append({"certificate": asdict(certificate)})
 
     def finish(self, result: Ending) -> None:
         """Record that the run is complete."""

@@ -6,6 +6,7 @@ are read again: another client may have worked on the target until then.
 
 import resource
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.events import Emit, ignore
@@ -104,6 +105,16 @@ class Request:
     def superseded(self) -> list[Plan]:
         """The recorded runs of other names whose scores these runs replace."""
         return find_superseded([plan for plan, _ in self._parts], self._recorded)
+
+    @property
+    def chooses_precision(self) -> bool:
+        """Whether the settings leave the precision open."""
+        return self._settings.precision in (None, "auto")
+
+    def use_precision(self, precision: Literal["fp32", "bf16", "fp16"]) -> None:
+        """Plan again in a precision that the settings leave open."""
+        self._settings = self._settings.model_copy(update={"precision": precision})
+        self._parts = self._plan()
 
     def open_runs(self) -> Runs:
         """Return the plans and what earlier runs of them finished; writes nothing.

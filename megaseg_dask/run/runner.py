@@ -9,15 +9,16 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
-from megaseg_dask.errors import MegasegError, StoreError
+from megaseg_dask.errors import MegasegError, SettingsError, StoreError
 from megaseg_dask.events import Emit, Event, Joined, Notice, Result, Started, Step
 from megaseg_dask.inference.calibration import measure_patch_s
+from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.gpu import require_devices
 from megaseg_dask.messages import version_of
@@ -69,6 +70,14 @@ class Executor(Protocol):
 
     def ready(self, plan: Plan, options: StoreOptions) -> AbstractContextManager[None]:
         """Make the workers ready for tasks, and take it back at the end."""
+        ...
+
+    def prove(self, plan: Plan) -> Certificate | None:
+        """Let a worker's engine prove itself; float32 PyTorch needs no certificate.
+
+        Raises:
+            MegasegError: The worker cannot run the engine.
+        """
         ...
 
     def dispatcher(self, plan: Plan, lease_id: str, emit: Emit) -> Dispatcher:
@@ -166,12 +175,45 @@ def _carry_out(request: Request | Relabelling, client: Any, emit: Emit) -> Resul
         executor.check()
         with Leases(runs_folder(plan.target), LEASE_TIMING).hold() as lease:
             runs = request.reopen_runs(lease)
-            record(runs, request.superseded, lease)
             with executor.ready(plan, request.store_options):
-                session = _Session(executor, lease, emit)
+                certificate = _prove(executor, runs[0][0])
+                if certificate is not None and not certificate.holds:
+                    runs, certificate = _without_halves(request, lease, runs, certificate, emit)
+                record(runs, request.superseded, lease)
+                session = _Session(executor, lease, certificate, emit)
                 result = join_results([session.run(plan, journal) for plan, journal in runs])
     emit(result)
     return result
+
+
+def _prove(executor: Executor, plan: Plan) -> Certificate | None:
+    """Return the certificate of a worker's engine, if it needs one and could be asked.
+
+    Each worker proves itself before its first task, and names what is wrong with it.
+    """
+    if not plan.resolved.predicts():
+        return None
+    with suppress(Exception):
+        return executor.prove(plan)
+    return None
+
+
+def _without_halves(
+    request: Request | Relabelling, lease: Held, runs: Runs, refused: Certificate, emit: Emit
+) -> tuple[Runs, Certificate | None]:
+    """Return the runs in float32, if the precision was ours to choose and nothing is recorded.
+
+    Raises:
+        SettingsError: It was not, or the engine is off in float32 too.
+    """
+    is_recorded = any(journal.n_done for _, journal in runs)
+    is_open = isinstance(request, Request) and request.chooses_precision
+    if refused.precision == "fp32" or is_recorded or not is_open:
+        raise SettingsError(refused.refusal)
+    assert isinstance(request, Request)
+    emit(Notice(f"{refused}: the run goes on in float32"))
+    request.use_precision("fp32")
+    return request.reopen_runs(lease), None
 
 
 def record(runs: Runs, superseded: Sequence[Plan], lease: Held) -> None:
@@ -197,9 +239,12 @@ def record(runs: Runs, superseded: Sequence[Plan], lease: Held) -> None:
 class _Session:
     """The work of this client on the runs of a request."""
 
-    def __init__(self, executor: Executor, lease: Held, emit: Emit) -> None:
+    def __init__(
+        self, executor: Executor, lease: Held, certificate: Certificate | None, emit: Emit
+    ) -> None:
         self._executor = executor
         self._lease = lease
+        self._certificate = certificate
         self._emit = emit
 
     def run(self, plan: Plan, journal: Journal) -> Result:
@@ -242,6 +287,7 @@ class _Session:
             partial(failure_of, plan),
         )
         with journal.flushed(), journal.session(lambda: self._executor.workers):
+            journal.certify(self._certificate)
             self._run_tasks(plan, journal, dispatcher, recorder, emit)
             is_published = not recorder.store_is_lost
             return conclude(plan, journal, self._lease, started_s, is_published=is_published)

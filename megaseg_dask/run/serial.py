@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 from megaseg_dask.errors import EngineError
 from megaseg_dask.events import Emit, Joined
+from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.run.lease import Leases, Permit
 from megaseg_dask.run.progress import Ready
 from megaseg_dask.run.retries import Retries
+from megaseg_dask.run.tasks.proof import prove_engine
 from megaseg_dask.run.tasks.worker import Outcome, RunWork, Worker
 from megaseg_dask.run.workspace import Workspace
 from megaseg_dask.stores import StoreOptions
@@ -69,6 +71,10 @@ class SerialExecutor:
     def ready(self, plan: Plan, options: StoreOptions) -> AbstractContextManager[None]:
         """Do nothing: the stores of this process are configured."""
         return nullcontext()
+
+    def prove(self, plan: Plan) -> Certificate | None:
+        """Let the engine of this process prove itself."""
+        return prove_engine(plan)
 
     def dispatcher(self, plan: Plan, lease_id: str, emit: Emit) -> SerialDispatcher:
         """Return a dispatcher of the tasks of one run."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import TargetError
+from megaseg_dask.inference.certificate import MAX_DIFFERENCE, MIN_DICE, is_proof_needed
 from megaseg_dask.messages import version_of
 from megaseg_dask.ngff.group import PROVENANCE, find_attributes
 from megaseg_dask.plan.plan import Plan, PlannedVolume
@@ -76,6 +77,7 @@ def provenance_by(
         "model": _model(plan),
         "settings": settings,
         "engine": engine,
+        "certificate": _required_certificate(plan),
         "normalization": _per_channel(volumes, "mean", "std"),
         "threshold": threshold,
         "source": {
@@ -134,6 +136,20 @@ def _model(plan: Plan) -> Json:
             {"name": bundle.name, "digest": bundle.digest} for bundle in plan.model.bundles
         ]
     return model
+
+
+def _required_certificate(plan: Plan) -> Json | None:
+    """Return what the engine had to prove against float32 PyTorch; ``None`` if it is that.
+
+    The figures themselves are those of a worker, and in the run folder.
+    """
+    if not is_proof_needed(plan.engine):
+        return None
+    return {
+        "against": "torch fp32",
+        "min_dice": MIN_DICE,
+        "max_difference": MAX_DIFFERENCE[plan.engine.precision],
+    }
 
 
 def _per_channel(volumes: Sequence[Measured], *names: str) -> list[Json]:

@@ -22,6 +22,7 @@ from megaseg_dask.run.losses import wrote
 from megaseg_dask.run.state import TaskSummary
 from megaseg_dask.run.tasks.functions import run_on_volume
 from megaseg_dask.run.tasks.process_memory import peak_bytes, release, reset_peak
+from megaseg_dask.run.tasks.proof import prove_engine
 from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import Location, clear_array_cache, noting
 
@@ -78,6 +79,10 @@ class Work(Protocol):
         """How many of them a process runs at once."""
         ...
 
+    def prepare(self, stage: str) -> None:
+        """Make this process ready for tasks of a stage; they have no memory yet."""
+        ...
+
     def run_task(self, stage: str, index: int) -> TaskSummary:
         """Run one task, if the client that sent it still holds the run."""
         ...
@@ -105,21 +110,16 @@ class Worker:
 
     def attempt(self, stage: str, index: int) -> Outcome:
         """Run one task when there is room for it, and return how it ended."""
+        try:
+            self._work.prepare(stage)
+        except Exception as error:
+            return _failed(index, error)
         with self._places, self._measured(stage):
             started_s = time.perf_counter()
             try:
                 summary = self._work.run_task(stage, index)
             except Exception as error:
-                # As text: the exception of a library may not survive the way to the client.
-                device = device_state(error)
-                is_explained = isinstance(error, MegasegError) or device
-                return Outcome(
-                    index,
-                    error=describe(error),
-                    is_infrastructure=is_infrastructure(error) or device == "failed",
-                    device=device,
-                    details="" if is_explained else traceback.format_exc(),
-                )
+                return _failed(index, error)
             seconds = round(time.perf_counter() - started_s, 4)
             return Outcome(index, summary, seconds, peak_bytes(), gpu.peak_bytes())
 
@@ -138,6 +138,22 @@ class Worker:
         finally:
             with self._lock:
                 self._n_running -= 1
+
+
+def _failed(index: int, error: Exception) -> Outcome:
+    """Return the outcome of a task that raised an error, which is being handled.
+
+    As text: the exception of a library may not survive the way to the client.
+    """
+    device = device_state(error)
+    is_explained = isinstance(error, MegasegError) or device
+    return Outcome(
+        index,
+        error=describe(error),
+        is_infrastructure=is_infrastructure(error) or device == "failed",
+        device=device,
+        details="" if is_explained else traceback.format_exc(),
+    )
 
 
 class WorkerProcess:
@@ -184,11 +200,29 @@ class RunWork:
     def __init__(self, workspace: Workspace) -> None:
         """Run tasks of the plan of a workspace."""
         self._workspace = workspace
+        self._lock = threading.Lock()
+        self._is_proven = False
 
     @property
     def tasks_at_once(self) -> int:
         """How many of them a process runs at once."""
         return self._workspace.plan.tasks_at_once
+
+    def prepare(self, stage: str) -> None:
+        """Let the engine of this process prove itself before the first task that predicts.
+
+        Raises:
+            EngineError: It may not be used.
+        """
+        plan = self._workspace.plan
+        if "scores" not in plan.stage(stage).declared.tells:
+            return
+        with self._lock:
+            if not self._is_proven:
+                certificate = prove_engine(plan)
+                if certificate is not None:
+                    certificate.require()
+                self._is_proven = True
 
     def run_task(self, stage: str, index: int) -> TaskSummary:
         """Run one task; its summary also tells what it wrote."""

@@ -119,6 +119,7 @@ class Origin:
     commands: list[str]
     settings: Mapping[str, object]
     versions: Mapping[str, str]
+    certificates: list[str]
     logs: list[str]
     version: str
 
@@ -177,7 +178,7 @@ def make_page(plans: Sequence[Plan]) -> Page:
         histograms=figures.histograms(plans[0], result),
         volumes=volumes,
         timings=_timings(runs),
-        origin=_origin(plans),
+        origin=_origin(runs),
     )
 
 
@@ -280,7 +281,9 @@ def _timings(runs: Sequence[Run]) -> Timings:
     )
 
 
-def _origin(plans: Sequence[Plan]) -> Origin:
+def _origin(runs: Sequence[Run]) -> Origin:
+    plans = [run.plan for run in runs]
+    certificates = chain(*(run.journal.certificates for run in runs))
     settings = plans[0].resolved.options()
     logs = []
     for plan in plans:
@@ -289,6 +292,7 @@ def _origin(plans: Sequence[Plan]) -> Origin:
         commands=commands_of(plans),
         settings={name: value for name, value in settings.items() if value is not None},
         versions=_versions(plans[0]),
+        certificates=list(dict.fromkeys(map(str, certificates))),
         logs=logs,
         version=version_of("megaseg-dask"),
     )
