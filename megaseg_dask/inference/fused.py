@@ -20,6 +20,9 @@ _LOG = logging.getLogger(__name__)
 
 _LAYOUT = torch.channels_last_3d
 _BLOCKS = (UnetResBlock, UnetBasicBlock)
+# A tensor of one channel has no layout, so that a convolution of it returns another one. Tensor
+# cores take channels by eight.
+_LEAST_CHANNELS = 8
 # Passes before a graph is captured: they choose and compile kernels.
 _WARM_UP_PASSES = 2
 
@@ -54,8 +57,10 @@ def _is_known(network: torch.nn.Module) -> bool:
     """Return whether all layers of a network are those that a fused pass computes."""
     if type(network) is not DynUNet:
         return False
+    # Maps of one channel have no layout.
+    has_layout = min(network.filters) > 1
     blocks = [module for module in network.modules() if isinstance(module, _BLOCKS)]
-    return all(map(_is_known_block, blocks))
+    return has_layout and all(map(_is_known_block, blocks))
 
 
 def _is_known_block(block: Any) -> bool:
@@ -152,19 +157,18 @@ class Fused:
         self._weights = {}
         for layer in network.modules():
             if isinstance(layer, torch.nn.Conv3d | torch.nn.ConvTranspose3d):
-                weight = layer.weight.to(dtype).contiguous(memory_format=_LAYOUT)
                 bias = None if layer.bias is None else layer.bias.to(dtype)
-                self._weights[layer] = (weight, bias)
+                self._weights[layer] = (_with_channels(layer.weight, dtype), bias)
 
     def __call__(self, patches: torch.Tensor) -> torch.Tensor:
         """Map patches ``(n, c, z, y, x)`` to logits of the same form, float32."""
         network = self._network
-        maps = patches.to(self._dtype).contiguous(memory_format=_LAYOUT)
+        maps = _with_channels(patches, self._dtype)
         joined = []
         for block in (network.input_block, *network.downsamples):
             before = self._convolve(block.conv1, maps)
             # The upper half of what will be concatenated.
-            both = _empty_like(before, 2 * before.shape[1])
+            both = _empty_like(before, 2 * before.shape[1], self._dtype)
             maps = self._finish_block(block, before, maps, both[:, before.shape[1] :])
             joined.append(both)
         maps = self._block(network.bottleneck, maps)
@@ -209,9 +213,18 @@ class Fused:
         return convolved.contiguous(memory_format=_LAYOUT)
 
 
-def _empty_like(maps: torch.Tensor, n_channels: int) -> torch.Tensor:
+def _with_channels(maps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return maps or weights channels last; a single channel gets others of zeros beside it."""
+    if maps.shape[1] > 1:
+        return maps.to(dtype).contiguous(memory_format=_LAYOUT)
+    padded = _empty_like(maps, _LEAST_CHANNELS, dtype).zero_()
+    padded[:, :1].copy_(maps)
+    return padded
+
+
+def _empty_like(maps: torch.Tensor, n_channels: int, dtype: torch.dtype) -> torch.Tensor:
     shape = (len(maps), n_channels, *maps.shape[2:])
-    return torch.empty(shape, dtype=maps.dtype, device=maps.device, memory_format=_LAYOUT)
+    return torch.empty(shape, dtype=dtype, device=maps.device, memory_format=_LAYOUT)
 
 
 # -- graphs
