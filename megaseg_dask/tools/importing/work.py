@@ -58,6 +58,9 @@ class ImportWork:
         self._permit = permit
         self._files: OrderedDict[int, ImageFile] = OrderedDict()
 
+    def prepare(self, stage: str) -> None:
+        """Do nothing: no engine runs."""
+
     def run_task(self, stage: str, index: int) -> TaskSummary:
         """Write one block of a level."""
         self._permit.renew()
