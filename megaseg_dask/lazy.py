@@ -34,6 +34,7 @@ from megaseg_dask.algorithms.normalization import (
 )
 from megaseg_dask.errors import BundleError, SettingsError, SourceError
 from megaseg_dask.inference.block import Block, Patches, Preparation
+from megaseg_dask.inference.certificate import Claim
 from megaseg_dask.inference.engine import EngineSpec, open_engine, resolve_engine
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.ngff.image import SPATIAL, Image, read_image, require_axes
@@ -41,7 +42,8 @@ from megaseg_dask.ngff.labels import labels_group, list_labels
 from megaseg_dask.ngff.units import micrometers
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.choice import require_segmentable
-from megaseg_dask.plan.planner import open_models
+from megaseg_dask.plan.cluster_spec import cluster_of
+from megaseg_dask.plan.planner import choose_batch, open_models
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.plan.signature import with_settings
 from megaseg_dask.plan.voxel_size import VolumeForm
@@ -210,7 +212,9 @@ def predict(
     block_shape = options.block or cheapest_block(volume_shape, grid, _is_small)
     predictor = _Predictor(
         BlockGrid(volume_shape, block_shape),
-        Patches(grid, ref.window, options.batch or 1),
+        Patches(
+            grid, ref.window, options.batch or choose_batch(models, engine, cluster_of(options))
+        ),
         ref,
         engine,
     )
@@ -362,9 +366,31 @@ class _Predictor:
     def _predict_core(self, values: Array, normalization: Normalization, core: Box) -> Float32:
         prepare = Preparation(self.model.steps, (normalization,))
         block = Block(core, values[None], self.patches, prepare)
+        self._require_proof(values[None], prepare)
         with open_engine(self.model, self.engine) as engine:
             (output,) = engine.predict_block(block)
             return output.scores("float32")
+
+    def _require_proof(self, values: Array, prepare: Preparation) -> None:
+        """Let the engine of this process prove itself, once, on the first voxels that come."""
+        shape = self.patches.grid.patch_shape
+        claim = Claim(self.model, self.engine, self.patches.batch, shape)
+
+        def read_patch() -> Float32:
+            patch = np.zeros((len(values), *shape), np.float32)
+            inside = tuple(map(slice, map(min, values.shape[1:], shape)))
+            patch[:, *inside] = prepare(values[:, *inside])
+            return patch
+
+        if claim not in _proven:
+            certificate = claim.prove(read_patch)
+            if certificate is not None:
+                certificate.require()
+            _proven.add(claim)
+
+
+# Of this process.
+_proven: set[Claim] = set()
 
 
 def _merge(parts: Sequence[Statistics]) -> Normalization:

@@ -29,6 +29,10 @@ _SIGMA_SCALE = 0.125
 _MIN_WEIGHT = 1e-3
 
 
+class NotFiniteError(EngineError):
+    """The network gave a logit that is no number; in a wider precision it may give one."""
+
+
 def window(patch_shape: Shape, mode: str = "gaussian") -> Float32:
     """Return the weight of each voxel of a patch, float32 ``(z, y, x)``.
 
@@ -59,8 +63,8 @@ def blend(
     of which all patches come; the others get 0.
 
     Raises:
-        EngineError: A voxel of the core got no weight, or a logit that is not
-            finite; it would pass for background.
+        EngineError: A voxel of the core got no weight; it would pass for background.
+        NotFiniteError: A logit is not finite; so would it.
     """
     total: Any = None
     weight_sum: Any = library.zeros(core.shape)
@@ -84,7 +88,7 @@ def blend(
     total /= weight_sum
     finite: Any = library.isfinite(total)
     if not finite.all():
-        raise EngineError(
+        raise NotFiniteError(
             f"the network returned NaN or infinity in block {core}; extreme values of the image "
             "may be the cause"
         )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.array_library import NUMPY, ArrayLibrary
 from megaseg_dask.algorithms.blending import (
     MAX_UINT8_SCORE,
+    NotFiniteError,
     blend,
     in_slabs,
     sigmoid,
@@ -244,26 +245,60 @@ def predict_block(block: Block, forward: Callable[[Float32], Float32]) -> "list[
 class Engine(ABC):
     """A network, or the mean of several, ready to predict.
 
-    An engine whose arrays live on a device predicts whole blocks there, and has its
-    own ``predict_block``. ``largest_batch`` is the largest that fits the memory of
-    the device, known once a larger one did not.
+    An engine whose arrays live on a device has its own ``forward`` and ``blend_block``.
+    ``largest_batch`` is the largest that fits the memory of the device, known once a larger one
+    did not. ``n_repeated`` counts the blocks that were predicted again in float32.
     """
 
     largest_batch: int | None = None
-    # Of a network that was converted, the digest of the conversion.
+    n_repeated: int = 0
+    # Of a network that was converted, or is computed in another way, what it is known by.
     identity: str = ""
 
     @abstractmethod
     def __call__(self, patches: Float32) -> Float32:
         """Map prepared patches ``(batch, channels in, z, y, x)`` to logits of the same form."""
 
+    def forward(self, patches: Any) -> Any:
+        """Do the same on arrays that live where the engine blends."""
+        return self(patches)
+
     def predict_block(self, block: Block) -> Sequence[BlockOutputs]:
         """Return each output of the network for the core of a block.
+
+        Half precision has numbers up to 65504 alone: a block in which they did not suffice is
+        predicted again in float32.
 
         Raises:
             EngineError: The network gave a logit that is not finite.
         """
-        return predict_block(block, self)
+        try:
+            return self.blend_block(block, self.forward)
+        except NotFiniteError:
+            if not self.use_float32(is_used=True):
+                raise
+        try:
+            outputs = self.blend_block(block, self.forward)
+        finally:
+            self.use_float32(is_used=False)
+        self.n_repeated += 1
+        return outputs
+
+    def blend_block(self, block: Block, forward: Callable[[Any], Any]) -> Sequence[BlockOutputs]:
+        """Return the outputs of a block, of the patches that ``forward`` predicts.
+
+        Raises:
+            EngineError: The network gave a logit that is not finite.
+        """
+        return predict_block(block, forward)
+
+    def use_float32(self, *, is_used: bool) -> bool:
+        """Compute in float32, or again in half precision; return whether it has both."""
+        return False
+
+    def fall_back(self) -> bool:
+        """Compute in a plainer way from now on; return whether there is one."""
+        return False
 
     def prepare_pass(self, shape: tuple[int, ...]) -> Callable[[], object]:
         """Return a function that runs a batch of ``shape``, as blocks run it."""

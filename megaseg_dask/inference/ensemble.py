@@ -4,16 +4,18 @@ Patches stay where they are, so an average does not depend on blocks either.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from itertools import chain, combinations, product
+from operator import add
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megaseg_dask.errors import BundleError
-from megaseg_dask.inference.block import Engine, Float32
+from megaseg_dask.inference.block import Block, BlockOutputs, Engine, Float32
 from megaseg_dask.models import Bundle, BundleFacts, Step, load_bundle, read_facts
 from megaseg_dask.models.staging import path_of
 
@@ -122,9 +124,9 @@ class ModelRef:
         return sha256(" ".join(digests).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class Averaged(Engine):
-    """An engine: the mean of the logits of several engines.
+    """An engine: the mean of the logits of several engines of one kind.
 
     With ``is_mirrored`` each engine predicts all eight mirror images of a patch.
     """
@@ -145,15 +147,36 @@ class Averaged(Engine):
 
     def __call__(self, patches: Float32) -> Float32:
         """Map prepared patches ``(batch, channels in, z, y, x)`` to the mean logits."""
-        passes = list(product(self.engines, self._mirrors))
-        logits = (_predict_mirrored(engine, patches, axes) for engine, axes in passes)
-        total: Float32 = functools.reduce(np.add, logits)
-        return total / np.float32(len(passes))
+        mean: Float32 = self._mean(self.engines, patches)
+        return mean
+
+    def forward(self, patches: Any) -> Any:
+        """Do the same on arrays that live where the engines blend."""
+        return self._mean([engine.forward for engine in self.engines], patches)
+
+    def blend_block(self, block: Block, forward: Callable[[Any], Any]) -> Sequence[BlockOutputs]:
+        """Return the outputs of a block, blended where the engines do."""
+        return self.engines[0].blend_block(block, forward)
+
+    def use_float32(self, *, is_used: bool) -> bool:
+        """Let all engines compute in float32, or again in half precision."""
+        have_both = [engine.use_float32(is_used=is_used) for engine in self.engines]
+        return all(have_both)
+
+    def fall_back(self) -> bool:
+        """Let all engines compute in a plainer way; return whether one has another."""
+        have_another = [engine.fall_back() for engine in self.engines]
+        return any(have_another)
 
     def close(self) -> None:
         """Close all engines."""
         for engine in self.engines:
             engine.close()
+
+    def _mean(self, networks: Sequence[Callable[[Any], Any]], patches: Any) -> Any:
+        passes = list(product(networks, self._mirrors))
+        logits = (_predict_mirrored(network, patches, axes) for network, axes in passes)
+        return functools.reduce(add, logits) / len(passes)
 
     @property
     def _mirrors(self) -> Iterator[tuple[int, ...]]:
@@ -162,6 +185,9 @@ class Averaged(Engine):
         return chain.from_iterable(combinations(_SPACE_AXES, n) for n in range(max_axes + 1))
 
 
-def _predict_mirrored(engine: Engine, patches: Float32, axes: tuple[int, ...]) -> Float32:
-    mirrored = np.ascontiguousarray(np.flip(patches, axes))
-    return np.flip(engine(mirrored), axes)
+def _predict_mirrored(network: Callable[[Any], Any], patches: Any, axes: tuple[int, ...]) -> Any:
+    if isinstance(patches, np.ndarray):
+        mirrored = np.ascontiguousarray(np.flip(patches, axes))
+        return np.flip(network(mirrored), axes)
+    # A tensor of a device.
+    return network(patches.flip(axes)).flip(axes)

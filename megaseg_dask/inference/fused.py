@@ -45,6 +45,12 @@ class NormAct(Protocol):
         ...
 
 
+def open_fused(network: torch.nn.Module, dtype: torch.dtype) -> "Graphs | None":
+    """Return the fused forward pass of a network as graphs; ``None`` where it has none."""
+    fused = fuse(network, dtype)
+    return None if fused is None else Graphs(fused)
+
+
 def fuse(network: torch.nn.Module, dtype: torch.dtype) -> "Fused | None":
     """Return the fused forward pass of a network on its device; ``None`` where it has none."""
     if not _is_known(network):
@@ -53,12 +59,12 @@ def fuse(network: torch.nn.Module, dtype: torch.dtype) -> "Fused | None":
     return Fused(network, dtype, _choose_norm(device, dtype))
 
 
-def _is_known(network: torch.nn.Module) -> bool:
+def _is_known(network: Any) -> bool:
     """Return whether all layers of a network are those that a fused pass computes."""
     if type(network) is not DynUNet:
         return False
     # Maps of one channel have no layout.
-    has_layout = min(network.filters) > 1
+    has_layout = all(n_filters > 1 for n_filters in network.filters)
     blocks = [module for module in network.modules() if isinstance(module, _BLOCKS)]
     return has_layout and all(map(_is_known_block, blocks))
 
@@ -137,7 +143,7 @@ def _normalize(values: torch.Tensor, norm: torch.nn.InstanceNorm3d) -> torch.Ten
         training=True,
         eps=norm.eps,
     )
-    normalized = list(map(normalize, samples.permute(0, 3, 1, 2).split(1)))
+    normalized = list(map(normalize, samples.permute(0, 3, 1, 2).unsqueeze(1)))
     joined = normalized[0] if n_samples == 1 else torch.cat(normalized)
     spread = joined.permute(0, 2, 3, 1).reshape(n_samples, n_z, n_y, n_x, n_channels)
     return spread.permute(0, 4, 1, 2, 3)
@@ -203,7 +209,7 @@ class Fused:
     def _convolve(self, convolution: Any, maps: torch.Tensor) -> torch.Tensor:
         layer = convolution.conv
         weight, bias = self._weights[layer]
-        if isinstance(layer, torch.nn.ConvTranspose3d):
+        if layer.transposed:
             convolved = functional.conv_transpose3d(
                 maps, weight, bias, layer.stride, layer.padding, layer.output_padding
             )
@@ -258,7 +264,7 @@ class _Graph:
 
     def __init__(self, forward: Forward, patches: torch.Tensor) -> None:
         self._patches = patches.clone()
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_PASSES):

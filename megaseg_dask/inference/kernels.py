@@ -18,7 +18,7 @@ _MAX_CHUNKS = 512
 _NONE, _PLAIN, _NORMALIZED = range(3)
 
 
-@triton.jit  # type: ignore[misc]
+@triton.jit
 def _measure(
     values,
     moments,
@@ -57,7 +57,7 @@ def _measure(
     tl.store(out + C, squares, mask=is_channel)
 
 
-@triton.jit  # type: ignore[misc]
+@triton.jit
 def _merge(
     moments,
     weight,
@@ -96,7 +96,7 @@ def _merge(
     tl.store(out + C, shift, mask=is_channel)
 
 
-@triton.jit  # type: ignore[misc]
+@triton.jit
 def _apply(
     values,
     affine,

@@ -5,10 +5,11 @@ prepared and summed in grid order in float32.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -27,11 +28,14 @@ from megaseg_dask.inference.block import (
 )
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.ensemble import BundleRef
+from megaseg_dask.inference.fused import Graphs, open_fused
 from megaseg_dask.inference.gpu import is_out_of_memory, precision_problem
 from megaseg_dask.models.build import build_network
 from megaseg_dask.models.bundle import Bundle
 
 Float32 = NDArray[np.float32]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Autocast computes convolutions in it; instance norm takes its statistics in float32.
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,6 +82,8 @@ class TorchEngine(Engine):
             # Tensor cores need this layout; for float32 it may change the last bits.
             self._layout = torch.channels_last_3d
             self._network.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self._is_float32 = self._half is None
+        self._fused: Graphs | None = None
 
     def __call__(self, patches: Float32) -> Float32:
         """Predict one batch of prepared patches; in parts, if the device has too little memory.
@@ -116,11 +122,19 @@ class TorchEngine(Engine):
     def _forward(self, patches: torch.Tensor) -> torch.Tensor:
         with (
             torch.inference_mode(),
-            torch.autocast(self._device, self._half, enabled=bool(self._half)),
+            torch.autocast(self._device, self._half, enabled=not self._is_float32),
         ):
+            if self._fused is not None and not self._is_float32:
+                # A copy: the next batch is written to the same place.
+                return self._fused(patches.to(self._device)).clone()
             inputs = patches.to(self._device, memory_format=self._layout)
             logits: torch.Tensor = self._network(inputs)
             return logits.float()
+
+    def use_float32(self, *, is_used: bool) -> bool:
+        """Compute in float32, or again in half precision, if that is this engine's."""
+        self._is_float32 = is_used or self._half is None
+        return self._half is not None
 
 
 def _require_gpu(precision: str) -> None:
@@ -154,11 +168,51 @@ def _exact_arithmetic(n_threads: int) -> Iterator[None]:
         torch.set_float32_matmul_precision(old_precision)
 
 
+# The one thread that launches kernels on a device, whichever asks for it: cuDNN chooses them for
+# each thread anew, and a graph of launches belongs to one.
+_launcher = ThreadPoolExecutor(1, thread_name_prefix="launcher")
+
+
+def _launch(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Return what a function returns in the thread that launches kernels."""
+    return _launcher.submit(function, *args, **options).result()
+
+
 class DeviceEngine(TorchEngine):
     """An engine whose blocks stay on its device.
 
     Voxels go up once, as they are stored; outputs come down as they will be stored.
     """
+
+    def __init__(self, bundle: Bundle, spec: EngineSpec) -> None:
+        """Build the network; in half precision with its fused forward pass, where it has one.
+
+        Raises:
+            EngineError: The device is not there; another one is never taken instead.
+        """
+        super().__init__(bundle, spec)
+        if self._half:
+            self._fused = _launch(open_fused, self._network, self._half)
+            self.identity = "fused" if self._fused else ""
+
+    def __call__(self, patches: Float32) -> Float32:
+        """Predict one batch of prepared patches; in parts, if the device has too little memory.
+
+        Raises:
+            EngineError: A single patch does not fit the memory of the device.
+        """
+        return _launch(super().__call__, patches)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Do the same on the device."""
+        return self._predict(patches)
+
+    def fall_back(self) -> bool:
+        """Run the network as it is written from now on."""
+        has_another = self._fused is not None
+        self._fused = None
+        self.identity = ""
+        return has_another
 
     def prepare_pass(self, shape: tuple[int, ...]) -> Callable[[], None]:
         """Return a function that runs a batch as blocks do: on the device from end to end."""
@@ -170,14 +224,21 @@ class DeviceEngine(TorchEngine):
             if self._device == "cuda":
                 torch.cuda.synchronize()
 
-        return run
+        return partial(_launch, run)
 
-    def predict_block(self, block: Block) -> Sequence[BlockOutputs]:
-        """Return each output of the network for the core of a block.
+    def blend_block(
+        self, block: Block, forward: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Sequence[BlockOutputs]:
+        """Return the outputs of a block, of the patches that ``forward`` predicts.
 
         Raises:
             EngineError: The block does not fit the device, or a logit is not finite.
         """
+        return _launch(self._blend_block, block, forward)
+
+    def _blend_block(
+        self, block: Block, forward: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Sequence[BlockOutputs]:
         library = ArrayLibrary(
             partial(torch.zeros, dtype=torch.float32, device=self._device),
             torch.isfinite,
@@ -186,7 +247,7 @@ class DeviceEngine(TorchEngine):
         try:
             with _exact_arithmetic(self._threads), torch.inference_mode():
                 weights = self._upload(block.patches.weights)
-                logits = blend_patches(self._moved(block), self._predict, weights, library)
+                logits = blend_patches(self._moved(block), forward, weights, library)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -249,6 +310,9 @@ class DeviceOutputs:
 
     def scores(self, dtype: str) -> NDArray[Any]:
         """Return the scores: ``float32`` from 0 to 1, or ``uint8`` as 255 times that, rounded."""
+        return _launch(self._scores, dtype)
+
+    def _scores(self, dtype: str) -> NDArray[Any]:
         scores = torch.sigmoid(self.blended).nan_to_num_(nan=0.0)
         if dtype == "uint8":
             scores = scores.mul_(MAX_UINT8_SCORE).round_().to(torch.uint8)
@@ -256,12 +320,15 @@ class DeviceOutputs:
 
     def mask(self, threshold: float) -> NDArray[np.uint8]:
         """Return 1 where the float32 score is above ``threshold``, strictly, else 0."""
+        return _launch(self._mask, threshold)
+
+    def _mask(self, threshold: float) -> NDArray[np.uint8]:
         is_above = torch.sigmoid(self.blended) > np.float32(threshold).item()
         return _download(is_above.to(torch.uint8))
 
     def logits(self) -> Float32:
         """Return the blended logits."""
-        return _download(self.blended)
+        return _launch(_download, self.blended)
 
 
 def _download(values: torch.Tensor) -> NDArray[Any]:

@@ -128,7 +128,7 @@ def make_plan(
         patch=models.patch,
         overlap=models.overlap,
         engine=engine,
-        batch=filled.batch or _choose_batch(models, engine, cluster),
+        batch=filled.batch or choose_batch(models, engine, cluster),
         outputs=filled.outputs,
         measure_channels=choice.measured,
         # As given: what it names was read for this request.
@@ -544,7 +544,8 @@ def _auto_patch(bundle: BundleFacts, overlap: tuple[float, ...], grid_shape: Sha
     return cheapest_patch(grid_shape, bundle.patch_shape, overlap, multiple)
 
 
-def _choose_batch(models: Models, engine: EngineSpec, cluster: Cluster) -> int:
+def choose_batch(models: Models, engine: EngineSpec, cluster: Cluster) -> int:
+    """Return the patches per forward pass if nobody chooses them: of a GPU the quickest."""
     if engine.device != "cuda":
         return 1
     if not cluster.is_local:

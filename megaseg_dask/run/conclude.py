@@ -208,6 +208,12 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
     )
     warnings += absent_texts(plan, journal)
     warnings += _left_whole(plan, states)
+    n_repeated = sum(summary.repeated for summary in summaries)
+    if n_repeated:
+        warnings.append(
+            f"{n_repeated} blocks were predicted again in float32: their logits in "
+            f"{plan.engine.precision} were no numbers"
+        )
     batches = [summary.batch for summary in summaries if summary.batch]
     if batches:
         warnings.append(

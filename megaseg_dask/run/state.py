@@ -119,12 +119,15 @@ class TaskSummary:
     ``statistics`` those of each channel of a whole volume. ``absent`` counts
     stored objects that the source lacks, ``absent_inner`` chunks that its shards
     lack. ``batch`` is the batch that a device ran with after it was out of memory.
+    ``repeated`` counts the blocks that were predicted again in float32, since half precision gave
+    no numbers.
     """
 
     parts: tuple[tuple[PartStatistics, ...], ...] = ()
     absent: int = 0
     absent_inner: int = 0
     batch: int | None = None
+    repeated: int = 0
     statistics: tuple[ChannelStatistics, ...] = ()
     by_output: tuple[OutputState, ...] = ()
     wrote: Wrote = Wrote()
@@ -142,6 +145,7 @@ class TaskSummary:
             "absent": self.absent,
             "absent_inner": self.absent_inner,
             "batch": self.batch,
+            "repeated": self.repeated,
             "statistics": [asdict(channel) for channel in self.statistics],
             "by_output": outputs_to_json(self.by_output),
         }
@@ -153,7 +157,9 @@ class TaskSummary:
         absent = value.get("absent", 0)
         batch = value.get("batch")
         absent_inner = value.get("absent_inner", 0)
-        _require_numbers({"absent": absent, "absent_inner": absent_inner, "batch": batch})
+        repeated = value.get("repeated", 0)
+        counts = {"absent": absent, "absent_inner": absent_inner, "repeated": repeated}
+        _require_numbers({**counts, "batch": batch})
         channels = value.get("parts", ())
         if "parts" in value and not (channels and all(channels)):
             raise ValueError("statistics of no channel, or of no part of one")
@@ -162,6 +168,7 @@ class TaskSummary:
             absent=absent,
             absent_inner=absent_inner,
             batch=batch,
+            repeated=repeated,
             statistics=statistics_from_json(value),
             by_output=outputs_from_json(value),
             wrote=Wrote(*map(_require_base64, value.get("wrote", ()))),

@@ -17,8 +17,8 @@ from megaseg_dask.errors import EngineError
 from megaseg_dask.inference import calibration, engine
 from megaseg_dask.inference.block import Block, Patches, Preparation
 from megaseg_dask.inference.engine import EngineSpec, close_engine
-from megaseg_dask.inference.ensemble import BundleRef, ModelRef
-from megaseg_dask.inference.pytorch import DeviceEngine, TorchEngine
+from megaseg_dask.inference.ensemble import Averaged, BundleRef, ModelRef
+from megaseg_dask.inference.pytorch import DeviceEngine, DeviceOutputs, TorchEngine
 from megaseg_dask.models import load_bundle
 from megaseg_dask.models.cytodl.transforms import Step
 from megaseg_dask.ngff.volume import Volume
@@ -28,6 +28,7 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.job_array import record_plans
 from megaseg_dask.run.tasks import worker
 from megaseg_dask.run.workspace import Workspace
+from tests.fixtures.bundles import write_checkpoint
 from tests.fixtures.images import blobs, write_image
 
 GRID = PatchGrid((24, 40, 50), (16, 32, 32), (0.5,) * 3)
@@ -104,6 +105,88 @@ def test_logits_that_are_no_numbers_fail_on_the_device_too(tiny_bundle):
     block = Block(core, np.ones((1, 16, 32, 32), np.uint16), Patches(grid), prepare)
     with pytest.raises(EngineError, match="NaN or infinity"):
         network.predict_block(block)
+
+
+BF16 = EngineSpec("torch", "cpu", "bf16", threads=1)
+
+
+def whole(values, batch=1):
+    grid = PatchGrid(values.shape[1:], (16, 32, 32), (0.5,) * 3)
+    (core,) = BlockGrid(grid.volume_shape, grid.volume_shape)
+    prepare = Preparation(
+        (Step("zscore"),), (Normalization(float(values.mean()), float(values.std())),)
+    )
+    return Block(core, values, Patches(grid, batch=batch), prepare)
+
+
+@pytest.mark.parametrize("is_mirrored", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_averages_are_blended_on_the_device_as_on_the_host(
+    is_mirrored, batch, tiny_bundle, tmp_path
+):
+    other = write_checkpoint(tmp_path / "other.ckpt", seed=1)
+    bundles = [load_bundle(path) for path in (tiny_bundle, other)]
+    host, device = (
+        Averaged([kind(bundle, SPEC) for bundle in bundles], is_mirrored=is_mirrored)
+        for kind in (TorchEngine, DeviceEngine)
+    )
+    block = whole(blobs((16, 40, 32))[None], batch)
+    (expected,) = host.predict_block(block)
+    (found,) = device.predict_block(block)
+    assert isinstance(found, DeviceOutputs)
+    assert_allclose(found.logits(), expected.logits(), atol=1e-5)
+
+
+def test_half_precision_runs_fused_and_falls_back_to_the_network_as_it_is_written(tiny_bundle):
+    engine = DeviceEngine(load_bundle(tiny_bundle), BF16)
+    block = whole(blobs((16, 40, 32))[None], batch=2)
+    (exact,) = DeviceEngine(load_bundle(tiny_bundle), SPEC).predict_block(block)
+    assert engine.identity == "fused"
+    (fused,) = engine.predict_block(block)
+    assert engine.fall_back()
+    assert engine.identity == ""
+    assert not engine.fall_back()
+    (written,) = engine.predict_block(block)
+    for output in (fused, written):
+        scores = output.scores("float32")
+        assert 0 < np.abs(scores - exact.scores("float32")).max() < 0.1
+    assert (fused.logits() != written.logits()).any()
+
+
+@pytest.mark.parametrize("is_averaged", [False, True])
+def test_a_block_without_numbers_in_half_precision_is_predicted_again_in_float32(
+    is_averaged, tiny_bundle, monkeypatch
+):
+    engine = DeviceEngine(load_bundle(tiny_bundle), BF16)
+    network = Averaged([engine], is_mirrored=True) if is_averaged else engine
+    exact = DeviceEngine(load_bundle(tiny_bundle), SPEC)
+    expected = Averaged([exact], is_mirrored=True) if is_averaged else exact
+    block = whole(blobs((16, 32, 32))[None])
+    original = engine._fused
+    engine._fused = lambda patches: original(patches) * torch.inf
+    (found,) = network.predict_block(block)
+    # Layouts differ, and with them the order of sums.
+    assert_allclose(found.logits(), expected.predict_block(block)[0].logits(), atol=1e-4)
+    assert network.n_repeated == 1
+    engine._fused = original
+    network.predict_block(block)
+    assert network.n_repeated == 1
+
+
+def test_one_thread_launches_whoever_asks(tiny_bundle, monkeypatch):
+    engine = DeviceEngine(load_bundle(tiny_bundle), SPEC)
+    seen = set()
+
+    def forward(self, patches, original=TorchEngine._forward):
+        seen.add(threading.current_thread().name)
+        return original(self, patches)
+
+    monkeypatch.setattr(TorchEngine, "_forward", forward)
+    block = whole(blobs((16, 32, 32))[None])
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(engine.predict_block, [block] * 3))
+    engine(np.zeros((1, 1, 16, 32, 32), np.float32))
+    assert seen == {"launcher_0"}
 
 
 def test_a_worker_reads_the_next_volume_and_writes_the_last_one_while_it_computes(

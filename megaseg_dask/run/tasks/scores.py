@@ -57,6 +57,7 @@ def segment_block(workspace: Workspace, volume: int, number: int) -> TaskSummary
         absent=absent.objects,
         absent_inner=absent.inner,
         batch=prediction.largest_batch,
+        repeated=prediction.n_repeated,
         by_output=facts,
     )
 
@@ -111,11 +112,13 @@ def _count_absent(channels: list[Source], box: Box, values: Array) -> Absent:
 class _Prediction:
     """The arrays of a block to write, by kind, for each output of the network.
 
-    ``largest_batch`` is what fits the device, if it ran out of memory.
+    ``largest_batch`` is what fits the device, if it ran out of memory. ``n_repeated`` is 1 if the
+    block was predicted again, in float32.
     """
 
     arrays: list[dict[str, Array]]
     largest_batch: int | None
+    n_repeated: int
 
 
 def _predict(
@@ -150,11 +153,12 @@ def _predict(
         where=wanted,
     )
     with open_engine(plan.model, plan.engine) as engine:
+        n_repeated = engine.n_repeated
         outputs = engine.predict_block(block)
         # Arrays come down from a device before another thread computes on it: they would
         # otherwise wait for the inference of all that other threads have in hand.
         arrays = [_arrays_to_write(workspace, output) for output in outputs]
-        return _Prediction(arrays, engine.largest_batch)
+        return _Prediction(arrays, engine.largest_batch, engine.n_repeated - n_repeated)
 
 
 def _arrays_to_write(workspace: Workspace, output: BlockOutputs) -> dict[str, Array]:

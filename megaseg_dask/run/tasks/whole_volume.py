@@ -66,7 +66,11 @@ class _VolumeTask:
         n_inner = self._summary.absent_inner + sum(each.absent_inner for each in summaries)
         last = summaries[-1]
         self._summary = replace(
-            self._summary, absent=n_absent, absent_inner=n_inner, batch=last.batch
+            self._summary,
+            absent=n_absent,
+            absent_inner=n_inner,
+            batch=last.batch,
+            repeated=last.repeated,
         )
         if last.by_output:
             self._by_output = list(last.by_output)

@@ -215,7 +215,8 @@ class RunWork:
             EngineError: It may not be used.
         """
         plan = self._workspace.plan
-        if "scores" not in plan.stage(stage).declared.tells:
+        tells_scores = "scores" in plan.stage(stage).declared.tells
+        if not tells_scores or not plan.resolved.predicts():
             return
         with self._lock:
             if not self._is_proven:
