@@ -260,3 +260,13 @@ def test_ids_beyond_32_bits_in_the_raster_index():
     assert components.label_dtype(volume_shape) == np.uint64
     assert components.label_dtype((2, 2**16, 2**16)) == np.uint64
     assert components.label_dtype((1, 2**16, 2**16)) == np.uint32
+
+
+@settings(max_examples=40)
+@given(masks(), st.integers(1, 600), connectivities)
+def test_slabs_of_a_block_never_change_an_id(mask, n_voxels, connectivity):
+    whole = label(mask, connectivity=connectivity)
+    with mock.patch.object(components, "_LABELLED_AT_ONCE", n_voxels):
+        found = components.label_block(mask, connectivity)
+    assert found.dtype == np.uint32
+    assert_array_equal(found, whole)
