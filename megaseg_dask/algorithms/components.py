@@ -76,26 +76,23 @@ def label_block(mask: NDArray[np.generic], connectivity: int) -> NDArray[np.uint
     if n_planes >= len(mask):
         return _label(mask, connectivity)
     labels = np.empty(mask.shape, np.uint32)
-    firsts = []
+    starts = range(0, len(mask), n_planes)
+    # Where the ids of each slab begin in those of all.
+    offsets = [0]
     pairs = []
-    n_before = 0
-    n_above = 0
-    for start in range(0, len(mask), n_planes):
-        slab = slice(start, start + n_planes)
-        labels[slab] = _label(mask[slab], connectivity)
-        firsts.append(_first_voxels(labels[slab]) + start * plane_voxels)
+    for start in starts:
+        slab = labels[start : start + n_planes]
+        slab[:] = _label(mask[start : start + n_planes], connectivity)
+        offsets.append(offsets[-1] + int(slab.max()))
         if start:
             touching = _pair_planes(labels, start, connectivity)
-            pairs.append(touching.astype(np.int64) - 1 + [n_above, n_before])
-        n_above = n_before
-        n_before += len(firsts[-1])
-    first = np.concatenate(firsts).astype(np.uint64)
-    final = join_fragments(Fragments(first, np.zeros_like(first)), pairs)
-    stop = np.cumsum([len(rows) for rows in firsts])
-    for start, last, rows in zip(range(0, len(mask), n_planes), stop, firsts, strict=True):
-        slab = slice(start, start + n_planes)
-        ids = final[last - len(rows) : last]
-        labels[slab] = relabel(labels[slab], ids, labels.dtype)
+            pairs.append(touching.astype(np.int64) - 1 + offsets[-3:-1])
+    # Slabs are numbered in raster order, and follow each other in it.
+    order = np.arange(offsets[-1], dtype=np.uint64)
+    final = join_fragments(Fragments(order, np.zeros_like(order)), pairs)
+    for start, first, last in zip(starts, offsets, offsets[1:], strict=False):
+        slab = labels[start : start + n_planes]
+        slab[:] = relabel(slab, final[first:last], labels.dtype)
     return labels
 
 
