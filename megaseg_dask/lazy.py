@@ -210,11 +210,10 @@ def predict(
         options.engine, options.device, options.precision, options.threads, options.tta
     )
     block_shape = options.block or cheapest_block(volume_shape, grid, _is_small)
+    batch = options.batch or choose_batch(models, engine, cluster_of(options))
     predictor = _Predictor(
         BlockGrid(volume_shape, block_shape),
-        Patches(
-            grid, ref.window, options.batch or choose_batch(models, engine, cluster_of(options))
-        ),
+        Patches(grid, ref.window, batch),
         ref,
         engine,
     )

@@ -325,7 +325,7 @@ def test_each_face_of_a_full_device_makes_the_batch_smaller(face, tiny_bundle):
     assert_allclose(engine(patches), expected, atol=1e-4)
     assert engine.largest_batch == 1
     engine.holds = 0
-    with pytest.raises(EngineError, match=r"one patch .* does not fit the memory"):
+    with pytest.raises(EngineError, match=r"one patch .* does not fit in the memory"):
         engine(patches)
 
 
