@@ -3,9 +3,30 @@
 import shlex
 from pathlib import PurePosixPath
 
+from megaseg_dask.errors import TargetError
+from megaseg_dask.stores import Location
+
+# Zip files that hold one image, as RFC-9 of OME-Zarr describes them.
+_PACKED = (".ozx", ".zip")
 TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".tf2", ".lsm")
 # The module of the reader of each kind, an extra.
 EXTRA_READERS = {".czi": "bioio_czi", ".nd2": "bioio_nd2", ".lif": "bioio_lif"}
+
+
+def require_folder_name(target: Location) -> None:
+    """Require that the name of a target is not that of a packed image.
+
+    Raises:
+        TargetError: It is.
+    """
+    path = PurePosixPath(target.basename)
+    suffix = path.suffix.lower()
+    if suffix in _PACKED:
+        folder = f"{path.stem.removesuffix('.ome.zarr')}.ome.zarr"
+        raise TargetError(
+            f"{target}: megaseg writes folders, and {suffix} is the ending of a packed image; "
+            f"choose {folder}, and pack it when all is done"
+        )
 
 
 def import_command(name: str) -> str | None:

@@ -312,6 +312,8 @@ def _describe_file(location: Location) -> str:
     command = import_command(location.url) if location.is_local else None
     if command is not None:
         return f"{file} (import it with: {command})"
+    if kind == "zip":
+        return f"{file} (unpack it first: megaseg reads folders)"
     return f"{file} (convert it, with bioformats2raw for instance)"
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.events import Emit, ignore
 from megaseg_dask.messages import count
+from megaseg_dask.ngff.foreign import require_folder_name
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.plan.planner import make_plans
 from megaseg_dask.plan.plate_parts import Part, read_parts
@@ -86,6 +87,7 @@ class Request:
                 f"{self._target}: a web server cannot be written to; choose a folder or a bucket "
                 "as TARGET"
             )
+        require_folder_name(self._target)
         self._target.probe(TargetError)
         self._recorded = self._read_recorded()
         self._parts = self._plan()

@@ -407,3 +407,14 @@ def test_the_command_says_what_to_type_next(tmp_path):
     assert f"megaseg plan {tmp_path}/a.zarr {tmp_path}/a-segmented.ome.zarr" in found.output
     [*_, last] = CliRunner().invoke(build_app(), [*words, "--json"]).stdout.splitlines()
     assert json.loads(last)["already_done"]
+
+
+def test_a_target_is_no_packed_image(tmp_path):
+    path = tmp_path / "a.tif"
+    write_tiff(path, noise((4, 32, 32)), metadata={"axes": "ZYX"})
+    for name in ("a.ozx", "a.ome.zarr.zip"):
+        with pytest.raises(TargetError, match=r"writes folders, .* choose a\.ome\.zarr"):
+            imported(path, tmp_path / name, voxel_size=SIZE)
+        words = ["plan", str(path), str(tmp_path / name), "--model", "starter"]
+        assert "choose a.ome.zarr" in CliRunner().invoke(build_app(), words).output
+        assert not (tmp_path / name).exists()

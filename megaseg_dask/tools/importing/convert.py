@@ -17,6 +17,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Emit, Failure, Result, Started, ignore
+from megaseg_dask.ngff.foreign import require_folder_name
 from megaseg_dask.ngff.group import find_owner, write_group
 from megaseg_dask.ngff.image import image_attributes
 from megaseg_dask.ngff.plate import write_plate
@@ -75,6 +76,7 @@ def import_files(
         raise SettingsError(
             f"{where}: nothing can be written to a web server; choose a folder or a bucket"
         )
+    require_folder_name(where)
     where.probe(TargetError)
     plan = _claim(plan_import(files, target, options, settings))
     where.require_writable()
