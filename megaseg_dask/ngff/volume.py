@@ -177,30 +177,38 @@ class Volume:
         )
 
     def is_stored(self, box: Box, listed: Container[str] | None = None) -> NDArray[np.bool_]:
-        """Return which voxels of a box ``(z, y, x)`` lie in stored objects that exist.
+        """Return which voxels of a box ``(z, y, x)`` lie in chunks that exist.
 
-        They are those that are ``listed`` in the array; without a list, the store is asked.
+        Objects that exist are those that are ``listed`` in the array; without a list, the store
+        is asked.
 
         Raises:
             StoreError: The store failed.
         """
         stored = self._stored_box(box)
         exists = np.zeros(stored.shape, bool)
-        for core, key in self._units(self._open(), box):
-            if self._is_there(key, listed):
-                exists[(core & stored).within(stored).slices] = True
-        return self._to_zyx(exists.reshape(self._without_tc(stored.shape)))
+        for chunk in self.iter_stored(box, listed):
+            exists[(chunk & stored).within(stored).slices] = True
+        spatial = zip(self.axis_names, stored.shape, strict=True)
+        return self._to_zyx(exists.reshape([n for name, n in spatial if name in SPATIAL]))
 
-    def stored_keys(self, box: Box, listed: Container[str] | None = None) -> list[str]:
-        """Return the keys of the stored objects that share a voxel with a box, and exist."""
-        return [key for _, key in self._units(self._open(), box) if self._is_there(key, listed)]
-
-    def _is_there(self, key: str, listed: Container[str] | None) -> bool:
-        return key in listed if listed is not None else self.location.size(key) is not None
-
-    def _without_tc(self, shape: Shape) -> Shape:
-        axes = zip(self.axis_names, shape, strict=True)
-        return tuple(n for name, n in axes if name in SPATIAL)
+    def iter_stored(self, box: Box, listed: Container[str] | None = None) -> Iterator[Box]:
+        """Yield the chunks, in all axes of the array, that share a voxel with a box and exist."""
+        array = self._open()
+        stored = self._stored_box(box)
+        for core, key in self._units(array, box):
+            is_there = key in listed if listed is not None else self.location.size(key) is not None
+            if not is_there:
+                continue
+            presence = read_presence(self.location, key, array)
+            if presence is None or array.shards is None:
+                # No shard, or one with an index of a form that is not known.
+                yield core
+                continue
+            chunks = BlockGrid(array.shards, array.chunks)
+            for position in chunks.iter_overlapping((core & stored).within(core)):
+                if presence[position]:
+                    yield chunks.core(position).shifted(core.start)
 
     def count_unlisted(self, box: Box, listed: Container[str]) -> int:
         """Return how many stored objects that begin in ``box`` are not ``listed`` in the array.

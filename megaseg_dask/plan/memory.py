@@ -151,7 +151,7 @@ def device_bytes(sizes: Sizes, engine: EngineSpec, forward: Forward) -> int:
     # Voxels as they are stored, or prepared by the host; sums of logits and of weights; scores and
     # what they are rounded from.
     block = sizes.read_voxels * min(sizes.source_bytes, 4) * sizes.n_inputs
-    block += sizes.core_voxels * (4 * sizes.n_outputs + 4 + 8)
+    block += sizes.core_voxels * (4 * sizes.n_outputs + 4 + 8) + sizes.resampling_bytes
     maps = ENGINES[engine.engine].memory.n_maps * forward.n_filters
     maps += forward.n_inputs + forward.n_outputs
     values = forward.patch_voxels * forward.batch * maps + forward.n_parameters

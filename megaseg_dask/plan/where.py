@@ -255,7 +255,8 @@ def _digests_of_chunks(
         digest = sha256()
         for c in channels:
             volume = Volume.of(location, image, t=t, c=c)
-            digest.update("\n".join(volume.stored_keys(whole, listed)).encode())
+            for chunk in volume.iter_stored(whole, listed):
+                digest.update(f"{chunk}\n".encode())
         digests.append(digest.hexdigest())
     return tuple(digests)
 

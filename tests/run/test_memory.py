@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from megaseg_dask.plan.settings import parse_settings
@@ -72,6 +73,33 @@ def test_a_block_that_needs_too_much_is_refused_and_a_smaller_one_is_chosen(tmp_
     plan_runs(
         str(source), str(tmp_path / "d.zarr"), parse_settings({**options, "memory": f"{least}GB"})
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [
+        ("48,192,192", {"voxel_size": 0.6}),
+        ("96,384,384", {"voxel_size": 2.5}),
+        ("48,384,384", {"where_margin": 20}),
+    ],
+)
+def test_grids_and_masks_stay_below_the_projection_too(block, options, tmp_path, tiny_bundle):
+    shape = (96, 384, 384)
+    values = np.random.default_rng(0).integers(0, 2000, shape).astype("uint16")
+    source = write_image(tmp_path / "image.zarr", values, chunks=(48, 128, 128))
+    if "where_margin" in options:
+        mask = np.zeros(shape, "uint16")
+        mask[20:60, 100:200, 100:200] = 1
+        where = write_image(tmp_path / "mask.zarr", mask, chunks=(48, 128, 128))
+        options = {**options, "where": str(where)}
+    common = {"threads": 1, "patch": "16,64,64", "overlap": 0, "workers": 1, "outputs": "scores"}
+    settings = parse_settings({"model": str(tiny_bundle), "block": block, **common, **options})
+    [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)
+    result = segment(str(source), str(tmp_path / "out.zarr"), settings)
+    assert result.status == "done"
+    for name, peak in result.peak_bytes.items():
+        assert peak <= plan.projected(plan.stage(name)) <= plan.memory_bytes
 
 
 def test_large_chunks_of_the_source_are_part_of_the_projection(tmp_path, tiny_bundle):

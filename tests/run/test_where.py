@@ -129,10 +129,15 @@ def test_a_path_is_a_mask_too_and_automatic_thresholds_are_of_what_is_predicted(
         expected = labels
 
 
-def test_data_is_the_chunks_that_there_are(tmp_path, tiny_bundle, cheap_engine):
-    image = write_image(tmp_path / "image.zarr", blobs(SHAPE), scale=SPACING)
-    for chunk in ("c/0/0/1", "c/0/1/0", "c/0/1/1", "c/0/1/2"):
-        (image / "0" / chunk).unlink()
+@pytest.mark.parametrize("shards", [None, (24, 64, 64)])
+def test_data_is_the_chunks_that_there_are(shards, tmp_path, tiny_bundle, cheap_engine):
+    values = blobs(SHAPE)
+    values[:, :32, 32:64] = values[:, 32:] = 0
+    # Zarr writes no chunk of the fill value, in a shard or by itself.
+    options = {"shards": shards} if shards else {}
+    image = write_image(
+        tmp_path / "image.zarr", values, chunks=(24, 32, 32), scale=SPACING, **options
+    )
     segment_here(str(image), str(tmp_path / "all.zarr"), settings_of(tiny_bundle))
     inside = np.zeros(SHAPE, bool)
     inside[:, :32, :32] = inside[:, :32, 64:] = True
@@ -141,9 +146,7 @@ def test_data_is_the_chunks_that_there_are(tmp_path, tiny_bundle, cheap_engine):
         settings = settings_of(tiny_bundle, where="data", **options)
         result = segment_here(str(image), str(target), settings)
         assert result.status == "done"
-        assert result.warnings == [
-            "4 chunks of the source are missing, and were read as its fill value"
-        ]
+        assert "of the source are missing" in str(result.warnings)
         assert not scores_of(target)[~inside].any()
     expected = np.where(inside, scores_of(tmp_path / "all.zarr"), 0)
     assert_array_equal(scores_of(tmp_path / "0.zarr"), expected)
