@@ -67,7 +67,7 @@ def test_the_model_and_its_numbers_are_one_request(write, tmp_path, cheap_engine
     assert (first.status, first.warnings) == ("done", [])
     again = parse_settings({**common, "voxel_size": (0.29, 0.26, 0.26)})
     assert segment_here(source, target, again).already_done
-    with pytest.raises(Exception, match="voxel.size"):
+    with pytest.raises(Exception, match=r"voxel.size"):
         segment_here(source, target, parse_settings(common))
 
 
