@@ -16,6 +16,8 @@ from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock
 from monai.networks.nets.dynunet import DynUNet
 from torch.nn import functional
 
+from megaseg_dask.inference.gpu import first_line, is_out_of_memory
+
 _LOG = logging.getLogger(__name__)
 
 _LAYOUT = torch.channels_last_3d
@@ -25,6 +27,7 @@ _BLOCKS = (UnetResBlock, UnetBasicBlock)
 _LEAST_CHANNELS = 8
 # Passes before a graph is captured: they choose and compile kernels.
 _WARM_UP_PASSES = 2
+_MAX_GRAPHS = 2
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -94,7 +97,7 @@ def _choose_norm(device: torch.device, dtype: torch.dtype) -> NormAct:
         _LOG.warning(
             "Triton cannot be used here (%s): norms take several passes, which is slower; it "
             "needs the packages triton and a C compiler",
-            str(error).strip().partition("\n")[0] or type(error).__name__,
+            first_line(error),
         )
         return norm_act
     return kernels.norm_act
@@ -246,16 +249,26 @@ class Graphs:
         """Capture nothing yet."""
         self._forward = forward
         self._by_shape: dict[tuple[int, ...], _Graph] = {}
+        self._captures = True
 
     def __call__(self, patches: torch.Tensor) -> torch.Tensor:
         """Return the logits of a batch; they are overwritten by those of the next one."""
-        if not patches.is_cuda:
+        if not patches.is_cuda or not self._captures:
             return self._forward(patches)
         shape = tuple(patches.shape)
         if shape not in self._by_shape:
-            # A batch that was too large must not keep its memory.
-            self._by_shape.clear()
-            self._by_shape[shape] = _Graph(self._forward, patches)
+            # Whole batches, and the rest of those that were too large.
+            if len(self._by_shape) == _MAX_GRAPHS:
+                self._by_shape.clear()
+            try:
+                self._by_shape[shape] = _Graph(self._forward, patches)
+            except RuntimeError as error:
+                self._by_shape.clear()
+                if is_out_of_memory(error):
+                    raise
+                self._captures = False
+                _LOG.warning("launches are not captured, which is slower: %s", first_line(error))
+                return self._forward(patches)
         return self._by_shape[shape](patches)
 
 

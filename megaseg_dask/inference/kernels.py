@@ -1,8 +1,8 @@
 """Instance norm, leaky ReLU and residual in one pass over channels-last tensors, in Triton.
 
 A norm reads its input twice and writes it once. Means and squared deviations are those of chunks
-of voxels, merged by Chan's formula in float32 and in a fixed order: no atomics, so the bits of a
-sample depend on nothing but the sample.
+of voxels, merged in float32 and in a fixed order: no atomics, so the bits of a sample depend on
+nothing but the sample.
 """
 
 from typing import Any
@@ -69,26 +69,31 @@ def _merge(
     C: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Write factor and summand of each channel of one sample, from its chunks in their order."""
+    """Write factor and summand of each channel of one sample, from the moments of its chunks."""
     sample = tl.program_id(0)
     channel = tl.arange(0, WIDTH)
     is_channel = channel < C
+    begin = moments + sample * n_chunks * 2 * C
     mean = tl.zeros([WIDTH], tl.float32)
+    for first in range(0, n_chunks, ROWS):
+        chunk = first + tl.arange(0, ROWS)
+        is_inside = (chunk < n_chunks)[:, None] & is_channel[None, :]
+        place = begin + chunk[:, None] * 2 * C + channel[None, :]
+        n_new = tl.maximum(tl.minimum(n_voxels - chunk * CHUNK, CHUNK), 0).to(tl.float32)
+        share = n_new / n_voxels
+        mean += tl.sum(tl.load(place, mask=is_inside, other=0.0) * share[:, None], 0)
     squares = tl.zeros([WIDTH], tl.float32)
-    n_seen = 0.0
-    for chunk in range(0, n_chunks):
-        place = moments + (sample * n_chunks + chunk) * 2 * C + channel
-        new_mean = tl.load(place, mask=is_channel, other=0.0)
-        new_squares = tl.load(place + C, mask=is_channel, other=0.0)
-        n_new = tl.minimum(n_voxels - chunk * CHUNK, CHUNK).to(tl.float32)
-        n_all = n_seen + n_new
-        share = n_new / n_all
-        step = new_mean - mean
-        squares += new_squares + step * step * n_seen * share
-        mean += step * share
-        n_seen = n_all
-    gain = tl.rsqrt(squares / n_seen + epsilon)
+    for first in range(0, n_chunks, ROWS):
+        chunk = first + tl.arange(0, ROWS)
+        is_inside = (chunk < n_chunks)[:, None] & is_channel[None, :]
+        place = begin + chunk[:, None] * 2 * C + channel[None, :]
+        n_new = tl.maximum(tl.minimum(n_voxels - chunk * CHUNK, CHUNK), 0).to(tl.float32)
+        step = tl.load(place, mask=is_inside, other=0.0) - mean[None, :]
+        within = tl.load(place + C, mask=is_inside, other=0.0)
+        squares += tl.sum(within + step * step * n_new[:, None], 0)
+    gain = tl.rsqrt(squares / n_voxels + epsilon)
     gain *= tl.load(weight + channel, mask=is_channel, other=0.0)
     shift = tl.load(bias + channel, mask=is_channel, other=0.0) - mean * gain
     out = affine + sample * 2 * C + channel
@@ -205,7 +210,16 @@ def _affine(values: torch.Tensor, norm: torch.nn.InstanceNorm3d) -> torch.Tensor
     sizes = {"C": n_channels, "CHUNK": chunk, "WIDTH": width}
     _measure[(n_chunks, n_samples)](values, moments, n_voxels, TILE=tile, num_warps=8, **sizes)
     _merge[(n_samples,)](
-        moments, norm.weight, norm.bias, affine, n_voxels, n_chunks, norm.eps, num_warps=4, **sizes
+        moments,
+        norm.weight,
+        norm.bias,
+        affine,
+        n_voxels,
+        n_chunks,
+        norm.eps,
+        ROWS=tile,
+        num_warps=8,
+        **sizes,
     )
     return affine
 

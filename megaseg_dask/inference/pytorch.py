@@ -98,6 +98,7 @@ class TorchEngine(Engine):
     def close(self) -> None:
         """Free the memory of the network."""
         del self._network
+        self._fused = None
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
@@ -120,13 +121,14 @@ class TorchEngine(Engine):
         return self._predict(patches)
 
     def _forward(self, patches: torch.Tensor) -> torch.Tensor:
+        if self._fused is not None and not self._is_float32:
+            with torch.inference_mode():
+                # A copy: the next batch is written to the same place.
+                return self._fused(patches.to(self._device)).clone()
         with (
             torch.inference_mode(),
             torch.autocast(self._device, self._half, enabled=not self._is_float32),
         ):
-            if self._fused is not None and not self._is_float32:
-                # A copy: the next batch is written to the same place.
-                return self._fused(patches.to(self._device)).clone()
             inputs = patches.to(self._device, memory_format=self._layout)
             logits: torch.Tensor = self._network(inputs)
             return logits.float()

@@ -95,7 +95,7 @@ for capability in (80, 90, 100):
         apply = {"C": n_channels, "TILE": tile, "WIDTH": width, "RESIDUAL": 2, "TWICE": True}
         for kernel, signature, constants, n_warps in (
             (kernels._measure, MEASURE, {**sizes, "TILE": tile}, 8),
-            (kernels._merge, MERGE, sizes, 4),
+            (kernels._merge, MERGE, {**sizes, "ROWS": tile}, 8),
             (kernels._apply, APPLY, apply, 8),
         ):
             built = compiled(kernel, signature, constants, n_warps, capability)

@@ -51,6 +51,9 @@ def test_an_outcome_says_what_its_gpu_did(error, state, is_infrastructure, monke
     class Work:
         tasks_at_once = 1
 
+        def prepare(self, stage):
+            """No engine."""
+
         def run_task(self, stage, index):
             raise error
 
