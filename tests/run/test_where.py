@@ -19,6 +19,8 @@ from megaseg_dask.models import Step, load_bundle
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import relabel
+from megaseg_dask.tools.report.write import write_report
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here
@@ -290,3 +292,24 @@ def test_a_device_predicts_what_a_mask_wants_on_another_grid(tiny_bundle):
     assert_allclose(device.logits()[wanted], host.logits()[wanted], atol=1e-5)
     assert np.isnan(device.logits()[~wanted]).all()
     assert_array_equal(device.mask(0.5), host.mask(0.5))
+
+
+@pytest.mark.parametrize("threshold", ["otsu", "li", 0.6])
+def test_relabelling_what_a_mask_left_is_as_a_new_run(
+    threshold, source, tmp_path, tiny_bundle, cheap_engine
+):
+    kept, target = tmp_path / "kept.zarr", tmp_path / "new.zarr"
+    options = {"where": "cells", "where_margin": 2, "voxel_size": (0.4, 0.3, 0.25)}
+    settings = settings_of(tiny_bundle, keep_logits=True, **options)
+    segment_here(str(source), str(kept), settings)
+    segment_here(str(source), str(target), settings_of(tiny_bundle, threshold=threshold, **options))
+    again = parse_settings({"threshold": threshold, "label_name": "again", "workers": 0})
+    assert relabel(str(kept), again).status == "done"
+    [old, new] = [
+        zarr.open_array(place, mode="r")[...]
+        for place in (kept / "labels/again/0", target / "labels/megaseg/0")
+    ]
+    assert new.any()
+    assert_array_equal(old, new)
+    page = write_report(str(kept), label_name="megaseg")
+    assert "blocks are left out" in page.path.read_text()
