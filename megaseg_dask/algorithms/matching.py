@@ -67,10 +67,15 @@ class Contingency:
 
     def __add__(self, other: "Contingency") -> "Contingency":
         """Add the table of other voxels of the same two label images; exact, in any order."""
-        return self._merged(
-            np.concatenate([self.predicted, other.predicted]),
-            np.concatenate([self.true, other.true]),
-            np.concatenate([self.voxels, other.voxels]),
+        return self.sum_of([self, other])
+
+    @classmethod
+    def sum_of(cls, tables: Sequence["Contingency"]) -> "Contingency":
+        """Add the tables of other voxels of the same two label images, at least one, at once."""
+        return cls._merged(
+            np.concatenate([table.predicted for table in tables]),
+            np.concatenate([table.true for table in tables]),
+            np.concatenate([table.voxels for table in tables]),
         )
 
     @classmethod

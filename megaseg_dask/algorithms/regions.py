@@ -5,7 +5,6 @@ and those of the structure inside each region. Each adds across blocks, exactly 
 :mod:`megaseg_dask.algorithms.measurements` says.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +45,9 @@ DISTANCES = "region_distance_um"
 # A region whose box, and one voxel around it, has more voxels is not looked at as a whole.
 MAX_BOX_VOXELS = 2**25
 
+# Rows of parts that wait before they are added, so that small parts are not sorted one by one.
+_MAX_WAITING_ROWS = 2**14
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RegionSums:
@@ -57,6 +59,9 @@ class RegionSums:
     regions: Sums
     inside: Sums
     overlaps: Contingency
+
+    def __len__(self) -> int:
+        return len(self.regions) + len(self.overlaps.voxels)
 
     def arrays(self) -> Columns:
         """Return all columns by name, to be stored."""
@@ -108,14 +113,24 @@ def measure_regions(labels: Array, regions: Array, intensity: Array, core: Box) 
 
 def merge_regions(parts: Iterable[RegionSums]) -> RegionSums:
     """Add the sums of at least one part of a volume, in grid order."""
-    return functools.reduce(_add, parts)
+    waiting: list[RegionSums] = []
+    n_rows = 0
+    max_rows = _MAX_WAITING_ROWS
+    for part in parts:
+        waiting.append(part)
+        n_rows += len(part)
+        if n_rows > max_rows:
+            waiting = [_add(waiting)]
+            n_rows = len(waiting[0])
+            max_rows = 2 * n_rows + _MAX_WAITING_ROWS
+    return _add(waiting)
 
 
-def _add(total: RegionSums, part: RegionSums) -> RegionSums:
+def _add(parts: Sequence[RegionSums]) -> RegionSums:
     return RegionSums(
-        merge([total.regions, part.regions]),
-        merge([total.inside, part.inside]),
-        total.overlaps + part.overlaps,
+        merge(part.regions for part in parts),
+        merge(part.inside for part in parts),
+        Contingency.sum_of([part.overlaps for part in parts]),
     )
 
 
@@ -156,20 +171,27 @@ def measure_distances(
     region, _ = choose_regions(objects.label, sums.overlaps)
     centroid = (objects.coordinates / objects.n_voxels).T
     distances = np.full(len(objects), np.nan)
+    order = np.argsort(region, kind="stable")
+    in_order = region[order]
     for label in np.unique(region[region > 0]).tolist():
         place = int(np.searchsorted(sums.regions.label, np.uint64(label)))
         start = tuple(sums.regions.start[:, place].tolist())
         stop = tuple(sums.regions.stop[:, place].tolist())
         box = Box(start, stop).grown(1) & Box.of(volume_shape)
         if box.size <= max_voxels:
-            own = region == label
+            own = order[slice(*np.searchsorted(in_order, [label, label + 1]))]
             mask = read(box) == label
-            distances[own] = _distances_to_outside(mask, centroid[own] - box.start, spacing_um)
+            distances[own] = _distances_to_outside(mask, box, centroid[own], spacing_um)
     return distances
 
 
-def _distances_to_outside(mask: Array, points: Array, spacing_um: Sequence[float]) -> Array:
-    """Return the distances of points ``(n, 3)``, in voxels, from the voxels that are not set."""
+def _distances_to_outside(
+    mask: Array, box: Box, points: Array, spacing_um: Sequence[float]
+) -> Array:
+    """Return the distances of points ``(n, 3)`` from the voxels of a box that are not set.
+
+    Points are in voxels of the volume, and so do not round differently in another box.
+    """
     from scipy.spatial import cKDTree
 
     # Of a point in the mask, the nearest voxel outside has a neighbor by a face in the mask.
@@ -182,8 +204,9 @@ def _distances_to_outside(mask: Array, points: Array, spacing_um: Sequence[float
     surface = np.argwhere(touching & ~mask)
     if not len(surface):
         return np.full(len(points), np.nan)
-    distances, _ = cKDTree(surface * np.array(spacing_um)).query(points * np.array(spacing_um))
-    nearest = np.rint(points).astype(np.int64)
+    places = (surface + np.array(box.start)) * np.array(spacing_um)
+    distances, _ = cKDTree(places).query(points * np.array(spacing_um))
+    nearest = np.rint(points).astype(np.int64) - np.array(box.start)
     is_within = ((nearest >= 0) & (nearest < mask.shape)).all(axis=1)
     is_inside = np.zeros(len(points), np.bool_)
     is_inside[is_within] = mask[tuple(nearest[is_within].T)]

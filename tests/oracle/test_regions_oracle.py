@@ -120,3 +120,14 @@ def test_a_region_that_is_too_large_has_no_distance():
     # The centroid is at 10, and 19 is outside.
     assert_allclose(far(8000), 9 * 0.2)
     assert np.isnan(far(7999))
+
+
+def test_a_centroid_between_two_voxels_rounds_by_its_place_in_the_volume():
+    labels = np.array([[[0, 1, 1]]], np.uint32)
+    regions = np.array([[[0, 0, 1]]], np.uint8)
+    sums, of_regions = measure(labels, regions, labels.astype(np.uint16), (1, 1, 1))
+    far = measure_distances(
+        sums, of_regions, lambda box: regions[box.slices], labels.shape, SPACING
+    )
+    # 1.5 is 2, the even one, which is inside.
+    assert_allclose(far, 0.1)
