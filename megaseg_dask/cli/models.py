@@ -30,18 +30,18 @@ Bucket = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|URL",
-        help="Bucket with models. (default: MEGASEG_BUCKET, else the public one)",
+        help="Bucket with models. (default: MEGASEG_BUCKET, else the public bucket)",
     ),
 ]
 Endpoint = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="S3-compatible server of that bucket. (default: AWS_ENDPOINT_URL for your own)",
+        help="S3-compatible server of the bucket. (default with --bucket: AWS_ENDPOINT_URL)",
     ),
 ]
 Checkpoint = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Which of several checkpoints.")
+    str | None, typer.Option(metavar="FILE", help="Checkpoint to use, if there are several.")
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the model that has this name in the cache.")
@@ -52,7 +52,7 @@ Overwrite = Annotated[
 
 @models_app.command("list")
 def list_models(*, bucket: Bucket = None, endpoint: Endpoint = None, json_: Json = False) -> None:
-    """List the models that ship, those in the cache, and those that a bucket offers.
+    """List all models: in this package, in the cache, and in a bucket.
 
     \b
     Examples:
@@ -72,7 +72,7 @@ def list_models(*, bucket: Bucket = None, endpoint: Endpoint = None, json_: Json
                 row = rows.setdefault(name, {"name": name, "state": "offered"})
                 row |= {"offered": entry.url, "offered_bytes": entry.n_bytes}
         except MegasegError as error:
-            warnings.append(f"no bucket was listed: {error}")
+            warnings.append(f"the bucket was not listed: {error}")
         if json_:
             echo_result({"cache": str(home()), "models": list(rows.values()), "warnings": warnings})
             return
@@ -89,7 +89,7 @@ def _local_models() -> dict[str, dict[str, Any]]:
     from megaseg_dask.models import cache, registry
 
     rows: dict[str, dict[str, Any]] = {
-        "starter": {"name": "starter", "state": "ships with this package"}
+        "starter": {"name": "starter", "state": "comes with this package"}
     }
     for name in [*registry.PUBLISHED, *cache.cached_names()]:
         try:
@@ -134,20 +134,22 @@ def fetch(
     ] = None,
     object_: Annotated[
         str | None,
-        typer.Option("--object", metavar="KEY", help="The bucket's object that has this model."),
+        typer.Option(
+            "--object", metavar="KEY", help="Object of the bucket that contains the model."
+        ),
     ] = None,
     bucket: Bucket = None,
     endpoint: Endpoint = None,
     sha256: Annotated[
-        str | None, typer.Option(metavar="HEX", help="Refuse any other content.")
+        str | None, typer.Option(metavar="HEX", help="Refuse a file with another SHA-256.")
     ] = None,
     overwrite: Overwrite = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fetch a model into the cache; an interrupted download goes on where it stopped.
+    """Download a model into the cache. Run the command again to resume an interrupted download.
 
-    A model that is in the cache is checked, not fetched again.
+    A model that is already in the cache is checked, not downloaded again.
 
     \b
     Examples:
@@ -175,7 +177,7 @@ def import_model(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="A bundle's folder, its zip, or a .ckpt.")
     ],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What --model will call it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name for --model.")],
     *,
     checkpoint: Checkpoint = None,
     voxel_size: Annotated[
@@ -189,7 +191,7 @@ def import_model(
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
-    """Copy a bundle on this machine into the cache, under a name.
+    """Copy a bundle from this machine into the cache, under a name.
 
     \b
     Examples:
@@ -245,7 +247,7 @@ def show(
     checkpoint: Checkpoint = None,
     json_: Json = False,
 ) -> None:
-    """Show the card of a model: what is published, and each setting of its bundle with its origin.
+    """Show the card of a model: its published facts, and the origin of each setting of its bundle.
 
     \b
     Example:
@@ -272,7 +274,7 @@ def _read_card(model: str, checkpoint: str | None) -> dict[str, Any]:
     path = registry.find(model)
     if path is None:
         if model not in PUBLISHED_CARDS:
-            problem = "not in the cache, and no path that exists"
+            problem = "not in the cache, and not an existing path"
             raise BundleError(f"{model}: {problem}; see `megaseg models list`")
         return {"name": model, "path": None, "published": dict(PUBLISHED_CARDS[model])}
     record = cache.read_record(model) if cache.is_name(model) else None
@@ -295,7 +297,7 @@ def _print_card(card: Mapping[str, Any]) -> None:
         rows = {
             "digest": card["digest"],
             "size": f"{size_text(card['n_bytes'])}, {card['n_parameters']:,} parameters",
-            "minimum input": f"an image of {minimum} (z, y, x), padded to a patch",
+            "minimum input": f"an image of {minimum} voxels (z, y, x), padded to a patch",
             "licence": card["licence"],
         }
         print_rows(rows, 18)
@@ -304,7 +306,7 @@ def _print_card(card: Mapping[str, Any]) -> None:
         for key, value in card["published"].items():
             print_rows({f"  {key}": value}, 18)
     if card["path"]:
-        echo("\nSettings, and where each comes from")
+        echo("\nSettings and their origins")
         for key, setting in card["settings"].items():
             print_rows({f"  {key}": _setting_text(setting)}, 28)
 

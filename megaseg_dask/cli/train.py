@@ -29,7 +29,7 @@ def train(
     from_: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="MODEL", help="Begin from this model's weights, with its network."
+            "--from", metavar="MODEL", help="Start from the weights and the network of this model."
         ),
     ] = None,
     channel: Annotated[
@@ -40,14 +40,13 @@ def train(
     ] = None,
     label: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="Which of an OME-Zarr's label images. (default: the only one)"
-        ),
+        typer.Option(metavar="NAME", help="Label image of an OME-Zarr. (default: the only one)"),
     ] = None,
     validation: Annotated[
         float,
         typer.Option(
-            metavar="F", help="Part of the images that validates, where MANIFEST does not say."
+            metavar="F",
+            help="Fraction of the images for validation, if MANIFEST does not state it.",
         ),
     ] = 0.2,
     patch: Annotated[
@@ -59,16 +58,22 @@ def train(
     patches_per_image: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Patches of each image in an epoch, one batch. (default: 1)"
+            metavar="N",
+            min=1,
+            help="Patches of each image in an epoch. They form one batch. (default: 1)",
         ),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(metavar="F", help="At the beginning. (default: the recipe's, 0.0001)"),
+        typer.Option(
+            metavar="F", help="Learning rate at the start. (default: the recipe's, 0.0001)"
+        ),
     ] = None,
     max_epochs: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Epochs at most. (default: the recipe's, 1000)"),
+        typer.Option(
+            metavar="N", min=1, help="Maximum number of epochs. (default: the recipe's, 1000)"
+        ),
     ] = None,
     patience: Annotated[
         int | None,
@@ -82,17 +87,17 @@ def train(
     max_time: Annotated[
         str | None,
         typer.Option(
-            metavar="[DD:]HH:MM:SS", help="Stop after this time of training, all runs together."
+            metavar="[DD:]HH:MM:SS", help="Stop after this time of training, summed over all runs."
         ),
     ] = None,
     accelerator: Annotated[
-        str, typer.Option(metavar="|".join(_ACCELERATORS), help="Where to train.")
+        str, typer.Option(metavar="|".join(_ACCELERATORS), help="Device to train on.")
     ] = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier training.")
+        bool, typer.Option("--overwrite", help="Replace an earlier training in DIR.")
     ] = False,
     install: Annotated[
-        bool, typer.Option("--install", help="Install cyto-dl in an environment of its own.")
+        bool, typer.Option("--install", help="Install cyto-dl in a separate environment.")
     ] = False,
     json_: Json = False,
     quiet: Annotated[
@@ -101,8 +106,8 @@ def train(
 ) -> None:
     """Train MegaSeg's network on labelled images by its published recipe, through cyto-dl.
 
-    Once before: megaseg train --install. Interrupt it with Ctrl-C: the same command goes on from
-    the last epoch.
+    Run megaseg train --install once before. After Ctrl-C, run the same command again: it resumes
+    after the last finished epoch.
 
     \b
     Examples:
@@ -115,7 +120,7 @@ def train(
             _install(json_)
             return
         if manifest is None or out is None:
-            raise SettingsError("name a MANIFEST and --out DIR; see megaseg train --help")
+            raise SettingsError("give a MANIFEST and --out DIR; see megaseg train --help")
         _require_fraction(validation)
         _require_positive(learning_rate)
         _require_accelerator(accelerator)
@@ -161,7 +166,7 @@ def _install(as_json: bool) -> None:
 
 def _require_fraction(validation: float) -> None:
     if not 0 < validation < 1:
-        raise SettingsError(f"--validation {validation}: expected a part between 0 and 1")
+        raise SettingsError(f"--validation {validation}: expected a number between 0 and 1")
 
 
 def _require_positive(rate: float | None) -> None:

@@ -129,7 +129,7 @@ class Bucket:
         # Asked for with If-Match, some servers answer with an error that is repeated in vain.
         if self._stored(dict(answer.meta)).version != stored.version:
             raise StoreError(
-                f"{stored.url} changed while it was fetched; the same command starts again"
+                f"{stored.url} changed during the download; run the same command again"
             )
         data = bytes(answer.bytes())
         if answer.range == (0, stored.n_bytes):
@@ -179,8 +179,8 @@ class Bucket:
             problem = f"cannot {verb} {url}: {cause.words}"
             if cause.kind == "denied" and access.anonymous:
                 line = (
-                    f"{problem}; it was asked without credentials; check the bucket's name, or set "
-                    "credentials in the environment"
+                    f"{problem}; the request had no credentials; check the name of the bucket, or "
+                    "set credentials in the environment"
                 )
             if access.endpoint and cause.kind in _NO_ANSWER:
                 line = f"{problem}; check the network and the endpoint {access.endpoint}"

@@ -133,7 +133,9 @@ def cached_names() -> list[str]:
 
 
 def _unreadable(path: Path, error: OSError) -> BundleError:
-    return BundleError(f"{path} cannot be read: {error.strerror}; set {HOME} to a folder of yours")
+    return BundleError(
+        f"{path} cannot be read: {error.strerror}; set {HOME} to a folder that you can read"
+    )
 
 
 # -- reading
@@ -180,7 +182,7 @@ def load_cached(record: Record, checkpoint: str | None = None) -> Bundle:
 def _require_file(record: Record) -> None:
     if not record.path.is_file():
         raise BundleError(
-            f"{record.path} is not there, but its record is; {_get_again(record.name)}"
+            f"{record.path} is missing, but its record exists; {_get_again(record.name)}"
         )
 
 
@@ -314,7 +316,7 @@ def import_bundle(
     require_name(name)
     if not overwrite and folder_of(name).exists():
         raise BundleError(
-            f"{name} is in the cache already; choose another name, or pass --overwrite to replace "
+            f"{name} is already in the cache; choose another name, or pass --overwrite to replace "
             "it"
         )
     if not path.exists():

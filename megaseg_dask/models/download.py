@@ -55,8 +55,8 @@ def turn(name: str, tell: Callable[[int], None]) -> Iterator[None]:
                 tell(n_bytes)
             if time.monotonic() - changed > WAIT_S:
                 raise StoreError(
-                    f"{name} is being fetched by another process, which received nothing for "
-                    f"{WAIT_S:.0f} s; end that one, and run the same command again"
+                    f"{name} is being downloaded by another process, which received nothing for "
+                    f"{WAIT_S:.0f} s; stop that process, and run the same command again"
                 )
             time.sleep(_POLL_S)
         yield

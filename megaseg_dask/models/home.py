@@ -31,7 +31,7 @@ def home() -> Path:
         return Path.home() / ".cache/megaseg"
     except RuntimeError as error:
         raise SettingsError(
-            f"no home directory is known here; set {HOME} to a folder for models"
+            f"no home directory is known; set {HOME} to a folder for models"
         ) from error
 
 
@@ -51,9 +51,11 @@ def writing(file: str) -> Iterator[None]:
     except OSError as error:
         problem = f"{file} cannot be written to {home()}: {error.strerror or error}"
         if isinstance(error, _WRONG_FOLDER):
-            raise SettingsError(f"{problem}; set {HOME} to a folder that can be written") from error
+            raise SettingsError(
+                f"{problem}; set {HOME} to a folder that you can write to"
+            ) from error
         raise StoreError(
-            f"{problem}; make room there, or set {HOME} to another folder, and run the same "
+            f"{problem}; free some space there, or set {HOME} to another folder, and run the same "
             "command again"
         ) from error
 

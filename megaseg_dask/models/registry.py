@@ -73,13 +73,13 @@ def locate(model: str, emit: Emit = ignore) -> Path:
         name = file_of(model).stem
         if not is_name(name) or cache.folder_of(name).exists():
             raise BundleError(
-                f"--model {model}: fetch it under a name of its own, `megaseg models fetch {model} "
-                "--name NAME`, and pass that"
+                f"--model {model}: fetch it first with `megaseg models fetch {model} --name NAME`, "
+                "and pass --model NAME"
             )
         return _fetch_or_advise(name, Origin(url=model), emit).path
     raise BundleError(
         f"--model {one_line(model)}: neither a known model ({', '.join([*PUBLISHED, 'starter'])}), "
-        f"nor one in the cache ({first_few(cache.cached_names()) or 'empty'}), nor a path that "
+        f"nor a model in the cache ({first_few(cache.cached_names()) or 'empty'}), nor a path that "
         "exists; see `megaseg models list`"
     )
 
@@ -164,8 +164,8 @@ def open_bucket(address: str | None = None, endpoint: str | None = None) -> Buck
     """
     if is_offline():
         raise BundleError(
-            f"{OFFLINE} is set, so no network is asked; unset it, or `megaseg models import` a zip "
-            "you bring"
+            f"{OFFLINE} is set, so nothing is downloaded; unset it, or run `megaseg models import` "
+            "with a zip file"
         )
     address = address or os.environ.get(BUCKET)
     if address:
@@ -215,7 +215,7 @@ def _find_object(bucket: Bucket, name: str, key: str | None) -> StoredObject:
     listed = first_few(map(one_line, models), 10) or "no models"
     raise BundleError(
         f"{bucket} has no {one_line(expected)}; it has {listed}: fetch one of them by its name, or "
-        "say which object it is with --object"
+        "choose an object with --object"
     )
 
 
@@ -308,10 +308,10 @@ def _fetch_or_advise(name: str, origin: Origin, emit: Emit) -> Record:
     except MegasegError as error:
         file = PUBLISHED.get(name) or f"{name}.zip"
         raise BundleError(
-            f"{name} is not in the cache {home()} and was not fetched: {error}. Where there is a "
-            f"network run `megaseg models fetch {origin.url or name}`, or bring its zip here and "
-            f"run `megaseg models import {file} {name}`; --model starter is a small model of this "
-            "project that ships with it"
+            f"{name} is not in the cache {home()} and was not fetched: {error}. With a network, "
+            f"run `megaseg models fetch {origin.url or name}`. Without one, copy its zip here and "
+            f"run `megaseg models import {file} {name}`. --model starter is a small model that "
+            "comes with this package"
         ) from error
 
 
@@ -321,8 +321,8 @@ def _move(part: Path, file: Path) -> None:
 
 def _require_digests(part: Path, stored: StoredObject, sha256: str | None) -> None:
     for algorithm, expected, witness in (
-        ("md5", stored.md5, "the store says"),
-        ("sha256", sha256, "--sha256 says"),
+        ("md5", stored.md5, "the store states"),
+        ("sha256", sha256, "--sha256 states"),
     ):
         found = sha256_of(part, algorithm) if expected else None
         if expected and found != expected.lower():
@@ -341,7 +341,7 @@ def _require_same(record: Record, origin: Origin) -> None:
         is_other |= record.sha256 != origin.sha256.lower()
     if is_other:
         raise BundleError(
-            f"{record.name} is in the cache already, from {record.source} with SHA-256 "
+            f"{record.name} is already in the cache, from {record.source} with SHA-256 "
             f"{record.sha256}; choose another name, or pass --overwrite to replace it"
         )
     cache.read_cached_facts(record)

@@ -33,7 +33,7 @@ class Copies:
         folder = Path(self.scratch) / f"megaseg-{digest}"
         names = [key.removeprefix(f"{digest}/") for key in Location(self.url).keys(digest)]
         if not names:
-            raise BundleError(f"{copy} is not there: the run that sent this task is over")
+            raise BundleError(f"{copy} is missing: the run that sent this task has ended")
         for name in names:
             if not (folder / name).exists():
                 write_whole(folder / name, copy.get(name) or b"")

@@ -109,7 +109,7 @@ def test_names_that_are_no_names_of_folders_are_refused(name, tmp_path, home):
 def test_a_name_that_is_taken(tmp_path):
     one, two = write_checkpoint(tmp_path / "1.ckpt"), write_checkpoint(tmp_path / "2.ckpt", seed=1)
     first = import_bundle(one, "mine")
-    with pytest.raises(BundleError, match=r"mine is in the cache already; .* pass --overwrite"):
+    with pytest.raises(BundleError, match=r"mine is already in the cache; .* pass --overwrite"):
         import_bundle(two, "mine")
     assert registry.load("mine")[1].digest == first.digest
     second = import_bundle(two, "mine", overwrite=True)
@@ -145,7 +145,7 @@ def test_a_bundle_that_changed_in_the_cache_is_refused(tmp_path, run):
     code, _, err = run("segment", image, tmp_path / "out.zarr", "--model", "mine")
     assert (code, "its record says" in err) == (2, True)
     record.path.unlink()
-    with pytest.raises(BundleError, match="is not there, but its record is"):
+    with pytest.raises(BundleError, match="is missing, but its record exists"):
         registry.load("mine")
 
 
@@ -230,7 +230,7 @@ def test_the_card_says_where_each_setting_came_from(tmp_path, run):
     assert "that of this package" in run("models", "show", "starter")[1]
     assert "not stated in the bundle" in run("models", "show", tmp_path / "a.zip")[1]
     code, _, err = run("models", "show", "nope")
-    assert (code, "not in the cache, and no path" in err) == (2, True)
+    assert (code, "not in the cache, and not an existing path" in err) == (2, True)
 
 
 def test_the_card_leaves_no_origin_out(tmp_path):

@@ -107,7 +107,7 @@ def left_behind() -> list[str]:
 def test_list_fetch_show_and_import(relay, megaseg_zip, tmp_path):
     listed = {row["name"]: row for row in result_of(megaseg("models", "list", "--json"))["models"]}
     assert {name: row["state"] for name, row in listed.items()} == {
-        "starter": "ships with this package",
+        "starter": "comes with this package",
         "MegaSeg_v1": "published",
         "MegaSeg_light": "published",
     }
@@ -297,7 +297,7 @@ def test_another_sha256_is_refused(relay, megaseg_zip):
     digest = hashlib.sha256(megaseg_zip.read_bytes()).hexdigest()
     assert registry.fetch("MegaSeg_v1", Origin(sha256=digest.upper())).sha256 == digest
     with pytest.raises(
-        BundleError, match=r"in the cache already, from s3://public/megaSeg.zip with SHA-256"
+        BundleError, match=r"already in the cache, from s3://public/megaSeg.zip with SHA-256"
     ):
         registry.fetch("MegaSeg_v1", Origin(sha256="00"))
 
@@ -323,7 +323,7 @@ def test_an_object_that_changes_during_the_fetch_is_not_mixed(relay, bucket, meg
 
     relay.spoil = spoil
     with pytest.raises(
-        StoreError, match=r"megaSeg.zip changed while it was fetched; the same command starts again"
+        StoreError, match=r"megaSeg.zip changed during the download; run the same command again"
     ):
         registry.fetch("MegaSeg_v1")
     put(bucket, "megaSeg.zip", megaseg_zip.read_bytes())
@@ -392,10 +392,11 @@ def test_offline_asks_nobody(relay, monkeypatch):
 @pytest.mark.parametrize(
     ("bucket_name", "message"),
     [
-        ("nowhere-at-all", "without credentials; check the bucket's name"),
+        ("nowhere-at-all", "had no credentials; check the name of the bucket"),
         (
             "private",
-            "without credentials; check the bucket's name, or set credentials in the environment",
+            "had no credentials; check the name of the bucket, or set credentials in the "
+            "environment",
         ),
         ("file:///tmp", "expected the name of a bucket, or s3://"),
     ],
@@ -451,7 +452,7 @@ def test_a_url_as_a_model(relay, megaseg_zip):
     with range_server(megaseg_zip.parent) as url:
         path = registry.locate(f"{url}/megaSeg.zip")
         assert path.name == "megaSeg.zip"
-        with pytest.raises(BundleError, match="fetch it under a name of its own"):
+        with pytest.raises(BundleError, match="fetch it first with"):
             registry.locate(f"{url}/sub/megaSeg.zip")
 
 

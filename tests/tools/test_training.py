@@ -487,7 +487,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, somewhere):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "name a MANIFEST"),
+        ([], "give a MANIFEST"),
         (["images.csv"], "--out DIR"),
         (["images.csv", "--out", "x", "--recipe", "MegaSeg_v2"], "MegaSeg_v1, MegaSeg_light"),
         (["images.csv", "--out", "x", "--patch", "16,32"], "three"),

@@ -182,7 +182,7 @@ def choose_hardware(accelerator: str) -> tuple[str, int]:
     if accelerator == "auto":
         accelerator = available[0]
     if accelerator not in available:
-        problem = "cyto-dl's environment sees none"
+        problem = "the environment of cyto-dl finds none"
         raise SystemExit(f"--accelerator {accelerator}: {problem}; pass cpu or auto")
     return accelerator, 16 if accelerator == "gpu" else 32
 

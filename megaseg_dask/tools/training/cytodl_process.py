@@ -55,11 +55,11 @@ def run_cytodl(
         raise SettingsError(last["error"])
     if last.get("event") != "finished":
         cause = last.get("error") or f"it ended with code {process.returncode}"
-        log = f"its log is {folder.log}, and the same command goes on"
+        log = f"its log is {folder.log}; run the same command again to resume"
         raise TaskError(f"cyto-dl failed: {cause}; {log}")
     if last["stopped"] == "diverged" or not last["best"]:
         raise TaskError(
-            f"the training diverged, its loss is no number any more (see {folder.log}); try a "
+            f"the training diverged, and its loss is not a number (see {folder.log}); try a "
             "smaller --learning-rate with --overwrite, or --accelerator cpu: that has 32 bits"
         )
     return Finished(Path(last["best"]), last["n_epochs"], last["stopped"])
@@ -122,7 +122,7 @@ class _Reporter:
     ) -> Progress:
         n_batches = self._max_epochs * self._batches_per_epoch
         batches_per_s = max(n_done - self._first_batch, 1) / max(elapsed_s, 1e-3)
-        # The time limit may come before the last epoch.
+        # The time limit may come before the last finished epoch.
         ends_in_s = (n_batches - n_done) / batches_per_s
         return Progress(
             stage="training",

@@ -53,7 +53,7 @@ def write_dataset(examples: Sequence[Example], folder: Path) -> dict[str, int]:
     for split, of_split in rows.items():
         if not of_split:
             problem = f"the labels of every image for {split} are empty"
-            raise SourceError(f"{problem}; nothing can be learnt from them")
+            raise SourceError(f"{problem}; the model cannot learn from them")
         with (folder / f"{split}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *of_split])
     return {split: len(of_split) for split, of_split in rows.items()}

@@ -67,7 +67,7 @@ class TrainingFolder:
         record = self.read_record()
         if record is None:
             advice = "choose a new or empty folder"
-            raise TargetError(f"{self.out} holds something else than a training; {advice}")
+            raise TargetError(f"{self.out} contains other files than a training; {advice}")
         # A record was JSON, which has no tuples.
         expected = json.loads(json.dumps(identity))
         differing = [key for key, value in expected.items() if record.get(key) != value]
@@ -89,7 +89,7 @@ class TrainingFolder:
             return
         n_trained = len(table.read_text().splitlines()) - 1
         if max_epochs < n_trained:
-            advice = "ask for as many or more to go on, or start again with --overwrite"
+            advice = "give at least as many to resume, or start again with --overwrite"
             problem = f"{n_trained} epochs are trained already"
             raise SettingsError(f"--max-epochs {max_epochs}: {problem}; {advice}")
 
@@ -132,7 +132,7 @@ class TrainingFolder:
             raise
         except OSError as error:
             cause = error.strerror or error
-            advice = "make room, or fix that, and run the same command again"
+            advice = "free some space or fix the cause, and run the same command again"
             raise StoreError(f"{self.out} cannot be written: {cause}; {advice}") from error
 
     def clear(self) -> None:

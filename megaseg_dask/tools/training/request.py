@@ -42,7 +42,7 @@ def resolve_recipe(request: Request) -> tuple[Recipe, Bundle | None]:
         BundleError: for a bundle that is missing, or whose network cannot be trained.
     """
     if request.recipe not in RECIPES:
-        raise SettingsError(f"--recipe {request.recipe}: there are {', '.join(RECIPES)}")
+        raise SettingsError(f"--recipe {request.recipe}: expected one of {', '.join(RECIPES)}")
     requested = {name: getattr(request, name) for name in _RECIPE_FIELDS}
     requested["patch_shape"] = request.patch
     changes = {name: value for name, value in requested.items() if value is not None}

@@ -134,7 +134,7 @@ class Gallery:
         if self.plans:
             raise TargetError(
                 f"{self.location} has nothing to show yet: its run is not finished; run the same "
-                "segment command to go on"
+                "segment command to resume"
             )
         where = self.location / field
         if not where.is_folder():

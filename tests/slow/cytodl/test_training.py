@@ -75,7 +75,7 @@ def test_a_gpu_that_is_not_there_is_a_wrong_request(manifest, start, tmp_path):
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 2
     assert json.loads(out.splitlines()[-1])["error"].startswith(
-        "--accelerator gpu: cyto-dl's environment sees none"
+        "--accelerator gpu: the environment of cyto-dl finds none"
     )
     assert not (tmp_path / "out").exists()
 
