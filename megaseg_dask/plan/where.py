@@ -110,6 +110,7 @@ def find_mask(
         return PlannedMask(digests=_digests_of_chunks(location, image, times, channels))
     label, level_name, is_own = _find_label(location, where.text, field)
     labels = read_label_image(label)
+    _require_scales(image, labels, where.text)
     level = _choose_level(image, labels, level_name, where.text, is_own=is_own)
     step, offset = _alignment(image, labels, level, where.text, is_own=is_own)
     _require_times(image, labels, where.text)
@@ -177,6 +178,15 @@ def _places(image: Image, level: int) -> tuple[NDArray[np.float64], NDArray[np.f
     return np.array(image.spatial(scale)) * in_um, np.array(image.spatial(translation)) * in_um
 
 
+def _require_scales(image: Image, labels: Image, text: str) -> None:
+    scales = [_places(labels, level)[0] for level in range(len(labels.levels))]
+    if not np.all([_places(image, 0)[0], *scales]):
+        raise SettingsError(
+            f"--where {text}: the scale of the mask or of the image is 0; write the size of their "
+            "voxels into the metadata"
+        )
+
+
 def _steps(
     image: Image, labels: Image, level: int, *, is_own: bool
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -202,11 +212,6 @@ def _alignment(
     Raises:
         SettingsError: It does not.
     """
-    if not np.all(_places(image, 0)[0]) or not np.all(_places(labels, level)[0]):
-        raise SettingsError(
-            f"--where {text}: the scale of the mask or of the image is 0; write the size of their "
-            "voxels into the metadata"
-        )
     step, offset = _steps(image, labels, level, is_own=is_own)
     axes = zip(SPATIAL, image.volume_shape(), labels.volume_shape(level), step, offset, strict=True)
     for axis, n, n_mask, factor, begin in axes:

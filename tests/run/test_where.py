@@ -59,6 +59,7 @@ def source(tmp_path_factory):
     add_labels(image, mask, mask[::2, ::2, ::2])
     add_labels(image, np.zeros(SHAPE, "uint8"), name="nothing")
     add_labels(image, mask[:, :, :48], name="half")
+    add_labels(image, mask, name="flat", scale={**SPACING, "z": 0.0})
     return image
 
 
@@ -191,9 +192,10 @@ def test_what_a_mask_saves_is_told(source, tmp_path, tiny_bundle, cheap_engine):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"where": "cell"}, "does not exist.*has label images cells, nothing, half"),
+        ({"where": "cell"}, "does not exist.*has label images cells, nothing, half, flat"),
         ({"where": "cells/7"}, "its levels are 0, 1"),
         ({"where": "nothing"}, "no voxel of the mask is set"),
+        ({"where": "flat"}, "the scale of the mask or of the image is 0"),
         ({"where": "half"}, "along x the image goes from voxel 0 to 96 of the mask, which has 48"),
         ({"where": "cells", "roi": "0:24,0:64,70:96"}, "no voxel of the mask is set"),
         ({"where_margin": 1}, "name one with --where"),
