@@ -104,15 +104,18 @@ def find_attributes(location: Location) -> dict[str, Any] | None:
     """
     for version in VERSIONS.values():
         document = _read_json(location, version.group_file)
-        if (
-            document.get("zarr_format") != version.zarr_format
-            or document.get("node_type") == "array"
-        ):
+        if not _is_group(document, version):
             continue
         if version.attributes_file != version.group_file:
             document = _read_json(location, version.attributes_file)
         return attributes_in(document, version)
     return None
+
+
+def _is_group(document: Mapping[str, Any], version: Version) -> bool:
+    """Return whether the parsed ``group_file`` of a version is that of a group."""
+    is_of_format = document.get("zarr_format") == version.zarr_format
+    return is_of_format and (version.zarr_format == 2 or document.get("node_type") == "group")
 
 
 def ome_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,8 +412,29 @@ def remove_damaged_group(location: Location, version: str) -> None:
     stored = VERSIONS[version]
     for key in {stored.group_file, stored.attributes_file}:
         data = location.get(key)
-        if data is not None and not _parse(data):
+        document = _parse(data)
+        is_sound = bool(document)
+        if key == stored.group_file:
+            is_sound = _is_group(document, stored) and document.keys() <= _GROUP_KEYS
+        if data is not None and not is_sound:
             location.delete(key)
+
+
+def holds(location: Location, expected: Mapping[str, Any]) -> bool:
+    """Return whether a group has these attributes, and these keys in those that are objects.
+
+    Raises:
+        TargetError: Its metadata are damaged.
+        StoreError: The store failed.
+    """
+    found = find_attributes(location) or {}
+    for name, value in json.loads(json.dumps(expected)).items():
+        stored = found.get(name)
+        if isinstance(value, dict) and isinstance(stored, dict):
+            stored = {key: stored[key] for key in value if key in stored}
+        if stored != value:
+            return False
+    return True
 
 
 def _write_v2(location: Location, attributes: Mapping[str, object], *, replace: bool) -> None:

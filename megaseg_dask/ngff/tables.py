@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.measurements import COLUMNS
 from megaseg_dask.errors import StoreError, TargetError
-from megaseg_dask.ngff.group import PROVENANCE, find_attributes, require_version, write_group
+from megaseg_dask.ngff.group import (
+    PROVENANCE,
+    find_attributes,
+    holds,
+    require_version,
+    write_group,
+)
 from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.stores import Location, naming
 
@@ -51,6 +57,9 @@ _OF_PLACE = {
 _OF_PLACE_IN_IMAGE = {name: _OF_PLACE[name] for name in ("timepoint", "channel", "channel_name")}
 # Labels begin at 1 in each timepoint: with several, this names a row of an image's table.
 _KEY = "key"
+# The rows of a table in an image, and how a Parquet file begins and ends.
+_ROWS = "table.parquet"
+_PARQUET = b"PAR1"
 
 
 def _schema(columns: Mapping[str, str]) -> pa.Schema:
@@ -229,22 +238,12 @@ class ImageTable:
         require_version(self.image, version)
         self.require_own()
         place = dict(_OF_PLACE_IN_IMAGE)
-        index = {"index_key": "label", "index_type": "int"}
         if has_times:
             place = {_KEY: "string", **place}
-            index = {"index_key": _KEY, "index_type": "str"}
         # First the rows, then what makes a reader look for them.
-        write_rows(self.location, "table.parquet", volumes, schema=schema_of(place, [form]))
-        metadata = {
-            "type": "feature_table",
-            "table_version": "1",
-            **({"region": {"path": f"../labels/{label_name}"}} if label_name else {}),
-            "instance_key": "label",
-            "backend": "parquet",
-            **index,
-            PROVENANCE: dict(provenance),
-        }
-        write_group(self.location, version, metadata)
+        write_rows(self.location, _ROWS, volumes, schema=schema_of(place, [form]))
+        metadata = _table_attributes(label_name, has_times=has_times)
+        write_group(self.location, version, {**metadata, PROVENANCE: dict(provenance)})
         # Unlike the list of labels, that of tables is no OME metadata: it has the same place in
         # all versions.
         write_group(self._tables, version, {})
@@ -252,6 +251,21 @@ class ImageTable:
         if self.name not in names:
             names.append(self.name)
         write_group(self._tables, version, {"tables": names})
+
+    def is_whole(
+        self, *, label_name: str | None, provenance: Mapping[str, object], has_times: bool
+    ) -> bool:
+        """Return whether the table is there as it was written, and listed.
+
+        ``provenance`` may be a part of that. Of the rows only both ends are read.
+
+        Raises:
+            TargetError: Metadata are damaged.
+            StoreError: The store failed.
+        """
+        metadata = _table_attributes(label_name, has_times=has_times)
+        is_described = holds(self.location, {**metadata, PROVENANCE: dict(provenance)})
+        return is_described and self.name in self._listed() and has_ends(self.location / _ROWS)
 
     def read(self) -> list[tuple[int, int, Columns]]:
         """Return timepoint, channel and rows of each volume that was written.
@@ -261,10 +275,10 @@ class ImageTable:
         Raises:
             StoreError: It cannot be read.
         """
-        data = self.location.get("table.parquet")
+        data = self.location.get(_ROWS)
         if data is None:
             return []
-        with _naming_damage(self.location / "table.parquet"):
+        with _naming_damage(self.location / _ROWS):
             table = pq.read_table(pa.BufferReader(data))
         timepoints = table["timepoint"].to_pylist()
         channels = table["channel"].to_pylist()
@@ -306,7 +320,37 @@ class ImageTable:
         return list((find_attributes(self._tables) or {}).get("tables") or ())
 
 
+def _table_attributes(label_name: str | None, *, has_times: bool) -> dict[str, object]:
+    """Return the metadata of a table by which Fractal's tools read it."""
+    index = {"index_key": "label", "index_type": "int"}
+    if has_times:
+        index = {"index_key": _KEY, "index_type": "str"}
+    return {
+        "type": "feature_table",
+        "table_version": "1",
+        **({"region": {"path": f"../labels/{label_name}"}} if label_name else {}),
+        "instance_key": "label",
+        "backend": "parquet",
+        **index,
+    }
+
+
 # -- reading
+
+
+def has_ends(file: Location) -> bool:
+    """Return whether a table is there, a Parquet file with the ends that it has.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    size = file.parent.size(file.basename) or 0
+    if file.basename.endswith(CSV):
+        return size > 0
+    ends = [(0, len(_PARQUET)), (size - len(_PARQUET), size)]
+    return size > len(_PARQUET) and all(
+        file.parent.get_range(file.basename, *end) == _PARQUET for end in ends
+    )
 
 
 def iter_columns(file: Location, names: Sequence[str]) -> Iterator[tuple[NDArray[Any], ...]]:

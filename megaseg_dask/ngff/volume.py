@@ -422,17 +422,19 @@ def restore_array(location: Location, image: Image, level: int, dtype: str, layo
     Raises:
         StoreError: The store failed.
     """
-    form = _Form(
-        image.version,
-        image.axis_names,
-        image.levels[level].shape,
-        dtype,
-        _per_axis(image, layout.chunk_shape),
-        _per_axis(image, layout.write_unit),
-    )
-    for name, data in _documents(form).items():
+    for name, data in _documents(_form_of(image, level, dtype, layout)).items():
         if location.get(name) != data:
             location.put(name, data)
+
+
+def is_array_of(location: Location, image: Image, level: int, dtype: str, layout: Layout) -> bool:
+    """Return whether the metadata of an array of ours are there, byte for byte.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    documents = _documents(_form_of(image, level, dtype, layout))
+    return all(location.get(name) == data for name, data in documents.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,6 +447,17 @@ class _Form:
     dtype: str
     chunks: Shape
     unit: Shape
+
+
+def _form_of(image: Image, level: int, dtype: str, layout: Layout) -> _Form:
+    return _Form(
+        image.version,
+        image.axis_names,
+        image.levels[level].shape,
+        dtype,
+        _per_axis(image, layout.chunk_shape),
+        _per_axis(image, layout.write_unit),
+    )
 
 
 # The fields of a plate have arrays of few forms.

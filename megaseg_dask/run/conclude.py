@@ -14,6 +14,7 @@ from itertools import chain
 from megaseg_dask.events import Doubt, Result
 from megaseg_dask.plan.plan import RESAMPLING, Plan
 from megaseg_dask.plan.resolved import OfVolume
+from megaseg_dask.plan.source_identity import listing_of_source
 from megaseg_dask.run.doubts import Facts, find_doubts
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
@@ -120,7 +121,7 @@ def conclude(
     n_objects = None
     if not failures:
         n_objects = count_objects(plan, journal)
-        journal.finish(Ending(n_objects, warnings, doubts))
+        journal.finish(Ending(n_objects, warnings, doubts, listing_of_source(plan)))
         lease.require()
         RunFolder(plan.run).remove_work()
     return Result(

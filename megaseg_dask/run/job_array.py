@@ -19,9 +19,10 @@ from megaseg_dask.plan.plan import Plan, run_folder, runs_folder
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.stages import PlannedStage
 from megaseg_dask.run.conclude import already_done, conclude, reopen
+from megaseg_dask.run.finished import read_journal
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases
-from megaseg_dask.run.losses import read_journal, undo_losses
+from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.progress import GroupSize, Recorder, StageProgress
 from megaseg_dask.run.request import Request, synced_by
 from megaseg_dask.run.runner import join_results, record

@@ -8,7 +8,7 @@ computed from it has to be done again: a task that needs what is lost fails.
 
 from base64 import b64decode, b64encode
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from hashlib import blake2b
 from itertools import chain
@@ -97,38 +97,14 @@ class _Audit(Journal):
                 self.wrote[stage, index] = Wrote(*wrote)
 
 
-def read_journal(plan: Plan, sync: Callable[[], None] = lambda: None) -> Journal:
-    """Return the journal of a run, reopened if something of the outputs is lost.
-
-    The run then goes on, and makes again what is lost.
+def has_losses(plan: Plan, journal: Journal) -> bool:
+    """Return whether something is lost of what the tasks of a finished run wrote.
 
     Raises:
         StoreError: The store failed.
     """
-    journal = Journal.read(plan, sync=sync)
-    if journal.result is not None and not _is_whole(plan, journal):
-        journal.reopen()
-    return journal
-
-
-def _is_whole(plan: Plan, journal: Journal) -> bool:
-    """Return whether all that a finished run wrote is there."""
     volumes = range(len(plan.volumes))
-    entries = _list(plan, volumes)
-    if _find_losses(plan, journal, entries, volumes):
-        return False
-    target = Target(plan)
-    # An empty document is as good as none.
-    keys = {entry.key for _, entry in entries if entry.size}
-    for image in target.images:
-        for node in image.nodes:
-            # The list of a source's labels is not only ours.
-            is_shared = plan.adds_labels and node == image.labels
-            if not is_shared and keys.isdisjoint(f"{node.key}/{name}" for name in METADATA):
-                return False
-    if not plan.resolved.measures_objects():
-        return True
-    return all(table.parent.size(table.basename) for table in plan.tables)
+    return bool(_find_losses(plan, journal, _list(plan, volumes), volumes))
 
 
 def undo_losses(plan: Plan, journal: Journal) -> int:

@@ -23,9 +23,9 @@ from megaseg_dask.plan.relabelling import (
 )
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.source_identity import sample_of
+from megaseg_dask.run.finished import read_journal, reopen_if_lost, require_source
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
-from megaseg_dask.run.losses import read_journal
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.ownership import (
     find_superseded,
@@ -307,7 +307,10 @@ def _open_journal(
     if recorded is not None:
         require_same(plan, recorded)
         if is_present(target):
-            return read_journal(plan, sync)
+            journal = Journal.read(plan, sync=sync)
+            require_source(plan, recorded, journal)
+            reopen_if_lost(plan, journal)
+            return journal
     for other in others:
         require_alike(plan, other)
     # Arrays that do not exist hold nothing, whatever a record beside them says.

@@ -243,17 +243,19 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a run ended in which no task failed."""
+    """How a run ended in which no task failed; ``source`` is a digest of its source's listing."""
 
     n_objects: int | None = None
     warnings: list[str] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
+    source: str = ""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Ending":
         """Return the value that ``asdict`` made JSON."""
+        warnings = list(map(str, value["warnings"]))
         doubts = [Doubt(**doubt) for doubt in value.get("doubts", ())]
-        return cls(value["n_objects"], list(map(str, value["warnings"])), doubts)
+        return cls(value["n_objects"], warnings, doubts, str(value.get("source", "")))
 
 
 def statistics_from_json(value: Mapping[str, Any]) -> tuple[ChannelStatistics, ...]:

@@ -1,5 +1,6 @@
 """An absent, short or replaced object of ours is a loss: it is found, and made again."""
 
+import os
 import random
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
+from megaseg_dask.errors import TargetError
 from megaseg_dask.events import Progress
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run import conclude
@@ -16,9 +18,11 @@ from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.status import status
 from megaseg_dask.run.target import publish
 from megaseg_dask.run.tasks import worker
+from megaseg_dask.stores import METADATA
 from megaseg_dask.stores.arrays import clear_array_cache
 from tests.counts.test_engine_calls import contents
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here
 
 SHAPE = (16, 32, 96)
@@ -276,6 +280,92 @@ def test_what_a_finished_run_lost_is_made_again(lost, tmp_path, tiny_bundle, tas
     case.assert_as_calm()
     assert path.read_bytes() == written
     assert case.segment().already_done
+
+
+def scramble(path):
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+def misspell(path):
+    path.write_bytes(path.read_bytes().replace(b"s", b"z", 1))
+
+
+@pytest.mark.parametrize("harm", [scramble, misspell])
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_metadata_of_a_finished_run_that_changed_unseen_are_written_again(
+    harm, version, tmp_path, tiny_bundle, tasks
+):
+    """Size and time say nothing: the documents are read."""
+    options = {**OPTIONS, "ome_zarr": version, "outputs": "labels,scores,measurements"}
+    case = Case(tmp_path, tiny_bundle, tasks, options, n_levels=2)
+    case.segment()
+    tasks.ran.clear()
+    documents = [path for path in case.target.rglob("*") if path.name in METADATA]
+    assert len(documents) > 6
+    for path in documents:
+        data = path.read_bytes()
+        times = path.stat()
+        harm(path)
+        if path.read_bytes() == data:
+            continue
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert not case.segment().already_done, path
+        if harm is scramble:
+            # Attributes of other names, as of a misspelt one, are not ours to remove.
+            assert path.read_bytes() == data
+    assert case.segment().already_done
+    assert not tasks.ran
+
+
+def test_listings_of_a_plate_that_are_damaged_are_written_again(tmp_path, tiny_bundle):
+    fields = {"A/1/0": FieldSpec(("dna",)), "A/2/0": FieldSpec(("dna",), (16, 32, 48))}
+    source = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    settings = parse_settings({"model": str(tiny_bundle), **OPTIONS, "patch": "16,32,32"})
+
+    def segment():
+        return segment_here(str(source), str(tmp_path / "out.zarr"), settings)
+
+    assert segment().status == "done"
+    calm = contents(tmp_path / "out.zarr")
+    for group in ("", "A", "A/2"):
+        path = tmp_path / "out.zarr" / group / "zarr.json"
+        scramble(path)
+        assert not segment().already_done
+        assert segment().already_done
+        assert contents(tmp_path / "out.zarr") == calm
+
+
+def rewrite(source):
+    path = source / "0/c/0/0/0"
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+CHANGES = {
+    "another chunk": rewrite,
+    "one chunk less": lambda source: (source / "0/c/0/0/0").unlink(),
+    "another time": lambda source: os.utime(source / "0/c/0/0/0", (0, 0)),
+    "metadata of another array": lambda source: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changed_since_is_not_already_done(change, tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, OPTIONS)
+    case.segment()
+    CHANGES[change](case.source)
+    if change == "metadata of another array":
+        write_image(case.source / "other", blobs((4, 4, 4)))
+        assert case.segment().already_done
+        return
+    with pytest.raises(TargetError, match=r"were written or removed since .*--overwrite"):
+        case.segment()
+    if change == "another time":
+        anew = case.settings.model_copy(update={"overwrite": True})
+        where = str(case.source), str(case.target)
+        assert segment_here(*where, anew).status == "done"
+        assert case.segment().already_done
+        moved = shutil.copytree(case.source, tmp_path / "moved.zarr")
+        assert segment_here(str(moved), str(case.target), case.settings).already_done
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.ngff.group import PROVENANCE, remove_damaged_group, write_group
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import labels_group, remove_label
-from megaseg_dask.ngff.volume import Volume, restore_array
+from megaseg_dask.ngff.volume import Volume, is_array_of, restore_array
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.stores import METADATA, Location
 
@@ -62,6 +62,15 @@ class ImageTarget:
     def measured_groups(self) -> list[Group]:
         """The label images of objects: those that have measurements."""
         return [group for group in self.groups if group.kind == "labels"]
+
+    @property
+    def tables(self) -> list[Location]:
+        """The groups of the tables of the image."""
+        if not self._plan.resolved.measures_objects():
+            return []
+        endings = ("", "_regions") if self._plan.resolved.regions else ("",)
+        names = [group.name + ending for group in self.measured_groups for ending in endings]
+        return [self.location / "tables" / name for name in names]
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -122,6 +131,17 @@ class ImageTarget:
             array = group.location / str(level)
             restore_array(array, image, level, self._dtype_of(group), self._plan.layout(level))
 
+    def has_arrays(self) -> bool:
+        """Return whether the metadata of all arrays are as they were written."""
+        for group in self.groups:
+            image = self.metadata_of(group)
+            dtype = self._dtype_of(group)
+            for level in range(len(image.levels)):
+                array = group.location / str(level)
+                if not is_array_of(array, image, level, dtype, self._plan.layout(level)):
+                    return False
+        return True
+
     def _dtype_of(self, group: Group) -> str:
         dtypes = {
             "scores": self._plan.resolved.scores_dtype,
@@ -140,6 +160,10 @@ class ImageTarget:
         is_ours = not self._plan.adds_labels
         if self.label_groups and is_ours:
             remove_damaged_group(self.labels, version)
+        for table in self.tables:
+            remove_damaged_group(table, version)
+        if self.tables and is_ours:
+            remove_damaged_group(self.location / "tables", version)
         for group in self.groups:
             if group.is_label or is_ours:
                 remove_damaged_group(group.location, version)
@@ -279,7 +303,19 @@ class Target:
         Raises:
             StoreError: The store failed.
         """
+        for node in self.plate_nodes:
+            remove_damaged_group(node, self.version)
         map_threaded(ImageTarget.restore, self.images)
+
+    @property
+    def plate_nodes(self) -> list[Location]:
+        """The groups of a plate of ours above its fields: plate, rows and wells."""
+        if not self.is_whole_plate:
+            return []
+        assert self.plan.plate is not None
+        fields = self.plan.plate.fields
+        below = [name for field in fields for name in (field.row, field.well)]
+        return [self.location, *(self.location / name for name in dict.fromkeys(below))]
 
     def clear(self) -> None:
         """Remove what the run would write at the target; nothing else.

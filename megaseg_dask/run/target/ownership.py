@@ -214,8 +214,6 @@ def is_present(target: Target) -> bool:
     arrays = [group.location / "0" for group in target.iter_groups()]
     if not all(map_threaded(Location.exists, arrays)):
         return False
-    if target.is_whole_plate and provenance_at(target.location) is None:
-        return False
     marks = [_undamaged_mark(group) for group in target.marked[:_MAX_MARKS]]
     # One that is lost or damaged is written again; none is there if nothing is ours.
     known = [mark for mark in marks if mark is not None]

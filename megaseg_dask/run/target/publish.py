@@ -5,18 +5,26 @@ all of it is published.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.errors import SourceError, StoreError
-from megaseg_dask.ngff.group import PROVENANCE, open_ome_group, update_consolidated, write_group
+from megaseg_dask.errors import SourceError, StoreError, TargetError
+from megaseg_dask.ngff.group import (
+    PROVENANCE,
+    find_attributes,
+    holds,
+    open_ome_group,
+    update_consolidated,
+    write_group,
+)
 from megaseg_dask.ngff.image import image_attributes
-from megaseg_dask.ngff.labels import add_label, remove_label
+from megaseg_dask.ngff.labels import add_label, list_labels, remove_label
 from megaseg_dask.ngff.plate import Plate, is_plate, join_plates, read_plate, write_plate
+from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.state import VolumeState
-from megaseg_dask.run.target.arrays import ImageTarget, Target
+from megaseg_dask.run.target.arrays import Group, ImageTarget, Target
 from megaseg_dask.run.target.provenance import (
     Measured,
     provenance_at,
@@ -77,6 +85,68 @@ def publish(
     are the boxes that no task could write, as JSON values.
     """
     plan = target.plan
+    provenance_of = _provenance_of_images(plan, states, missing_boxes)
+
+    def publish_image(image: ImageTarget) -> None:
+        for group in image.groups:
+            write_group(group.location, target.version, _attributes(image, group, provenance_of))
+            if group.is_label:
+                add_label(image.location, target.version, group.name)
+
+    map_threaded(publish_image, target.images)
+    if plan.plate is not None and not target.is_in_place:
+        _list_own_fields(target, plan.plate, missing_boxes)
+    elif "scores" not in plan.arrays and not target.is_in_place:
+        write_group(target.location, target.version, provenance_of(""))
+
+
+def is_published(target: Target, states: Sequence[VolumeState | None]) -> bool:
+    """Return whether all metadata of images are there that a run without failures publishes.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    whole_provenance_of = _provenance_of_images(target.plan, states, ())
+
+    def provenance_of(path: str) -> Json:
+        provenance = whole_provenance_of(path)[PROVENANCE]
+        # Those of the libraries that wrote it stay as they are.
+        return {PROVENANCE: {key: provenance[key] for key in provenance if key != "versions"}}
+
+    def is_whole(image: ImageTarget) -> bool:
+        for group in image.groups:
+            if not holds(group.location, _attributes(image, group, provenance_of)):
+                return False
+        labels = {group.name for group in image.label_groups}
+        return labels <= set(list_labels(image.location)) and image.has_arrays()
+
+    try:
+        if target.is_whole_plate and not _are_listed(target):
+            return False
+        if target.location in target.marked and not holds(target.location, provenance_of("")):
+            return False
+        return all(map_threaded(is_whole, target.images))
+    except (TargetError, SourceError):
+        # Metadata are damaged.
+        return False
+
+
+def _are_listed(target: Target) -> bool:
+    """Return whether all fields of a run are in the listings of its plate."""
+    listed = {field.path for field in read_plate(target.location).fields}
+    attributes = map_threaded(find_attributes, target.plate_nodes)
+    return target.paths <= listed and None not in attributes
+
+
+def _attributes(image: ImageTarget, group: Group, provenance_of: Callable[[str], Json]) -> Json:
+    metadata = image_attributes(image.metadata_of(group), label=group.is_label)
+    return {**metadata, **provenance_of(image.path)}
+
+
+def _provenance_of_images(
+    plan: Plan, states: Sequence[VolumeState | None], missing_boxes: Sequence[Json]
+) -> Callable[[str], Json]:
+    """Return a function that gives the provenance of an image by its path."""
     volumes: dict[str, list[Measured]] = defaultdict(list)
     for planned, state in zip(plan.volumes, states, strict=True):
         volumes[planned.image].append((planned, state))
@@ -88,19 +158,7 @@ def publish(
     def provenance_of(path: str) -> Json:
         return {PROVENANCE: provenance_by(plan, volumes[path], boxes[path])}
 
-    def publish_image(image: ImageTarget) -> None:
-        provenance = provenance_of(image.path)
-        for group in image.groups:
-            metadata = image_attributes(image.metadata_of(group), label=group.is_label)
-            write_group(group.location, target.version, {**metadata, **provenance})
-            if group.is_label:
-                add_label(image.location, target.version, group.name)
-
-    map_threaded(publish_image, target.images)
-    if plan.plate is not None and not target.is_in_place:
-        _list_own_fields(target, plan.plate, missing_boxes)
-    elif "scores" not in plan.arrays and not target.is_in_place:
-        write_group(target.location, target.version, provenance_of(""))
+    return provenance_of
 
 
 def _fields_of_others(target: Target) -> Plate:

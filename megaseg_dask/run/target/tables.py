@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,12 +24,14 @@ from megaseg_dask.algorithms.regions import (
     to_region_columns,
 )
 from megaseg_dask.concurrency import map_threaded, read_ahead
+from megaseg_dask.errors import TargetError
 from megaseg_dask.messages import version_of
 from megaseg_dask.ngff.tables import (
     Columns,
     Form,
     ImageTable,
     Place,
+    has_ends,
     run_schema,
     write_rows,
 )
@@ -169,11 +172,7 @@ def _write_tables(target: Target, missing_boxes: Sequence[Json], kind: _Kind) ->
     of_group: dict[Location, list[Output]] = defaultdict(list)
     for output in outputs:
         of_group[target.array("labels", output).location.parent].append(output)
-    made_by = {
-        "megaseg-dask": version_of("megaseg-dask"),
-        "model": plan.model.name,
-        "digest": plan.model.digest,
-    }
+    made_by = {"megaseg-dask": version_of("megaseg-dask"), **_model(plan)}
 
     def write(image: ImageTarget) -> None:
         lacks = [box for box in missing_boxes if box.get("image", "") == image.path]
@@ -198,6 +197,37 @@ def _label_name(plan: Plan, group: Group, kind: _Kind) -> str | None:
     companions = [image.regions for image in plan.images.values() if image.regions]
     is_beside = plan.is_in_place and companions[0].is_own
     return companions[0].label if is_beside else None
+
+
+def are_whole(target: Target) -> bool:
+    """Return whether all tables of a run without failures are there.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    plan = target.plan
+    provenance = {**_model(plan), "missing_boxes": []}
+
+    def is_whole(kind: _Kind, group: Group) -> bool:
+        return kind.table(group).is_whole(
+            label_name=_label_name(plan, group, kind),
+            provenance=provenance,
+            has_times=len(plan.times) > 1,
+        )
+
+    try:
+        for kind in _kinds(plan):
+            groups = target.iter_labels()
+            if not all(map_threaded(partial(is_whole, kind), groups)):
+                return False
+    except TargetError:
+        # Metadata are damaged.
+        return False
+    return all(map(has_ends, plan.tables))
+
+
+def _model(plan: Plan) -> dict[str, str]:
+    return {"model": plan.model.name, "digest": plan.model.digest}
 
 
 def _rows(plan: Plan, outputs: Sequence[Output], kind: _Kind) -> Iterator[tuple[Place, Columns]]:

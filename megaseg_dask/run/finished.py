@@ -1,0 +1,75 @@
+"""A finished run is believed only if all that it wrote is there, and was made of this source.
+
+Objects that tasks wrote are compared with a listing, and metadata with what
+publishing would write. What is lost is made again: the run then goes on. A
+source is compared by a listing of its chunks.
+"""
+
+from collections.abc import Callable
+
+from megaseg_dask.errors import TargetError
+from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.source_identity import listing_of_source
+from megaseg_dask.run.conclude import read_states
+from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.losses import has_losses
+from megaseg_dask.run.target.arrays import Target
+from megaseg_dask.run.target.publish import is_published
+
+
+def read_journal(plan: Plan, sync: Callable[[], None] = lambda: None) -> Journal:
+    """Return the journal of a run, reopened if something of the outputs is lost.
+
+    The run then goes on, and makes again what is lost.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    journal = Journal.read(plan, sync=sync)
+    reopen_if_lost(plan, journal)
+    return journal
+
+
+def reopen_if_lost(plan: Plan, journal: Journal) -> None:
+    """Reopen the journal of a finished run if something of the outputs is lost.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    if journal.result is None:
+        return
+    target = Target(plan)
+    is_whole = is_published(target, read_states(plan, journal)) and _has_tables(target)
+    if not is_whole or has_losses(plan, journal):
+        journal.reopen()
+
+
+def _has_tables(target: Target) -> bool:
+    if not target.plan.resolved.measures_objects():
+        return True
+    # It imports pyarrow.
+    from megaseg_dask.run.target.tables import are_whole
+
+    return are_whole(target)
+
+
+# -- the source
+
+
+def require_source(plan: Plan, recorded: Plan, journal: Journal) -> None:
+    """Check that the source of a finished run is as it was when the run ended.
+
+    One that moved has other times; samples of it were compared.
+
+    Raises:
+        TargetError: Chunks of it were written, removed or replaced since.
+        StoreError: The store failed.
+    """
+    if journal.result is None or not journal.result.source or plan.source != recorded.source:
+        return
+    if listing_of_source(plan) != journal.result.source:
+        raise TargetError(
+            f"{plan.target} is finished, and chunks of {plan.source} were written or removed since "
+            "(their names, sizes or times differ); choose another target, or compute it again "
+            "with --overwrite"
+        )
