@@ -514,6 +514,21 @@ Where a plate's `rowIndex` and `columnIndex` contradict a well's path, the path 
 `-` and `.`, as OME-Zarr 0.6 allows and Fractal writes. Axes may have names in capitals, as iohub writes them. A missing
 `version` follows from the Zarr format. A well that cannot be read fails by name; the others are segmented. A path that
 would lead out of a plate refuses the plate.
+
+## Plates of iohub, and ours in iohub and ngio
+
+`tests/slow/test_iohub.py` writes plates with iohub itself: fields of two orders of channels, at five places, one too thin and
+one without the channel. Each field that can be done gets what a run on it alone gives, the others are named. It needs environments
+with iohub: `MEGASEG_IOHUB=FOLDER MEGASEG_IOHUB_PYTHON=python3.12 pytest -m slow tests/slow/test_iohub.py` makes and keeps them.
+
+| written by | segmented in place | to 0.4 and to 0.5 | TARGET read by iohub 0.3.11 | TARGET read by ngio 1.1 |
+|---|---|---|---|---|
+| iohub 0.2.3, 0.4 | yes; the plate stays as it is to iohub 0.2.3 | yes | same voxels, sizes and places | same voxels, labels and sizes |
+| iohub 0.3.11, 0.4 | yes; the plate stays as it is to iohub 0.3.11 | yes | same voxels, sizes and places | same voxels, labels and sizes |
+| iohub 0.3.11, 0.5 | yes; the plate stays as it is to iohub 0.3.11 | yes | same voxels, sizes and places | same voxels, labels and sizes |
+
+ngio refuses iohub's own images, so also labels in place: axes in capitals, and identities of 0.2.3. iohub 0.2.3 finds no field in a
+plate whose images have no axis c, as those of one channel.
 """
 
 
