@@ -15,8 +15,9 @@ import pytest
 from distributed import Client
 
 from megaseg_dask.cli.app import _INTERRUPTS
-from megaseg_dask.errors import SettingsError
+from megaseg_dask.errors import EngineError, SettingsError
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.cluster.dask_config import CONFIG
 from megaseg_dask.run.dispatcher import open_workers
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment
@@ -234,3 +235,25 @@ def test_a_constant_volume_of_floats_is_said_to_be_constant(options, tmp_path):
     result = segment_here(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
     [doubt] = [doubt for doubt in result.doubts if doubt.about == "constant"]
     assert doubt.text == "all voxels have one value, so its objects mean nothing"
+
+
+BEGINNINGS = {
+    "killed": (
+        "import os\nos.kill(os.getpid(), 9)",
+        r"killed by SIGKILL; memory may have run out \(this machine, or its container, has",
+    ),
+    "an error": ("raise ValueError('no such device')", "could not start: .*no such device"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("preload", "reason"), BEGINNINGS.values(), ids=BEGINNINGS)
+def test_a_worker_that_ends_as_it_starts_is_told_with_its_cause(
+    preload, reason, source, options, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(CONFIG, "distributed.worker.preload", [preload])
+    settings = parse_settings({**options, "workers": 1})
+    with pytest.raises(EngineError, match=reason) as caught:
+        segment(str(source), str(tmp_path / "out.zarr"), settings)
+    assert "__main__" not in str(caught.value)
+    assert not (tmp_path / "out.zarr").exists()

@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import logging
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,11 +14,13 @@ from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 from megaseg_dask.errors import EngineError, MegasegError, SettingsError
+from megaseg_dask.inference.machine import count_killed, memory_bytes
 from megaseg_dask.messages import closest, install_command, nearest
 from megaseg_dask.plan.cluster_spec import Cluster, TlsFiles
 from megaseg_dask.plan.plan import TASKS_AT_ONCE
 from megaseg_dask.run.cluster import main_module
 from megaseg_dask.run.cluster.dask_config import inherited
+from megaseg_dask.stores import cause_of
 
 # On loopback: a dashboard asks for no credentials, whatever the rest is protected by.
 _DASHBOARD = "127.0.0.1:0"
@@ -68,17 +72,21 @@ def started(wanted: Cluster) -> Iterator[Any]:
         SettingsError: Workers cannot be started, with the reason that the batch system gives.
         EngineError: Workers of this machine cannot be started.
     """
+    n_killed = count_killed()
     with ExitStack() as stack:
         if wanted.is_local:
             # Also for workers that are started again later.
             stack.enter_context(main_module.importable())
         try:
-            cluster = _KINDS[wanted.kind](wanted, stack)
+            with _Deaths.noted() as deaths:
+                cluster = _KINDS[wanted.kind](wanted, stack)
             stack.callback(_close, cluster)
             _scale(wanted, cluster)
         except (MegasegError, KeyboardInterrupt):
             raise
         except Exception as error:
+            if wanted.is_local:
+                raise _failed_start(error, deaths, count_killed() - n_killed) from error
             raise _explained(wanted, error) from error
         yield cluster
 
@@ -442,8 +450,6 @@ def _options(wanted: Cluster, *takers: Any) -> dict[str, Any]:
 
 def _explained(wanted: Cluster, error: Exception) -> MegasegError:
     """Return an error of a library or of a batch system as one line."""
-    if wanted.is_local:
-        return EngineError(f"workers could not start ({error}){main_module.advice()}")
     if isinstance(error, FileNotFoundError) and wanted.kind in _BATCH:
         command = _BATCH[wanted.kind].command
         return SettingsError(
@@ -454,3 +460,69 @@ def _explained(wanted: Cluster, error: Exception) -> MegasegError:
     output = re.search(r"stderr:\n(.+)", text, re.DOTALL)
     reason = output[1] if output else text
     return SettingsError(f"kind {wanted.kind}: {' '.join(reason.split())}")
+
+
+# -- workers of this machine that end as they start
+
+
+class _Deaths(logging.Handler):
+    """How workers ended, as only Dask's log says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signals: list[int] = []
+        self.statuses: list[int] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note a line about the end of a worker."""
+        found = re.search(r"(killed by signal|exited with status) (\d+)", record.getMessage())
+        if found:
+            ends = self.signals if "signal" in found[1] else self.statuses
+            ends.append(int(found[2]))
+
+    @classmethod
+    @contextmanager
+    def noted(cls) -> "Iterator[_Deaths]":
+        """Yield what is noted meanwhile; the log shows nothing."""
+        logger = logging.getLogger("distributed.nanny")
+        level = logger.level
+        propagates = logger.propagate
+        deaths = cls()
+        logger.addHandler(deaths)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        try:
+            yield deaths
+        finally:
+            logger.removeHandler(deaths)
+            logger.setLevel(level)
+            logger.propagate = propagates
+
+
+def _failed_start(error: Exception, deaths: _Deaths, n_killed: int) -> EngineError:
+    """Return why workers of this machine could not start, as far as that is known."""
+    room = f"this machine, or its container, has {memory_bytes() / 1e9:.1f} GB"
+    cause = _first_cause(error)
+    if "Nanny failed" not in str(cause):
+        # A worker that told its error is ended by its nanny.
+        reason = cause_of(cause)
+    elif n_killed > 0:
+        reason = f"one was killed because memory ran out ({room}); use fewer --workers"
+    elif signal.SIGKILL in deaths.signals:
+        reason = f"one was killed by SIGKILL; memory may have run out ({room})"
+    elif deaths.signals:
+        reason = f"one was killed by {signal.Signals(deaths.signals[0]).name}; find what sends it"
+    elif deaths.statuses:
+        reason = (
+            f"one ended with exit status {deaths.statuses[0]}, and said why on stderr"
+            f"{main_module.advice()}"
+        )
+    else:
+        reason = str(cause)
+    return EngineError(f"workers could not start: {reason}; then run the same command again")
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
