@@ -4,13 +4,11 @@ import hashlib
 import json
 
 from megaseg_dask.algorithms.geometry import BlockGrid
-from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import DataError, StoreError
 from megaseg_dask.ngff.group import read_attributes
 from megaseg_dask.ngff.image import Image
-from megaseg_dask.plan.plan import Plan
-from megaseg_dask.stores import METADATA, Location, open_array
-from megaseg_dask.stores.failures import is_denied, is_of_object
+from megaseg_dask.stores import Location, open_array
+from megaseg_dask.stores.failures import is_of_object
 
 # Stored objects that are sampled, and bytes of each.
 _MAX_SAMPLES = 16
@@ -50,36 +48,4 @@ def sample_of(location: Location) -> str:
     for number in sorted(numbers):
         key = array.metadata.encode_chunk_key(grid.position(number))
         digest.update(key.encode() + _first_bytes(location, key))
-    return digest.hexdigest()
-
-
-def listing_of_source(plan: Plan) -> str:
-    """Return a digest of names, sizes and times (or etags) of the chunks that a run reads.
-
-    It is empty if the store does not list them.
-
-    Raises:
-        StoreError: The store failed.
-    """
-    if not plan.source.is_listable or not plan.resolved.predicts():
-        return ""
-    image = plan.source_image
-    levels = {image.levels[level].path for level in (0, plan.measure_level or 0)}
-    paths = dict.fromkeys(volume.image for volume in plan.volumes)
-    arrays = [plan.source / path / level for path in paths for level in sorted(levels)]
-    try:
-        listings = map_threaded(Location.entries, arrays)
-    except StoreError as error:
-        # Who may read a store may not always list it.
-        if not is_denied(error):
-            raise
-        return ""
-    digest = hashlib.sha256()
-    for array, entries in zip(arrays, listings, strict=True):
-        name = array.url.removeprefix(plan.source.url)
-        for entry in sorted(entries, key=lambda entry: entry.key):
-            key = entry.key.removeprefix(array.key)
-            # What metadata say is part of the plan.
-            if key.strip("/") not in METADATA:
-                digest.update(f"{name}\0{key}\0{entry.size}\0{entry.stamp}\n".encode())
     return digest.hexdigest()

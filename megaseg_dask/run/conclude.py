@@ -14,11 +14,10 @@ from itertools import chain
 from megaseg_dask.events import Doubt, Result
 from megaseg_dask.plan.plan import RESAMPLING, Plan
 from megaseg_dask.plan.resolved import OfVolume
-from megaseg_dask.plan.source_identity import listing_of_source
 from megaseg_dask.run.doubts import Facts, find_doubts
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
-from megaseg_dask.run.losses import undo_losses
+from megaseg_dask.run.losses import listing_of_source, undo_losses
 from megaseg_dask.run.schedule import VolumeProgress
 from megaseg_dask.run.state import Ending, TaskSummary, VolumeState
 from megaseg_dask.run.status import unread_fields

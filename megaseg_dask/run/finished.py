@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 from megaseg_dask.errors import TargetError
 from megaseg_dask.plan.plan import Plan
-from megaseg_dask.plan.source_identity import listing_of_source
 from megaseg_dask.run.conclude import read_states
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.losses import has_losses
+from megaseg_dask.run.losses import has_losses, listing_of_source
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.publish import is_published
 
