@@ -249,7 +249,7 @@ def test_a_worker_of_another_version_that_comes_late_is_sent_away(
     assert [
         e.text
         for e in events
-        if "was sent away: it has megaseg-dask 0.0.1" in getattr(e, "text", "")
+        if "was refused: it has megaseg-dask 0.0.1" in getattr(e, "text", "")
     ]
 
 

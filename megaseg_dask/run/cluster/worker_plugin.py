@@ -84,7 +84,7 @@ async def leaves_without_device(worker: Any, precision: str) -> bool:
         return False
     name = str(worker.name)
     event = {
-        "notice": f"worker {name} was sent away: {device.problem}",
+        "notice": f"worker {name} was refused: {device.problem}",
         "address": worker.address,
         "name": name,
         "device": device.uuid or name,
