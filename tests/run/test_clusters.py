@@ -247,9 +247,7 @@ def test_a_worker_of_another_version_that_comes_late_is_sent_away(
         _end(good)
     assert {event.name for event in events if event.kind == "worker"} == {"first", "second"}
     assert [
-        e.text
-        for e in events
-        if "was refused: it has megaseg-dask 0.0.1" in getattr(e, "text", "")
+        e.text for e in events if "was refused: it has megaseg-dask 0.0.1" in getattr(e, "text", "")
     ]
 
 
