@@ -6,8 +6,10 @@ it is told by events.
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.cli.exit_codes import echo, echo_result, warn
@@ -434,6 +436,7 @@ def print_demo(demo: "Demo") -> None:
     """Print what the demo made, its scores, and the next commands."""
     scores = demo.evaluation
     matching = scores.matchings[0]
+    megaseg = _program()
     took = "done before" if demo.result.already_done else f"{demo.result.wall_s:.1f} s"
     rows = {
         "source": demo.source,
@@ -443,10 +446,18 @@ def print_demo(demo: "Demo") -> None:
         "matched": f"{matching.true_positives} objects at IoU 0.5, "
         f"panoptic quality {scores.panoptic_quality:.3f}",
         "look at": demo.picture,
-        "next": f"megaseg view {demo.target}    # in a browser",
-        "": f"megaseg report {demo.target}    # quality control",
+        "next": f"{megaseg} view {demo.target}    # in a browser",
+        "": f"{megaseg} report {demo.target}    # quality control",
     }
     print_rows(rows)
+
+
+def _program() -> str:
+    """Return what to type for megaseg: its path where it is not on the PATH, as after make demo."""
+    program = Path(sys.executable).with_name("megaseg")
+    if shutil.which("megaseg") or not program.exists():
+        return "megaseg"
+    return os.path.relpath(program)
 
 
 def print_evaluation(evaluation: "Evaluation", *, csv: bool) -> None:
