@@ -176,7 +176,7 @@ def _carry_out(request: Request | Relabelling, client: Any, emit: Emit) -> Resul
         with Leases(runs_folder(plan.target), LEASE_TIMING).hold() as lease:
             runs = request.reopen_runs(lease)
             with executor.ready(plan, request.store_options):
-                certificate = _prove(executor, runs[0][0])
+                certificate = _prove(executor, runs)
                 if certificate is not None and not certificate.holds:
                     runs, certificate = _without_halves(request, lease, runs, certificate, emit)
                 record(runs, request.superseded, lease)
@@ -186,15 +186,18 @@ def _carry_out(request: Request | Relabelling, client: Any, emit: Emit) -> Resul
     return result
 
 
-def _prove(executor: Executor, plan: Plan) -> Certificate | None:
+def _prove(executor: Executor, runs: Runs) -> Certificate | None:
     """Return the certificate of a worker's engine, if it needs one and could be asked.
 
     Each worker proves itself before its first task, and names what is wrong with it.
     """
-    if not plan.resolved.predicts():
-        return None
-    with suppress(Exception):
-        return executor.prove(plan)
+    for plan, journal in runs:
+        stage = plan.stage_telling("scores")
+        is_predicted = stage is None or bool(journal.done(stage.name).all())
+        if plan.resolved.predicts() and not is_predicted:
+            with suppress(Exception):
+                return executor.prove(plan)
+            return None
     return None
 
 

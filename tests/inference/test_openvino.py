@@ -92,6 +92,6 @@ def test_a_home_that_cannot_be_written_is_told_and_costs_a_conversion(
     monkeypatch.setattr("openvino.save_model", is_full)
     caplog.clear()
     predict(reference)
-    assert "No space left on device): each worker converts it again" in caplog.text
+    assert "No space left on device), so each worker converts it again" in caplog.text
     assert len(conversions) == 2
     shutil.rmtree(home)
