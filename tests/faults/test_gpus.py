@@ -17,7 +17,8 @@ from tests.faults.test_faults import arrays, assert_same
 from tests.fixtures.gpus import Gpu
 from tests.fixtures.images import blobs, write_image
 
-pytestmark = pytest.mark.slow
+# Workers that import PyTorch start in half a minute where others work beside them.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 N_TIMES = 12
 
