@@ -90,7 +90,7 @@ FAILED = {
 OTHER = {
     "a bug": ZeroDivisionError("a bug"),
     "shapes": RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
-    "ours": EngineError("the network gave NaN or infinity"),
+    "ours": EngineError("the network returned NaN or infinity"),
     "the host": MemoryError("out of memory"),
 }
 
