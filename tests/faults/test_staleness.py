@@ -26,6 +26,7 @@ OPTIONS = {
     "overlap": 0,
     "threshold": "otsu",
     "fill_holes": 30,
+    "split": "distance",
     "min_size": 3,
     "outputs": "labels,scores,mask,measurements",
 }

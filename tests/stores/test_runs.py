@@ -12,7 +12,7 @@ from megaseg_dask.cli.app import main
 from megaseg_dask.errors import MegasegError, StoreError
 from megaseg_dask.ngff.group import open_group
 from megaseg_dask.plan.settings import parse_settings
-from megaseg_dask.run.runner import segment
+from megaseg_dask.run.runner import relabel, segment
 from megaseg_dask.run.status import status
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
@@ -213,3 +213,17 @@ def test_masks_in_a_bucket_and_of_stored_chunks_are_those_of_files(s3, folder, o
         for path, values in arrays(str(tmp_path / f"{number}.zarr")).items():
             assert_array_equal(written[path], values)
         assert written["0"].any()
+
+
+def test_scores_in_a_bucket_are_labelled_again(s3, folder, image, options, tmp_path):
+    """On a worker, and split there, as on the disk."""
+    again = {"label_name": "again", "threshold": 0.6, "split": "distance"}
+    target, here = f"{folder}/again.zarr", str(tmp_path / "here.zarr")
+    for where, n_workers in ((target, 1), (here, 0)):
+        assert segment_here(str(image), where, parse_settings(options)).status == "done"
+        settings = parse_settings({**again, "workers": n_workers})
+        result = relabel(where, settings)
+        assert result.status == "done", result.failures
+        assert relabel(where, settings).already_done
+    assert_same(target, arrays(here))
+    assert arrays(here)["labels/again/0"].max() > 1
