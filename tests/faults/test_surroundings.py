@@ -257,3 +257,11 @@ def test_a_worker_that_ends_as_it_starts_is_told_with_its_cause(
         segment(str(source), str(tmp_path / "out.zarr"), settings)
     assert "__main__" not in str(caught.value)
     assert not (tmp_path / "out.zarr").exists()
+
+
+def test_a_scratch_folder_that_cannot_be_made_is_refused(source, options, tmp_path):
+    settings = parse_settings({**options, "workers": 1})
+    with dask.config.set({"temporary-directory": str(tmp_path / "absent/folder")}):
+        with pytest.raises(SettingsError, match="DASK_TEMPORARY_DIRECTORY"):
+            segment(str(source), str(tmp_path / "out.zarr"), settings)
+    assert not (tmp_path / "out.zarr").exists()

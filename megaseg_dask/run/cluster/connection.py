@@ -85,7 +85,14 @@ def _private_scratch(parent: str | None) -> str:
 
     Dask imports from it, and its usual place in /tmp anybody may have taken before.
     """
-    folder = tempfile.mkdtemp(prefix="megaseg-", dir=parent)
+    try:
+        folder = tempfile.mkdtemp(prefix="megaseg-", dir=parent)
+    except OSError as error:
+        raise SettingsError(
+            f"workers need a folder for their files in {parent or tempfile.gettempdir()}: "
+            f"{error.strerror}; create it, or set temporary-directory in Dask's configuration "
+            "(DASK_TEMPORARY_DIRECTORY)"
+        ) from error
     # At exit, after what Dask removes in it.
     weakref.finalize(_private_scratch, shutil.rmtree, folder, ignore_errors=True)
     return folder
