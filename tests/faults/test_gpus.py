@@ -169,6 +169,8 @@ options:
 """
 
 
+# The class of jobs that are processes leaves theirs to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("file", [CUSTOM, JOB], ids=["custom", "dask cuda worker"])
 def test_clusters_that_start_workers_of_dask_cuda(file, machine, dask_cuda, run, tmp_path):
     path = tmp_path / "cluster.yaml"
