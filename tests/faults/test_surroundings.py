@@ -1,7 +1,9 @@
 """What surrounds a run stops it in order, is refused at once, or does not matter."""
 
 import asyncio
+import errno
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import resource
 import signal
@@ -264,4 +266,15 @@ def test_a_scratch_folder_that_cannot_be_made_is_refused(source, options, tmp_pa
     with dask.config.set({"temporary-directory": str(tmp_path / "absent/folder")}):
         with pytest.raises(SettingsError, match="DASK_TEMPORARY_DIRECTORY"):
             segment(str(source), str(tmp_path / "out.zarr"), settings)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_a_system_without_shared_memory_is_refused(source, options, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", refuse)
+    settings = parse_settings({**options, "workers": 1})
+    with pytest.raises(SettingsError, match=r"make /dev/shm writable, or run .* --workers 0"):
+        segment(str(source), str(tmp_path / "out.zarr"), settings)
     assert not (tmp_path / "out.zarr").exists()

@@ -148,6 +148,14 @@ def _require_children() -> None:
             "this process is a worker of multiprocessing or Dask, which cannot start workers; pass "
             "workers=0 to run in this process, or client= to use other workers"
         )
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except OSError as error:
+        # Dask would wait for its worker for ever.
+        raise SettingsError(
+            f"workers need shared memory, and this system gives none ({error.strerror}); make "
+            "/dev/shm writable, or run in this process with --workers 0"
+        ) from error
 
 
 def _wait_for_worker(client: Any, cluster: Cluster, emit: Emit) -> None:
