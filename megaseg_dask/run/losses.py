@@ -147,7 +147,7 @@ def _others_of_groups(plan: Plan, changed: Collection[int]) -> list[int]:
 
 
 def listing_of_source(plan: Plan) -> str:
-    """Return a digest of names, sizes and times (or etags) of the chunks that a run reads.
+    """Return digests of the chunks that a run reads: of names and sizes, and of times (or etags).
 
     It is empty if the store does not list them.
 
@@ -167,15 +167,17 @@ def listing_of_source(plan: Plan) -> str:
         if not is_denied(error):
             raise
         return ""
-    digest = sha256()
+    forms = sha256()
+    stamps = sha256()
     for array, entries in zip(arrays, listings, strict=True):
         name = array.url.removeprefix(plan.source.url)
         for entry in sorted(entries, key=lambda entry: entry.key):
             key = entry.key.removeprefix(array.key)
             # What metadata say is part of the plan.
             if key.strip("/") not in METADATA:
-                digest.update(f"{name}\0{key}\0{entry.size}\0{entry.stamp}\n".encode())
-    return digest.hexdigest()
+                forms.update(f"{name}\0{key}\0{entry.size}\n".encode())
+                stamps.update(f"{entry.stamp}\n".encode())
+    return f"{forms.hexdigest()} {stamps.hexdigest()}"
 
 
 def _find_changed(plan: Plan, journal: Journal) -> list[int]:
