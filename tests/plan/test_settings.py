@@ -45,6 +45,9 @@ VALUES = [
     ("min_size", "20", 20, 20),
     ("scores_dtype", "float32", "float32", "float32"),
     ("label_name", "nuclei-2.b_c", "nuclei-2.b_c", "nuclei-2.b_c"),
+    ("table", "csv", "csv", "csv"),
+    ("measure_channels", "all", "all", "all"),
+    ("regions", "cells", "cells", "cells"),
     ("ome_zarr", "0.4", 0.4, "0.4"),
     ("overwrite", True, True, True),
     ("block", "32,64,64", [32, 64, 64], (32, 64, 64)),
@@ -82,9 +85,21 @@ VALUES = [
 ]
 
 
+# What an option is about, where that is not there by default.
+NEEDS = {
+    "measure_channels": {"outputs": "labels,measurements"},
+    "regions": {"outputs": "labels,measurements"},
+}
+
+
+def parsed(name: str, value: object) -> Settings:
+    return parse_settings({**NEEDS.get(name, {}), name: value})
+
+
 @pytest.mark.parametrize(("name", "text", "value", "stored"), VALUES)
 def test_text_and_python_values_mean_the_same(name, text, value, stored):
-    from_text, from_value = parse_settings({name: text}), parse_settings({name: value})
+    from_text = parsed(name, text)
+    from_value = parsed(name, value)
     assert getattr(from_text, name) == stored
     assert type(getattr(from_text, name)) is type(stored)
     assert from_value == from_text
@@ -92,7 +107,7 @@ def test_text_and_python_values_mean_the_same(name, text, value, stored):
 
 @pytest.mark.parametrize(("name", "text", "value", "stored"), VALUES)
 def test_json_brings_back_the_same(name, text, value, stored):
-    settings = parse_settings({name: text})
+    settings = parsed(name, text)
     assert Settings.model_validate_json(settings.model_dump_json()) == settings
 
 
@@ -101,6 +116,11 @@ def test_every_option_is_in_the_table_above():
 
 
 NONSENSE = [
+    ("table", "xlsx", "'parquet' or 'csv'"),
+    ("measure_channels", "", "an empty text"),
+    ("measure_channels", "all", "add measurements to --outputs"),
+    ("regions", "", "an empty text"),
+    ("regions", "cells", "add measurements to --outputs"),
     ("where", "", "an empty text"),
     ("where_margin", "-1", "0 or more"),
     ("where_margin", "inf", "a finite number"),
