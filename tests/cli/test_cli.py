@@ -291,7 +291,7 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "too small": (lambda d, out: [image(d, shape=(15, 32, 40)), out], "at least (16, 16, 16)"),
     "2D": (
         lambda d, out: [image(d, shape=(32, 40), axes="yx"), out],
-        "no z: the model segments 3D volumes",
+        "no z; the model needs 3D volumes",
     ),
     "complex": (
         lambda d, out: [write_image(d / "c.zarr", np.zeros((20, 20, 20), "c8")), out],

@@ -78,7 +78,7 @@ REFUSALS = {
     "a region": ("segment cells.zarr new.zarr --roi 0:99,0:9,0:9 --model starter", "outside"),
     "a plan": ("plan cells.zarr new.zarr --model starter --patch 7", "in multiples of"),
     "a target": ("segment cells.zarr https://example.org/new.zarr", "web server"),
-    "a run": ("status new.zarr", "no run is recorded"),
+    "a run": ("status nothing.zarr", "no run is recorded"),
 }
 
 RUN = f"""
@@ -142,6 +142,6 @@ def test_a_gpu_that_is_not_there_is_found_out_without_torch(folder):
 
     if _may_have_gpu():
         pytest.skip("this machine has a driver of a GPU")
-    code, line, modules = run(f"segment cells.zarr new.zarr {OPTIONS} --device cuda", folder)
+    code, line, modules = run(f"segment cells.zarr no.zarr {OPTIONS} --device cuda", folder)
     assert (code, "finds no GPU" in line) == (2, True), line
     assert modules <= PLANNING

@@ -209,7 +209,7 @@ def test_a_coarser_level_is_made_of_no_chunk_that_is_gone(tmp_path, tiny_bundle,
     tasks.acts["downsample-3", 0] = lambda: away.rename(chunk)
     result = segment_here(str(case.source), str(case.target), case.settings)
     assert [failure.stage for failure in result.failures] == ["downsample-2"]
-    assert "out.zarr/1/c/0/0/0 was written, and is not there" in result.failures[0].error
+    assert "out.zarr/1/c/0/0/0 was written but is missing now" in result.failures[0].error
     case.assert_as_calm()
 
 

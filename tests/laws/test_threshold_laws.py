@@ -239,7 +239,7 @@ def test_a_peak_of_many_billions_does_not_overflow():
 def test_a_volume_constant_but_for_one_voxel_in_a_billion_has_no_li():
     table = tabulate(np.array([0, 1], np.float32), 0, 1, "li")
     table["counts"][1] = table["sums"][1] = 10**9
-    with pytest.raises(DataError, match="comes to nan"):
+    with pytest.raises(DataError, match="its result is nan"):
         find_threshold(table, 0, 1, "li")
 
 

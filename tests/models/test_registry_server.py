@@ -256,7 +256,7 @@ def test_a_bit_that_flipped_is_refused_and_removed(relay):
     part.write_bytes(data)
     with pytest.raises(
         BundleError,
-        match=r"s3://public/megaSeg.zip: what was received has MD5 \w+, the store says \w+;",
+        match=r"s3://public/megaSeg.zip: what was received has MD5 \w+, the store states \w+;",
     ):
         registry.fetch("MegaSeg_v1")
     assert (left_behind(), cache.cached_names()) == ([], [])
@@ -292,7 +292,7 @@ def without_md5(entry_of):
 
 
 def test_another_sha256_is_refused(relay, megaseg_zip):
-    with pytest.raises(BundleError, match=r"has SHA256 \w+, --sha256 says 00"):
+    with pytest.raises(BundleError, match=r"has SHA256 \w+, --sha256 states 00"):
         registry.fetch("MegaSeg_v1", Origin(sha256="00"))
     digest = hashlib.sha256(megaseg_zip.read_bytes()).hexdigest()
     assert registry.fetch("MegaSeg_v1", Origin(sha256=digest.upper())).sha256 == digest
@@ -374,7 +374,7 @@ def test_a_refused_port_ends_quickly(relay, tmp_path, monkeypatch):
     assert listed.returncode == 0
     assert "starter" in listed.stdout
     assert (
-        "warning: no bucket was listed: cannot list s3://public: connection refused"
+        "warning: the bucket was not listed: cannot list s3://public: connection refused"
         in listed.stderr
     )
 

@@ -340,7 +340,7 @@ def test_names_of_axes_that_differ_only_in_case_are_refused(tmp_path):
     ome = group.attrs["ome"]
     ome["multiscales"][0]["axes"][1]["name"] = "z"
     group.attrs["ome"] = ome
-    with pytest.raises(SourceError, match="one of them twice"):
+    with pytest.raises(SourceError, match="each axis may occur only once"):
         read_image(Location.of(tmp_path / "p.zarr/A/1/0"))
 
 

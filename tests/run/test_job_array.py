@@ -327,8 +327,8 @@ def test_shares_are_all_tasks_once(n_shares):
         (("10-20",), None, "no 10"),
         (("4-2",), None, "expected a number"),
         (("x",), None, "expected a number"),
-        ((), "0/4", "from 1/4 on"),
-        ((), "5/4", "from 1/4 on"),
+        ((), "0/4", "with I from 1 to 4"),
+        ((), "5/4", "with I from 1 to 4"),
         ((), "3", "I/N"),
     ],
 )

@@ -185,7 +185,7 @@ def test_wells_one_after_the_other_make_one_plate(run, plate, tmp_path):
     assert run(plate, "out.zarr", channel="dna", wells="A/1", fields="1").status == "done"
     assert listed(target) == [ALL[1], *ALL[4:]]
     assert run(plate, "out.zarr", channel="dna", wells="B/*").already_done
-    with pytest.raises(TargetError, match="of which B/1/1 is not chosen"):
+    with pytest.raises(TargetError, match="on 4 fields, and B/1/1 is not chosen"):
         run(plate, "out.zarr", channel="dna", fields="0")
     with pytest.raises(
         TargetError, match=r"computed with different options \(threshold: was 0\.5, now 0\.7\)"

@@ -93,8 +93,8 @@ def test_a_server_without_parts_of_files_cannot_serve_parts_of_shards(folder, pl
     message = str(caught.value)
     assert "\n" not in message
     assert (
-        "the server does not answer requests for a part of an object; sharded arrays need that"
-        in message
+        "the server does not answer requests for a part of an object; sharded arrays need such "
+        "requests" in message
     )
 
 
