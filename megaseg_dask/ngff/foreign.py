@@ -17,12 +17,18 @@ def require_folder_name(target: Location) -> None:
     """Require that the name of a target is not that of a packed image.
 
     Raises:
-        TargetError: It is.
+        TargetError: It is, or lies in one.
     """
+    if target.packed:
+        file = Location(target.packed[0])
+        raise TargetError(
+            f"{target}: {file.basename} is a packed image, which is only read; choose a folder as "
+            f"TARGET, such as {file.name}-labels.ome.zarr"
+        )
     path = PurePosixPath(target.basename)
     suffix = path.suffix.lower()
     if suffix in _PACKED:
-        folder = f"{path.stem.removesuffix('.ome.zarr')}.ome.zarr"
+        folder = f"{path.stem.removesuffix('.zarr').removesuffix('.ome')}.ome.zarr"
         raise TargetError(
             f"{target}: megaseg writes folders, and {suffix} is the ending of a packed image; "
             f"choose {folder}, and pack it when all is done"

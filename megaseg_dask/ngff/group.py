@@ -316,7 +316,7 @@ def _describe_file(location: Location) -> str:
     if command is not None:
         return f"{file} (import it with: {command})"
     if kind == "zip":
-        return f"{file} (unpack it first: megaseg reads folders)"
+        return f"{file} (give a zipped image a name that ends in .ozx or .zarr.zip, or unpack it)"
     return f"{file} (convert it, with bioformats2raw for instance)"
 
 

@@ -22,6 +22,8 @@ _ALIASES = {"s3a": S3, "gcs": GOOGLE, "azure": AZURE, "abfs": AZURE, "abfss": AZ
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _AZURE_HOST = re.compile(r"([^@/]+)@([a-z0-9]+)\.(?:dfs|blob)\.core\.windows\.net")
 _SIGNATURE = re.compile(r"[?&](sig|x-amz-[a-z-]+)=", re.IGNORECASE)
+# Zip files that hold one image, as RFC-9 of OME-Zarr names them.
+_PACKED = re.compile(r".+(\.ozx|\.zarr\.zip)", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _UNESCAPED = "/~!$&'()*+,;=:@"
 
@@ -133,6 +135,20 @@ def split(url: str) -> tuple[str, str]:
     if scheme in WEB:
         key = unquote(key)
     return f"{scheme}://{host}", key
+
+
+def split_packed(url: str) -> tuple[str, str] | None:
+    """Return the address of the zip file that an address leads into, and the key in it.
+
+    ``None`` if no part of the address has the name of one.
+    """
+    parts = url.split("/")
+    n_root = 1 if scheme_of(url) == LOCAL else 3
+    for n, part in enumerate(parts[n_root:], start=n_root + 1):
+        if _PACKED.fullmatch(part):
+            key = "/".join(parts[n:])
+            return "/".join(parts[:n]), unquote(key) if scheme_of(url) in WEB else key
+    return None
 
 
 def join(url: str, name: str) -> str:

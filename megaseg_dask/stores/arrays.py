@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.stores.access import StoreOptions, forget_clients
 from megaseg_dask.stores.location import Location, naming
+from megaseg_dask.stores.zipped import forget_archives
 
 if TYPE_CHECKING:
     import zarr
@@ -62,4 +63,5 @@ def clear_array_cache() -> None:
 def clear_store_caches() -> None:
     """Forget opened arrays and stores: credentials in the environment may have changed."""
     clear_array_cache()
+    forget_archives()
     forget_clients()

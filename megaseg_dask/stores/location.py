@@ -27,6 +27,7 @@ from megaseg_dask.stores.notes import Entry
 from megaseg_dask.stores.object_store import BucketFolder
 from megaseg_dask.stores.patience import Patience
 from megaseg_dask.stores.web import WebFolder
+from megaseg_dask.stores.zipped import LocalFile, PackedFile, RemoteFile, ZipFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,17 @@ class Location:
 
     @property
     def is_listable(self) -> bool:
-        """Whether the store lists its objects; a web server does not."""
-        return address.scheme_of(self.url) not in address.WEB
+        """Whether the store lists its objects; a web server does not, and a zip on it does."""
+        return address.scheme_of(self.url) not in address.WEB or self.packed is not None
+
+    @property
+    def packed(self) -> tuple[str, str] | None:
+        """The address of the zip file that this is, or lies in, and the key in it."""
+        parts = address.split_packed(self.url)
+        # A folder may have the same name.
+        if parts and self.is_local and not Path(parts[0]).is_file():
+            return None
+        return parts
 
     @property
     def path(self) -> Path:
@@ -83,8 +93,8 @@ class Location:
 
     @property
     def name(self) -> str:
-        """Last part of the address, without ``.ome.zarr`` or ``.zarr``."""
-        return re.sub(r"(?<=.)(\.ome)?\.zarr$", "", self.basename)
+        """Last part of the address, without ``.ome.zarr``, ``.zarr`` or the ending of a zip."""
+        return re.sub(r"(?<=.)((\.ome)?\.zarr(\.zip)?|\.ozx)$", "", self.basename)
 
     @property
     def parent(self) -> "Location":
@@ -125,6 +135,8 @@ class Location:
         Raises:
             SettingsError: An option is unknown, or there are no credentials.
         """
+        if parts := self.packed:
+            return self._zip_folder(*parts, patient=patient)
         if self.is_local:
             return local.LocalFolder(self.path)
         patient = patient and waits_for_stores()
@@ -132,6 +144,15 @@ class Location:
         _, prefix = address.split(self.url)
         folder = BucketFolder(client, prefix, self.patience(patient=patient))
         return folder if self.is_listable else WebFolder(folder)
+
+    def _zip_folder(self, url: str, key: str, *, patient: bool) -> ZipFolder:
+        file: PackedFile = LocalFile(Path(url))
+        if not self.is_local:
+            waits = patient and waits_for_stores()
+            client = open_client(url, self.access, patient=waits)
+            file = RemoteFile(client, address.split(url)[1], self.patience(patient=waits))
+        # The first look of each command is not patient.
+        return ZipFolder(url, self.access, file, key, looks_again=not patient)
 
     def patience(self, *, patient: bool) -> Patience:
         """Return how often a failed request to this store is made again."""

@@ -8,7 +8,6 @@ MegaSeg_v1 191 MB, a train_config.yaml 20 kB).
 import io
 import pickletools
 import re
-import stat
 import zipfile
 import zlib
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import IO, TYPE_CHECKING, TypeAlias
 
 from megaseg_dask.errors import BundleError
 from megaseg_dask.messages import one_line
+from megaseg_dask.stores.zip_entries import MAX_RATIO, RATIO_FROM_BYTES, danger_of
 
 if TYPE_CHECKING:
     import yaml
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # Of a checkpoint, and of all that a zip holds: twenty times the largest published one.
 MAX_BYTES = 4 * 2**30
 MAX_ENTRIES = 10_000
-MAX_RATIO = 100  # trained weights hardly compress
-RATIO_FROM_BYTES = 100 * 2**20  # below this a high ratio does no harm
 MAX_YAML_BYTES = 2**18
 MAX_YAML_VALUES = 50_000  # with every alias written out
 MAX_YAML_DEPTH = 64
@@ -98,7 +96,7 @@ def _require_safe_zip(archive: zipfile.ZipFile) -> None:
         raise Unsafe(f"the zip has {len(entries)} entries; at most {MAX_ENTRIES} are read")
     names: set[str] = set()
     for entry in entries:
-        if danger := _danger(entry):
+        if danger := danger_of(entry):
             raise Unsafe(f"zip entry {short(entry.filename)} {danger}")
         # Also names that only some file systems tell apart.
         if entry.filename.casefold() in names:
@@ -112,20 +110,6 @@ def _require_safe_zip(archive: zipfile.ZipFile) -> None:
         raise Unsafe(f"the entries of the zip overlap: {packed_bytes} bytes in {archive.start_dir}")
     if total_bytes > max(RATIO_FROM_BYTES, MAX_RATIO * packed_bytes):
         raise Unsafe(f"the zip grows from {packed_bytes} to {total_bytes} bytes")
-
-
-def _danger(entry: zipfile.ZipInfo) -> str:
-    parts = entry.filename.removesuffix("/").split("/")
-    # The name as stored: the module cuts it at a null character.
-    if not {"", ".", ".."}.isdisjoint(parts) or re.search(r"[\\:\0]", entry.orig_filename):
-        return "points outside its folder"
-    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        return "is neither a file nor a folder"
-    if entry.flag_bits & 1:
-        return "is encrypted"
-    if entry.file_size > max(RATIO_FROM_BYTES, MAX_RATIO * entry.compress_size):
-        return f"grows from {entry.compress_size} to {entry.file_size} bytes"
-    return ""
 
 
 # -- YAML
