@@ -21,7 +21,7 @@ from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import DataError, MegasegError, SourceError, StoreError, TargetError
 from megaseg_dask.messages import validation_message
 from megaseg_dask.ngff.foreign import import_command
-from megaseg_dask.ngff.versions import VERSIONS, Version, version_of_format
+from megaseg_dask.ngff.versions import NEXT, VERSIONS, Version, version_of_format
 from megaseg_dask.stores import (
     METADATA,
     Location,
@@ -183,6 +183,8 @@ def require_known_version(
 ) -> str:
     """Return the version of a group's OME metadata, which all of them state or their main ``part``.
 
+    Those of 0.6 have the version whose form they are reduced to.
+
     Raises:
         SourceError: It is another than those that can be read.
     """
@@ -190,10 +192,12 @@ def require_known_version(
     version = str(stated or version_of_format(zarr_format).name)
     # What SpatialData adds to the metadata is not read.
     version = version.removesuffix("-dev-spatialdata")
+    if zarr_format == NEXT.zarr_format and version.startswith("0.6"):
+        return NEXT.name
     if version not in VERSIONS:
         raise SourceError(
-            f"{location} is OME-Zarr {version}; megaseg reads {' and '.join(VERSIONS)}: convert it "
-            "first"
+            f"{location} is OME-Zarr {version}; megaseg reads {', '.join(VERSIONS)} and 0.6: "
+            "convert it first"
         )
     return version
 
@@ -262,6 +266,8 @@ def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
             return "a well of a plate (give one image in it)"
         case {"labels": _}:
             return f"a labels group (give the image that it belongs to, {location.parent})"
+        case {"scene": _}:
+            return "a scene, which places several images (give one image in it)"
         case {"bioformats2raw.layout": _}:
             return f"a bioformats2raw collection (give one image in it, such as {location}/0)"
     return "a Zarr group without multiscales metadata"

@@ -19,6 +19,10 @@ from pydantic import ValidationError
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.algorithms.pyramids import default_level_shapes
 from megaseg_dask.errors import DataError, SourceError, StoreError
+from megaseg_dask.ngff.coordinate_systems import (
+    is_version_06,
+    without_coordinate_systems,
+)
 from megaseg_dask.ngff.group import (
     PROVENANCE,
     describe_group,
@@ -115,6 +119,8 @@ class Image:
     # As it is stored: metadata of 0.4 may lie in Zarr v3.
     zarr_format: int | None = None
     kind: Kind = "image"
+    # Whether its metadata are of OME-Zarr 0.6, and have another form than this version's.
+    is_reduced: bool = False
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -337,7 +343,11 @@ def read_image(location: Location) -> Image:
         raise SourceError(f"{location} is {describe_group(location, ome)}, not an OME-Zarr image")
     entry = entries[0]
     version = require_known_version(location, zarr_format, ome, entry)
-    multiscale = _read_multiscale(location, version, entry)
+    is_reduced = is_version_06(ome, entry)
+    if is_reduced:
+        entry = without_coordinate_systems(location, entry)
+        require_axes(location, list(map(_name_of, entry["axes"])))
+    multiscale = _read_multiscale(location, version, entry, "0.6" if is_reduced else version)
     axes = _read_axes(location, multiscale["axes"])
     unopened = [_read_dataset(location, axes, data) for data in multiscale["datasets"]]
     scale, translation = _read_transforms(location, axes, multiscale)
@@ -354,6 +364,7 @@ def read_image(location: Location) -> Image:
         translation=translation,
         zarr_format=zarr_format,
         kind=_kind_of(attributes, ome),
+        is_reduced=is_reduced,
     )
 
 
@@ -363,8 +374,8 @@ def _kind_of(attributes: Json, ome: Json) -> Kind:
     return "scores" if PROVENANCE in attributes else "image"
 
 
-def _read_multiscale(location: Location, version: str, entry: Json) -> Json:
-    """Return a multiscale of valid form, with the transformations that are read."""
+def _read_multiscale(location: Location, version: str, entry: Json, stated: str) -> Json:
+    """Return a multiscale of a version's valid form, with the transformations that are read."""
     multiscale = _with_known_transforms(entry)
     document = json.dumps(_form_of(multiscale))
     try:
@@ -372,7 +383,7 @@ def _read_multiscale(location: Location, version: str, entry: Json) -> Json:
             _require_valid_multiscale(version, document)
     except ValidationError as error:
         raise SourceError(
-            f"{location}: its OME-Zarr {version} metadata are invalid: "
+            f"{location}: its OME-Zarr {stated} metadata are invalid: "
             f"{first_problem(error, 'multiscales')}; correct them, or write the image again with a "
             "newer version of its program"
         ) from error

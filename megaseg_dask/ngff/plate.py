@@ -178,9 +178,7 @@ def read_plate(location: Location) -> Plate:
         stored = version_of_format(zarr_format)
         return _with_fields(plate, location, stored, wells)
     except SourceError as error:
-        raise SourceError(
-            f"{location}: its OME-Zarr {version} plate is invalid: {error}"
-        ) from error
+        raise SourceError(f"{location}: the metadata of its plate are invalid: {error}") from error
 
 
 def _parse_listing(version: str, name: str, listing: Mapping[str, Any]) -> tuple[Plate, list[str]]:

@@ -62,6 +62,8 @@ _V05 = Version(
 )
 
 VERSIONS: Mapping[str, Version] = {version.name: version for version in (_V04, _V05)}
+# OME-Zarr 0.6 is read and not written: it is stored as this version, and reduced to its form.
+NEXT = _V05
 
 
 def version_of_format(zarr_format: int) -> Version:

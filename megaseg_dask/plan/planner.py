@@ -256,6 +256,11 @@ class _Request:
         """Raise :class:`SourceError` if the outputs, one of which is ``image``, cannot be valid."""
         require_valid(image, self.first_field)
         source = self.first_image
+        if self.is_in_place and source.is_reduced:
+            raise SourceError(
+                f"{self.first_field} is OME-Zarr 0.6, which is read and not written; choose "
+                "another TARGET than the source"
+            )
         if self.is_in_place and VERSIONS[source.version].zarr_format != source.zarr_format:
             raise SourceError(
                 f"{self.first_field} has OME-Zarr {source.version} metadata in Zarr "

@@ -69,7 +69,7 @@ def load(path: Path) -> Any:
 
 def iter_examples() -> Iterator[Example]:
     for path in sorted(ROOT.rglob("*")):
-        name = path.relative_to(ROOT).as_posix()
+        name = path.relative_to(ROOT).as_posix().replace(" ", "_")
         if path.name != ".zattrs" and (
             path.suffix != ".json" or path.name == ".config.json" or "/schemas/" in name
         ):
@@ -102,7 +102,7 @@ def example_of(name: str, data: Any, path: Path, valid: bool | None = None) -> E
     kind = next((key for key in kinds if key in ome), "image" if "image" in path.name else "other")
     v2 = "ome" not in data and not re.search("v0[56]|ngff_spec_(0.5|main)|v0.5", name)
     said = (
-        name.endswith("/labels") or not re.search("invalid|broken", name, re.I)
+        name.endswith("/labels") or "/valid/" in name or not re.search("invalid|broken", name, re.I)
         if valid is None
         else valid
     )
@@ -113,7 +113,7 @@ def variants(example: Example) -> Iterator[Example]:
     """Yield an example, and what it would be without what hides its point from us."""
     yield example
     data = copy.deepcopy(example.data)
-    if example.kind == "multiscales" and re.match(r"ngff_spec_0\.[45]/", example.name):
+    if example.kind == "multiscales" and example.name.startswith("ngff_spec_"):
         entries = [
             entry for entry in data.get("ome", data)["multiscales"] if y_of(entry) is not None
         ]
@@ -121,24 +121,41 @@ def variants(example: Example) -> Iterator[Example]:
             add_z(entry, y_of(entry))
         if entries:
             yield replace(example, name=f"{example.name}+z", data=data)
-    if example.kind == "plate" and example.name.startswith("ngff_spec_0.4/tests/"):
+    if example.kind == "plate" and re.match(r"ngff_spec_(0\.4|main)/tests/", example.name):
         names = {"rows": "columns", "columns": "rows"}
-        data = {"plate": {names.get(key, key): value for key, value in data["plate"].items()}}
+        ome = data.get("ome", data)
+        ome["plate"] = {names.get(key, key): value for key, value in ome["plate"].items()}
         yield replace(example, name=f"{example.name}+swap", data=data)
 
 
+def axes_of(entry: dict) -> list[list]:
+    """The axes of an image, or those of each of its coordinate systems."""
+    systems = entry.get("coordinateSystems", [entry])
+    return [system["axes"] for system in systems if isinstance(system.get("axes"), list)]
+
+
 def y_of(entry: dict) -> int | None:
-    names = [axis.get("name") for axis in entry.get("axes", [])]
-    return names.index("y") if "y" in names and "z" not in names else None
+    named = [[axis.get("name") for axis in axes] for axes in axes_of(entry)]
+    if not named or not all("y" in names and "z" not in names for names in named):
+        return None
+    return named[0].index("y")
 
 
 def add_z(entry: dict, at: int) -> None:
+    n_axes = {len(axes) for axes in axes_of(entry)}
+
+    def add(transform: dict) -> None:
+        for key in ("scale", "translation"):
+            if len(transform.get(key, [])) in n_axes:
+                transform[key].insert(at, 1)
+        for part in transform.get("transformations", []):
+            add(part)
+
     for part in (entry, *entry.get("datasets", [])):
         for transform in part.get("coordinateTransformations", []):
-            for key in ("scale", "translation"):
-                if len(transform.get(key, [])) == len(entry["axes"]):
-                    transform[key].insert(at, 1)
-    entry["axes"].insert(at, {"name": "z", "type": "space"})
+            add(transform)
+    for axes in axes_of(entry):
+        axes.insert(at, {"name": "z", "type": "space"})
 
 
 # -- the judge
@@ -189,7 +206,7 @@ def write_levels(folder: Path, example: Example, data: Any) -> None:
                 (folder / path).mkdir(parents=True)
                 shutil.copy(own, folder / path)
             else:
-                shape = (4,) * len(entry.get("axes", "zyx"))
+                shape = (4,) * len(next(iter(axes_of(entry)), "zyx"))
                 zarr.create_array(
                     folder / path, shape=shape, dtype="u1", zarr_format=example.zarr_format
                 )
@@ -213,6 +230,9 @@ def with_multiscales(data: dict) -> dict:
     axes = [{"name": name, "type": "space"} for name in "zyx"]
     transforms = [{"type": "scale", "scale": [1, 1, 1]}]
     entry = {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": transforms}]}
+    if str(ome.get("version")).startswith("0.6"):
+        transforms[0] |= {"input": {"path": "0"}, "output": {"name": "intrinsic"}}
+        entry["coordinateSystems"] = [{"name": "intrinsic", "axes": entry.pop("axes")}]
     ome = {"multiscales": [entry], **ome}
     return {"ome": ome} if "ome" in data else ome
 
@@ -230,12 +250,14 @@ def assert_reads_in_part(location: Location) -> None:
 MESSAGES = {
     "refused: 2D images have no z": "and no z; the model needs 3D volumes",
     "refused: axes other than t, c, z, y and x": "is not one of t, c, z, y, x",
-    "refused: invalid": r"(metadata are|plate is) invalid: |lists no fields|not in the form of a field|and no x; "
-    r"|without multiscales|is OME-Zarr (foo|0\.3|abc123); megaseg reads 0\.4 and 0\.5|2 dimensions for axes",
+    "refused: invalid": r"(metadata|its plate) are invalid: |lists no fields|not in the form of a field|and no x; "
+    r"|without multiscales|is OME-Zarr (foo|0\.3|abc123); megaseg reads 0\.4, 0\.5 and 0\.6|2 dimensions for axes"
+    r"|may occur only once|whose metadata cannot be read|is no list of numbers|not a valid name of a row|and no z or ",
     "refused: its rows and columns are exchanged": "in well path .* is not in list of",
     "refused: its scale has fewer numbers than it has axes": "length of axes does not match",
-    "refused: a list or a collection, no image": "is (a labels group|a bioformats2raw collection|a Zarr group without)",
-    "refused: OME-Zarr 0.6": r"is OME-Zarr 0\.6\S+; megaseg reads 0\.4 and 0\.5|not an OME-Zarr image|are invalid: ",
+    "refused: a list or a collection, no image": "is (a labels group|a scene|a bioformats2raw collection|a Zarr group without)",
+    "refused: a level's transformation is no scale and translation": "has a transformation of type",
+    "refused: a transformation alone, no image": "is a Zarr group without multiscales metadata",
 }
 TABLE: dict[str, dict[str, str]] = {
     "accepted": {
@@ -284,6 +306,64 @@ TABLE: dict[str, dict[str, str]] = {
             76-45.ome.zarr/B/2 76-45.ome.zarr 79ad519b-0aa6-4d64-85a9-6cea2318b980.zarr 9822152.zarr Target-TS.ome.zarr
             c0e5d621-62cc-43a6-9dad-2ddab8959d17.zarr fb416517-e36d-4bdb-98f9-47b644138d47.zarr
         """,
+        "ngff_spec_main/examples/": """
+            bf2raw/plate.json label_strict/colors_properties.json multiscales_strict/multiscales_example.json
+            multiscales_strict/multiscales_example_relative.json
+            multiscales_strict/multiscales_reference_to_label.json
+            multiscales_strict/multiscales_transformations.json+z plate_strict/plate_2wells.json
+            plate_strict/plate_6wells.json well_strict/well_2fields.json well_strict/well_4fields.json
+        """,
+        "ngff_spec_main/tests/attributes/spec/valid/image/": """
+            invalid_axis_units.json+z missing_name.json+z multiscales_transform_additional_transforms.json
+            multiscales_transform_additional_transforms_path.json multiscales_transform_identity.json+z
+            multiscales_transform_sequence.json
+        """,
+        "ngff_spec_main/tests/attributes/spec/valid/label/": "minimal.json minimal_properties.json",
+        "ngff_spec_main/tests/attributes/spec/valid/plate/": """
+            minimal_acquisitions.json+swap minimal_no_acquisitions.json+swap non_alphanumeric_row.json+swap
+        """,
+        "ngff_spec_main/tests/attributes/spec/valid/transforms/": """
+            affine.json+z affineParams.json+z identity.json+z mapAxis.json+z rotation.json+z scale.json+z
+        """,
+        "ngff_spec_main/tests/attributes/spec/valid/well/": """
+            minimal_acquisitions.json minimal_no_acquisition.json minimal_path_special_char.json
+        """,
+        "ngff_spec_main/tests/attributes/strict/valid/image/": """
+            image.json+z image_metadata.json+z image_omero.json multiscales_example.json
+            multiscales_transformations.json+z
+        """,
+        "ngff_spec_main/tests/attributes/strict/valid/plate/": """
+            strict_acquisitions.json+swap strict_no_acquisitions.json+swap
+        """,
+        "ngff_spec_main/tests/attributes/strict/valid/well/": """
+            strict_acquisitions.json strict_no_acquisitions.json
+        """,
+        "ngff_spec_main/tests/zarr/spec/valid/image/": """
+            invalid_axis_units.ome.zarr+z missing_name.ome.zarr+z
+        """,
+        "ngff_spec_main/tests/zarr/spec/valid/label/": "minimal.ome.zarr minimal_properties.ome.zarr",
+        "ngff_spec_main/tests/zarr/spec/valid/plate/": """
+            minimal_acquisitions.ome.zarr+swap minimal_no_acquisitions.ome.zarr+swap
+            non_alphanumeric_row.ome.zarr+swap
+        """,
+        "ngff_spec_main/tests/zarr/spec/valid/well/": """
+            minimal_acquisitions.ome.zarr minimal_no_acquisition.ome.zarr
+        """,
+        "ngff_spec_main/tests/zarr/strict/valid/image/": """
+            image.ome.zarr+z image_metadata.ome.zarr+z image_omero.ome.zarr multiscales_example.ome.zarr
+            multiscales_transformations.ome.zarr+z
+        """,
+        "ngff_spec_main/tests/zarr/strict/valid/plate/": """
+            strict_acquisitions.ome.zarr+swap strict_no_acquisitions.ome.zarr+swap
+        """,
+        "ngff_spec_main/tests/zarr/strict/valid/well/": """
+            strict_acquisitions.ome.zarr strict_no_acquisitions.ome.zarr
+        """,
+        "ome_zarr_models/v06/": """
+            bioformats2raw_example.json hcs_example.json image_example.json image_label_example.json
+            image_no_version_example.json labels_image_example.json plate_example_1.json plate_example_2.json
+            well_example.json
+        """,
     },
     "refused: 2D images have no z": {
         "ngff_spec_0.*/examples/": "multiscales_strict/multiscales_transformations.json",
@@ -303,9 +383,59 @@ TABLE: dict[str, dict[str, str]] = {
         """,
         "ome_zarr_examples/warning/": "image-01.zarr",
         "yaozarrs/v05/": "ExpD_chicken_embryo_MIP.ome.zarr",
+        "ngff_spec_main/examples/": """
+            multiscales_strict/multiscales_transformations.json
+            transformations/displacements/displacement_field.json
+        """,
+        "ngff_spec_main/tests/attributes/spec/invalid/image/": """
+            invalid_axis_type.json invalid_channels_color.json invalid_channels_window.json
+            invalid_multiscale_transform_input.json invalid_multiscale_transform_input_output.json
+            invalid_multiscales_transformations.json invalid_path.json missing_path.json missing_scale.json
+        """,
+        "ngff_spec_main/tests/attributes/spec/invalid/transforms/": """
+            bad_affine_no_affine.json bad_affine_no_input_output.json bad_byDimension_no_input_output_axes.json
+            bad_byDimension_wrong_axes_type.json bad_mapaxis.json bad_mapaxis2.json bad_mapaxis3.json
+            bad_mapaxis4.json bad_mapaxis5.json bad_projectAxis_insert_non_unique.json
+            bad_projectAxis_insert_too_high_dim.json bad_projectAxis_insert_too_many.json
+            bad_projectAxis_missing_op.json bad_projectAxis_remove_non_unique.json
+            bad_projectAxis_remove_too_high_dim.json bad_projectAxis_remove_too_many.json bad_rotation.json
+            bad_rotation2.json bad_rotation3.json bad_scale_path_not_allowed.json
+            bad_translate_path_not_allowed.json
+        """,
+        "ngff_spec_main/tests/attributes/spec/valid/image/": """
+            invalid_axis_units.json mismatch_axes_units.json missing_name.json multiscales_transform_identity.json
+        """,
+        "ngff_spec_main/tests/attributes/spec/valid/transforms/": """
+            affine.json affineParams.json identity.json mapAxis.json projectAxis.json projectAxis2.json
+            rotation.json scale.json
+        """,
+        "ngff_spec_main/tests/attributes/strict/valid/image/": """
+            image.json image_metadata.json multiscales_transformations.json
+        """,
+        "ngff_spec_main/tests/zarr/spec/invalid/image/": """
+            invalid_axis_type.ome.zarr invalid_channels_color.ome.zarr invalid_channels_window.ome.zarr
+            invalid_multiscales_transformations.ome.zarr invalid_path.ome.zarr missing_path.ome.zarr
+        """,
+        "ngff_spec_main/tests/zarr/spec/valid/image/": """
+            invalid_axis_units.ome.zarr mismatch_axes_units.ome.zarr missing_name.ome.zarr
+        """,
+        "ngff_spec_main/tests/zarr/strict/valid/image/": """
+            image.ome.zarr image_metadata.ome.zarr multiscales_transformations.ome.zarr
+        """,
+        "ome_zarr_models/v06/": "stitched_tiles_2d.zarr/tile_0 stitched_tiles_2d.zarr/tile_1",
     },
     "refused: axes other than t, c, z, y and x": {
         "ngff_spec_0.*/tests/image: ": "untyped_axes untyped_axes+z custom_type_axes custom_type_axes+z",
+        "ngff_spec_main/examples/": "subspace/subspacePermute.json",
+        "ngff_spec_main/tests/attributes/spec/invalid/image/": "too_many_axes.json",
+        "ngff_spec_main/tests/attributes/spec/valid/image/": """
+            custom_type_axes.json custom_type_axes.json+z untyped_axes.json untyped_axes.json+z
+        """,
+        "ngff_spec_main/tests/attributes/spec/valid/transforms/": "byDimension.json",
+        "ngff_spec_main/tests/zarr/spec/invalid/image/": "too_many_axes.ome.zarr",
+        "ngff_spec_main/tests/zarr/spec/valid/image/": """
+            custom_type_axes.ome.zarr custom_type_axes.ome.zarr+z untyped_axes.ome.zarr untyped_axes.ome.zarr+z
+        """,
     },
     "refused: invalid": {
         "ngff_spec_0.*/tests/image: ": """
@@ -334,6 +464,61 @@ TABLE: dict[str, dict[str, str]] = {
         "ngff_spec_0.5/tests/plate: ": "empty_rows empty_columns duplicate_wells well_path_has_column_before_row",
         "ome_ngff_validator/invalid/": "invalid_version.zarr",
         "ome_zarr_examples/invalid/": "image-01.zarr image-02.zarr image-04.zarr",
+        "ngff_spec_main/tests/attributes/spec/invalid/image/": """
+            duplicate_axes.json duplicate_scale.json duplicate_scale.json+z empty_transformations.json
+            empty_transformations.json+z invalid_axes_count.json invalid_axes_count.json+z invalid_axis_type.json+z
+            invalid_multiscale_transform_output.json invalid_multiscale_transform_output.json+z invalid_path.json+z
+            invalid_transformation_type.json invalid_transformation_type.json+z missing_axes_name.json
+            missing_coordinate_system_axes.json missing_coordinate_system_name.json missing_coordinate_systems.json
+            missing_datasets.json missing_datasets.json+z missing_path.json+z missing_space_axes.json
+            missing_transformations.json missing_transformations.json+z no_axes.json no_datasets.json
+            no_datasets.json+z no_multiscales.json one_space_axes.json too_many_space_axes.json
+        """,
+        "ngff_spec_main/tests/attributes/spec/invalid/plate/": """
+            duplicate_columns.json duplicate_columns.json+swap duplicate_rows-2.json duplicate_rows-2.json+swap
+            duplicate_rows.json duplicate_rows.json+swap empty_wells.json empty_wells.json+swap
+            missing_acquisition_id.json missing_acquisition_id.json+swap missing_column_name.json
+            missing_column_name.json+swap missing_columns.json missing_columns.json+swap missing_row_name.json
+            missing_row_name.json+swap missing_rows.json missing_rows.json+swap missing_well_columnIndex.json
+            missing_well_columnIndex.json+swap missing_well_path.json missing_well_path.json+swap
+            missing_well_rowIndex.json missing_well_rowIndex.json+swap missing_wells.json missing_wells.json+swap
+            negative_acquisition_id.json negative_acquisition_id.json+swap non_alphanumeric_column.json
+            non_alphanumeric_column.json+swap non_integer_acquisition_id.json non_integer_acquisition_id.json+swap
+            well_1group.json well_1group.json+swap well_3groups.json well_3groups.json+swap
+        """,
+        "ngff_spec_main/tests/attributes/spec/invalid/well/": """
+            duplicate_images.json empty_images.json forbidden_path_1.json forbidden_path_2.json
+            forbidden_path_3.json forbidden_path_4.json non_integer_acquisition_id.json
+        """,
+        "ngff_spec_main/tests/zarr/spec/invalid/image/": """
+            duplicate_axes.ome.zarr duplicate_scale.ome.zarr duplicate_scale.ome.zarr+z
+            empty_transformations.ome.zarr empty_transformations.ome.zarr+z invalid_axes_count.ome.zarr
+            invalid_axes_count.ome.zarr+z invalid_axis_type.ome.zarr+z invalid_path.ome.zarr+z
+            invalid_transformation_type.ome.zarr invalid_transformation_type.ome.zarr+z missing_axes.ome.zarr
+            missing_axes_name.ome.zarr missing_datasets.ome.zarr missing_datasets.ome.zarr+z missing_path.ome.zarr+z
+            missing_scale.ome.zarr missing_scale.ome.zarr+z missing_space_axes.ome.zarr
+            missing_transformations.ome.zarr missing_transformations.ome.zarr+z no_axes.ome.zarr
+            no_datasets.ome.zarr no_datasets.ome.zarr+z no_multiscales.ome.zarr one_space_axes.ome.zarr
+            too_many_space_axes.ome.zarr
+        """,
+        "ngff_spec_main/tests/zarr/spec/invalid/label/": "colors_rgba_length.ome.zarr",
+        "ngff_spec_main/tests/zarr/spec/invalid/plate/": """
+            duplicate_columns.ome.zarr duplicate_columns.ome.zarr+swap duplicate_rows-2.ome.zarr
+            duplicate_rows-2.ome.zarr+swap duplicate_rows.ome.zarr duplicate_rows.ome.zarr+swap empty_wells.ome.zarr
+            empty_wells.ome.zarr+swap missing_acquisition_id.ome.zarr missing_acquisition_id.ome.zarr+swap
+            missing_column_name.ome.zarr missing_column_name.ome.zarr+swap missing_columns.ome.zarr
+            missing_columns.ome.zarr+swap missing_row_name.ome.zarr missing_row_name.ome.zarr+swap
+            missing_rows.ome.zarr missing_rows.ome.zarr+swap missing_well_columnIndex.ome.zarr
+            missing_well_columnIndex.ome.zarr+swap missing_well_path.ome.zarr missing_well_path.ome.zarr+swap
+            missing_well_rowIndex.ome.zarr missing_well_rowIndex.ome.zarr+swap missing_wells.ome.zarr
+            missing_wells.ome.zarr+swap negative_acquisition_id.ome.zarr negative_acquisition_id.ome.zarr+swap
+            non_alphanumeric_column.ome.zarr non_alphanumeric_column.ome.zarr+swap
+            non_integer_acquisition_id.ome.zarr non_integer_acquisition_id.ome.zarr+swap well_1group.ome.zarr
+            well_1group.ome.zarr+swap well_3groups.ome.zarr well_3groups.ome.zarr+swap zero_field_count.ome.zarr
+        """,
+        "ngff_spec_main/tests/zarr/spec/invalid/well/": """
+            duplicate_images.ome.zarr empty_images.ome.zarr non_integer_acquisition_id.ome.zarr
+        """,
     },
     "refused: its rows and columns are exchanged": {
         "ngff_spec_0.4/tests/plate: ": """
@@ -346,9 +531,42 @@ TABLE: dict[str, dict[str, str]] = {
             strict_no_acquisitions missing_name missing_version strict_acquisitions missing_acquisition_name
             missing_acquisition_maximumfieldcount
         """,
+        "ngff_spec_main/tests/attributes/spec/invalid/plate/": """
+            acquisition_negative_starttime.json acquisition_noninteger_endtime.json
+            acquisition_noninteger_starttime.json acquisition_zero_maximumfieldcount.json empty_columns.json
+            empty_columns.json+swap empty_rows.json empty_rows.json+swap negative_endtime.json
+            non_integer_acquisition_maximumfieldcount.json zero_field_count.json
+        """,
+        "ngff_spec_main/tests/attributes/spec/valid/plate/": """
+            minimal_acquisitions.json minimal_no_acquisitions.json non_alphanumeric_row.json
+        """,
+        "ngff_spec_main/tests/attributes/strict/invalid/plate/": """
+            missing_acquisition_maximumfieldcount.json missing_acquisition_name.json missing_name.json
+        """,
+        "ngff_spec_main/tests/attributes/strict/valid/plate/": """
+            strict_acquisitions.json strict_no_acquisitions.json
+        """,
+        "ngff_spec_main/tests/zarr/spec/invalid/plate/": """
+            acquisition_negative_starttime.ome.zarr acquisition_noninteger_endtime.ome.zarr
+            acquisition_noninteger_starttime.ome.zarr acquisition_zero_maximumfieldcount.ome.zarr
+            empty_columns.ome.zarr empty_columns.ome.zarr+swap empty_rows.ome.zarr empty_rows.ome.zarr+swap
+            negative_endtime.ome.zarr non_integer_acquisition_maximumfieldcount.ome.zarr
+        """,
+        "ngff_spec_main/tests/zarr/spec/valid/plate/": """
+            minimal_acquisitions.ome.zarr minimal_no_acquisitions.ome.zarr non_alphanumeric_row.ome.zarr
+        """,
+        "ngff_spec_main/tests/zarr/strict/invalid/plate/": """
+            missing_acquisition_maximumfieldcount.ome.zarr missing_acquisition_name.ome.zarr missing_name.ome.zarr
+        """,
+        "ngff_spec_main/tests/zarr/strict/valid/plate/": """
+            strict_acquisitions.ome.zarr strict_no_acquisitions.ome.zarr
+        """,
     },
     "refused: its scale has fewer numbers than it has axes": {
         "ngff_spec_0.4/tests/image: ": "mismatch_axes_units mismatch_axes_units+z",
+        "ngff_spec_main/examples/": "transformations/displacements/displacement_field.json+z",
+        "ngff_spec_main/tests/attributes/spec/valid/image/": "mismatch_axes_units.json+z",
+        "ngff_spec_main/tests/zarr/spec/valid/image/": "mismatch_axes_units.ome.zarr+z",
     },
     "refused: a list or a collection, no image": {
         "ngff_spec_0.*/examples/": "bf2raw/image.json ome/series-2.json",
@@ -365,6 +583,16 @@ TABLE: dict[str, dict[str, str]] = {
             6001240_labels.zarr/labels EM04534_04_dU_SBF_8bits_aligned_z4-136_7-7-50nm_v3.zarr
             L3_nsybG4xcherryCAAXmerged.ims.zarr Larve_2_20x095_Z1_4096_BAPP_with_cslip.lif.zarr emimmsyn1.zarr
         """,
+        "ngff_spec_main/examples/": """
+            bf2raw/image.json ome/series-2.json scene/scene_registration.json scene/scene_stitching.json
+        """,
+        "ngff_spec_main/tests/attributes/spec/invalid/scene/": """
+            scene_bijection_forward_missing_params.json scene_bijection_inverse_missing_params.json
+            scene_input_output_not_object.json scene_missing_scene.json scene_missing_transformations.json
+            scene_missing_version.json
+        """,
+        "ngff_spec_main/tests/attributes/spec/valid/scene/": "scene.json tile_stitching.json",
+        "ome_zarr_models/v06/": "labels_example.json stitched_tiles_2d.zarr",
     },
     "tolerated: a well's own version is not read": {
         "ngff_spec_0.4/tests/strict_well: ": "missing_version",
@@ -381,6 +609,17 @@ TABLE: dict[str, dict[str, str]] = {
             acquisition_noninteger_starttime acquisition_negative_starttime acquisition_noninteger_endtime
             negative_endtime zero_field_count
         """,
+        "ngff_spec_main/tests/attributes/spec/invalid/plate/": """
+            acquisition_negative_starttime.json+swap acquisition_noninteger_endtime.json+swap
+            acquisition_noninteger_starttime.json+swap acquisition_zero_maximumfieldcount.json+swap
+            negative_endtime.json+swap non_integer_acquisition_maximumfieldcount.json+swap
+            zero_field_count.json+swap
+        """,
+        "ngff_spec_main/tests/zarr/spec/invalid/plate/": """
+            acquisition_negative_starttime.ome.zarr+swap acquisition_noninteger_endtime.ome.zarr+swap
+            acquisition_noninteger_starttime.ome.zarr+swap acquisition_zero_maximumfieldcount.ome.zarr+swap
+            negative_endtime.ome.zarr+swap non_integer_acquisition_maximumfieldcount.ome.zarr+swap
+        """,
     },
     "tolerated: how labels are shown is not read": {
         "ngff_spec_0.*/tests/label: ": """
@@ -389,12 +628,29 @@ TABLE: dict[str, dict[str, str]] = {
         """,
         "ngff_spec_0.*/tests/strict_label: ": "no_colors",
         "ngff_spec_0.4/tests/strict_label: ": "no_version",
+        "ngff_spec_main/tests/attributes/spec/invalid/label/": """
+            colors_duplicate.json colors_no_label_value.json colors_rgba_length.json colors_rgba_type.json
+            empty_colors.json empty_properties.json properties_no_label_value.json
+        """,
+        "ngff_spec_main/tests/attributes/strict/invalid/label/": "no_colors.json",
+        "ngff_spec_main/tests/zarr/spec/invalid/label/": """
+            colors_duplicate.ome.zarr colors_no_label_value.ome.zarr colors_rgba_type.ome.zarr empty_colors.ome.zarr
+            empty_properties.ome.zarr properties_no_label_value.ome.zarr
+        """,
+        "ngff_spec_main/tests/zarr/strict/invalid/label/": "no_colors.ome.zarr",
     },
     "tolerated: a level without transformations has voxels of size 1": {
         "ngff_spec_0.*/tests/image: ": "empty_transformations+z",
+        "ngff_spec_main/tests/attributes/spec/invalid/image/": "missing_scale.json+z",
     },
     "tolerated: of channels only the names are read": {
         "ngff_spec_0.*/tests/image: ": "invalid_channels_color+z invalid_channels_window+z",
+        "ngff_spec_main/tests/attributes/spec/invalid/image/": """
+            invalid_channels_color.json+z invalid_channels_window.json+z
+        """,
+        "ngff_spec_main/tests/zarr/spec/invalid/image/": """
+            invalid_channels_color.ome.zarr+z invalid_channels_window.ome.zarr+z
+        """,
     },
     "tolerated: one well is missing by name, the images are refused": {
         "yaozarrs/broken/": "broken_v05.ome.zarr",
@@ -406,6 +662,50 @@ TABLE: dict[str, dict[str, str]] = {
         """,
         "ngff_spec_0.5/tests/strict_plate: ": """
             missing_name missing_acquisition_name missing_acquisition_maximumfieldcount
+        """,
+        "ngff_spec_main/tests/attributes/strict/invalid/plate/": """
+            missing_acquisition_maximumfieldcount.json+swap missing_acquisition_name.json+swap
+            missing_name.json+swap
+        """,
+        "ngff_spec_main/tests/zarr/strict/invalid/plate/": """
+            missing_acquisition_maximumfieldcount.ome.zarr+swap missing_acquisition_name.ome.zarr+swap
+            missing_name.ome.zarr+swap
+        """,
+    },
+    "refused: a transformation alone, no image": {
+        "ngff_spec_main/examples/": """
+            transformations/affine2d2d.json transformations/affine2d2d_with_channel.json
+            transformations/affine2d3d.json transformations/bijection.json transformations/bijection_verbose.json
+            transformations/byDimension1.json transformations/byDimension2.json
+            transformations/byDimensionInvalid1.json transformations/byDimensionInvalid2.json
+            transformations/byDimensionXarray.json transformations/displacements/multiscales.json
+            transformations/identity.json transformations/mapAxis1.json transformations/projectAxis.json
+            transformations/projectAxis2.json transformations/rotation.json transformations/scale.json
+            transformations/scale_with_discrete.json transformations/sequence.json
+            transformations/sequenceSubspace1.json transformations/translation.json transformations/xarrayLike.json
+        """,
+    },
+    "tolerated: that a level's transformation is of its array is not read": {
+        "ngff_spec_main/tests/attributes/spec/invalid/image/": """
+            invalid_multiscale_transform_input.json+z invalid_multiscale_transform_input_output.json+z
+        """,
+    },
+    "tolerated: transformations into other coordinate systems are not read": {
+        "ngff_spec_main/tests/attributes/spec/invalid/image/": "invalid_multiscales_transformations.json+z",
+        "ngff_spec_main/tests/attributes/spec/invalid/transforms/": """
+            bad_affine_no_affine.json+z bad_affine_no_input_output.json+z
+            bad_byDimension_no_input_output_axes.json+z bad_byDimension_wrong_axes_type.json+z bad_mapaxis.json+z
+            bad_mapaxis2.json+z bad_mapaxis3.json+z bad_mapaxis4.json+z bad_mapaxis5.json+z bad_rotation.json+z
+            bad_rotation2.json+z bad_rotation3.json+z bad_scale_path_not_allowed.json+z
+            bad_translate_path_not_allowed.json+z multiscales_transform_missing_params.json
+        """,
+        "ngff_spec_main/tests/zarr/spec/invalid/image/": "invalid_multiscales_transformations.ome.zarr+z",
+    },
+    "refused: a level's transformation is no scale and translation": {
+        "ngff_spec_main/tests/attributes/spec/invalid/transforms/": """
+            multiscales_transform_forbidden.json multiscales_transform_forbidden2.json
+            multiscales_transform_forbidden3.json multiscales_transform_no_input_output.json
+            multiscales_transform_no_input_output2.json
         """,
     },
 }
@@ -428,8 +728,6 @@ EXPECTED = expand()
 
 
 def verdict_of(example: Example) -> str | None:
-    if example.name.startswith(("ngff_spec_main/", "ome_zarr_models/v06/")):
-        return "refused: OME-Zarr 0.6"
     return EXPECTED.get(example.name)
 
 
