@@ -26,6 +26,19 @@ def is_version_06(ome: Json, entry: Json) -> bool:
     return str(stated).startswith("0.6") if stated else _SYSTEMS in entry
 
 
+def in_version_05(location: Location, ome: Json) -> Json:
+    """Return the OME metadata of a group, those of an image of OME-Zarr 0.6 as metadata of 0.5.
+
+    Raises:
+        SourceError: As :func:`without_coordinate_systems`.
+    """
+    match ome:
+        case {"multiscales": [{} as entry, *_]} if is_version_06(ome, entry):
+            reduced = without_coordinate_systems(location, entry)
+            return {**ome, "version": "0.5", "multiscales": [reduced]}
+    return ome
+
+
 def without_coordinate_systems(location: Location, entry: Json) -> dict[str, Any]:
     """Return a multiscale of OME-Zarr 0.6 in the form of 0.5.
 

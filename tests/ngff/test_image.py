@@ -395,7 +395,7 @@ NO_IMAGE = {
     ),
     "version 0.1": (
         _with(lambda e: e.update(version="0.1"), version="0.4"),
-        "is OME-Zarr 0.1; megaseg reads 0.4 and 0.5",
+        "is OME-Zarr 0.1; megaseg reads 0.4, 0.5 and 0.6",
     ),
     "no z": (_with(_nothing, axes="yx", shape=(20, 17)), r"has axes \['y', 'x'\] and no z"),
     "time for z": (_with(_nothing, axes="tyx"), r"has axes \['t', 'y', 'x'\] and no z"),
@@ -418,8 +418,8 @@ def test_what_is_no_image_is_named(tmp_path, make, found):
 
 def test_a_newer_version_is_named(tmp_path):
     path = write_image(tmp_path / "image.zarr", blobs(SHAPE))
-    set_ome(path, {**ome_of(path), "version": "0.6"})
-    with pytest.raises(SourceError, match=r"is OME-Zarr 0\.6; megaseg reads 0\.4 and 0\.5"):
+    set_ome(path, {**ome_of(path), "version": "0.7"})
+    with pytest.raises(SourceError, match=r"is OME-Zarr 0\.7; megaseg reads 0\.4, 0\.5 and 0\.6"):
         read_image(Location.of(path))
 
 

@@ -222,7 +222,9 @@ def test_the_version_may_stand_in_the_listing_or_nowhere(tmp_path):
     location = make_plate(
         tmp_path / "p", "0.4", listing_of("A/1", version="0.6rc0"), {"A/1": images("0")}
     )
-    with pytest.raises(SourceError, match=r"is OME-Zarr 0\.6rc0; megaseg reads 0\.4 and 0\.5"):
+    with pytest.raises(
+        SourceError, match=r"is OME-Zarr 0\.6rc0; megaseg reads 0\.4, 0\.5 and 0\.6"
+    ):
         read_plate(location)
 
 

@@ -3,7 +3,7 @@
 An example is written as a group of its own, with arrays of a few voxels where it
 lists levels, and opened as an image, a plate or a well. Images of the
 specification's suites are 2D, which we refuse, and rows and columns of its plates
-for 0.4 are exchanged; so each is judged a second time with a z axis (``+z``), or
+for 0.4 and 0.6 are exchanged; so each is judged a second time with a z axis (``+z``), or
 exchanged back (``+swap``). ``python -m tests.oracle.test_ngff_suites`` writes the
 summary, docs/conformance.md.
 """
@@ -793,7 +793,7 @@ INTRODUCTION = """# Conformance
 What the examples of the NGFF specification and of four other projects become here: as an image, plate or well that is
 read, or as an error that says why not. `tests/oracle/test_ngff_suites.py` holds the verdict of every example, and wrote
 this page (`python -m tests.oracle.test_ngff_suites`). Most images of the specification's own suites are 2D, and the
-rows and columns of its plates for 0.4 are exchanged; both are refused for that. So that this hides nothing, each such
+rows and columns of its plates for 0.4 and 0.6 are exchanged; both are refused for that. So that this hides nothing, each such
 example is judged a second time with a z axis, or with rows and columns where they belong.
 
 | suite | valid: read | valid: refused | invalid: refused | invalid: read |
@@ -812,6 +812,12 @@ Where a plate's `rowIndex` and `columnIndex` contradict a well's path, the path 
 `-` and `.`, as OME-Zarr 0.6 allows and Fractal writes. Axes may have names in capitals, as iohub writes them. A missing
 `version` follows from the Zarr format. A well that cannot be read fails by name; the others are segmented. A path that
 would lead out of a plate refuses the plate.
+
+OME-Zarr 0.6 is a release candidate. It is read and not written: TARGET is 0.5 or 0.4, and labels cannot be written into a source
+of 0.6. The axes of an image are those of the coordinate system that all its levels lead into. The specification calls it
+intrinsic, for viewing and processing. Scales, translations, identities and sequences of them are reduced to one scale and one
+translation. A level with another transformation is refused, and the transformation is named. Transformations from the intrinsic
+system into others (an atlas, a scene, a rotated stage) are not read, so they are no reason to refuse an image.
 
 ## Plates of iohub, and ours in iohub and ngio
 

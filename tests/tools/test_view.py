@@ -20,6 +20,8 @@ from megaseg_dask.tools.view.neuroglancer_state import changed, controls_of, kee
 from megaseg_dask.tools.view.server import Server
 from megaseg_dask.tools.view.viewer import view
 from tests.fixtures.images import blobs, write_image
+from tests.ngff.test_coordinate_systems import as_06
+from tests.stores.test_zipped import pack
 
 
 class FakeControls:
@@ -140,6 +142,24 @@ def test_channels_without_colours_are_not_shown_to_neuroglancer(tmp_path):
     )
     assert "omero" in stored
     assert served == {name: part for name, part in stored.items() if name != "omero"}
+
+
+def test_an_image_of_06_in_a_zip_is_served_as_one_of_05(tmp_path):
+    data = blobs((8, 32, 32))
+    path = write_image(tmp_path / "a.zarr", data, data[:, ::2, ::2])
+    before = json.loads((path / "zarr.json").read_text())["attributes"]["ome"]
+    packed = pack(as_06(path), tmp_path / "a.ozx")
+    (_, _, group), (code, _, chunk) = ask(
+        packed, ("{data}/zarr.json", {}), ("{data}/0/c/0/0/0", {})
+    )
+    served = json.loads(group)["attributes"]["ome"]
+    (expected,) = before["multiscales"]
+    assert served["version"] == "0.5"
+    for dataset in served["multiscales"][0]["datasets"]:
+        for transform in dataset["coordinateTransformations"]:
+            transform.pop("input", None)
+    assert served["multiscales"] == [expected]
+    assert (code, chunk) == (200, (path / "0/c/0/0/0").read_bytes())
 
 
 @pytest.fixture(params=["0.4", "0.5"])

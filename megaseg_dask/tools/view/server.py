@@ -20,7 +20,8 @@ from typing import Any, Protocol, TypeVar
 
 from tornado import httpserver, netutil, web
 
-from megaseg_dask.errors import MegasegError
+from megaseg_dask.errors import MegasegError, SourceError
+from megaseg_dask.ngff.coordinate_systems import in_version_05
 from megaseg_dask.ngff.group import lies_below
 from megaseg_dask.stores import METADATA, Location
 
@@ -230,7 +231,7 @@ def _read_whole(location: Location, name: str) -> _Reply:
     if data is None:
         return _MISSING
     if name in METADATA:
-        data = _without_display(data)
+        data = _for_viewer(location, data)
     return _Reply(200, data, _BYTES)
 
 
@@ -241,13 +242,20 @@ def _resolve_range(first: str, last: str, size: int) -> tuple[int, int]:
     return int(first), min(int(last) + 1, size) if last else size
 
 
-def _without_display(metadata: bytes) -> bytes:
-    """Remove display settings from a group: Neuroglancer refuses channels without a color."""
+def _for_viewer(location: Location, metadata: bytes) -> bytes:
+    """Return metadata as Neuroglancer reads them.
+
+    It refuses channels without a color. What it knows of OME-Zarr 0.6 differs between its versions.
+    """
     try:
         document = json.loads(metadata)
         attributes = document.get("attributes", document)
         for group in (attributes, attributes.get("ome", {})):
             group.pop("omero", None)
+        if "ome" in attributes:
+            attributes["ome"] = in_version_05(location, attributes["ome"])
+    except SourceError:
+        raise
     except (ValueError, AttributeError):
         # No JSON object: the reader will say so.
         return metadata
