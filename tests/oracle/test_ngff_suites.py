@@ -813,7 +813,7 @@ Where a plate's `rowIndex` and `columnIndex` contradict a well's path, the path 
 `version` follows from the Zarr format. A well that cannot be read fails by name; the others are segmented. A path that
 would lead out of a plate refuses the plate.
 
-OME-Zarr 0.6 is a release candidate. It is read and not written: TARGET is 0.5 or 0.4, and labels cannot be written into a source
+OME-Zarr 0.6 is read and not written (the suites have 0.6rc0 and 0.6.dev4): TARGET is 0.5 or 0.4, and labels cannot be written into a source
 of 0.6. The axes of an image are those of the coordinate system that all its levels lead into. The specification calls it
 intrinsic, for viewing and processing. Scales, translations, identities and sequences of them are reduced to one scale and one
 translation. A level with another transformation is refused, and the transformation is named. Transformations from the intrinsic
