@@ -255,3 +255,16 @@ def test_entries_of_many_bytes_before_the_directory(tmp_path):
     path = pack(folder, tmp_path / "a.ozx", top=f"{'a' * 200}/")
     location = Location.of(path)
     assert_array_equal(Volume.of(location, read_image(location)).read(Box.of(data.shape)), data)
+
+
+def test_a_zip_in_a_bucket(s3, bucket_folder, packed):
+    assert Location.of(bucket_folder).create("cells.ozx", packed.read_bytes())
+    location = Location.of(bucket_folder) / "cells.ozx"
+    image = read_image(location)
+    assert image == read_image(Location.of(packed))
+    assert sample_of(location / "0") == sample_of(Location.of(packed) / "0")
+    data = blobs(SHAPE)
+    for box in (Box.of(SHAPE), PART):
+        assert_array_equal(Volume.of(location, image).read(box), data[box.slices])
+    with pytest.raises(SourceError, match=r"does not exist; check the address"):
+        read_image(Location.of(bucket_folder) / "gone.ozx")
