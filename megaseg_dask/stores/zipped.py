@@ -164,13 +164,12 @@ class _Archive:
         try:
             with zipfile.ZipFile(_Tail(file, state)) as archive:
                 entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-                _require_safe(url, entries, archive.start_dir)
+                n_bytes = archive.start_dir
         except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
-            if isinstance(error, SourceError):
-                raise
             raise SourceError(
                 f"{url} is not a whole zip file ({error}); copy or pack it again"
             ) from error
+        _require_safe(url, entries, n_bytes)
         # Of entries of one name the last counts, as for all readers: zarr appends changed metadata.
         members = {entry.filename: _member_of(entry) for entry in entries}
         return cls(url, file, state, _below_root(members))
