@@ -172,7 +172,8 @@ def test_timepoints_that_failed_do_not_hold_back_the_others(tmp_path, tiny_bundl
     assert segment(str(source), str(tmp_path / "out.zarr"), settings).status == "done"
 
 
-@pytest.mark.parametrize("fault", ["stop", pytest.param("sleep", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["stop", "sleep"])
 def test_a_worker_that_hangs_is_given_up(fault, request_of, haunted, undisturbed):
     # The first task of a worker holds its imports: on a busy machine they are not to pass for a
     # hang.

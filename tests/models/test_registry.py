@@ -252,6 +252,7 @@ def test_commands_end_with_one_json_line(tmp_path, run):
     assert run("models", "fetch", "MegaSeg_v1", "--json")[0] == 2
 
 
+@pytest.mark.slow
 def test_segment_takes_a_model_by_its_name(tmp_path, run):
     two = write_zip(tmp_path / "a.zip", epochs=(2, 3))
     with (

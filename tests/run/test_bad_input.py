@@ -256,7 +256,10 @@ def small_disk(tmp_path):
 
 
 # Room for: not all arrays' metadata; the arrays and no block; some blocks.
-@pytest.mark.parametrize("room_kb", [24, 120, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "room_kb",
+    [pytest.param(24, marks=pytest.mark.slow), 120, pytest.param(300, marks=pytest.mark.slow)],
+)
 def test_a_full_disk_is_resumable(room_kb, megaseg, source, undisturbed, small_disk):
     target, filler = small_disk / "out.zarr", small_disk / "filler"
     filler.write_bytes(bytes(4 * 2**20 - room_kb * 2**10))

@@ -105,7 +105,8 @@ def screen(cells, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("where", ["disk", pytest.param("bucket", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["disk", "bucket"])
 def test_a_plate_of_real_cells(where, screen, tmp_path, options, request):
     source, target = str(screen), str(tmp_path / "out.zarr")
     if where == "bucket":

@@ -572,6 +572,7 @@ def test_a_server_that_restarts_is_waited_for(own_s3, tmp_path):
     assert location.get("during") == b"2"
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_given_up(own_s3):
     configure(StoreOptions(options=HASTY))
     location = Location.of("s3://private/run")
