@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tifffile import imwrite
 from typer.testing import CliRunner
 
 from megaseg_dask.cli.app import build_app
@@ -77,7 +78,23 @@ def folder(tmp_path_factory) -> Path:
     settings = parse_settings({"model": "starter", "min_size": 500})
     segment_here(str(demo / "nuclei.zarr"), str(demo / "segmented.zarr"), settings)
     write_small_plate(demo / "plate.zarr")
+    write_files_of_microscopes(demo, image)
     return folder
+
+
+def write_files_of_microscopes(folder: Path, image: np.ndarray) -> None:
+    """Write the TIFF files of docs/importing.md."""
+    of_ome = {"axes": "ZYX", "PhysicalSizeZ": 0.29, "PhysicalSizeY": 0.26, "PhysicalSizeX": 0.26}
+    imwrite(folder / "cells.ome.tif", image, ome=True, metadata=of_ome)
+    imwrite(folder / "stack.tif", image)
+    (folder / "scan").mkdir()
+    of_imagej = {"axes": "ZYX", "spacing": 0.29, "unit": "um"}
+    options = {"imagej": True, "resolution": (1 / 0.26, 1 / 0.26), "metadata": of_imagej}
+    for t in range(2):
+        crop = image[:16, :64, 64 * t : 64 * t + 64]
+        imwrite(folder / f"movie_t{t}.tif", crop, **options)
+        for well in ("A1", "B2"):
+            imwrite(folder / f"scan/{well}_0_t{t}_DNA.tif", crop, **options)
 
 
 def write_small_plate(path: Path) -> None:

@@ -241,6 +241,7 @@ def doubts_of(plan: Plan, states: Sequence[VolumeState | None]) -> list[Doubt]:
                 output=known,
                 min_size=resolved.min_size,
                 is_split=resolved.split_depth is not None,
+                has_size=plan.known_spacing_um is not None,
             )
             volumes.append(facts)
     doubts = find_doubts(volumes)

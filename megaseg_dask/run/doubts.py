@@ -44,6 +44,8 @@ class Facts:
     output: OutputState
     min_size: int
     is_split: bool
+    # Whether the size of the voxels is known, in which objects are taken apart.
+    has_size: bool = True
 
     @property
     def foreground(self) -> float | None:
@@ -103,6 +105,9 @@ def _one_object(facts: Facts) -> _Reason | None:
     option = "--split distance"
     if facts.is_split:
         advice = "if it should be several, try a smaller --split-depth or a higher --threshold"
+        option = ""
+    elif not facts.has_size:
+        advice = "if it should be several, try a higher --threshold"
         option = ""
     share = sizes.largest / sizes.foreground
     return _Reason("one object", f"one object holds {share:.0%} of the foreground", advice, option)

@@ -32,6 +32,15 @@ SOUND = Facts(
 )
 
 
+def test_voxels_of_unknown_size_are_not_advised_to_be_split():
+    large = changed(sizes=ObjectSizes(foreground=20_000, largest=15_000, n_specks=4, n_near=3))
+    [doubt] = find_doubts([large])
+    assert (doubt.about, doubt.option) == ("one object", "--split distance")
+    [doubt] = find_doubts([replace(large, has_size=False)])
+    assert (doubt.about, doubt.option) == ("one object", "")
+    assert "--split" not in doubt.advice
+
+
 def changed(**output) -> Facts:
     return replace(SOUND, output=replace(SOUND.output, **output))
 

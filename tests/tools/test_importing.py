@@ -409,6 +409,17 @@ def test_the_command_says_what_to_type_next(tmp_path):
     assert json.loads(last)["already_done"]
 
 
+def test_a_target_that_was_forgotten_is_named(tmp_path):
+    first = tmp_path / "a.tif"
+    last = tmp_path / "b.tif"
+    for path in (first, last):
+        write_tiff(path, noise((4, 32, 32)), metadata={"axes": "ZYX"})
+    before = last.read_bytes()
+    with pytest.raises(TargetError, match="is a file; the last argument is TARGET"):
+        imported(first, last, voxel_size=SIZE)
+    assert last.read_bytes() == before
+
+
 def test_a_target_is_no_packed_image(tmp_path):
     path = tmp_path / "a.tif"
     write_tiff(path, noise((4, 32, 32)), metadata={"axes": "ZYX"})

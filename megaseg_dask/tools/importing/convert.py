@@ -123,6 +123,10 @@ def _claim(plan: ImportPlan) -> ImportPlan:
     Raises:
         TargetError: Something else is at the target, which is never replaced.
     """
+    if plan.target.is_local and plan.target.path.is_file():
+        raise TargetError(
+            f"{plan.target} is a file; the last argument is TARGET, the OME-Zarr to write"
+        )
     data = import_folder(plan.target).get(PLAN)
     is_there = plan.target.exists() and bool(plan.target.children())
     if not is_there:
