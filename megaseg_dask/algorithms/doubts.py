@@ -70,7 +70,9 @@ def bimodality(counts: Array, low: float, high: float) -> float:
     is_inner = (below > 0) & (below < below[-1])
     if variance == 0 or not is_inner.any():
         return 0.0
-    below, first, n = below[is_inner], first[is_inner], below[-1]
+    n = below[-1]
+    below = below[is_inner]
+    first = first[is_inner]
     between = np.square(mean * below - first) / (below * (n - below))
     return float(between.max() / variance)
 

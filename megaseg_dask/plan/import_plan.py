@@ -145,10 +145,11 @@ class ImportPlan(BaseModel):
     def _bounds(self) -> list[list[int]]:
         """For each level, the number of tasks up to each image."""
         n_levels = max(len(image.image.levels) for image in self.images)
-        return [
-            list(accumulate((image.count_tasks(level) for image in self.images), initial=0))
-            for level in range(n_levels)
-        ]
+        bounds = []
+        for level in range(n_levels):
+            counts = [image.count_tasks(level) for image in self.images]
+            bounds.append(list(accumulate(counts, initial=0)))
+        return bounds
 
     def task(self, stage: str, index: int) -> ImportTask:
         """Return what a task is about."""
@@ -167,8 +168,7 @@ class ImportPlan(BaseModel):
     def determinants(self) -> dict[str, object]:
         """All that determines the voxels and the metadata; no address and no block does."""
         images = [
-            [each.path, asdict(each.image), [asdict(part) for part in each.parts]]
-            for each in self.images
+            [each.path, asdict(each.image), list(map(asdict, each.parts))] for each in self.images
         ]
         files = [[file.n_bytes, file.digest] for file in self.files]
         return {"files": files, "series": self.series, "axes": self.axes, "images": images}

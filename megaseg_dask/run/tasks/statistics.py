@@ -110,11 +110,11 @@ def describe_group(
     """
 
     def describe(channel: int) -> ChannelStatistics:
-        each = [
-            _in_order(chain.from_iterable(summary.parts[channel] for summary in summaries))
-            for summaries in volumes
-        ]
-        return _describe(chain.from_iterable(each))
+        parts: list[Statistics] = []
+        for summaries in volumes:
+            of_volume = [summary.parts[channel] for summary in summaries]
+            parts += _in_order(chain.from_iterable(of_volume))
+        return _describe(parts)
 
     return tuple(map(describe, range(plan.model.in_channels)))
 

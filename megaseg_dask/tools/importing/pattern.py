@@ -110,7 +110,8 @@ def _names() -> str:
 
 def _guess(files: Sequence[Path]) -> str:
     """Return a pattern in which the first number that differs between two names is the time."""
-    first, second = files[0].name, files[1].name
+    first = files[0].name
+    second = files[1].name
     for one, other in zip(re.finditer(r"\d+", first), re.finditer(r"\d+", second), strict=False):
         if one[0] != other[0]:
             return f"{first[: one.start()]}{{time}}{first[one.end() :]}"
@@ -123,7 +124,8 @@ def _place(parts: Mapping[str, str]) -> tuple[str, str, str]:
     column = parts.get("column", "")
     well = _WELL.fullmatch(parts.get("well", ""))
     if well is not None:
-        row, column = well[1], well[2]
+        row = well[1]
+        column = well[2]
     if not row:
         return "", "", ""
     return row.upper(), _plain(column), _plain(parts.get("field", "") or "0")

@@ -246,7 +246,8 @@ def _require_alike(group: Group, contents: dict[Path, Contents]) -> None:
     for path in others:
         other = contents[path]
         for name in ("axes", "shape", "dtype", "spacing_um"):
-            ours, theirs = getattr(first, name), getattr(other, name)
+            ours = getattr(first, name)
+            theirs = getattr(other, name)
             if ours != theirs:
                 raise SourceError(
                     f"{first_path} has {name} {ours}, and {path} has {theirs}; files of one image "
