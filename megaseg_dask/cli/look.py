@@ -22,7 +22,7 @@ def report(
     *,
     out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Where to write. (default: TARGET.report.html)"),
+        typer.Option(metavar="FILE", help="Where to write. (default: TARGET[.NAME].report.html)"),
     ] = None,
     label_name: RunName = None,
     json_: Json = False,

@@ -276,10 +276,15 @@ def test_a_plate_whose_fields_took_several_runs(version, run, again, tmp_path):
 def test_a_report_of_it(run, again, tmp_path):
     run("out.zarr", outputs="labels,scores,measurements", block=MANY)
     again("out.zarr", threshold=0.6, outputs="labels,measurements", min_size=9)
-    write_report(str(tmp_path / "out.zarr"), label_name="again")
-    text = (tmp_path / "out.zarr.report.html").read_text()
+    file = write_report(str(tmp_path / "out.zarr"), label_name="again")
+    assert file == Location.of(tmp_path / "out.zarr.again.report.html")
+    text = file.path.read_text()
     assert "megaseg relabel" in text
     assert "--threshold 0.6" in text
+    # Without a name it is about the run that predicted, and has a file of its own.
+    file = write_report(str(tmp_path / "out.zarr"))
+    assert file == Location.of(tmp_path / "out.zarr.report.html")
+    assert "megaseg relabel" not in file.path.read_text().split("Provenance")[0]
 
 
 def test_wrong_requests_write_nothing(run, again, source, tmp_path):

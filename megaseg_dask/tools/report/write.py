@@ -17,13 +17,17 @@ SUFFIX = ".report.html"
 def write_report(target: str, out: str | None = None, label_name: str | None = None) -> Location:
     """Write the report of the run on a target, beside it or to ``out``, and return where.
 
+    The report of labels that were made again has their name.
+
     Raises:
         TargetError: No run is recorded there.
         SettingsError: Several runs are, and none is named.
 
     """
     plans = find_plans(target, label_name)
-    file = Location.of(out) if out else plans[0].target.sibling(SUFFIX)
+    name = plans[0].table_label
+    suffix = f".{name}{SUFFIX}" if name else SUFFIX
+    file = Location.of(out) if out else plans[0].target.sibling(suffix)
     file.parent.put(file.basename, render(plans).encode())
     return file
 
@@ -31,13 +35,17 @@ def write_report(target: str, out: str | None = None, label_name: str | None = N
 def find_plans(target: str, label_name: str | None = None) -> list[Plan]:
     """Return the recorded plans of a target, at least one; a plate may have several.
 
+    Without a name they are those of the run that predicted, though labels were made again of it.
+
     Raises:
         TargetError: No run is recorded there.
         SettingsError: Several runs are, and none is named.
 
     """
     plans = recorded_plans(target, label_name)
-    names = dict.fromkeys(plan.resolved.label_name for plan in plans)
-    if len(names) > 1:
-        raise SettingsError(f"{target} has runs {', '.join(names)}; choose one with --label-name")
-    return plans
+    predicting = [plan for plan in plans if plan.resolved.predicts()]
+    names = dict.fromkeys(plan.resolved.label_name for plan in predicting or plans)
+    if len(names) == 1:
+        [name] = names
+        return [plan for plan in plans if plan.resolved.label_name == name]
+    raise SettingsError(f"{target} has runs {', '.join(names)}; choose one with --label-name")
