@@ -316,6 +316,11 @@ class _Request:
                 "the target is the source, and scores would replace its image: pass --outputs "
                 "labels"
             )
+        if settings.keep_logits:
+            raise SettingsError(
+                "--keep-logits needs another target than the source, because megaseg relabel "
+                "writes no labels into a source"
+            )
         if settings.where and settings.where.partition("/")[0] == settings.label_name:
             raise SettingsError(
                 f"--label-name {settings.label_name}: it is the mask, and would be written anew; "

@@ -287,6 +287,13 @@ def test_a_report_of_it(run, again, tmp_path):
     assert "megaseg relabel" not in file.path.read_text().split("Provenance")[0]
 
 
+def test_logits_that_nothing_could_be_made_of_are_not_kept(run, source):
+    before = contents(source)
+    with pytest.raises(SettingsError, match="--keep-logits needs another target"):
+        run("image.zarr", outputs="labels", keep_logits=True)
+    assert contents(source) == before
+
+
 def test_wrong_requests_write_nothing(run, again, source, tmp_path):
     run("out.zarr")
     before = contents(tmp_path / "out.zarr")
