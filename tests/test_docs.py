@@ -81,8 +81,13 @@ def options_of(command: Any) -> str:
     linked = len(shared) > 5
     rows = [row(p) for p in own if not (linked and p.name in Settings.model_fields)]
     table = ["| option | meaning |", "|---|---|", *rows] if rows else []
-    more = ["", "And all of the [options](options.md)."] if linked else []
-    return "\n".join([*table, *more])
+    if not linked:
+        return "\n".join(table)
+    more = "And all of the [options](options.md)."
+    if "model" not in [p.name for p in shared]:
+        names = ", ".join(f"`{p.opts[0]}`" for p in shared)
+        more = f"And of the [options](options.md): {names}."
+    return "\n".join([*table, "", more])
 
 
 def row(parameter: Any) -> str:
