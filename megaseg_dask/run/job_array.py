@@ -54,7 +54,7 @@ def record_plans(
     request = Request(source, target, settings, emit)
     with Leases(runs_folder(Location.of(target))).hold() as lease:
         runs = request.reopen_runs(lease)
-        record(runs, request.superseded, lease)
+        record(runs, request.superseded, lease, emit)
         for plan, journal in runs:
             if journal.result is None:
                 with journal.flushed():

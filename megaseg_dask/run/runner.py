@@ -36,7 +36,11 @@ from megaseg_dask.run.schedule import Schedule
 from megaseg_dask.run.status import unread_fields
 from megaseg_dask.run.target import publish
 from megaseg_dask.run.target.arrays import Target
-from megaseg_dask.run.target.ownership import remove_replaced
+from megaseg_dask.run.target.ownership import (
+    find_relabelled,
+    remove_relabelled,
+    remove_replaced,
+)
 from megaseg_dask.run.tasks.worker import failure_of
 from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import StoreOptions
@@ -179,7 +183,7 @@ def _carry_out(request: Request | Relabelling, client: Any, emit: Emit) -> Resul
                 certificate = _prove(executor, runs)
                 if certificate is not None and not certificate.holds:
                     runs, certificate = _without_halves(request, lease, runs, certificate, emit)
-                record(runs, request.superseded, lease)
+                record(runs, request.superseded, lease, emit)
                 session = _Session(executor, lease, certificate, emit)
                 result = join_results([session.run(plan, journal) for plan, journal in runs])
     emit(result)
@@ -219,16 +223,18 @@ def _without_halves(
     return request.reopen_runs(lease), None
 
 
-def record(runs: Runs, superseded: Sequence[Plan], lease: Held) -> None:
+def record(runs: Runs, superseded: Sequence[Plan], lease: Held, emit: Emit) -> None:
     """Record what is to be done, all of it before any of it is.
 
-    What is recorded of ``superseded`` runs is removed.
+    What is recorded of ``superseded`` runs is removed. ``emit`` is told of labels that go with
+    the scores that they were made of.
 
     Raises:
         StoreError: Another client took the run over, or the store failed.
     """
     plans = [plan for plan, _ in runs]
     if plans[0].settings.overwrite:
+        _remove_relabelled(plans, lease, emit)
         lease.require()
         remove_replaced(plans)
     for other in superseded:
@@ -237,6 +243,21 @@ def record(runs: Runs, superseded: Sequence[Plan], lease: Held) -> None:
     for plan, journal in runs:
         if journal.result is None:
             begin(plan, journal, lease)
+
+
+def _remove_relabelled(plans: Sequence[Plan], lease: Held, emit: Emit) -> None:
+    """Remove the labels that were made again of scores that are replaced."""
+    relabelled = find_relabelled(plans)
+    for name in dict.fromkeys(plan.resolved.label_name for plan in relabelled):
+        emit(
+            Notice(
+                f"{plans[0].target}: labels {name} were made from scores that this run replaces; "
+                "they are removed, with their record and tables"
+            )
+        )
+    for plan in relabelled:
+        lease.require()
+        remove_relabelled(plan, plans)
 
 
 class _Session:

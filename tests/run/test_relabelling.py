@@ -13,6 +13,7 @@ from skimage.measure import label
 
 from megaseg_dask.cli.app import main
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.events import Notice, ignore
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import relabel
@@ -39,9 +40,9 @@ def source(tmp_path):
 def run(source, tmp_path, tiny_bundle, cheap_engine):
     """Segment into a target by name."""
 
-    def segment_into(name, source=source, **options):
+    def segment_into(name, source=source, emit=ignore, **options):
         settings = parse_settings({"model": str(tiny_bundle), **OPTIONS, **options})
-        result = segment_here(str(source), str(tmp_path / name), settings)
+        result = segment_here(str(source), str(tmp_path / name), settings, emit=emit)
         assert result.status == "done", result.failures
         return zarr.open_group(tmp_path / name, mode="r")
 
@@ -186,6 +187,42 @@ def test_it_resumes_to_the_same_bytes_and_is_done_once(run, again, tmp_path, mon
     assert found["labels/again"].attrs["megaseg"]["settings"]["threshold"] == 0.9
     names = {each.label_name: each.done for each in status(str(tmp_path / "b.zarr"))}
     assert names == {"megaseg": True, "again": True}
+
+
+@pytest.mark.parametrize("label_name", ["megaseg", "strict", "other"])
+def test_labels_go_with_the_scores_that_they_were_made_of(label_name, run, again, tmp_path):
+    run("out.zarr")
+    measured = {"outputs": "labels,mask,measurements", "threshold": 0.6}
+    again("out.zarr", "strict", **measured)
+    again("out.zarr", "csv", table="csv", **measured)
+    # Another program put its own labels where a run had been.
+    again("out.zarr", "foreign", threshold=0.6)
+    foreign = zarr.open_group(tmp_path / "out.zarr/labels/foreign", mode="w")
+    foreign.create_array("0", data=np.ones(3))
+    notices = []
+    options = {"label_name": label_name, "overlap": 0.5, "overwrite": True}
+    found = run("out.zarr", emit=notices.append, **options)
+    text = " ".join(event.text for event in notices if isinstance(event, Notice))
+    assert "labels csv were made from scores that this run replaces" in text
+    assert "labels strict were made from scores that this run replaces" in text
+    kept = {"foreign", "megaseg", label_name}
+    assert set(found["labels"].group_keys()) == kept
+    assert set(found["labels"].attrs["ome"]["labels"]) == kept
+    assert list(tmp_path.glob("out.zarr.*measurements*")) == []
+    assert list(tmp_path.glob("out.zarr/tables/*/")) == []
+    assert [each.label_name for each in status(str(tmp_path / "out.zarr"))] == [label_name]
+    assert again("out.zarr", "csv", table="csv", **measured)[1].already_done is False
+
+
+def test_labels_of_fields_whose_scores_stay_are_kept(run, again, tmp_path):
+    fields = {path: FieldSpec(shape=(16, 40, 40)) for path in ("A/1/0", "A/2/0")}
+    source = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    run("out.zarr", source, channel="dna")
+    again("out.zarr", "strict", threshold=0.6)
+    found = run("out.zarr", source, channel="dna", wells="A/2", overwrite=True)
+    assert set(found["A/1/0/labels"].group_keys()) == {"megaseg", "strict"}
+    assert set(found["A/2/0/labels"].group_keys()) == {"megaseg"}
+    assert "strict" not in {each.label_name for each in status(str(tmp_path / "out.zarr"))}
 
 
 def test_what_was_lost_is_made_again(run, again, tmp_path):

@@ -5,7 +5,7 @@ carry the run's mark alone, so no reader can take a part for the whole.
 Removing touches only the groups and arrays that the run itself would write.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -213,9 +213,10 @@ class ImageTarget:
 class Target:
     """All images of a run at its target."""
 
-    def __init__(self, plan: Plan) -> None:
-        """Describe the target of a plan; nothing is read."""
+    def __init__(self, plan: Plan, chosen: Collection[str] | None = None) -> None:
+        """Describe the target of a plan, or ``chosen`` images of it; nothing is read."""
         self.plan = plan
+        self._chosen = chosen
         self.location = plan.target
         self.version = plan.target_image.version
 
@@ -233,7 +234,8 @@ class Target:
     def images(self) -> list[ImageTarget]:
         """The fields of a plate, or the one image that is the target itself."""
         paths = dict.fromkeys(volume.image for volume in self.plan.volumes)
-        return [ImageTarget(self.plan, path) for path in paths]
+        chosen = paths if self._chosen is None else self._chosen
+        return [ImageTarget(self.plan, path) for path in paths if path in chosen]
 
     @property
     def paths(self) -> set[str]:

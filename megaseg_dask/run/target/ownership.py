@@ -1,7 +1,7 @@
 """What a run may write at its target: arrays of other runs and of other programs are in the way.
 
 Nothing is ever replaced but what the same run, or an earlier one of the same
-name, wrote there.
+name, wrote there. Labels that were made again of scores go with these scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from megaseg_dask.plan.relabelling import can_relabel
 from megaseg_dask.plan.settings import option_text
 from megaseg_dask.run.target.arrays import ImageTarget, Target, folders
 from megaseg_dask.run.target.provenance import is_of_run, provenance_at
+from megaseg_dask.run.target.publish import refresh_consolidated
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
@@ -35,6 +36,42 @@ def remove_replaced(plans: Sequence[Plan]) -> None:
         shares_fields = not replaced.isdisjoint(Target(earlier).paths)
         if earlier.run not in staying and shares_fields:
             RunFolder(earlier.run).remove()
+
+
+def find_relabelled(plans: Sequence[Plan]) -> list[Plan]:
+    """Return the recorded runs that labelled again what these plans predict anew."""
+    first = plans[0]
+    if first.adds_labels:
+        return []
+    written = {path for plan in plans for path in Target(plan).paths}
+    recorded = RunFolder.plans(first.target, skip_damaged=True)
+    again = [plan for plan in recorded if not plan.resolved.predicts()]
+    return [plan for plan in again if not written.isdisjoint(Target(plan).paths)]
+
+
+def remove_relabelled(relabelled: Plan, plans: Sequence[Plan]) -> None:
+    """Remove labels whose scores these plans replace, their tables, and last their record."""
+    written = {path for plan in plans for path in Target(plan).paths}
+    images = [image for image in Target(relabelled).images if image.path in written]
+    are_own = map_threaded(lambda image: _is_own_or_gone(relabelled, image), images)
+    own = [image.path for image, is_own in zip(images, are_own, strict=True) if is_own]
+    target = Target(relabelled, own)
+    if relabelled.resolved.measures_objects():
+        # It imports pyarrow.
+        from megaseg_dask.run.target.tables import remove_tables
+
+        remove_tables(target)
+        for table in relabelled.tables:
+            table.parent.delete(table.basename)
+    target.clear()
+    refresh_consolidated(target)
+    RunFolder(relabelled.run).remove()
+
+
+def _is_own_or_gone(plan: Plan, image: ImageTarget) -> bool:
+    """Return whether a run made all label images that are there under its names."""
+    places = [group.location for group in image.groups if group.location.exists()]
+    return all(is_of_run(plan, _undamaged_mark(place)) for place in places)
 
 
 def find_superseded(plans: Sequence[Plan], recorded: Sequence[Plan]) -> list[Plan]:
