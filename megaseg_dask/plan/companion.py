@@ -7,13 +7,14 @@ recorded: a run does not go on with another one.
 import hashlib
 from dataclasses import dataclass
 
-from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image
 from megaseg_dask.ngff.plate import is_plate
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.source_identity import digest_of, sample_of
 from megaseg_dask.stores import Location
+from megaseg_dask.stores.failures import is_denied
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,20 @@ class Companion:
 
 
 def find_companion(
-    location: Location, image: Image, text: str, option: str, field: str = ""
+    location: Location,
+    image: Image,
+    text: str,
+    option: str,
+    field: str = "",
+    *,
+    is_only: bool = True,
 ) -> Companion:
     """Return the label image that ``option`` names by ``text``, for an image.
 
     ``text`` is the name of a label image of the image, or an address: of a label image, of an
-    image that has only one, or of a plate of such images. ``image`` begins at the level that is
-    segmented, and ``field`` is its path in its plate.
+    image that has only one, or of a plate as for :func:`find_label`. ``image`` begins at the level
+    that is segmented, and ``field`` is its path in its plate, of which it ``is_only`` if no other
+    field is chosen.
 
     Raises:
         SettingsError: There is none, its voxels are no ids, or it has other voxels.
@@ -55,7 +63,7 @@ def find_companion(
     try:
         label = labels_group(location) / text
         if not is_own:
-            label = find_label(text, field)
+            label = find_label(text, field, is_only=is_only)
         labels = read_label_image(label)
     except SourceError as error:
         listed = f"label images {', '.join(own)}" if own else "no label image"
@@ -79,27 +87,65 @@ def find_companion(
     )
 
 
-def find_label(text: str, field: str) -> Location:
-    """Return the label image at an address, or of the only one of an image or a field there.
+def find_label(text: str, field: str, *, is_only: bool) -> Location:
+    """Return the label image at an address, for an image or for a field of a plate.
+
+    The address is that of a label image or of an image that has only one. For a field it is also
+    that of a plate, whose field of the same path is taken, or ``PLATE/NAME``: the label image of a
+    name in that field. One image is for a field only if no other one is chosen: it ``is_only``.
 
     Raises:
-        SourceError: There is none, or there are several.
+        SourceError: There is none, there are several, or it is one image for several fields.
         StoreError: The store failed.
     """
     location = Location.of(text)
+    if field and is_plate(location):
+        return _only_label(location / field, location)
+    if field and _is_readable_plate(location.parent):
+        image = location.parent / field
+        names = list_labels(image)
+        if location.basename in names:
+            return labels_group(image) / location.basename
+        if not location.exists():
+            listed = ", ".join(names) or "none"
+            raise SourceError(f"{image} has no label image {location.basename}; it has {listed}")
     if not location.exists():
         raise SourceError(f"{location} does not exist{location.hint()}; check the path")
-    if field and is_plate(location):
-        location = location / field
-    if read_image(location).kind == "label image":
-        return location
-    names = list_labels(location)
+    if not is_only:
+        read_image(location)
+        raise one_image(location)
+    return _only_label(location, labels_group(location))
+
+
+def _is_readable_plate(location: Location) -> bool:
+    try:
+        return is_plate(location)
+    except StoreError as error:
+        # Who may read an image may not always read what is above it.
+        if not is_denied(error):
+            raise
+        return False
+
+
+def _only_label(image: Location, parent: Location) -> Location:
+    """Return an image that is a label image, or its only one; ``parent`` is where a name leads."""
+    if read_image(image).kind == "label image":
+        return image
+    names = list_labels(image)
     if len(names) > 1:
         raise SourceError(
-            f"{location} has label images {', '.join(names)}; give the path of one, "
-            f"{labels_group(location)}/{names[0]} for instance"
+            f"{image} has label images {', '.join(names)}; give the path of one, "
+            f"{parent}/{names[0]} for instance"
         )
-    return labels_group(location) / names[0] if names else location
+    return labels_group(image) / names[0] if names else image
+
+
+def one_image(location: Location) -> SourceError:
+    """Return the error of one image that is given for several fields of a plate."""
+    return SourceError(
+        f"{location} is one image; a plate needs a plate of masks or the name of a label image in "
+        "each field"
+    )
 
 
 def _level_of(labels: Image, image: Image, subject: str) -> int:

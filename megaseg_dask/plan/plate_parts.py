@@ -64,8 +64,12 @@ class Readable:
     mask: PlannedMask | None = None
 
     @classmethod
-    def at(cls, location: Location, settings: Settings, field: str = "") -> "Readable":
-        """Read the metadata of an image, and its mask; ``field`` is its path in its plate.
+    def at(
+        cls, location: Location, settings: Settings, field: str = "", *, is_only: bool = True
+    ) -> "Readable":
+        """Read the metadata of an image, and its mask.
+
+        ``field`` is its path in its plate, of which it ``is_only`` if no other field is chosen.
 
         Raises:
             SourceError: It cannot be read or segmented.
@@ -78,11 +82,14 @@ class Readable:
         segmented = image.from_level(settings.level)
         regions = None
         if settings.regions is not None:
-            regions = find_companion(location, segmented, settings.regions, "--regions", field)
+            regions = find_companion(
+                location, segmented, settings.regions, "--regions", field, is_only=is_only
+            )
         mask = None
         where = where_of(settings)
         if where is not None:
-            mask = find_mask(location, segmented, where, choice.times, choice.channels, field)
+            chosen = (choice.times, choice.channels)
+            mask = find_mask(location, segmented, where, *chosen, field, is_only=is_only)
         return cls(image, choice, regions, mask)
 
     @property
@@ -185,7 +192,10 @@ def _read_fields(source: Location, settings: Settings) -> _Fields:
         raise SourceError(f"{source} has no field that can be read ({listed})")
     readable: dict[str, Readable] = {}
     refused: dict[str, MegasegError] = {}
-    results = map_threaded(lambda field: _try_field(source, field.path, settings), plate.fields)
+    is_only = len(plate.fields) == 1
+    results = map_threaded(
+        lambda field: _try_field(source, field.path, settings, is_only=is_only), plate.fields
+    )
     for field, result in zip(plate.fields, results, strict=True):
         if isinstance(result, Readable):
             readable[field.path] = result
@@ -197,10 +207,12 @@ def _read_fields(source: Location, settings: Settings) -> _Fields:
     return _Fields(source, replace(plate, missing=(*plate.missing, *unread)), readable, refused)
 
 
-def _try_field(source: Location, path: str, settings: Settings) -> Readable | MegasegError:
+def _try_field(
+    source: Location, path: str, settings: Settings, *, is_only: bool
+) -> Readable | MegasegError:
     location = source / path
     try:
-        return Readable.at(location, settings, path)
+        return Readable.at(location, settings, path, is_only=is_only)
     except StoreError as error:
         if not is_of_object(location.url, error):
             raise

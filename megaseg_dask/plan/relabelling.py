@@ -45,11 +45,14 @@ WORK = (
 )
 
 
-def plan_relabelling(earlier: Plan, settings: Settings, recorded: Plan | None = None) -> Plan:
+def plan_relabelling(
+    earlier: Plan, settings: Settings, recorded: Plan | None = None, *, is_only: bool = True
+) -> Plan:
     """Return a plan that labels the scores of an earlier run again.
 
     Options that are not given are those of the earlier run, but for the outputs: labels.
-    ``recorded`` is the plan of an earlier attempt.
+    ``recorded`` is the plan of an earlier attempt. The earlier run ``is_only`` if no other part of
+    its plate is labelled too.
 
     Raises:
         SettingsError: The earlier run did not keep what is needed, or an option does not fit.
@@ -75,7 +78,7 @@ def plan_relabelling(earlier: Plan, settings: Settings, recorded: Plan | None = 
         basis=basis,
     )
     values["images"] = {
-        path: replace(image, regions=_regions_of(earlier, path, merged.regions))
+        path: replace(image, regions=_regions_of(earlier, path, merged.regions, is_only=is_only))
         for path, image in earlier.images.items()
     }
     values["settings"] = merged.recorded()
@@ -90,11 +93,17 @@ def plan_relabelling(earlier: Plan, settings: Settings, recorded: Plan | None = 
     return plan
 
 
-def _regions_of(earlier: Plan, path: str, regions: str | None) -> Companion | None:
+def _regions_of(
+    earlier: Plan, path: str, regions: str | None, *, is_only: bool
+) -> Companion | None:
     """Return the regions of an image, if there are any."""
     if regions is None:
         return None
-    return find_companion(earlier.source / path, earlier.source_image, regions, "--regions", path)
+    location = earlier.source / path
+    is_only = is_only and len(earlier.images) == 1
+    return find_companion(
+        location, earlier.source_image, regions, "--regions", path, is_only=is_only
+    )
 
 
 def require_new_name(settings: Settings, taken: Collection[str]) -> None:

@@ -31,7 +31,7 @@ from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.ngff.image import SPATIAL, Image
 from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image
 from megaseg_dask.ngff.volume import Volume
-from megaseg_dask.plan.companion import find_label
+from megaseg_dask.plan.companion import find_label, one_image
 from megaseg_dask.plan.resolved import Where
 from megaseg_dask.stores import Location
 from megaseg_dask.stores.failures import is_denied
@@ -88,11 +88,13 @@ def find_mask(
     times: tuple[int, int],
     channels: Sequence[int],
     field: str = "",
+    *,
+    is_only: bool = True,
 ) -> PlannedMask | None:
     """Return the mask of an image, for chosen timepoints and channels; it is read once.
 
     ``image`` begins at the level that is segmented. ``field`` is its path in its plate, if it
-    is in one.
+    is in one, of which it ``is_only`` if no other field is chosen.
 
     Raises:
         SettingsError: There is no such mask, or it does not cover the image.
@@ -108,7 +110,7 @@ def find_mask(
         )
     if where.is_data:
         return PlannedMask(digests=_digests_of_chunks(location, image, times, channels))
-    label, level_name, is_own = _find_label(location, where.text, field)
+    label, level_name, is_own = _find_label(location, where.text, field, is_only=is_only)
     labels = read_label_image(label)
     _require_scales(image, labels, where.text)
     level = _choose_level(image, labels, level_name, where.text, is_own=is_own)
@@ -129,7 +131,9 @@ def find_mask(
     return replace(mask, digests=tuple(digests))
 
 
-def _find_label(location: Location, text: str, field: str) -> tuple[Location, str | None, bool]:
+def _find_label(
+    location: Location, text: str, field: str, *, is_only: bool
+) -> tuple[Location, str | None, bool]:
     """Return a label image, the name of its level if one is given, and whether it is the image's.
 
     A name means a label image of the image. All else is the address of another one.
@@ -141,11 +145,9 @@ def _find_label(location: Location, text: str, field: str) -> tuple[Location, st
     if name in own:
         return labels_group(location) / name, level_name, True
     try:
-        return find_label(text, field), None, False
+        return find_label(text, field, is_only=is_only), None, False
     except SourceError as error:
-        listed = f"label images {', '.join(own)}" if own else "no label image"
-        refusal = SettingsError(f"--where {text}: {error} ({location} has {listed})")
-        refusal.__cause__ = error
+        refusal = _refusal(location, text, own, error)
     level = Location.of(text)
     try:
         labels = read_label_image(level.parent)
@@ -153,7 +155,18 @@ def _find_label(location: Location, text: str, field: str) -> tuple[Location, st
         raise refusal from None
     if level.basename not in [each.path for each in labels.levels]:
         raise refusal
+    if not is_only:
+        raise _refusal(location, text, own, one_image(level))
     return level.parent, level.basename, False
+
+
+def _refusal(
+    location: Location, text: str, own: Sequence[str], error: SourceError
+) -> SettingsError:
+    listed = f"label images {', '.join(own)}" if own else "no label image"
+    refusal = SettingsError(f"--where {text}: {error} ({location} has {listed})")
+    refusal.__cause__ = error
+    return refusal
 
 
 def _choose_level(image: Image, labels: Image, name: str | None, text: str, *, is_own: bool) -> int:

@@ -191,12 +191,13 @@ class Relabelling:
         kept = [plan for plan in predicted if can_be_basis(plan)]
         earlier_attempts = {plan.run.basename: plan for plan in recorded}
         plans = []
-        for earlier in kept or predicted[:1]:
+        chosen = kept or predicted[:1]
+        for earlier in chosen:
             _require_predicted(earlier)
             name = run_beside(earlier, self._settings.label_name).basename
             attempt = earlier_attempts.get(name)
             attempt = None if self._settings.overwrite else attempt
-            plan = plan_relabelling(earlier, self._settings, attempt)
+            plan = plan_relabelling(earlier, self._settings, attempt, is_only=len(chosen) == 1)
             if plan.resolved.measures_objects():
                 _require_same_source(plan)
             plans.append((plan, attempt))

@@ -10,8 +10,10 @@ from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.ngff.labels import add_label
 from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import relabel
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here
 
 SHAPE = (24, 50, 70)
@@ -189,3 +191,34 @@ def test_a_plate_has_the_regions_of_each_field_and_timepoint(tmp_path, tiny_bund
         assert_array_equal(
             rows.intensity_sum_DNA, [image[ids == r].sum(dtype=np.int64) for r in rows.label]
         )
+
+
+def test_a_plate_takes_its_regions_from_a_plate_and_never_from_one_image(
+    tmp_path, tiny_bundle, cheap_engine
+):
+    shape = (16, 32, 32)
+    fields = {name: FieldSpec(("dna",), shape) for name in ("A/1/0", "A/1/1")}
+    plate = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    cells = write_fields(tmp_path / "cells.zarr", "0.5", fields)
+    for number, place in enumerate(fields, 1):
+        for name, region in (("all", number), ("other", 9)):
+            write_label(cells / place / "labels" / name, np.full(shape, region, "uint16"))
+            add_label(Location.of(cells / place), "0.5", name)
+    target = tmp_path / "out.zarr"
+    options = {
+        "model": str(tiny_bundle),
+        "threads": 1,
+        "outputs": "labels,scores,measurements",
+        "table": "csv",
+    }
+    one = str(cells / "A/1/0/labels/all")
+    with pytest.raises(SettingsError, match="is one image; a plate needs a plate of masks"):
+        segment_here(str(plate), str(target), parse_settings({**options, "regions": one}))
+    assert not target.exists()
+    settings = parse_settings({**options, "regions": str(cells / "all")})
+    assert segment_here(str(plate), str(target), settings).status == "done"
+    table = pandas.read_csv(tmp_path / "out.zarr.regions.csv")
+    assert table.label.tolist() == [1, 2]
+    again = {"label_name": "again", "workers": 0, "outputs": "labels,measurements", "regions": one}
+    with pytest.raises(SettingsError, match="is one image; a plate needs a plate of masks"):
+        relabel(str(target), parse_settings(again))

@@ -274,6 +274,42 @@ def test_each_field_of_a_plate_has_its_own_mask_and_its_own_voxels(
         assert_array_equal(scores_of(target / place), scores_of(alone))
 
 
+def test_a_plate_takes_its_masks_from_a_plate_and_never_from_one_image(
+    tmp_path, tiny_bundle, cheap_engine
+):
+    shape = (16, 32, 32)
+    fields = {name: FieldSpec(("dna",), shape) for name in ("A/1/0", "A/1/1")}
+    plate = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    masks = write_fields(tmp_path / "masks.zarr", "0.5", fields)
+    strict = {}
+    for number, place in enumerate(fields):
+        strict[place] = np.zeros(shape, "uint8")
+        strict[place][:, 16 * number : 16 * number + 8] = 1
+        for name, mask in (("strict", strict[place]), ("loose", np.ones(shape, "uint8"))):
+            add_labels(masks / place, mask, name=name)
+    target = tmp_path / "out.zarr"
+
+    def segment_in(where, target=target, **options):
+        options = {"where": str(where), "outputs": "scores", "block": "16,32,32", **options}
+        return segment_here(str(plate), str(target), settings_of(tiny_bundle, **options))
+
+    with pytest.raises(SettingsError, match=r"give the path of one, .*masks\.zarr/strict for"):
+        segment_in(masks)
+    one = masks / "A/1/0/labels/strict"
+    for where in (one, one / "0", masks / "A/1/0"):
+        with pytest.raises(SettingsError, match="is one image; a plate needs a plate of masks"):
+            segment_in(where)
+    with pytest.raises(SettingsError, match="A/1/0 has no label image strick; it has strict, loo"):
+        segment_in(masks / "strick")
+    assert not target.exists()
+    assert segment_in(masks / "strict").status == "done"
+    for place, mask in strict.items():
+        assert_array_equal(scores_of(target / place)[0] > 0, mask > 0)
+    alone = tmp_path / "alone.zarr"
+    assert segment_in(one, alone, fields="1").status == "done"
+    assert_array_equal(scores_of(alone / "A/1/1")[0] > 0, strict["A/1/0"] > 0)
+
+
 def test_a_device_predicts_what_a_mask_wants_on_another_grid(tiny_bundle):
     spec = EngineSpec("torch", "cpu", "fp32", 1, False)
     bundle = load_bundle(tiny_bundle)
