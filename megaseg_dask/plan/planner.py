@@ -52,6 +52,9 @@ from megaseg_dask.stores import Location, open_array
 DEFAULT_MEMORY_BYTES = 8 * 10**9
 # How all parts of a plate are predicted; the block follows from each one's shape.
 _ALIKE = ("patch", "overlap", "engine", "device", "precision", "batch", "threads")
+# What a run that resumes keeps where the command leaves it open. All else is as given: masks,
+# regions and channels were read for this request, and what differs from the record is named.
+_KEPT = (*_ALIKE, "normalization", "split_depth", "block")
 
 
 def make_plans(
@@ -93,9 +96,10 @@ def make_plan(
 ) -> Plan:
     """Resolve settings into a plan; reads metadata and the bundle, writes nothing.
 
-    Options that the settings leave open are taken from the plan of an earlier run of the
-    same part. Those that follow from the machine are also taken from the plan of another
-    part of the plate. ``emit`` gets the progress of models that are fetched.
+    How to predict, split and cut into blocks, where the settings leave it open, is taken from
+    the plan of an earlier run of the same part. What follows from the machine is also taken
+    from the plan of another part of the plate. ``emit`` gets the progress of models that are
+    fetched.
 
     Raises:
         SourceError: The source cannot be segmented.
@@ -121,7 +125,7 @@ def make_plan(
         level=filled.level,
         roi=choice.roi,
         voxel_size_um=models.voxel_size_um,
-        where=where_of(filled),
+        where=where_of(settings),
         nan_to_background=filled.nan_to_background,
         missing_chunks=filled.missing_chunks,
         normalization=normalization_of(filled),
@@ -131,7 +135,6 @@ def make_plan(
         batch=filled.batch or choose_batch(models, engine, cluster),
         outputs=filled.outputs,
         measure_channels=choice.measured,
-        # As given: what it names was read for this request.
         regions=settings.regions,
         table=filled.table,
         threshold=threshold_of(filled),
@@ -342,11 +345,15 @@ class _Request:
 
     def _earlier_options(self) -> Mapping[str, object]:
         if self.part.recorded is not None:
-            return self.part.recorded.resolved.options()
-        if not self.part.others:
-            return {}
-        other = self.part.others[0].resolved.options()
-        return {name: other[name] for name in _ALIKE}
+            return _options_of(self.part.recorded, _KEPT)
+        if self.part.others:
+            return _options_of(self.part.others[0], _ALIKE)
+        return {}
+
+
+def _options_of(plan: Plan, names: Sequence[str]) -> dict[str, object]:
+    options = plan.resolved.options()
+    return {name: options[name] for name in names}
 
 
 # -- the source

@@ -135,6 +135,15 @@ def test_other_regions_are_another_run(run, source, cells):
         run(regions="cells")
 
 
+def test_measurements_that_are_left_out_are_another_run(run, source):
+    run(regions="cells", measure_channels="0")
+    for outputs in ("labels,scores", "labels,scores,measurements"):
+        with pytest.raises(TargetError, match="belongs to another run") as refused:
+            run(outputs=outputs)
+        assert "regions: was cells, now None" in str(refused.value)
+        assert "measure_channels: was 0, now None" in str(refused.value)
+
+
 def test_a_plate_has_the_regions_of_each_field_and_timepoint(tmp_path, tiny_bundle, cheap_engine):
     shape = (16, 40, 44)
     fields = tuple(Field("A", column, "0") for column in ("1", "2"))

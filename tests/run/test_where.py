@@ -11,7 +11,7 @@ from scipy.ndimage import distance_transform_edt
 
 from megaseg_dask.algorithms.geometry import Box, PatchGrid
 from megaseg_dask.algorithms.normalization import Normalization
-from megaseg_dask.errors import SettingsError
+from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.inference.block import Block, Patches, Preparation
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.pytorch import DeviceEngine, TorchEngine
@@ -220,6 +220,25 @@ def test_a_margin_needs_to_know_the_size_of_voxels(tmp_path, tiny_bundle):
     settings = settings_of(tiny_bundle, where="cells", where_margin=2)
     with pytest.raises(SettingsError, match="z has no unit"):
         plan_runs(str(image), str(tmp_path / "out.zarr"), settings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"where": "cells"},
+        {"where": "cells", "where_margin": 1.5},
+        {"where": "cells", "roi": "0:24,0:50,0:96"},
+        {"where": "data"},
+    ],
+)
+def test_a_mask_that_is_left_out_is_another_run(
+    options, source, tmp_path, tiny_bundle, cheap_engine
+):
+    target = tmp_path / "out.zarr"
+    segment_here(str(source), str(target), settings_of(tiny_bundle, **options))
+    left_out = {name: value for name, value in options.items() if name == "roi"}
+    with pytest.raises(TargetError, match=rf"where: was {options['where']}, now None"):
+        plan_runs(str(source), str(target), settings_of(tiny_bundle, **left_out))
 
 
 def test_a_mask_that_changes_is_refused(source, tmp_path, tiny_bundle, cheap_engine):
