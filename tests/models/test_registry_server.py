@@ -104,6 +104,7 @@ def left_behind() -> list[str]:
 # -- the whole way
 
 
+@pytest.mark.slow
 def test_list_fetch_show_and_import(relay, megaseg_zip, tmp_path):
     listed = {row["name"]: row for row in result_of(megaseg("models", "list", "--json"))["models"]}
     assert {name: row["state"] for name, row in listed.items()} == {
