@@ -214,6 +214,17 @@ def test_labels_go_with_the_scores_that_they_were_made_of(label_name, run, again
     assert again("out.zarr", "csv", table="csv", **measured)[1].already_done is False
 
 
+def test_tables_go_with_the_labels_that_are_made_again_without_them(run, again, tmp_path):
+    run("out.zarr", outputs="labels,scores,measurements")
+    table = tmp_path / "out.zarr.measurements.parquet"
+    before = table.read_bytes()
+    again("out.zarr", threshold=0.6, outputs="labels,measurements")
+    assert (tmp_path / "out.zarr.again.measurements.parquet").exists()
+    again("out.zarr", threshold=0.7, outputs="labels", overwrite=True)
+    assert list(tmp_path.glob("out.zarr.*measurements*")) == [table]
+    assert table.read_bytes() == before
+
+
 def test_labels_of_fields_whose_scores_stay_are_kept(run, again, tmp_path):
     fields = {path: FieldSpec(shape=(16, 40, 40)) for path in ("A/1/0", "A/2/0")}
     source = write_fields(tmp_path / "plate.zarr", "0.5", fields)

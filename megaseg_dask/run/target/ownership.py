@@ -61,8 +61,6 @@ def remove_relabelled(relabelled: Plan, plans: Sequence[Plan]) -> None:
         from megaseg_dask.run.target.tables import remove_tables
 
         remove_tables(target)
-        for table in relabelled.tables:
-            table.parent.delete(table.basename)
     target.clear()
     refresh_consolidated(target)
     RunFolder(relabelled.run).remove()

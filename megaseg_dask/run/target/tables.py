@@ -132,7 +132,8 @@ def require_own_tables(target: Target) -> None:
 def remove_tables(target: Target) -> None:
     """Remove the measurements of labels that this run makes again."""
     kinds = (_OBJECTS, _REGIONS)
-    if not target.is_in_place:
+    # Beside a source one file serves runs of all label names. Labels made again have their own.
+    if not target.plan.is_in_place:
         for kind in kinds:
             kind.remove_files(target.plan, _FORMS)
 
