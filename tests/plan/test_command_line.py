@@ -37,3 +37,11 @@ def test_a_command_has_no_secret():
     only_secret = parse_settings({"storage_option": "secret_access_key=hidden"})
     command = command_line("status", "out", settings=only_secret, options=["storage_option"])
     assert command == "megaseg status out"
+
+
+def test_relabel_takes_the_options_that_its_plan_reads():
+    """The command line keeps its own list, as `--help` imports no plan."""
+    from megaseg_dask.cli.app import _COMMANDS, relabel
+    from megaseg_dask.plan.relabelling import RESULT, WORK
+
+    assert sorted(_COMMANDS[relabel]) == sorted([*RESULT, *WORK])
