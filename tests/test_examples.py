@@ -66,7 +66,7 @@ def test_a_page_has_only_commands_and_options_that_there_are(blocks):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def demo_folder(tmp_path_factory) -> Path:
     """A folder as the demo leaves it, so that examples find its images, of half the size.
 
     `tests/tools/test_demo.py` runs the demo.
@@ -80,6 +80,12 @@ def folder(tmp_path_factory) -> Path:
     write_small_plate(demo / "plate.zarr")
     write_files_of_microscopes(demo, image)
     return folder
+
+
+@pytest.fixture
+def folder(demo_folder, tmp_path) -> Path:
+    """A copy of that folder, so that no page finds the results of another page."""
+    return Path(shutil.copytree(demo_folder, tmp_path / "examples"))
 
 
 def write_files_of_microscopes(folder: Path, image: np.ndarray) -> None:
@@ -112,7 +118,7 @@ def write_small_plate(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bucket(folder, tmp_path_factory):
+def bucket(demo_folder, tmp_path_factory):
     """The environment of a real S3 server that has this plate in a bucket ``lab``."""
     program = find_weed()
     if program is None:
@@ -128,7 +134,7 @@ def bucket(folder, tmp_path_factory):
         for name, value in named.items():
             patch.setenv(name, value)
         clear_store_caches()
-        upload(folder / "megaseg-demo/plate.zarr", "s3://lab/plate.zarr")
+        upload(demo_folder / "megaseg-demo/plate.zarr", "s3://lab/plate.zarr")
     clear_store_caches()
     yield named
     server.kill()

@@ -172,7 +172,8 @@ def test_a_site_whose_commands_greet(slurm: Slurm, cluster_file, request_of, tmp
     monkeypatch.setenv("PATH", f"{tmp_path / 'site'}:{os.environ['PATH']}")
     source, target, settings = request_of("out.zarr", cluster=cluster_file())
     assert segment(source, target, settings).status == "done"
-    assert not slurm.jobs()
+    # SLURM shows a cancelled job until its processes have ended.
+    slurm.wait()
     source, target, settings = request_of(
         "other.zarr", cluster=cluster_file(options={"python": "/bin/false"})
     )
