@@ -19,7 +19,8 @@ from megaseg_dask.errors import MegasegError, SourceError
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.stores import Location, clear_array_cache
 from megaseg_dask.tools.view.gallery import Gallery
-from megaseg_dask.tools.view.neuroglancer_state import controls_of, state_of
+from megaseg_dask.tools.view.neuroglancer_state import state_of
+from megaseg_dask.tools.view.page import axes_of
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here
@@ -157,7 +158,8 @@ def test_a_scale_of_zero_is_shown(tmp_path):
     scene = Gallery(str(source)).scene("")
     assert [scale for scale, _ in scene.dimensions.values()] == [1e-6, 0.5e-6, 1e-6]
     assert set(scene.origin.values()) == {0.0}
-    assert controls_of(scene, state_of(scene, lambda layer: layer.location.url)).axes
+    assert state_of(scene, lambda layer: layer.location.url)["dimensions"].keys() == set("xyz")
+    assert [axis.scale for axis in axes_of(scene)] == [1e-6, 0.5e-6, 1e-6]
 
 
 # -- what leads elsewhere, and what is no file

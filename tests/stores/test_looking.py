@@ -40,7 +40,7 @@ def test_report_and_viewer_of_a_run_in_a_bucket(s3, folder, tmp_path, tiny_bundl
     assert [layer.name for layer in layers] == ["image", "labels megaseg", "scores"]
 
     async def read() -> list[tuple[int, bytes]]:
-        server = Server(allowed_origin="http://127.0.0.1:1")
+        server = Server(tmp_path)
         try:
             urls = [f"{server.publish(layer.location)}/{key}" for layer, key in wanted]
             assert {urlsplit(url).hostname for url in urls} == {"127.0.0.1"}

@@ -16,7 +16,8 @@ from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.ngff.plate import Field, Plate, write_plate
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.view.gallery import Gallery
-from megaseg_dask.tools.view.neuroglancer_state import changed, controls_of, keep_looks, state_of
+from megaseg_dask.tools.view.neuroglancer_state import state_of
+from megaseg_dask.tools.view.page import axes_of, layers_of
 from megaseg_dask.tools.view.server import Server
 from megaseg_dask.tools.view.viewer import view
 from tests.fixtures.images import blobs, write_image
@@ -24,22 +25,17 @@ from tests.ngff.test_coordinate_systems import as_06
 from tests.stores.test_zipped import pack
 
 
-class FakeControls:
-    """Controls of a page that counts."""
-
-    def state(self):
-        return {"told": 1}
-
-    def change(self, request):
-        return {"changed": request["n"] + 1}
+def count(question):
+    """Answer a question of the page."""
+    return {"counted": question["n"] + 1}
 
 
 def ask(folder: Path | str, *requests: tuple[str, dict]) -> list[tuple[int, dict, bytes]]:
     """Start a server of one folder, send requests below its address, and return the answers."""
 
     async def run():
-        server = Server(allowed_origin="http://127.0.0.1:1")
-        server.serve_page(FakeControls())
+        server = Server(Path(folder))
+        server.answer("count", count)
         try:
             base = server.publish(Location.of(folder))
             assert server.publish(Location.of(folder)) == base
@@ -76,7 +72,8 @@ def test_parts(folder, wanted, start, stop):
     ((code, headers, body),) = ask(folder, ("{data}/c/0/1", {"headers": {"Range": wanted}}))
     assert (code, body) == (206, bytes(range(start, stop)))
     assert headers["Content-Range"] == f"bytes {start}-{stop - 1}/100"
-    assert headers["Access-Control-Allow-Origin"] == "http://127.0.0.1:1"
+    # No page of another origin may read it.
+    assert "Access-Control-Allow-Origin" not in headers
 
 
 def test_whole_head_missing_and_beyond(folder):
@@ -91,8 +88,6 @@ def test_whole_head_missing_and_beyond(folder):
     assert whole[::2] == (200, bytes(range(100)))
     assert (head[0], head[1]["Content-Length"], head[2]) == (200, "100", b"")
     assert missing[0] == 404
-    # A browser that may not read the answer would take it for a lost server.
-    assert missing[1]["Access-Control-Allow-Origin"] == "http://127.0.0.1:1"
     assert directory[0] in (404, 502)
     assert beyond[0] == 416
 
@@ -105,32 +100,71 @@ def test_nobody_else_and_nothing_else(folder):
         ("{data}/c/../../secret", {}),
         ("{data}/%2Fetc/passwd", {}),
         ("{data}/..%5csecret", {}),
-        ("http://{host}/state", {}),
+        ("http://{host}/ask/count", {"method": "POST", "body": "{{}}"}),
         ("http://{host}/", {}),
+        ("{page}/server.py", {}),
+        ("{page}/v/1/../secret", {}),
+        ("{page}/v/1/zarr.json", {}),
         ("http://{host}/data/0/c/0/1", {}),
         ("{page}/data/1/c/0/1", {}),
         ("{data}/c/0/1", {"headers": {"Host": "evil.example:80"}}),
-        ("{page}/state", {"headers": {"Host": "localhost.evil.example"}}),
-        ("{page}/state", {"method": "POST", "body": "no json"}),
-        ("{page}/state", {"method": "POST", "body": "{{}}"}),
+        ("{page}/", {"headers": {"Host": "localhost.evil.example"}}),
+        ("{data}/c/0/1", {"headers": {"Origin": "http://evil.example"}}),
+        ("{page}/ask/count", {"method": "POST", "body": "no json"}),
+        ("{page}/ask/count", {"method": "POST", "body": "{{}}"}),
     )
-    assert [code for code, _, _ in answers] == [404] * 9 + [403] * 2 + [400] * 2
+    assert [code for code, _, _ in answers] == [404] * 12 + [403] * 3 + [400] * 2
     assert not any(b"secret" in body and b"html" not in body for _, _, body in answers)
 
 
 def test_the_page_and_its_questions(folder):
-    page, told, done = ask(
+    (folder / "index.html").write_text("<p>drawing</p>")
+    page, script, style, drawing, answer = ask(
         folder,
         ("{page}/", {}),
-        ("{page}/state", {}),
-        ("{page}/state", {"method": "POST", "body": '{"n": 1}'}),
+        ("{page}/page.js", {}),
+        ("{page}/page.css", {}),
+        ("{page}/v/1/", {}),
+        ("{page}/ask/count", {"method": "POST", "body": '{"n": 1}'}),
     )
-    assert b"<script>" in page[2]
-    assert "http://127.0.0.1:1" in page[1]["Content-Security-Policy"]
-    assert b"http://" not in page[2]
-    assert b"https://" not in page[2]
-    assert json.loads(told[2]) == {"told": 1}
-    assert json.loads(done[2]) == {"changed": 2}
+    assert b"page.js" in page[2]
+    assert page[1]["Content-Type"] == "text/html; charset=utf-8"
+    assert script[1]["Content-Type"] == "text/javascript; charset=utf-8"
+    assert style[1]["Content-Type"] == "text/css; charset=utf-8"
+    # Neither may load anything from another machine, and the page runs no script inside it.
+    assert "default-src 'self'" in page[1]["Content-Security-Policy"]
+    assert "unsafe" not in page[1]["Content-Security-Policy"]
+    assert "connect-src 'self' data: blob:" in drawing[1]["Content-Security-Policy"]
+    for _, _, text in (page, script, style):
+        assert b"http://" not in text
+        assert b"https://" not in text
+    assert drawing[2] == b"<p>drawing</p>"
+    assert json.loads(answer[2]) == {"counted": 2}
+
+
+def test_objects_made_on_request_and_failures_are_answers(folder):
+    class Made:
+        def get(self, key):
+            if key == "broken":
+                raise SourceError("a chunk is lost")
+            return key.encode() if key == "1:0" else None
+
+    async def run():
+        server = Server(folder)
+        try:
+            url = server.publish_made("meshes", Made())
+            assert server.publish_made("meshes", Made()) == url
+            client = AsyncHTTPClient()
+            keys = ("1:0", "2:0", "broken")
+            found = [await client.fetch(f"{url}/{key}", raise_error=False) for key in keys]
+            return [(answer.code, answer.body) for answer in found]
+        finally:
+            server.close()
+
+    made, missing, broken = asyncio.run(run())
+    assert made == (200, b"1:0")
+    assert missing[0] == 404
+    assert broken == (502, b"a chunk is lost")
 
 
 def test_channels_without_colours_are_not_shown_to_neuroglancer(tmp_path):
@@ -207,31 +241,14 @@ def test_a_scene_of_an_image_with_labels(image):
     json.dumps(state)
 
 
-def test_controls_change_what_they_name_and_nothing_else(image):
+def test_controls_of_a_scene(image):
     scene = Gallery(str(image)).scene("")
-    before = state_of(scene, lambda _: "")
-    wanted = {
-        "position": {"z": 3, "t": 2, "q": 9},
-        "layers": {
-            "DNA": {"visible": False, "range": [1, 2]},
-            "labels nuclei": {"opacity": 0.9},
-            "none": {"opacity": 1},
-        },
-        "layout": "4panel",
-        "selectedLayer": "DNA",
-    }
-    after = changed(before, wanted)
-    controls = controls_of(scene, after)
-    assert {axis.name: axis.at for axis in controls.axes} == {"z": 3, "t": 2}
-    assert [layer.visible for layer in controls.layers] == [False, True, True]
-    assert controls.layers[0].range == (1, 2)
-    assert controls.layers[2].opacity == 0.9
-    assert controls.layout == "4panel"
-    assert after.keys() == before.keys()
-    assert changed(before, {"layout": "javascript:"})["layout"] == "xy"
-    fresh = state_of(scene, lambda _: "")
-    keep_looks(after, fresh)
-    assert [layer["visible"] for layer in fresh["layers"]] == [False, True, True]
+    axes = {axis.name: axis for axis in axes_of(scene)}
+    assert (axes["z"].n, axes["z"].first, axes["z"].unit) == (16, 0.0, "m")
+    assert (axes["t"].n, axes["t"].scale, axes["t"].unit) == (3, 30.0, "s")
+    layers = layers_of(scene)
+    assert [layer.kind for layer in layers] == ["image", "image", "labels"]
+    assert [layer.span is None for layer in layers] == [False, False, True]
 
 
 def test_a_plate_has_its_fields_and_what_is_broken_is_left_out(tmp_path):

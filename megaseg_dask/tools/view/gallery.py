@@ -5,7 +5,7 @@ range of gray values, which comes from a few voxels in the middle.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -45,6 +45,8 @@ class Layer:
     image: Image
     limits: Limits = (0.0, 1.0)
     channel: int = 0
+    # Whether it is shown at first.
+    visible: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class Gallery:
             TargetError: The run is not finished, and nothing can be shown yet.
 
         """
-        layers = tuple(self._layers(field))
+        layers = tuple(_show_first(self._layers(field)))
         if layers:
             return Scene(field or self.name, layers)
         if self.plans:
@@ -151,6 +153,15 @@ class Gallery:
             yield from _image_layers(location)
             for name in _label_names(location):
                 yield from _group_layers(labels_group(location) / name, LABELS, f"labels {name}")
+
+
+def _show_first(layers: Iterable[Layer]) -> Iterator[Layer]:
+    """Hide the scores, and all label images but the first one, which would hide each other."""
+    has_labels = False
+    for layer in layers:
+        is_hidden = layer.kind == SCORES or (layer.kind == LABELS and has_labels)
+        has_labels |= layer.kind == LABELS
+        yield replace(layer, visible=not is_hidden)
 
 
 def _read_plans(location: Location, label_name: str | None) -> list[Plan]:

@@ -1,21 +1,25 @@
-"""A small web server on loopback: the page with its controls, and the objects of the stores.
+"""A small web server on loopback: the page, Neuroglancer's files, and the objects of the stores.
 
 All addresses begin with a token that nobody can guess, and answer only to a
 browser that asked for this machine by its number: a page from elsewhere can
-neither read the data nor learn that they are there. Arrays are served as they
-are stored: nothing is copied or decoded, and only the parts that are shown are
-read from a store.
+neither read the data nor learn that they are there. Page, Neuroglancer and data
+have one origin, so no other origin is ever allowed, and the browser itself
+refuses to ask any other machine. Arrays are served as they are stored: nothing
+is copied or decoded, and only the parts that are shown are read from a store.
 """
 
 import asyncio
 import functools
 import json
+import mimetypes
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tornado import httpserver, netutil, web
@@ -29,43 +33,73 @@ LOOPBACK = "127.0.0.1"
 
 R = TypeVar("R")
 Json = Mapping[str, Any]
+# A question of the page, answered in a thread.
+Answer = Callable[[Json], Json]
 
 _READERS = 16
 _MAX_BODY_BYTES = 2**16
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
+# Where Neuroglancer's page lies; it finds the stream of its settings from this path.
+_DRAWING = "v/1"
+_EVENTS = "events/1"
+# Its own controls are hidden: ours are beside it.
+_DRAWING_SETTINGS = {"showUIControls": False, "showPanelBorders": False}
 
-class Controls(Protocol):
-    """What the page asks for: the values of its controls, and changes of them, as JSON."""
+_PAGE_FILE = re.compile(r"[a-z_]+\.(?:js|css)")
+_DRAWING_FILE = re.compile(r"[\w.-]+\.(?:js|css|wasm|html)")
 
-    def state(self) -> Json:
-        """Return all values."""
+# What a browser may load for the page, and for Neuroglancer, which makes decoders of chunks at
+# run time, starts workers, and styles its own elements. Neither may ask another machine.
+_COMMON_POLICY = (
+    "default-src 'self'",
+    "img-src 'self' data: blob:",
+    "frame-ancestors 'self'",
+    "base-uri 'none'",
+    "form-action 'none'",
+)
+_PAGE_POLICY = "; ".join(_COMMON_POLICY)
+_DRAWING_POLICY = "; ".join(
+    (
+        *_COMMON_POLICY,
+        "script-src 'self' 'unsafe-eval'",
+        "worker-src 'self' blob:",
+        "connect-src 'self' data: blob:",
+        "style-src 'self' 'unsafe-inline'",
+    )
+)
 
-    def change(self, request: Json) -> Json:
-        """Make a change and return all values.
+
+class Objects(Protocol):
+    """Objects that are made when they are asked for, such as meshes."""
+
+    def get(self, key: str) -> bytes | None:
+        """Return an object, or none if there is none of that name.
 
         Raises:
-            MegasegError: The text is shown on the page.
-            TypeError, ValueError, KeyError, AttributeError: The request is malformed.
+            MegasegError: It cannot be made.
 
         """
 
 
 class Server:
-    """Serves the published locations; ``allowed_origin`` is the only other origin that reads them.
+    """Serves the page, the published locations and the answers to the page's questions.
 
-    Neuroglancer's own server is that origin.
+    ``drawing`` is the folder of Neuroglancer's own page.
     """
 
-    def __init__(self, allowed_origin: str) -> None:
-        self.allowed_origin = allowed_origin
+    def __init__(self, drawing: Path) -> None:
+        self.drawing = drawing
         self.pool = ThreadPoolExecutor(_READERS)
-        self.locations: dict[str, Location] = {}
-        self._names: dict[Location, str] = {}
+        self.published: dict[str, Location | Objects] = {}
+        self._names: dict[Location | str, str] = {}
         self._token = secrets.token_urlsafe(24)
         # Nothing is logged: the addresses hold the token.
         self._application = web.Application(server=self, log_function=lambda _: None)
         self._add_handler("data/([^/]+)/(.*)", _DataHandler)
+        self._add_handler(f"{_DRAWING}/(.*)", _DrawingHandler)
+        self._add_handler(_EVENTS, _EventsHandler)
+        self._add_handler("(|[^/]+[.][^/]+)", _PageHandler)
         self._http = httpserver.HTTPServer(self._application, max_body_size=_MAX_BODY_BYTES)
         sockets = netutil.bind_sockets(0, LOOPBACK)
         self._http.add_sockets(sockets)
@@ -74,14 +108,27 @@ class Server:
 
     def publish(self, location: Location) -> str:
         """Serve all below a location, and return its URL."""
-        name = self._names.setdefault(location, str(len(self._names)))
-        self.locations[name] = location
+        return self._publish(location, location)
+
+    def publish_made(self, name: str, objects: Objects) -> str:
+        """Serve objects that are made on request, and return the URL of their folder.
+
+        The URL stays the same for a name; the newest objects answer.
+        """
+        return self._publish(name, objects)
+
+    def _publish(self, key: Location | str, value: Location | Objects) -> str:
+        name = self._names.setdefault(key, str(len(self._names)))
+        self.published[name] = value
         return f"{self.url}/data/{name}"
 
-    def serve_page(self, controls: Controls) -> None:
-        """Serve the page, and answer it by ``controls``."""
-        self._add_handler("", _PageHandler)
-        self._add_handler("state", _StateHandler, controls=controls)
+    def answer(self, name: str, function: Answer) -> None:
+        """Answer the page's questions of one name.
+
+        A ``MegasegError`` of the function is shown on the page. ``TypeError``, ``ValueError``,
+        ``KeyError`` and ``AttributeError`` say that the question is malformed.
+        """
+        self._add_handler(f"ask/{name}", _AskHandler, function=function)
 
     def close(self) -> None:
         """Stop answering."""
@@ -104,6 +151,9 @@ class _Handler(web.RequestHandler):
         # A page from elsewhere may point a host name of its own at this machine.
         if self.request.host != self.server.host:
             raise web.HTTPError(403)
+        origin = self.request.headers.get("Origin")
+        if origin is not None and origin != f"http://{self.server.host}":
+            raise web.HTTPError(403)
 
     def set_default_headers(self) -> None:
         self.set_header("Referrer-Policy", "no-referrer")
@@ -114,37 +164,68 @@ class _Handler(web.RequestHandler):
         return asyncio.get_running_loop().run_in_executor(self.server.pool, function, *arguments)
 
 
-class _PageHandler(_Handler):
-    def get(self) -> None:
-        policy = [
-            "default-src 'self'",
-            "style-src 'unsafe-inline'",
-            "script-src 'unsafe-inline'",
-            "img-src data:",
-            f"frame-src {self.server.allowed_origin}",
-            "frame-ancestors 'none'",
-        ]
-        self.set_header("Content-Security-Policy", "; ".join(policy))
-        self.finish(resources.files(__package__).joinpath("page.html").read_text())
+class _FileHandler(_Handler):
+    """Files of one folder, of known names."""
+
+    async def send(self, file: Traversable, policy: str) -> None:
+        self.set_header("Content-Security-Policy", policy)
+        kind, _ = mimetypes.guess_type(file.name)
+        text = {"text/javascript", "text/css", "text/html"}
+        charset = "; charset=utf-8" if kind in text else ""
+        self.set_header("Content-Type", f"{kind or 'application/octet-stream'}{charset}")
+        try:
+            self.finish(await self.in_thread(file.read_bytes))
+        except FileNotFoundError:
+            raise web.HTTPError(404) from None
 
 
-class _StateHandler(_Handler):
-    def initialize(self, controls: Controls) -> None:
-        self.controls = controls
+class _PageHandler(_FileHandler):
+    async def get(self, name: str) -> None:
+        if name and not _PAGE_FILE.fullmatch(name):
+            raise web.HTTPError(404)
+        await self.send(resources.files(__package__).joinpath(name or "page.html"), _PAGE_POLICY)
+
+
+class _DrawingHandler(_FileHandler):
+    """Neuroglancer's own page and its parts."""
+
+    async def get(self, name: str) -> None:
+        if name and not _DRAWING_FILE.fullmatch(name):
+            raise web.HTTPError(404)
+        await self.send(self.server.drawing / (name or "index.html"), _DRAWING_POLICY)
+
+
+class _EventsHandler(_Handler):
+    """What Neuroglancer asks of its Python server: settings, once; it reports a stream that ends.
+
+    Its state is set by our page, which has the same origin.
+    """
+
+    def initialize(self) -> None:
+        self._is_closed = asyncio.Event()
 
     async def get(self) -> None:
-        await self._answer(self.controls.state)
+        self.set_header("Content-Type", "text/event-stream")
+        message = {"k": "c", "s": _DRAWING_SETTINGS, "g": "1"}
+        self.write(f"data: {json.dumps(message)}\n\n")
+        await self.flush()
+        await self._is_closed.wait()
+
+    def on_connection_close(self) -> None:
+        self._is_closed.set()
+
+
+class _AskHandler(_Handler):
+    def initialize(self, function: Answer) -> None:
+        self._function = function
 
     async def post(self) -> None:
         try:
-            request = json.loads(self.request.body)
+            question = json.loads(self.request.body)
         except ValueError:
             raise web.HTTPError(400) from None
-        await self._answer(self.controls.change, request)
-
-    async def _answer(self, function: Callable[..., Json], *arguments: Json) -> None:
         try:
-            self.finish(json.dumps(await self.in_thread(function, *arguments)))
+            self.finish(json.dumps(await self.in_thread(self._function, question)))
         except MegasegError as error:
             self.finish(json.dumps({"error": str(error)}))
         except (TypeError, ValueError, KeyError, AttributeError):
@@ -172,21 +253,14 @@ class _DataHandler(_Handler):
     """
 
     def set_default_headers(self) -> None:
-        # Also of errors: a browser that may not read one takes it for a lost server.
         super().set_default_headers()
-        self.set_header("Access-Control-Allow-Origin", self.server.allowed_origin)
-        self.set_header("Access-Control-Allow-Headers", "range")
-        self.set_header("Access-Control-Expose-Headers", "content-range, content-length")
         self.set_header("Accept-Ranges", "bytes")
 
-    def options(self, *_: str) -> None:
-        self.set_status(204)
-
     async def get(self, name: str, key: str) -> None:
-        location = self.server.locations.get(name)
-        if location is None or not lies_below(key):
+        published = self.server.published.get(name)
+        if published is None or not lies_below(key):
             raise web.HTTPError(404)
-        reply = await self._read(location, key)
+        reply = await self._read(published, key)
         self.set_status(reply.status)
         for header, value in reply.headers.items():
             self.set_header(header, value)
@@ -198,12 +272,20 @@ class _DataHandler(_Handler):
     def compute_etag(self) -> None:
         """Return none: a digest of each chunk takes time, and nothing is cached by it."""
 
-    async def _read(self, location: Location, key: str) -> _Reply:
+    async def _read(self, published: Location | Objects, key: str) -> _Reply:
         try:
-            return await self.in_thread(_read, location, key, self.request.headers.get("Range", ""))
+            if not isinstance(published, Location):
+                return await self.in_thread(_make, published, key)
+            wanted = self.request.headers.get("Range", "")
+            return await self.in_thread(_read, published, key, wanted)
         except MegasegError as error:
             # Neuroglancer shows the status; a person who opens the address sees the text.
             return _Reply(502, str(error).encode(), {"Content-Type": "text/plain"})
+
+
+def _make(objects: Objects, key: str) -> _Reply:
+    data = objects.get(key)
+    return _MISSING if data is None else _Reply(200, data, _BYTES)
 
 
 def _read(location: Location, key: str, range_header: str) -> _Reply:

@@ -1,22 +1,25 @@
 """``megaseg view``: image, scores and labels of a target in a browser, offline, from any store.
 
 Neuroglancer draws; its PyPI package contains its web page. Our own page is
-around it, with sliders for z and t, the layers and the wells of a plate. There
-are two servers on loopback, Neuroglancer's and ours, each with a token in its
-addresses.
+around it, with sliders for z and t, the layers and the wells of a plate. One
+server on loopback serves both, with a token in its addresses, so that our page
+moves the picture without asking anybody.
 """
 
 import asyncio
 import webbrowser
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.messages import install_command
 from megaseg_dask.stores import Location
-from megaseg_dask.tools.view.gallery import Gallery, Scene
-from megaseg_dask.tools.view.neuroglancer_state import changed, controls_of, keep_looks, state_of
+from megaseg_dask.tools.view.gallery import Gallery
+from megaseg_dask.tools.view.neuroglancer_state import state_of
+from megaseg_dask.tools.view.page import axes_of, layers_of
 
 
 def view(
@@ -33,90 +36,69 @@ def view(
 
     """
     gallery = Gallery(address, label_name)
-    try:
-        import neuroglancer
-    except ImportError as error:
-        raise SettingsError(f"the viewer needs Neuroglancer: {install_command('view')}") from error
-    asyncio.run(_serve(neuroglancer, gallery, announce, browser))
+    drawing = _find_drawing()
+    # What cannot be shown is said at once, not in the browser.
+    gallery.scene(gallery.fields[0])
+    asyncio.run(_serve(drawing, gallery, announce, browser))
+
+
+def _find_drawing() -> Path:
+    """Return the folder of Neuroglancer's own page; its Python code is not needed.
+
+    Raises:
+        SettingsError: It is not installed.
+    """
+    spec = find_spec("neuroglancer")
+    if spec is None or spec.origin is None:
+        raise SettingsError(f"the viewer needs Neuroglancer: {install_command('view')}")
+    return Path(spec.origin).parent / "static" / "client"
 
 
 async def _serve(
-    neuroglancer: Any, gallery: Gallery, announce: Callable[[str], None], browser: bool
+    drawing: Path, gallery: Gallery, announce: Callable[[str], None], browser: bool
 ) -> None:
-    from megaseg_dask.tools.view.server import LOOPBACK, Server
+    from megaseg_dask.tools.view.server import Server
 
-    neuroglancer.set_server_bind_address(LOOPBACK)
-    viewer = neuroglancer.Viewer()
-    with viewer.config_state.txn() as config:
-        config.show_ui_controls = False
-        config.show_panel_borders = False
-    origin = viewer.get_viewer_url().partition("/v/")[0]
-    server = Server(allowed_origin=origin)
-    session = Session(gallery, viewer, server.publish)
-    server.serve_page(session)
+    server = Server(drawing)
+    session = Session(gallery, server.publish)
+    server.answer("scene", session.scene)
     try:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(server.pool, session.open, gallery.fields[0])
         announce(f"{server.url}/")
         if browser:
             webbrowser.open(f"{server.url}/")
         await asyncio.Event().wait()
     finally:
         server.close()
-        neuroglancer.stop()
 
 
 class Session:
-    """The scene that Neuroglancer shows; ``publish`` returns the URL of a location."""
+    """Answers the page's questions; ``publish`` returns the URL of a location."""
 
-    def __init__(self, gallery: Gallery, viewer: Any, publish: Callable[[Location], str]) -> None:
+    def __init__(self, gallery: Gallery, publish: Callable[[Location], str]) -> None:
         self._gallery = gallery
-        self._viewer = viewer
         self._publish = publish
-        self._field = ""
-        self._scene = Scene("", ())
 
-    def open(self, field: str) -> None:
-        """Show another field; layers keep the looks of those of the same name.
+    def scene(self, question: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return all that the page shows of a field, or of the first one if none is named.
 
         Raises:
             SettingsError: There is no such field.
             SourceError, TargetError: It has nothing that can be shown.
 
         """
-        if field not in self._gallery.fields:
+        gallery = self._gallery
+        field = str(question.get("field", gallery.fields[0]))
+        if field not in gallery.fields:
             raise SettingsError(f"there is no field {field!r}")
-        scene = self._gallery.scene(field)
-        state = state_of(scene, lambda layer: self._publish(layer.location))
-        if self._scene.layers:
-            keep_looks(self._viewer.state.to_json(), state)
-        self._field = field
-        self._scene = scene
-        self._viewer.set_state(state)
-
-    def state(self) -> Mapping[str, Any]:
-        """Return all that the page shows beside the picture."""
-        plate = self._gallery.plate
-        controls = controls_of(self._scene, self._viewer.state.to_json())
+        scene = gallery.scene(field)
+        plate = gallery.plate
         return {
-            "name": self._gallery.name,
-            "viewer": self._viewer.get_viewer_url(),
-            "field": self._field,
+            "name": gallery.name,
+            "field": field,
             "rows": plate.rows if plate else [],
             "columns": plate.columns if plate else [],
-            "fields": self._gallery.fields,
-            **asdict(controls),
+            "fields": gallery.fields,
+            "axes": list(map(asdict, axes_of(scene))),
+            "layers": list(map(asdict, layers_of(scene))),
+            "state": state_of(scene, lambda layer: self._publish(layer.location)),
         }
-
-    def change(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Open a field, or change what the controls name; return :meth:`state`.
-
-        Raises:
-            SettingsError, SourceError, TargetError: The field cannot be shown.
-
-        """
-        if "field" in request:
-            self.open(str(request["field"]))
-        else:
-            self._viewer.set_state(changed(self._viewer.state.to_json(), request))
-        return self.state()
