@@ -5,7 +5,7 @@ taken off it before it is written again.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.ngff.group import (
@@ -79,22 +79,24 @@ def add_label(image: Location, version: str, name: str) -> None:
         TargetError: The group is of another Zarr format, or damaged.
         StoreError: The store failed.
     """
-    _write_list(image, version, [*_others(image, version, name), name])
+    others = [other for other in _listed(image, version) if other != name]
+    _write_list(image, version, [*others, name])
 
 
-def remove_label(image: Location, version: str, name: str) -> None:
-    """Take a label image off the list of an image, which is stored in ``version``.
+def remove_labels(image: Location, version: str, names: Collection[str]) -> None:
+    """Take label images off the list of an image, which is stored in ``version``.
 
     Raises:
         TargetError: The group is of another Zarr format, or damaged.
         StoreError: The store failed.
     """
-    _write_list(image, version, _others(image, version, name))
+    listed = _listed(image, version)
+    if not set(names).isdisjoint(listed):
+        _write_list(image, version, [name for name in listed if name not in names])
 
 
-def _others(image: Location, version: str, name: str) -> list[str]:
-    names = _names_in(read_written_ome(labels_group(image), version))
-    return [other for other in names if other != name]
+def _listed(image: Location, version: str) -> list[str]:
+    return _names_in(read_written_ome(labels_group(image), version))
 
 
 def _names_in(ome: Mapping[str, object]) -> list[str]:

@@ -30,7 +30,7 @@ from megaseg_dask.ngff.group import (
     write_group,
 )
 from megaseg_dask.ngff.versions import VERSIONS
-from megaseg_dask.stores import Location, naming
+from megaseg_dask.stores import METADATA, Location, naming
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -293,11 +293,16 @@ class ImageTable:
         """Remove the table, also from the list of tables, if this package wrote it."""
         if not self._is_own():
             return
-        self.location.remove()
         names = [name for name in self._listed() if name != self.name]
         for version in VERSIONS.values():
             if self._tables.size(version.group_file) is not None:
                 write_group(self._tables, version.name, {"tables": names})
+        self.location.remove()
+        attributes = find_attributes(self._tables) or {}
+        is_bare = attributes.keys() <= {"tables"} and not names
+        if is_bare and set(self._tables.children()) <= set(METADATA):
+            # The next table may be of an image of another version.
+            self._tables.remove()
 
     def require_own(self) -> None:
         """Require that no table of this name is there that another program wrote.

@@ -14,7 +14,7 @@ from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.ngff.group import PROVENANCE, remove_damaged_group, write_group
 from megaseg_dask.ngff.image import Image
-from megaseg_dask.ngff.labels import labels_group, remove_label
+from megaseg_dask.ngff.labels import labels_group, remove_labels
 from megaseg_dask.ngff.volume import Volume, is_array_of, restore_array
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.stores import METADATA, Location
@@ -22,6 +22,8 @@ from megaseg_dask.stores import METADATA, Location
 # Labels before the scores that they belong to: a reader that sees the image then sees all of it.
 _ORDER = ("mask", "labels", "scores")
 _DOCUMENTS = (*METADATA, ".zmetadata")
+# The endings of the tables of a label image: of its objects, and of the regions they lie in.
+_TABLES = ("", "_regions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +70,19 @@ class ImageTarget:
         """The groups of the tables of the image."""
         if not self._plan.resolved.measures_objects():
             return []
-        endings = ("", "_regions") if self._plan.resolved.regions else ("",)
+        endings = _TABLES if self._plan.resolved.regions else ("",)
         names = [group.name + ending for group in self.measured_groups for ending in endings]
-        return [self.location / "tables" / name for name in names]
+        return [self.tables_group / name for name in names]
+
+    @property
+    def tables_group(self) -> Location:
+        """The group that lists the tables of the image."""
+        return self.location / "tables"
+
+    def other_tables(self) -> set[str]:
+        """Return the names of the tables that the run neither writes nor removes."""
+        ours = {group.name + ending for group in self.measured_groups for ending in _TABLES}
+        return folders(self.tables_group) - ours
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -163,7 +175,7 @@ class ImageTarget:
         for table in self.tables:
             remove_damaged_group(table, version)
         if self.tables and is_ours:
-            remove_damaged_group(self.location / "tables", version)
+            remove_damaged_group(self.tables_group, version)
         for group in self.groups:
             if group.is_label or is_ours:
                 remove_damaged_group(group.location, version)
@@ -186,8 +198,8 @@ class ImageTarget:
         """Remove what writers of the labels left in a source that were killed."""
         for group in self.label_groups:
             group.location.sweep_partial()
-            (self.location / "tables" / group.name).sweep_partial()
-        for folder in (self.location, self.labels, self.location / "tables"):
+            (self.tables_group / group.name).sweep_partial()
+        for folder in (self.location, self.labels, self.tables_group):
             folder.sweep_staged(_DOCUMENTS)
 
     def remove_arrays(self) -> None:
@@ -199,15 +211,19 @@ class ImageTarget:
     def remove_groups(self) -> None:
         """Remove what the run would write of the image, now that it has no arrays."""
         for group in self.groups:
-            if not group.is_label:
-                for name in METADATA:
-                    group.location.delete(name)
-            elif group.location.exists():
+            if group.is_label:
                 group.location.remove()
-                if folders(self.labels):
-                    remove_label(self.location, self._plan.target_image.version, group.name)
-                else:
-                    self.labels.remove()
+                continue
+            for name in METADATA:
+                group.location.delete(name)
+        if not self.label_groups:
+            return
+        if folders(self.labels) or self._plan.is_in_place:
+            ours = {group.name for group in self.label_groups}
+            remove_labels(self.location, self._plan.target_image.version, ours)
+        else:
+            # It may be of another version than the run.
+            self.labels.remove()
 
 
 class Target:

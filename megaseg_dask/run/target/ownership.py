@@ -326,5 +326,7 @@ def _require_one_version(target: Target, image: ImageTarget) -> None:
     others = folders(image.labels) - {group.name for group in image.label_groups}
     if others:
         require_version(image.labels, target.version)
+    if image.tables and image.other_tables():
+        require_version(image.tables_group, target.version)
     if "scores" not in target.plan.arrays:
         require_version(image.location, target.version)

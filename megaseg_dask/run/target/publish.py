@@ -20,7 +20,7 @@ from megaseg_dask.ngff.group import (
     write_group,
 )
 from megaseg_dask.ngff.image import image_attributes
-from megaseg_dask.ngff.labels import add_label, list_labels, remove_label
+from megaseg_dask.ngff.labels import add_label, list_labels, remove_labels
 from megaseg_dask.ngff.plate import Plate, is_plate, join_plates, read_plate, write_plate
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.state import VolumeState
@@ -59,7 +59,7 @@ def withdraw(target: Target) -> None:
     def withdraw_image(image: ImageTarget) -> None:
         for group in image.label_groups:
             if provenance_at(group.location) != target.mark:
-                remove_label(image.location, target.version, group.name)
+                remove_labels(image.location, target.version, [group.name])
 
     def withdraw_group(group: Location) -> None:
         if provenance_at(group) != target.mark:
@@ -241,7 +241,7 @@ def _refresh(group: Location, below: list[Location]) -> None:
 def _tables(target: Target, image: ImageTarget) -> list[Location]:
     if not target.plan.resolved.measures_objects():
         return []
-    tables = image.location / "tables"
+    tables = image.tables_group
     names = [group.name for group in image.measured_groups]
     if target.plan.resolved.regions:
         names += [f"{name}_regions" for name in names]
