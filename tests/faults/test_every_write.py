@@ -5,38 +5,79 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 
+from megaseg_dask.events import Result
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run import journal
+from megaseg_dask.run.runner import relabel
 from megaseg_dask.stores.arrays import clear_array_cache
+from megaseg_dask.tools.importing.convert import import_files
+from megaseg_dask.tools.importing.planning import ImportOptions
 from tests.fixtures.disk import Disk, Killed, PowerLog, Tree, read_tree, write_tree
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
+from tests.run.test_where import add_labels
 
 SEED = 16
 # Kills in each scenario; `MEGASEG_KILLS=1000` tries every one.
-N_KILLS = int(os.environ.get("MEGASEG_KILLS", "20"))
+N_KILLS = int(os.environ.get("MEGASEG_KILLS", "8"))
 SHAPE = (20, 36, 40)
 # What a run keeps for the next one, and what differs from one run to the next.
 _RECORDS = re.compile(r"\w+\.zarr\.run/.*(plan\.json|lease.*|(journal|log|volumes)/.*)")
 # Power cuts in each scenario.
-N_CUTS = int(os.environ.get("MEGASEG_POWER_CUTS", "34"))
+N_CUTS = int(os.environ.get("MEGASEG_POWER_CUTS", "14"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a command works, and with which bundle."""
+
+    folder: Path
+    target: str
+    bundle: Path
+
+
+def segment_image(place: Place, options: dict[str, Any]) -> Result:
+    given = {"model": str(place.bundle), "engine": "torch", "threads": 1, "overlap": 0, **options}
+    source = str(place.folder / "image.zarr")
+    return segment_here(source, str(place.folder / place.target), parse_settings(given))
+
+
+def label_again(place: Place, options: dict[str, Any]) -> Result:
+    return relabel(str(place.folder / place.target), parse_settings({"workers": 0, **options}))
+
+
+def import_planes(place: Place, options: dict[str, Any]) -> Result:
+    files = [str(path) for path in sorted(place.folder.glob("*.tif"))]
+    parts = ImportOptions(pattern="{row}{column}_z{z}.tif", voxel_size=(1.0, 1.0, 1.0))
+    settings = parse_settings({"workers": 0})
+    return import_files(files, str(place.folder / place.target), parts, settings).result
+
+
+Command = Callable[[Place, dict[str, Any]], Result]
 
 
 @dataclass
 class Scenario:
-    """A command on a folder: what stands there before, and its options."""
+    """A command on a folder: what stands there before, and its options.
+
+    ``earlier`` are commands that ended there before, with their options.
+    """
 
     before: Callable[[Path], None]
     options: dict[str, Any] = field(default_factory=dict)
     target: str = "out.zarr"
+    earlier: Sequence[tuple[Command, dict[str, Any]]] = ()
+    command: Command = segment_image
 
 
 def _image(folder: Path, version: str = "0.5", seed: int = 0) -> None:
@@ -58,8 +99,28 @@ def _plate(folder: Path) -> None:
         write_image(folder / "image.zarr" / well["path"] / "0", blobs((16, 20, 24), number))
 
 
+def _masked(folder: Path) -> None:
+    _image(folder)
+    mask = np.zeros(SHAPE, "uint16")
+    mask[4:12, 5:30, :15] = 1
+    mask[4:12, 5:30, 16:30] = 2
+    add_labels(folder / "image.zarr", mask)
+
+
+def _planes(folder: Path) -> None:
+    for number, well in enumerate(("A1", "B2")):
+        for z, plane in enumerate(blobs((4, 90, 70), number)):
+            tifffile.imwrite(folder / f"{well}_z{z}.tif", plane, photometric="minisblack")
+
+
 BLOCKS = {"block": "20,20,40", "threshold": "otsu", "fill_holes": 20}
 ALL = {"outputs": "labels,scores,mask,measurements"}
+SPLIT = {**BLOCKS, "split": "distance", "split_depth": 0.2}
+AGAIN = {"label_name": "again", "threshold": "otsu", "outputs": "labels,mask,measurements"}
+# Runs that ended before: of other options, or what is labeled again.
+OTHER = (segment_image, {"threshold": 0.3, **ALL})
+KEPT = (segment_image, {"block": "20,20,40", "keep_logits": True})
+OTHER_AGAIN = (label_again, {**AGAIN, "threshold": 0.3})
 SCENARIOS = {
     "plain": Scenario(_image, ALL),
     "blocks": Scenario(_image, {**BLOCKS, **ALL}),
@@ -69,8 +130,25 @@ SCENARIOS = {
         {"block": "20,20,40", "outputs": "labels,measurements"},
         "image.zarr",
     ),
-    "overwrite": Scenario(_image, {"overwrite": True, "ome_zarr": "0.4", **ALL}),
-    "overwrite blocks": Scenario(_image, {"overwrite": True, **BLOCKS, **ALL}),
+    "overwrite": Scenario(_image, {"overwrite": True, "ome_zarr": "0.4", **ALL}, earlier=[OTHER]),
+    "overwrite blocks": Scenario(_image, {"overwrite": True, **BLOCKS, **ALL}, earlier=[OTHER]),
+    "split": Scenario(_image, {**SPLIT, **ALL}),
+    "statistics of a plate": Scenario(
+        _plate, {"normalization": "plate", "block": "16,20,16", **ALL}
+    ),
+    "where": Scenario(_masked, {"where": "cells", "regions": "cells", **BLOCKS, **ALL}),
+    "where in one block": Scenario(_masked, {"where": "cells", "regions": "cells", **ALL}),
+    "other voxels": Scenario(_image, {"voxel_size": "1.2,0.8,1", **BLOCKS, **ALL}),
+    "relabel": Scenario(
+        _image, {**AGAIN, "split": "distance"}, earlier=[KEPT], command=label_again
+    ),
+    "relabel a plate": Scenario(
+        _plate, AGAIN, earlier=[(segment_image, {"keep_logits": True})], command=label_again
+    ),
+    "relabel and overwrite": Scenario(
+        _image, {**AGAIN, "overwrite": True}, earlier=[KEPT, OTHER_AGAIN], command=label_again
+    ),
+    "import": Scenario(_planes, command=import_planes),
 }
 
 
@@ -79,14 +157,13 @@ class Runs:
 
     def __init__(self, scenario: Scenario, folder: Path, bundle: Path) -> None:
         self._scenario = scenario
-        self._bundle = bundle
         self.folder = folder / "disk"
         self.folder.mkdir()
+        self._place = Place(self.folder, scenario.target, bundle)
         self.disk = Disk(self.folder)
         scenario.before(self.folder)
-        if scenario.options.get("overwrite"):
-            # A finished run of another threshold stands in the way.
-            self.run(overwrite=False, threshold=0.3, fill_holes=0)
+        for command, options in scenario.earlier:
+            assert command(self._place, options).status == "done"
         self.before = read_tree(self.folder)
         with self.disk.watched():
             assert self.run().status == "done"
@@ -95,16 +172,7 @@ class Runs:
 
     def run(self, **options: Any) -> Any:
         clear_array_cache()
-        given = {
-            "model": str(self._bundle),
-            "engine": "torch",
-            "threads": 1,
-            "overlap": 0,
-            **self._scenario.options,
-            **options,
-        }
-        source, target = (str(self.folder / n) for n in ("image.zarr", self._scenario.target))
-        return segment_here(source, target, parse_settings(given))
+        return self._scenario.command(self._place, {**self._scenario.options, **options})
 
     def record(self) -> PowerLog:
         """Return all that one undisturbed run does to the disk."""
