@@ -176,10 +176,10 @@ def predict(
     The settings are ``patch``, ``overlap``, ``voxel_size``, ``block``, ``engine``, ``device``,
     ``precision``, ``batch``, ``threads`` and ``tta``, as for :func:`megaseg_dask.segment`, whose
     scores these are, bit for bit on a CPU, at any ``block`` (z, y, x), which is the chunk of the
-    result. Computing a part of them predicts only the blocks there, with the
-    statistics of the whole volume. A ``voxel_size`` needs coordinates z, y and x that are evenly
-    spaced, and have a length in their attribute ``units``. PyTorch's own settings are changed only
-    during a forward pass.
+    result. A ``precision`` of auto is fp32 on a CPU here. Computing a part of them predicts only
+    the blocks there, with the statistics of the whole volume. A ``voxel_size`` needs coordinates
+    z, y and x that are evenly spaced, and have a length in their attribute ``units``. PyTorch's own
+    settings are changed only during a forward pass.
 
     Computing raises `DataError` that names a voxel that is not finite.
 

@@ -1,22 +1,25 @@
-"""How quick an engine is on this machine: seconds a patch, and the quickest batch.
+"""How quick an engine is on this machine: seconds a patch, the quickest batch, what bfloat16 gains.
 
 Figures are kept for a day, so that a plan is made quickly. They belong to all that a forward
-pass depends on: the weights, the engine, its packages, the patch, and the processor or GPU.
+pass depends on: the weights, the engine, its packages, the patch, and the processor or GPU. A
+ratio of two times changes less with what else a machine does, and is kept for good: it decides
+the precision of runs.
 
 A GPU is measured in a process of its own, which ends: the memory that it takes there would
-otherwise be missing to the workers for as long as the run lasts.
+otherwise be missing to the workers for as long as the run lasts. So is bfloat16, whose network may
+have to be converted first.
 """
 
 import json
+import math
 import os
 import pickle
-import platform
 import subprocess
 import sys
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from megaseg_dask.inference.gpu import (
     is_out_of_memory,
     visible_devices,
 )
+from megaseg_dask.inference.machine import processor
 from megaseg_dask.messages import version_of
 from megaseg_dask.models.home import home, write_whole
 
@@ -40,6 +44,9 @@ DEFAULT_GPU_BATCH = 4
 
 # Other work on the machine may have slowed the passes down: they are timed again the next day.
 _KEPT_S = 24 * 3600.0
+
+# Bfloat16 changes scores: it has to be worth it.
+LEAST_GAIN = 1.3
 
 # A heavy network shows its pace in one pass, a light one when it is warm. On a GPU a pass takes
 # milliseconds, and the first ones choose kernels.
@@ -82,43 +89,21 @@ class _Passes:
         finally:
             close_engine()
 
-    def measure_apart(self) -> float:
-        """Return the same, measured in a process that ends.
-
-        Raises:
-            EngineError: The device does not work, or has too little memory.
-        """
-        command = [sys.executable, "-c", _PROCESS]
-        question = pickle.dumps(self)
-        try:
-            ended = subprocess.run(
-                command, input=question, capture_output=True, timeout=_PROCESS_S, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise EngineError(f"the GPU could not be measured: {error}") from error
-        if ended.returncode:
-            lines = ended.stderr.decode(errors="replace").strip().splitlines()
-            raise EngineError(f"the GPU could not be measured: {' '.join(lines[-1:])}")
-        return float(json.loads(ended.stdout.splitlines()[-1]))
-
     def known_or_measured(self) -> float:
         """Return what was measured less than a day ago, or is measured now.
 
         Raises:
             EngineError: This machine cannot run the engine.
         """
-        file = home() / "speeds" / f"{self._key}.json"
-        found = _read_kept(file)
+        found = _find(self.key, _KEPT_S)
         if found is not None:
             return found
-        found = self.measure_apart() if self.spec.device == "cuda" else self.measure()
-        # A folder that cannot be written keeps nothing.
-        with suppress(OSError):
-            write_whole(file, json.dumps(found).encode())
+        found = _measure_apart(self) if self.spec.device == "cuda" else self.measure()
+        _keep(self.key, found)
         return found
 
     @property
-    def _key(self) -> str:
+    def key(self) -> str:
         """SHA-256 of all that the time of a forward pass depends on."""
         packages = ("megaseg-dask", *ENGINES[self.spec.engine].versions)
         depends_on = {
@@ -126,16 +111,72 @@ class _Passes:
             "engine": asdict(self.spec),
             "shape": (self.batch, self.model.in_channels, *self.patch_shape),
             "versions": {package: version_of(package) for package in packages},
-            "processors": _gpus() if self.spec.device == "cuda" else _processor(),
+            "processors": _gpus() if self.spec.device == "cuda" else processor(),
         }
         return sha256(json.dumps(depends_on).encode()).hexdigest()
 
 
-def measure_here() -> None:
-    """Measure the passes that standard input holds, and write the figure to standard output."""
-    passes: _Passes = pickle.load(sys.stdin.buffer)
+@dataclass(frozen=True, slots=True)
+class _Gain:
+    """How many times as quick as float32 bfloat16 is, of which the time is wanted."""
+
+    passes: _Passes
+
+    def measure(self) -> float:
+        """Return the ratio, measured in this process; 0 on a processor without bfloat16."""
+        exact_s = self.passes.measure()
+        half = replace(self.passes, spec=replace(self.passes.spec, precision="bf16"))
+        try:
+            return exact_s / half.measure()
+        except EngineError:
+            return 0.0
+
+
+def measure_gain(model: ModelRef, spec: EngineSpec, batch: int, patch_shape: Shape) -> float:
+    """Return how many times as quick as float32 bfloat16 is for patches ``(z, y, x)`` here.
+
+    It is 0 on a processor without bfloat16, or where it cannot be measured.
+    """
+    gain = _Gain(_Passes(model, spec, patch_shape, batch))
+    key = f"bf16-{gain.passes.key}"
+    found = _find(key, math.inf)
+    if found is None:
+        try:
+            found = _measure_apart(gain)
+        except EngineError:
+            return 0.0
+        _keep(key, found)
+    return found
+
+
+def _measure_apart(question: _Passes | _Gain) -> float:
+    """Return what is measured in a process that ends.
+
+    Raises:
+        EngineError: The device does not work, or has too little memory.
+    """
+    command = [sys.executable, "-c", _PROCESS]
     try:
-        found = passes.measure()
+        ended = subprocess.run(
+            command,
+            input=pickle.dumps(question),
+            capture_output=True,
+            timeout=_PROCESS_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineError(f"the engine could not be measured: {error}") from error
+    if ended.returncode:
+        lines = ended.stderr.decode(errors="replace").strip().splitlines()
+        raise EngineError(f"the engine could not be measured: {' '.join(lines[-1:])}")
+    return float(json.loads(ended.stdout.splitlines()[-1]))
+
+
+def measure_here() -> None:
+    """Measure what standard input asks for, and write the figure to standard output."""
+    question: _Passes | _Gain = pickle.load(sys.stdin.buffer)
+    try:
+        found = question.measure()
     except Exception as error:
         # The last line tells why.
         traceback.print_exc()
@@ -178,21 +219,28 @@ def _gpus() -> list[str]:
     return [*names, os.environ.get("CUDA_VISIBLE_DEVICES", "")]
 
 
-def _processor() -> str:
-    """Return the model of this machine's processor, as far as the system tells it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line
-    return f"{platform.processor()} {platform.machine()}"
+# -- kept figures
 
 
-def _read_kept(file: Path) -> float | None:
+def _file(key: str) -> Path:
+    return home() / "speeds" / f"{key}.json"
+
+
+def _find(key: str, max_age_s: float) -> float | None:
     try:
-        is_old = time.time() - file.stat().st_mtime > _KEPT_S
-        return None if is_old else float(json.loads(file.read_bytes()))
+        is_old = time.time() - _file(key).stat().st_mtime > max_age_s
+        return None if is_old else float(json.loads(_file(key).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _keep(key: str, found: float) -> None:
+    # A folder that cannot be written keeps nothing.
+    with suppress(OSError):
+        write_whole(_file(key), json.dumps(found).encode())
+
+
+# -- forward passes
 
 
 def _choose_batch(engine: Engine, patch_shape: tuple[int, ...], device: str) -> int:

@@ -103,11 +103,6 @@ class Certificate:
             raise EngineError(self.refusal)
 
 
-def is_proof_needed(spec: EngineSpec) -> bool:
-    """Return whether an engine is another than the reference, float32 PyTorch."""
-    return (spec.engine, spec.precision) != ("torch", "fp32")
-
-
 @dataclass(frozen=True, slots=True)
 class Claim:
     """What is to be proven: an engine as a run uses it; ``patch_shape`` is ``(z, y, x)``."""
@@ -128,7 +123,7 @@ class Claim:
             BundleError: A bundle at its address is no longer the plan's.
             EngineError: This machine cannot run the engine.
         """
-        if not is_proof_needed(self.spec):
+        if self.spec.is_reference:
             return None
         with open_engine(self.model, self.spec) as engine:
             certificate = self._prove(engine, read_patch)

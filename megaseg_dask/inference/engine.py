@@ -33,6 +33,11 @@ class EngineSpec:
     threads: int
     tta: bool = False
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is float32 PyTorch, which others are compared with."""
+        return (self.engine, self.precision) == ("torch", "fp32")
+
     def record(self, batch: int) -> dict[str, str | int | bool]:
         """Return what plans show and outputs record of an engine that predicts such batches."""
         return {**asdict(self), "batch": batch}

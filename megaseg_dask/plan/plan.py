@@ -516,6 +516,12 @@ class Plan(BaseModel):
         # A copy would keep the cached grids and projections of the old block.
         return Plan.model_construct(**{**dict(self), "resolved": resolved})
 
+    def with_precision(self, precision: str) -> "Plan":
+        """Return the same plan, whose engine computes in another precision."""
+        engine = replace(self.engine, precision=precision)
+        resolved = replace(self.resolved, engine=engine)
+        return Plan.model_construct(**{**dict(self), "resolved": resolved})
+
     def with_split(self, voxels: int) -> "Plan":
         """Return the same plan, in which objects of padded boxes up to so many voxels are split."""
         return Plan.model_construct(**{**dict(self), "split_voxels": voxels})
@@ -577,7 +583,13 @@ class Plan(BaseModel):
         of_tasks = stages.project(sizes, self.resolved, is_one_block=is_one_block)
         # The engine is kept open from one task to the next.
         idle = IDLE_BYTES + engine.kept
-        return {name: idle + n_bytes * self.tasks_at_once for name, n_bytes in of_tasks.items()}
+        peaks = {name: idle + n_bytes * self.tasks_at_once for name, n_bytes in of_tasks.items()}
+        if self._is_proven:
+            # Before the first task that predicts, when no block is in memory.
+            proof = self.reference_bytes(self.proof_patch)
+            for name in {"volume", "segment"} & peaks.keys():
+                peaks[name] = max(peaks[name], proof)
+        return peaks
 
     @property
     def device_bytes(self) -> int:
@@ -586,7 +598,19 @@ class Plan(BaseModel):
 
     def project_device(self, block: Shape, batch: int) -> int:
         """Return the memory of a GPU with other blocks ``(z, y, x)`` and another batch."""
-        return device_bytes(self._sizes_of(block), self.engine, replace(self._forward, batch=batch))
+        forward = replace(self._forward, batch=batch)
+        n_bytes = device_bytes(self._sizes_of(block), self.engine, forward)
+        if not self._is_proven:
+            return n_bytes
+        reference = replace(self.engine, precision="fp32")
+        no_block = replace(self._sizes, core_voxels=0, read_voxels=0, resampling_bytes=0)
+        forward = replace(forward, batch=1, patch_voxels=math.prod(self.proof_patch))
+        return max(n_bytes, device_bytes(no_block, reference, forward))
+
+    @property
+    def _is_proven(self) -> bool:
+        """Whether workers compare their engine with another one, which takes memory."""
+        return self.resolved.predicts() and not self.engine.is_reference
 
     @cached_property
     def _engine_bytes(self) -> EngineBytes:

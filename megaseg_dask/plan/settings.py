@@ -257,8 +257,9 @@ class Settings(BaseModel):
         Literal["auto", "fp32", "bf16", "fp16"],
         Option(
             NETWORK,
-            "Arithmetic inside the network; auto is fp32 on a CPU and fp16 on a GPU. fp32 has "
-            "TF32 off.",
+            "Arithmetic inside the network. auto is fp16 on a GPU; on CPUs of this machine bf16 in "
+            "long runs that get 1.3 times as fast; else fp32, also if the engine does not prove "
+            "itself. fp32 has TF32 off.",
             "auto|fp32|bf16|fp16",
             changes_result=True,
         ),

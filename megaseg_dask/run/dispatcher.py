@@ -17,7 +17,7 @@ from typing import Any
 
 from megaseg_dask.errors import ClusterError
 from megaseg_dask.events import Emit, Joined, Notice
-from megaseg_dask.inference.certificate import Certificate, is_proof_needed
+from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.cluster.connection import Needs, connect, dashboard_of, require_client
@@ -254,8 +254,9 @@ class DaskDispatcher:
 
     def _may_help(self, outcome: Outcome) -> bool:
         """Return whether another attempt may end otherwise."""
-        if outcome.device == "full":
-            # Another GPU may be larger, or have more memory free.
+        if outcome.device in ("full", "unable"):
+            # Another GPU may be larger, or have more memory free; another processor may have
+            # what the engine needs.
             return self._n_workers > 1
         return outcome.is_infrastructure
 
@@ -403,7 +404,7 @@ class DaskExecutor:
         Raises:
             Exception: The worker cannot run the engine, died, or does not answer.
         """
-        if not is_proof_needed(plan.engine):
+        if plan.engine.is_reference:
             return None
         future = self._workers.client.submit(prove_engine, sample_of(plan), pure=False)
         certificate: Certificate | None = future.result(plan.settings.timeout or _PROOF_S)

@@ -51,7 +51,8 @@ def record_plans(
     Raises:
         MegasegError: The request cannot be carried out.
     """
-    request = Request(source, target, settings, emit)
+    # Tasks run elsewhere, and each proves its engine alone.
+    request = Request(source, target, settings, emit, is_here=False)
     with Leases(runs_folder(Location.of(target))).hold() as lease:
         runs = request.reopen_runs(lease)
         record(runs, request.superseded, lease, emit)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
-from megaseg_dask.events import Emit, ignore
+from megaseg_dask.events import Emit, Notice, ignore
 from megaseg_dask.messages import count
 from megaseg_dask.ngff.foreign import require_folder_name
+from megaseg_dask.plan.cluster_spec import cluster_of
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.plan.planner import make_plans
 from megaseg_dask.plan.plate_parts import Part, read_parts
+from megaseg_dask.plan.precision import gain_by_bfloat16
 from megaseg_dask.plan.relabelling import (
     can_be_basis,
     plan_relabelling,
@@ -57,10 +59,19 @@ class Request:
     :class:`Relabelling` is another one, of the same methods.
     """
 
-    def __init__(self, source: str, target: str, settings: Settings, emit: Emit = ignore) -> None:
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        settings: Settings,
+        emit: Emit = ignore,
+        *,
+        is_here: bool = True,
+    ) -> None:
         """Plan the runs of a request; writes nothing.
 
-        ``emit`` is told of the progress of models that are fetched.
+        ``emit`` is told of the progress of models that are fetched. With ``is_here`` the workers
+        are processes of this machine, unless the settings say otherwise.
 
         Raises:
             SettingsError: The request is wrong, or the target is on a web server.
@@ -80,6 +91,7 @@ class Request:
         self._source = source
         self._settings = settings
         self._emit = emit
+        self._is_here = is_here and cluster_of(settings).is_local
         self._target = Location.of(target)
         # Before all else: a store that is not there is asked only once.
         if not self._target.is_listable:
@@ -101,7 +113,25 @@ class Request:
         name = self._settings.label_name
         recorded = [plan for plan in self._recorded if plan.resolved.label_name == name]
         parts = read_parts(source, self._target, self._settings, recorded)
-        return make_plans(self._source, self._target.url, self._settings, parts, self._emit)
+        planned = make_plans(self._source, self._target.url, self._settings, parts, self._emit)
+        is_first = not any(part.recorded or part.others for part in parts)
+        # What is quick on this machine, and what it can compute, says nothing about others.
+        if is_first and self._is_here and self.chooses_precision:
+            return self._with_bfloat16(planned)
+        return planned
+
+    def _with_bfloat16(self, planned: list[tuple[Plan, Part]]) -> list[tuple[Plan, Part]]:
+        """Return the plans in bfloat16, if that is worth it on this machine."""
+        gain = gain_by_bfloat16([plan for plan, _ in planned])
+        if not gain:
+            return planned
+        self._emit(
+            Notice(
+                f"bfloat16 is {gain:.1f} times as fast as float32 on this machine: the run uses it "
+                "if it proves itself on this data; --precision fp32 keeps float32"
+            )
+        )
+        return [(plan.with_precision("bf16"), part) for plan, part in planned]
 
     @property
     def superseded(self) -> list[Plan]:

@@ -149,7 +149,8 @@ def segment(
         MegasegError: The request cannot be carried out, or was stopped.
     """
     emit(Step("reading the image and the model"))
-    return _carry_out(Request(source, target, settings, emit), client, emit)
+    request = Request(source, target, settings, emit, is_here=client is None)
+    return _carry_out(request, client, emit)
 
 
 def relabel(
@@ -215,7 +216,12 @@ def _without_halves(
     """
     is_recorded = any(journal.n_done for _, journal in runs)
     is_open = isinstance(request, Request) and request.chooses_precision
-    if refused.precision == "fp32" or is_recorded or not is_open:
+    if refused.precision != "fp32" and is_recorded:
+        raise SettingsError(
+            f"{refused.refusal} together with --overwrite, or go on where the run was begun: this "
+            "machine's processor or GPU is another, or its packages are"
+        )
+    if refused.precision == "fp32" or not is_open:
         raise SettingsError(refused.refusal)
     assert isinstance(request, Request)
     emit(Notice(f"{refused}: the run goes on in float32"))

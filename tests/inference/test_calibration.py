@@ -3,12 +3,14 @@
 import os
 import time
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
-from megaseg_dask.inference import engine
+from megaseg_dask.errors import EngineError
+from megaseg_dask.inference import calibration, engine
 from megaseg_dask.inference.block import Engine
-from megaseg_dask.inference.calibration import measure_patch_s
+from megaseg_dask.inference.calibration import measure_gain, measure_patch_s
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.ensemble import BundleRef, ModelRef
 
@@ -75,7 +77,7 @@ def test_other_passes_are_timed_again(case, n_timed):
 @pytest.mark.parametrize("changed", ["processor", "version"])
 def test_another_machine_is_timed_again(changed, n_timed, monkeypatch):
     measure()
-    name = {"processor": "_processor", "version": "version_of"}[changed]
+    name = {"processor": "processor", "version": "version_of"}[changed]
     monkeypatch.setattr(f"megaseg_dask.inference.calibration.{name}", lambda *_: "another")
     measure()
     assert n_timed() == 2
@@ -108,3 +110,62 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(n_timed, tmp_path, monkey
     assert measure() > 0
     measure()
     assert n_timed() == 2
+
+
+# -- what bfloat16 gains
+
+
+class Paced(Engine):
+    """An engine whose passes take as long as its precision says."""
+
+    seconds: ClassVar = {"fp32": 0.02, "bf16": 0.01}
+    asked: ClassVar = []
+
+    def __init__(self, ref, spec):
+        Paced.asked.append(spec.precision)
+        if spec.precision not in Paced.seconds:
+            raise EngineError("the plan needs bfloat16 arithmetic, which this CPU does not have")
+        self._precision = spec.precision
+
+    def __call__(self, patches):
+        time.sleep(Paced.seconds[self._precision])
+        return patches
+
+
+@pytest.fixture
+def paced(monkeypatch, tmp_path):
+    """Passes of known lengths, measured in this process, on a new machine."""
+    monkeypatch.setenv("MEGASEG_HOME", str(tmp_path))
+    monkeypatch.setattr(engine, "_open_bundle", Paced)
+    monkeypatch.setattr(calibration, "_measure_apart", lambda question: question.measure())
+    monkeypatch.setattr(Paced, "asked", [])
+    return Paced
+
+
+def test_what_bfloat16_gains_is_measured_once_and_kept_for_good(paced, tmp_path):
+    gain = measure_gain(MODEL, SPEC, 1, SHAPE)
+    assert 1.3 < gain < 3
+    assert paced.asked == ["fp32", "bf16"]
+    [kept] = tmp_path.glob("speeds/bf16-*.json")
+    last_year = time.time() - 365 * A_DAY_S
+    os.utime(kept, (last_year, last_year))
+    assert measure_gain(MODEL, SPEC, 1, SHAPE) == gain
+    assert len(paced.asked) == 2
+    measure_gain(MODEL, SPEC, 1, (16, 32, 48))
+    assert len(paced.asked) == 4
+
+
+def test_a_processor_without_bfloat16_gains_nothing_and_is_asked_once(paced, monkeypatch):
+    monkeypatch.setattr(paced, "seconds", {"fp32": 0.001})
+    assert measure_gain(MODEL, SPEC, 1, SHAPE) == 0
+    assert measure_gain(MODEL, SPEC, 1, SHAPE) == 0
+    assert paced.asked == ["fp32", "bf16"]
+
+
+def test_a_measurement_that_fails_gains_nothing_and_is_made_again(paced, monkeypatch, tmp_path):
+    def fails(question):
+        raise EngineError("the engine could not be measured: Killed")
+
+    monkeypatch.setattr(calibration, "_measure_apart", fails)
+    assert measure_gain(MODEL, SPEC, 1, SHAPE) == 0
+    assert not list(tmp_path.glob("speeds/*"))

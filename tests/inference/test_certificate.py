@@ -14,6 +14,7 @@ from megaseg_dask.inference.engine import EngineSpec, close_engine
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.inference.pytorch import TorchEngine
 from megaseg_dask.models import load_bundle
+from megaseg_dask.plan import precision
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.job_array import record_plans, run_tasks
 from megaseg_dask.run.journal import Journal
@@ -232,7 +233,8 @@ def test_a_precision_of_ours_becomes_float32_and_a_chosen_one_is_refused(
     kind = engine.ENGINES["torch"]
     offered = replace(kind, precisions={"cpu": ("fp32", "bf16")})
     monkeypatch.setitem(engine.ENGINES, "torch", offered)
-    monkeypatch.setattr(engine, "_choose_precision", lambda device: "bf16")
+    monkeypatch.setattr(precision, "LEAST_VOXELS", 1)
+    monkeypatch.setattr(precision, "measure_gain", lambda *_: 1.7)
 
     def predict(self, patches, original=TorchEngine.__call__):
         logits = original(self, patches)

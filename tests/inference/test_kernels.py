@@ -63,6 +63,7 @@ import subprocess
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from megaseg_dask.inference import kernels
 
@@ -100,9 +101,7 @@ for capability in (80, 90, 100):
         ):
             built = compiled(kernel, signature, constants, n_warps, capability)
             open("kernel.cubin", "wb").write(built.asm["cubin"])
-            ptxas = triton.knobs.nvidia.ptxas if capability < 100 else (
-                triton.knobs.nvidia.ptxas_blackwell
-            )
+            ptxas = get_ptxas(capability)
             open("kernel.ptx", "w").write(built.asm["ptx"])
             arch = re.search(r"[.]target (sm_\\w+)", built.asm["ptx"])[1]
             told = subprocess.run(

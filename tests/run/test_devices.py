@@ -10,6 +10,7 @@ from megaseg_dask.plan.memory import PRECISION_BYTES
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.cluster.devices import FailedDevices
 from megaseg_dask.run.cluster.versions import compare_builds
+from megaseg_dask.run.dispatcher import DaskDispatcher
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.retries import Retries, StoreWatch
 from megaseg_dask.run.serial import SerialDispatcher
@@ -64,6 +65,21 @@ def test_an_outcome_says_what_its_gpu_did(error, state, is_infrastructure, monke
     # A failed device is not a lost store.
     watch = StoreWatch([])
     assert not any(watch.is_lost_after(outcome) for _ in range(20))
+
+
+def test_a_process_that_cannot_run_the_engine_leaves_its_tasks_to_others():
+    class Refused:
+        tasks_at_once = 1
+
+        def prepare(self, stage):
+            raise EngineError("the plan needs bfloat16 arithmetic")
+
+    outcome = tasks.Worker(Refused()).attempt("segment", 3)
+    assert (outcome.device, outcome.error) == ("unable", "the plan needs bfloat16 arithmetic")
+    dispatcher = DaskDispatcher.__new__(DaskDispatcher)
+    for n_workers, may_help in ((1, False), (2, True)):
+        dispatcher._n_workers = n_workers
+        assert dispatcher._may_help(outcome) is may_help
 
 
 def test_a_process_whose_gpu_failed_stops_and_names_the_next_step():

@@ -12,7 +12,7 @@ from typing import Any
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import TargetError
-from megaseg_dask.inference.certificate import MAX_DIFFERENCE, MIN_DICE, is_proof_needed
+from megaseg_dask.inference.certificate import MAX_DIFFERENCE, MIN_DICE
 from megaseg_dask.messages import version_of
 from megaseg_dask.ngff.group import PROVENANCE, find_attributes
 from megaseg_dask.plan.plan import Plan, PlannedVolume
@@ -143,7 +143,7 @@ def _required_certificate(plan: Plan) -> Json | None:
 
     The figures themselves are those of a worker, and in the run folder.
     """
-    if not is_proof_needed(plan.engine):
+    if plan.engine.is_reference:
         return None
     return {
         "against": "torch fp32",

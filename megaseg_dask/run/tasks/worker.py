@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 from megaseg_dask.algorithms.geometry import Box
-from megaseg_dask.errors import MegasegError, StoreError, TaskError
+from megaseg_dask.errors import EngineError, MegasegError, StoreError, TaskError
 from megaseg_dask.events import Failure
 from megaseg_dask.inference import gpu
 from megaseg_dask.plan.plan import Plan, PlannedVolume, runs_folder
@@ -26,7 +26,7 @@ from megaseg_dask.run.tasks.proof import prove_engine
 from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import Location, clear_array_cache, noting
 
-DeviceState: TypeAlias = Literal["", "full", "failed"]
+DeviceState: TypeAlias = Literal["", "full", "failed", "unable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,8 @@ class Outcome:
 
     ``is_infrastructure`` says whether another attempt may help. ``device`` says that
     memory of a GPU was ``full``, so that a larger one may do, or that it ``failed``:
-    this process can compute nothing on it any more.
+    this process can compute nothing on it any more. A process that is ``unable`` to run the
+    engine leaves the task to another one.
     """
 
     index: int
@@ -112,6 +113,9 @@ class Worker:
         """Run one task when there is room for it, and return how it ended."""
         try:
             self._work.prepare(stage)
+        except EngineError as error:
+            outcome = _failed(index, error)
+            return replace(outcome, device=outcome.device or "unable")
         except Exception as error:
             return _failed(index, error)
         with self._places, self._measured(stage):
