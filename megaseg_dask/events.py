@@ -207,6 +207,7 @@ class RunStatus(Event):
     """Finished and planned tasks of each stage of a run, and its failures.
 
     ``channels`` are those that it takes, and ``fields`` the paths of its fields of a plate.
+    ``command`` started it: ``segment`` or ``relabel``.
     """
 
     kind: ClassVar[str] = "status"
@@ -216,6 +217,7 @@ class RunStatus(Event):
     failures: list[Failure]
     channels: list[str] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
+    command: str = "segment"
 
     @property
     def exit_code(self) -> int:

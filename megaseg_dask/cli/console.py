@@ -276,16 +276,17 @@ def print_status(run: RunStatus, target: str) -> None:
         echo(failure_line(failure))
     if run.done:
         return
+    same = f"the same {run.command} command"
     if run.failures:
-        echo("Fix the cause and run the same segment command again; only failed tasks are retried.")
-        echo(f"In a job array: {RETRY_TASKS}.")
+        echo(f"Fix the cause and run {same} again; only failed tasks are retried.")
+        if run.command == "segment":
+            echo(f"In a job array: {RETRY_TASKS}.")
         return
     pending = [stage for stage, (n_done, n_tasks) in run.stages.items() if n_done < n_tasks]
     if not pending:
-        done = "All tasks are done. Run megaseg join, or the same segment command,"
-        echo(f"{done} to publish the result.")
+        echo(f"All tasks are done. Run megaseg join, or {same}, to publish the result.")
         return
-    echo("To resume, run the same segment command again, or its tasks:")
+    echo(f"To resume, run {same} again, or its tasks:")
     option = "" if run.label_name == "megaseg" else f" --label-name {run.label_name}"
     echo(f"  megaseg task {target} {pending[0]}{option}")
 

@@ -115,6 +115,17 @@ class Volume:
             _require_some(self)
         return Absent(n_absent, n_inner)
 
+    def find_lost(self, box: Box) -> str | None:
+        """Return the address of the first stored object of a box that is absent, if one is.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        for _, key in self._units(self._open(), box):
+            if self.location.size(key) is None:
+                return f"{self.location}/{key}"
+        return None
+
     def _absent_inner(
         self, array: "zarr.Array[Any]", box: Box, values: Array
     ) -> Iterator[tuple[Box, str]]:

@@ -50,6 +50,7 @@ def _status_of(plan: Plan) -> RunStatus:
         failures=[*journal.failed.values(), *unread_fields(plan)],
         channels=plan.channel_texts,
         fields=plan.field_paths,
+        command="segment" if plan.resolved.predicts() else "relabel",
     )
 
 

@@ -306,7 +306,7 @@ class Workspace:
         """
         return replace(self._volume(kind, output, level), is_whole=is_whole)
 
-    def basis(self, output: Output) -> Readable:
+    def basis(self, output: Output) -> Volume:
         """Return the stored scores or logits that are labelled again."""
         basis = self.plan.resolved.basis
         assert basis is not None

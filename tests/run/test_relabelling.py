@@ -10,8 +10,9 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 from skimage.measure import label
+from typer.testing import CliRunner
 
-from megaseg_dask.cli.app import main
+from megaseg_dask.cli.app import build_app, main
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.events import Notice, ignore
 from megaseg_dask.plan.settings import parse_settings
@@ -268,9 +269,16 @@ def test_a_block_that_was_not_predicted_is_missing_again_until_it_is(
     with monkeypatch.context() as patch:
         patch.setattr(worker, "run_task", fail)
         assert segment_here(str(source), target, settings).status == "failed"
+    with pytest.raises(TargetError, match="belongs to another run") as refused:
+        segment_here(str(source), target, settings.model_copy(update={"threshold": 0.6}))
+    # Another threshold of what is not complete is no answer.
+    assert "relabel" not in str(refused.value)
     found, result = again("out.zarr", threshold=0.6)
     assert result.status == "failed"
+    assert "is missing: that run did not make it, or it was removed" in result.failures[0].error
     assert "finish that run" in result.failures[0].error
+    shown = CliRunner().invoke(build_app(), ["status", target, "--label-name", "again"])
+    assert (shown.exit_code, "run the same relabel command again" in shown.output) == (1, True)
     [missing] = found["labels/again"].attrs["megaseg"]["missing_boxes"]
     theirs = found["labels/megaseg"].attrs["megaseg"]["missing_boxes"]
     assert missing == theirs[0]

@@ -13,6 +13,7 @@ from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.relabelling import can_relabel
 from megaseg_dask.plan.settings import option_text
+from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.target.arrays import ImageTarget, Target, folders
 from megaseg_dask.run.target.provenance import is_of_run, provenance_at
 from megaseg_dask.run.target.publish import refresh_consolidated
@@ -168,6 +169,9 @@ def require_same(plan: Plan, recorded: Plan) -> None:
 
 def _relabelling(plan: Plan, recorded: Plan) -> str:
     """Return a command that does without the network, if one would do."""
+    if Journal.read(recorded).result is None:
+        # Labels of a part of the scores are not what is asked for.
+        return ""
     new = plan.determinants
     names = [name for name, value in recorded.determinants.items() if new.get(name) != value]
     if not can_relabel(recorded, names, new["threshold"]):

@@ -34,11 +34,14 @@ def _read_output(workspace: Workspace, output: Output, number: int) -> OutputSta
     basis = plan.resolved.basis
     assert basis is not None
     core = plan.block_grid()[number]
+    scores = workspace.basis(output)
     try:
-        stored = workspace.basis(output).read(core)
+        stored = scores.read(core)
     except DataError as error:
+        lost = scores.find_lost(core)
+        cause = f"{lost} is missing: that run did not make it, or it was removed" if lost else error
         raise DataError(
-            f"the {basis.kind} of run {basis.run} lack this part ({error}); finish that run with "
+            f"the {basis.kind} of run {basis.run} lack this part ({cause}); finish that run with "
             "its megaseg segment command, then run this command again"
         ) from error
     if not isinstance(plan.resolved.threshold, Fixed):
