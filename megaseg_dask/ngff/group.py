@@ -261,7 +261,12 @@ def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
         case {"plate": _}:
             return "an HCS plate (give one image in it)"
         case {"well": {"images": [{"path": str(field)}, *_]}}:
-            return f"a well of a plate (give one image in it, such as {location / field})"
+            one = f"one image in it, such as {location / field}"
+            well = f"{location.parent.basename}/{location.basename}"
+            plate = location.parent.parent
+            if well in _listed_wells(plate):
+                return f"a well of a plate (give the plate, {plate} --wells {well}, or {one})"
+            return f"a well of a plate (give {one})"
         case {"well": _}:
             return "a well of a plate (give one image in it)"
         case {"labels": _}:
@@ -270,7 +275,24 @@ def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
             return "a scene, which places several images (give one image in it)"
         case {"bioformats2raw.layout": _}:
             return f"a bioformats2raw collection (give one image in it, such as {location}/0)"
-    return "a Zarr group without multiscales metadata"
+    return _describe_row(location) or "a Zarr group without multiscales metadata"
+
+
+def _describe_row(location: Location) -> str:
+    """Return what the folder of a row of a plate is; empty for any other."""
+    row = f"{location.basename}/"
+    if any(well.startswith(row) for well in _listed_wells(location.parent)):
+        return f"a row of a plate (give the plate, {location.parent} --wells '{row}*')"
+    return ""
+
+
+def _listed_wells(plate: Location) -> list[str]:
+    """Return the paths of the wells that a plate lists; empty if it is none that can be read."""
+    with suppress(TargetError, StoreError):
+        match ome_of(find_attributes(plate) or {}):
+            case {"plate": {"wells": [*wells]}}:
+                return [str(well["path"]) for well in wells if isinstance(well, dict)]
+    return []
 
 
 def _describe_place(location: Location, error: Exception) -> str:
@@ -286,6 +308,9 @@ def _describe_place(location: Location, error: Exception) -> str:
     names = _names_in(location)
     if any(version.group_file in names for version in VERSIONS.values()):
         return f"a Zarr group whose metadata cannot be read ({cause_of(error)})"
+    row = _describe_row(location)
+    if row:
+        return row
     if not names:
         return "an empty folder"
     shown = names[:_MAX_NAMES_SHOWN]

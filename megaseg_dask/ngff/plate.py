@@ -371,11 +371,26 @@ def _chosen(
         name = str(name).strip()
         paths = matching(name)
         if not paths:
+            meant = _well_meant(name, existing) if kind == "well" else ""
             raise SettingsError(
-                f"the plate has no {kind} {name!r}; it has {_shown(existing) or 'none'}"
+                f"the plate has no {kind} {name!r}{meant}; it has {_shown(existing) or 'none'}"
             )
         chosen |= paths
     return chosen
+
+
+def _well_meant(name: str, wells: Sequence[str]) -> str:
+    """Return advice where a well was named in another way, such as A01 for A/1, or a row alone."""
+    by_place = {_place_of_well(well): well for well in wells}
+    meant = by_place.get(_place_of_well(name))
+    if meant is None and any(well.startswith(f"{name}/") for well in wells):
+        meant = f"{name}/*"
+    return f" (did you mean {meant}?)" if meant else ""
+
+
+def _place_of_well(name: str) -> str:
+    """Return the letters and numbers of a name, without leading zeros."""
+    return re.sub(r"(?<![0-9])0+(?=[0-9])|[^A-Za-z0-9]", "", name).upper()
 
 
 def _shown(names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
+from megaseg_dask.ngff.image import read_image
 from megaseg_dask.ngff.plate import (
     Acquisition,
     Field,
@@ -27,6 +28,7 @@ from megaseg_dask.plan.plate_parts import read_parts
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.stores import Location, StoreOptions, configure
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.servers import web_server
 from tests.ngff.test_image import places
 from tests.stores.test_stores import unreadable
@@ -500,6 +502,19 @@ NO_PLATE = {
 }
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_row_and_a_well_are_told_with_the_plate_to_give(version, tmp_path):
+    plate = write_fields(tmp_path / "p.zarr", version, {"A/1/0": FieldSpec(("dna",))})
+    with pytest.raises(SourceError, match=rf"row of a plate .*{plate} --wells 'A/\*'\)"):
+        read_image(Location.of(plate / "A"))
+    with pytest.raises(SourceError, match=rf"well .*{plate} --wells A/1, or .*{plate}/A/1/0\)"):
+        read_image(Location.of(plate / "A/1"))
+    for document in (plate / "A").glob("*z*"):
+        document.unlink()
+    with pytest.raises(SourceError, match="is a row of a plate"):
+        read_image(Location.of(plate / "A"))
+
+
 @pytest.mark.parametrize(("make", "words"), NO_PLATE.values(), ids=NO_PLATE)
 def test_what_is_no_plate_is_named(tmp_path, make, words):
     make(tmp_path / "p.zarr")
@@ -560,9 +575,10 @@ UNKNOWN = {
         {"wells": "A/1,C/1"},
         "the plate has no well 'C/1'; it has A/1, A/03, B/03, B/1",
     ),
-    "column as a number": ({"wells": "A/3"}, "has no well 'A/3'"),
-    "row alone": ({"wells": "A"}, "has no well 'A'"),
-    "well without a slash": ({"wells": "A1"}, "has no well 'A1'"),
+    "column as a number": ({"wells": "A/3"}, r"no well 'A/3' \(did you mean A/03\?\); it has A/1"),
+    "row alone": ({"wells": "A"}, r"has no well 'A' \(did you mean A/\*\?\); it has"),
+    "well without a slash": ({"wells": "A1"}, r"has no well 'A1' \(did you mean A/1\?\)"),
+    "well of an instrument": ({"wells": "b_03"}, r"has no well 'b_03' \(did you mean B/03\?\)"),
     "a pattern": ({"wells": "[AB]/1"}, "has no well '.AB./1'"),
     "no wells": ({"wells": []}, "has no well ''"),
     "empty": ({"wells": ""}, "has no well ''"),
