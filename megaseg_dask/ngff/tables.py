@@ -290,18 +290,17 @@ class ImageTable:
         return volumes
 
     def remove_own(self) -> None:
-        """Remove the table, also from the list of tables, if this package wrote it."""
-        if not self._is_own():
-            return
-        names = [name for name in self._listed() if name != self.name]
-        for version in VERSIONS.values():
-            if self._tables.size(version.group_file) is not None:
-                write_group(self._tables, version.name, {"tables": names})
-        self.location.remove()
+        """Remove the table if this package wrote it, and the list of tables if none is left."""
+        if self._is_own():
+            names = [name for name in self._listed() if name != self.name]
+            for version in VERSIONS.values():
+                if self._tables.size(version.group_file) is not None:
+                    write_group(self._tables, version.name, {"tables": names})
+            self.location.remove()
+        # The next table may be of an image of another version.
         attributes = find_attributes(self._tables) or {}
-        is_bare = attributes.keys() <= {"tables"} and not names
-        if is_bare and set(self._tables.children()) <= set(METADATA):
-            # The next table may be of an image of another version.
+        lists_none = not attributes.get("tables") and attributes.keys() <= {"tables"}
+        if lists_none and set(self._tables.children()) <= set(METADATA):
             self._tables.remove()
 
     def require_own(self) -> None:

@@ -241,8 +241,4 @@ def _refresh(group: Location, below: list[Location]) -> None:
 def _tables(target: Target, image: ImageTarget) -> list[Location]:
     if not target.plan.resolved.measures_objects():
         return []
-    tables = image.tables_group
-    names = [group.name for group in image.measured_groups]
-    if target.plan.resolved.regions:
-        names += [f"{name}_regions" for name in names]
-    return [tables, *(tables / name for name in names)]
+    return [image.tables_group, *image.tables]
