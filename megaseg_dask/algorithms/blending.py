@@ -5,6 +5,7 @@ it, so the logits are equal bit for bit at any block shape. All arithmetic is
 float32, as in MONAI's ``sliding_window_inference``.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -99,6 +100,22 @@ def blend(
 def max_score(dtype: DTypeLike) -> float:
     """Return the stored value of score 1: uint8 arrays hold multiples of 1/255."""
     return MAX_UINT8_SCORE if np.dtype(dtype) == np.uint8 else 1.0
+
+
+def limit_of(threshold: float, dtype: DTypeLike) -> float:
+    """Return the stored value above which, strictly, a score counts as above a threshold.
+
+    Of multiples of 1/255 in uint8 it is a whole number.
+    """
+    if np.dtype(dtype).kind == "f":
+        return float(np.float32(threshold))
+    return math.floor(MAX_UINT8_SCORE * threshold)
+
+
+def mask_of_scores(scores: NDArray[Any], threshold: float) -> NDArray[np.uint8]:
+    """Return 1 where a stored score is above a threshold, strictly, else 0."""
+    limit = scores.dtype.type(limit_of(threshold, scores.dtype))
+    return (scores > limit).view(np.uint8)
 
 
 def sigmoid(logits: Float32) -> Float32:

@@ -1,6 +1,5 @@
 """Commands that look, and write no image: ``report``, ``view``, ``evaluate`` and ``doctor``."""
 
-import contextlib
 import json
 from typing import Annotated, Any
 
@@ -57,17 +56,28 @@ def view(
         bool, typer.Option("--no-browser", help="Print the address; do not open a browser.")
     ] = False,
     label_name: RunName = None,
+    truth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABELS",
+            help="True labels to compare with: a label image of the image, or its address; of a "
+            "plate, a plate or PLATE/NAME.",
+        ),
+    ] = None,
     json_: Json = False,
     **options: Any,
 ) -> None:
     """Show the image, scores and labels in a browser. Ctrl-C ends it.
 
-    The page has sliders for z and t, contrast, layers, and the wells of a plate. It works offline.
-    Only this machine can open it.
+    Double-click an object to select it, and see it in 3D. A slider tries other thresholds and
+    shows the command that applies one. The key ? lists all keys. The page works offline, and only
+    this machine can open it. The exit code is that of megaseg status: 3 if a run there is not
+    finished, 1 if something failed.
 
     \b
     Examples:
       megaseg view segmented.zarr
+      megaseg view segmented.zarr --truth annotated.zarr/labels/nuclei
       megaseg view s3://results/plate.zarr --no-browser
     """
     with exit_codes(json_):
@@ -80,8 +90,8 @@ def view(
             else:
                 echo(f"{url}\nonly this machine can open it; Ctrl-C ends it")
 
-        with contextlib.suppress(KeyboardInterrupt):
-            run_view(target, label_name, announce, browser=not no_browser)
+        exit_code = run_view(target, label_name, announce, truth=truth, browser=not no_browser)
+        raise typer.Exit(exit_code)
 
 
 def evaluate(

@@ -24,6 +24,7 @@ from megaseg_dask.tools.view.page import axes_of
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here
+from tests.tools.test_view import Urls
 
 SHAPE = (16, 32, 32)
 
@@ -158,7 +159,7 @@ def test_a_scale_of_zero_is_shown(tmp_path):
     scene = Gallery(str(source)).scene("")
     assert [scale for scale, _ in scene.dimensions.values()] == [1e-6, 0.5e-6, 1e-6]
     assert set(scene.origin.values()) == {0.0}
-    assert state_of(scene, lambda layer: layer.location.url)["dimensions"].keys() == set("xyz")
+    assert state_of(scene, Urls())["dimensions"].keys() == set("xyz")
     assert [axis.scale for axis in axes_of(scene)] == [1e-6, 0.5e-6, 1e-6]
 
 

@@ -25,6 +25,19 @@ from tests.ngff.test_coordinate_systems import as_06
 from tests.stores.test_zipped import pack
 
 
+class Urls:
+    """Where a server would have what is drawn."""
+
+    def of(self, layer):
+        return f"http://here/{layer.name}"
+
+    def outlines_of(self, layer):
+        return f"http://here/outlines/{layer.name}"
+
+    def meshes_of(self, layer, t):
+        return f"http://here/meshes/{layer.name}/{t}"
+
+
 def count(question):
     """Answer a question of the page."""
     return {"counted": question["n"] + 1}
@@ -232,12 +245,19 @@ def test_a_scene_of_an_image_with_labels(image):
     assert scene.dimensions["t"] == (30.0, "s")
     low, high = scene.layers[0].limits
     assert 0 <= low < high <= blobs((16, 40, 44)).max()
-    state = state_of(scene, lambda layer: f"http://here/{layer.name}")
+    state = state_of(scene, Urls())
     driver = {"0.4": "zarr2", "0.5": "zarr3"}[scene.layers[0].image.version]
-    assert [layer["source"] for layer in state["layers"]] == [
+    layers = {layer["name"]: layer for layer in state["layers"]}
+    assert [layers[number]["source"] for number in "012"] == [
         f"http://here/{name}/|{driver}:" for name in ("DNA", "actin", "labels nuclei")
     ]
-    assert [layer.get("localPosition") for layer in state["layers"]] == [[0], [1], None]
+    assert [layers[number].get("localPosition") for number in "012"] == [[0], [1], None]
+    # Selected and hidden objects are those of the labels.
+    assert layers["2:outlines"]["linkedSegmentationGroup"] == "2"
+    assert layers["2:meshes"]["source"]["transform"]["inputDimensions"]["z"] == [
+        pytest.approx(1e-6),
+        "m",
+    ]
     json.dumps(state)
 
 

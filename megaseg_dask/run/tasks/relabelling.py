@@ -1,12 +1,6 @@
 """The stage ``reread``: a block's stored scores or logits become its mask; no network runs."""
 
-import math
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-from megaseg_dask.algorithms.blending import MAX_UINT8_SCORE
+from megaseg_dask.algorithms.blending import mask_of_scores
 from megaseg_dask.errors import DataError
 from megaseg_dask.inference.block import HostOutputs
 from megaseg_dask.plan.plan import Output
@@ -14,8 +8,6 @@ from megaseg_dask.plan.resolved import Fixed
 from megaseg_dask.run.state import OutputState, TaskSummary
 from megaseg_dask.run.tasks.thresholds import find_extremes
 from megaseg_dask.run.workspace import Workspace
-
-Array = NDArray[Any]
 
 
 def read_block(workspace: Workspace, volume: int, number: int) -> TaskSummary:
@@ -51,15 +43,6 @@ def _read_output(workspace: Workspace, output: Output, number: int) -> OutputSta
     if basis.kind == "logits":
         mask = HostOutputs(stored).mask(threshold)
     else:
-        mask = _mask_of_scores(stored, threshold)
+        mask = mask_of_scores(stored, threshold)
     workspace.write(workspace.first_mask, output, core, mask)
     return OutputState()
-
-
-def _mask_of_scores(scores: Array, threshold: float) -> NDArray[np.uint8]:
-    """Return 1 where a stored score is above a threshold, strictly, else 0."""
-    if scores.dtype.kind == "f":
-        return (scores > np.float32(threshold)).view(np.uint8)
-    # Above 255 times the threshold, in whole numbers.
-    limit = math.floor(MAX_UINT8_SCORE * threshold)
-    return (scores > np.uint8(limit)).view(np.uint8)

@@ -1,38 +1,38 @@
 """What the viewer can show: the layers of a run's fields, or of any OME-Zarr image or plate.
 
 A scene is one image or field. It is described by metadata alone, except for the
-range of gray values, which comes from a few voxels in the middle.
+range of gray values, which comes from a few voxels.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.blending import max_score
-from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import MegasegError, SourceError, TargetError
+from megaseg_dask.events import RunStatus
+from megaseg_dask.messages import count
 from megaseg_dask.ngff.image import Axis, Image, read_image
-from megaseg_dask.ngff.labels import labels_group, list_labels
+from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate
 from megaseg_dask.ngff.units import meters, seconds
-from megaseg_dask.ngff.volume import Volume
+from megaseg_dask.plan.command_line import command_line
+from megaseg_dask.plan.companion import find_label
 from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.relabelling import can_be_basis
+from megaseg_dask.plan.resolved import Fixed
+from megaseg_dask.run.status import status
 from megaseg_dask.run.target.arrays import ImageTarget, Target
 from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
-from megaseg_dask.tools.report.pictures import gray_limits
-
-Limits = tuple[float, float]
+from megaseg_dask.tools.view.contrast import Limits, find_limits
 
 IMAGE = "image"
 SCORES = "scores"
 LABELS = "labels"
 
-# Voxels that give the range of gray values.
-_SAMPLE_SHAPE = (16, 256, 256)
+# What a command needs to find a target.
+_STORE_OPTIONS = ("endpoint", "anon", "storage_option")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,10 @@ class Layer:
     channel: int = 0
     # Whether it is shown at first.
     visible: bool = True
+    # How the labels of the scores were made.
+    threshold: float = 0.5
+    connectivity: int = 1
+    is_truth: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,31 @@ class Scene:
 
     name: str
     layers: tuple[Layer, ...]
+
+    def index_in(self, layer: Layer, position: Mapping[str, float]) -> dict[str, float]:
+        """Return a position of the world, in voxels by axis, in voxels of a layer.
+
+        An axis that the layer lacks, or that is not given, is 0.
+        """
+        dimensions = self.dimensions
+        scales, offsets = layer.image.transform()
+        found = dict.fromkeys("tczyx", 0.0)
+        for axis, scale, offset in zip(layer.image.axes, scales, offsets, strict=True):
+            if axis.name in position and axis.name in dimensions:
+                factor, _ = _unit_of(axis)
+                world = position[axis.name] * dimensions[axis.name][0]
+                found[axis.name] = (world - offset * factor) / ((abs(scale) or 1.0) * factor)
+        return found
+
+    def world_of(self, layer: Layer, axis_name: str) -> tuple[float, float]:
+        """Return factor and offset that lead from voxels of a layer to the world, of an axis."""
+        dimensions = self.dimensions
+        scales, offsets = layer.image.transform()
+        number = layer.image.axis_names.index(axis_name)
+        factor, _ = _unit_of(layer.image.axes[number])
+        world = dimensions[axis_name][0]
+        scale = abs(scales[number]) or 1.0
+        return scale * factor / world, offsets[number] * factor / world
 
     @property
     def dimensions(self) -> dict[str, tuple[float, str]]:
@@ -105,7 +134,11 @@ class Gallery:
 
     """
 
-    def __init__(self, address: str, label_name: str | None = None) -> None:
+    def __init__(
+        self, address: str, label_name: str | None = None, truth: str | None = None
+    ) -> None:
+        self._truth = truth
+        self._label_name = label_name
         self.location = Location.of(address)
         self.location.require_readable()
         self.plans = _read_plans(self.location, label_name)
@@ -131,6 +164,10 @@ class Gallery:
 
         """
         layers = tuple(_show_first(self._layers(field)))
+        if layers and self._truth is not None:
+            image = layers[0].location
+            is_only = len(self.fields) == 1
+            layers = (*layers, _truth_layer(self._truth, field, image, is_only=is_only))
         if layers:
             return Scene(field or self.name, layers)
         if self.plans:
@@ -144,6 +181,33 @@ class Gallery:
             read_image(where)
         raise SourceError(f"{where} is no OME-Zarr image that can be read")
 
+    def command(self, field: str) -> str:
+        """Return the shell command that labels the scores of a field again, without its options.
+
+        It is empty if no run kept scores.
+        """
+        for plan in self.plans:
+            if plan.resolved.predicts() and can_be_basis(plan) and field in Target(plan).paths:
+                return command_line(
+                    "relabel", self.location, settings=plan.settings, options=_STORE_OPTIONS
+                )
+        return ""
+
+    def unfinished(self) -> list[RunStatus]:
+        """Return the status of each run that is not finished.
+
+        Raises:
+            TargetError: The record of a run cannot be read.
+        """
+        if not self.plans:
+            return []
+        found = status(str(self.location), self._label_name)
+        return [run for run in found if not run.done]
+
+    def notice(self) -> str:
+        """Return in words which runs are not finished; empty if all are."""
+        return " ".join(map(_notice_of, self.unfinished()))
+
     def _layers(self, field: str) -> Iterator[Layer]:
         plans = [plan for plan in self.plans if field in Target(plan).paths]
         for plan in plans:
@@ -153,6 +217,18 @@ class Gallery:
             yield from _image_layers(location)
             for name in _label_names(location):
                 yield from _group_layers(labels_group(location) / name, LABELS, f"labels {name}")
+
+
+def _notice_of(run: RunStatus) -> str:
+    done = [sum(counts) for counts in zip(*run.stages.values(), strict=True)]
+    text = f"The run {run.label_name} is not finished: {done[0]} of {done[1]} tasks are done"
+    if not run.failures:
+        return f"{text}. Run the same megaseg segment command again to resume."
+    failed = count(len(run.failures), "failure")
+    return (
+        f"{text}, with {failed}, the first: {run.failures[0].error}. Fix the cause and run the "
+        "same megaseg segment command again; only failed tasks are retried."
+    )
 
 
 def _show_first(layers: Iterable[Layer]) -> Iterator[Layer]:
@@ -175,13 +251,22 @@ def _run_layers(plan: Plan, field: str) -> Iterator[Layer]:
     """Yield the source's channels of a run, then the outputs at its target."""
     channels = set[int]().union(*(volume.channels for volume in plan.volumes))
     yield from _image_layers(plan.source / field, sorted(channels))
-    limits = (0.0, max_score(plan.resolved.scores_dtype))
     for group in ImageTarget(plan, field).groups:
-        location = group.location
         if group.kind == "scores":
-            yield from _group_layers(location, SCORES, "scores", limits)
+            for layer in _score_layers(group.location):
+                yield _as_in(plan, layer)
         else:
-            yield from _group_layers(location, LABELS, f"labels {group.name}")
+            yield from _group_layers(group.location, LABELS, f"labels {group.name}")
+
+
+def _as_in(plan: Plan, scores: Layer) -> Layer:
+    """Return a layer of scores with what the run made its labels by."""
+    fixed = plan.resolved.threshold
+    return replace(
+        scores,
+        threshold=fixed.score if isinstance(fixed, Fixed) else scores.threshold,
+        connectivity=plan.resolved.connectivity,
+    )
 
 
 def _image_layers(location: Location, channels: Iterable[int] | None = None) -> Iterator[Layer]:
@@ -189,10 +274,13 @@ def _image_layers(location: Location, channels: Iterable[int] | None = None) -> 
     image = _try_read(location)
     if image is None:
         return
+    if image.kind == "scores":
+        yield from _score_layers(location)
+        return
     if channels is None:
         channels = range(image.extent("c"))
     for c in channels:
-        limits = _gray_limits(location, image, c)
+        limits = find_limits(location, image, c)
         yield Layer(_channel_name(image, c), IMAGE, location, image, limits, c)
 
 
@@ -202,15 +290,36 @@ def _channel_name(image: Image, c: int) -> str:
     return f"channel {c}" if image.extent("c") > 1 else "image"
 
 
-def _group_layers(
-    location: Location, kind: str, name: str, limits: Limits = (0.0, 1.0)
-) -> Iterator[Layer]:
+def _score_layers(location: Location) -> Iterator[Layer]:
+    """Yield a layer for each channel of an image of scores; none if it cannot be read."""
+    for layer in _group_layers(location, SCORES, "scores"):
+        limits = (0.0, max_score(layer.image.dtype))
+        n_channels = layer.image.extent("c")
+        for c, channel in enumerate(layer.image.channels[:n_channels]):
+            name = f"{layer.name} {channel}" if n_channels > 1 else layer.name
+            yield replace(layer, name=name, limits=limits, channel=c)
+
+
+def _group_layers(location: Location, kind: str, name: str) -> Iterator[Layer]:
     """Yield the layer of an image or label image; none if it cannot be read."""
     image = _try_read(location)
     if image is not None:
         if missing := missing_at(location):
             name += f" ({len(missing)} blocks missing)"
-        yield Layer(name, kind, location, image, limits)
+        yield Layer(name, kind, location, image)
+
+
+def _truth_layer(text: str, field: str, image: Location, *, is_only: bool) -> Layer:
+    """Return the layer of true labels: a label image of the image, or at another address.
+
+    Raises:
+        SourceError: There is none, there are several, or it is no image of labels.
+    """
+    if text in _label_names(image):
+        location = labels_group(image) / text
+    else:
+        location = find_label(text, field, is_only=is_only)
+    return Layer("truth", LABELS, location, read_label_image(location), is_truth=True)
 
 
 def _try_read(location: Location) -> Image | None:
@@ -226,18 +335,3 @@ def _label_names(image: Location) -> list[str]:
     except Exception:
         # Labels that cannot be read hide no image.
         return []
-
-
-def _gray_limits(location: Location, image: Image, c: int) -> Limits:
-    """Return the range of gray values in the middle of the first timepoint."""
-    try:
-        return gray_limits(_sample(location, image, c))
-    except (MegasegError, OSError):
-        return 0.0, 1.0
-
-
-def _sample(location: Location, image: Image, c: int) -> NDArray[Any]:
-    """Read the middle of the coarsest level, ``(z, y, x)``."""
-    level = len(image.levels) - 1
-    volume = Volume.of(location, image, level=level, c=c)
-    return volume.read(Box.centered(_SAMPLE_SHAPE, image.volume_shape(level)))

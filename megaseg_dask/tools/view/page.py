@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from megaseg_dask.tools.view.gallery import IMAGE, LABELS, Layer, Limits, Scene
+from megaseg_dask.tools.view.contrast import Limits
+from megaseg_dask.tools.view.gallery import IMAGE, LABELS, Layer, Scene
 from megaseg_dask.tools.view.neuroglancer_state import OPACITY
 
 
@@ -19,7 +20,11 @@ class AxisControl:
 
 @dataclass(frozen=True, slots=True)
 class LayerControl:
-    """One layer; ``range`` is what becomes black and white, and ``span`` bounds its sliders."""
+    """One layer; ``range`` is what becomes black and white, and ``span`` bounds its sliders.
+
+    ``threshold`` is that of the labels of scores, and ``is_rounded`` says that they are stored as
+    whole numbers.
+    """
 
     name: str
     kind: str
@@ -27,6 +32,9 @@ class LayerControl:
     opacity: float
     range: Limits
     span: Limits | None
+    threshold: float
+    is_rounded: bool
+    is_truth: bool
 
 
 def axes_of(scene: Scene) -> list[AxisControl]:
@@ -49,6 +57,9 @@ def layers_of(scene: Scene) -> list[LayerControl]:
             OPACITY[layer.kind],
             layer.limits,
             None if layer.kind == LABELS else _span(layer),
+            layer.threshold,
+            layer.image.dtype.startswith("uint"),
+            layer.is_truth,
         )
         for layer in scene.layers
     ]

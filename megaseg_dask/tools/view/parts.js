@@ -27,3 +27,16 @@ export function slider({ id, text, low, high, step, value = low, change, format 
   input.show(value);
   return make('label', { className: 'slider' }, make('span', { textContent: text }), input, output);
 }
+
+export function pause(milliseconds) {
+  return new Promise(resolve => setTimeout(resolve, milliseconds));
+}
+
+// Return a function that calls another one once things have been quiet, with the last arguments.
+export function settled(milliseconds, call) {
+  let timer = null;
+  return (...values) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => call(...values), milliseconds);
+  };
+}
