@@ -4,6 +4,7 @@ What is empty says nothing about it: absent chunks and zeros, as around a croppe
 image, are left out unless nothing else is there.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,9 @@ from megaseg_dask.tools.report.pictures import gray_limits
 
 Limits = tuple[float, float]
 
-# Voxels that are read at a time, and those with a value that are enough.
+# Voxels of a level that is read whole.
+_MAX_WHOLE_VOXELS = 2**22
+# Of a larger one, voxels that are read at a time, and those with a value that are enough.
 _SAMPLE_SHAPE = (16, 256, 256)
 _ENOUGH_VOXELS = 2**15
 # Where samples are taken, as shares of an axis: the middle first.
@@ -55,7 +58,10 @@ def _iter_samples(location: Location, image: Image, c: int) -> Iterator[NDArray[
 
 
 def _boxes(shape: Shape) -> Iterator[Box]:
-    """Yield the box in the middle, then others around it; one alone if it is the whole."""
+    """Yield the whole if it is small, or the box in the middle and then others around it."""
+    if math.prod(shape) <= _MAX_WHOLE_VOXELS:
+        yield Box.of(shape)
+        return
     extents = tuple(map(min, _SAMPLE_SHAPE, shape))
     boxes = []
     for z in _SHARES:
