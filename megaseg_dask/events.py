@@ -207,7 +207,8 @@ class RunStatus(Event):
     """Finished and planned tasks of each stage of a run, and its failures.
 
     ``channels`` are those that it takes, and ``fields`` the paths of its fields of a plate.
-    ``command`` started it: ``segment`` or ``relabel``.
+    ``command`` started it: ``segment`` or ``relabel``. ``lost`` says what a check of the outputs
+    of a finished run found.
     """
 
     kind: ClassVar[str] = "status"
@@ -218,6 +219,7 @@ class RunStatus(Event):
     channels: list[str] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
     command: str = "segment"
+    lost: str = ""
 
     @property
     def exit_code(self) -> int:

@@ -9,7 +9,7 @@ graph holds every block; for whole plates and terabytes there is `segment`.
 import math
 import uuid
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def _level(location: Location, image: Image, number: int) -> xarray.Dataset:
     axes = zip(unit, image.axis_names, strict=True)
     chunks = tuple(extent if name in SPATIAL else 1 for extent, name in axes)
     data = da.map_blocks(
-        partial(_read_chunk, location / level.path, image.axis_names),
+        partial(_read_chunk, Volume.of(location, image, level=number)),
         chunks=da.core.normalize_chunks(chunks, level.shape),
         # Another name each time: what is stored may have changed since it was last opened.
         name=f"read-{uuid.uuid4().hex}",
@@ -146,13 +146,14 @@ def _coordinate(image: Image, number: int, name: str) -> xarray.Variable:
     return xarray.Variable(name, positions * axis.in_um, {"units": unit} if unit else {})
 
 
-def _read_chunk(location: Location, axis_names: tuple[str, ...], block_info: Any = None) -> Array:
+def _read_chunk(volume: Volume, block_info: Any = None) -> Array:
     """Read one chunk in the order of the stored axes; raises the errors of :meth:`Volume.read`."""
+    axis_names = volume.axis_names
     ranges = dict(zip(axis_names, block_info[None]["array-location"], strict=True))
     start = tuple(ranges[name][0] for name in SPATIAL)
     stop = tuple(ranges[name][1] for name in SPATIAL)
     place = {name: ranges[name][0] for name in ("t", "c") if name in ranges}
-    values = Volume(location, axis_names, **place).read(Box(start, stop))
+    values = replace(volume, **place).read(Box(start, stop))
     values = values.transpose([SPATIAL.index(name) for name in axis_names if name in SPATIAL])
     return values.reshape([last - first for first, last in ranges.values()])
 

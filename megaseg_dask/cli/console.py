@@ -277,6 +277,9 @@ def print_status(run: RunStatus, target: str) -> None:
     if run.done:
         return
     same = f"the same {run.command} command"
+    if run.lost:
+        echo(f"LOST {run.lost}. Run {same} again; only what is lost is computed again.")
+        return
     if run.failures:
         echo(f"Fix the cause and run {same} again; only failed tasks are retried.")
         if run.command == "segment":
@@ -294,6 +297,8 @@ def print_status(run: RunStatus, target: str) -> None:
 def _state(run: RunStatus) -> str:
     if run.done:
         return "done"
+    if run.lost:
+        return "not complete any more"
     return "failed" if run.failures else "not finished"
 
 

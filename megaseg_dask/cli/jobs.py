@@ -109,27 +109,43 @@ def join(
 
 
 def status(
-    target: Recorded, *, label_name: OnlyLabelName = None, json_: Json = False, **options: Any
+    target: Recorded,
+    *,
+    label_name: OnlyLabelName = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Also compare all that finished runs wrote with what is there now; lists all "
+            "objects of TARGET.",
+        ),
+    ] = False,
+    json_: Json = False,
+    **options: Any,
 ) -> None:
     """Show which tasks are done, pending and failed.
 
-    Exit codes: 0 all tasks are done, 1 a task failed, 3 tasks are pending.
+    This is what the run recorded. After TARGET was moved or copied, --check finds what is missing.
+
+    Exit codes: 0 all tasks are done, 1 a task failed, 3 tasks are pending or something is lost.
 
     \b
     Examples:
       megaseg status segmented.zarr
-      megaseg status s3://results/plate.zarr --json
+      megaseg status s3://results/plate.zarr --check --json
     """
     with exit_codes(json_):
         open_stores(options, target)
-        raise typer.Exit(_show_status(target, label_name, json_))
+        raise typer.Exit(_show_status(target, label_name, json_, checks_outputs=check))
 
 
-def _show_status(target: str, label_name: str | None, as_json: bool) -> int:
+def _show_status(
+    target: str, label_name: str | None, as_json: bool, *, checks_outputs: bool = False
+) -> int:
     """Print the state of the runs on a target, and return the worst of their exit codes."""
     from megaseg_dask.run.status import status as status_of
 
-    runs = status_of(target, label_name)
+    runs = status_of(target, label_name, checks_outputs=checks_outputs)
     for run in runs:
         if as_json:
             echo(json.dumps(run.to_json()))

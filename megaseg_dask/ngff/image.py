@@ -121,6 +121,14 @@ class Image:
     kind: Kind = "image"
     # Whether its metadata are of OME-Zarr 0.6, and have another form than this version's.
     is_reduced: bool = False
+    # How many parts a run of ours left out of it, because their tasks failed. ``None`` if no run of
+    # ours wrote it.
+    n_missing: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all its chunks were written, so that an absent one is lost."""
+        return self.n_missing == 0
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -365,7 +373,15 @@ def read_image(location: Location) -> Image:
         zarr_format=zarr_format,
         kind=_kind_of(attributes, ome),
         is_reduced=is_reduced,
+        n_missing=_count_missing(attributes),
     )
+
+
+def _count_missing(attributes: Json) -> int | None:
+    match attributes.get(PROVENANCE):
+        case {"missing_boxes": [*boxes]}:
+            return len(boxes)
+    return None
 
 
 def _kind_of(attributes: Json, ome: Json) -> Kind:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.messages import count
 from megaseg_dask.ngff.group import (
     find_attributes,
     lies_below,
@@ -70,6 +71,19 @@ def read_label_image(location: Location) -> Image:
     if values == "scores" or not re.fullmatch(r"u?int\d+|bool", image.dtype):
         raise SourceError(f"{location} holds {values}; labels are integers: give a label image")
     return image
+
+
+def require_complete(location: Location, labels: Image) -> None:
+    """Check that no task failed of the run that made a label image, if one of ours did.
+
+    Raises:
+        SourceError: Some did: their voxels would count as background.
+    """
+    if labels.n_missing:
+        raise SourceError(
+            f"{location} lacks {count(labels.n_missing, 'part')} because tasks failed "
+            "(missing_boxes); run its megaseg segment command again first"
+        )
 
 
 def add_label(image: Location, version: str, name: str) -> None:

@@ -68,7 +68,8 @@ class Volume:
         cls, location: Location, image: Image, *, level: int = 0, t: int = 0, c: int = 0
     ) -> "Volume":
         """Return a volume of the image at ``location``, at one of its levels."""
-        return cls(location / image.levels[level].path, image.axis_names, t, c)
+        array = location / image.levels[level].path
+        return cls(array, image.axis_names, t, c, is_whole=image.is_whole)
 
     # -- reading
 
@@ -274,8 +275,8 @@ class Volume:
                 raise self._missing(key)
             if self.is_whole and size is None:
                 raise DataError(
-                    f"{self.location}/{key} was written but is missing now; find the program that "
-                    "removes it, and run the same command again"
+                    f"{self.location}/{key} was written but is missing now; find what removed it, "
+                    "and run the megaseg command that made it again"
                 )
             if size == 0:
                 raise _corrupt(f"{self.location}/{key}", "it is empty")

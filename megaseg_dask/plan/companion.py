@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.ngff.image import Image, read_image
-from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image
+from megaseg_dask.ngff.labels import (
+    labels_group,
+    list_labels,
+    read_label_image,
+    require_complete,
+)
 from megaseg_dask.ngff.plate import is_plate
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.source_identity import digest_of, sample_of
@@ -31,11 +36,13 @@ class Companion:
     axes: tuple[str, ...]
     has_times: bool
     digest: str
+    is_whole: bool = False
 
     def volume(self, image: Location, t: int) -> Volume:
         """Return its ids at a timepoint of the image."""
         group = labels_group(image) / self.label if self.is_own else Location.of(self.label)
-        return Volume(group / self.level, self.axes, t if self.has_times else 0)
+        t_of_labels = t if self.has_times else 0
+        return Volume(group / self.level, self.axes, t_of_labels, is_whole=self.is_whole)
 
 
 def find_companion(
@@ -65,6 +72,7 @@ def find_companion(
         if not is_own:
             label = find_label(text, field, is_only=is_only)
         labels = read_label_image(label)
+        require_complete(label, labels)
     except SourceError as error:
         listed = f"label images {', '.join(own)}" if own else "no label image"
         raise SettingsError(f"{option} {text}: {error} ({location} has {listed})") from error
@@ -84,6 +92,7 @@ def find_companion(
         axes=labels.axis_names,
         has_times=labels.extent("t") > 1,
         digest=hashlib.sha256(identity.encode()).hexdigest(),
+        is_whole=labels.is_whole,
     )
 
 

@@ -29,7 +29,7 @@ from megaseg_dask.algorithms.normalization import PARTITION_SHAPE
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.ngff.image import SPATIAL, Image
-from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image
+from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image, require_complete
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.companion import find_label, one_image
 from megaseg_dask.plan.resolved import Where
@@ -59,6 +59,7 @@ class PlannedMask:
     offset: tuple[float, ...] = ()
     has_times: bool = False
     digests: tuple[str, ...] = ()
+    is_whole: bool = False
 
     @property
     def is_data(self) -> bool:
@@ -75,7 +76,8 @@ class PlannedMask:
 
     def volume(self, image: Location, t: int) -> Volume:
         """Return the mask's voxels at a timepoint of the image."""
-        return Volume(self.location(image), self.axes, t if self.has_times else 0)
+        t_of_mask = t if self.has_times else 0
+        return Volume(self.location(image), self.axes, t_of_mask, is_whole=self.is_whole)
 
 
 # -- finding it
@@ -112,6 +114,7 @@ def find_mask(
         return PlannedMask(digests=_digests_of_chunks(location, image, times, channels))
     label, level_name, is_own = _find_label(location, where.text, field, is_only=is_only)
     labels = read_label_image(label)
+    require_complete(label, labels)
     _require_scales(image, labels, where.text)
     level = _choose_level(image, labels, level_name, where.text, is_own=is_own)
     step, offset = _alignment(image, labels, level, where.text, is_own=is_own)
@@ -125,6 +128,7 @@ def find_mask(
         step=step,
         offset=offset,
         has_times=labels.extent("t") > 1,
+        is_whole=labels.is_whole,
     )
     numbers = range(*times) if mask.has_times else range(1)
     digests = map_threaded(lambda t: _digest(mask.volume(location, t), mask.shape), numbers)

@@ -8,10 +8,11 @@ source is compared by a listing of its chunks.
 from collections.abc import Callable
 
 from megaseg_dask.errors import TargetError
+from megaseg_dask.messages import count
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.conclude import read_states
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.losses import has_losses, listing_of_source
+from megaseg_dask.run.losses import count_lost, listing_of_source
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.publish import is_published
 
@@ -35,12 +36,25 @@ def reopen_if_lost(plan: Plan, journal: Journal) -> None:
     Raises:
         StoreError: The store failed.
     """
-    if journal.result is None:
-        return
-    target = Target(plan)
-    is_whole = is_published(target, read_states(plan, journal)) and _has_tables(target)
-    if not is_whole or has_losses(plan, journal):
+    if find_loss(plan, journal):
         journal.reopen()
+
+
+def find_loss(plan: Plan, journal: Journal) -> str:
+    """Return what is lost of the outputs of a finished run, in words; empty if nothing is.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    if journal.result is None:
+        return ""
+    target = Target(plan)
+    n_lost = count_lost(plan, journal)
+    if n_lost:
+        return f"what {count(n_lost, 'task')} wrote was removed or changed since"
+    if not is_published(target, read_states(plan, journal)) or not _has_tables(target):
+        return "metadata or tables were removed or changed since they were written"
+    return ""
 
 
 def _has_tables(target: Target) -> bool:

@@ -97,14 +97,14 @@ class _Audit(Journal):
                 self.wrote[stage, index] = Wrote(*wrote)
 
 
-def has_losses(plan: Plan, journal: Journal) -> bool:
-    """Return whether something is lost of what the tasks of a finished run wrote.
+def count_lost(plan: Plan, journal: Journal) -> int:
+    """Return of how many tasks of a finished run something is lost that they wrote.
 
     Raises:
         StoreError: The store failed.
     """
     volumes = range(len(plan.volumes))
-    return bool(_find_losses(plan, journal, _list(plan, volumes), volumes))
+    return len(_find_losses(plan, journal, _list(plan, volumes), volumes))
 
 
 def undo_losses(plan: Plan, journal: Journal) -> int:

@@ -10,13 +10,20 @@ from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
 
-def status(target: str, label_name: str | None = None) -> list[RunStatus]:
+def status(
+    target: str, label_name: str | None = None, *, checks_outputs: bool = False
+) -> list[RunStatus]:
     """Return the status of each run on a target, of one label name or of all.
+
+    It is read from the records. With ``checks_outputs``, the outputs of finished runs are listed
+    too, and their metadata are read.
 
     Raises:
         TargetError: No run is recorded there, or its record cannot be read.
+        StoreError: The store failed.
     """
-    return list(map(_status_of, recorded_plans(target, label_name)))
+    plans = recorded_plans(target, label_name)
+    return [_status_of(plan, checks_outputs=checks_outputs) for plan in plans]
 
 
 def recorded_plans(target: str, label_name: str | None = None) -> list[Plan]:
@@ -37,12 +44,18 @@ def recorded_plans(target: str, label_name: str | None = None) -> list[Plan]:
     return plans
 
 
-def _status_of(plan: Plan) -> RunStatus:
+def _status_of(plan: Plan, *, checks_outputs: bool) -> RunStatus:
     journal = Journal.read(plan)
+    lost = ""
+    if checks_outputs:
+        # What publishes takes long to import.
+        from megaseg_dask.run.finished import find_loss
+
+        lost = find_loss(plan, journal)
     return RunStatus(
         label_name=plan.run.basename,
         # A record beside arrays that are gone is a record of nothing.
-        done=journal.result is not None and is_present(Target(plan)),
+        done=journal.result is not None and is_present(Target(plan)) and not lost,
         stages={
             stage.name: (int(journal.done(stage.name).sum()), stage.n_tasks)
             for stage in plan.stages
@@ -51,6 +64,7 @@ def _status_of(plan: Plan) -> RunStatus:
         channels=plan.channel_texts,
         fields=plan.field_paths,
         command="segment" if plan.resolved.predicts() else "relabel",
+        lost=lost,
     )
 
 

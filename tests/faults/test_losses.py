@@ -3,12 +3,16 @@
 import os
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
+from typer.testing import CliRunner
 
-from megaseg_dask.errors import TargetError
+from megaseg_dask import open_image
+from megaseg_dask.cli.app import build_app
+from megaseg_dask.errors import DataError, SettingsError, SourceError, TargetError
 from megaseg_dask.events import Progress
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run import conclude
@@ -18,8 +22,10 @@ from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.status import status
 from megaseg_dask.run.target import publish
 from megaseg_dask.run.tasks import worker
-from megaseg_dask.stores import METADATA
+from megaseg_dask.stores import METADATA, Location
 from megaseg_dask.stores.arrays import clear_array_cache
+from megaseg_dask.tools.evaluate import evaluate_images
+from megaseg_dask.tools.report.write import write_report
 from tests.counts.test_engine_calls import contents
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.plates import FieldSpec, write_fields
@@ -79,6 +85,14 @@ class Case:
         shown = [event for event in events if isinstance(event, Progress)]
         assert all(event.n_done <= event.n_tasks for event in shown)
         return result
+
+    def segment_with(self, **options):
+        """Segment into another target; failures of tasks are raised."""
+        settings = parse_settings({**self.settings.model_dump(exclude_unset=True), **options})
+        target = self.folder / f"with{len(list(self.folder.iterdir()))}.zarr"
+        result = segment_here(str(self.source), str(target), settings)
+        for failure in result.failures:
+            raise DataError(failure.error)
 
     def stop_before(self, stage, index=0):
         def stop():
@@ -399,6 +413,71 @@ def test_a_replaced_chunk_of_a_finished_run_is_made_again(tmp_path, tiny_bundle,
     zero(path)
     case.assert_as_calm()
     assert case.segment().already_done
+
+
+def test_what_is_lost_of_a_finished_run_is_told_by_a_check_and_by_the_report(
+    tmp_path, tiny_bundle, tasks
+):
+    case = Case(tmp_path, tiny_bundle, tasks, OPTIONS)
+    case.segment()
+    target = str(case.target)
+    moved = tmp_path / "moved.zarr"
+    shutil.copytree(target, moved)
+    shutil.copytree(f"{target}.run", f"{moved}.run")
+    [found] = status(str(moved), checks_outputs=True)
+    assert (found.exit_code, found.lost) == (0, "")
+    (moved / "labels/megaseg/0/c/0/0/0").unlink()
+    shown = CliRunner().invoke(build_app(), ["status", str(moved), "--check"])
+    assert shown.exit_code == 3
+    assert "not complete any more" in shown.output
+    assert (
+        "LOST what 1 task wrote was removed or changed since. Run the same segment" in shown.output
+    )
+    page = (tmp_path / "moved.html").as_posix()
+    write_report(str(moved), page)
+    assert "what 1 task wrote was removed" in Path(page).read_text()
+    (moved / "labels/megaseg/zarr.json").write_bytes(b"{}")
+    shutil.copytree(f"{target}/labels/megaseg/0", moved / "labels/megaseg/0", dirs_exist_ok=True)
+    [found] = status(str(moved), checks_outputs=True)
+    assert "metadata or tables" in found.lost
+
+
+READERS = {
+    "evaluate": lambda labels, case: evaluate_images(Location.of(labels), Location.of(labels)),
+    "where": lambda labels, case: case.segment_with(where=str(labels)),
+    "regions": lambda labels, case: case.segment_with(
+        regions=str(labels), outputs="labels,measurements"
+    ),
+    "open_image": lambda labels, case: open_image(labels)["0"].image.compute(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_lost_chunks_of_our_labels_are_no_background_to_any_reader(
+    reader, tmp_path, tiny_bundle, tasks
+):
+    case = Case(tmp_path, tiny_bundle, tasks, OPTIONS)
+    labels = tmp_path / "calm.zarr/labels/megaseg"
+    READERS[reader](labels, case)
+    (labels / "0/c/0/0/0").unlink()
+    clear_array_cache()
+    with pytest.raises((DataError, SourceError), match="0/c/0/0/0 was written but is missing now"):
+        READERS[reader](labels, case)
+
+
+@pytest.mark.parametrize("option", ["where", "regions"])
+def test_labels_of_a_run_that_failed_in_part_are_no_mask(option, tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, {**OPTIONS, "block": "16,32,32"})
+
+    def fail():
+        raise ValueError("no")
+
+    tasks.acts["segment", 1] = fail
+    assert segment_here(str(case.source), str(case.target), case.settings).status == "failed"
+    with pytest.raises((SettingsError, SourceError), match="lacks 1 part because tasks failed"):
+        case.segment_with(
+            outputs="labels,measurements", **{option: str(case.target / "labels/megaseg")}
+        )
 
 
 def test_join_publishes_nothing_that_is_lost(tmp_path, tiny_bundle, tasks):

@@ -25,6 +25,7 @@ from megaseg_dask.plan.settings import Settings, declared
 from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run import log
 from megaseg_dask.run.conclude import absent_texts
+from megaseg_dask.run.finished import find_loss
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import estimate_time
 from megaseg_dask.run.target.arrays import Target
@@ -189,18 +190,21 @@ def _overview(runs: Sequence[Run], result: Survey) -> Overview:
     missing = figures.missing_fields(plans)
     sessions = list(chain(*(journal.sessions for journal in journals)))
     endings = [journal.result for journal in journals if journal.result]
+    lost = [text for run in runs if (text := find_loss(run.plan, run.journal))]
     status = "done" if len(endings) == len(runs) else "not finished"
     doubts = list(chain(*(ending.doubts for ending in endings)))
     if doubts and status == "done":
         status = "doubtful"
     if failed or (missing and sessions):
         status = "failed"
+    if lost:
+        status = "not complete any more"
     objects = [report.objects for report in result.volumes if report.objects is not None]
     return Overview(
         status=status,
         failed=failed,
         missing=missing,
-        warnings=list(chain(*(ending.warnings for ending in endings))),
+        warnings=[*lost, *chain(*(ending.warnings for ending in endings))],
         doubts=list(map(doubt_line, doubts)),
         absent=list(chain.from_iterable(absent_texts(run.plan, run.journal) for run in runs)),
         n_objects=sum(objects) if objects else None,
