@@ -36,6 +36,9 @@ _MIN_WELL = 22
 _MAX_WELL = 56
 _NAMES_X = 26
 _NAMES_Y = 18
+# Pixels of a well from which a number fits into it, and of a letter of that number.
+_MIN_NUMBERED_WELL = 22
+_LETTER = 6.5
 _N_SCALE_STEPS = 24
 _SCALE_STEP = 5
 
@@ -263,7 +266,8 @@ def plate_map(
 ) -> Markup:
     """Draw the wells of a plate, each divided among its cells, which are links.
 
-    Colors run from the lowest to the highest value; ``text`` formats these two.
+    Colors run from the lowest to the highest value. The number in a well is the mean of its cells,
+    where it fits; ``text`` formats it.
     Failed cells have a cross; wells without cells stay empty.
     """
     values: list[float] = []
@@ -284,6 +288,7 @@ def plate_map(
         elements.append(_element("rect", x=x, y=y, **frame))
         well = wells.get(f"{row}/{column}", ())
         elements += _well(well, (x + 1, y + 1), size - 4, (low, high))
+        elements += _number_in_well(well, (x + size / 2 - 1, y + size / 2 + 3), size, text)
     bottom = _NAMES_Y + size * len(rows)
     elements += _scale(text(low), text(high), bottom + 12)
     return _figure(title, elements, max(_NAMES_X + size * len(columns), 200), bottom + 40)
@@ -309,6 +314,20 @@ def _well(
             center = (x + width / 2 - 0.5, y + height / 2 - 0.5)
             inside.append(_cross(*center, min(width, height) / 4))
         yield _element("a", cell.title, *inside, href=cell.href)
+
+
+def _number_in_well(
+    cells: Sequence[Cell], center: tuple[float, float], size: float, text: Callable[[float], str]
+) -> Iterable[Markup]:
+    values = [cell.value for cell in cells if cell.value is not None and not cell.failed]
+    if not values:
+        return
+    written = text(sum(values) / len(values))
+    if size < _MIN_NUMBERED_WELL or len(written) * _LETTER > size - 2:
+        return
+    # Dark outlines keep white numbers readable on yellow. Clicks go through to the cell.
+    look = {"fill": _WHITE, "stroke": "#1d2126", "stroke_width": 2, "paint_order": "stroke"}
+    yield _text(written, *center, "middle", pointer_events="none", **look)
 
 
 def _cell_color(value: float | None, low: float, high: float) -> str:

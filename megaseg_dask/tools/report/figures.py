@@ -232,15 +232,22 @@ def _size_histogram(plan: Plan, survey: Survey) -> Markup:
     # One empty bin on each side.
     first = max(int(occupied[0]) - 1, 0)
     last = int(occupied[-1]) + 2
-    edges = SIZE_EDGES[first : last + 1].tolist()
+    voxel_um3, unit = _voxel_size(plan)
+    edges = (SIZE_EDGES[first : last + 1] * voxel_um3).tolist()
     counts = survey.sizes[first:last].tolist()
-    min_size = plan.resolved.min_size
+    smallest = plan.resolved.min_size * voxel_um3
     marks = []
-    if min_size and edges[0] <= min_size <= edges[-1]:
-        marks.append(Mark(min_size, f"--min-size {min_size}"))
-    return charts.histogram(
-        counts, edges, title="Volume of objects", x="voxels", log_x=True, marks=marks
-    )
+    if smallest and edges[0] <= smallest <= edges[-1]:
+        marks.append(Mark(smallest, f"--min-size {plan.resolved.min_size}"))
+    title = "Volume of objects"
+    return charts.histogram(counts, edges, title=title, x=unit, log_x=True, marks=marks)
+
+
+def _voxel_size(plan: Plan) -> tuple[float, str]:
+    """Return the volume of a voxel and its unit: 1 voxel where it is unknown in µm³."""
+    if plan.source_image.unknown_size is not None:
+        return 1.0, "voxels"
+    return math.prod(plan.source_image.spacing_um), "µm³"
 
 
 def _threshold_marks(plan: Plan, survey: Survey) -> list[Mark]:

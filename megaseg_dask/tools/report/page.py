@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from importlib import resources
 from itertools import chain, islice
@@ -17,7 +18,7 @@ from markupsafe import Markup
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.events import Failure
-from megaseg_dask.messages import doubt_line, duration, version_of
+from megaseg_dask.messages import count, doubt_line, duration, stage_phrase, version_of
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.plan.relabelling import RESULT
@@ -28,14 +29,16 @@ from megaseg_dask.run.conclude import absent_texts
 from megaseg_dask.run.finished import find_loss
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import estimate_time
+from megaseg_dask.run.state import Session
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.provenance import provenance_at
 from megaseg_dask.tools.report import figures
 from megaseg_dask.tools.report.charts import number
-from megaseg_dask.tools.report.pictures import Thumbnail, seam_pictures, thumbnails
+from megaseg_dask.tools.report.pictures import Thumbnail, seam_pictures, volume_pictures
 from megaseg_dask.tools.report.sampling import spread
 from megaseg_dask.tools.report.seams import Comparison, Profile, Seams, check_seams
 from megaseg_dask.tools.report.survey import Run, Survey, VolumeReport, survey
+from megaseg_dask.tools.report.table import TableHead, read_head
 
 # Volumes with pictures: a sample of all, and outliers.
 _MAX_SAMPLES = 12
@@ -43,6 +46,7 @@ _MAX_OUTLIERS = 24
 # A page with more rows is slow to open.
 _MAX_ROWS = 3000
 _DRAWERS = 4
+_DATE = "%d %B %Y, %H:%M UTC"
 # Options that change no result, and belong to the command that repeats a run.
 _REPEATED_OPTIONS = {"model", "wells", "fields", "acquisition", "memory", "endpoint", "anon"}
 
@@ -51,11 +55,15 @@ _REPEATED_OPTIONS = {"model", "wells", "fields", "acquisition", "memory", "endpo
 class Overview:
     """The run at a glance. ``status`` is ``done``, ``doubtful``, ``failed`` or ``not finished``.
 
-    ``absent`` says which chunks the source lacks; ``missing`` are the wells and fields that
-    could not be read, each with the reason.
+    ``subject`` says which model segmented which image and when, ``volumes`` what the volumes are,
+    and ``size`` how large one is. ``absent`` says which chunks the source lacks; ``missing`` are
+    the wells and fields that could not be read, each with the reason.
     """
 
     status: str
+    subject: str
+    volumes: str
+    size: str
     failed: list[Failure]
     missing: list[tuple[str, str]]
     warnings: list[str]
@@ -123,22 +131,27 @@ class Origin:
     certificates: list[str]
     logs: list[str]
     version: str
+    date: str
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """All values of the template; the plans differ only in the form of their fields."""
+    """All values of the template; the plans differ only in the form of their fields.
+
+    ``table`` is the beginning of the table of objects, if there is one.
+    """
 
     plan: Plan
     plans: Sequence[Plan]
     summaries: list[dict[str, Any]]
     survey: Survey
     overview: Overview
-    seams: SeamSection | None
+    volumes: Volumes
     plate_maps: list[Markup]
     time_curves: list[Markup]
     histograms: list[Markup]
-    volumes: Volumes
+    table: TableHead | None
+    seams: SeamSection | None
     timings: Timings
     origin: Origin
 
@@ -151,6 +164,8 @@ def render(plans: Sequence[Plan]) -> str:
     environment.filters |= {
         "number": number,
         "duration": partial(duration, exact=True),
+        "phrase": stage_phrase,
+        "unbroken": _unbroken,
         "gb": lambda n_bytes: f"{n_bytes / 1e9:.2f}",
     }
     template = environment.from_string(read_template())
@@ -173,11 +188,12 @@ def make_page(plans: Sequence[Plan]) -> Page:
         summaries=[summarize(plan) for plan in plans],
         survey=result,
         overview=_overview(runs, result),
-        seams=_seams(runs, result),
+        volumes=volumes,
         plate_maps=figures.plate_maps(plans, result, volumes.featured_anchors),
         time_curves=figures.time_curves(result),
         histograms=figures.histograms(plans[0], result),
-        volumes=volumes,
+        table=read_head(plans[0]),
+        seams=_seams(runs, result),
         timings=_timings(runs),
         origin=_origin(runs),
     )
@@ -202,6 +218,9 @@ def _overview(runs: Sequence[Run], result: Survey) -> Overview:
     objects = [report.objects for report in result.volumes if report.objects is not None]
     return Overview(
         status=status,
+        subject=_subject(plans[0], sessions),
+        volumes=_volumes_text(plans),
+        size=_size_text(plans),
         failed=failed,
         missing=missing,
         warnings=[*lost, *chain(*(ending.warnings for ending in endings))],
@@ -213,6 +232,51 @@ def _overview(runs: Sequence[Run], result: Survey) -> Overview:
         n_sessions=len(sessions),
         wall_s=float(sum(session.wall_s for session in sessions)),
     )
+
+
+def _subject(plan: Plan, sessions: Sequence[Session]) -> str:
+    """Return which model segmented which channel of which image, and when."""
+    names = plan.source_image.channels
+    channel = ""
+    if len(names) > 1:
+        chosen = ", ".join(names[c] for c in plan.resolved.channels)
+        channel = f" (channel {chosen})"
+    text = f"{plan.model.name} on {plan.source.basename}{channel}"
+    if not sessions:
+        return text
+    ended = max(session.began + session.wall_s for session in sessions)
+    return f"{text}, {datetime.fromtimestamp(ended, UTC).strftime(_DATE)}"
+
+
+def _volumes_text(plans: Sequence[Plan]) -> str:
+    """Return what the volumes are: fields, timepoints and channels, in words."""
+    volumes = list(chain(*(plan.volumes for plan in plans)))
+    n_times = len({volume.t for volume in volumes})
+    n_channels = len({volume.c for volume in volumes})
+    parts = []
+    if plans[0].plate:
+        images = {volume.image for volume in volumes}
+        wells = {image.rpartition("/")[0] for image in images}
+        parts = [count(len(images), "field"), f"of {count(len(wells), 'well')}"]
+    if n_times > 1:
+        parts.append(count(n_times, "timepoint"))
+    if n_channels > 1:
+        parts.append(count(n_channels, "channel"))
+    return " ".join(parts) or "one image"
+
+
+def _size_text(plans: Sequence[Plan]) -> str:
+    """Return the size of a volume in voxels, and in µm where their size is known."""
+    shapes = dict.fromkeys(plan.volume_shape for plan in plans)
+    if len(shapes) > 1:
+        return f"of {len(shapes)} sizes"
+    [shape] = shapes
+    text = " × ".join(map(str, shape)) + " voxels"
+    image = plans[0].source_image
+    if image.unknown_size is not None:
+        return text
+    sizes = [n * um for n, um in zip(shape, image.spacing_um, strict=True)]
+    return f"{text}, {' × '.join(map(number, sizes))} µm"
 
 
 def _seams(runs: Sequence[Run], result: Survey) -> SeamSection | None:
@@ -238,7 +302,8 @@ def _volumes(result: Survey) -> Volumes:
     others = [report for report in result.volumes if not report.stands_out]
     sample = [others[i] for i in spread(len(others), _MAX_SAMPLES)]
     featured = outliers[:_MAX_OUTLIERS] + sample
-    pictures = map_threaded(_pictures, featured, _DRAWERS)
+    draw = partial(_pictures, is_alone=len(featured) == 1)
+    pictures = map_threaded(draw, featured, _DRAWERS)
     rows = result.volumes
     if len(rows) > _MAX_ROWS:
         rows = (outliers + others)[:_MAX_ROWS]
@@ -250,8 +315,8 @@ def _volumes(result: Survey) -> Volumes:
     )
 
 
-def _pictures(report: VolumeReport) -> list[Thumbnail]:
-    return thumbnails(report.run.plan, report.output, report.name)
+def _pictures(report: VolumeReport, *, is_alone: bool) -> list[Thumbnail]:
+    return volume_pictures(report.run.plan, report.output, report.name, is_alone=is_alone)
 
 
 def _timings(runs: Sequence[Run]) -> Timings:
@@ -299,7 +364,20 @@ def _origin(runs: Sequence[Run]) -> Origin:
         certificates=list(dict.fromkeys(map(str, certificates))),
         logs=logs,
         version=version_of("megaseg-dask"),
+        date=datetime.now(UTC).strftime(_DATE),
     )
+
+
+def _unbroken(command: str) -> list[str]:
+    """Return the parts of a command that no line may break: words, and options with a value."""
+    parts: list[str] = []
+    for word in command.split(" "):
+        is_value = bool(parts) and parts[-1].startswith("--") and " " not in parts[-1]
+        if is_value and not word.startswith("--"):
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    return parts
 
 
 def _versions(plan: Plan) -> Mapping[str, str]:
@@ -342,6 +420,20 @@ def commands_of(plans: Sequence[Plan]) -> list[str]:
             # Each plan has another block, and all give the same voxels.
             options.remove("block")
         address = (plan.source, plan.target)
-        settings = plan.resolved.as_settings(plan.settings)
+        settings = _with_channel_names(plan)
         commands.append(command_line("segment", *address, settings=settings, options=options))
     return list(dict.fromkeys(commands))
+
+
+def _with_channel_names(plan: Plan) -> Settings:
+    """Return the settings of a plan, its channels by name where each image has such a channel."""
+    settings = plan.resolved.as_settings(plan.settings)
+    chosen = {tuple(image.channel_names) for image in plan.images.values()}
+    if len(chosen) != 1:
+        return settings
+    [names] = chosen
+    of_image = plan.source_image.channels
+    is_clear = all(of_image.count(name) == 1 and not name.isdecimal() for name in names)
+    if not is_clear or any("," in name for name in names):
+        return settings
+    return settings.model_copy(update={"channel": ",".join(names)})

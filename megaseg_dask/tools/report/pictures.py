@@ -1,9 +1,11 @@
-"""Small pictures as data URLs: the middle slice and the maximum of image, scores and labels."""
+"""Small pictures as data URLs: objects outlined on the image, and the scores beside them."""
 
 import base64
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,21 @@ from megaseg_dask.tools.report.seams import AXES, Face
 Array = NDArray[Any]
 Pixels = NDArray[np.uint8]
 
-# Pixels of the longer side.
-_WIDTH = 200
+# Pixels of the longer side of a plane: of the only volume, and of one of many.
+_LARGE_WIDTH = 840
+_SMALL_WIDTH = 420
+# A small image is not enlarged beyond this: there is no more to see.
+_MAX_ENLARGEMENT = 4
+# Pixels between the plane from above and the plane from the side, and of the scale bar.
+_GAP = 6
+# Outlines have one pixel of this number along the longer side.
+_OUTLINE_SHARE = 420
+_BAR_HEIGHT = 5
+_BAR_MARGIN = 12
+# The bar is the largest round length within this share of the width.
+_BAR_SHARE = 0.3
+# Contours keep their colors without subsampling; PNG would be four times as large.
+_JPEG: dict[str, Any] = {"quality": 88, "subsampling": 0, "optimize": True}
 # Voxels that are read for the pictures of one kind of one volume.
 _MAX_VOXELS = 2**26
 # Voxels on each side of a face, and along it; and pixels of each.
@@ -30,6 +45,7 @@ _ACROSS = 48
 _ALONG = 96
 _ZOOM = 3
 _FACE_RED = (255, 64, 64)
+_WHITE = (255, 255, 255)
 # Percentiles of a sample are exact enough, and those of all voxels take longer than reading.
 _MAX_SAMPLE = 10**6
 
@@ -56,23 +72,143 @@ class Thumbnail:
     caption: str
 
 
-def thumbnails(plan: Plan, output: Output, name: str) -> list[Thumbnail]:
-    """Return the pictures of one output of a volume, middle slices first."""
+@dataclass(frozen=True, slots=True)
+class _Planes:
+    """The plane from above and the plane from the side that show a volume.
+
+    ``z`` and ``y`` are shares of its extent. ``shape`` is in pixels, ``(z, y, x)``, all of one
+    size; ``pixel_um`` is that size, 0 if it is unknown.
+    """
+
+    z: float
+    y: float
+    shape: tuple[int, ...]
+    pixel_um: float
+
+    def cut(self, values: Array) -> tuple[Array, Array]:
+        """Return the plane ``(y, x)`` and the plane ``(z, x)`` of a volume ``(z, y, x)``."""
+        z = int(self.z * len(values))
+        y = int(self.y * values.shape[1])
+        return values[z], values[:, y]
+
+    def draw(self, above: Pixels, beside: Pixels) -> Pixels:
+        """Return one picture of both planes, with the scale bar."""
+        gap = np.full((_GAP, above.shape[1], 3), 255, np.uint8)
+        picture = np.concatenate([above, gap, beside])
+        length = _bar_length(self.pixel_um * above.shape[1])
+        if length:
+            width = round(length / self.pixel_um)
+            stop = len(above) - _BAR_MARGIN
+            right = above.shape[1] - _BAR_MARGIN
+            # A black frame keeps the bar visible on bright objects.
+            picture[stop - _BAR_HEIGHT - 1 : stop + 1, right - width - 1 : right + 1] = 0
+            picture[stop - _BAR_HEIGHT : stop, right - width : right] = _WHITE
+        return picture
+
+    @property
+    def scale(self) -> str:
+        """What the scale bar says, as the end of a caption."""
+        length = _bar_length(self.pixel_um * self.shape[2])
+        return f"bar {length:g} µm" if length else "voxel size unknown"
+
+
+def _bar_length(width_um: float) -> float:
+    """Return the largest of 1, 2, 5, 10, … µm that fits; 0 if the width is unknown."""
+    if width_um <= 0:
+        return 0.0
+    most = width_um * _BAR_SHARE
+    power = 10 ** math.floor(math.log10(most))
+    factor = max(factor for factor in (1, 2, 5) if factor * power <= most)
+    return float(factor * power)
+
+
+def volume_pictures(plan: Plan, output: Output, name: str, *, is_alone: bool) -> list[Thumbnail]:
+    """Return pictures of one output: the image with the objects' outlines, and the scores.
+
+    Each shows one plane from above and one from the side, through as many voxels of objects as
+    possible.
+    """
     window = whole_or_middle(plan, _MAX_VOXELS)
-    slices = []
-    maxima = []
+    width = _LARGE_WIDTH if is_alone else _SMALL_WIDTH
+    found: dict[str, Array | None] = {}
     for kind in _kinds(plan):
-        view = choose_view(plan, window, _MAX_VOXELS, width=_WIDTH, is_source=kind == "image")
+        view = choose_view(plan, window, _MAX_VOXELS, width=width, is_source=kind == "image")
         try:
-            values = view.read(plan, kind, output)
+            found[kind] = view.read(plan, kind, output)
         except UNREADABLE:
-            slices.append(Thumbnail("", "", f"{kind}, middle slice"))
-            maxima.append(Thumbnail("", "", f"{kind}, maximum"))
-            continue
-        painter = _Painter(kind, _limits(kind, values))
-        slices.append(painter.thumbnail(values[len(values) // 2], "middle slice", name))
-        maxima.append(painter.thumbnail(values.max(axis=0), "maximum", name))
-    return slices + maxima
+            found[kind] = None
+    labels = found.get("labels")
+    planes = _choose_planes(plan, window, labels, width)
+    draw = partial(_draw, planes, name)
+    pictures = [draw("image", found["image"], labels)]
+    if "scores" in found:
+        pictures.append(draw("scores", found["scores"], None))
+    return pictures
+
+
+def _choose_planes(plan: Plan, window: Box, labels: Array | None, width: int) -> _Planes:
+    spacing = plan.source_image.spacing_um
+    extents = [n * size for n, size in zip(window.shape, spacing, strict=True)]
+    wide = max(extents[1:])
+    n_voxels = max(window.shape[1:])
+    pixel = wide / min(width, n_voxels * _MAX_ENLARGEMENT)
+    shape = tuple(max(round(extent / pixel), 1) for extent in extents)
+    z = y = 0.5
+    if labels is not None and labels.any():
+        z = _fullest(labels, 0)
+        y = _fullest(labels, 1)
+    is_known = plan.source_image.unknown_size is None
+    return _Planes(z, y, shape, pixel if is_known else 0.0)
+
+
+def _fullest(labels: Array, axis: int) -> float:
+    """Return where along an axis most voxels are in objects, as a share of its extent."""
+    others = tuple(n for n in range(3) if n != axis)
+    counts = np.count_nonzero(labels, axis=others)
+    return (float(counts.argmax()) + 0.5) / len(counts)
+
+
+def _draw(
+    planes: _Planes, name: str, kind: str, values: Array | None, labels: Array | None
+) -> Thumbnail:
+    is_outlined = labels is not None
+    what = "image, objects outlined" if is_outlined else kind
+    if values is None:
+        return Thumbnail("", "", what)
+    painter = _Painter(kind, _limits(kind, values))
+    n_z, n_y, n_x = planes.shape
+    drawn = []
+    for plane, shape in zip(planes.cut(values), ((n_y, n_x), (n_z, n_x)), strict=True):
+        drawn.append(_resized(painter.paint(plane), shape, Picture.Resampling.BICUBIC))
+    if labels is not None:
+        for picture, plane in zip(drawn, planes.cut(labels), strict=True):
+            _outline(picture, plane)
+    z = int(planes.z * len(values))
+    caption = f"{what}; {planes.scale}"
+    alt = f"{what} of {name}, plane {z} of {len(values)}"
+    return Thumbnail(_data_url(planes.draw(drawn[0], drawn[1]), "JPEG", **_JPEG), alt, caption)
+
+
+def _outline(picture: Pixels, labels: Array) -> None:
+    """Draw the borders of objects onto a picture, each in the color of its id."""
+    rows = np.arange(picture.shape[0]) * labels.shape[0] // picture.shape[0]
+    columns = np.arange(picture.shape[1]) * labels.shape[1] // picture.shape[1]
+    ids = labels[rows][:, columns]
+    n = max(round(max(ids.shape) / _OUTLINE_SHARE), 1)
+    is_border = np.zeros(ids.shape, bool)
+    differs = ids[n:] != ids[:-n]
+    is_border[n:] |= differs
+    is_border[:-n] |= differs
+    differs = ids[:, n:] != ids[:, :-n]
+    is_border[:, n:] |= differs
+    is_border[:, :-n] |= differs
+    is_border &= ids > 0
+    picture[is_border] = label_colors(ids[is_border])
+
+
+def _resized(pixels: Pixels, shape: tuple[int, int], resample: Picture.Resampling) -> Pixels:
+    picture = Picture.fromarray(pixels).resize((shape[1], shape[0]), resample)
+    return np.array(picture)
 
 
 def _kinds(plan: Plan) -> list[str]:
@@ -90,7 +226,7 @@ def seam_pictures(face: Face) -> list[Thumbnail]:
             continue
         pixels = _paint_face(kind, values, face, face.at - box.start[face.axis])
         caption = f"{kind} across a face along {AXES[face.axis]}"
-        url = _encode(pixels, max(pixels.shape))
+        url = _data_url(pixels, "PNG", optimize=True)
         pictures.append(Thumbnail(url, f"{caption}, which is the dashed line", caption))
     return pictures
 
@@ -163,15 +299,6 @@ class _Painter:
     kind: str
     limits: tuple[float, float]
 
-    def thumbnail(self, plane: Array, plane_name: str, name: str) -> Thumbnail:
-        resample = Picture.Resampling.BOX
-        if self.kind == "labels":
-            # The mean of the colors of two labels is the color of a third.
-            resample = Picture.Resampling.NEAREST
-        url = _encode(self.paint(plane), _WIDTH, resample)
-        alt = f"{plane_name} of the {self.kind} of {name}"
-        return Thumbnail(url, alt, f"{self.kind}, {plane_name}")
-
     def paint(self, plane: Array) -> Pixels:
         """Return the colors of a plane, ``(rows, columns, 3)``."""
         if self.kind == "labels":
@@ -213,15 +340,9 @@ def color_of(share: float) -> str:
     return f"#{color.tobytes().hex()}"
 
 
-def _encode(
-    pixels: Pixels, width: int, resample: Picture.Resampling = Picture.Resampling.NEAREST
-) -> str:
-    """Return a PNG as a data URL, its longer side at most ``width`` pixels."""
-    picture = Picture.fromarray(pixels)
-    scale = width / max(picture.size)
-    if scale < 1:
-        n_columns, n_rows = (max(round(n * scale), 1) for n in picture.size)
-        picture = picture.resize((n_columns, n_rows), resample)
+def _data_url(pixels: Pixels, form: str, **options: Any) -> str:
+    """Return a picture as a data URL."""
     data = io.BytesIO()
-    picture.save(data, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    Picture.fromarray(pixels).save(data, form, **options)
+    text = base64.b64encode(data.getvalue()).decode()
+    return f"data:image/{form.lower()};base64,{text}"
