@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import zarr
 from numpy.testing import assert_array_equal
+from skimage.segmentation import find_boundaries
 from typer.testing import CliRunner
 
 from megaseg_dask.algorithms.geometry import Box
@@ -25,6 +26,8 @@ from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
+from megaseg_dask.tools.report import pictures
+from megaseg_dask.tools.report.charts import Cell, number, plate_map
 from megaseg_dask.tools.report.page import (
     Origin,
     Overview,
@@ -32,6 +35,7 @@ from megaseg_dask.tools.report.page import (
     SeamSection,
     Timings,
     Volumes,
+    _unbroken,
     make_page,
     read_template,
     render,
@@ -158,6 +162,8 @@ def test_numbers_are_those_of_the_outputs(split):
     assert report.foreground == pytest.approx((labels > 0).mean())
     assert report.mean_score == pytest.approx(scores.mean() / 255)
     assert page.survey.sizes.sum() == labels.max()
+    assert page.table.rows[0][page.table.columns.index("label")] == "1"
+    assert len(page.table.rows) <= labels.max()
     assert page.survey.scores.sum() == scores.size
     assert page.overview.wall_s > 0
     assert all(0 < stage.peak_bytes <= stage.projected_bytes for stage in page.timings.stages)
@@ -251,6 +257,7 @@ def test_a_plate_with_failures(plate, options, tmp_path, cheap_engine):  # noqa:
         "Scores of voxels",
     ):
         assert chart in found.text
+    assert "--channel dna,actin" in page.origin.commands[0]
     # A cell of the map for each field and metric and channel, and for what is not there.
     assert len(page.plate_maps) == 8
     assert text.count('href="#m0"') == 8
@@ -274,7 +281,6 @@ def test_a_name_from_a_plate_is_text_not_markup(options, tmp_path):
     assert "<script" not in text
     assert "<img src=x" not in text
     assert "<b onclick" not in text
-    assert "&lt;script&gt;" in text
     assert "&lt;img src=x" in text
     assert "#seams" not in text
 
@@ -311,3 +317,38 @@ def test_wrong_requests(split, tmp_path, options):
     assert out.exists()
     other = run(build_app(), ["report", str(target), "--label-name", "other"])
     assert other.exit_code == 2
+
+
+def test_objects_are_outlined_on_the_image():
+    """A pixel has the color of an object exactly beside the end of that object."""
+    labels = np.zeros((20, 30), np.uint32)
+    labels[5:15, 5:15] = 1
+    labels[5:15, 15:25] = 2
+    picture = np.zeros((20, 30, 3), np.uint8)
+    pictures._outline(picture, labels)
+    expected = find_boundaries(labels, connectivity=1, mode="inner")
+    assert_array_equal(picture.any(axis=2), expected)
+    assert_array_equal(picture[5, 5], pictures.label_colors(np.array(1)))
+    assert_array_equal(picture[5, 24], pictures.label_colors(np.array(2)))
+
+
+@pytest.mark.parametrize(
+    ("width_um", "length"), [(66.6, 10), (200, 50), (16.7, 5), (4e5, 100_000), (0.9, 0.2), (0, 0)]
+)
+def test_the_scale_bar_is_a_round_length_that_fits(width_um, length):
+    assert pictures._bar_length(width_um) == pytest.approx(length)
+
+
+def test_a_command_breaks_between_options_only():
+    command = "megaseg segment in.zarr out.zarr --channel 'a b' --overwrite --min-size 5"
+    parts = _unbroken(command)
+    assert " ".join(parts) == command
+    assert parts[-2:] == ["--overwrite", "--min-size 5"]
+
+
+def test_numbers_in_wells_are_means_where_they_fit():
+    cells = {"A/1": [Cell(2.0, "", "#x"), Cell(4.0, "", "#x")], "A/2": [Cell(None, "", "#x", True)]}
+    drawn = plate_map(["A"], ["1", "2"], cells, title="Objects", text=number)
+    assert ">3</text>" in drawn
+    wide = plate_map(["A"], list("123456789"), cells, title="Objects", text="{:.9f}".format)
+    assert "3.000000000" not in wide
