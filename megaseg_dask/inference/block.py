@@ -163,11 +163,22 @@ def blend_patches(
     Raises:
         EngineError: The network gave a logit that is not finite.
     """
-    grid = block.patches.grid
     on_grid = resampled(block, library)
-    touching = grid.iter_touching(block.core, block.where)
+    touching = block.patches.grid.iter_touching(block.core, block.where)
     patches = ((patch, cut_patch(on_grid, patch, library)) for patch in touching)
-    predictions = _predict(patches, forward, block.patches.batch, library)
+    predictions = predict_patches(patches, forward, block.patches.batch, library)
+    return blend_predictions(block, predictions, weights, library)
+
+
+def blend_predictions(
+    block: Block, predictions: Iterable[tuple[Box, Any]], weights: Any, library: ArrayLibrary[Any]
+) -> Any:
+    """Return the blended logits of a block's core from those of its patches, in grid order.
+
+    Raises:
+        EngineError: The network gave a logit that is not finite.
+    """
+    grid = block.patches.grid
     needed = None
     if block.where is not None:
         on_covered = grid.resampling.needed_on_grid(block.where, block.core.ranges)
@@ -210,12 +221,13 @@ def cut_patch(block: Block, patch: Box, library: ArrayLibrary[Any]) -> Any:
     return prepared
 
 
-def _predict(
+def predict_patches(
     patches: Iterable[tuple[Box, Any]],
     forward: Callable[[Any], Any],
     batch: int,
     library: ArrayLibrary[Any],
 ) -> Iterator[tuple[Box, Any]]:
+    """Yield the logits of prepared patches, in batches of one size."""
     for group in _batched(patches, batch):
         boxes = [box for box, _ in group]
         # The last batch is filled up: another batch shape may take another kernel,

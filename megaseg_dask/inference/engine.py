@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from megaseg_dask.errors import EngineError, SettingsError
 from megaseg_dask.inference.block import Engine
@@ -21,6 +21,8 @@ from megaseg_dask.inference.ensemble import Averaged, BundleRef, ModelRef
 from megaseg_dask.inference.gpu import visible_devices
 from megaseg_dask.inference.machine import n_cores
 from megaseg_dask.messages import install_command
+
+E = TypeVar("E", bound=Engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +248,27 @@ def open_engine(model: ModelRef, spec: EngineSpec) -> Iterator[Engine]:
             _close_all()
             _opened[key] = _open(model, spec)
         yield _opened[key]
+
+
+@contextmanager
+def replaced_engine(
+    model: ModelRef, spec: EngineSpec, replace: Callable[[Engine], E]
+) -> Iterator[E]:
+    """Give all threads another engine, made of this process's one, in its place meanwhile.
+
+    What is yielded may be used without :func:`open_engine`, if it takes care of threads itself.
+
+    Raises:
+        BundleError: A bundle at its address is no longer the plan's.
+        EngineError: This machine cannot run the engine.
+    """
+    with open_engine(model, spec) as engine:
+        replacement = replace(engine)
+        _opened[model, spec] = replacement
+    try:
+        yield replacement
+    finally:
+        close_engine()
 
 
 @contextmanager
