@@ -46,6 +46,7 @@ from megaseg_dask.cli.models import models_app
 from megaseg_dask.cli.options import (
     STORE,
     all_settings,
+    live_settings,
     next_commands,
     settings_of,
     with_options,
@@ -246,7 +247,6 @@ def demo(
 # -- the application
 
 # Every command that is not in a group, in the order of the help, with the settings it takes.
-_ALL = None
 _NO_SETTINGS = ()
 # As `megaseg_dask.plan.relabelling` has them: what follows the scores, then how the work is done.
 _RELABELLING = (
@@ -271,9 +271,11 @@ _RELABELLING = (
     "retries",
     "timeout",
 )
-_COMMANDS: Mapping[Callable[..., None], Sequence[str] | None] = {
-    segment: _ALL,
-    plan: _ALL,
+# Names, or a function that returns them: the settings are declared in a room that computes.
+_Names = Sequence[str] | Callable[[], Sequence[str]]
+_COMMANDS: Mapping[Callable[..., None], _Names] = {
+    segment: all_settings,
+    plan: all_settings,
     relabel: _RELABELLING,
     demo: _NO_SETTINGS,
     evaluate: STORE,
@@ -282,7 +284,7 @@ _COMMANDS: Mapping[Callable[..., None], Sequence[str] | None] = {
     join: STORE,
     status: STORE,
     report: STORE,
-    view: STORE,
+    view: live_settings,
     import_: IMPORT_SETTINGS,
     train: _NO_SETTINGS,
 }
@@ -300,12 +302,10 @@ def build_app(words: Collection[str] | None = None) -> typer.Typer:
     All other commands can only be listed.
     """
 
-    def complete(
-        command: Callable[..., None], settings: Sequence[str] | None
-    ) -> Callable[..., None]:
+    def complete(command: Callable[..., None], settings: _Names) -> Callable[..., None]:
         if words is not None and _name_of(command) not in words:
             return without_options(command)
-        names = all_settings() if settings is _ALL else settings
+        names = settings() if callable(settings) else settings
         # Where a run is labelled again, its own values are the defaults.
         return with_options(command, names, shows_defaults=command is not relabel)
 

@@ -22,6 +22,8 @@ Command = Callable[..., None]
 
 # Settings that open a store, for commands that take nothing else of a run.
 STORE = ("endpoint", "anon", "storage_option")
+# Of a run that is looked at: it has no workers, and its name is an option of the viewer.
+_NOT_LIVE = ("label_name", "workers", "scheduler", "cluster")
 # What finds a run again.
 _TARGET_OPTIONS = ("label_name", "endpoint", "storage_option")
 
@@ -44,6 +46,11 @@ def all_settings() -> list[str]:
     from megaseg_dask.plan.settings import Settings
 
     return list(Settings.model_fields)
+
+
+def live_settings() -> list[str]:
+    """Return the names of the settings of a run that this process predicts by itself."""
+    return [name for name in all_settings() if name not in _NOT_LIVE]
 
 
 def _with_parameters(command: Command, options: list[inspect.Parameter]) -> Command:

@@ -73,7 +73,7 @@ class PatchMemory:
 
 def digest_of(patch: Float32) -> bytes:
     """Return the digest of a prepared patch ``(channels in, z, y, x)``."""
-    return blake2b(np.ascontiguousarray(patch), digest_size=16).digest()
+    return blake2b(np.ascontiguousarray(patch).data, digest_size=16).digest()
 
 
 class Turns:

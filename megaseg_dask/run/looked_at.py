@@ -185,6 +185,17 @@ class LookedAt:
 
     # -- scores
 
+    def count_missing(self, volume: int, core: Box, known: Known) -> int:
+        """Return how many patches have to be predicted for a box of the target."""
+        region = core.shifted(self.plan.region.start)
+        patches = self.plan.patch_grid.iter_touching(region)
+        names = (self._name(volume, known, patch) for patch in patches)
+        return sum(self._memory.find_named(name) is None for name in names)
+
+    def _name(self, volume: int, known: Known, patch: Box) -> tuple[object, ...]:
+        """Return the name of a patch in memory; other statistics make another one."""
+        return (self.plan.run, volume, known, patch)
+
     def predict(self, volume: int, core: Box, known: Known, engine: Remembering) -> Array:
         """Return the scores ``(outputs, z, y, x)`` of a box of the target, as a run stores them.
 
@@ -207,7 +218,7 @@ class LookedAt:
             background=self._background(volume, region, wanted),
             where=wanted,
         )
-        logits = self._logits(volume, block, engine)
+        logits = self._logits(volume, block, known, engine)
         blended = blend_predictions(block, logits.items(), block.patches.weights, NUMPY)
         return np.stack([HostOutputs(channel).scores(dtype) for channel in blended])
 
@@ -222,7 +233,7 @@ class LookedAt:
         background = None if wanted is None else ~wanted
         if self._is_float and self.plan.resolved.nan_to_background:
             unknown = ~np.isfinite(self._read(volume, region)).all(axis=0)
-            background = unknown if background is None else np.logical_or(background, unknown)
+            background = unknown if background is None else background | unknown
         return background
 
     @property
@@ -232,11 +243,12 @@ class LookedAt:
     def _read(self, volume: int, box: Box) -> Array:
         return stack([channel.read(box) for channel in self._reading.sources(volume)])
 
-    def _logits(self, volume: int, block: Block, engine: Remembering) -> dict[Box, Array]:
+    def _logits(
+        self, volume: int, block: Block, known: Known, engine: Remembering
+    ) -> dict[Box, Array]:
         """Return the logits of the patches of a block in grid order, predicted where necessary."""
         patches = list(block.patches.grid.iter_touching(block.core, block.where))
-        # The statistics are part of the name: other ones make other patches.
-        names = {patch: (self.plan.run, volume, block.prepare, patch) for patch in patches}
+        names = {patch: self._name(volume, known, patch) for patch in patches}
         found = {patch: self._memory.find_named(names[patch]) for patch in patches}
         missing = [patch for patch, logits in found.items() if logits is None]
         if missing:

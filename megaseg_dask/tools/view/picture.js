@@ -61,6 +61,11 @@ export class Picture {
     this.#viewer.position.value = position;
   }
 
+  // Size of a pixel of the screen, in the smallest sides of a voxel.
+  get pixel() {
+    return this.#viewer.crossSectionScale.value;
+  }
+
   // Show the whole image, at its middle in x and y, at the right scale whatever the voxel size.
   async fit(axes) {
     const panel = await this.#panel();
@@ -151,6 +156,12 @@ export class Picture {
 
   setOpacity(name, opacity) {
     this.#layer(name).opacity.value = opacity;
+  }
+
+  // Read a layer from another address, if it is another one.
+  setSource(name, url) {
+    const [source] = this.#layer(name)?.layer.dataSources ?? [];
+    if (source && source.spec.url !== url) source.spec = { ...source.spec, url };
   }
 
   // Set values of a layer's shader, by the names of its controls.

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from operator import truediv
 from typing import Any, NamedTuple
@@ -34,7 +35,10 @@ Array = NDArray[Any]
 SCORES_BYTES = 2**29
 # Few patches touch a small box, so it is there soon. A GPU predicts patches faster than a
 # browser asks for boxes.
-_CHUNK_SHAPES: Mapping[str, Shape] = {"cpu": (64, 32, 32), "cuda": (64, 128, 128)}
+_CHUNK_SHAPES: Mapping[str, Shape] = {"cpu": (64, 64, 64), "cuda": (64, 128, 128)}
+# Of chunks that are near each other the one of fewer patches comes first: a patch counts as much
+# as so many voxels farther from the center.
+_PATCH_VOXELS = 16.0
 # A coarse chunk of more patches is shown as far as it is known, and not predicted.
 _MAX_PATCHES = 64
 _AXES = ("t", "c", *SPATIAL)
@@ -66,8 +70,8 @@ class Sight:
 class Waiting:
     """A chunk that somebody waits for."""
 
-    def __init__(self, distance: Callable[[], float], work: Callable[["Waiting"], bytes]) -> None:
-        self.distance = distance
+    def __init__(self, rank: Callable[[], float], work: Callable[["Waiting"], bytes]) -> None:
+        self.rank = rank
         self.work = work
         self.future: Future[bytes] = Future()
         self.is_dropped = False
@@ -102,6 +106,8 @@ class WaitingList:
             for waiting in self._waiting:
                 waiting.drop()
             self._changed.notify_all()
+        # An engine that computes while the process ends would crash it.
+        self._thread.join()
 
     def _work(self) -> None:
         while True:
@@ -119,7 +125,7 @@ class WaitingList:
             self._waiting = [waiting for waiting in self._waiting if not waiting.is_dropped]
             if not self._waiting or self._is_over:
                 return None
-            nearest = min(self._waiting, key=lambda waiting: waiting.distance())
+            nearest = min(self._waiting, key=lambda waiting: waiting.rank())
             self._waiting.remove(nearest)
             return nearest
 
@@ -173,7 +179,7 @@ class PredictedImage:
     ) -> None:
         """Describe the scores of the field at ``path`` of a run of a request."""
         self._looking = looking
-        self._number = number
+        self.number = number
         self._path = path
         self._scores = scores
         self._waiting = waiting
@@ -205,6 +211,10 @@ class PredictedImage:
         """Let the viewer ask for all chunks again, which it does if their address changes."""
         self._shown_incomplete.clear()
         self.generation += 1
+
+    def report(self, error: Exception) -> None:
+        """Let the page show why a chunk could not be predicted."""
+        self._looking.problem = str(error)
 
     # -- objects of the image
 
@@ -256,10 +266,8 @@ class PredictedImage:
         values, is_whole = self._find(key_now)
         if not is_whole and self._is_predicted(level):
             waiting = Waiting(
-                lambda: self._distance(level, position),
-                lambda waiting: self._encode(
-                    self._predict(output.volume, level, position, waiting), output
-                ),
+                partial(self._rank, output.volume, level, position),
+                partial(self._predict, output, level, position),
             )
             self._waiting.add(waiting)
             return waiting
@@ -295,7 +303,7 @@ class PredictedImage:
 
     @property
     def _run(self) -> LookedAt:
-        return self._looking.runs[self._number]
+        return self._looking.runs[self.number]
 
     def _grid(self, level: int) -> BlockGrid:
         return BlockGrid(self.image.volume_shape(level), self._chunk)
@@ -314,21 +322,27 @@ class PredictedImage:
             box = self._step(coarser).source_box(box)
         return box
 
-    def _distance(self, level: int, position: Shape) -> float:
-        """Return how far a chunk is from where a person looks, in voxels of the finest level."""
+    def _rank(self, volume: int, level: int, position: Shape) -> float:
+        """Return when a chunk is predicted: the smallest rank of those that are waited for first.
+
+        It is the distance from where a person looks, in voxels of the finest level, and more for
+        a chunk that takes more patches.
+        """
+        box = self._finest_box(level, self._grid(level).core(position))
+        known = self._run.known(volume)
+        n_patches = 0
+        if known is not None:
+            n_patches = self._run.count_missing(volume, box, known)
+        return self._distance(box) + n_patches * _PATCH_VOXELS
+
+    def _distance(self, box: Box) -> float:
         if self._sight is None:
             return 0.0
-        box = self._finest_box(level, self._grid(level).core(position))
-        beyond = [
-            max(start - at, 0.0, at - stop)
-            for start, stop, at in zip(box.start, box.stop, self._sight.center, strict=True)
-        ]
-        middle = [
-            (start + stop) / 2 - at
-            for start, stop, at in zip(box.start, box.stop, self._sight.center, strict=True)
-        ]
+        at = self._sight.center
         # The plane that is seen goes through the center: a chunk that it cuts comes first.
-        return math.hypot(*beyond) + math.hypot(*middle) * 1e-3
+        sides = zip(box.start, box.stop, at, strict=True)
+        beyond = [max(start - here, 0.0, here - stop) for start, stop, here in sides]
+        return math.hypot(*beyond)
 
     def _is_predicted(self, level: int) -> bool:
         """Return whether chunks of a level are predicted where they are not known."""
@@ -411,23 +425,24 @@ class PredictedImage:
 
     # -- what is predicted
 
-    def _predict(self, volume: int, level: int, position: Shape, waiting: Waiting) -> Array:
+    def _predict(self, output: Output, level: int, position: Shape, waiting: Waiting) -> bytes:
         """Predict a chunk; of a coarse one, all that it is made of."""
-        known = self._looking.statistics(self._number, volume)
-        key = Key(volume, known.is_exact, level, position)
+        known = self._looking.statistics(self.number, output.volume)
+        key = Key(output.volume, known.is_exact, level, position)
         grid = self._grid(0)
         box = self._finest_box(level, self._grid(level).core(position))
-        for finest in sorted(grid.iter_overlapping(box), key=lambda p: self._distance(0, p)):
+        finest = sorted(grid.iter_overlapping(box), key=lambda p: self._distance(grid.core(p)))
+        for part in (key._replace(level=0, position=each) for each in finest):
             if waiting.is_dropped:
-                return np.zeros((len(self._run.plan.model.outputs), *self._chunk), self._dtype)
-            part = key._replace(level=0, position=finest)
+                return b""
             if not self._find(part)[1]:
-                values = self._looking.predict(self._number, volume, grid.core(finest), known)
+                core = grid.core(part.position)
+                values = self._looking.predict(self.number, output.volume, core, known)
                 self._keep(part, values)
                 self._n_predicted += 1
-        values_now, _ = self._find(key)
-        assert values_now is not None
-        return values_now
+        whole, _ = self._find(key)
+        assert whole is not None
+        return self._encode(whole, output)
 
 
 def _in_order(image: Image) -> Image:

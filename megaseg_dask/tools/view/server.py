@@ -64,7 +64,7 @@ _DRAWING_POLICY = "; ".join(
         *_COMMON_POLICY,
         "script-src 'self' 'unsafe-eval'",
         "worker-src 'self' blob:",
-        "connect-src 'self' data: blob:",
+        "connect-src 'self' data: blob: {others}",
         "style-src 'self' 'unsafe-inline'",
     )
 )
@@ -90,6 +90,8 @@ class Server:
 
     def __init__(self, drawing: Path) -> None:
         self.drawing = drawing
+        # Other servers of this process that Neuroglancer may ask.
+        self.other_origins: list[str] = []
         self.pool = ThreadPoolExecutor(_READERS)
         self.published: dict[str, Location | Objects] = {}
         self._names: dict[Location | str, str] = {}
@@ -192,7 +194,8 @@ class _DrawingHandler(_FileHandler):
     async def get(self, name: str) -> None:
         if name and not _DRAWING_FILE.fullmatch(name):
             raise web.HTTPError(404)
-        await self.send(self.server.drawing / (name or "index.html"), _DRAWING_POLICY)
+        policy = _DRAWING_POLICY.format(others=" ".join(self.server.other_origins))
+        await self.send(self.server.drawing / (name or "index.html"), policy)
 
 
 class _EventsHandler(_Handler):

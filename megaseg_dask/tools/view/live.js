@@ -1,0 +1,50 @@
+// Scores that are predicted where one looks: their server is told where that is, and tells what
+// to know of what is seen, and where the newest scores are.
+
+const PAUSE_MS = 400;
+// More than the parts of a large screen: requests that wait for predictions hold up no others.
+const MAX_REQUESTS = 2048;
+
+export class Live {
+  #ask;
+  #picture;
+  #banner;
+  #field = null;
+  #layers = [];
+
+  constructor(ask, picture, banner) {
+    this.#ask = ask;
+    this.#picture = picture;
+    this.#banner = banner;
+    this.#look();
+  }
+
+  // Find the predicted layers of a scene: they come from another server than the page.
+  prepare(scene) {
+    const isPredicted = ({ source }) => new URL(source.split('|')[0]).host !== location.host;
+    this.#layers = scene.state.layers.filter(isPredicted).map(layer => layer.name);
+    this.#field = this.#layers.length ? scene.field : null;
+    this.#banner.hidden = true;
+    if (this.#field === null) return;
+    // Nothing is predicted that nobody looks at, and the image waits for no prediction.
+    scene.state.prefetch = false;
+    scene.state.concurrentDownloads = MAX_REQUESTS;
+  }
+
+  async #look() {
+    const field = this.#field;
+    if (field !== null && !document.hidden) {
+      const { position, pixel } = this.#picture;
+      const found = await this.#ask('look', { field, position, pixel });
+      if (found && field === this.#field) this.#take(found);
+    }
+    setTimeout(() => this.#look(), PAUSE_MS);
+  }
+
+  #take({ status, is_problem: isProblem, source }) {
+    this.#banner.hidden = !status;
+    this.#banner.textContent = status;
+    this.#banner.classList.toggle('problem', isProblem);
+    for (const layer of this.#layers) this.#picture.setSource(layer, source);
+  }
+}
