@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.array_library import NUMPY
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.algorithms.normalization import Normalization, measure, require_finite
+from megaseg_dask.errors import StoreError
 from megaseg_dask.events import Emit, ignore
 from megaseg_dask.inference.block import (
     Block,
@@ -406,17 +407,23 @@ class LookedAt:
     def _run(
         self, stage: PlannedStage, indices: Sequence[int], emit: Emit, is_over: threading.Event
     ) -> None:
+        plan = self.plan
         assert self.lease is not None
         if self._dispatcher is None:
-            self._dispatcher = SerialExecutor().dispatcher(self.plan, self.lease.id, emit)
+            self._dispatcher = SerialExecutor().dispatcher(plan, self.lease.id, emit)
         recorder = Recorder(
-            (self.plan.source, self.plan.target),
+            (plan.source, plan.target),
             self.journal,
             self.lease,
             emit,
             lambda name: StageProgress(name, n_done=0, n_tasks=len(indices)),
-            partial(failure_of, self.plan),
+            partial(failure_of, plan),
         )
         recorder.run(self._dispatcher, _Chosen(stage.name, indices, is_over))
         # A kill at any moment loses nothing that was finished before.
         self.journal.flush()
+        if recorder.store_is_lost:
+            raise StoreError(
+                f"{plan.source} or {plan.target} does not answer; what is looked at is not "
+                "recorded any more: end the viewer and start it again"
+            )

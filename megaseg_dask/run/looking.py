@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.blending import max_score
 from megaseg_dask.algorithms.geometry import Box
-from megaseg_dask.errors import EngineError, MegasegError, SettingsError
+from megaseg_dask.errors import DataError, EngineError, MegasegError, SettingsError
 from megaseg_dask.events import Emit, Event, Failure, Progress, ignore
 from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.inference.engine import replaced_engine
@@ -88,7 +88,8 @@ class Looking:
         self._work = _Work({}, {})
         self._lease: Held | None = None
         self._thread = threading.Thread(target=self._run, name="looking", daemon=True)
-        self._origin = ""
+        # Of what the intensities of volumes are known that are not measured yet.
+        self._provisional: dict[tuple[int, int], str] = {}
         self._share = ""
         self.problem = ""
         self.changed: Callable[[], None] = lambda: None
@@ -143,8 +144,9 @@ class Looking:
                 self._begin()
                 self._engine = engine
                 self._is_ready.set()
-                with self._recorded(certificate):
-                    self._work_on()
+                self._work_recorded(certificate)
+                # What is looked at is predicted also where nothing can be recorded any more.
+                self._is_over.wait()
         except KeyboardInterrupt:
             # The end came while a task was computed; nothing is recorded of it.
             pass
@@ -183,16 +185,18 @@ class Looking:
             record(self._opened, self._request.superseded, self._lease, self._note)
         self.runs = self._looked_at(self._opened)
 
-    @contextmanager
-    def _recorded(self, certificate: Certificate | None) -> Iterator[None]:
-        with ExitStack() as stack:
-            if self._lease is not None:
-                for _, journal in self._opened:
-                    if journal.result is None:
-                        stack.enter_context(journal.flushed())
-                        stack.enter_context(journal.session())
-                        journal.certify(certificate)
-            yield
+    def _work_recorded(self, certificate: Certificate | None) -> None:
+        """Do what is to be done, and flush all journals at the end."""
+        try:
+            with ExitStack() as stack:
+                unfinished = [journal for _, journal in self._opened if journal.result is None]
+                for journal in unfinished if self._lease is not None else ():
+                    stack.enter_context(journal.flushed())
+                    stack.enter_context(journal.session())
+                    journal.certify(certificate)
+                self._work_on()
+        except MegasegError as error:
+            self.problem = str(error)
 
     def _note(self, event: Event) -> None:
         if isinstance(event, Failure):
@@ -230,6 +234,8 @@ class Looking:
             known = run.measure(volume, self._is_over)
         elif known is None:
             known = run.estimate(volume)
+            run.learn(volume, known)
+            self._provisional[number, volume] = known.origin
             self._add(self._work.volumes, (number, volume))
         run.learn(volume, known)
         return known
@@ -256,12 +262,13 @@ class Looking:
             return self.problem
         if not self._is_ready.is_set():
             return "Opening the model."
-        if self._origin:
-            return (
-                f"Provisional scores: intensities are normalized by {self._origin} until the "
-                f"whole volume is measured{self._share}."
-            )
-        return ""
+        origins = list(self._provisional.values())
+        if not origins:
+            return ""
+        return (
+            f"Provisional scores: intensities are normalized by {origins[-1]} until the whole "
+            f"volume is measured{self._share}."
+        )
 
     # -- what is done while nothing is waited for
 
@@ -296,7 +303,6 @@ class Looking:
         known = run.known(volume)
         if known is None or known.is_exact:
             return
-        self._origin = known.origin
         try:
             if run.lease is None or run.plan.is_one_task:
                 exact: Known | None = run.measure(volume, self._is_over, self._note)
@@ -304,14 +310,14 @@ class Looking:
                 exact = run.measure_recorded(volume, self._note, self._is_over)
             if exact is not None:
                 self._learn(number, volume, exact)
-        except MegasegError as error:
+        except DataError as error:
+            # Such a volume cannot be segmented; others can.
             self.problem = str(error)
-        finally:
-            self._origin = ""
 
     def _learn(self, number: int, volume: int, known: Known) -> None:
         run = self.runs[number]
-        if run.known(volume) == known:
-            return
+        is_new = run.known(volume) != known
         run.learn(volume, known)
-        self.changed()
+        self._provisional.pop((number, volume), None)
+        if is_new:
+            self.changed()

@@ -6,6 +6,7 @@ viewer's page alone. A request that the browser gives up is dropped from the que
 """
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from tornado import httpserver, netutil, web
 
 from megaseg_dask.errors import MegasegError
+from megaseg_dask.run.tasks.worker import describe
 from megaseg_dask.tools.view.prediction import PredictedImage, Waiting
 from megaseg_dask.tools.view.server import LOOPBACK
 
 _READERS = 8
+_LOG = logging.getLogger(__name__)
 
 
 class ChunkServer:
@@ -98,12 +101,14 @@ class _ChunkHandler(web.RequestHandler):
         except asyncio.CancelledError:
             # Nobody waits for it any more.
             return
-        except MegasegError as error:
-            # Neuroglancer shows the status; the page shows the text.
+        except Exception as error:
+            # The page shows it, and goes on with other chunks.
             image.report(error)
+            if not isinstance(error, MegasegError):
+                _LOG.exception("a chunk could not be predicted")
             self.set_status(502)
             self.set_header("Content-Type", "text/plain")
-            self.finish(str(error))
+            self.finish(describe(error))
             return
         if data is None:
             raise web.HTTPError(404)

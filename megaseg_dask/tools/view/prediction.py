@@ -28,6 +28,7 @@ from megaseg_dask.ngff.image import SPATIAL, Image, image_attributes
 from megaseg_dask.plan.plan import Output
 from megaseg_dask.run.looked_at import LookedAt
 from megaseg_dask.run.looking import Looking
+from megaseg_dask.run.tasks.worker import describe
 
 Array = NDArray[Any]
 
@@ -186,7 +187,7 @@ class PredictedImage:
         plan = looking.runs[number].plan
         self.image = _in_order(plan.target_image_at(path))
         self._dtype = np.dtype(plan.resolved.scores_dtype)
-        self._chunk = _CHUNK_SHAPES[plan.engine.device]
+        self.chunk_shape = _CHUNK_SHAPES[plan.engine.device]
         self._outputs = _outputs_at(looking.runs[number], path)
         self._sight: Sight | None = None
         # Chunks of coarser levels of which something may be known.
@@ -214,7 +215,7 @@ class PredictedImage:
 
     def report(self, error: Exception) -> None:
         """Let the page show why a chunk could not be predicted."""
-        self._looking.problem = str(error)
+        self._looking.problem = describe(error)
 
     # -- objects of the image
 
@@ -250,7 +251,7 @@ class PredictedImage:
     @property
     def _stored_chunk(self) -> list[int]:
         others = [1] * (len(self.image.axes) - len(SPATIAL))
-        return [*others, *self._chunk]
+        return [*others, *self.chunk_shape]
 
     def chunk(self, key: str) -> bytes | Waiting | None:
         """Return a chunk that is known, or what waits for one; none where nothing is known.
@@ -294,7 +295,7 @@ class PredictedImage:
 
     def _encode(self, values: Array, output: Output) -> bytes:
         """Return one output of a chunk as it is stored: chunks at the end are filled up."""
-        whole = np.zeros(self._chunk, self._dtype.newbyteorder("<"))
+        whole = np.zeros(self.chunk_shape, self._dtype.newbyteorder("<"))
         inside = tuple(map(slice, values.shape[1:]))
         whole[inside] = values[output.number]
         return whole.tobytes()
@@ -305,8 +306,12 @@ class PredictedImage:
     def _run(self) -> LookedAt:
         return self._looking.runs[self.number]
 
+    def box(self, level: int, position: Shape) -> Box:
+        """Return the voxels ``(z, y, x)`` of a chunk, at its level."""
+        return self._grid(level).core(position)
+
     def _grid(self, level: int) -> BlockGrid:
-        return BlockGrid(self.image.volume_shape(level), self._chunk)
+        return BlockGrid(self.image.volume_shape(level), self.chunk_shape)
 
     def _step(self, level: int) -> Step:
         """Return how a level follows from the finer one."""
@@ -328,7 +333,7 @@ class PredictedImage:
         It is the distance from where a person looks, in voxels of the finest level, and more for
         a chunk that takes more patches.
         """
-        box = self._finest_box(level, self._grid(level).core(position))
+        box = self._finest_box(level, self.box(level, position))
         known = self._run.known(volume)
         n_patches = 0
         if known is not None:
@@ -365,7 +370,7 @@ class PredictedImage:
         values = self._scores.find(self, key)
         if values is not None:
             return values, True
-        box = self._grid(key.level).core(key.position)
+        box = self.box(key.level, key.position)
         if key.level == 0:
             values = self._run.stored(key.volume, box) if key.is_exact else None
             if values is None:
@@ -408,12 +413,12 @@ class PredictedImage:
 
     def _above(self, key: Key) -> Iterator[Key]:
         """Yield the chunks of coarser levels that a chunk may be a part of."""
-        box = self._grid(0).core(key.position)
+        box = self.box(0, key.position)
         for level in range(1, len(self.image.levels)):
             shape = self.image.volume_shape(level)
             ranges = []
             axes = zip(
-                box.start, box.stop, self.image.volume_shape(), shape, self._chunk, strict=True
+                box.start, box.stop, self.image.volume_shape(), shape, self.chunk_shape, strict=True
             )
             for start, stop, n_fine, n_coarse, chunk in axes:
                 # One voxel more on both sides: a level need not have a whole factor.
@@ -430,7 +435,7 @@ class PredictedImage:
         known = self._looking.statistics(self.number, output.volume)
         key = Key(output.volume, known.is_exact, level, position)
         grid = self._grid(0)
-        box = self._finest_box(level, self._grid(level).core(position))
+        box = self._finest_box(level, self.box(level, position))
         finest = sorted(grid.iter_overlapping(box), key=lambda p: self._distance(grid.core(p)))
         for part in (key._replace(level=0, position=each) for each in finest):
             if waiting.is_dropped:
