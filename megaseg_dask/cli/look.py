@@ -1,14 +1,16 @@
 """Commands that look, and write no image: ``report``, ``view``, ``evaluate`` and ``doctor``."""
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from megaseg_dask.cli.console import print_evaluation, print_findings
+from megaseg_dask.cli.console import print_evaluation, print_findings, reporter
 from megaseg_dask.cli.exit_codes import Json, echo, echo_result, exit_codes, warn
 from megaseg_dask.cli.jobs import Recorded
-from megaseg_dask.cli.options import open_stores
+from megaseg_dask.cli.options import STORE, given, open_stores, settings_of
+from megaseg_dask.events import Step
 
 RunName = Annotated[
     str | None,
@@ -52,6 +54,15 @@ def view(
         str, typer.Argument(metavar="TARGET", help="Output of segment, or any other OME-Zarr.")
     ],
     *,
+    record_at: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="TARGET",
+            help="With --model: record the blocks that you look at there. segment with the same "
+            "options then computes the rest.",
+        ),
+    ] = None,
     no_browser: Annotated[
         bool, typer.Option("--no-browser", help="Print the address; do not open a browser.")
     ] = False,
@@ -74,15 +85,18 @@ def view(
     this machine can open it. The exit code is that of megaseg status: 3 if a run there is not
     finished, 1 if something failed.
 
+    With --model it predicts scores where you look, with the options of segment: what you see is
+    what a run would write.
+
     \b
     Examples:
       megaseg view segmented.zarr
+      megaseg view cells.zarr --model starter
+      megaseg view cells.zarr --model starter --target segmented.zarr
       megaseg view segmented.zarr --truth annotated.zarr/labels/nuclei
       megaseg view s3://results/plate.zarr --no-browser
     """
     with exit_codes(json_):
-        open_stores(options, None)
-        from megaseg_dask.tools.view.viewer import view as run_view
 
         def announce(url: str) -> None:
             if json_:
@@ -90,8 +104,54 @@ def view(
             else:
                 echo(f"{url}\nonly this machine can open it; Ctrl-C ends it")
 
+        if options.get("model"):
+            name = {"label_name": label_name} if label_name else {}
+            _view_live(target, record_at, {**options, **name}, announce, truth, not no_browser)
+            return
+        _require_no_prediction(options, record_at)
+        open_stores(options, None)
+        from megaseg_dask.tools.view.viewer import view as run_view
+
         exit_code = run_view(target, label_name, announce, truth=truth, browser=not no_browser)
         raise typer.Exit(exit_code)
+
+
+def _view_live(
+    source: str,
+    target: str | None,
+    options: dict[str, Any],
+    announce: Callable[[str], None],
+    truth: str | None,
+    browser: bool,
+) -> None:
+    """Predict where somebody looks, until interrupted."""
+    settings = settings_of(options)
+    with reporter(as_json=False, quiet=False) as emit:
+        emit(Step("reading the image and the model"))
+        from megaseg_dask.run.looking import Looking
+
+        looking = Looking(source, target, settings, emit)
+    from megaseg_dask.tools.view.live import view_live
+
+    view_live(looking, source, announce, truth=truth, browser=browser)
+
+
+def _require_no_prediction(options: dict[str, Any], target: str | None) -> None:
+    """Require that no option of predictions is given without a model.
+
+    Raises:
+        SettingsError: One is; it is named.
+    """
+    names = [name for name in given(options) if name not in STORE]
+    if not names and target is None:
+        return
+    from megaseg_dask.errors import SettingsError
+    from megaseg_dask.plan.settings import option_text
+
+    texts = list(map(option_text, names))
+    if target is not None:
+        texts.append("--target")
+    raise SettingsError(f"{', '.join(texts)}: only for predictions; add --model NAME")
 
 
 def evaluate(

@@ -227,11 +227,9 @@ class LookedAt:
         reader = self.plan.mask_reader(self.plan.volumes[volume])
         return None if reader is None else reader.read(region)
 
-    def _background(
-        self, volume: int, region: Box, wanted: NDArray[np.bool_] | None
-    ) -> NDArray[np.bool_] | None:
-        """Return the voxels that are background whatever the network says."""
-        background = None if wanted is None else ~wanted
+    def _background(self, volume: int, region: Box, wanted: NDArray[np.bool_] | None) -> Any:
+        """Return the voxels that are background whatever the network says, if there are some."""
+        background: Any = None if wanted is None else ~wanted
         if self._is_float and self.plan.resolved.nan_to_background:
             unknown = ~np.isfinite(self._read(volume, region)).all(axis=0)
             background = unknown if background is None else background | unknown

@@ -66,7 +66,7 @@ class Looking:
             MegasegError: The request cannot be carried out.
         """
         self._stack = ExitStack()
-        self._has_target = target is not None
+        self.has_target = target is not None
         if target is None:
             folder = TemporaryDirectory(prefix="megaseg-view-")
             self._stack.callback(folder.cleanup)
@@ -74,7 +74,7 @@ class Looking:
         try:
             self._request = Request(source, target, settings, emit)
             self._opened = self._request.open_runs()
-            if self._has_target:
+            if self.has_target:
                 require_machine(self._opened[0][0])
         except BaseException:
             self._stack.close()
@@ -122,7 +122,7 @@ class Looking:
             TargetError: Another client works on the target; it is named.
         """
         with self._stack:
-            if self._has_target and not self.is_finished:
+            if self.has_target and not self.is_finished:
                 folder = runs_folder(self.plan.target)
                 self._lease = self._stack.enter_context(Leases(folder, LEASE_TIMING).hold())
                 self._opened = self._request.reopen_runs(self._lease)

@@ -7,16 +7,17 @@ import threading
 import numpy as np
 import pytest
 import zarr
+from skimage.measure import label
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.looking import Looking
-from megaseg_dask.stores import Location
 from megaseg_dask.tools.view import prediction
 from megaseg_dask.tools.view.live import Live, LiveGallery, finest_shown
 from megaseg_dask.tools.view.prediction import Key, Scores, Sight, Waiting, WaitingList
 from megaseg_dask.tools.view.server import Server
-from megaseg_dask.tools.view.viewer import Session
+from megaseg_dask.tools.view.threshold import View, count_in_view
+from megaseg_dask.tools.view.viewer import Published, Session
 from tests.cli.test_imports import run
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.looking import WAIT_S, viewing
@@ -51,7 +52,7 @@ def ask(source, settings, *requests):
         server = Server(source)
         server.host = PAGE.removeprefix("http://")
         try:
-            session = Session(gallery, live.attach(server))
+            session = Session(gallery, live.attach(server, Published(server)))
             layer = session.scene({})["state"]["layers"][-1]["source"]
             base = layer.partition("|")[0].rstrip("/")
             origin = "/".join(base.split("/")[:3])
@@ -196,6 +197,15 @@ def test_the_scene_has_the_scores_and_the_state_of_what_is_seen(source, settings
             scene = gallery.scene("")
             assert [layer.name for layer in scene.layers] == ["image", "scores"]
             assert scene.layers[1].image.transform() == scene.layers[0].image.transform()
-            assert not Location.of(gallery.place_of("").url).exists()
+            assert not scene.layers[1].location.exists()
+            view = View(t=0, z=3, y=(0, 64), x=(0, 64), pixel=1.0)
+            assert count_in_view(scene.layers[1], view, 0.5, 1).n_objects == 0
+            waiting = gallery.images["0"].chunk("0/c/0/0/0/0")
+            values = np.frombuffer(waiting.future.result(WAIT_S), np.uint8).reshape(64, 64, 64)
+            expected = label(values[3] > 127, connectivity=1).max()
+            assert count_in_view(scene.layers[1], view, 0.5, 1).n_objects == expected > 0
+            command = gallery.command("")
+            assert command.startswith(f"megaseg segment {source} TARGET --model ")
+            assert command.endswith(" --engine torch --threads 1")
         finally:
             gallery.close()

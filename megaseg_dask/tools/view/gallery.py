@@ -15,6 +15,7 @@ from megaseg_dask.ngff.image import Axis, Image, read_image
 from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate
 from megaseg_dask.ngff.units import meters, seconds
+from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.companion import find_label
 from megaseg_dask.plan.plan import Plan
@@ -23,7 +24,7 @@ from megaseg_dask.plan.resolved import Fixed
 from megaseg_dask.run.status import status
 from megaseg_dask.run.target.arrays import ImageTarget, Target
 from megaseg_dask.run.target.provenance import missing_at
-from megaseg_dask.run.workspace import RunFolder
+from megaseg_dask.run.workspace import Readable, RunFolder
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.view.contrast import Limits, find_limits
 
@@ -51,6 +52,10 @@ class Layer:
     threshold: float = 0.5
     connectivity: int = 1
     is_truth: bool = False
+
+    def volume(self, level: int, t: int) -> Readable:
+        """Return the voxels of a level at a timepoint."""
+        return Volume.of(self.location, self.image, level=level, t=t, c=self.channel)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,12 @@ const PAUSE_MS = 400;
 const MAX_REQUESTS = 2048;
 
 export class Live {
-  #ask;
   #picture;
   #banner;
   #field = null;
   #layers = [];
 
-  constructor(ask, picture, banner) {
-    this.#ask = ask;
+  constructor(picture, banner) {
     this.#picture = picture;
     this.#banner = banner;
     this.#look();
@@ -35,7 +33,7 @@ export class Live {
     const field = this.#field;
     if (field !== null && !document.hidden) {
       const { position, pixel } = this.#picture;
-      const found = await this.#ask('look', { field, position, pixel });
+      const found = await look({ field, position, pixel });
       if (found && field === this.#field) this.#take(found);
     }
     setTimeout(() => this.#look(), PAUSE_MS);
@@ -46,5 +44,15 @@ export class Live {
     this.#banner.textContent = status;
     this.#banner.classList.toggle('problem', isProblem);
     for (const layer of this.#layers) this.#picture.setSource(layer, source);
+  }
+}
+
+// Ask quietly: it is asked all the time, and other questions tell if the server has ended.
+async function look(question) {
+  try {
+    const answer = await fetch('ask/look', { method: 'POST', body: JSON.stringify(question) });
+    return answer.ok ? await answer.json() : null;
+  } catch {
+    return null;
   }
 }

@@ -6,49 +6,65 @@ predicts. The page tells where a person looks, and is told what to know of what 
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.ngff.image import SPATIAL, Image
+from megaseg_dask.ngff.image import SPATIAL
+from megaseg_dask.plan.command_line import command_line
+from megaseg_dask.plan.resolved import Fixed
+from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.looking import Looking
-from megaseg_dask.stores import Location
+from megaseg_dask.run.workspace import Readable
 from megaseg_dask.tools.view.chunk_server import ChunkServer
-from megaseg_dask.tools.view.gallery import SCORES, Gallery, Layer, Limits, Scene
+from megaseg_dask.tools.view.gallery import SCORES, Gallery, Layer, Scene
+from megaseg_dask.tools.view.neuroglancer_state import Urls
 from megaseg_dask.tools.view.prediction import PredictedImage, Scores, Sight, WaitingList
-from megaseg_dask.tools.view.viewer import Publish, find_drawing, serve
+from megaseg_dask.tools.view.server import Server
+from megaseg_dask.tools.view.viewer import find_drawing, serve
 
 # Neuroglancer counts a voxel as small enough if it is at most this much larger than a pixel.
 _MARGIN = 1.1
 
 
+@dataclass(frozen=True, slots=True)
+class PredictedLayer(Layer):
+    """Scores that are predicted; ``name_at_server`` is that of their field."""
+
+    predicted: PredictedImage | None = None
+    name_at_server: str = ""
+
+    def volume(self, level: int, t: int) -> Readable:
+        """Return what is known of a level; all else is background."""
+        assert self.predicted is not None
+        return self.predicted.known_volume(level, t, self.channel)
+
+
 class LiveGallery(Gallery):
     """The images of a source, with the scores that are predicted of them."""
 
-    def __init__(self, source: str, looking: Looking) -> None:
-        super().__init__(source)
+    def __init__(self, source: str, looking: Looking, truth: str | None = None) -> None:
+        super().__init__(source, truth=truth)
+        self._source = source
         self._looking = looking
         self._waiting = WaitingList(looking)
+        self._scenes: dict[str, Scene] = {}
         scores = Scores()
         self.images: dict[str, PredictedImage] = {}
-        self._places: dict[str, int] = {}
-        self._scenes: dict[str, Scene] = {}
+        self._names: dict[str, str] = {}
         for number, run in enumerate(looking.runs):
             for path in run.plan.images:
-                image = PredictedImage(looking, number, path, scores, self._waiting)
-                self.images[str(len(self.images))] = image
-                self._places[path] = len(self.images) - 1
-        # What cannot be predicted is not offered: `segment` would not write it either.
-        self.fields = [field for field in self.fields if field in self._places]
+                name = str(len(self.images))
+                self._names[path] = name
+                self.images[name] = PredictedImage(looking, number, path, scores, self._waiting)
+        # What cannot be predicted is not offered: a run would not write it either.
+        self.fields = [field for field in self.fields if field in self._names]
         looking.changed = self._refresh
 
     def _refresh(self) -> None:
         for image in self.images.values():
             image.refresh()
-
-    def name_of(self, field: str) -> str:
-        """Return the name of the scores of a field, at their server."""
-        return str(self._places[field])
 
     def scene(self, field: str) -> Scene:
         """Return the layers of a field, and the scores that are predicted of it."""
@@ -57,19 +73,35 @@ class LiveGallery(Gallery):
             self._scenes[field] = replace(scene, layers=(*scene.layers, *self._predicted(field)))
         return self._scenes[field]
 
-    def _predicted(self, field: str) -> list[Layer]:
-        image = self.images[self.name_of(field)].image
-        limits: Limits = (0.0, self._looking.max_score())
-        names = image.channel_names or ("",)
+    def _predicted(self, field: str) -> list[PredictedLayer]:
+        name = self._names[field]
+        predicted = self.images[name]
+        run = self._looking.runs[predicted.number]
+        threshold = run.plan.resolved.threshold
+        image = predicted.image
         return [
-            Layer(f"scores {name}".strip(), SCORES, self.place_of(field), image, limits, channel)
-            for channel, name in enumerate(names)
+            PredictedLayer(
+                name=f"scores {channel_name}".strip(),
+                kind=SCORES,
+                location=run.plan.target / field,
+                image=image,
+                limits=(0.0, self._looking.max_score()),
+                channel=channel,
+                threshold=threshold.score if isinstance(threshold, Fixed) else 0.5,
+                connectivity=run.plan.resolved.connectivity,
+                predicted=predicted,
+                name_at_server=name,
+            )
+            for channel, channel_name in enumerate(image.channel_names or ("",))
         ]
 
-    def place_of(self, field: str) -> Location:
-        """Return where the scores would be; nothing is read there."""
-        number = self.images[self.name_of(field)].number
-        return self._looking.runs[number].plan.target / field
+    def command(self, field: str) -> str:
+        """Return the shell command that segments the source, or labels the target again."""
+        settings = self._looking.plan.settings
+        if self._looking.has_target:
+            return command_line("relabel", self._looking.plan.target, settings=settings, options=())
+        options = set(Settings.model_fields) - {"threshold", "label_name"}
+        return command_line("segment", self._source, "TARGET", settings=settings, options=options)
 
     def close(self) -> None:
         """Predict nothing more."""
@@ -83,25 +115,13 @@ class Live:
         self._gallery = gallery
         self._looking = looking
         self._chunks: ChunkServer | None = None
-        self._publish: Publish | None = None
 
-    def attach(self, server: Any) -> Publish:
-        """Serve predicted scores beside the viewer's server; return what publishes a layer."""
-        chunks = ChunkServer(self._gallery.images, page_origin=f"http://{server.host}")
-        server.other_origins.append(chunks.origin)
+    def attach(self, server: Server, urls: Urls) -> Urls:
+        """Serve predicted scores beside the viewer's server; return where all is."""
+        self._chunks = ChunkServer(self._gallery.images, page_origin=f"http://{server.host}")
+        server.other_origins.append(self._chunks.origin)
         server.answer("look", self.look)
-        self._chunks = chunks
-        self._publish = server.publish
-        return self.url_of
-
-    def url_of(self, location: Location) -> str:
-        """Return the address of predicted scores, or of another layer."""
-        assert self._chunks is not None
-        assert self._publish is not None
-        for field in self._gallery.fields:
-            if self._gallery.place_of(field) == location:
-                return self._chunks.url_of(self._gallery.name_of(field))
-        return self._publish(location)
+        return _LiveUrls(urls, self._chunks)
 
     def look(self, question: Mapping[str, Any]) -> Mapping[str, Any]:
         """Take over where a person looks, and return what the page should show.
@@ -117,14 +137,15 @@ class Live:
         field = str(question["field"])
         if field not in self._gallery.fields:
             raise SettingsError(f"there is no field {field!r}")
-        name = self._gallery.name_of(field)
-        image = self._gallery.images[name]
         scene = self._gallery.scene(field)
-        image.look(sight_of(scene, image.image, question["position"], float(question["pixel"])))
+        layer = next(layer for layer in scene.layers if isinstance(layer, PredictedLayer))
+        assert layer.predicted is not None
+        sight = sight_of(scene, layer, question["position"], float(question["pixel"]))
+        layer.predicted.look(sight)
         return {
             "status": self._looking.status,
             "is_problem": bool(self._looking.problem),
-            "source": f"{self._chunks.url_of(name)}/|zarr3:",
+            "source": f"{self._chunks.url_of(layer.name_at_server)}/|zarr3:",
         }
 
     def close(self) -> None:
@@ -134,12 +155,37 @@ class Live:
             self._chunks.close()
 
 
+class _LiveUrls:
+    """Where the servers have what is drawn: predicted scores have one of their own."""
+
+    def __init__(self, others: Urls, chunks: ChunkServer) -> None:
+        self._others = others
+        self._chunks = chunks
+
+    def of(self, layer: Layer) -> str:
+        if isinstance(layer, PredictedLayer):
+            return self._chunks.url_of(layer.name_at_server)
+        return self._others.of(layer)
+
+    def outlines_of(self, layer: Layer) -> str:
+        return self._others.outlines_of(layer)
+
+    def meshes_of(self, layer: Layer, t: int) -> str:
+        return self._others.meshes_of(layer, t)
+
+
 def view_live(
-    looking: Looking, source: str, announce: Callable[[str], None], *, browser: bool = True
+    looking: Looking,
+    source: str,
+    announce: Callable[[str], None],
+    *,
+    truth: str | None = None,
+    browser: bool = True,
 ) -> None:
     """Show a source, and predict scores where a person looks, until interrupted.
 
-    ``announce`` is called with the URL of the page.
+    ``truth`` names a label image that is shown too. ``announce`` is called with the URL of the
+    page.
 
     Raises:
         SettingsError: Neuroglancer is not installed.
@@ -148,38 +194,37 @@ def view_live(
     """
     drawing = find_drawing()
     with looking.open():
-        gallery = LiveGallery(source, looking)
+        gallery = LiveGallery(source, looking, truth)
         live = Live(gallery, looking)
         try:
             gallery.scene(gallery.fields[0])
-            asyncio.run(serve(drawing, gallery, announce, browser=browser, attach=live.attach))
+            with suppress(KeyboardInterrupt):
+                asyncio.run(serve(drawing, gallery, announce, browser=browser, attach=live.attach))
         finally:
             live.close()
 
 
-def sight_of(scene: Scene, image: Image, position: Mapping[str, float], pixel: float) -> Sight:
+def sight_of(scene: Scene, layer: Layer, position: Mapping[str, float], pixel: float) -> Sight:
     """Return what is seen of predicted scores, from what the page tells.
 
     ``position`` is in voxels of the scene, and ``pixel`` the size of a pixel in the smallest side
     of such a voxel.
     """
-    dimensions = scene.dimensions
-    shown_scale, _ = scene.layers[0].image.transform()
-    shown_names = scene.layers[0].image.axis_names
-    center = []
-    sizes: list[list[float]] = [[] for _ in image.levels]
-    smallest = min(dimensions[name][0] for name in SPATIAL)
-    own_scale, own_offset = image.transform()
-    for name in SPATIAL:
-        number = image.axis_names.index(name)
-        step = abs(shown_scale[shown_names.index(name)]) or 1.0
-        own_step = abs(own_scale[number]) or 1.0
-        center.append((float(position[name]) * step - own_offset[number]) / own_step)
-        for level, of_level in enumerate(sizes):
-            level_scale, _ = image.transform(level)
-            # In units of the smallest side of a voxel, as pixels are.
-            of_level.append(abs(level_scale[number]) / step * dimensions[name][0] / smallest)
-    return Sight(tuple(center), finest_shown(sizes, pixel))
+    at = scene.index_in(layer, position)
+    smallest = min(scene.dimensions[name][0] for name in SPATIAL)
+    finest, _ = layer.image.transform()
+    sizes = []
+    for level in range(len(layer.image.levels)):
+        scale, _ = layer.image.transform(level)
+        sides = []
+        for name in SPATIAL:
+            number = layer.image.axis_names.index(name)
+            factor, _ = scene.world_of(layer, name)
+            larger = abs(scale[number]) / (abs(finest[number]) or 1.0)
+            # In the unit of pixels.
+            sides.append(larger * factor * scene.dimensions[name][0] / smallest)
+        sizes.append(sides)
+    return Sight(tuple(at[name] for name in SPATIAL), finest_shown(sizes, pixel))
 
 
 def finest_shown(sizes: list[list[float]], pixel: float) -> int:

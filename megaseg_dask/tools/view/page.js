@@ -2,6 +2,7 @@
 
 import { ask } from './ask.js';
 import { bindKeys } from './keys.js';
+import { Live } from './live.js';
 import { Objects } from './objects.js';
 import { make, rounded, settled, slider } from './parts.js';
 import { Picture } from './picture.js';
@@ -9,6 +10,7 @@ import { Threshold } from './threshold.js';
 
 const $ = id => document.getElementById(id);
 const picture = new Picture($('picture'));
+const live = new Live(picture, $('live'));
 let shown = null;
 let objects = null;
 let threshold = null;
@@ -20,6 +22,7 @@ async function open(field) {
   if (!found) return;
   const layout = shown && picture.layout;
   shown = null;
+  live.prepare(found);
   await picture.open(found.state, found.axes);
   if (layout) await picture.setLayout(layout, found.axes);
   shown = found;

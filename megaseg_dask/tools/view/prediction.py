@@ -185,7 +185,7 @@ class PredictedImage:
         self._scores = scores
         self._waiting = waiting
         plan = looking.runs[number].plan
-        self.image = _in_order(plan.target_image_at(path))
+        self.image = _in_order(plan.target_image_at(path), plan.resolved.scores_dtype)
         self._dtype = np.dtype(plan.resolved.scores_dtype)
         self.chunk_shape = _CHUNK_SHAPES[plan.engine.device]
         self._outputs = _outputs_at(looking.runs[number], path)
@@ -299,6 +299,23 @@ class PredictedImage:
         inside = tuple(map(slice, values.shape[1:]))
         whole[inside] = values[output.number]
         return whole.tobytes()
+
+    def known_volume(self, level: int, t: int, channel: int) -> "KnownVolume":
+        """Return what is known of one output at a level, as a volume."""
+        return KnownVolume(self, level, self._outputs[t, channel])
+
+    def known_box(self, level: int, output: Output, box: Box) -> Array:
+        """Return the scores of a box of a level; what is not known is 0."""
+        result = np.zeros(box.shape, self._dtype)
+        grid = self._grid(level)
+        for position in grid.iter_overlapping(box):
+            values, _ = self._find(self._key(output.volume, level, position))
+            if values is not None:
+                core = grid.core(position)
+                shared = core & box
+                inside = values[output.number][shared.within(core).slices]
+                result[shared.within(box).slices] = inside
+        return result
 
     # -- where chunks are
 
@@ -450,7 +467,20 @@ class PredictedImage:
         return self._encode(whole, output)
 
 
-def _in_order(image: Image) -> Image:
+@dataclass(frozen=True, slots=True)
+class KnownVolume:
+    """What is known of one output of a volume at a level."""
+
+    image: PredictedImage
+    level: int
+    output: Output
+
+    def read(self, box: Box) -> Array:
+        """Return the voxels of a box, ``(z, y, x)``; what is not known is 0."""
+        return self.image.known_box(self.level, self.output, box)
+
+
+def _in_order(image: Image, dtype: str) -> Image:
     """Return an image of the version that is served, with axes t, c, z, y, x."""
     order = [image.axis_names.index(name) for name in _AXES if name in image.axis_names]
 
@@ -476,6 +506,7 @@ def _in_order(image: Image) -> Image:
         scale=ordered(image.scale),
         translation=ordered(image.translation),
         kind="scores",
+        dtype=dtype,
     )
 
 

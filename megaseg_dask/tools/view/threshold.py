@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from megaseg_dask.algorithms.blending import mask_of_scores
 from megaseg_dask.algorithms.components import label_block
 from megaseg_dask.algorithms.geometry import Box
-from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.tools.view.gallery import Layer
 from megaseg_dask.tools.view.objects import factors
 
@@ -64,8 +63,7 @@ def count_in_view(layer: Layer, view: View, threshold: float, connectivity: int)
     box = Box(box.start, (box.start[0] + 1, *box.stop[1:])) & whole
     if min(box.shape) <= 0:
         return Seen(0, level)
-    volume = Volume.of(layer.location, layer.image, level=level, t=view.t, c=layer.channel)
-    mask = mask_of_scores(volume.read(box), threshold)
+    mask = mask_of_scores(layer.volume(level, view.t).read(box), threshold)
     return Seen(int(label_block(mask, connectivity).max()), level)
 
 

@@ -54,17 +54,17 @@ def view(
 
     """
     gallery = Gallery(address, label_name, truth)
-    drawing = _find_drawing()
+    drawing = find_drawing()
     # What cannot be shown is said at once, not in the browser.
     gallery.scene(gallery.fields[0])
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(drawing, gallery, announce, browser))
+        asyncio.run(serve(drawing, gallery, announce, browser=browser))
     codes = [run.exit_code for run in gallery.unfinished()]
     # Failures are worse than work that is pending.
     return min(codes, default=0)
 
 
-def _find_drawing() -> Path:
+def find_drawing() -> Path:
     """Return the folder of Neuroglancer's own page; its Python code is not needed.
 
     Raises:
@@ -76,11 +76,20 @@ def _find_drawing() -> Path:
     return Path(spec.origin).parent / "static" / "client"
 
 
-async def _serve(
-    drawing: Path, gallery: Gallery, announce: Callable[[str], None], browser: bool
+async def serve(
+    drawing: Path,
+    gallery: Gallery,
+    announce: Callable[[str], None],
+    *,
+    browser: bool,
+    attach: Callable[[Server, Urls], Urls] = lambda server, urls: urls,
 ) -> None:
+    """Serve the page of a gallery until interrupted.
+
+    ``attach`` adds to the server, and returns where it has what is drawn.
+    """
     server = Server(drawing)
-    session = Session(gallery, _Published(server))
+    session = Session(gallery, attach(server, Published(server)))
     for name, function in session.answers.items():
         server.answer(name, function)
     try:
@@ -92,19 +101,22 @@ async def _serve(
         server.close()
 
 
-class _Published:
+class Published:
     """Where the server has what is drawn of a scene."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
 
     def of(self, layer: Layer) -> str:
+        """Return the URL of the group of a layer."""
         return self._server.publish(layer.location)
 
     def outlines_of(self, layer: Layer) -> str:
+        """Return the URL of the outlines of a layer of labels."""
         return self._server.publish_made(f"outlines {layer.location.url}", Outlines(layer))
 
     def meshes_of(self, layer: Layer, t: int) -> str:
+        """Return the URL of the meshes of a layer of labels, at a timepoint of its own."""
         return self._server.publish_made(f"meshes {t} {layer.location.url}", Meshes(layer, t))
 
 
