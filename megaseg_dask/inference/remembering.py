@@ -36,6 +36,14 @@ class PatchMemory:
         """The bytes of all logits that are kept."""
         return self._n_bytes
 
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._kept.clear()
+            self._digests.clear()
+            self._names.clear()
+            self._n_bytes = 0
+
     def find(self, digest: bytes) -> Float32 | None:
         """Return the logits ``(channels out, z, y, x)`` of a patch, if they are kept."""
         with self._lock:
@@ -179,8 +187,11 @@ class Remembering(Engine):
         return has_both
 
     def fall_back(self) -> bool:
-        """Let the engine compute in a plainer way."""
-        return self._engine.fall_back()
+        """Let the engine compute in a plainer way, and forget what it predicted before."""
+        has_another = self._engine.fall_back()
+        if has_another:
+            self._memory.clear()
+        return has_another
 
     def close(self) -> None:
         """Close the engine."""

@@ -21,6 +21,7 @@ from megaseg_dask.algorithms.blending import max_score
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import DataError, EngineError, MegasegError, SettingsError
 from megaseg_dask.events import Emit, Event, Failure, Progress, ignore
+from megaseg_dask.inference.block import Engine
 from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.inference.engine import replaced_engine
 from megaseg_dask.inference.remembering import PatchMemory, Remembering, Turns
@@ -29,7 +30,7 @@ from megaseg_dask.plan.planner import require_machine
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.lease import Held, Leases
 from megaseg_dask.run.looked_at import Known, LookedAt
-from megaseg_dask.run.request import Request, Runs
+from megaseg_dask.run.request import Request
 from megaseg_dask.run.runner import LEASE_TIMING, record
 from megaseg_dask.run.tasks.proof import prove_engine
 
@@ -91,11 +92,13 @@ class Looking:
         # Of what the intensities of volumes are known that are not measured yet.
         self._provisional: dict[tuple[int, int], str] = {}
         self._share = ""
+        self._is_proven = True
         self.problem = ""
         self.changed: Callable[[], None] = lambda: None
-        self.runs = self._looked_at(self._opened)
+        self.runs = self._looked_at()
 
-    def _looked_at(self, runs: Runs) -> list[LookedAt]:
+    def _looked_at(self) -> list[LookedAt]:
+        runs = self._opened
         return [LookedAt(plan, journal, self._lease, self._memory) for plan, journal in runs]
 
     @property
@@ -126,6 +129,7 @@ class Looking:
                 folder = runs_folder(self.plan.target)
                 self._lease = self._stack.enter_context(Leases(folder, LEASE_TIMING).hold())
                 self._opened = self._request.reopen_runs(self._lease)
+                self.runs = self._looked_at()
             self._thread.start()
             try:
                 yield
@@ -139,14 +143,9 @@ class Looking:
     def _run(self) -> None:
         """Open the engine, then do what is to be done, until the end."""
         try:
-            certificate = self._prove()
-            with replaced_engine(self.plan.model, self.plan.engine, self._remembering) as engine:
-                self._begin()
-                self._engine = engine
-                self._is_ready.set()
-                self._work_recorded(certificate)
-                # What is looked at is predicted also where nothing can be recorded any more.
-                self._is_over.wait()
+            if not self._run_engine():
+                self._use_float32()
+                self._run_engine()
         except KeyboardInterrupt:
             # The end came while a task was computed; nothing is recorded of it.
             pass
@@ -156,38 +155,55 @@ class Looking:
             self.problem = f"{type(error).__name__}: {error}"
             raise
         finally:
+            self._engine = None
             self._is_ready.set()
+            self.changed()
 
-    def _remembering(self, engine: Any) -> Remembering:
-        return Remembering(engine, self._memory, self._turns)
-
-    def _prove(self) -> Certificate | None:
-        """Let the engine prove itself; in float32, if the precision was ours to choose.
+    def _run_engine(self) -> bool:
+        """Predict until the end; return false at once if it has to be in another precision.
 
         Raises:
-            SettingsError: It may not be used.
+            SettingsError: The engine may not be used.
         """
-        certificate = prove_engine(self.plan)
-        if certificate is None or certificate.holds:
-            return certificate
-        is_recorded = any(journal.n_done for _, journal in self._opened)
-        if certificate.precision == "fp32" or is_recorded or not self._request.chooses_precision:
-            raise SettingsError(certificate.refusal)
-        self._request.use_precision("fp32")
-        self._opened = self._request.open_runs()
-        if self._lease is not None:
-            self._opened = self._request.reopen_runs(self._lease)
-        return None
+        with replaced_engine(self.plan.model, self.plan.engine, self._remembering) as engine:
+            # To prove itself takes longer than to predict what is seen.
+            self._is_proven = False
+            self._engine = engine
+            self._is_ready.set()
+            certificate = prove_engine(self.plan)
+            if certificate is not None and not certificate.holds:
+                is_recorded = any(journal.n_done for _, journal in self._opened)
+                is_open = self._request.chooses_precision and not is_recorded
+                if certificate.precision != "fp32" and is_open:
+                    return False
+                raise SettingsError(certificate.refusal)
+            self._is_proven = True
+            self._work_recorded(certificate)
+            # What is looked at is predicted also where nothing can be recorded any more.
+            self._is_over.wait()
+        return True
 
-    def _begin(self) -> None:
-        """Record the runs, before anything of them is done."""
-        if self._lease is not None:
-            record(self._opened, self._request.superseded, self._lease, self._note)
-        self.runs = self._looked_at(self._opened)
+    def _use_float32(self) -> None:
+        """Plan again, in the precision that every engine offers."""
+        self._engine = None
+        self._is_ready.clear()
+        self._request.use_precision("fp32")
+        if self._lease is None:
+            self._opened = self._request.open_runs()
+        else:
+            self._opened = self._request.reopen_runs(self._lease)
+        self._memory.clear()
+        self.runs = self._looked_at()
+        self.changed()
+
+    def _remembering(self, engine: Engine) -> Remembering:
+        return Remembering(engine, self._memory, self._turns)
 
     def _work_recorded(self, certificate: Certificate | None) -> None:
         """Do what is to be done, and flush all journals at the end."""
         try:
+            if self._lease is not None:
+                record(self._opened, self._request.superseded, self._lease, self._note)
             with ExitStack() as stack:
                 unfinished = [journal for _, journal in self._opened if journal.result is None]
                 for journal in unfinished if self._lease is not None else ():
@@ -262,6 +278,12 @@ class Looking:
             return self.problem
         if not self._is_ready.is_set():
             return "Opening the model."
+        if not self._is_proven:
+            engine = self.plan.engine
+            return (
+                f"Provisional scores: {engine.engine} in {engine.precision} is being compared with "
+                "float32 PyTorch."
+            )
         origins = list(self._provisional.values())
         if not origins:
             return ""

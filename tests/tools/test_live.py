@@ -166,7 +166,7 @@ def test_scores_in_memory_are_bounded_and_predicted_again(source, settings):
         first = viewer.chunk(0, 0, 0, 0)
         viewer.chunk(1, 0, 0, 0)
         assert scores.n_bytes == 24 * 64 * 64
-        assert scores.find(viewer.image, Key(0, True, 0, (0, 0, 0))) is None
+        assert scores.find(viewer.looking.runs[0], Key(0, True, 0, (0, 0, 0))) is None
         np.testing.assert_array_equal(viewer.chunk(0, 0, 0, 0), first)
 
 

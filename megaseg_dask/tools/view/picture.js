@@ -160,7 +160,7 @@ export class Picture {
 
   // Read a layer from another address, if it is another one.
   setSource(name, url) {
-    const [source] = this.#layer(name)?.layer.dataSources ?? [];
+    const [source] = this.#layer(name)?.layer?.dataSources ?? [];
     if (source && source.spec.url !== url) source.spec = { ...source.spec, url };
   }
 

@@ -384,7 +384,7 @@ class PredictedImage:
 
     def _find(self, key: Key) -> tuple[Array | None, bool]:
         """Return what is known of a chunk, and whether that is all of it."""
-        values = self._scores.find(self, key)
+        values = self._scores.find(self._run, key)
         if values is not None:
             return values, True
         box = self.box(key.level, key.position)
@@ -421,11 +421,11 @@ class PredictedImage:
                 fine[:, *within_fine] = values[:, *shared.within(core).slices]
         reduced = np.stack([downsample(values, fine_box, box, step, mode=False) for values in fine])
         if is_whole:
-            self._scores.keep(self, key, reduced)
+            self._scores.keep(self._run, key, reduced)
         return reduced, is_whole
 
     def _keep(self, key: Key, values: Array) -> None:
-        self._scores.keep(self, key, values)
+        self._scores.keep(self._run, key, values)
         self._touched.update(self._above(key))
 
     def _above(self, key: Key) -> Iterator[Key]:
