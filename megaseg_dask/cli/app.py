@@ -39,6 +39,7 @@ from megaseg_dask.cli.exit_codes import (
     help_without_command,
     require_printed,
 )
+from megaseg_dask.cli.exporting import export
 from megaseg_dask.cli.importing import IMPORT_SETTINGS, import_
 from megaseg_dask.cli.jobs import join, status, task
 from megaseg_dask.cli.look import doctor, evaluate, report, view
@@ -286,6 +287,7 @@ _COMMANDS: Mapping[Callable[..., None], _Names] = {
     report: STORE,
     view: live_settings,
     import_: IMPORT_SETTINGS,
+    export: STORE,
     train: _NO_SETTINGS,
 }
 _CHECK_SETTINGS = (*STORE, "engine", "device")
