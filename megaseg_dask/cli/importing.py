@@ -35,7 +35,7 @@ def import_(
         typer.Option(
             metavar="TEXT",
             help="What the names of several files mean: {well} or {row} and {column}, {field}, "
-            "{time}, {channel}, {z}; * is anything.",
+            "{time}, {channel}, {z}; * is anything. After a colon: what the names of series mean.",
         ),
     ] = None,
     voxel_size: Annotated[
@@ -55,8 +55,19 @@ def import_(
     ] = None,
     series: Annotated[
         str | None,
-        typer.Option(metavar="N", help="Which series or scene of files that have several."),
+        typer.Option(
+            metavar="NUMBER|NAME|all",
+            help="Which series or scene of files that have several; all of them become the fields "
+            "of a plate.",
+        ),
     ] = None,
+    allow_missing: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="Fields may lack timepoints, channels or planes that other fields have.",
+        ),
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
     **options: Any,
@@ -71,13 +82,16 @@ def import_(
       megaseg import stack.tif cells.zarr --axes ZYX --voxel-size 0.29,0.108,0.108
       megaseg import movie_t*.tif movie.zarr --pattern 'movie_t{time}.tif'
       megaseg import scan/*.tif plate.zarr --pattern '{well}_{field}_t{time}_{channel}.tif'
+      megaseg import scan.czi plate.zarr --series all --pattern '*:{well}-{field}'
     """
     with exit_codes(json_):
         settings = settings_of(options)
         from megaseg_dask.tools.importing.convert import import_files
         from megaseg_dask.tools.importing.planning import parse_options
 
-        chosen = parse_options(pattern, voxel_size, axes, channel_names, series)
+        chosen = parse_options(
+            pattern, voxel_size, axes, channel_names, series, allow_missing=allow_missing
+        )
         with reporter(json_, quiet) as emit:
             imported = import_files(files, target, chosen, settings, emit)
         result = imported.result

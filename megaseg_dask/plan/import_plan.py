@@ -42,11 +42,16 @@ _MIN_DEPTH = 16
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file to import, and what tells that it is still the same one."""
+    """A series of a file to import, and what tells that it is still the same file.
+
+    ``digest`` is of its beginning and its end; ``modified_ns`` of the rest.
+    """
 
     path: str
     n_bytes: int
     digest: str
+    series: int
+    modified_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,6 @@ class ImportPlan(BaseModel):
     model_config = ConfigDict(frozen=True, ignored_types=(cached_property,))
 
     files: tuple[SourceFile, ...]
-    series: int
     # The axes of each file, if they were given.
     axes: str | None
     target: RecordedLocation
@@ -170,8 +174,8 @@ class ImportPlan(BaseModel):
         images = [
             [each.path, asdict(each.image), list(map(asdict, each.parts))] for each in self.images
         ]
-        files = [[file.n_bytes, file.digest] for file in self.files]
-        return {"files": files, "series": self.series, "axes": self.axes, "images": images}
+        files = [[file.n_bytes, file.digest, file.series] for file in self.files]
+        return {"files": files, "axes": self.axes, "images": images}
 
     @property
     def fingerprint(self) -> str:

@@ -21,9 +21,10 @@ from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.tools.importing import convert
 from megaseg_dask.tools.importing.convert import import_files
-from megaseg_dask.tools.importing.files import open_file
+from megaseg_dask.tools.importing.files import FileSeries, open_file
 from megaseg_dask.tools.importing.pattern import group_files
-from megaseg_dask.tools.importing.planning import ImportOptions, plan_import
+from megaseg_dask.tools.importing.planning import ImportOptions, parse_options, plan_import
+from tests.fixtures.microscopes import write_lif, write_nd2
 
 SIZE = (0.3, 0.1, 0.1)
 HERE = parse_settings({"workers": 0})
@@ -178,19 +179,48 @@ def test_what_is_not_known_is_asked_for(tmp_path):
         imported(path, tmp_path / "a.zarr", axes="ZYX")
     with pytest.raises(SettingsError, match=r"--channel-names a,b: there is 1 channel"):
         imported(path, tmp_path / "a.zarr", axes="ZYX", voxel_size=SIZE, channel_names=("a", "b"))
-    with pytest.raises(SettingsError, match=r"--axes ZY: .* has 3 axes"):
-        imported(path, tmp_path / "a.zarr", axes="ZY", voxel_size=SIZE)
+    with pytest.raises(SettingsError, match=r"--axes YX: .* has 3 axes"):
+        imported(path, tmp_path / "a.zarr", axes="YX", voxel_size=SIZE)
     assert not (tmp_path / "a.zarr").exists()
 
 
 def test_one_of_several_series_is_chosen(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif", ome=True) as file:
-        for n in (3, 4):
-            file.write(noise((n, 32, 32)), metadata={"axes": "ZYX"})
+        for n, name in ((3, "first"), (4, "secnd")):
+            file.write(noise((n, 32, 32)), metadata={"axes": "ZYX", "Name": name})
     with pytest.raises(SettingsError, match=r"has 2 series; choose one with --series"):
         imported(tmp_path / "a.tif", tmp_path / "a.zarr", voxel_size=SIZE)
-    imported(tmp_path / "a.tif", tmp_path / "a.zarr", voxel_size=SIZE, series=1)
-    assert zarr.open_array(tmp_path / "a.zarr/0", mode="r").shape == (4, 32, 32)
+    with pytest.raises(SettingsError, match=r"--series second: .*0: first ZYX 3×32×32; 1: secnd"):
+        imported(tmp_path / "a.tif", tmp_path / "a.zarr", voxel_size=SIZE, series="second")
+    assert not (tmp_path / "a.zarr").exists()
+    for series in ("1", "secnd"):
+        imported(tmp_path / "a.tif", tmp_path / f"{series}.zarr", voxel_size=SIZE, series=series)
+        assert zarr.open_array(tmp_path / f"{series}.zarr/0", mode="r").shape == (4, 32, 32)
+
+
+def test_all_series_become_the_fields_of_wells(tmp_path):
+    values = {name: noise((n, 32, 32), seed=n) for n, name in ((3, "B2-1"), (4, "B2-2"), (5, "C3"))}
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
+        for name, image in values.items():
+            file.write(image, metadata={"axes": "ZYX", "Name": name})
+    options = {"voxel_size": SIZE, "series": "all"}
+    imported(tmp_path / "a.ome.tif", tmp_path / "plain.zarr", **options)
+    plate = open_ome_zarr_plate(str(tmp_path / "plain.zarr"), mode="r")
+    assert plate.images_paths(max_workers=1) == ["A/1/0", "A/1/1", "A/1/2"]
+    with pytest.raises(SettingsError, match=r"a\.ome\.tif:C3 does not match it"):
+        imported(tmp_path / "a.ome.tif", tmp_path / "b.zarr", pattern="*:{well}-{field}", **options)
+    with pytest.raises(SettingsError, match=r"has 3 series; add a colon"):
+        imported(
+            tmp_path / "a.ome.tif", tmp_path / "b.zarr", pattern="{channel}.ome.tif", **options
+        )
+    with tifffile.TiffWriter(tmp_path / "b.ome.tif") as file:
+        for name in ("B2-1", "B2-2"):
+            file.write(values[name], metadata={"axes": "ZYX", "Name": name})
+    imported(tmp_path / "b.ome.tif", tmp_path / "b.zarr", pattern="*:{well}-{field}", **options)
+    plate = open_ome_zarr_plate(str(tmp_path / "b.zarr"), mode="r")
+    for path, image in plate.get_images(max_workers=1).items():
+        expected = values[path.replace("B/2/", "B2-")]
+        np.testing.assert_array_equal(image.get_image().get_as_numpy(), expected)
 
 
 def test_a_file_that_is_cut_off_or_no_image_is_refused(tmp_path):
@@ -224,6 +254,43 @@ def test_czi(tmp_path):
     np.testing.assert_allclose(container.get_image().pixel_size.zyx, SIZE)
 
 
+@pytest.mark.parametrize(
+    ("module", "write", "suffix"),
+    [("bioio_nd2", write_nd2, ".nd2"), ("bioio_lif", write_lif, ".lif")],
+)
+def test_positions_of_a_microscope(module, write, suffix, tmp_path):
+    pytest.importorskip(module, reason="the extra import is not installed")
+    images = {name: noise((2, 4, 2, 20, 24), seed=n) for n, name in enumerate(("A1", "B2"))}
+    path = tmp_path / f"a{suffix}"
+    write(path, images, ("DAPI", "GFP"), SIZE)
+    with pytest.raises(SettingsError, match=r"has 2 series; .*\(0: A1; 1: B2\)"):
+        imported(path, tmp_path / "a.zarr")
+    done = imported(path, tmp_path / "a.zarr", series="B2")
+    assert "--channel DAPI" in done.next_command
+    container = open_ome_zarr_container(str(tmp_path / "a.zarr"), mode="r")
+    expected = images["B2"].transpose(0, 2, 1, 3, 4)
+    np.testing.assert_array_equal(container.get_image().get_as_numpy(), expected)
+    np.testing.assert_allclose(container.get_image().pixel_size.zyx, SIZE)
+    assert container.get_image().channel_labels == ["DAPI", "GFP"]
+    imported(path, tmp_path / "p.zarr", series="all", pattern="*:{well}")
+    plate = open_ome_zarr_plate(str(tmp_path / "p.zarr"), mode="r")
+    assert plate.images_paths(max_workers=1) == ["A/1/0", "B/2/0"]
+
+
+def test_a_size_that_an_nd2_file_does_not_know_is_asked_for(tmp_path):
+    pytest.importorskip("bioio_nd2", reason="the extra import is not installed")
+    images = {"only": noise((1, 4, 1, 20, 24))}
+    write_nd2(tmp_path / "a.nd2", images, ("DAPI",), (0.3, None, None))
+    with pytest.raises(SettingsError, match=r"z 0\.3, y unknown, x unknown"):
+        imported(tmp_path / "a.nd2", tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize("axes", ["ZZY", "ZYW", "ZY", "Z-Y", ""])
+def test_axes_are_letters_that_are_known(axes):
+    with pytest.raises(SettingsError, match=rf"--axes {axes}: expected a letter for each axis"):
+        parse_options(axes=axes)
+
+
 # -- several files
 
 
@@ -246,8 +313,8 @@ def test_a_plate_by_pattern_is_read_by_ngio(tmp_path):
         files, tmp_path / "p.zarr", voxel_size=SIZE, pattern="{well}_{field}_t{time}_{channel}.tif"
     )
     plate = open_ome_zarr_plate(str(tmp_path / "p.zarr"), mode="r")
-    assert sorted(plate.images_paths()) == sorted(fields)
-    for path, image in plate.get_images().items():
+    assert sorted(plate.images_paths(max_workers=1)) == sorted(fields)
+    for path, image in plate.get_images(max_workers=1).items():
         np.testing.assert_array_equal(image.get_image().get_as_numpy(), fields[path])
         assert image.get_image().channel_labels == ["DAPI", "GFP"]
 
@@ -271,12 +338,12 @@ def test_a_field_that_cannot_be_read_is_named_and_the_others_are_done(tmp_path, 
     assert {failure.volume for failure in result.failures} == {"B/1/1 t=0 c=0"}
     assert "B01_1_t9_DAPI.tif is gone" in result.failures[0].error
     plate = open_ome_zarr_plate(str(tmp_path / "p.zarr"), mode="r")
-    assert len(plate.images_paths()) == 5
+    assert len(plate.images_paths(max_workers=1)) == 5
     monkeypatch.undo()
     (tmp_path / "lost.tif").rename(lost)
     assert imported(files, tmp_path / "p.zarr", **options).result.exit_code == 0
     plate = open_ome_zarr_plate(str(tmp_path / "p.zarr"), mode="r")
-    assert len(plate.images_paths()) == 6
+    assert len(plate.images_paths(max_workers=1)) == 6
 
 
 @pytest.mark.parametrize(
@@ -290,20 +357,31 @@ def test_a_field_that_cannot_be_read_is_named_and_the_others_are_done(tmp_path, 
         (["a_1_x.tif", "b_2_y.tif"], "*_{time}_*.tif", None),
         (["1/a1.tif", "2/a1.tif"], "a{time}.tif", r"are the same part"),
         (["1a.tif", "2a.tif", "1b.tif"], "{time}{channel}.tif", r"no file is time 2, channel b"),
+        (
+            ["A1_x.tif", "A1_y.tif", "A2_x.tif", "A3_y.tif"],
+            "{well}_{channel}.tif",
+            r"A/2/0 has no channel y, A/3/0 has no channel x; .*--allow-missing",
+        ),
     ],
 )
 def test_patterns(names, pattern, message):
-    paths = [Path("/scan") / name for name in names]
+    files = [FileSeries(Path("/scan") / name) for name in names]
     if message is None:
-        group_files(paths, pattern)
+        group_files(files, pattern)
         return
     with pytest.raises(SettingsError, match=message):
-        group_files(paths, pattern)
+        group_files(files, pattern)
+
+
+def test_fields_may_lack_what_others_have_if_that_is_said():
+    files = [FileSeries(Path(f"/scan/{name}.tif")) for name in ("A1_x", "A1_y", "A2_x")]
+    groups = group_files(files, "{well}_{channel}.tif", allow_missing=True)
+    assert [group.values[1] for group in groups] == [("x", "y"), ("x",)]
 
 
 def test_parts_follow_each_other_as_numbers_do():
-    paths = [Path(f"/scan/a_{n}.tif") for n in (10, 9, 1)]
-    [group] = group_files(paths, "a_{time}.tif")
+    files = [FileSeries(Path(f"/scan/a_{n}.tif")) for n in (10, 9, 1)]
+    [group] = group_files(files, "a_{time}.tif")
     assert group.values[0] == ("1", "9", "10")
 
 
@@ -371,15 +449,18 @@ def test_nothing_that_exists_is_replaced(tmp_path):
     foreign = tmp_path / "foreign.zarr"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("mine")
-    with pytest.raises(TargetError, match=r"no import made it: it is never replaced"):
+    with pytest.raises(TargetError, match=r"has no record of its import\. Nothing that exists"):
         imported(path, foreign, voxel_size=SIZE)
     assert [child.name for child in foreign.iterdir()] == ["notes.txt"]
     imported(path, tmp_path / "a.zarr", voxel_size=SIZE)
-    with pytest.raises(TargetError, match=r"imported from other files or with other options"):
+    with pytest.raises(TargetError, match=r"imported with other options"):
         imported(path, tmp_path / "a.zarr", voxel_size=(1.0, 1.0, 1.0))
     write_tiff(path, noise((4, 32, 32), seed=1), metadata={"axes": "ZYX"})
-    with pytest.raises(TargetError, match=r"imported from other files"):
+    with pytest.raises(TargetError, match=r"imported before .*a\.tif changed"):
         imported(path, tmp_path / "a.zarr", voxel_size=SIZE)
+    path.rename(tmp_path / "b.tif")
+    with pytest.raises(TargetError, match=r"imported from other files"):
+        imported(tmp_path / "b.tif", tmp_path / "a.zarr", voxel_size=SIZE)
 
 
 # -- the command line

@@ -137,15 +137,48 @@ def _claim(plan: ImportPlan) -> ImportPlan:
         recorded = None
     if recorded is None:
         raise TargetError(
-            f"{plan.target} exists, and no import made it: it is never replaced; choose another "
-            "TARGET"
+            f"{plan.target} exists, and {runs_folder(plan.target)} has no record of its import. "
+            "Nothing that exists is replaced: choose another TARGET, or remove it to import again"
         )
     if recorded.fingerprint != plan.fingerprint:
         raise TargetError(
-            f"{plan.target} was imported from other files or with other options; choose another "
-            f"TARGET, or remove it and {runs_folder(plan.target)}"
+            f"{plan.target} was imported {_difference(plan, recorded)}; choose another TARGET, or "
+            f"remove it and {runs_folder(plan.target)} to import again"
         )
     return with_recorded_blocks(plan, recorded)
+
+
+def _difference(plan: ImportPlan, recorded: ImportPlan) -> str:
+    """Return how an earlier import differs, as the end of a sentence."""
+    if [file.path for file in plan.files] != [file.path for file in recorded.files]:
+        return "from other files"
+    for ours, theirs in zip(plan.files, recorded.files, strict=True):
+        if (ours.n_bytes, ours.digest) != (theirs.n_bytes, theirs.digest):
+            return f"before {ours.path} changed"
+    return "with other options"
+
+
+def _require_unchanged(plan: ImportPlan, journal: Journal) -> None:
+    """Require that no file changed of which some planes are copied.
+
+    Raises:
+        TargetError: One did: the planes of an image would be those of two files.
+    """
+    recorded = plan.run.get(PLAN)
+    if recorded is None:
+        return
+    known = ImportPlan.model_validate_json(recorded)
+    copied = plan.stages[0].name
+    begun: set[int] = set()
+    for index in journal.done(copied).nonzero()[0].tolist():
+        begun.update(part.file for part in plan.task(copied, index).image.parts)
+    for number in sorted(begun):
+        ours = plan.files[number]
+        if ours.modified_ns != known.files[number].modified_ns:
+            raise TargetError(
+                f"{ours.path} was written again since its import began, which has not ended; "
+                f"remove {plan.target} and {runs_folder(plan.target)} to import it from the start"
+            )
 
 
 def _read_journal(plan: ImportPlan, sync: Callable[[], None] = lambda: None) -> Journal:
@@ -215,7 +248,9 @@ def _run(
     started_s = time.monotonic()
     sync = synced_by(lease, plan.target)
     journal = _read_journal(plan, sync)
-    if journal.n_done == 0:
+    if journal.n_done:
+        _require_unchanged(plan, journal)
+    else:
         (plan.run / FOLDER).remove()
         journal = Journal(plan.run, plan.fingerprint, plan.stages, sync=sync)
     plan.run.put(PLAN, plan.model_dump_json(indent=1).encode(), durable=True)

@@ -22,13 +22,15 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Shape
 from megaseg_dask.errors import SettingsError, SourceError
-from megaseg_dask.messages import install_command
+from megaseg_dask.messages import closest, install_command
 from megaseg_dask.ngff.foreign import EXTRA_READERS, TIFF_SUFFIXES
 from megaseg_dask.ngff.units import micrometers, seconds
 from megaseg_dask.stores import cause_of, open_served
 
 Array = NDArray[Any]
 AXES = "TCZYX"
+# What helps if the reader of a microscope's format cannot.
+_EXPORT = "; if it opens in the program of the microscope, export it there as OME-TIFF"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,31 @@ class Contents:
         return self.shape[0], self.shape[1], self.shape[2]
 
 
+@dataclass(frozen=True, slots=True)
+class FileSeries:
+    """One series (or scene) of a file, of ``n_series``."""
+
+    path: Path
+    number: int = 0
+    name: str = ""
+    n_series: int = 1
+
+    def __str__(self) -> str:
+        if self.n_series == 1:
+            return str(self.path)
+        return f"series {self.number} ({self.name}) of {self.path}"
+
+
 class ImageFile(Protocol):
-    """An open file."""
+    """An open file: all of its series, and the one that is read."""
 
     contents: Contents
+    series: FileSeries
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each series."""
+        ...
 
     def read_plane(self, t: int, c: int, z: int, rows: slice, columns: slice) -> Array:
         """Return a part of a plane, ``(y, x)``."""
@@ -66,8 +89,10 @@ class ImageFile(Protocol):
         ...
 
 
-def open_file(path: Path, series: int | None = None, axes: str | None = None) -> ImageFile:
+def open_file(path: Path, series: str | None = None, axes: str | None = None) -> ImageFile:
     """Open one series of a file; ``axes`` are those of its array, if the file does not say them.
+
+    ``series`` is its number or its name; ``None`` is the only one.
 
     Raises:
         SourceError: It cannot be read, or what it holds cannot be told.
@@ -83,8 +108,8 @@ def open_file(path: Path, series: int | None = None, axes: str | None = None) ->
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn what readers raise and log of a file into errors that name it."""
+def _naming(path: Path, advice: str = "") -> Iterator[None]:
+    """Turn what readers raise and log of a file into errors that name it, and the ``advice``."""
     heard = _Listener()
     logger = logging.getLogger("tifffile")
     was_propagated = logger.propagate
@@ -100,7 +125,8 @@ def _naming(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise SourceError(f"{path} does not exist; check the path") from error
     except Exception as error:
-        advice = f"; {install_command('import')}" if "imagecodecs" in str(error) else ""
+        if "imagecodecs" in str(error):
+            advice = f"; {install_command('import')}"
         raise SourceError(f"{path} cannot be read: {cause_of(error)}{advice}") from error
     finally:
         logger.removeHandler(heard)
@@ -121,19 +147,35 @@ class _Listener(logging.Handler):
         self.errors.append(" ".join(record.getMessage().split()))
 
 
-def _choose_series(path: Path, shapes: Sequence[str], series: int | None) -> int:
-    """Return the number of a series.
+def _choose_series(
+    path: Path, names: Sequence[str], shown: Sequence[str], series: str | None
+) -> FileSeries:
+    """Return a series by its number or its name; ``shown`` is what is told of each one.
 
     Raises:
-        SettingsError: There is none of this number, or one of several has to be chosen.
+        SourceError: The file has none.
+        SettingsError: There is none of this number or name, or one of several has to be chosen.
     """
-    listed = "; ".join(f"{number}: {shape}" for number, shape in enumerate(shapes))
-    if series is None and len(shapes) > 1:
-        raise SettingsError(f"{path} has {len(shapes)} series; choose one with --series ({listed})")
-    number = series or 0
-    if number >= len(shapes):
-        raise SettingsError(f"--series {number}: {path} has {listed or 'no image'}")
-    return number
+    if not names:
+        raise SourceError(f"{path} has no image; check that it was written completely")
+    listed = "; ".join(f"{number}: {text}" for number, text in enumerate(shown))
+    if series is None and len(names) > 1:
+        raise SettingsError(
+            f"{path} has {len(names)} series; choose one with --series NUMBER or NAME, or --series "
+            f"all to write them as the fields of a plate ({listed})"
+        )
+    number = _number_of(names, series or "0")
+    if number is None:
+        meant = closest(str(series), names)
+        hint = f"; did you mean {meant}?" if meant else ""
+        raise SettingsError(f"--series {series}: {path} has {listed}{hint}")
+    return FileSeries(path, number, names[number], len(names))
+
+
+def _number_of(names: Sequence[str], series: str) -> int | None:
+    if series.isdecimal() and int(series) < len(names):
+        return int(series)
+    return names.index(series) if series in names else None
 
 
 class _Order:
@@ -188,7 +230,7 @@ def _example(n_dims: int) -> str:
 class TiffImage:
     """One series of a TIFF file: OME-TIFF, a hyperstack of ImageJ, or any other."""
 
-    def __init__(self, path: Path, series: int | None, axes: str | None) -> None:
+    def __init__(self, path: Path, series: str | None, axes: str | None) -> None:
         """Read the metadata of a series."""
         import tifffile
 
@@ -201,10 +243,17 @@ class TiffImage:
                 self._file.close()
                 raise
 
-    def _open(self, series: int | None, axes: str | None) -> None:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each series; empty where it has none."""
+        return tuple(each.name for each in self._file.series)
+
+    def _open(self, series: str | None, axes: str | None) -> None:
         all_series = self._file.series
         shapes = [f"{each.axes} {'×'.join(map(str, each.shape))}" for each in all_series]
-        number = _choose_series(self._path, shapes, series)
+        shown = [f"{n} {s}".strip() for n, s in zip(self.names, shapes, strict=True)]
+        self.series = _choose_series(self._path, self.names, shown, series)
+        number = self.series.number
         chosen = all_series[number]
         self._require_complete(chosen)
         self._order = _Order(self._path, chosen.axes, chosen.shape, axes)
@@ -297,10 +346,24 @@ def _ome_length(pixels: ElementTree.Element, name: str) -> float | None:
     return float(value) * unit if value and unit else None
 
 
+def _spacing_of(reader: Any, data: Any) -> tuple[float | None, ...]:
+    """Return the size of voxels in µm ``(z, y, x)`` that a reader of bioio knows."""
+    sizes = reader.physical_pixel_sizes
+    spacing = (sizes.Z, sizes.Y, sizes.X)
+    said = data.attrs.get("unprocessed")
+    metadata = said.get("metadata") if isinstance(said, dict) else None
+    channels = getattr(metadata, "channels", None)
+    if not channels:
+        return spacing
+    # ND2: a size that is not known is 1, and not calibrated. They are in the order x, y, z.
+    is_known = reversed(channels[0].volume.axesCalibrated)
+    return tuple(n if known else None for n, known in zip(spacing, is_known, strict=True))
+
+
 class BioioFile:
     """One scene of a CZI, ND2 or LIF file."""
 
-    def __init__(self, path: Path, module: str, series: int | None, axes: str | None) -> None:
+    def __init__(self, path: Path, module: str, series: str | None, axes: str | None) -> None:
         """Read the metadata of a scene."""
         try:
             reader_class = importlib.import_module(module).Reader
@@ -310,27 +373,35 @@ class BioioFile:
                 f"{install_command('import')}"
             ) from error
         self._path = path
-        with _naming(path):
-            reader = reader_class(str(path))
-            scenes = list(map(str, reader.scenes))
-            reader.set_scene(_choose_series(path, scenes, series))
+        with _naming(path, advice=_EXPORT):
+            # By themselves they read all planes of a timepoint for one plane.
+            options = {} if path.suffix.lower() == ".nd2" else {"chunk_dims": ["Y", "X"]}
+            reader = reader_class(str(path), **options)
+            self.names = tuple(map(str, reader.scenes))
+            self.series = _choose_series(path, self.names, self.names, series)
+            reader.set_scene(self.series.number)
             self._data = reader.xarray_dask_data
             stored = "".join(map(str, self._data.dims)).upper()
+            n_tiles = self._data.sizes.get("M", 1)
+            if n_tiles > 1:
+                raise SourceError(
+                    f"{self.series} is a mosaic of {n_tiles} tiles; stitch them in the program of "
+                    "the microscope, and import the result"
+                )
             self._order = _Order(path, stored, self._data.shape, axes)
-            sizes = reader.physical_pixel_sizes
             interval = getattr(reader, "time_interval", None)
             self.contents = Contents(
                 axes=self._order.names,
                 shape=self._order.shape,
                 dtype=str(self._data.dtype.newbyteorder("=")),
-                spacing_um=(sizes.Z, sizes.Y, sizes.X),
+                spacing_um=_spacing_of(reader, self._data),
                 time_s=interval.total_seconds() if interval else None,
                 channel_names=tuple(map(str, reader.channel_names or ())),
             )
 
     def read_plane(self, t: int, c: int, z: int, rows: slice, columns: slice) -> Array:
         """Return a part of a plane, ``(y, x)``."""
-        with _naming(self._path):
+        with _naming(self._path, advice=_EXPORT):
             lazy = self._data.data[self._order.index(t, c, z, rows, columns)]
             return self._order.plane(np.asarray(lazy.compute(scheduler="synchronous")))
 

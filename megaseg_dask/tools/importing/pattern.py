@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.messages import first_few, nearest
+from megaseg_dask.messages import count, first_few, nearest
+from megaseg_dask.tools.importing.files import FileSeries
 
 # What each named part may be. A channel ends where the pattern goes on.
 _PARTS = {
@@ -25,7 +25,9 @@ SPREAD = ("time", "channel", "z")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The files of one image: each by its values of time, channel and z, empty if it has none.
+    """The series of files that are one image: each by its values of time, channel and z.
+
+    A value is empty if the pattern has no such part.
 
     ``row``, ``column`` and ``field`` are its place in a plate, empty if there is none. ``values``
     are those of time, channel and z, in their order.
@@ -34,7 +36,7 @@ class Group:
     row: str
     column: str
     field: str
-    files: Mapping[tuple[str, str, str], Path]
+    files: Mapping[tuple[str, str, str], FileSeries]
     values: tuple[tuple[str, ...], ...]
 
     @property
@@ -43,35 +45,84 @@ class Group:
         return "/".join(filter(None, (self.row, self.column, self.field)))
 
 
-def group_files(files: Sequence[Path], pattern: str | None) -> list[Group]:
-    """Return the images that files make together.
+def group_files(
+    files: Sequence[FileSeries], pattern: str | None, *, allow_missing: bool = False
+) -> list[Group]:
+    """Return the images that series of files make together.
+
+    A pattern with a colon is that of ``FILE:SERIES``, the names of both. Otherwise several series
+    of a file are the fields of a well, which is A/1 without a pattern.
 
     Raises:
         SettingsError: There is no pattern for several files, it names unknown parts, a file does
-            not match it, two files are one part, or a part has no file.
+            not match it, two files are one part, a part has no file, or a field lacks what others
+            have and that is not allowed.
     """
     if pattern is None:
-        if len(files) > 1:
-            raise SettingsError(
-                f"{len(files)} files: say with --pattern what their names mean, such as "
-                f"{_guess(files)}; its parts are {_names()}"
-            )
-        return [Group("", "", "", {("", "", ""): files[0]}, (("",),) * len(SPREAD))]
+        return _without_pattern(files)
     matching = _compile(pattern)
-    found: dict[tuple[str, str, str], dict[tuple[str, str, str], Path]] = {}
-    for path in files:
-        match = matching.fullmatch(path.as_posix())
+    has_series = ":" in pattern
+    found: dict[tuple[str, str, str], dict[tuple[str, str, str], FileSeries]] = {}
+    for file in files:
+        text = f"{file.path.as_posix()}:{file.name}" if has_series else file.path.as_posix()
+        match = matching.fullmatch(text)
         if match is None:
-            raise SettingsError(f"--pattern {pattern}: {path.name} does not match it")
+            name = f"{file.path.name}:{file.name}" if has_series else file.path.name
+            raise SettingsError(f"--pattern {pattern}: {name} does not match it")
         parts = match.groupdict(default="")
+        if file.n_series > 1 and not has_series:
+            parts["field"] = _field_of_series(file, parts, pattern)
         spread = (parts.get("time", ""), parts.get("channel", ""), parts.get("z", ""))
         of_image = found.setdefault(_place(parts), {})
         if spread in of_image:
             raise SettingsError(
-                f"--pattern {pattern}: {of_image[spread]} and {path} are the same part"
+                f"--pattern {pattern}: {of_image[spread]} and {file} are the same part"
             )
-        of_image[spread] = path
-    return [_complete(place, found[place]) for place in sorted(found, key=_natural_all)]
+        of_image[spread] = file
+    groups = [_complete(place, found[place]) for place in sorted(found, key=_natural_all)]
+    if not allow_missing:
+        _require_same_parts(groups)
+    return groups
+
+
+def _without_pattern(files: Sequence[FileSeries]) -> list[Group]:
+    """Return one image, or the series of one file as fields of the well A/1."""
+    paths = list(dict.fromkeys(file.path for file in files))
+    if len(paths) > 1:
+        raise SettingsError(
+            f"{count(len(paths), 'file')}: say with --pattern what their names mean, such as "
+            f"{_guess([path.name for path in paths])}; its parts are {_names()}"
+        )
+    unspread = (("",),) * len(SPREAD)
+    if len(files) == 1:
+        return [Group("", "", "", {("", "", ""): files[0]}, unspread)]
+    return [Group("A", "1", str(file.number), {("", "", ""): file}, unspread) for file in files]
+
+
+def _field_of_series(file: FileSeries, parts: Mapping[str, str], pattern: str) -> str:
+    if not (parts.get("well") or parts.get("row")) or parts.get("field"):
+        raise SettingsError(
+            f"--pattern {pattern}: {file.path} has {file.n_series} series; add a colon and what "
+            "their names mean, such as *:{well}_{field}, or {well} alone: its series become its "
+            "fields"
+        )
+    return str(file.number)
+
+
+def _require_same_parts(groups: Sequence[Group]) -> None:
+    """Raise :class:`SettingsError` if a field lacks a time, channel or plane that others have."""
+    lacking = []
+    for number, name in enumerate(SPREAD):
+        everywhere = {value for group in groups for value in group.values[number]}
+        for group in groups:
+            absent = sorted(everywhere - set(group.values[number]), key=_natural)
+            if absent:
+                lacking.append(f"{group.path} has no {name} {first_few(absent)}")
+    if lacking:
+        raise SettingsError(
+            f"files are missing that other fields have: {first_few(lacking)}; add them, or write "
+            "the fields as they are with --allow-missing"
+        )
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -100,7 +151,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
             f"--pattern {pattern}: fields are those of wells; add {{well}}, or {{row}} and "
             "{column}"
         )
-    # The ends of paths: folders above them need not be in the pattern.
+    # Folders above the files need not be in the pattern.
     return re.compile(f"(?:.*/)?{text}")
 
 
@@ -108,10 +159,10 @@ def _names() -> str:
     return ", ".join(f"{{{name}}}" for name in _PARTS)
 
 
-def _guess(files: Sequence[Path]) -> str:
+def _guess(names: Sequence[str]) -> str:
     """Return a pattern in which the first number that differs between two names is the time."""
-    first = files[0].name
-    second = files[1].name
+    first = names[0]
+    second = names[1]
     for one, other in zip(re.finditer(r"\d+", first), re.finditer(r"\d+", second), strict=False):
         if one[0] != other[0]:
             return f"{first[: one.start()]}{{time}}{first[one.end() :]}"
@@ -135,7 +186,9 @@ def _plain(text: str) -> str:
     return str(int(text)) if text.isdecimal() else text
 
 
-def _complete(place: tuple[str, str, str], files: Mapping[tuple[str, str, str], Path]) -> Group:
+def _complete(
+    place: tuple[str, str, str], files: Mapping[tuple[str, str, str], FileSeries]
+) -> Group:
     columns = zip(*files, strict=True)
     values = tuple(tuple(sorted(set(column), key=_natural)) for column in columns)
     group = Group(*place, files, values)

@@ -25,7 +25,7 @@ from megaseg_dask.plan.import_plan import (
 from megaseg_dask.plan.planner import memory_of
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.stores import Location
-from megaseg_dask.tools.importing.files import Contents, open_file
+from megaseg_dask.tools.importing.files import AXES, Contents, FileSeries, open_file
 from megaseg_dask.tools.importing.pattern import Group, group_files
 
 # The beginning and the end of a file, where its metadata mostly are.
@@ -33,18 +33,24 @@ _DIGESTED_BYTES = 64 * 1024
 _SMALL_BYTES = 500 * 10**6
 # Disks serve no more of them any faster.
 _MAX_WORKERS = 8
+# All series of a file, in place of the number or the name of one.
+_ALL = "all"
 _UNITS = {"t": ("time", "second"), "c": ("channel", None)}
 
 
 @dataclass(frozen=True, slots=True)
 class ImportOptions:
-    """What a person says of the files: ``voxel_size`` is in µm ``(z, y, x)``."""
+    """What a person says of the files.
+
+    ``series`` is a number, a name, or ``all``. ``voxel_size`` is in µm ``(z, y, x)``.
+    """
 
     pattern: str | None = None
-    series: int | None = None
+    series: str | None = None
     axes: str | None = None
     voxel_size: tuple[float, ...] | None = None
     channel_names: tuple[str, ...] = ()
+    allow_missing: bool = False
 
 
 def parse_options(
@@ -53,6 +59,8 @@ def parse_options(
     axes: str | None = None,
     channel_names: str | None = None,
     series: str | None = None,
+    *,
+    allow_missing: bool = False,
 ) -> ImportOptions:
     """Return what the command line says of the files.
 
@@ -60,17 +68,27 @@ def parse_options(
         SettingsError: A value cannot be used.
     """
     names = tuple(name.strip() for name in channel_names.split(",")) if channel_names else ()
-    if series is not None and not series.isdecimal():
-        raise SettingsError(f"--series {series}: expected a number from 0 on")
-    if axes is not None and not axes.isalpha():
-        raise SettingsError(f"--axes {axes}: expected letters, such as TCZYX")
+    if axes is not None:
+        _require_axes(axes)
     return ImportOptions(
         pattern=pattern,
-        series=None if series is None else int(series),
+        series=series,
         axes=axes,
         voxel_size=None if voxel_size is None else _parse_size(voxel_size),
         channel_names=names,
+        allow_missing=allow_missing,
     )
+
+
+def _require_axes(axes: str) -> None:
+    """Raise :class:`SettingsError` if letters are not different axes with y and x among them."""
+    names = axes.upper()
+    is_known = set(names) <= set(AXES)
+    if not is_known or len(set(names)) < len(names) or not {"Y", "X"} <= set(names):
+        raise SettingsError(
+            f"--axes {axes}: expected a letter for each axis of the file, each one once: Y and X, "
+            "and T, C and Z where it has them, such as ZYX or TCZYX"
+        )
 
 
 def _parse_size(text: str) -> tuple[float, ...]:
@@ -95,19 +113,24 @@ def plan_import(
         SourceError: A file cannot be read.
     """
     paths = list(map(_local, files))
-    groups = group_files(paths, options.pattern)
+    if options.series != _ALL and ":" not in (options.pattern or ""):
+        # Before a file is read: names that do not match are told at once.
+        group_files(list(map(FileSeries, paths)), options.pattern, allow_missing=True)
     where = Location.of(target)
-    contents = dict(zip(paths, map_threaded(_Read(options, len(paths)), paths), strict=True))
-    _require_decodable(paths[0], options)
+    contents: dict[FileSeries, Contents] = {}
+    for found in map_threaded(_Read(options, len(paths)), paths):
+        contents |= found
+    series = list(contents)
+    groups = group_files(series, options.pattern, allow_missing=options.allow_missing)
+    _require_decodable(series[0], options)
     settings = _with_workers(settings, paths)
     memory_bytes = memory_of(settings, cluster_of(settings))
     images = []
     for group in groups:
-        image, parts = _describe(group, contents, paths, options, settings, where)
+        image, parts = _describe(group, contents, options, settings, where)
         images.append(ImportedImage(group.path, image, parts, choose_block(image, memory_bytes)))
     return ImportPlan(
-        files=tuple(map_threaded(_identify, paths)),
-        series=options.series or 0,
+        files=tuple(map_threaded(_identify, series)),
         axes=options.axes,
         target=where,
         images=tuple(images),
@@ -139,35 +162,53 @@ class _Read:
     options: ImportOptions
     n_files: int
 
-    def __call__(self, path: Path) -> Contents:
-        opened = open_file(path, self.options.series, self.options.axes)
+    def __call__(self, path: Path) -> dict[FileSeries, Contents]:
+        """Return what is to be imported of a file: one of its series, or all."""
+        if self.options.series != _ALL:
+            series, contents, _ = self._open(path, self.options.series)
+            return {series: contents}
+        first, contents, n_series = self._open(path, "0")
+        found = {first: contents}
+        for number in range(1, n_series):
+            series, contents, _ = self._open(path, str(number))
+            found[series] = contents
+        return found
+
+    def _open(self, path: Path, chosen: str | None) -> tuple[FileSeries, Contents, int]:
+        opened = open_file(path, chosen, self.options.axes)
         try:
             if self.n_files > 1 and getattr(opened, "is_one_of_several", False):
                 raise SettingsError(
                     f"{path} is one file of an OME-TIFF set, which names all others: pass it alone"
                 )
-            return opened.contents
+            series = opened.series
+            if self.options.series != _ALL:
+                # Chosen: it is all that is there.
+                series = replace(series, n_series=1)
+            return series, opened.contents, opened.series.n_series
         finally:
             opened.close()
 
 
-def _require_decodable(path: Path, options: ImportOptions) -> None:
+def _require_decodable(series: FileSeries, options: ImportOptions) -> None:
     """Read a first plane: a codec that is missing is told before anything is written."""
-    opened = open_file(path, options.series, options.axes)
+    opened = open_file(series.path, str(series.number), options.axes)
     try:
         opened.read_plane(0, 0, 0, slice(0, 1), slice(0, 1))
     finally:
         opened.close()
 
 
-def _identify(path: Path) -> SourceFile:
-    n_bytes = path.stat().st_size
+def _identify(series: FileSeries) -> SourceFile:
+    stat = series.path.stat()
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with series.path.open("rb") as file:
         digest.update(file.read(_DIGESTED_BYTES))
-        file.seek(max(n_bytes - _DIGESTED_BYTES, 0))
+        file.seek(max(stat.st_size - _DIGESTED_BYTES, 0))
         digest.update(file.read(_DIGESTED_BYTES))
-    return SourceFile(str(path), n_bytes, digest.hexdigest())
+    return SourceFile(
+        str(series.path), stat.st_size, digest.hexdigest(), series.number, stat.st_mtime_ns
+    )
 
 
 def require_same_file(file: SourceFile) -> None:
@@ -179,7 +220,7 @@ def require_same_file(file: SourceFile) -> None:
     path = Path(file.path)
     if not path.exists():
         raise SourceError(f"{path} is gone; restore it and run the same command again")
-    if _identify(path) != file:
+    if _identify(FileSeries(path, file.series)) != file:
         raise SourceError(
             f"{path} was changed since the import was planned; restore it, or import it to another "
             "TARGET"
@@ -188,33 +229,32 @@ def require_same_file(file: SourceFile) -> None:
 
 def _describe(
     group: Group,
-    contents: dict[Path, Contents],
-    paths: Sequence[Path],
+    contents: dict[FileSeries, Contents],
     options: ImportOptions,
     settings: Settings,
     target: Location,
 ) -> tuple[Image, tuple[FilePart, ...]]:
     """Return the metadata of the image of a group of files, and where each file lies in it."""
-    first_path, *_ = group.files.values()
-    first = contents[first_path]
+    first_file, *_ = group.files.values()
+    first = contents[first_file]
     if np.dtype(first.dtype).kind not in "iuf":
-        raise SourceError(f"{first_path} has voxels of {first.dtype}; numbers can be imported")
+        raise SourceError(f"{first_file} has voxels of {first.dtype}; numbers can be imported")
     _require_alike(group, contents)
     _require_unspread(group, first, options)
     n_files = tuple(map(len, group.values))
     n_planes = tuple(a * b for a, b in zip(n_files, first.n_planes, strict=True))
-    numbers = {path: number for number, path in enumerate(paths)}
+    numbers = {file: number for number, file in enumerate(contents)}
     parts = []
-    for values, path in group.files.items():
+    for values, file in group.files.items():
         places = [known.index(value) for known, value in zip(group.values, values, strict=True)]
         start = [place * n for place, n in zip(places, first.n_planes, strict=True)]
-        parts.append(FilePart(numbers[path], (start[0], start[1], start[2]), first.n_planes))
+        parts.append(FilePart(numbers[file], (start[0], start[1], start[2]), first.n_planes))
     is_named = {
         "t": "T" in first.axes or n_files[0] > 1,
         "c": "C" in first.axes or n_files[1] > 1,
     }
     shape = {**dict(zip("tcz", n_planes, strict=True)), "y": first.shape[3], "x": first.shape[4]}
-    spacing = dict(zip("zyx", _spacing(first_path, first, options), strict=True))
+    spacing = dict(zip("zyx", _spacing(first_file, first, options), strict=True))
     scale = {"t": first.time_s or 1.0, "c": 1.0, **spacing}
     names = [name for name in "tczyx" if is_named.get(name, True)]
     axes = []
@@ -235,22 +275,22 @@ def _describe(
         dtype=first.dtype,
         channel_names=_channel_names(group, first, shape["c"], options),
     )
-    require_valid(image, first_path)
+    require_valid(image, first_file.path)
     return image.with_pyramid(), tuple(parts)
 
 
-def _require_alike(group: Group, contents: dict[Path, Contents]) -> None:
+def _require_alike(group: Group, contents: dict[FileSeries, Contents]) -> None:
     """Raise :class:`SourceError` if the files of one image differ in what they hold."""
-    first_path, *others = group.files.values()
-    first = contents[first_path]
-    for path in others:
-        other = contents[path]
+    first_file, *others = group.files.values()
+    first = contents[first_file]
+    for file in others:
+        other = contents[file]
         for name in ("axes", "shape", "dtype", "spacing_um"):
             ours = getattr(first, name)
             theirs = getattr(other, name)
             if ours != theirs:
                 raise SourceError(
-                    f"{first_path} has {name} {ours}, and {path} has {theirs}; files of one image "
+                    f"{first_file} has {name} {ours}, and {file} has {theirs}; files of one image "
                     "have the same"
                 )
 
@@ -266,7 +306,7 @@ def _require_unspread(group: Group, first: Contents, options: ImportOptions) -> 
             )
 
 
-def _spacing(path: Path, first: Contents, options: ImportOptions) -> tuple[float, ...]:
+def _spacing(file: FileSeries, first: Contents, options: ImportOptions) -> tuple[float, ...]:
     """Return the size of voxels in µm ``(z, y, x)``.
 
     Raises:
@@ -280,7 +320,7 @@ def _spacing(path: Path, first: Contents, options: ImportOptions) -> tuple[float
     said = zip("zyx", first.spacing_um, strict=True)
     words = ", ".join(f"{axis} {n:g}" if n else f"{axis} unknown" for axis, n in said)
     raise SettingsError(
-        f"{path} does not say the size of its voxels in µm ({words}); say it with "
+        f"{file} does not say the size of its voxels in µm ({words}); say it with "
         "--voxel-size Z,Y,X"
     )
 

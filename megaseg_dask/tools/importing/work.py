@@ -106,7 +106,7 @@ class ImportWork:
             return self._files[number]
         source = self._plan.files[number]
         require_same_file(source)
-        self._files[number] = open_file(Path(source.path), self._plan.series, self._plan.axes)
+        self._files[number] = open_file(Path(source.path), str(source.series), self._plan.axes)
         if len(self._files) > _MAX_OPEN_FILES:
             _, oldest = self._files.popitem(last=False)
             oldest.close()
