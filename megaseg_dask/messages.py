@@ -210,7 +210,7 @@ def result_line(result: Result) -> str:
     """Return how a run ended."""
     line = f"{result.status} after {result.wall_s:.1f} s"
     if result.n_objects is not None:
-        line += f", {result.n_objects} objects"
+        line += f", {count(result.n_objects, 'object')}"
     if result.failures:
         line += f", {count(len(result.failures), 'failure')}"
     return line

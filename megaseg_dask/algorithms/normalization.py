@@ -187,7 +187,8 @@ def require_finite(values: NDArray[np.floating], at: Box) -> None:
     n_others = int((~finite).sum()) - 1
     raise DataError(
         f"voxel (z, y, x) = {voxel} is {values[first]}, and {n_others} more voxels in box {at} are "
-        "not finite; correct the image, or pass --nan-to-background to treat them as background"
+        "not finite; correct the image, or treat them as background: start again with "
+        "--nan-to-background --overwrite"
     )
 
 

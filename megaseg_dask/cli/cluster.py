@@ -8,7 +8,7 @@ from megaseg_dask.cli.console import print_rows, reporter
 from megaseg_dask.cli.exit_codes import Json, echo_result, exit_codes
 from megaseg_dask.cli.options import given, settings_of
 from megaseg_dask.events import Joined
-from megaseg_dask.messages import size_text
+from megaseg_dask.messages import count, size_text
 
 if TYPE_CHECKING:
     from megaseg_dask.tools.doctor.cluster import ClusterReport
@@ -55,7 +55,9 @@ def _print_check(checked: "ClusterReport") -> None:
     for worker in checked.workers:
         _print_worker(worker)
     result = checked.result
-    block = f"{result.wall_s} s, {result.n_objects} objects" if result else "none"
+    block = "none"
+    if result:
+        block = f"{result.wall_s} s, {count(result.n_objects or 0, 'object')}"
     rows = {
         "block": f"{block}, written to and read from {checked.target}",
         "versions": "compatible",

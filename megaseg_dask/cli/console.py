@@ -230,7 +230,7 @@ def _print_failures(result: Result, quiet: bool, how_to_retry: str) -> None:
 
 
 def _print_success(result: Result) -> None:
-    objects = "" if result.n_objects is None else f"{result.n_objects} objects in "
+    objects = "" if result.n_objects is None else f"{count(result.n_objects, 'object')} in "
     took = f" after {result.wall_s:.1f} s"
     if result.already_done:
         took = ": already done, nothing to do"
@@ -357,7 +357,7 @@ def _model_text(model: Mapping[str, Any]) -> str:
 def _engine_text(engine: Mapping[str, Any]) -> str:
     text = (
         f"{engine['engine']} {engine['precision']} on {engine['device']}, "
-        f"{engine['threads']} threads, batch {engine['batch']}"
+        f"{count(engine['threads'], 'thread')}, batch {engine['batch']}"
     )
     return f"{text}, each patch mirrored 8 times" if engine["tta"] else text
 
@@ -397,8 +397,8 @@ def _where_rows(where: Mapping[str, Any] | None) -> dict[str, str]:
         return {}
     everywhere = where["predictions"] + where["predictions_left_out"]
     text = (
-        f"{where['voxels']:.1%} of the voxels: {where['predictions']} of {everywhere} predictions; "
-        f"{where['blocks_left_out']} of {where['blocks']} blocks are left out"
+        f"{where['voxels']:.1%} of the voxels; predictions: {where['predictions']} of "
+        f"{everywhere}; blocks left out: {where['blocks_left_out']} of {where['blocks']}"
     )
     return {"where": text}
 
@@ -449,7 +449,7 @@ def print_demo(demo: "Demo") -> None:
         "segmented": f"{demo.target}  ({took})",
         "objects": f"{scores.n_predicted} found, {scores.n_true} in the labels of the sample",
         "Dice": f"{scores.dice:.3f} of the foreground",
-        "matched": f"{matching.true_positives} objects at IoU 0.5, "
+        "matched": f"{count(matching.true_positives, 'object')} at IoU 0.5, "
         f"panoptic quality {scores.panoptic_quality:.3f}",
         "look at": demo.picture,
         "next": f"{megaseg} view {demo.target}    # in a browser",

@@ -11,6 +11,7 @@ from megaseg_dask.cli.exit_codes import Json, echo, echo_result, exit_codes, war
 from megaseg_dask.cli.jobs import Recorded
 from megaseg_dask.cli.options import STORE, given, open_stores, settings_of
 from megaseg_dask.events import Step
+from megaseg_dask.messages import count
 
 RunName = Annotated[
     str | None,
@@ -211,8 +212,9 @@ def evaluate(
         evaluation = evaluate_images(*compared, ignored=ignore or ())
         if evaluation.left_out_voxels:
             warn(
-                f"{evaluation.left_out_voxels} voxels were ignored because their tasks failed "
-                "(missing_boxes); run the same megaseg segment command again to compute them"
+                "ignored because their tasks failed (missing_boxes): "
+                f"{count(evaluation.left_out_voxels, 'voxel')}; run the same megaseg segment "
+                "command again to compute them"
             )
         if json_:
             echo_result(evaluation.as_dict())

@@ -110,7 +110,7 @@ def find_label(text: str, field: str, *, is_only: bool) -> Location:
     location = Location.of(text)
     if field and is_plate(location):
         return _only_label(location / field, location)
-    if field and _is_readable_plate(location.parent):
+    if field and is_readable_plate(location.parent):
         image = location.parent / field
         names = list_labels(image)
         if location.basename in names:
@@ -126,7 +126,8 @@ def find_label(text: str, field: str, *, is_only: bool) -> Location:
     return _only_label(location, labels_group(location))
 
 
-def _is_readable_plate(location: Location) -> bool:
+def is_readable_plate(location: Location) -> bool:
+    """Return whether a location is a plate; it is none if it may not be read."""
     try:
         return is_plate(location)
     except StoreError as error:

@@ -26,6 +26,8 @@ GROUPS = ("series", "well", "acquisition", "plate")
 _LEVEL = re.compile(r"level:\d+", re.ASCII)
 _WHOLE = re.compile(r"\d+", re.ASCII)
 
+# Whose voxels, in place of three sizes.
+_SIZES = ("source", "model")
 _BYTE_SIZE = TypeAdapter(ByteSize)
 
 
@@ -217,10 +219,23 @@ def _number(value: object) -> float:
 
 
 def parse_voxel_size(value: object) -> object:
-    """Return three sizes from ``z,y,x``, or ``source`` and ``model`` as they are."""
-    if isinstance(value, str) and value in ("source", "model"):
+    """Return three sizes from ``z,y,x``, or ``source`` and ``model`` as they are.
+
+    Raises:
+        ValueError: The text is neither; one size for all axes is rarely meant.
+    """
+    if isinstance(value, str) and value in _SIZES:
         return value
-    return parse_three(value)
+    values = _values_of(value)
+    try:
+        sizes = tuple(map(_number, values))
+    except (TypeError, ValueError):
+        raise ValueError(f"expected three sizes Z,Y,X in µm, {' or '.join(_SIZES)}") from None
+    if len(sizes) != 3:
+        raise ValueError(
+            f"expected three sizes Z,Y,X in µm, such as 0.29,0.108,0.108; found {len(sizes)}"
+        )
+    return sizes
 
 
 # -- ranges

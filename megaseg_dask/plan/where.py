@@ -28,10 +28,11 @@ from megaseg_dask.algorithms.masks import (
 from megaseg_dask.algorithms.normalization import PARTITION_SHAPE
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
+from megaseg_dask.messages import count
 from megaseg_dask.ngff.image import SPATIAL, Image
 from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image, require_complete
 from megaseg_dask.ngff.volume import Volume
-from megaseg_dask.plan.companion import find_label, one_image
+from megaseg_dask.plan.companion import find_label, is_readable_plate, one_image
 from megaseg_dask.plan.resolved import Where
 from megaseg_dask.stores import Location
 from megaseg_dask.stores.failures import is_denied
@@ -153,15 +154,19 @@ def _find_label(
     except SourceError as error:
         refusal = _refusal(location, text, own, error)
     level = Location.of(text)
+    label = level.parent
+    is_of_field = bool(field) and is_readable_plate(label.parent)
     try:
-        labels = read_label_image(level.parent)
-    except SourceError:
-        raise refusal from None
+        if is_of_field:
+            label = find_label(label.url, field, is_only=is_only)
+        labels = read_label_image(label)
+    except SourceError as error:
+        raise (_refusal(location, text, own, error) if is_of_field else refusal) from None
     if level.basename not in [each.path for each in labels.levels]:
         raise refusal
-    if not is_only:
+    if not is_only and not is_of_field:
         raise _refusal(location, text, own, one_image(level))
-    return level.parent, level.basename, False
+    return label, level.basename, False
 
 
 def _refusal(
@@ -249,8 +254,8 @@ def _require_times(image: Image, labels: Image, text: str) -> None:
     n_times = labels.extent("t")
     if n_times not in (1, image.extent("t")):
         raise SettingsError(
-            f"--where {text}: the mask has {n_times} timepoints, the image {image.extent('t')}; "
-            "it needs as many, or one for all"
+            f"--where {text}: the mask has {count(n_times, 'timepoint')}, the image "
+            f"{image.extent('t')}; it needs as many, or one for all"
         )
     if labels.extent("c") > 1:
         raise SettingsError(

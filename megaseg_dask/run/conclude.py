@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import chain
 
 from megaseg_dask.events import Doubt, Result
+from megaseg_dask.messages import count
 from megaseg_dask.plan.plan import RESAMPLING, Plan
 from megaseg_dask.plan.resolved import OfVolume
 from megaseg_dask.run.doubts import Facts, find_doubts
@@ -211,15 +212,15 @@ def _warnings(plan: Plan, states: Sequence[VolumeState | None], journal: Journal
     n_repeated = sum(summary.repeated for summary in summaries)
     if n_repeated:
         warnings.append(
-            f"{n_repeated} blocks were predicted again in float32: their logits in "
-            f"{plan.engine.precision} were no numbers"
+            f"predicted again in float32, since logits in {plan.engine.precision} were no numbers: "
+            f"{count(n_repeated, 'block')}"
         )
     batches = [summary.batch for summary in summaries if summary.batch]
     if batches:
         warnings.append(
-            f"a device ran out of memory: {len(batches)} tasks used smaller batches (at least "
-            f"{min(batches)} instead of {plan.batch}), which can change the last bits of scores; "
-            "choose a smaller --batch"
+            f"a device ran out of memory: {count(len(batches), 'task')} used smaller batches (at "
+            f"least {min(batches)} instead of {plan.batch}), which can change the last bits of "
+            "scores; choose a smaller --batch"
         )
     return warnings
 
@@ -261,9 +262,9 @@ def _left_whole(plan: Plan, states: Sequence[VolumeState | None]) -> list[str]:
             ids = ", ".join(str(object_id) for object_id, *_ in output.whole)
             more = " and others" if output.n_whole > len(output.whole) else ""
             warnings.append(
-                f"{volume_name(planned)}: {output.n_whole} objects (labels {ids}{more}) do not fit "
-                "a worker's memory, and were not split; start again with more --memory and "
-                "--overwrite"
+                f"{volume_name(planned)}: not split, since it did not fit a worker's memory: "
+                f"{count(output.n_whole, 'object')} (label {ids}{more}); start again with more "
+                "--memory and --overwrite"
             )
     return warnings
 
@@ -284,12 +285,14 @@ def absent_texts(plan: Plan, journal: Journal) -> list[str]:
     if not counts:
         return []
     inner = f", {n_inner} of them in shards" if n_inner else ""
+    verb = "is" if counts.total() == 1 else "are"
+    was = "was" if counts.total() == 1 else "were"
     each = [f"{name}: {n}" for name, n in counts.most_common(_MAX_NAMED)]
     if len(counts) > _MAX_NAMED:
         each.append("…")
     return [
-        f"{counts.total()} chunks of the source are missing{inner}, and were read as its fill "
-        f"value ({', '.join(each)})"
+        f"{count(counts.total(), 'chunk')} of the source {verb} missing{inner}, and {was} read as "
+        f"its fill value ({', '.join(each)})"
     ]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from megaseg_dask.algorithms.blending import sigmoid
 from megaseg_dask.algorithms.doubts import OUTLIER_Z, SPECK_VOXELS, robust_z
 from megaseg_dask.events import Doubt
+from megaseg_dask.messages import count
 from megaseg_dask.run.state import ChannelStatistics, OutputState
 
 # Volumes that are named; all are counted.
@@ -229,7 +230,7 @@ def _find_outliers(volumes: Sequence[Facts]) -> list[tuple[Facts, _Reason]]:
     found = []
     for facts, is_high in _far(counts):
         much = "far more" if is_high else "far fewer"
-        found.append((facts, f"{counts[facts]} objects, {much} than the other volumes"))
+        found.append((facts, f"{count(counts[facts], 'object')}, {much} than the other volumes"))
     for facts, is_high in _far(shares):
         much = "far more" if is_high else "far less"
         found.append((facts, f"{shares[facts]:.1%} of foreground, {much} than the other volumes"))

@@ -21,7 +21,7 @@ from megaseg_dask.inference.calibration import measure_patch_s
 from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.gpu import require_devices
-from megaseg_dask.messages import version_of
+from megaseg_dask.messages import count, version_of
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.plan.planner import require_machine
 from megaseg_dask.plan.settings import Settings
@@ -337,7 +337,8 @@ class _Session:
             publish.withdraw(Target(plan))
             emit(
                 Notice(
-                    f"data that {n_lost} tasks read or wrote have changed; these tasks run again"
+                    f"data that {count(n_lost, 'task')} read or wrote have changed; run again: "
+                    f"{count(n_lost, 'task')}"
                 )
             )
         raise StoreError(

@@ -17,7 +17,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.matching import Evaluation
 from megaseg_dask.errors import SettingsError, TargetError, TaskError
 from megaseg_dask.events import Emit, Result
-from megaseg_dask.messages import install_command
+from megaseg_dask.messages import count, install_command
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
@@ -151,7 +151,7 @@ def draw(path: Path, image: NDArray[Any], scores: NDArray[Any], labels: NDArray[
         ("image", image, {"cmap": "gray", "vmax": white}),
         ("scores", scores, {"cmap": "magma", "vmin": 0, "vmax": 255}),
         (
-            f"labels: {n_objects} objects",
+            f"labels: {count(n_objects, 'object')}",
             label_colors(labels),
             {"interpolation": "nearest"},
         ),

@@ -23,6 +23,7 @@ from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.importing.files import open_file
+from megaseg_dask.tools.training.checks import has_areas
 
 BLOCK_SHAPE = (64, 512, 512)
 
@@ -45,12 +46,18 @@ def find_labels(address: str, name: str | None = None) -> Location:
 def require_labels(location: Location) -> None:
     """Check that the metadata of an image say that its voxels are ids of objects.
 
-    A TIFF file cannot say it.
+    A TIFF file cannot say it: its middle planes are looked at.
 
     Raises:
-        SourceError: They do not.
+        SourceError: They do not, or look like intensities.
     """
     if is_tiff(location):
+        with closing(_TiffLabels(location)) as labels:
+            if not has_areas(labels.read(0, labels.middle())):
+                raise SourceError(
+                    f"{location} looks like intensities: its neighboring voxels differ; give the "
+                    "file of the labels, or pass --unmarked if its voxels are ids of objects"
+                )
         return
     if read_label_image(location).kind != "label image":
         raise SourceError(
@@ -223,6 +230,12 @@ class _TiffLabels:
                 "in one channel"
             )
         self.shape: Shape = (n_times, *spatial)
+
+    def middle(self) -> Box:
+        """Return the middle planes."""
+        _, depth, height, width = self.shape
+        first = (depth - 1) // 2
+        return Box((first, 0, 0), (min(first + 2, depth), height, width))
 
     def close(self) -> None:
         """Close the file."""

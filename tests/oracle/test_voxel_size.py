@@ -151,4 +151,4 @@ def test_a_region_and_a_level_are_those_of_the_whole_volume(
 def test_an_array_without_a_size_is_refused(tiny_bundle):
     array = xarray.DataArray(np.zeros(SHAPE, np.uint16), dims=list("zyx"))
     with pytest.raises(megaseg_dask.errors.SettingsError, match="z has no unit"):
-        megaseg_dask.predict(array, str(tiny_bundle), voxel_size=1)
+        megaseg_dask.predict(array, str(tiny_bundle), voxel_size=(1, 1, 1))

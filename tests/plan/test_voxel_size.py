@@ -34,15 +34,25 @@ def plan_of(source, tmp_path, **options):
     ("size", "options", "message"),
     [
         ((1, 1, 1), {"voxel_size": "model"}, "does not say of which voxels .* give three numbers"),
-        ((0, 1, 1), {"voxel_size": 2}, "z has the scale 0.* write it into its metadata"),
-        ((1, 1, 1), {"voxel_size": 2}, r"become \(10, 20, 24\), and the model needs at least"),
-        ((1, 1, 1), {"voxel_size": 1e-3}, "raise --memory|smallest possible block"),
+        ((0, 1, 1), {"voxel_size": (2, 2, 2)}, "z has the scale 0.* write it into its metadata"),
+        (
+            (1, 1, 1),
+            {"voxel_size": (2, 2, 2)},
+            r"become \(10, 20, 24\), and the model needs at least",
+        ),
+        ((1, 1, 1), {"voxel_size": (1e-3, 1e-3, 1e-3)}, "raise --memory|smallest possible block"),
     ],
 )
 def test_a_size_that_cannot_be_had_is_refused(size, options, message, write, tmp_path, tiny_bundle):
     with pytest.raises(SettingsError, match=message):
         plan_of(write(size), tmp_path, model=str(tiny_bundle), **options)
     assert not (tmp_path / "out.zarr.run").exists()
+
+
+@pytest.mark.parametrize("text", ["0.5", "modle", "1,1", "1,1,x", "0.5x0.5x0.5"])
+def test_a_size_is_three_numbers_or_a_word(text):
+    with pytest.raises(SettingsError, match=r"voxel.size.* expected three sizes Z,Y,X in µm"):
+        parse_settings({"voxel_size": text})
 
 
 def test_it_is_told_how_far_the_image_is_from_the_model(write, tmp_path):

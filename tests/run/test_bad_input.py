@@ -140,7 +140,7 @@ def test_warnings_are_told_also_if_something_failed(megaseg, source, tmp_path):
     code, _, err = megaseg(image, tmp_path / "out.zarr", "--normalization", "1000,400")
     assert code == 1
     assert "FAILED" in err
-    assert "warning: 1 chunks of the source are missing" in err
+    assert "warning: 1 chunk of the source is missing" in err
 
 
 def test_a_failure_as_json(megaseg, source, tmp_path):
@@ -204,7 +204,7 @@ def test_an_absent_chunk_is_the_fill_value_and_told(block, megaseg, tmp_path):
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     assert result["warnings"] == [
-        "1 chunks of the source are missing, and were read as its fill value (t=0 c=0: 1)"
+        "1 chunk of the source is missing, and was read as its fill value (t=0 c=0: 1)"
     ]
     image[20:, :35, 45:] = 0
     written = write_image(tmp_path / "filled.zarr", image)

@@ -79,8 +79,8 @@ def test_a_block_that_needs_too_much_is_refused_and_a_smaller_one_is_chosen(tmp_
 @pytest.mark.parametrize(
     ("block", "options"),
     [
-        ("48,192,192", {"voxel_size": 0.6}),
-        ("96,384,384", {"voxel_size": 2.5}),
+        ("48,192,192", {"voxel_size": (0.6, 0.6, 0.6)}),
+        ("96,384,384", {"voxel_size": (2.5, 2.5, 2.5)}),
         ("48,384,384", {"where_margin": 20}),
     ],
 )

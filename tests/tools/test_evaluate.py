@@ -143,10 +143,17 @@ def test_a_tiff_of_labels_is_read_directly(tmp_path, pair):
     path = tmp_path / "truth.tif"
     values = zarr.open_array(truth / "0", mode="r")[...]
     tifffile.imwrite(path, values, photometric="minisblack", metadata=None)
-    words = ["evaluate", str(ours), str(path), "--unmarked", "--json"]
-    found = CliRunner().invoke(build_app(), words)
+    words = ["evaluate", str(ours), str(path), "--json"]
+    found = CliRunner().invoke(build_app(), [*words, "--unmarked"])
     assert found.exit_code == 0
     assert json.loads(found.stdout)["dice"] == expected.dice
+    intensities = np.random.default_rng(0).integers(0, 3000, values.shape, "uint16")
+    tifffile.imwrite(tmp_path / "image.tif", intensities, photometric="minisblack", metadata=None)
+    words = ["evaluate", str(path), str(tmp_path / "image.tif")]
+    found = CliRunner().invoke(build_app(), words)
+    assert found.exit_code == 2
+    assert "image.tif looks like intensities" in found.output
+    assert CliRunner().invoke(build_app(), [*words, "--unmarked"]).exit_code == 0
     tifffile.imwrite(path, values.astype("float32"), photometric="minisblack", metadata=None)
     found = CliRunner().invoke(build_app(), ["evaluate", str(ours), str(path), "--unmarked"])
     assert found.exit_code == 2

@@ -28,7 +28,7 @@ from megaseg_dask.errors import (
 )
 from megaseg_dask.tools.training import Request, checks, environment, train
 from megaseg_dask.tools.training.dataset import digest_of, write_dataset
-from megaseg_dask.tools.training.examples import Example, Tiff
+from megaseg_dask.tools.training.examples import Example, Tiff, common_size_um
 from megaseg_dask.tools.training.manifest import read_examples
 from megaseg_dask.tools.training.splits import split_examples
 from tests.fixtures.bundles import TINY, write_checkpoint
@@ -46,6 +46,21 @@ def write_pair(
     for kind, values in (("raw", image), ("seg", labels)):
         imwrite(folder / f"{name}_{kind}.ome.tif", values, ome=True, metadata={"axes": axes})
     return image, labels
+
+
+def test_the_size_of_voxels_is_read_from_tiff_images_that_state_it(tmp_path):
+    image, _ = write_pair(tmp_path, "a")
+    size = {"PhysicalSizeZ": 0.3, "PhysicalSizeY": 0.1, "PhysicalSizeX": 110}
+    metadata = {"axes": "ZYX", **size, "PhysicalSizeXUnit": "nm"}
+    for name, options in {
+        "b": {"ome": True, "metadata": metadata},
+        "c": {"metadata": None},
+    }.items():
+        imwrite(tmp_path / f"{name}_raw.tif", image, photometric="minisblack", **options)
+    rows = [f"{name}_raw.tif,a_seg.ome.tif" for name in "bc"]
+    examples = read_examples(write_manifest(tmp_path, "raw,seg", *rows), None, None)
+    assert [example.spacing_um for example in examples] == [pytest.approx((0.3, 0.1, 0.11)), None]
+    assert common_size_um(examples[:1]) == pytest.approx((0.3, 0.1, 0.11))
 
 
 def write_manifest(folder: Path, *lines: str) -> str:

@@ -95,7 +95,7 @@ def _check_image(location: Location, has_run: bool) -> Iterator[Finding]:
         return
     subject = "image"
     if plate:
-        subject = f"plate of {len(plate.fields)} fields; the first field that can be read"
+        subject = f"plate of {count(len(plate.fields), 'field')}; the first field that can be read"
     yield _describe_image(image, subject)
     if image.kind == "image":
         yield _compare_voxels(image)

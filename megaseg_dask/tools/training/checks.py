@@ -71,14 +71,15 @@ def require_labels(name: str, labels: NDArray[Any]) -> None:
         raise SourceError(
             f"{name}: its labels have no background, the smallest value is {smallest:g}; {expected}"
         )
-    if not _is_piecewise_constant(labels):
+    if not has_areas(labels):
         raise SourceError(
             f"{name}: its labels look like intensities, neighboring voxels differ; {expected}. "
             "Are the columns of the image and its labels swapped?"
         )
 
 
-def _is_piecewise_constant(labels: NDArray[Any]) -> bool:
+def has_areas(labels: NDArray[Any]) -> bool:
+    """Return whether most neighbors have one value, as in a mask or a label image."""
     here = labels[..., :-1]
     beside = labels[..., 1:]
     are_inside = (here > 0) & (beside > 0)

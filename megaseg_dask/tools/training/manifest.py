@@ -2,12 +2,15 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.errors import MegasegError, SourceError
+from megaseg_dask.ngff.image import SPATIAL
 from megaseg_dask.ngff.plate import is_plate, read_plate
 from megaseg_dask.stores import Location
+from megaseg_dask.tools.importing.files import open_file
 from megaseg_dask.tools.training.examples import (
     TRAIN,
     VALIDATION,
@@ -151,9 +154,20 @@ def _open_image(
     """Return an image, its shape ``(z, y, x)``, and the size of its voxels in µm, if known."""
     if _is_tiff(address):
         reader, shape = open_tiff(address, channel)
-        return reader, shape, None
+        return reader, shape, _tiff_size(address)
     volume, image = open_image(Location.of(address), channel)
     return volume, image.volume_shape(), None if image.unknown_size else image.spacing_um
+
+
+def _tiff_size(address: str) -> tuple[float, ...] | None:
+    """Return the size of voxels in µm ``(z, y, x)``, if a TIFF file states it."""
+    try:
+        with closing(open_file(Path(address), series="0")) as file:
+            known = [size for size in file.contents.spacing_um if size]
+    except MegasegError:
+        # It does not state its axes.
+        return None
+    return tuple(known) if len(known) == len(SPATIAL) else None
 
 
 def _open_labels(address: str) -> tuple[Reader, Shape]:

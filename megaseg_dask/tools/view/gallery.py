@@ -310,7 +310,7 @@ def _group_layers(location: Location, kind: str, name: str) -> Iterator[Layer]:
     image = _try_read(location)
     if image is not None:
         if missing := missing_at(location):
-            name += f" ({len(missing)} blocks missing)"
+            name += f" ({count(len(missing), 'block')} missing)"
         yield Layer(name, kind, location, image)
 
 
