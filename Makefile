@@ -22,7 +22,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 # What tests and pages need, and with it all that the demo needs.
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing megaseg and what its tests need into $(VENV): about 3 GB, some minutes."
-	@$(PIP) -e '.[dashboard,demo,docs,view,test]'
+	@$(PIP) -e '.[dashboard,demo,docs,import,view,test]'
 	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo  ## Segment real nuclei, and print where the results are

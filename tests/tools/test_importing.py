@@ -236,6 +236,7 @@ def test_a_file_that_is_cut_off_or_no_image_is_refused(tmp_path):
         imported(tmp_path / "b.tif", tmp_path / "a.zarr", voxel_size=SIZE)
 
 
+@pytest.mark.slow
 def test_czi(tmp_path):
     pytest.importorskip("bioio_czi", reason="the extra import is not installed")
     from pylibCZIrw import czi
@@ -254,6 +255,7 @@ def test_czi(tmp_path):
     np.testing.assert_allclose(container.get_image().pixel_size.zyx, SIZE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "write", "suffix"),
     [("bioio_nd2", write_nd2, ".nd2"), ("bioio_lif", write_lif, ".lif")],
@@ -277,6 +279,7 @@ def test_positions_of_a_microscope(module, write, suffix, tmp_path):
     assert plate.images_paths(max_workers=1) == ["A/1/0", "B/2/0"]
 
 
+@pytest.mark.slow
 def test_a_size_that_an_nd2_file_does_not_know_is_asked_for(tmp_path):
     pytest.importorskip("bioio_nd2", reason="the extra import is not installed")
     images = {"only": noise((1, 4, 1, 20, 24))}
