@@ -230,7 +230,9 @@ def _find_outliers(volumes: Sequence[Facts]) -> list[tuple[Facts, _Reason]]:
     found = []
     for facts, is_high in _far(counts):
         much = "far more" if is_high else "far fewer"
-        found.append((facts, f"{count(counts[facts], 'object')}, {much} than the other volumes"))
+        found.append(
+            (facts, f"{count(counts[facts] or 0, 'object')}, {much} than the other volumes")
+        )
     for facts, is_high in _far(shares):
         much = "far more" if is_high else "far less"
         found.append((facts, f"{shares[facts]:.1%} of foreground, {much} than the other volumes"))
