@@ -166,9 +166,8 @@ class Volume:
         for number in np.random.default_rng(0).permutation(len(keys)).tolist():
             if self.location.size(keys[number]) is not None:
                 return
-        what = "none of the {} chunks" if len(keys) > 1 else "not the only chunk"
         raise DataError(
-            f"{self.location}: {what.format(len(keys))} of t={self.t} c={self.c} is there, "
+            f"{self.location}: none of the {len(keys)} chunks of t={self.t} c={self.c} is there, "
             f"such as {keys[0]}; {self._why_absent(keys[0])}"
         )
 
