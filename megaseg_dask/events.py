@@ -5,7 +5,7 @@ its JSON form, in which the key ``event`` holds the kind.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, TypeAlias
 
 
@@ -70,6 +70,23 @@ class Progress(Event):
     def is_over(self) -> bool:
         """Whether every task of the stage has finished or failed."""
         return self.n_done + self.n_failed >= self.n_tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Following(Event):
+    """What a source that is followed has: timepoints of all fields that are there, and done.
+
+    ``n_announced`` is how many its metadata list, which may grow. The source was not seen to
+    change for ``waited_s``. ``reason`` says why nothing can be taken, if that is so.
+    """
+
+    kind: ClassVar[str] = "following"
+    source: str
+    n_there: int
+    n_done: int
+    n_announced: int
+    waited_s: float = 0.0
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +179,10 @@ class Result(Event):
     run: str = ""
     log: str = ""
 
+    def with_warnings(self, warnings: list[str]) -> "Result":
+        """Return the same result with more warnings."""
+        return replace(self, warnings=[*self.warnings, *warnings])
+
     @property
     def exit_code(self) -> int:
         """Exit code of the command line: 1 if a task failed, else 0."""
@@ -220,6 +241,8 @@ class RunStatus(Event):
     fields: list[str] = field(default_factory=list)
     command: str = "segment"
     lost: str = ""
+    # Of a source that is followed, if it can be read.
+    timepoints: dict[str, int] | None = None
 
     @property
     def exit_code(self) -> int:

@@ -271,6 +271,7 @@ _RELABELLING = (
     "storage_option",
     "retries",
     "timeout",
+    "on_volume",
 )
 # Names, or a function that returns them: the settings are declared in a room that computes.
 _Names = Sequence[str] | Callable[[], Sequence[str]]

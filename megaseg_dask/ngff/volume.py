@@ -6,9 +6,10 @@ is wrong with a chunk, but not where it lies.
 """
 
 import functools
+import json
 import re
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import ge
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ class Volume:
     is_whole: bool = False
     # Whether an absent chunk of somebody's array is an error, and not its fill value.
     needs_chunks: bool = False
+    # Whether the timepoint may be one that the array will have later.
+    may_be_ahead: bool = False
 
     @classmethod
     def of(
@@ -222,6 +225,25 @@ class Volume:
                 if presence[position]:
                     yield chunks.core(position).shifted(core.start)
 
+    def iter_keys(self, box: Box) -> Iterator[str]:
+        """Yield the keys of the stored objects that share a voxel with a box, in the array."""
+        for _, key in self._units(self._open(), box):
+            yield key
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a stored object holds several chunks."""
+        return self._open().shards is not None
+
+    @property
+    def n_times_together(self) -> int:
+        """How many timepoints one stored object holds."""
+        if "t" not in self.axis_names:
+            return 1
+        array = self._open()
+        unit: Shape = array.shards or array.chunks
+        return unit[self.axis_names.index("t")]
+
     def count_unlisted(self, box: Box, listed: Container[str]) -> int:
         """Return how many stored objects that begin in ``box`` are not ``listed`` in the array.
 
@@ -355,9 +377,21 @@ class Volume:
 
     def _open(self, *, writable: bool = False) -> "zarr.Array[Any]":
         try:
-            return cached_array(self.location, writable=writable)
+            array = cached_array(self.location, writable=writable)
         except FileNotFoundError as error:
             raise self._lost() from error
+        return self._with_timepoint(array) if self.may_be_ahead else array
+
+    def _with_timepoint(self, array: "zarr.Array[Any]") -> "zarr.Array[Any]":
+        """Return the array with this timepoint, which its stored metadata may not have yet."""
+        if "t" not in self.axis_names:
+            return array
+        t = self.axis_names.index("t")
+        if self.t < array.shape[t]:
+            return array
+        shape = (*array.shape[:t], self.t + 1, *array.shape[t + 1 :])
+        stored = array.async_array
+        return type(array)(replace(stored, metadata=stored.metadata.update_shape(shape)))
 
     def _lost(self) -> StoreError:
         return StoreError(
@@ -447,6 +481,25 @@ def is_array_of(location: Location, image: Image, level: int, dtype: str, layout
     """
     documents = _documents(_form_of(image, level, dtype, layout))
     return all(location.get(name) == data for name, data in documents.items())
+
+
+def is_shorter_array_of(
+    location: Location, image: Image, level: int, dtype: str, layout: Layout
+) -> bool:
+    """Return whether the metadata of an array are ours, for as many timepoints or for fewer.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    if "t" not in image.axis_names:
+        return is_array_of(location, image, level, dtype, layout)
+    try:
+        document = json.loads(location.get(VERSIONS[image.version].array_file) or b"{}")
+        n_times = int(document["shape"][image.axis_names.index("t")])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False
+    is_shorter = 0 < n_times <= image.extent("t")
+    return is_shorter and is_array_of(location, image.with_times(0, n_times), level, dtype, layout)
 
 
 @dataclass(frozen=True, slots=True)

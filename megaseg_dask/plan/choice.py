@@ -107,6 +107,10 @@ def _choose_times(image: Image, settings: Settings) -> tuple[int, int]:
     n = image.extent("t")
     first, stop = settings.time or (0, None)
     stop = n if stop is None else stop
+    if settings.follow:
+        stop = min(stop, n)
+        if stop <= first:
+            raise SourceError(f"the source has {n} timepoints so far, and --time begins at {first}")
     if not 0 <= first < stop <= n:
         raise SettingsError(f"--time {first}:{stop}: the source has timepoints 0:{n}")
     return first, stop

@@ -33,7 +33,7 @@ _MODE_BYTES = 16
 _MAX_MODE_VOXELS = 2**24
 
 # zarr decodes this many whole chunks of the source at a time, however little of them is read.
-_MAX_DECODED_CHUNKS = 10
+MAX_DECODED_CHUNKS = 10
 
 # Making the table of a block's logits, and the table itself. Measured for Li's method, whose tables
 # are the largest.
@@ -111,7 +111,7 @@ class Sizes:
 
 def decoded_bytes(chunk_bytes: int, n_chunks: int) -> int:
     """Return the bytes of the source's chunks that are decoded at a time."""
-    return chunk_bytes * min(n_chunks, _MAX_DECODED_CHUNKS)
+    return chunk_bytes * min(n_chunks, MAX_DECODED_CHUNKS)
 
 
 def resampling_bytes(*, there: int, back: int, blended: int) -> int:

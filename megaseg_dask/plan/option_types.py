@@ -101,6 +101,15 @@ def _parse_bytes(value: object) -> object:
     return bytes_of(value) if isinstance(value, str) else value
 
 
+def _parse_seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return seconds_of(value)
+
+
 def _parse_duration(value: object) -> object:
     # YAML reads 01:00:00 in base 60; in quotes it is a text.
     return seconds_of(value) if isinstance(value, str) else value
@@ -270,6 +279,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 Models = Annotated[tuple[str, ...], BeforeValidator(parse_models), Field(min_length=1)]
 Bytes = Annotated[Positive, BeforeValidator(_parse_bytes)]
 Seconds = Annotated[PositiveFloat, BeforeValidator(_parse_duration)]
+Wait = Annotated[Distance, BeforeValidator(_parse_seconds)]
 Triple = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(parse_three)]
 Patch = Annotated[
     tuple[Positive, Positive, Positive] | Literal["auto"], BeforeValidator(parse_patch)

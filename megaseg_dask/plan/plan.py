@@ -153,6 +153,11 @@ class Plan(BaseModel):
     model_voxel_size_um: tuple[float, ...] | None = None
     # What the masks of the volumes mean for their blocks, if there are masks.
     surveys: tuple[MaskSurvey, ...] = ()
+    # Of a run that follows its source, the fingerprint of its first plan. Later plans have more
+    # volumes, after those that were there before: tasks and volumes keep their numbers.
+    began_as: str = ""
+    # Whether the source then announced more timepoints or fields than it had.
+    is_announced: bool = False
 
     # -- geometry
 
@@ -178,7 +183,33 @@ class Plan(BaseModel):
 
     def target_image_at(self, path: str) -> Image:
         """Return the metadata of the scores of one image."""
-        return self.target_image.placed(self.images[path].placement)
+        image = self.target_image.placed(self.images[path].placement)
+        return image.with_times(0, self.n_times_of(path))
+
+    def n_times_of(self, path: str) -> int:
+        """Return how many timepoints of one image are planned: of a followed plate, not all yet."""
+        return self._times_of_images[path]
+
+    @cached_property
+    def _times_of_images(self) -> dict[str, int]:
+        n_times: dict[str, int] = defaultdict(int)
+        for volume in self.volumes:
+            n_times[volume.image] = max(n_times[volume.image], volume.target_t + 1)
+        return dict(n_times)
+
+    @cached_property
+    def output_order(self) -> tuple[Output, ...]:
+        """All outputs, by image, timepoint and channel, in whatever order they were planned."""
+        places = {path: number for number, path in enumerate(self.images)}
+
+        def place(volume: int) -> tuple[int, int, int]:
+            planned = self.volumes[volume]
+            return places[planned.image], planned.target_t, planned.target_c
+
+        outputs: list[Output] = []
+        for volume in sorted(range(len(self.volumes)), key=place):
+            outputs += self.outputs_of(volume)
+        return tuple(outputs)
 
     def channel_name(self, path: str, channel: int) -> str:
         """Return the name of a chosen channel of one image; its index if it has none."""
@@ -509,6 +540,23 @@ class Plan(BaseModel):
     def fingerprint(self) -> str:
         """Digest of :attr:`determinants`."""
         return hashlib.sha256(json.dumps(self.determinants, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def grows(self) -> bool:
+        """Whether later plans of the same run may have more volumes."""
+        return bool(self.began_as)
+
+    @property
+    def identity(self) -> str:
+        """What the journal and the marks of a run name: it stays the same while the run grows."""
+        return self.began_as or self.fingerprint
+
+    def followed(
+        self, volumes: tuple[PlannedVolume, ...], began_as: str, *, is_announced: bool
+    ) -> "Plan":
+        """Return the same plan with these volumes, as one that may grow."""
+        changed = {"volumes": volumes, "began_as": began_as, "is_announced": is_announced}
+        return Plan.model_construct(**{**dict(self), **changed})
 
     def with_block(self, block: Shape) -> "Plan":
         """Return the same plan with other blocks."""

@@ -33,7 +33,12 @@ from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.plan.choice import Choice
 from megaseg_dask.plan.cluster_spec import Cluster, cluster_of
 from megaseg_dask.plan.groups import require_whole_groups
-from megaseg_dask.plan.memory import BUDGET_SHARE, CLIENT_BYTES, LEAST_SPLIT_VOXELS
+from megaseg_dask.plan.memory import (
+    BUDGET_SHARE,
+    CLIENT_BYTES,
+    LEAST_SPLIT_VOXELS,
+    MAX_DECODED_CHUNKS,
+)
 from megaseg_dask.plan.plan import Plan, PlannedImage, PlannedVolume, run_folder
 from megaseg_dask.plan.plate_parts import Part, Readable, first_refusal
 from megaseg_dask.plan.resolved import (
@@ -161,7 +166,8 @@ def make_plan(
         source_digest=_digest_of(request, targets),
         source_sample=sample_of(chunks.array),
         source_chunk_bytes=chunks.n_bytes,
-        n_source_chunks=chunks.n_chunks,
+        # Those that a source will have when it is finished give the block now.
+        n_source_chunks=max(chunks.n_chunks, MAX_DECODED_CHUNKS if settings.follow else 0),
         volumes=_list_volumes(list(part.fields), choice.times, inputs, len(models.ref.outputs)),
         images={
             path: _planned_image(part.fields[path], target) for path, target in targets.items()
@@ -662,8 +668,11 @@ def choose_split(plan: Plan, recorded: Plan | None) -> int:
 
     A run that resumes keeps them: another memory must not change its result.
     """
-    if recorded is not None and recorded.resolved == plan.resolved:
-        return recorded.split_voxels
+    if recorded is not None:
+        # A run that follows its source has more timepoints by now.
+        as_now = replace(recorded.resolved, times=plan.resolved.times)
+        if as_now == plan.resolved:
+            return recorded.split_voxels
 
     def needed(voxels: int) -> int:
         return max(plan.with_split(voxels).projected_bytes.values())

@@ -17,17 +17,17 @@ from megaseg_dask.plan.plan import Plan
 LEAST_VOXELS = 2**26
 
 
-def gain_by_bfloat16(plans: Sequence[Plan]) -> float:
+def gain_by_bfloat16(plans: Sequence[Plan], growth: float = 1.0) -> float:
     """Return how many times as quick bfloat16 is for plans in float32, if that is worth it.
 
-    It is 0 where it is not.
+    It is 0 where it is not. There will be ``growth`` times as much to predict as is planned.
     """
     first = plans[0]
     is_exact = (first.engine.device, first.engine.precision) == ("cpu", "fp32")
     if not is_exact or not ENGINES[first.engine.engine].offers("cpu", "bf16"):
         return 0.0
     n_voxels = sum(plan.n_predicted * math.prod(plan.resolved.patch) for plan in plans)
-    if n_voxels < LEAST_VOXELS:
+    if n_voxels * growth < LEAST_VOXELS:
         return 0.0
     gain = measure_gain(first.model, first.engine, first.batch, first.resolved.patch)
     return gain if gain >= LEAST_GAIN else 0.0

@@ -42,6 +42,7 @@ WORK = (
     "storage_option",
     "retries",
     "timeout",
+    "on_volume",
 )
 
 
@@ -84,6 +85,8 @@ def plan_relabelling(
     values["settings"] = merged.recorded()
     values["memory_bytes"] = memory_of(merged, cluster_of(merged))
     values["split_voxels"] = 0
+    # It labels what there is, and does not grow.
+    values["began_as"] = ""
     values["run"] = run_beside(earlier, merged.label_name)
     plan = Plan.model_construct(**values)
     if plan.resolved.splits_objects():
@@ -154,6 +157,7 @@ def _merge(earlier: Plan, settings: Settings) -> Settings:
     changed["outputs"] = ("labels",)
     changed |= {name: getattr(settings, name) for name in RESULT if name in given}
     changed |= {name: getattr(settings, name) for name in WORK}
+    changed |= {"follow": False, "follow_timeout": None, "settle": None}
     if "split" in given and settings.split == "none":
         changed["split_depth"] = None
     if "measurements" not in changed["outputs"]:

@@ -7,6 +7,7 @@ and may differ when a run resumes.
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -37,6 +38,7 @@ from megaseg_dask.plan.option_types import (
     Triple,
     Version,
     VoxelSize,
+    Wait,
 )
 
 OUTPUTS = ("labels", "scores", "mask", "measurements")
@@ -425,6 +427,44 @@ class Settings(BaseModel):
             "Replace the output of an earlier run at TARGET.",
         ),
     ] = False
+    follow: Annotated[
+        bool,
+        Option(
+            RUN,
+            "Segment while SOURCE is written: take timepoints and fields as they are complete, and "
+            "publish them. It ends when all that the metadata announce is done, at the end of "
+            "--time, after --follow-timeout, or at Ctrl-C.",
+        ),
+    ] = False
+    follow_timeout: Annotated[
+        Wait | None,
+        Option(
+            RUN,
+            "With --follow, end if nothing of SOURCE changed for this long, such as 90, 30m or 2h. "
+            "(default: never)",
+            "TIME",
+        ),
+    ] = None
+    settle: Annotated[
+        Wait | None,
+        Option(
+            RUN,
+            "With --follow, take a timepoint only if none of its chunks changed for this long. Use "
+            "it if chunks are written more than once, or if empty ones are never written. "
+            "(default: 1 s on a disk, 0 in an object store, 10 s if a chunk or shard holds "
+            "several timepoints)",
+            "TIME",
+        ),
+    ] = None
+    on_volume: Annotated[
+        Text | None,
+        Option(
+            RUN,
+            "Run this command for each volume that is finished, with JSON about it on its stdin. "
+            "If it fails, that is a warning.",
+            "COMMAND",
+        ),
+    ] = None
     block: Annotated[
         Triple | None,
         Option(
@@ -556,9 +596,23 @@ class Settings(BaseModel):
             raise ValueError("it is about measurements; add measurements to --outputs")
         return value
 
+    @field_validator("follow_timeout", "settle")
+    @classmethod
+    def _of_following(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and not info.data.get("follow"):
+            raise ValueError("it is about --follow; add that, or leave this out")
+        return value
+
+    @field_validator("on_volume")
+    @classmethod
+    def _is_command(cls, value: str | None) -> str | None:
+        if value is not None and not shlex.split(value):
+            raise ValueError("expected a command, found none")
+        return value
+
     def recorded(self) -> "Settings":
         """Return these settings without those that may be secret, as a run records them."""
-        return self.model_copy(update={"storage_option": None})
+        return self.model_copy(update={"storage_option": None, "on_volume": None})
 
     def filled(self, values: Mapping[str, object]) -> "Settings":
         """Return these settings with open ones, ``None`` or ``auto``, taken from ``values``."""

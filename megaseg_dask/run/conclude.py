@@ -7,8 +7,9 @@ and goes on; a target without a record is not ours.
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 from megaseg_dask.events import Doubt, Result
@@ -45,7 +46,9 @@ def begin(plan: Plan, journal: Journal, lease: Held) -> None:
         folder.clear()
         journal.restart()
     folder.record(plan)
-    if is_new:
+    if plan.grows and not is_new:
+        grow(target, journal)
+    elif is_new:
         # Records of an earlier run must not come back after a power loss, and find other arrays.
         plan.run.sync()
         lease.require()
@@ -72,6 +75,31 @@ def reopen(target: Target, journal: Journal) -> None:
     journal.flush()
     undo_losses(target.plan, journal)
     publish.withdraw(target)
+
+
+def extend(plan: Plan, lease: Held) -> None:
+    """Record the plan of a run that grows while this client works on it, and make room for more.
+
+    Raises:
+        StoreError: Another client took the run over, or the store failed.
+    """
+    lease.require()
+    RunFolder(plan.run).record(plan)
+    publish.create_more(Target(plan))
+    Workspace(plan).create_kept()
+
+
+def grow(target: Target, journal: Journal) -> None:
+    """Let a run go on whose plan has more volumes; what is published stays published.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    publish.create_more(target)
+    journal.discard_damaged()
+    journal.flush()
+    if undo_losses(target.plan, journal):
+        publish.withdraw(target)
 
 
 def _sweep(target: Target) -> None:
@@ -105,9 +133,17 @@ def already_done(plan: Plan, journal: Journal) -> Result:
 
 
 def conclude(
-    plan: Plan, journal: Journal, lease: Held, started_s: float, *, is_published: bool = True
+    plan: Plan,
+    journal: Journal,
+    lease: Held,
+    started_s: float,
+    *,
+    is_published: bool = True,
+    is_over: bool = True,
 ) -> Result:
     """Publish what there is once all tasks were tried; record the end of a run without failures.
+
+    A run that follows its source publishes before it ``is_over``.
 
     Raises:
         StoreError: Another client took the run over, or the store failed.
@@ -119,7 +155,7 @@ def conclude(
     warnings = _warnings(plan, states, journal)
     doubts = doubts_of(plan, states)
     n_objects = None
-    if not failures:
+    if not failures and is_over:
         n_objects = count_objects(plan, journal)
         journal.finish(Ending(n_objects, warnings, doubts, listing_of_source(plan)))
         lease.require()
@@ -149,13 +185,17 @@ def _publish(
 ) -> None:
     target = Target(plan)
     missing = [missing_box(plan, stage, index) for stage, index in sorted(journal.failed)]
-    lease.require()
-    publish.publish(target, states, missing)
+    writers: list[Callable[[], None]] = [partial(publish.publish, target, states, missing)]
     if plan.resolved.measures_objects():
-        lease.require()
         from megaseg_dask.run.target.tables import write_tables
 
-        write_tables(target, missing)
+        writers.append(partial(write_tables, target, missing))
+    if plan.grows:
+        # Whoever finds a timepoint finds its rows too.
+        writers.reverse()
+    for write in writers:
+        lease.require()
+        write()
     lease.require()
     publish.refresh_consolidated(target)
     _sweep(target)

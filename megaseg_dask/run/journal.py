@@ -82,6 +82,18 @@ class TaskRecord:
         # As JSON text, which takes a tenth of the memory of its objects.
         self._summaries: dict[str, dict[int, str]] = {stage.name: {} for stage in self.stages}
 
+    def grow(self, stages: Sequence[PlannedStage]) -> None:
+        """Go on with a plan that has the same stages, and more volumes after the earlier ones."""
+        for stage in stages:
+            done = np.zeros(stage.n_tasks, bool)
+            before = self._done[stage.name]
+            done[: before.size] = before
+            self._done[stage.name] = done
+        n_before = sum(stage.n_tasks for stage in self.stages)
+        if sum(stage.n_tasks for stage in stages) > n_before:
+            self.result = None
+        self.stages = tuple(stages)
+
     def done(self, stage: str) -> NDArray[np.bool_]:
         """Return which tasks of a stage are finished, one bool each."""
         return self._done[stage]
@@ -250,7 +262,7 @@ class Journal(TaskRecord):
     @classmethod
     def of(cls, plan: Plan, writer: str = "", sync: Callable[[], None] = lambda: None) -> Self:
         """Return the empty journal of a plan."""
-        return cls(plan.run, plan.fingerprint, plan.stages, writer, sync)
+        return cls(plan.run, plan.identity, plan.stages, writer, sync)
 
     @classmethod
     def read(cls, plan: Plan, writer: str = "", sync: Callable[[], None] = lambda: None) -> Self:

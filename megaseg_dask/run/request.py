@@ -5,13 +5,14 @@ are read again: another client may have worked on the target until then.
 """
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.events import Emit, Notice, ignore
 from megaseg_dask.messages import count
 from megaseg_dask.ngff.foreign import require_folder_name
+from megaseg_dask.plan.arrivals import Arrived, Watcher, followed_parts, with_new_volumes
 from megaseg_dask.plan.cluster_spec import cluster_of
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.plan.planner import make_plans
@@ -34,6 +35,7 @@ from megaseg_dask.run.target.ownership import (
     is_present,
     require_alike,
     require_free,
+    require_grown,
     require_same,
     require_whole,
 )
@@ -80,14 +82,7 @@ class Request:
             BundleError: The model cannot be used.
         """
         _require_files(settings.workers or 1)
-        self.store_options = StoreOptions.parse(
-            settings.endpoint,
-            settings.anon,
-            settings.storage_option or (),
-            source,
-            settings.retries,
-        )
-        configure(self.store_options)
+        self.store_options = configure_stores(source, settings)
         self._source = source
         self._settings = settings
         self._emit = emit
@@ -110,19 +105,27 @@ class Request:
     def _plan(self) -> list[tuple[Plan, Part]]:
         """Plan beside the recorded runs of the same name."""
         source = Location.of(self._source)
-        name = self._settings.label_name
-        recorded = [plan for plan in self._recorded if plan.resolved.label_name == name]
-        parts = read_parts(source, self._target, self._settings, recorded)
+        if any(plan.grows for plan in self._recorded_of_name) and not self._settings.overwrite:
+            # Of a run that followed its source, all that the metadata have is there by now.
+            arrived = Watcher(source, self._settings, {}).read()
+            return self._plan_arrived(arrived, arrived.n_announced, is_over=True)
+        parts = read_parts(source, self._target, self._settings, self._recorded_of_name)
+        return self._make_plans(parts)
+
+    def _make_plans(self, parts: Sequence[Part], growth: float = 1.0) -> list[tuple[Plan, Part]]:
+        """Plan parts, of which there will be ``growth`` times as much."""
         planned = make_plans(self._source, self._target.url, self._settings, parts, self._emit)
         is_first = not any(part.recorded or part.others for part in parts)
         # What is quick on this machine, and what it can compute, says nothing about others.
         if is_first and self._is_here and self.chooses_precision:
-            return self._with_bfloat16(planned)
+            return self._with_bfloat16(planned, growth)
         return planned
 
-    def _with_bfloat16(self, planned: list[tuple[Plan, Part]]) -> list[tuple[Plan, Part]]:
+    def _with_bfloat16(
+        self, planned: list[tuple[Plan, Part]], growth: float
+    ) -> list[tuple[Plan, Part]]:
         """Return the plans in bfloat16, if that is worth it on this machine."""
-        gain = gain_by_bfloat16([plan for plan, _ in planned])
+        gain = gain_by_bfloat16([plan for plan, _ in planned], growth)
         if not gain:
             return planned
         self._emit(
@@ -132,6 +135,36 @@ class Request:
             )
         )
         return [(plan.with_precision("bf16"), part) for plan, part in planned]
+
+    @property
+    def _recorded_of_name(self) -> list[Plan]:
+        name = self._settings.label_name
+        return [plan for plan in self._recorded if plan.resolved.label_name == name]
+
+    def _plan_arrived(
+        self,
+        arrived: Arrived,
+        n_taken: Mapping[str, int],
+        *,
+        is_over: bool,
+        is_announced: bool = False,
+    ) -> list[tuple[Plan, Part]]:
+        """Plan some of what has arrived of a source; nothing else is missing before it is over."""
+        recorded = [] if self._settings.overwrite else self._recorded_of_name
+        parts = followed_parts(
+            arrived,
+            n_taken,
+            self._target,
+            self._settings.label_name,
+            recorded,
+            names_missing=is_over,
+        )
+        growth = arrived.total_announced / max(sum(n_taken.values()), 1)
+        grown = []
+        for plan, part in self._make_plans(parts, growth):
+            more = with_new_volumes(plan, part.recorded, n_taken, is_announced=is_announced)
+            grown.append((more, part))
+        return grown
 
     @property
     def superseded(self) -> list[Plan]:
@@ -176,6 +209,94 @@ class Request:
         return [(plan, _open_journal_of(plan, part, sync)) for plan, part in self._parts]
 
 
+class Following(Request):
+    """A request about a source that is still written: it is planned again as more arrives."""
+
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        settings: Settings,
+        watcher: Watcher,
+        emit: Emit = ignore,
+        *,
+        is_here: bool = True,
+    ) -> None:
+        """Plan nothing yet; as for any request, wrong ones are refused here.
+
+        Raises:
+            SettingsError: The request is wrong, or the target is on a web server.
+            TargetError: The target cannot be used.
+        """
+        self._watcher = watcher
+        self._n_taken: Mapping[str, int] = {}
+        self._arrived: Arrived | None = None
+        self._is_over = False
+        super().__init__(source, target, settings, emit, is_here=is_here)
+
+    def _plan(self) -> list[tuple[Plan, Part]]:
+        if self._arrived is None:
+            return []
+        return self._plan_arrived(
+            self._arrived,
+            self._n_taken,
+            is_over=self._is_over,
+            is_announced=self._watcher.is_announced,
+        )
+
+    def take(self, arrived: Arrived, n_taken: Mapping[str, int], *, is_over: bool) -> None:
+        """Plan what has arrived, as far as it is taken: all of the run, if it ``is_over``.
+
+        Raises:
+            MegasegError: It cannot be planned.
+        """
+        self._arrived = arrived
+        self._n_taken = n_taken
+        self._is_over = is_over
+        self._recorded = self._read_recorded()
+        self._parts = self._plan()
+
+    def keep_recorded(self) -> None:
+        """Go on with what is recorded from now on, also if it was to be overwritten."""
+        self._settings = self._settings.model_copy(update={"overwrite": False})
+
+    def runs_of(self, journals: Mapping[Location, Journal], lease: Held) -> Runs:
+        """Return the plans, with the journals that are open, grown, and those of new runs.
+
+        Raises:
+            TargetError: The source changed in another way, or something is in the way.
+        """
+        sync = synced_by(lease, self._target)
+        runs: Runs = []
+        for plan, part in self._parts:
+            journal = journals.get(plan.run)
+            if journal is None:
+                journal = _open_journal_of(plan, part, sync)
+            else:
+                assert part.recorded is not None
+                require_grown(plan, part.recorded)
+                journal.grow(plan.stages)
+            runs.append((plan, journal))
+        return runs
+
+
+def configure_stores(source: str, settings: Settings) -> StoreOptions:
+    """Let this process open stores as settings say, and return the options for others.
+
+    Raises:
+        SettingsError: An option is wrong.
+    """
+    options = StoreOptions.parse(
+        settings.endpoint,
+        settings.anon,
+        settings.storage_option or (),
+        source,
+        settings.retries,
+    )
+    configure(options)
+    return options
+
+
 class Relabelling:
     """A request to label again what was predicted, and the plans that carry it out."""
 
@@ -188,14 +309,7 @@ class Relabelling:
             SourceError: Intensities are to be measured, and the source changed.
         """
         _require_files(settings.workers or 1)
-        self.store_options = StoreOptions.parse(
-            settings.endpoint,
-            settings.anon,
-            settings.storage_option or (),
-            target,
-            settings.retries,
-        )
-        configure(self.store_options)
+        self.store_options = configure_stores(target, settings)
         self._target = Location.of(target)
         self._settings = settings
         if not self._target.is_listable:
@@ -336,10 +450,17 @@ def _open_journal(
     """Return the journal of a run, after a look at what is at the target."""
     target = Target(plan)
     if recorded is not None:
-        require_same(plan, recorded)
+        if recorded.grows:
+            require_grown(plan, recorded)
+        else:
+            require_same(plan, recorded)
         if is_present(target):
             journal = Journal.read(plan, sync=sync)
-            require_source(plan, recorded, journal)
+            if plan.fingerprint == recorded.fingerprint:
+                require_source(plan, recorded, journal)
+            elif journal.result is not None:
+                # The metadata of a source that is followed changed: they are published again.
+                journal.reopen()
             reopen_if_lost(plan, journal)
             return journal
     for other in others:

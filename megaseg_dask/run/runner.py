@@ -8,7 +8,7 @@ in the output which boxes are missing.
 import math
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,8 +28,9 @@ from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.conclude import already_done, begin, conclude
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases, Timing
-from megaseg_dask.run.log import logged
+from megaseg_dask.run.log import RunLog, logged
 from megaseg_dask.run.losses import undo_losses
+from megaseg_dask.run.on_volume import VolumeCommand, calling, describe_volume
 from megaseg_dask.run.progress import Dispatcher, Recorder, StageProgress
 from megaseg_dask.run.request import Relabelling, Request, Runs
 from megaseg_dask.run.schedule import Schedule
@@ -90,7 +91,7 @@ class Executor(Protocol):
 
 
 @contextmanager
-def _open_executor(plan: Plan, client: Any, emit: Emit) -> Iterator[Executor]:
+def open_executor(plan: Plan, client: Any, emit: Emit) -> Iterator[Executor]:
     """Yield the executor that the settings ask for, if this machine has room for it.
 
     The modules of a cluster are imported only if there is one.
@@ -148,9 +149,15 @@ def segment(
     Raises:
         MegasegError: The request cannot be carried out, or was stopped.
     """
-    emit(Step("reading the image and the model"))
-    request = Request(source, target, settings, emit, is_here=client is None)
-    return _carry_out(request, client, emit)
+    with calling(settings.on_volume) as calls:
+        if settings.follow:
+            # It is imported for few runs.
+            from megaseg_dask.run.follow import follow
+
+            return follow(source, target, settings, client=client, emit=emit, calls=calls)
+        emit(Step("reading the image and the model"))
+        request = Request(source, target, settings, emit, is_here=client is None)
+        return _carry_out(request, client, emit, calls)
 
 
 def relabel(
@@ -163,11 +170,14 @@ def relabel(
     Raises:
         MegasegError: The request cannot be carried out, or was stopped.
     """
-    emit(Step("reading the record of the run"))
-    return _carry_out(Relabelling(target, settings), client, emit)
+    with calling(settings.on_volume) as calls:
+        emit(Step("reading the record of the run"))
+        return _carry_out(Relabelling(target, settings), client, emit, calls)
 
 
-def _carry_out(request: Request | Relabelling, client: Any, emit: Emit) -> Result:
+def _carry_out(
+    request: Request | Relabelling, client: Any, emit: Emit, calls: VolumeCommand | None
+) -> Result:
     """Carry out a request, on workers or in this process."""
     runs = request.open_runs()
     if all(journal.result is not None for _, journal in runs):
@@ -175,20 +185,40 @@ def _carry_out(request: Request | Relabelling, client: Any, emit: Emit) -> Resul
         emit(result)
         return result
     plan = runs[0][0]
-    with _open_executor(plan, client, emit) as executor:
+    with open_executor(plan, client, emit) as executor:
         # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
         executor.check()
         with Leases(runs_folder(plan.target), LEASE_TIMING).hold() as lease:
             runs = request.reopen_runs(lease)
             with executor.ready(plan, request.store_options):
-                certificate = _prove(executor, runs)
-                if certificate is not None and not certificate.holds:
-                    runs, certificate = _without_halves(request, lease, runs, certificate, emit)
+                runs, certificate = prove(executor, request, lease, runs, emit)
                 record(runs, request.superseded, lease, emit)
-                session = _Session(executor, lease, certificate, emit)
-                result = join_results([session.run(plan, journal) for plan, journal in runs])
+                session = Session(executor, lease, certificate, emit, calls)
+                results = [session.run(plan, journal) for plan, journal in runs]
+                result = with_calls(join_results(results), calls)
     emit(result)
     return result
+
+
+def with_calls(result: Result, calls: VolumeCommand | None) -> Result:
+    """Return a result with the warnings of a command that is run for each volume."""
+    if calls is None:
+        return result
+    return result.with_warnings(calls.finish())
+
+
+def prove(
+    executor: Executor, request: Request | Relabelling, lease: Held, runs: Runs, emit: Emit
+) -> tuple[Runs, Certificate | None]:
+    """Return the runs, in float32 if the engine is off in half precision, and its certificate.
+
+    Raises:
+        SettingsError: The engine may not be used.
+    """
+    certificate = _prove(executor, runs)
+    if certificate is not None and not certificate.holds:
+        return _without_halves(request, lease, runs, certificate, emit)
+    return runs, certificate
 
 
 def _prove(executor: Executor, runs: Runs) -> Certificate | None:
@@ -266,47 +296,60 @@ def _remove_relabelled(plans: Sequence[Plan], lease: Held, emit: Emit) -> None:
         remove_relabelled(plan, plans)
 
 
-class _Session:
+class Session:
     """The work of this client on the runs of a request."""
 
     def __init__(
-        self, executor: Executor, lease: Held, certificate: Certificate | None, emit: Emit
+        self,
+        executor: Executor,
+        lease: Held,
+        certificate: Certificate | None,
+        emit: Emit,
+        calls: VolumeCommand | None = None,
     ) -> None:
+        """Work on runs while the lease is held; ``calls`` are told of finished volumes."""
         self._executor = executor
         self._lease = lease
         self._certificate = certificate
         self._emit = emit
+        self._calls = calls
 
     def run(self, plan: Plan, journal: Journal) -> Result:
         """Run what the journal of a plan lacks, and publish what there is."""
         if journal.result is not None:
             return already_done(plan, journal)
+        with self.opened(plan, journal) as work:
+            work.show_start(plan)
+            return work.finish(self.step(plan, work))
+
+    @contextmanager
+    def opened(self, plan: Plan, journal: Journal) -> Iterator["OpenRun"]:
+        """Open the log and the journal of a run for the work of this client."""
         with logged(plan.run, _head_of_log(plan)) as log:
 
             def emit(event: Event) -> None:
                 log.note(event)
                 self._emit(event)
 
-            result = replace(self._run(plan, journal, emit), log=log.url)
-            for doubt in result.doubts:
-                emit(doubt)
-            log.note(result)
-            return result
+            with journal.flushed(), journal.session(lambda: self._executor.workers):
+                journal.certify(self._certificate)
+                yield OpenRun(journal, log, emit, self._executor.dashboard)
 
-    def _run(self, plan: Plan, journal: Journal, emit: Emit) -> Result:
+    def step(
+        self,
+        plan: Plan,
+        work: "OpenRun",
+        *,
+        is_over: bool = True,
+        left_out: Collection[int] = (),
+    ) -> Result:
+        """Run what a plan lacks but for volumes that are ``left_out``, and publish what there is.
+
+        A run that follows its source may not be over then.
+        """
         started_s = time.monotonic()
-        n_tasks = sum(stage.n_tasks for stage in plan.stages)
-        started = Started(
-            target=plan.target.url,
-            n_tasks=n_tasks,
-            n_done=journal.n_done,
-            dashboard=self._executor.dashboard,
-            channels=plan.channel_texts,
-            fields=plan.field_paths,
-        )
-        emit(started)
-        for failure in unread_fields(plan):
-            emit(failure)
+        journal = work.journal
+        emit = work.emit
         dispatcher = self._executor.dispatcher(plan, self._lease.id, emit)
         recorder = Recorder(
             (plan.source, plan.target),
@@ -316,18 +359,38 @@ class _Session:
             partial(_begin_stage, plan, journal),
             partial(failure_of, plan),
         )
-        with journal.flushed(), journal.session(lambda: self._executor.workers):
-            journal.certify(self._certificate)
-            self._run_tasks(plan, journal, dispatcher, recorder, emit)
-            is_published = not recorder.store_is_lost
-            return conclude(plan, journal, self._lease, started_s, is_published=is_published)
+        finished: list[int] = []
+        tell = finished.append if plan.grows else partial(self._tell, plan, journal)
+
+        def schedule() -> Schedule:
+            return Schedule(Workspace(plan), journal, tell, left_out)
+
+        self._run_tasks(plan, journal, dispatcher, recorder, schedule, emit)
+        is_published = not recorder.store_is_lost
+        result = conclude(
+            plan, journal, self._lease, started_s, is_published=is_published, is_over=is_over
+        )
+        for volume in dict.fromkeys(finished):
+            self._tell(plan, journal, volume)
+        return result
+
+    def _tell(self, plan: Plan, journal: Journal, volume: int) -> None:
+        """Tell the command of a volume; of a followed source when it is published."""
+        if self._calls is not None:
+            self._calls.tell(describe_volume(plan, journal, volume, is_published=plan.grows))
 
     def _run_tasks(
-        self, plan: Plan, journal: Journal, dispatcher: Dispatcher, recorder: Recorder, emit: Emit
+        self,
+        plan: Plan,
+        journal: Journal,
+        dispatcher: Dispatcher,
+        recorder: Recorder,
+        schedule: Callable[[], Schedule],
+        emit: Emit,
     ) -> None:
         """Run all tasks, until all that they wrote is there."""
         for _ in range(_MAX_ROUNDS):
-            recorder.run(dispatcher, Schedule(Workspace(plan), journal))
+            recorder.run(dispatcher, schedule())
             if recorder.store_is_lost:
                 return
             self._lease.require()
@@ -345,6 +408,38 @@ class _Session:
             f"data in {plan.source} or {plan.target} keep changing during the run; find the "
             "program that changes them, and run the same command again"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A run that this client works on: its journal, its log, and who is told of it."""
+
+    journal: Journal
+    log: RunLog
+    emit: Emit
+    dashboard: str | None
+
+    def show_start(self, plan: Plan) -> None:
+        """Tell what there is to do, and what a plate lists that cannot be read."""
+        started = Started(
+            target=plan.target.url,
+            n_tasks=sum(stage.n_tasks for stage in plan.stages),
+            n_done=self.journal.n_done,
+            dashboard=self.dashboard,
+            channels=plan.channel_texts,
+            fields=plan.field_paths,
+        )
+        self.emit(started)
+        for failure in unread_fields(plan):
+            self.emit(failure)
+
+    def finish(self, result: Result) -> Result:
+        """Tell how the run ended, and return it with the address of the log."""
+        result = replace(result, log=self.log.url)
+        for doubt in result.doubts:
+            self.emit(doubt)
+        self.log.note(result)
+        return result
 
 
 def _begin_stage(plan: Plan, journal: Journal, name: str) -> StageProgress:

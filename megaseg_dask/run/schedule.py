@@ -7,7 +7,7 @@ together with all that was computed in their absence.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -31,9 +31,19 @@ class VolumeProgress:
     Where each volume is one task, volume 0 stands for all of them.
     """
 
-    def __init__(self, workspace: Workspace, journal: Journal, volume: int) -> None:
-        """Look at one volume; nothing is read or written."""
+    def __init__(
+        self,
+        workspace: Workspace,
+        journal: Journal,
+        volume: int,
+        left_out: Collection[int] = (),
+    ) -> None:
+        """Look at one volume; nothing is read or written.
+
+        Where each volume is one task, those that are ``left_out`` are not left.
+        """
         self.volume = volume
+        self._left_out = left_out
         self._workspace = workspace
         self._plan = workspace.plan
         self._journal = journal
@@ -42,7 +52,9 @@ class VolumeProgress:
         """Yield the tasks of a stage that are not done, neighbors after each other."""
         done = self._journal.done(stage.name)
         if self._plan.is_one_task:
-            yield from (~done).nonzero()[0].tolist()
+            for index in (~done).nonzero()[0].tolist():
+                if index not in self._left_out:
+                    yield index
             return
         if self._journal.is_stage_complete(stage.name, self.volume) or self._is_left_out(stage):
             return
@@ -302,11 +314,23 @@ class VolumeSchedule:
 class Schedule:
     """The tasks of all volumes of a run; a stage of one does not wait for another volume."""
 
-    def __init__(self, workspace: Workspace, journal: Journal) -> None:
-        """Begin no volume yet."""
+    def __init__(
+        self,
+        workspace: Workspace,
+        journal: Journal,
+        finished: Callable[[int], None] = lambda volume: None,
+        left_out: Collection[int] = (),
+    ) -> None:
+        """Begin no volume yet.
+
+        ``finished`` is told of each volume when its last task is recorded. Volumes that are
+        ``left_out`` are not tried.
+        """
         self._workspace = workspace
         self._plan = workspace.plan
         self._journal = journal
+        self._finished = finished
+        self._left_out = left_out
         self._measures: GroupMeasures | None = None
         if self._plan.resolved.pools_statistics():
             self._measures = GroupMeasures(self._plan, journal)
@@ -324,10 +348,10 @@ class Schedule:
         volumes = range(1 if self._plan.is_one_task else len(self._plan.volumes))
         for volume in volumes:
             if not self._plan.is_one_task:
-                if self._journal.is_complete(volume):
+                if self._journal.is_complete(volume) or volume in self._left_out:
                     continue
                 self._workspace.create_work(volume)
-            progress = VolumeProgress(self._workspace, self._journal, volume)
+            progress = VolumeProgress(self._workspace, self._journal, volume, self._left_out)
             stages = self._plan.stages
             if self._measures is not None:
                 # A volume that could not be measured is tried again by the next run.
@@ -361,10 +385,13 @@ class Schedule:
             volume, _ = self._plan.split_index(stage, index)
         schedule = next(active for active in self._active if active.volume == volume)
         schedule.settle()
+        if self._plan.is_one_task and self._journal.done(stage)[index]:
+            self._finished(index)
         if not schedule.is_over:
             return
         self._active.remove(schedule)
         if self._journal.is_complete(volume) and not self._plan.is_one_task:
+            self._finished(volume)
             # Disks are not filled by finished volumes. Recorded first: a kill in between would
             # leave a volume to be relabelled, and nothing to relabel.
             self._journal.flush()

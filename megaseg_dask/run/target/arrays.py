@@ -6,16 +6,26 @@ Removing touches only the groups and arrays that the run itself would write.
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
 from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.ngff.group import PROVENANCE, remove_damaged_group, write_group
+from megaseg_dask.ngff.group import (
+    PROVENANCE,
+    find_attributes,
+    remove_damaged_group,
+    write_group,
+)
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import labels_group, remove_labels
-from megaseg_dask.ngff.volume import Volume, is_array_of, restore_array
+from megaseg_dask.ngff.volume import (
+    Volume,
+    is_array_of,
+    is_shorter_array_of,
+    restore_array,
+)
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.stores import METADATA, Location
 
@@ -136,12 +146,27 @@ class ImageTarget:
                 write_group(group.location, version, {PROVENANCE: mark})
             self._create_arrays(group)
 
-    def _create_arrays(self, group: Group) -> None:
-        """Create the arrays of a group, or what is lost or damaged of their metadata."""
+    def _create_arrays(self, group: Group, *, keeps_times: bool = False) -> None:
+        """Create the arrays of a group, or what is lost or damaged of their metadata.
+
+        With ``keeps_times``, arrays stay that have fewer timepoints than are planned.
+        """
         image = self.metadata_of(group)
-        for level in range(len(image.levels)):
+        dtype = self._dtype_of(group)
+        # The finest level last: whoever finds a timepoint there finds it in the others too.
+        for level in reversed(range(len(image.levels))):
             array = group.location / str(level)
-            restore_array(array, image, level, self._dtype_of(group), self._plan.layout(level))
+            layout = self._plan.layout(level)
+            if not (keeps_times and is_shorter_array_of(array, image, level, dtype, layout)):
+                restore_array(array, image, level, dtype, layout)
+
+    def show_times(self, group: Group) -> None:
+        """Let the arrays of a group have all timepoints that are planned, which are written.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        self._create_arrays(group)
 
     def has_arrays(self) -> bool:
         """Return whether the metadata of all arrays are as they were written."""
@@ -181,7 +206,16 @@ class ImageTarget:
                 remove_damaged_group(group.location, version)
             if group.is_label:
                 write_group(self.labels, version, {})
-            self._create_arrays(group)
+            self._create_arrays(group, keeps_times=self._plan.grows)
+
+    def is_created(self) -> bool:
+        """Return whether all groups carry a mark or a provenance.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        found = [find_attributes(group.location) or {} for group in self.groups]
+        return all(PROVENANCE in attributes for attributes in found)
 
     def read_metadata(self) -> dict[str, bytes]:
         """Return the metadata objects of all nodes, by key below the image."""
@@ -278,7 +312,7 @@ class Target:
     @property
     def mark(self) -> dict[str, str]:
         """What the groups of the run carry until it is complete."""
-        return {"unfinished": self.plan.fingerprint}
+        return {"unfinished": self.plan.identity}
 
     def array(self, kind: str, output: Output, level: int = 0) -> Volume:
         """Return the scores, mask or labels of one output of a volume."""
@@ -287,7 +321,9 @@ class Target:
         image = ImageTarget(self.plan, planned.image)
         group = image.group(kind, "" if kind == "scores" else self.plan.suffixes[channel])
         metadata = image.metadata_of(group)
-        return Volume.of(group.location, metadata, level=level, t=planned.target_t, c=channel)
+        volume = Volume.of(group.location, metadata, level=level, t=planned.target_t, c=channel)
+        # Of a run that follows its source, what is written is published when it is whole.
+        return replace(volume, may_be_ahead=self.plan.grows)
 
     def create_images(self) -> None:
         """Create the groups and empty arrays of all images.

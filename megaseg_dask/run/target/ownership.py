@@ -5,10 +5,12 @@ name, wrote there. Labels that were made again of scores go with these scores.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError
 from megaseg_dask.ngff.group import PROVENANCE, find_attributes, require_version
+from megaseg_dask.ngff.image import Image
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.relabelling import can_relabel
@@ -167,6 +169,38 @@ def require_same(plan: Plan, recorded: Plan) -> None:
         )
 
 
+def require_grown(plan: Plan, recorded: Plan) -> None:
+    """Check that a run that follows its source may go on with a new plan of it.
+
+    Only timepoints and fields may have been added.
+
+    Raises:
+        TargetError: Something else differs; the message lists the differences.
+    """
+    changes = _changes(recorded, plan, ("source", "time"))
+    before = recorded.source_image.with_times(0, 1)
+    now = plan.source_image.with_times(0, 1)
+    is_of_one_form = _form_of(before) == _form_of(now)
+    if changes:
+        raise TargetError(
+            f"{plan.target} belongs to another run ({'; '.join(changes)}); use its options to "
+            f"resume it, choose {_elsewhere(plan)}, or start again with --overwrite"
+        )
+    is_elsewhere = plan.source != recorded.source and plan.source_sample != recorded.source_sample
+    if not is_of_one_form or is_elsewhere:
+        raise TargetError(
+            f"{plan.source} changed in more than its timepoints and fields since {plan.target} "
+            f"was begun ({_change_of_source(recorded, plan)}); choose {_elsewhere(plan)}, or start "
+            "again with --overwrite"
+        )
+
+
+def _form_of(image: Image) -> Image:
+    """Return what must stay the same of an image whose timepoints become more."""
+    levels = tuple(replace(level, translation=()) for level in image.levels)
+    return replace(image, name="", levels=levels, channel_names=(), translation=())
+
+
 def _relabelling(plan: Plan, recorded: Plan) -> str:
     """Return a command that does without the network, if one would do."""
     if Journal.read(recorded).result is None:
@@ -250,6 +284,9 @@ def is_present(target: Target) -> bool:
 
     A missing array would read as background.
     """
+    if target.plan.grows:
+        # Others may have been planned and not yet made.
+        target = Target(target.plan, [target.plan.volumes[0].image])
     arrays = [group.location / "0" for group in target.iter_groups()]
     if not all(map_threaded(Location.exists, arrays)):
         return False

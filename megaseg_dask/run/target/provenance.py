@@ -118,15 +118,20 @@ def is_of_run(plan: Plan, provenance: Mapping[str, Any] | None) -> bool:
     """Return whether a group was made by a run of this plan, finished or not."""
     if provenance is None:
         return False
-    if provenance == {"unfinished": plan.fingerprint}:
+    if provenance == {"unfinished": plan.identity}:
         return True
-    return _identity(provenance) == _identity(provenance_by(plan))
+    return _identity(plan, provenance) == _identity(plan, provenance_by(plan))
 
 
-def _identity(provenance: Mapping[str, Any]) -> str:
+def _identity(plan: Plan, provenance: Mapping[str, Any]) -> str:
     source = provenance.get("source", {}).get("digest")
-    rest = [provenance.get(key) for key in ("model", "settings", "engine", "basis")]
-    return json.dumps([source, *rest])
+    settings = provenance.get("settings")
+    if plan.grows and isinstance(settings, dict):
+        # It may have been published when the source had fewer timepoints or fields.
+        source = None
+        settings = {**settings, "time": None}
+    rest = [provenance.get(key) for key in ("model", "engine", "basis")]
+    return json.dumps([source, settings, *rest])
 
 
 def _model(plan: Plan) -> Json:

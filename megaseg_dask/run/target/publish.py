@@ -53,6 +53,24 @@ def create(target: Target) -> None:
     target.create_images()
 
 
+def create_more(target: Target) -> None:
+    """Create groups and empty arrays, with the run's mark, of the images that have none yet.
+
+    A plate that is followed gets more fields while others are published.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    are_created = map_threaded(ImageTarget.is_created, target.images)
+    new = [
+        image.path
+        for image, is_created in zip(target.images, are_created, strict=True)
+        if not is_created
+    ]
+    if new:
+        Target(target.plan, new).create_images()
+
+
 def withdraw(target: Target) -> None:
     """Unpublish an incomplete run before its missing boxes are computed again."""
 
@@ -89,6 +107,8 @@ def publish(
 
     def publish_image(image: ImageTarget) -> None:
         for group in image.groups:
+            if plan.grows:
+                image.show_times(group)
             write_group(group.location, target.version, _attributes(image, group, provenance_of))
             if group.is_label:
                 add_label(image.location, target.version, group.name)

@@ -162,7 +162,7 @@ def write_tables(target: Target, missing_boxes: Sequence[Json]) -> None:
 def _write_tables(target: Target, missing_boxes: Sequence[Json], kind: _Kind) -> None:
     plan = target.plan
     table = kind.file(plan, plan.resolved.table)
-    outputs = list(chain.from_iterable(map(plan.outputs_of, range(len(plan.volumes)))))
+    outputs = plan.output_order
     others = [other for other in _other_plans(target) if kind in _kinds(other)]
     rows = chain(_rows_of_others(others, kind), _rows(plan, outputs, kind))
     schema = run_schema([kind.form(each) for each in (plan, *others)])
