@@ -241,12 +241,14 @@ class RunStatus(Event):
     fields: list[str] = field(default_factory=list)
     command: str = "segment"
     lost: str = ""
-    # Of a source that is followed, if it can be read.
+    # Of a source that is followed and can be read: how many are ``there``, and ``done``, of all
+    # fields, and how many its metadata have ``announced``.
     timepoints: dict[str, int] | None = None
 
     @property
     def exit_code(self) -> int:
         """0 if all is done, 1 if something failed, 3 if work is pending."""
-        if self.done:
+        counts = self.timepoints or {"there": 0, "done": 0}
+        if self.done and counts["done"] >= counts["there"]:
             return 0
         return 1 if self.failures else 3

@@ -17,6 +17,7 @@ from megaseg_dask.events import (
     Event,
     Failure,
     Fetching,
+    Following,
     Notice,
     Progress,
     Result,
@@ -74,6 +75,7 @@ class Narrator:
         self._last_line: dict[str, float] = {}
         self._n_failures = 0
         self._n_notices = 0
+        self._is_following = False
 
     def lines(self, event: Event) -> list[str]:
         """Return the lines for an event; may be empty."""
@@ -90,11 +92,18 @@ class Narrator:
                 self._n_failures += 1
                 more = "further failures are not shown; megaseg status lists them"
                 return _first_lines(failure_line(event), self._n_failures, _MAX_FAILURES, more)
+            case Following():
+                is_first = not self._is_following
+                self._is_following = True
+                is_due = self._is_due("following", is_first)
+                return [following_line(event)] if is_due else []
             case Fetching():
                 is_over = event.n_bytes == event.total_bytes
                 return [fetching_line(event)] if self._is_due(event.model, is_over) else []
             case Progress():
-                return [progress_line(event)] if self._is_due(event.stage, event.is_over) else []
+                # A run that follows its source ends each stage again and again.
+                is_over = event.is_over and not self._is_following
+                return [progress_line(event)] if self._is_due(event.stage, is_over) else []
         return []
 
     def _is_due(self, subject: str, is_over: bool) -> bool:
@@ -204,6 +213,21 @@ def fetching_line(event: Fetching) -> str:
     """Return how much of a model is received."""
     received = f"{size_text(event.n_bytes)} of {size_text(event.total_bytes)}"
     return f"fetching {event.model} from {event.source}: {received}"
+
+
+def following_line(event: Following) -> str:
+    """Return how far a source that is followed is, and what is waited for."""
+    if not event.n_announced:
+        why = f" ({event.reason})" if event.reason else ""
+        return f"waiting for {event.source}{why}"
+    line = f"{event.n_there} of {count(event.n_announced, 'timepoint')} are there"
+    if event.n_done:
+        line += f", {event.n_done} are done"
+    if event.n_done >= event.n_there:
+        line += "; waiting for more"
+        if event.waited_s >= 1:
+            line += f", nothing changed for {duration(event.waited_s)}"
+    return f"{line} ({event.reason})" if event.reason else line
 
 
 def result_line(result: Result) -> str:

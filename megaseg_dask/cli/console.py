@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.cli.exit_codes import echo, echo_result, warn
-from megaseg_dask.events import Event, Fetching, Progress, Result, RunStatus, Step, Trained
+from megaseg_dask.events import (
+    Event,
+    Fetching,
+    Following,
+    Progress,
+    Result,
+    RunStatus,
+    Step,
+    Trained,
+)
 from megaseg_dask.messages import (
     Narrator,
     count,
@@ -22,6 +31,7 @@ from megaseg_dask.messages import (
     failed_text,
     failure_line,
     first_few,
+    following_line,
     left_text,
     rates,
     size_text,
@@ -149,6 +159,8 @@ class _Bars:
                 self.end_step()
                 words = [left_text(event), failed_text(event), *rates(event)]
                 self._draw(stage_phrase(event.stage), event.n_done, event.n_tasks, words)
+            case Following():
+                self._steps.update(self._step, description=following_line(event), visible=True)
             case Fetching():
                 received = round(event.n_bytes / 1e6, 1)
                 total = round(event.total_bytes / 1e6, 1)
@@ -272,9 +284,13 @@ def print_status(run: RunStatus, target: str) -> None:
         print_rows(
             {f"  {stage}": f"{n_done} of {count(n_tasks, 'task')}, {stage_phrase(stage)}"}, 16
         )
+    if run.timepoints is not None:
+        counts = run.timepoints
+        text = f"{counts['there']} of {counts['announced']} are there, {counts['done']} are done"
+        print_rows({"  timepoints": text}, 16)
     for failure in run.failures[:_MAX_FAILURES]:
         echo(failure_line(failure))
-    if run.done:
+    if run.exit_code == 0:
         return
     same = f"the same {run.command} command"
     if run.lost:
@@ -284,6 +300,9 @@ def print_status(run: RunStatus, target: str) -> None:
         echo(f"Fix the cause and run {same} again; only failed tasks are retried.")
         if run.command == "segment":
             echo(f"In a job array: {RETRY_TASKS}.")
+        return
+    if run.timepoints is not None:
+        echo("To go on with the source, run the same segment command again.")
         return
     pending = [stage for stage, (n_done, n_tasks) in run.stages.items() if n_done < n_tasks]
     if not pending:

@@ -65,7 +65,31 @@ def _status_of(plan: Plan, *, checks_outputs: bool) -> RunStatus:
         fields=plan.field_paths,
         command="segment" if plan.resolved.predicts() else "relabel",
         lost=lost,
+        timepoints=_timepoints_of(plan, journal) if plan.grows else None,
     )
+
+
+def _timepoints_of(plan: Plan, journal: Journal) -> dict[str, int] | None:
+    """Return how many timepoints of a followed source are there, and done, by a look at it."""
+    # Nothing else of a status needs to read images.
+    from megaseg_dask.plan.arrivals import Watcher, taken_of
+
+    # A look alone cannot tell whether something changes.
+    settings = plan.settings.model_copy(update={"follow": True, "settle": 0.0})
+    try:
+        arrived = Watcher(plan.source, settings, taken_of([plan])).look()
+    except (OSError, ValueError):
+        return None
+    left = set()
+    for number, volume in enumerate(plan.volumes):
+        if not journal.is_complete(number):
+            left.add((volume.image, volume.t))
+    n_planned = sum(plan.n_times_of(path) for path in plan.images)
+    return {
+        "there": arrived.total_there,
+        "done": n_planned - len(left),
+        "announced": arrived.total_announced,
+    }
 
 
 def unread_fields(plan: Plan) -> list[Failure]:

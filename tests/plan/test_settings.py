@@ -79,6 +79,10 @@ VALUES = [
     ("fill_holes", "30", 30, 30),
     ("split", "distance", "distance", "distance"),
     ("split_depth", "0.5", 0.5, 0.5),
+    ("follow", True, True, True),
+    ("follow_timeout", "30m", 1800, 1800.0),
+    ("settle", "0.5", 0.5, 0.5),
+    ("on_volume", "notify --all", "notify --all", "notify --all"),
     ("normalization", "10.5,2", (10.5, 2), (10.5, 2.0)),
     ("normalization", "level:2", "level:2", "level:2"),
     ("normalization", "well", "well", "well"),
@@ -87,6 +91,8 @@ VALUES = [
 
 # What an option is about, where that is not there by default.
 NEEDS = {
+    "follow_timeout": {"follow": True},
+    "settle": {"follow": True},
     "measure_channels": {"outputs": "labels,measurements"},
     "regions": {"outputs": "labels,measurements"},
 }
@@ -116,6 +122,14 @@ def test_every_option_is_in_the_table_above():
 
 
 NONSENSE = [
+    ("follow", "x", "true or false"),
+    ("follow_timeout", "soon", "a time such as 55m"),
+    ("follow_timeout", "30", "it is about --follow"),
+    ("settle", "-1", "0 or more"),
+    ("settle", "3", "it is about --follow"),
+    ("on_volume", "", "an empty text"),
+    ("on_volume", " ", "expected a command"),
+    ("on_volume", "echo 'a", "No closing quotation"),
     ("table", "xlsx", "'parquet' or 'csv'"),
     ("measure_channels", "", "an empty text"),
     ("measure_channels", "all", "add measurements to --outputs"),
@@ -289,6 +303,10 @@ def test_only_how_and_where_may_change_when_a_run_resumes():
         "wells",
         "fields",
         "acquisition",
+        "follow",
+        "follow_timeout",
+        "settle",
+        "on_volume",
     }
 
 
