@@ -23,7 +23,16 @@ Command = Callable[..., None]
 # Settings that open a store, for commands that take nothing else of a run.
 STORE = ("endpoint", "anon", "storage_option")
 # Of a run that is looked at: it has no workers, and its name is an option of the viewer.
-_NOT_LIVE = ("label_name", "workers", "scheduler", "cluster")
+_NOT_LIVE = (
+    "label_name",
+    "workers",
+    "scheduler",
+    "cluster",
+    "follow",
+    "follow_timeout",
+    "settle",
+    "on_volume",
+)
 # What finds a run again.
 _TARGET_OPTIONS = ("label_name", "endpoint", "storage_option")
 

@@ -72,7 +72,8 @@ def follow(
     known = [] if settings.overwrite else _recorded(target, settings)
     watch = _Watch(Watcher(Location.of(source), settings, taken_of(known)), settings, emit)
     watch.watcher.is_announced = any(plan.is_announced for plan in known)
-    request = Following(source, target, settings, watch.watcher, emit)
+    is_here = client is None
+    request = Following(source, target, settings, watch.watcher, emit, is_here=is_here)
     arrived = watch.wait(taken_of(known), None)
     if arrived is None:
         raise SourceError(

@@ -51,6 +51,11 @@ def record_plans(
     Raises:
         MegasegError: The request cannot be carried out.
     """
+    if settings.follow:
+        raise SettingsError(
+            "--follow plans again and again, and a job array has one plan; leave --record or "
+            "--follow out"
+        )
     # Tasks run elsewhere, and each proves its engine alone.
     request = Request(source, target, settings, emit, is_here=False)
     with Leases(runs_folder(Location.of(target))).hold() as lease:
