@@ -236,7 +236,7 @@ class DeviceEngine(TorchEngine):
         Raises:
             EngineError: The block does not fit the device, or a logit is not finite.
         """
-        return _launch(self._blend_block, block, forward)
+        return _launch(self._blend_block, self._pinned(block), forward)
 
     def _blend_block(
         self, block: Block, forward: Callable[[torch.Tensor], torch.Tensor]
@@ -259,27 +259,39 @@ class DeviceEngine(TorchEngine):
             ) from error
         return [DeviceOutputs(channel) for channel in logits]
 
-    def _moved(self, block: Block) -> Block:
-        """Return the block with its voxels on the device, prepared there or already."""
+    def _pinned(self, block: Block) -> Block:
+        """Return the block with its voxels ready to go up, prepared here or later on the device.
+
+        In the thread that has the block: the device computes another one meanwhile.
+        """
         background = block.background
         if background is not None:
-            background = self._upload(background)
+            background = self._pin(background)
         prepare = block.prepare
         if isinstance(prepare, Preparation) and prepare.is_zscore and _is_small(block.values):
-            values = self._upload(block.values)
+            values = self._pin(block.values)
             on_device = _DeviceZscores(prepare.zscores)
             return replace(block, values=values, prepare=on_device, background=background)
-        values = self._upload(prepare(block.values))
+        values = self._pin(prepare(block.values))
         return replace(block, values=values, prepare=_as_it_is, background=background)
 
+    def _moved(self, block: Block) -> Block:
+        """Return a pinned block with its voxels on the device."""
+        background = block.background
+        if background is not None:
+            background = background.to(self._device, non_blocking=True)
+        values = block.values.to(self._device, non_blocking=True)
+        return replace(block, values=values, background=background)
+
     def _upload(self, values: NDArray[Any]) -> torch.Tensor:
+        return self._pin(values).to(self._device, non_blocking=True)
+
+    def _pin(self, values: NDArray[Any]) -> torch.Tensor:
         # In the byte order of this machine, and writable: PyTorch takes no other array.
         native = np.require(values, values.dtype.newbyteorder("="), ["C", "W"])
         tensor = torch.from_numpy(native)
-        if self._device == "cpu":
-            return tensor
         # From pinned memory the copy runs at the pace of the bus.
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor if self._device == "cpu" else tensor.pin_memory()
 
 
 def _is_small(values: NDArray[Any]) -> bool:
@@ -312,9 +324,9 @@ class DeviceOutputs:
 
     def scores(self, dtype: str) -> NDArray[Any]:
         """Return the scores: ``float32`` from 0 to 1, or ``uint8`` as 255 times that, rounded."""
-        return _launch(self._scores, dtype)
+        return _unpinned(_launch(self._scores, dtype))
 
-    def _scores(self, dtype: str) -> NDArray[Any]:
+    def _scores(self, dtype: str) -> torch.Tensor:
         scores = torch.sigmoid(self.blended).nan_to_num_(nan=0.0)
         if dtype == "uint8":
             scores = scores.mul_(MAX_UINT8_SCORE).round_().to(torch.uint8)
@@ -322,21 +334,28 @@ class DeviceOutputs:
 
     def mask(self, threshold: float) -> NDArray[np.uint8]:
         """Return 1 where the float32 score is above ``threshold``, strictly, else 0."""
-        return _launch(self._mask, threshold)
+        return _unpinned(_launch(self._mask, threshold))
 
-    def _mask(self, threshold: float) -> NDArray[np.uint8]:
+    def _mask(self, threshold: float) -> torch.Tensor:
         is_above = torch.sigmoid(self.blended) > np.float32(threshold).item()
         return _download(is_above.to(torch.uint8))
 
     def logits(self) -> Float32:
         """Return the blended logits."""
-        return _launch(_download, self.blended)
+        return _unpinned(_launch(_download, self.blended))
 
 
-def _download(values: torch.Tensor) -> NDArray[Any]:
+def _download(values: torch.Tensor) -> torch.Tensor:
+    """Return values of a device in memory of the host that is pinned."""
     if values.device.type == "cpu":
-        return values.numpy()
+        return values
     pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    pinned.copy_(values)
-    # A copy: pinned memory is scarce, and labelling holds on to its input.
-    return pinned.numpy().copy()
+    return pinned.copy_(values)
+
+
+def _unpinned(values: torch.Tensor) -> NDArray[Any]:
+    """Return values as an array, which is no pinned memory: that is scarce, and labels keep theirs.
+
+    In the thread that asks for them: the device computes another block meanwhile.
+    """
+    return values.numpy().copy() if values.is_pinned() else values.numpy()

@@ -81,6 +81,16 @@ def test_one_dead_gpu_of_two_costs_no_volume(machine, plain, run):
     assert result.device_peak_bytes == {"volume": 123_000_000}
 
 
+def test_a_gpu_that_failed_under_two_processes_gets_no_third(machine, plain, run):
+    machine.has(Gpu("GPU-a", waits_for="GPU-b"), Gpu("GPU-b", fails="forward"))
+    result, notices, joined = run(workers=2, retries=6)
+    assert result.status == "done", result.failures
+    assert "GPU GPU-b is left out: two processes failed on it" in notices
+    of_bad = [used for used in machine.noted("forward").values() if "GPU-b" in used]
+    assert len(of_bad) == 2
+    assert len([worker for worker in joined if worker.uuid == "GPU-b"]) == 2
+
+
 def test_a_worker_without_a_gpu_that_works_takes_no_task(machine, plain, run):
     """It fails in its first convolution; the other one serves one process, and so no client."""
     machine.has(Gpu("GPU-a", is_exclusive=True), Gpu("GPU-b", fails="convolution"))
