@@ -17,6 +17,8 @@ import psutil
 _ROOT = Path("/")
 # Of groups of version 2, and of version 1.
 _MEMORY_LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
+# Both names of oneDNN's variable.
+_INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _KILLS = ("memory.events", "memory.oom_control")
 
 
@@ -45,11 +47,17 @@ def memory_bytes(root: Path = _ROOT) -> int:
 
 
 def processor(root: Path = _ROOT) -> str:
-    """Return the model of this machine's processor, as far as the system tells it."""
+    """Return the model of this machine's processor, as far as the system tells it.
+
+    With it are the instructions that oneDNN may use, if somebody restricts them: other kernels have
+    another speed, and other last bits.
+    """
+    model = f"{platform.processor()} {platform.machine()}"
     for line in _lines(root / "proc/cpuinfo"):
         if line.startswith("model name"):
-            return line
-    return f"{platform.processor()} {platform.machine()}"
+            model = line
+            break
+    return " ".join([model, *filter(None, map(os.environ.get, _INSTRUCTIONS))])
 
 
 def count_killed(root: Path = _ROOT) -> int:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaseg_dask.inference.machine import count_killed, memory_bytes, n_cores
+from megaseg_dask.inference.machine import count_killed, memory_bytes, n_cores, processor
 
 GB = 10**9
 MACHINE_BYTES = psutil.virtual_memory().total
@@ -60,6 +60,13 @@ def test_the_group_of_a_container_is_found_where_it_is_mounted(tmp_path, version
     for number, (path, below) in enumerate([("/docker/a", "/docker/a"), ("/docker/a", "/other")]):
         root = make_tree(tmp_path / str(number), version, path, files, below)
         assert memory_bytes(root) == 2 * GB
+
+
+def test_the_instructions_that_kernels_may_use_belong_to_the_processor(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    plain = processor()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert processor() == f"{plain} AVX2"
 
 
 def test_a_soft_limit_counts_too(tmp_path):
