@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,7 @@ from megaseg_dask.algorithms.geometry import BlockGrid, Box, PatchGrid, Shape
 from megaseg_dask.algorithms.normalization import Normalization
 from megaseg_dask.errors import MegasegError
 from megaseg_dask.events import Event, Progress
-from megaseg_dask.inference import gpu
+from megaseg_dask.inference import gpu, pytorch
 from megaseg_dask.inference.block import Block, Patches, Preparation
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.pytorch import DeviceEngine
@@ -104,6 +105,13 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Limits of a GPU's memory, in GB, under which a batch of eight patches is tried.
 LIMITS_GB = (40.0, 8.0, 4.0, 2.0, 1.2)
+
+# By what else cuDNN may choose its kernels: PyTorch's flags, and variables of a process. The choice
+# is kept in a process, so each is measured in one of its own.
+CHOICES: dict[str, tuple[dict[str, bool], dict[str, str]]] = {
+    "trials of kernels": ({"benchmark": True}, {}),
+    "the second heuristic": ({}, {"TORCH_CUDNN_USE_HEURISTIC_MODE_B": "1"}),
+}
 
 # What a job of its own process shows.
 JOBS = {
@@ -189,6 +197,28 @@ class Acceptance:
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return round(peak / GB, 3)
+
+    def ask(self, *options: str, **environment: str) -> dict[str, Any]:
+        """Return what a process of its own finds, or how it failed."""
+        command = [sys.executable, "-m", "benchmarks.gpu", *options]
+        if not self.on_gpu:
+            command.append("--tiny")
+        left_s = max(self._seconds - self.elapsed_s, 1.0)
+        try:
+            ended = subprocess.run(
+                command,
+                env={**os.environ, **environment},
+                capture_output=True,
+                text=True,
+                timeout=left_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"stopped": "no time is left"}
+        if ended.returncode:
+            return {"failed": ended.stderr[-800:]}
+        found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+        return found
 
     # -- what is measured with
 
@@ -308,6 +338,32 @@ def _monai_pass(
             return network(patches)
 
     return work
+
+
+def choices(run: Acceptance) -> None:
+    """Time forward passes with other choices of cuDNN's kernels."""
+    for name, (_, environment) in CHOICES.items():
+        options = [str(run.folder), "--choice", name, "--model", run.models["v1"]]
+        run.say("choices", choice=name, **run.ask(*options, **environment))
+
+
+def run_choice(name: str, model: str, size: Size) -> dict[str, Any]:
+    """Return the time of a patch with another choice of kernels."""
+    flags, _ = CHOICES[name]
+    pytorch._CUDNN_FLAGS.update(flags)
+    precision = size.precisions[0]
+    bundle = load(model)[1]
+    engine = DeviceEngine(bundle, EngineSpec("torch", size.device, precision, threads=1))
+    batch = size.batches[-1]
+    work = engine.prepare_pass((batch, bundle.network.in_channels, *size.patch))
+    work()
+    seconds = []
+    for _ in range(size.n_times):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    ms = round(1e3 * min(seconds) / batch, 3)
+    return {"precision": precision, "batch": batch, "ms_a_patch": ms}
 
 
 def kernels(run: Acceptance) -> None:
@@ -462,20 +518,12 @@ def jobs(run: Acceptance) -> None:
     source = run.folder / "series.zarr"
     write_series(source, np.broadcast_to(run.image, (run.size.n_fields, 1, *run.size.field)))
     for kind in JOBS:
-        left_s = run._seconds - run.elapsed_s
-        if left_s < _JOB_S:
+        if run._seconds - run.elapsed_s < _JOB_S:
             run.say("jobs", kind=kind, skipped="no time is left")
             continue
-        command = [sys.executable, "-m", "benchmarks.gpu", str(run.folder / kind), "--job", kind]
-        command += ["--source", str(source), "--model", run.models["v1"]]
-        if not run.on_gpu:
-            command.append("--tiny")
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=left_s, check=False)
-        if ended.returncode:
-            run.say("jobs", kind=kind, failed=ended.stderr[-800:])
-        else:
-            found = json.loads(ended.stdout.splitlines()[-1])
-            run.say("jobs", kind=kind, what=JOBS[kind], **found)
+        options = [str(run.folder / kind), "--job", kind, "--source", str(source)]
+        found = run.ask(*options, "--model", run.models["v1"])
+        run.say("jobs", kind=kind, what=JOBS[kind], **found)
 
 
 def run_job(kind: str, source: str, model: str, out: Path, size: Size) -> dict[str, Any]:
@@ -575,6 +623,7 @@ STEPS: dict[str, tuple[Callable[[Acceptance], None], float]] = {
     "jobs": (jobs, _JOB_S),
     "out of memory": (out_of_memory, 15),
     "monai": (monai, 15),
+    "choices": (choices, 40),
 }
 
 
@@ -586,12 +635,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=440.0, help="what the run may take")
     parser.add_argument("--only", default="", help="names of steps, separated by commas")
     parser.add_argument("--job", choices=tuple(JOBS), help=argparse.SUPPRESS)
+    parser.add_argument("--choice", choices=tuple(CHOICES), help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     options = parser.parse_args()
     size = TINY if options.tiny else FULL
     if options.job:
         print(json.dumps(run_job(options.job, options.source, options.model, options.out, size)))
+        return
+    if options.choice:
+        print(json.dumps(run_choice(options.choice, options.model, size)))
         return
     Acceptance(options.out, size, options.seconds).run(options.only)
 

@@ -260,9 +260,49 @@ def plate(found: dict[str, Any]) -> str:
 
 
 _VARIANTS = ("ours", "dask_image", "whole", "cc3d")
+
+
+def certificates(found: dict[str, Any]) -> str:
+    """Return the table of engines and precisions on real images, and of wrong networks."""
+    images = found["images"]
+    names = next(iter(images.values()))
+    rows = []
+    for name in names:
+        cells: list[object] = [name]
+        for image in images.values():
+            case = image[name]
+            verdict = "" if case["holds"] else ", refused"
+            cells.append(f"{case['dice']:.6f}, {case['largest_difference']:.1g}{verdict}")
+        rows.append(cells)
+    return _table(["", *images], rows)
+
+
+def passes(found: dict[str, Any]) -> str:
+    """Return the table of one window on one thread: each engine against MONAI."""
+    gflop = found["gflop"]
+    names = found[next(iter(gflop))]
+    rows = []
+    for name in names:
+        cells: list[object] = [name]
+        for network in gflop:
+            case = found[network][name]
+            pace = gflop[network] / case["cpu_s"]
+            # The peak of all cases: kernels of fewer instructions have a lower one of their own.
+            peak = max(each["peak_gflop_per_s"] for each in found[network].values())
+            ratio = _ratio(found[network]["MONAI eager"]["cpu_s"], case["cpu_s"])
+            cells += [f"{case['cpu_s']:.2f}", ratio, f"{100 * pace / peak:.0f} %"]
+        rows.append(cells)
+    head = [""]
+    for network in gflop:
+        head += [f"{network}, s", "MONAI ÷ it", "of the peak in float32"]
+    return _table(head, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "field": ("field", field),
     "field MegaSeg_v1": ("field_v1", field),
+    "passes": ("passes", passes),
+    "certificates": ("certificates", certificates),
     "script": ("script", whole_job),
     "codecs": ("io", codecs),
     "chunks": ("io", chunks),
