@@ -45,6 +45,7 @@ def test_the_acceptance_run_of_a_gpu_runs_on_a_cpu(tmp_path):
     assert jobs.keys() == JOBS.keys()
     assert all(job["status"] == "done" and job["fields_per_s"] > 0 for job in jobs.values())
     assert all(line["ms_a_patch"] > 0 for line in found["choices"][:-1])
+    assert all(line["launches"] > 50 for line in found["kernels"][:-1])
     assert "no such limit" in found["out of memory"][0]["skipped"]
 
 
