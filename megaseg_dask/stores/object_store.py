@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import obstore
 import obstore.exceptions
+from obstore.store import GCSStore
 
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.stores.access import Client
 from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.failures import require_bucket, understand
@@ -71,8 +73,11 @@ class BucketFolder:
             return None
 
     def delete(self, key: str) -> None:
+        self._delete(self._key(key))
+
+    def _delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
-            self.patience.ask(lambda: obstore.delete(self.client, self._key(key)))
+            self.patience.ask(lambda: obstore.delete(self.client, path))
 
     def keys(self, prefix: str) -> list[str]:
         return sorted(self._relative(entry.key) for entry in self.entries(prefix))
@@ -116,6 +121,10 @@ class BucketFolder:
         """Remove what is listed; return whether all of that is gone."""
         complete = True
         for batch in self._iter_batches(_BATCH):
+            if isinstance(self.client, GCSStore):
+                # Google's store has no request for many objects: each one may fail by itself.
+                map_threaded(self._delete, batch)
+                continue
             try:
                 obstore.delete(self.client, batch)
             except FileNotFoundError:

@@ -29,7 +29,15 @@ from megaseg_dask.ngff.image import read_image
 from megaseg_dask.ngff.volume import Volume, create_array
 from megaseg_dask.stores import Location, StoreOptions, clear_store_caches, configure
 from tests.fixtures.images import blobs, write_image
+from tests.fixtures.relay import FAULTS, Relay, relay_to
 from tests.fixtures.servers import GOOGLE_TOKEN, free_port, google_server, web_server
+from tests.stores.test_retries import (  # noqa: F401
+    _no_pauses,
+    fail_once,
+    heal,
+    objects_of,
+    run,
+)
 
 SHAPE = (9, 20, 17)
 
@@ -78,6 +86,34 @@ def behaves(location: Location, tmp_path: Path) -> None:
     for _ in range(2):
         location.remove()
     assert not location.exists()
+
+
+@pytest.fixture
+def cells(tmp_path):
+    return write_image(tmp_path / "image.zarr", blobs((16, 48, 64)), chunks=(16, 32, 32))
+
+
+def require_that_no_fault_counts(
+    relay: Relay, folder: str, source: Path, bundle: Path, **options: str
+) -> None:
+    """Segment where the first request for each object meets a fault: the bytes are the same."""
+    for name in ("calm", "out"):
+        found = run(str(source), f"{folder}/{name}.zarr", bundle, "blocks", **options)
+        assert found.status == "done", found.failures
+        fail_once(relay, *FAULTS)
+    heal(relay)
+    assert objects_of(f"{folder}/out.zarr") == objects_of(f"{folder}/calm.zarr")
+
+
+def require_one_creation(relay: Relay, location: Location) -> None:
+    """Create an object where the first request meets a fault: one of two creations succeeds."""
+    for fault in ("lost answer", "reset", "truncated", "failed"):
+        fail_once(relay, fault)
+        assert location.create(fault, b"mine")
+        fail_once(relay, fault)
+        assert not location.create(fault, b"another")
+        heal(relay)
+        assert location.get(fault) == b"mine"
 
 
 # -- S3 with ways of its own
@@ -267,6 +303,14 @@ class TestAzure:
             read_image(Location.of("az://images/cells.zarr"))
         assert ACCOUNT_KEY[4:] not in str(caught.value)
 
+    def test_single_faults_change_nothing(self, azurite, cells, tiny_bundle):
+        folder = f"az://images/{uuid.uuid4().hex}"
+        with relay_to(azurite.removesuffix(f"/{ACCOUNT}")) as relay:
+            endpoint = f"{relay.url}/{ACCOUNT}"
+            configure(StoreOptions.parse(endpoint))
+            require_one_creation(relay, Location.of(folder))
+            require_that_no_fault_counts(relay, folder, cells, tiny_bundle, endpoint=endpoint)
+
 
 def test_azure_without_account_or_key_says_what_is_missing(monkeypatch):
     with pytest.raises(SettingsError, match="set AZURE_STORAGE_ACCOUNT_NAME"):
@@ -289,6 +333,17 @@ def google():
 def test_google_behaves(google, tmp_path):
     behaves(Location.of(f"gs://images/{uuid.uuid4().hex}/with space#.zarr"), tmp_path)
     behaves(Location.of(f"gcs://images/{uuid.uuid4().hex}"), tmp_path)
+
+
+@pytest.mark.slow
+def test_single_faults_of_google_change_nothing(google, cells, tiny_bundle):
+    folder = f"gs://images/{uuid.uuid4().hex}"
+    token = f"gs.bearer_token={GOOGLE_TOKEN}"
+    with relay_to(google) as relay:
+        configure(StoreOptions.parse(relay.url, storage_options=[token]))
+        require_one_creation(relay, Location.of(folder))
+        options = {"endpoint": relay.url, "storage_option": token}
+        require_that_no_fault_counts(relay, folder, cells, tiny_bundle, **options)
 
 
 def test_a_missing_bucket_of_google_is_named(google):
