@@ -21,7 +21,7 @@ from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.cluster.connection import Needs, connect, dashboard_of, require_client
-from megaseg_dask.run.cluster.workers import Workers
+from megaseg_dask.run.cluster.workers import UNKNOWN_LOSS, Workers
 from megaseg_dask.run.progress import Ready
 from megaseg_dask.run.retries import Retries
 from megaseg_dask.run.tasks.proof import prove_engine, sample_of
@@ -76,12 +76,16 @@ def group_size_of(mean_s: float | None, n_ready: int, n_workers: int) -> int:
 
 @dataclass(slots=True)
 class _Group:
-    """Tasks that one worker runs in a row, and when a worker was first seen to have them."""
+    """Tasks that one worker runs in a row, and when a worker was first seen to have them.
+
+    ``cause`` is why the worker of an earlier attempt was lost, if that was known.
+    """
 
     stage: str
     indices: Sequence[int]
     attempt: int = 1
     since: float | None = None
+    cause: str = ""
 
     def __str__(self) -> str:
         first = self.indices[0]
@@ -94,7 +98,7 @@ class _Group:
 
     def again(self) -> "_Group":
         """Return the group of the next attempt."""
-        return _Group(self.stage, self.indices, self.attempt + 1)
+        return _Group(self.stage, self.indices, self.attempt + 1, cause=self.cause)
 
 
 class _Durations:
@@ -273,6 +277,10 @@ class DaskDispatcher:
         else:
             worker = getattr(error, "last_worker", None)
             cause = self._workers.cause_of_loss(getattr(worker, "address", ""))
+            if cause != UNKNOWN_LOSS:
+                group.cause = cause
+            # One that is known of a worker before tells more.
+            cause = group.cause or cause
         if not is_lost:
             yield from self._fail(group, f"{type(error).__name__}: {error}", is_lost=False)
         elif len(group.indices) > 1:

@@ -2,18 +2,22 @@
 
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import dask
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import CancelledError, Client, LocalCluster
 
 from megaseg_dask.errors import ClusterError, SettingsError
+from megaseg_dask.events import ignore
 from megaseg_dask.plan import memory, planner
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.cluster import workers as workers_module
-from megaseg_dask.run.cluster.workers import Workers
+from megaseg_dask.run.cluster.workers import UNKNOWN_LOSS, Workers
+from megaseg_dask.run.dispatcher import DaskDispatcher, _Group
 from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.retries import Retries
 from megaseg_dask.run.runner import segment
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
@@ -110,3 +114,17 @@ def test_a_worker_that_the_system_killed_for_memory_is_named_so(image, tmp_path,
         watched = Workers(client, None, _n_killed=workers_module.count_killed())
         assert watched.cause_of_loss() == "its worker died or hung"
         assert "killed because memory ran out" in watched.cause_of_loss()
+
+
+def test_a_block_that_workers_died_of_for_memory_says_so_in_the_end():
+    """Also if nothing is known of how the last of them ended."""
+    causes = ["its worker was killed because memory ran out", UNKNOWN_LOSS, UNKNOWN_LOSS]
+    workers = SimpleNamespace(client=None, cause_of_loss=lambda _: causes.pop(0))
+    dispatcher = DaskDispatcher(workers, None, Retries(2), None, ignore)
+    group = _Group("segment", [1])
+    assert not list(dispatcher._handle_error(group, CancelledError()))
+    _, _, again, _ = dispatcher._delayed[0]
+    assert not list(dispatcher._handle_error(again, CancelledError()))
+    [last] = dispatcher._to_run_alone
+    [(_, outcome)] = dispatcher._handle_error(last, CancelledError())
+    assert outcome.error == "its worker was killed because memory ran out (attempt 3)"

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # A job may wait in a queue for as long.
 QUEUE_S = 3600.0
+# Why a worker is gone, if nothing tells more.
+UNKNOWN_LOSS = "its worker died or hung"
 # Workers that are gone for this long do not come back by themselves.
 _MISSING_S = 20.0
 _ALL_MISSING_S = 120.0
@@ -433,7 +435,7 @@ class Workers:
         limits = [worker.memory_limit for worker in self.joined.values() if worker.memory_limit]
         if limits:
             return f"its worker died or hung; Dask stops a worker near {min(limits) / 1e9:.2f} GB"
-        return "its worker died or hung"
+        return UNKNOWN_LOSS
 
     def _replace(self) -> bool:
         """Ask for workers in place of lost ones; return whether that was possible.
