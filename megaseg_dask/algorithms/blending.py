@@ -115,7 +115,8 @@ def limit_of(threshold: float, dtype: DTypeLike) -> float:
 def mask_of_scores(scores: NDArray[Any], threshold: float) -> NDArray[np.uint8]:
     """Return 1 where a stored score is above a threshold, strictly, else 0."""
     limit = scores.dtype.type(limit_of(threshold, scores.dtype))
-    return (scores > limit).view(np.uint8)
+    mask: NDArray[np.uint8] = (scores > limit).view(np.uint8)
+    return mask
 
 
 def sigmoid(logits: Float32) -> Float32:
