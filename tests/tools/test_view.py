@@ -31,6 +31,9 @@ class Urls:
     def of(self, layer):
         return f"http://here/{layer.name}"
 
+    def backdrop_of(self, scene):
+        return "http://here/backdrop"
+
     def outlines_of(self, layer):
         return f"http://here/outlines/{layer.name}"
 

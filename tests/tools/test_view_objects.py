@@ -12,6 +12,7 @@ from megaseg_dask.algorithms.blending import mask_of_scores
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.algorithms.measurements import measure_block, to_columns
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.ngff.image import read_image
 from megaseg_dask.ngff.tables import ImageTable, Place
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.settings import parse_settings
@@ -19,6 +20,7 @@ from megaseg_dask.run.job_array import record_plans
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.view.contrast import find_limits
 from megaseg_dask.tools.view.gallery import SCORES, Gallery
+from megaseg_dask.tools.view.made_arrays import Backdrop
 from megaseg_dask.tools.view.meshes import Meshes
 from megaseg_dask.tools.view.neuroglancer_state import state_of
 from megaseg_dask.tools.view.objects import read_objects
@@ -176,6 +178,21 @@ def test_outlines_are_an_image_that_others_read(layer, labels, tmp_path):
     np.testing.assert_array_equal(group["1"][1, 3], on_outlines(halved(labels)[1, 3]))
 
 
+def test_the_backdrop_is_as_large_as_the_image(tmp_path):
+    scales = {"z": 0.0, "y": 0.2, "x": -0.5}
+    path = write_image(tmp_path / "a.zarr", blobs((4, 6, 8)), scale=scales)
+    backdrop = Backdrop(Gallery(str(path)).scene(""))
+    for key in ("zarr.json", "0/zarr.json", "0/c/0/0/0"):
+        (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / key).write_bytes(backdrop.get(key))
+    assert zarr.open_array(tmp_path / "0", mode="r")[...].tolist() == [[[0]]]
+    image = read_image(Location.of(tmp_path))
+    scale, offset = image.transform()
+    assert scale == pytest.approx((4, 1.2, 4))
+    assert offset == pytest.approx((1.5, 0.5, 1.75))
+    assert backdrop.get("1/zarr.json") is None
+
+
 @pytest.mark.parametrize("key", ["0/c/0/0/9/0", "0/c/0/0/0", "0/c/a/0/0/0", "2/zarr.json", "0/x"])
 def test_there_are_no_other_outlines(layer, key):
     assert Outlines(layer).get(key) is None
@@ -305,7 +322,7 @@ def test_scores_have_the_threshold_of_their_run_and_a_command(run):
     assert gallery.notice() == ""
     state = state_of(gallery.scene(""), Urls())
     # Labels lie above scores, and both above the image.
-    assert [layer["name"] for layer in state["layers"]][:3] == ["0", "2", "1"]
+    assert [layer["name"] for layer in state["layers"]][:4] == ["backdrop", "0", "2", "1"]
     session = Session(gallery, Urls())
     seen = {"first": {"x": 0, "y": 0}, "last": {"x": 48, "y": 32}, "position": {"z": 7}}
     asked = {"field": "", "layer": 2, "pixel": 0.5, "threshold": 0.4, **seen}

@@ -55,6 +55,9 @@ class Urls(Protocol):
     def of(self, layer: Layer) -> str:
         """Return the URL of the group of a layer."""
 
+    def backdrop_of(self, scene: Scene) -> str:
+        """Return the URL of the backdrop of a scene."""
+
     def outlines_of(self, layer: Layer) -> str:
         """Return the URL of the outlines of a layer of labels."""
 
@@ -86,7 +89,15 @@ def _first_position(scene: Scene, axis: str) -> float:
 
 
 def _layers(scene: Scene, urls: Urls) -> list[State]:
-    layers: list[State] = []
+    layers: list[State] = [
+        {
+            "name": "backdrop",
+            "type": "image",
+            "source": f"{urls.backdrop_of(scene)}/|zarr3:",
+            "shader": "void main() { emitRGB(vec3(0.0)); }",
+            "opacity": 1,
+        }
+    ]
     # Labels lie above what they are compared with.
     labels: list[State] = []
     n_images = 0

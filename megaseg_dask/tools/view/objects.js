@@ -32,7 +32,7 @@ export class Objects {
     };
     $('clear').onclick = () => this.select([]);
     $('sizes').replaceChildren(slider({
-      id: 'min-size', text: 'hide small', low: 0, high: STEPS, step: 1, value: 0,
+      id: 'min-size', text: 'min size', low: 0, high: STEPS, step: 1, value: 0,
       change: settled(60, at => this.#hide(at)), format: () => this.#sizeText(),
     }));
     $('selected').textContent = '';

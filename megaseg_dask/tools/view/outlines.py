@@ -5,8 +5,6 @@ four neighbors in its plane has another id; it keeps its id, so that colors and
 selection are those of the labels.
 """
 
-import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +12,14 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.ngff.group import lies_below
-from megaseg_dask.ngff.image import SPATIAL, image_attributes
+from megaseg_dask.ngff.image import SPATIAL
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.tools.view.gallery import Layer
+from megaseg_dask.tools.view.made_arrays import METADATA, array_document, group_document
 from megaseg_dask.tools.view.objects import unsigned
 
 Labels = NDArray[np.unsignedinteger]
 
-_METADATA = "zarr.json"
 _CHUNK_SHAPE = (8, 256, 256)
 
 
@@ -51,45 +49,20 @@ class Outlines:
         Raises:
             MegasegError: The labels cannot be read.
         """
-        if key == _METADATA:
-            return self._group()
+        if key == METADATA:
+            return group_document(self._layer.image)
         path, _, name = key.partition("/c/")
         if path in self._levels and name and lies_below(name):
             return self._chunk(self._levels[path], name)
         path, _, name = key.rpartition("/")
-        if path in self._levels and name == _METADATA:
+        if path in self._levels and name == METADATA:
             return self._array(self._levels[path])
         return None
 
-    def _group(self) -> bytes:
-        image = replace(self._layer.image, version="0.5")
-        return json.dumps(
-            {
-                "zarr_format": 3,
-                "node_type": "group",
-                "attributes": image_attributes(image),
-            }
-        ).encode()
-
     def _array(self, level: int) -> bytes:
         image = self._layer.image
-        return json.dumps(
-            {
-                "zarr_format": 3,
-                "node_type": "array",
-                "shape": list(image.levels[level].shape),
-                "data_type": self._dtype,
-                "chunk_grid": {
-                    "name": "regular",
-                    "configuration": {"chunk_shape": list(self._chunk_shape)},
-                },
-                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-                "fill_value": 0,
-                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-                "dimension_names": list(image.axis_names),
-                "attributes": {},
-            }
-        ).encode()
+        shape = image.levels[level].shape
+        return array_document(shape, self._chunk_shape, self._dtype, image.axis_names)
 
     @property
     def _dtype(self) -> str:

@@ -232,8 +232,14 @@ function tellCommand() {
 }
 
 async function copy() {
-  await navigator.clipboard.writeText($('line').textContent);
-  $('copy').textContent = 'copied';
+  try {
+    await navigator.clipboard.writeText($('line').textContent);
+    $('copy').textContent = 'copied';
+  } catch {
+    // A browser may refuse: then a person copies what is selected.
+    getSelection().selectAllChildren($('line'));
+    $('copy').textContent = 'press Ctrl-C';
+  }
   setTimeout(() => { $('copy').textContent = 'copy'; }, 1500);
 }
 

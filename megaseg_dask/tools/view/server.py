@@ -16,6 +16,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -212,7 +213,9 @@ class _EventsHandler(_Handler):
         message = {"k": "c", "s": _DRAWING_SETTINGS, "g": "1"}
         self.write(f"data: {json.dumps(message)}\n\n")
         await self.flush()
-        await self._is_closed.wait()
+        # The viewer ends before the page is closed.
+        with suppress(asyncio.CancelledError):
+            await self._is_closed.wait()
 
     def on_connection_close(self) -> None:
         self._is_closed.set()

@@ -21,6 +21,7 @@ import numpy as np
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.messages import install_command
 from megaseg_dask.tools.view.gallery import LABELS, SCORES, Gallery, Layer, Scene
+from megaseg_dask.tools.view.made_arrays import Backdrop
 from megaseg_dask.tools.view.meshes import Meshes
 from megaseg_dask.tools.view.neuroglancer_state import Urls, mesh_source, state_of
 from megaseg_dask.tools.view.objects import Floats, read_objects
@@ -110,6 +111,10 @@ class Published:
     def of(self, layer: Layer) -> str:
         """Return the URL of the group of a layer."""
         return self._server.publish(layer.location)
+
+    def backdrop_of(self, scene: Scene) -> str:
+        name = f"backdrop {scene.layers[0].location.url}"
+        return self._server.publish_made(name, Backdrop(scene))
 
     def outlines_of(self, layer: Layer) -> str:
         """Return the URL of the outlines of a layer of labels."""
