@@ -6,6 +6,7 @@ What is seen follows the controls, and nothing leaves this machine.
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import zarr
 from PIL import Image
+from skimage.segmentation import find_boundaries
 
 pytest.importorskip(
     "neuroglancer", reason="the viewer is an extra: pip install 'megaseg-dask[view]'"
@@ -107,10 +110,135 @@ def test_what_is_seen_follows_the_controls(browser, viewer, target):
     picture(browser)
 
     assert browser.strangers == set()
-    # Chunks were read in parts, from the source and from the target.
-    data = {urlsplit(u).path.split("/")[3] for u in browser.requests if "/data/" in u}
-    assert len(data) == 3
+    # Chunks of image, labels, scores and backdrop were read; of outlines that nobody sees, none.
+    paths = [urlsplit(url).path for url in browser.requests if "/data/" in url]
+    assert len({path.split("/")[3] for path in paths if "/c/" in path}) == 4
     assert [c for c in browser.complaints if "404" not in c] == []
+
+
+def in_frame(browser, script: str):
+    """Run a script with Neuroglancer's ``viewer`` and its window, ``frame``."""
+    return browser.run(
+        "(() => { const frame = document.getElementById('picture').contentWindow;"
+        f" const {{ viewer }} = frame; return {script}; }})()"
+    )
+
+
+def pixels_of_voxels(browser, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the picture where the centers of the voxels of a plane are."""
+    found = in_frame(
+        browser,
+        "{ x: viewer.position.value[0], y: viewer.position.value[1],"
+        " scale: viewer.crossSectionScale.value,"
+        " width: frame.innerWidth, height: frame.innerHeight }",
+    )
+    n_y, n_x = shape
+    # Sides of voxels are equal in x and y, and the smallest ones.
+    rows = found["height"] / 2 + (np.arange(n_y) - found["y"]) / found["scale"]
+    columns = found["width"] / 2 + (np.arange(n_x) - found["x"]) / found["scale"]
+    return np.rint(rows).astype(int), np.rint(columns).astype(int)
+
+
+def double_click(browser, x: int, y: int) -> None:
+    place = {"x": x, "y": y, "button": "left"}
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    browser.wait_for("document.getElementById('pointed-1')?.textContent.includes('object')")
+    for count in (1, 2):
+        browser.call("Input.dispatchMouseEvent", type="mousePressed", clickCount=count, **place)
+        browser.call("Input.dispatchMouseEvent", type="mouseReleased", clickCount=count, **place)
+
+
+def test_the_mask_by_eye_is_that_of_relabel(browser, viewer, target, tmp_path):
+    from megaseg_dask.plan.settings import parse_settings
+    from megaseg_dask.run.runner import relabel
+
+    # Labels are made beside those of a copy.
+    target = shutil.copytree(target.parent, tmp_path / "copy") / target.name
+    browser.open(viewer(target))
+    browser.wait_for("document.getElementById('as-mask')")
+    # Nothing but the mask.
+    for number in (0, 1):
+        browser.run(f"document.getElementById('visible-{number}').click()")
+    move(browser, "opacity-2", 1)
+    seen = []
+    for threshold in ("0.42", "0.5"):
+        browser.run("document.querySelector('aside').scrollTop = 9999")
+        move(browser, "threshold-value", threshold)
+        browser.wait_for("document.getElementById('counted').textContent.includes('in view')")
+        line = browser.run("document.getElementById('line').textContent")
+        name = f"threshold-{float(threshold)}"
+        assert line == (
+            f"megaseg relabel {target} --threshold {float(threshold)} --label-name {name}"
+        )
+        options = {"threshold": threshold, "label_name": name, "workers": 0}
+        assert relabel(str(target), parse_settings(options)).status == "done"
+        labels = zarr.open_array(target / "labels" / name / "0", mode="r")
+        for z in (5, 20):
+            move(browser, "axis-z", z)
+            shown = picture(browser)
+            rows, columns = pixels_of_voxels(browser, labels.shape[2:])
+            mask = shown[np.ix_(rows, columns)].max(axis=2) > 100
+            np.testing.assert_array_equal(mask, labels[0, z] > 0)
+            seen.append(mask.mean())
+    assert 0 < min(seen) < max(seen) < 1
+
+
+def test_one_object_stands_out(browser, viewer, target):
+    browser.open(viewer(target))
+    browser.wait_for("document.querySelectorAll('.layer').length === 3")
+    browser.run("document.getElementById('visible-0').click()")
+    labels = zarr.open_array(target / "labels/megaseg/0", mode="r")[0]
+    z = labels.shape[0] // 2
+    filled = picture(browser)
+    rows, columns = pixels_of_voxels(browser, labels.shape[1:])
+
+    def strength(seen: np.ndarray) -> np.ndarray:
+        return seen[np.ix_(rows, columns)].max(axis=2)
+
+    np.testing.assert_array_equal(strength(filled) > 20, labels[z] > 0)
+    ids, counts = np.unique(labels[z][labels[z] > 0], return_counts=True)
+    label = ids[np.argmax(counts)]
+    inside = np.argwhere(labels[z] == label)
+    y, x = inside[len(inside) // 2]
+    double_click(browser, CONTROLS + int(columns[x]), int(rows[y]))
+    browser.wait_for(
+        f"document.getElementById('selected').textContent.startsWith('object {label}: ')"
+    )
+    n_voxels = (labels == label).sum()
+    text = browser.run("document.getElementById('selected').textContent")
+    assert text.startswith(f"object {label}: {n_voxels} voxels, ")
+    assert "µm³" in text
+    one = strength(picture(browser))
+    assert one[labels[z] == label].min() > 60
+    assert one[(labels[z] > 0) & (labels[z] != label)].max() < 60
+
+    # In three dimensions there is its mesh, in its color.
+    browser.run("document.querySelector('[data-layout=\"4panel\"]').click()")
+    seen = picture(browser)
+    height, width, _ = seen.shape
+    corner = seen[height // 2 + 60 : -60, 20 : width // 2 - 20]
+    assert (~grey(corner)).mean() > 0.01
+    assert browser.requests[-1].endswith(f"/{label}")
+    browser.run("document.querySelector('[data-layout=\"xy\"]').click()")
+    browser.run("document.getElementById('clear').click()")
+
+    # Contours are on the objects, at their borders.
+    browser.run("document.getElementById('contours-1').click()")
+    lines = strength(picture(browser)) > 20
+    borders = find_boundaries(np.pad(labels[z], 1), mode="inner")[1:-1, 1:-1]
+    np.testing.assert_array_equal(lines, borders)
+
+    # Small objects are hidden, and the command says how.
+    browser.run("document.getElementById('filled-1').click()")
+    move(browser, "min-size", 80)
+    browser.wait_for("!document.getElementById('command').hidden")
+    line = browser.run("document.getElementById('line').textContent")
+    min_size = int(re.search(r"--min-size (\d+)", line)[1])
+    sizes = np.bincount(labels.ravel())
+    kept = strength(picture(browser)) > 20
+    np.testing.assert_array_equal(kept, (labels[z] > 0) & (sizes[labels[z]] >= min_size))
+    assert browser.strangers == set()
+    assert browser.complaints == []
 
 
 def test_the_wells_of_a_plate(browser, viewer, tmp_path):
