@@ -338,10 +338,10 @@ def test_a_run_that_is_not_finished_is_named_and_sets_the_exit_code(run, monkeyp
     # The image is shown while there is nothing else.
     assert [layer.name for layer in gallery.scene("").layers] == ["image"]
     assert "The run megaseg is not finished: 0 of 1 tasks are done" in gallery.notice()
-    monkeypatch.setattr("megaseg_dask.tools.view.viewer._serve", stopped)
+    monkeypatch.setattr("megaseg_dask.tools.view.viewer.serve", stopped)
     assert view(target, None, print) == 3
 
 
-async def stopped(*_):
+async def stopped(*_, **__):
     """Serve nothing: somebody pressed Ctrl-C."""
     raise KeyboardInterrupt

@@ -19,7 +19,8 @@ export class Live {
 
   // Find the predicted layers of a scene: they come from another server than the page.
   prepare(scene) {
-    const isPredicted = ({ source }) => new URL(source.split('|')[0]).host !== location.host;
+    const isPredicted = ({ source }) =>
+      new URL((source.url ?? source).split('|')[0]).host !== location.host;
     this.#layers = scene.state.layers.filter(isPredicted).map(layer => layer.name);
     this.#field = this.#layers.length ? scene.field : null;
     this.#banner.hidden = true;

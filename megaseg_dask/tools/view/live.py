@@ -167,6 +167,9 @@ class _LiveUrls:
             return self._chunks.url_of(layer.name_at_server)
         return self._others.of(layer)
 
+    def backdrop_of(self, scene: Scene) -> str:
+        return self._others.backdrop_of(scene)
+
     def outlines_of(self, layer: Layer) -> str:
         return self._others.outlines_of(layer)
 

@@ -113,6 +113,7 @@ class Published:
         return self._server.publish(layer.location)
 
     def backdrop_of(self, scene: Scene) -> str:
+        """Return the URL of the backdrop of a scene."""
         name = f"backdrop {scene.layers[0].location.url}"
         return self._server.publish_made(name, Backdrop(scene))
 
