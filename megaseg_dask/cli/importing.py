@@ -5,8 +5,10 @@ from typing import Annotated, Any
 import typer
 
 from megaseg_dask.cli.console import print_result, reporter
-from megaseg_dask.cli.exit_codes import Json, Quiet, exit_codes
+from megaseg_dask.cli.exit_codes import Json, Quiet, echo, exit_codes
 from megaseg_dask.cli.options import settings_of
+from megaseg_dask.errors import SettingsError
+from megaseg_dask.ngff.foreign import import_command
 
 IMPORT_SETTINGS = (
     "ome_zarr",
@@ -22,13 +24,14 @@ IMPORT_SETTINGS = (
 
 
 def import_(
+    # One path alone is TARGET for the parser: both may lack, so that this command says which.
     files: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="FILES…", help="TIFF, CZI, ND2 or LIF files.", show_default=False),
-    ],
+    ] = None,
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="OME-Zarr to write.", show_default=False)
-    ],
+        str | None, typer.Argument(metavar="TARGET", help="OME-Zarr to write.", show_default=False)
+    ] = None,
     *,
     pattern: Annotated[
         str | None,
@@ -85,6 +88,9 @@ def import_(
       megaseg import scan.czi plate.zarr --series all --pattern '*:{well}-{field}'
     """
     with exit_codes(json_):
+        if not files or target is None:
+            command = import_command(target or "") or "megaseg import FILES… TARGET"
+            raise SettingsError(f"TARGET is missing; write it last: {command}")
         settings = settings_of(options)
         from megaseg_dask.tools.importing.convert import import_files
         from megaseg_dask.tools.importing.planning import parse_options
@@ -96,6 +102,8 @@ def import_(
             imported = import_files(files, target, chosen, settings, emit)
         result = imported.result
         if not json_:
+            if not quiet:
+                echo(f"{'images':<13}{imported.images}")
             following = [(imported.next_command, "what segmenting it takes")]
             print_result(result, [] if result.failures else following, quiet=quiet)
         raise typer.Exit(result.exit_code)

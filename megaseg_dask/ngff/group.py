@@ -43,6 +43,8 @@ PROVENANCE = "megaseg"
 _CONSOLIDATED_V3 = "consolidated_metadata"
 _GROUP_KEYS = {"zarr_format", "node_type", "attributes", _CONSOLIDATED_V3}
 _FIRST_BYTES = {b"II": "TIFF", b"MM": "TIFF", b"PK": "zip"}
+# Files of arrays, which no program takes for images of a microscope.
+_ARRAY_SUFFIXES = {"npy", "npz", "mat", "h5", "hdf5"}
 _MAX_NAMES_SHOWN = 4
 # Errors of a disk that are about what is there; all others are failures to see it.
 _ERRORS_OF_PLACE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -197,7 +199,7 @@ def require_known_version(
     if version not in VERSIONS:
         raise SourceError(
             f"{location} is OME-Zarr {version}; megaseg reads {', '.join(VERSIONS)} and 0.6: "
-            "convert it first"
+            "write it again, with ome-zarr-py for instance"
         )
     return version
 
@@ -348,6 +350,8 @@ def _describe_file(location: Location) -> str:
         return f"{file} (import it with: {command})"
     if kind == "zip":
         return f"{file} (give a zipped image a name that ends in .ozx or .zarr.zip, or unpack it)"
+    if suffix in _ARRAY_SUFFIXES:
+        return f"{file} (write its array as OME-Zarr, with ome-zarr-py for instance)"
     return f"{file} (convert it, with bioformats2raw for instance)"
 
 

@@ -488,6 +488,7 @@ def test_the_command_says_what_to_type_next(tmp_path):
     words = ["import", str(path), str(tmp_path / "a.zarr"), "--voxel-size", "0.3,0.1,0.1"]
     found = CliRunner().invoke(build_app(), words)
     assert found.exit_code == 0
+    assert "images       z 4 y 32 x 32, uint16, voxels 0.3 × 0.1 × 0.1 µm (z, y, x)" in found.output
     assert f"megaseg plan {tmp_path}/a.zarr {tmp_path}/a-segmented.ome.zarr" in found.output
     [*_, last] = CliRunner().invoke(build_app(), [*words, "--json"]).stdout.splitlines()
     assert json.loads(last)["already_done"]
@@ -502,6 +503,12 @@ def test_a_target_that_was_forgotten_is_named(tmp_path):
     with pytest.raises(TargetError, match="is a file; the last argument is TARGET"):
         imported(first, last, voxel_size=SIZE)
     assert last.read_bytes() == before
+
+
+def test_a_single_path_lacks_a_target(tmp_path):
+    found = CliRunner().invoke(build_app(), ["import", "a.ome.tif"])
+    assert found.exit_code == 2
+    assert "TARGET is missing; write it last: megaseg import a.ome.tif a.ome.zarr" in found.output
 
 
 def test_a_target_is_no_packed_image(tmp_path):

@@ -17,6 +17,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Emit, Failure, Result, Started, ignore
+from megaseg_dask.messages import first_few
 from megaseg_dask.ngff.foreign import require_folder_name
 from megaseg_dask.ngff.group import find_owner, write_group
 from megaseg_dask.ngff.image import image_attributes
@@ -26,6 +27,7 @@ from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.import_plan import ImportedImage, ImportPlan, import_folder
 from megaseg_dask.plan.plan import runs_folder
 from megaseg_dask.plan.settings import Settings
+from megaseg_dask.plan.voxel_size import size_text
 from megaseg_dask.run.journal import FOLDER, Journal
 from megaseg_dask.run.lease import Held, Leases, Permit
 from megaseg_dask.run.progress import Dispatcher, GroupSize, Recorder, StageProgress
@@ -49,9 +51,10 @@ _COLORS = ("00FF00", "FF00FF", "00FFFF", "FF0000", "0000FF", "FFFF00")
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """How an import ended, and the command to type next."""
+    """How an import ended, what the images are, and the command to type next."""
 
     result: Result
+    images: str
     next_command: str
 
 
@@ -89,13 +92,27 @@ def import_files(
     if journal.result is not None:
         result = Result("done", where.url, None, 0.0, already_done=True, run=plan.run.url)
         emit(result)
-        return Imported(result, _next_command(plan))
+        return Imported(result, _images_text(plan), _next_command(plan))
     with _executing(plan, store_options, emit) as dispatcher_of:
         with Leases(runs_folder(where), LEASE_TIMING).hold() as lease:
             plan = _claim(plan)
             result = _run(plan, lease, dispatcher_of, emit)
     emit(result)
-    return Imported(result, _next_command(plan))
+    return Imported(result, _images_text(plan), _next_command(plan))
+
+
+def _images_text(plan: ImportPlan) -> str:
+    """Return what the images are, in words: axes and sizes are what a person has to check."""
+    image = plan.images[0].image
+    extents = zip(image.axis_names, image.levels[0].shape, strict=True)
+    words = [" ".join(f"{axis} {n}" for axis, n in extents), image.dtype]
+    words.append(f"voxels {size_text(image.spacing_um)}")
+    if image.channel_names:
+        words.append(f"channels {first_few(image.channel_names)}")
+    text = ", ".join(words)
+    if len(plan.images) == 1:
+        return text
+    return f"{len(plan.images)}; {plan.images[0].path} has {text}"
 
 
 def _next_command(plan: ImportPlan) -> str:

@@ -103,7 +103,10 @@ def open_file(path: Path, series: str | None = None, axes: str | None = None) ->
         return BioioFile(path, EXTRA_READERS[suffix], series, axes)
     if suffix not in TIFF_SUFFIXES:
         known = ", ".join((*TIFF_SUFFIXES, *EXTRA_READERS))
-        raise SourceError(f"{path}: files of these kinds can be imported: {known}")
+        raise SourceError(
+            f"{path}: files of these kinds can be imported: {known}; for others see "
+            "docs/importing.md"
+        )
     return TiffImage(path, series, axes)
 
 
