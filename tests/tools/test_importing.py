@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -433,6 +435,27 @@ def test_an_import_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
     assert files_of(tmp_path / "a.zarr") == files_of(tmp_path / "other/a.zarr")
     again = imported(path, tmp_path / "a.zarr", settings, voxel_size=SIZE).result
     assert again.already_done
+
+
+@pytest.mark.slow
+def test_an_import_on_workers_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
+    path = tmp_path / "a.tif"
+    write_tiff(path, noise((64, 700, 700)), metadata={"axes": "ZYX"}, compression="zlib")
+    command = [sys.executable, "-m", "megaseg_dask", "import", str(path)]
+    options = ["--voxel-size", "0.3,0.1,0.1", "--memory", "410MB"]
+    options += ["--workers", "2"]
+    target = tmp_path / "a.zarr"
+    process = subprocess.Popen([*command, str(target), *options], start_new_session=True)
+    while len(list(target.glob("0/c/*/*/*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (target / "zarr.json").exists()
+    subprocess.run([*command, str(target), *options], check=True)
+    settings = parse_settings({"workers": 0, "memory": "410MB"})
+    imported(path, tmp_path / "other/a.zarr", settings, voxel_size=SIZE)
+    assert files_of(target) == files_of(tmp_path / "other/a.zarr")
 
 
 def test_a_chunk_that_is_lost_is_written_again(tmp_path):
