@@ -420,7 +420,7 @@ class DaskExecutor:
 
     def dispatcher(self, plan: Plan, lease_id: str, emit: Emit) -> DaskDispatcher:
         """Return a dispatcher of the tasks of one run."""
-        assignment = Assignment(plan.run, plan.fingerprint, lease_id)
+        assignment = Assignment(plan.run, plan.fingerprint, lease_id, len(plan.volumes))
         return self.dispatcher_of(assignment, plan.settings, emit)
 
     def dispatcher_of(self, assignment: Assigned, settings: Settings, emit: Emit) -> DaskDispatcher:

@@ -52,11 +52,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The run that a process works for: its folder, its plan, and the lease of its client."""
+    """The run that a process works for: its folder, its plan, and the lease of its client.
+
+    The plan of a run that follows its source gets more volumes, and may keep its fingerprint.
+    """
 
     run: Location
     fingerprint: str
     lease_id: str
+    n_volumes: int
 
     def open_work(self) -> "RunWork":
         """Return the tasks of the run.
