@@ -77,9 +77,9 @@ def test_one_of_several_label_images_is_shown_at_first(image):
 
 
 def test_true_labels_that_are_none_are_named(image, tmp_path):
-    with pytest.raises(Exception, match="does not exist"):
+    with pytest.raises(SettingsError, match="does not exist.*label images nuclei, others"):
         Gallery(str(image), truth=str(tmp_path / "none.zarr")).scene("")
-    with pytest.raises(Exception, match="labels/nuclei"):
+    with pytest.raises(SettingsError, match="labels/nuclei"):
         Gallery(str(image), truth=str(image)).scene("")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from megaseg_dask.algorithms.blending import max_score
-from megaseg_dask.errors import MegasegError, SourceError, TargetError
+from megaseg_dask.errors import MegasegError, SettingsError, SourceError, TargetError
 from megaseg_dask.events import RunStatus
 from megaseg_dask.messages import count
 from megaseg_dask.ngff.image import Axis, Image, read_image
@@ -164,6 +164,7 @@ class Gallery:
         """Return the readable layers of one field, ``""`` of an image.
 
         Raises:
+            SettingsError: The true labels are none.
             SourceError: The field is no OME-Zarr image that can be read.
             TargetError: The run is not finished, and nothing can be shown yet.
 
@@ -318,13 +319,18 @@ def _truth_layer(text: str, field: str, image: Location, *, is_only: bool) -> La
     """Return the layer of true labels: a label image of the image, or at another address.
 
     Raises:
-        SourceError: There is none, there are several, or it is no image of labels.
+        SettingsError: There is none, there are several, or it is no image of labels.
     """
-    if text in _label_names(image):
+    own = _label_names(image)
+    try:
         location = labels_group(image) / text
-    else:
-        location = find_label(text, field, is_only=is_only)
-    return Layer("truth", LABELS, location, read_label_image(location), is_truth=True)
+        if text not in own:
+            location = find_label(text, field, is_only=is_only)
+        labels = read_label_image(location)
+    except SourceError as error:
+        listed = f"label images {', '.join(own)}" if own else "no label image"
+        raise SettingsError(f"--truth {text}: {error} ({image} has {listed})") from error
+    return Layer("truth", LABELS, location, labels, is_truth=True)
 
 
 def _try_read(location: Location) -> Image | None:
