@@ -77,7 +77,7 @@ def test_one_of_several_label_images_is_shown_at_first(image):
 
 
 def test_true_labels_that_are_none_are_named(image, tmp_path):
-    with pytest.raises(SettingsError, match="does not exist.*label images nuclei, others"):
+    with pytest.raises(SettingsError, match=r"does not exist.*label images nuclei, others"):
         Gallery(str(image), truth=str(tmp_path / "none.zarr")).scene("")
     with pytest.raises(SettingsError, match="labels/nuclei"):
         Gallery(str(image), truth=str(image)).scene("")
