@@ -169,13 +169,15 @@ class Gallery:
             TargetError: The run is not finished, and nothing can be shown yet.
 
         """
-        layers = tuple(_show_first(self._layers(field)))
+        layers = list(self._layers(field))
         if layers and self._truth is not None:
             image = layers[0].location
             is_only = len(self.fields) == 1
-            layers = (*layers, _truth_layer(self._truth, field, image, is_only=is_only))
+            truth = _truth_layer(self._truth, field, image, is_only=is_only)
+            others = [layer for layer in layers if layer.location != truth.location]
+            layers = [*others, truth]
         if layers:
-            return Scene(field or self.name, layers)
+            return Scene(field or self.name, tuple(_show_first(layers)))
         if self.plans:
             raise TargetError(
                 f"{self.location} has nothing to show yet: its run is not finished; run the same "
@@ -241,8 +243,9 @@ def _show_first(layers: Iterable[Layer]) -> Iterator[Layer]:
     """Hide the scores, and all label images but the first one, which would hide each other."""
     has_labels = False
     for layer in layers:
-        is_hidden = layer.kind == SCORES or (layer.kind == LABELS and has_labels)
-        has_labels |= layer.kind == LABELS
+        is_labels = layer.kind == LABELS and not layer.is_truth
+        is_hidden = layer.kind == SCORES or (is_labels and has_labels)
+        has_labels |= is_labels
         yield replace(layer, visible=not is_hidden)
 
 

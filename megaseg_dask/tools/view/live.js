@@ -30,11 +30,17 @@ export class Live {
     scene.state.concurrentDownloads = MAX_REQUESTS;
   }
 
+  // Whether scores of the scene are being predicted.
+  get isOn() {
+    return this.#field !== null;
+  }
+
   async #look() {
     const field = this.#field;
     if (field !== null && !document.hidden) {
       const { position, pixel } = this.#picture;
-      const found = await look({ field, position, pixel });
+      // A picture that was just opened has no size yet.
+      const found = Number.isFinite(pixel) ? await look({ field, position, pixel }) : null;
       if (found && field === this.#field) this.#take(found);
     }
     setTimeout(() => this.#look(), PAUSE_MS);

@@ -281,3 +281,5 @@ bindKeys([window, picture.window], {
   '?': () => ($('help').open ? $('help').close() : $('help').showModal()),
 });
 watch();
+// What is predicted meanwhile is counted too.
+setInterval(() => { if (live.isOn && !document.hidden) threshold?.moved(); }, 2000);
