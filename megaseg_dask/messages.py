@@ -322,7 +322,8 @@ def version_of(package: str) -> str:
 def install_command(extra: str) -> str:
     """Return a command that installs what an extra of this package has, wherever that came from.
 
-    It names the packages themselves: the name of this package need not be known to an index.
+    It names the packages themselves: this package is on no index. Where it was never installed,
+    the command is for its checkout.
     """
     from importlib.metadata import PackageNotFoundError, requires
 
@@ -332,7 +333,7 @@ def install_command(extra: str) -> str:
         requirements = []
     marker = re.compile(rf"extra == .{re.escape(extra)}.$")
     packages = [text.split(";")[0].strip() for text in requirements if marker.search(text)]
-    quoted = [f"'{package}'" for package in packages or [f"megaseg-dask[{extra}]"]]
+    quoted = [f"'{package}'" for package in packages or [f".[{extra}]"]]
     return f"pip install {' '.join(quoted)}"
 
 

@@ -28,7 +28,7 @@ def checker(name: str) -> str:
     """The path of a program that a package of the `test` extra brings."""
     found = Path(sys.executable).with_name(name)
     if not found.exists():
-        pytest.skip(f"{name} is not installed: pip install 'megaseg-dask[test]'")
+        pytest.skip(f"{name} is not installed: pip install '.[test]'")
     return str(found)
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 def test_pages_ask_nobody_else(browser, tmp_path):
     pytest.importorskip(
-        "mkdocs", reason="the pages are built by mkdocs: pip install 'megaseg-dask[docs]'"
+        "mkdocs", reason="the pages are built by mkdocs: pip install '.[docs]'"
     )
     command = [
         sys.executable,

@@ -20,7 +20,7 @@ from PIL import Image
 from skimage.segmentation import find_boundaries
 
 pytest.importorskip(
-    "neuroglancer", reason="the viewer is an extra: pip install 'megaseg-dask[view]'"
+    "neuroglancer", reason="the viewer is an extra: pip install '.[view]'"
 )
 pytestmark = pytest.mark.slow
 
