@@ -13,8 +13,8 @@ from tests.fixtures.faults import Haunted
 # Shared machines stall: a clock says nothing about a law.
 # In CI the same examples each time: luck must not stop a change. `HYPOTHESIS_PROFILE=attack` looks
 # for new ones.
-settings.register_profile("megaseg", deadline=None, max_examples=60)
-settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("megaseg", deadline=None, max_examples=40)
+settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
 settings.register_profile("attack", deadline=None, max_examples=2000)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "megaseg")

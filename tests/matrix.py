@@ -71,7 +71,9 @@ def install(interpreter: str, folder: Path, stack: str) -> Path:
     return python
 
 
-def run_tests(python: Path, folder: Path, version: str, stack: str, tests: Sequence[str]) -> Outcome:
+def run_tests(
+    python: Path, folder: Path, version: str, stack: str, tests: Sequence[str]
+) -> Outcome:
     """Run the fast tests in an environment and count what they say."""
     counts = folder / "counts.xml"
     counts.unlink(missing_ok=True)
@@ -103,9 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the matrix and print a table; 0 if every Python that is installed passed."""
     parser = argparse.ArgumentParser(prog="make matrix", description=__doc__)
     parser.add_argument("tests", nargs="*", default=["tests"], help="tests to run, all by default")
-    parser.add_argument("--pythons", nargs="+", default=[], help="interpreters in place of those found")
-    parser.add_argument("--stack", choices=["tested", "newest"], help="the same one for each Python")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".matrix", help="for the environments")
+    parser.add_argument(
+        "--pythons", nargs="+", default=[], help="interpreters in place of those found"
+    )
+    parser.add_argument(
+        "--stack", choices=["tested", "newest"], help="the same one for each Python"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".matrix", help="for the environments"
+    )
     wanted = parser.parse_args(arguments)
     found = {version: find_python(version) for version in VERSIONS}
     if wanted.pythons:

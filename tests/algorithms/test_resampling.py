@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -28,7 +28,6 @@ def brought_back(resampling, values):
     return resampling.onto_source(values[:, *needed.slices], source, NUMPY)
 
 
-@settings(max_examples=60)
 @given(shapes, shapes)
 def test_a_volume_on_a_grid_and_back_is_that_of_scipy(source, grid):
     values = volume_of(source)
@@ -39,7 +38,6 @@ def test_a_volume_on_a_grid_and_back_is_that_of_scipy(source, grid):
     assert_allclose(back[0], interpolated(there[0], source), atol=2e-6)
 
 
-@settings(max_examples=60)
 @given(shapes, shapes, st.data())
 def test_a_part_has_the_bits_of_the_whole_in_both_libraries(source, grid, data):
     values = volume_of(source)

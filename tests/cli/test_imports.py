@@ -1,5 +1,6 @@
 """Heavy modules that each command may import: start-up is most of the time of a small command."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,35 +82,57 @@ REFUSALS = {
     "a run": ("status nothing.zarr", "no run is recorded"),
 }
 
+# Commands in one process, each with what it may import; what one imported stays for the next, so a
+# row allows all that the rows before it do.
+IN_ORDER = (
+    "help",
+    "version",
+    "help of a command",
+    "status",
+    "a finished run again",
+    "a finished run again, in this process",
+    "plan",
+    "plan, with a record",
+)
+COMPUTED = ("relabel", "segment in this process", "segment, measured")
+
 RUN = f"""
+import contextlib
+import io
+import json
 import sys
 from megaseg_dask.cli import main
 
-try:
-    main(sys.argv[1:])
-finally:
-    print(*({HEAVY} & set(sys.modules)), file=sys.stderr)
+# Arguments of commands, and for each its exit code, its last line and what is imported after it.
+for arguments in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    code = 0
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main(arguments.split())
+        except SystemExit as ended:
+            code = ended.code or 0
+    last = ["", *said.getvalue().splitlines()][-1]
+    print(json.dumps([code, last, sorted({HEAVY} & set(sys.modules))]))
 """
 
 
-def modules_after(arguments: str, folder: Path) -> set[str]:
-    """Run a command in another process, and return the heavy modules that it imported."""
-    code, _, modules = run(arguments, folder)
-    assert code == 0
-    return modules
+def run(commands: list[str], folder: Path) -> list[tuple[int, str, set[str]]]:
+    """Run commands in one other process.
 
-
-def run(arguments: str, folder: Path) -> tuple[int, str, set[str]]:
-    """Return exit code, last line and heavy modules of a command in another process."""
+    Returns exit code, last line and the heavy modules that are imported after each.
+    """
     ended = subprocess.run(
-        [sys.executable, "-c", RUN, *arguments.split()],
+        [sys.executable, "-c", RUN, json.dumps(commands)],
         capture_output=True,
         text=True,
         cwd=folder,
         env={**os.environ, "MEGASEG_HOME": str(folder / "home"), "MEGASEG_OFFLINE": "1"},
     )
-    *lines, modules = ["", *ended.stderr.splitlines()]
-    return ended.returncode, lines[-1], set(modules.split())
+    assert ended.returncode == 0, ended.stderr
+    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert len(found) == len(commands)
+    return [(code, line, set(modules)) for code, line, modules in found]
 
 
 @pytest.fixture(scope="module")
@@ -117,24 +140,32 @@ def folder(tmp_path_factory) -> Path:
     """A folder with an image, a finished run of it, and the network and the speed that it kept."""
     folder = tmp_path_factory.mktemp("imports")
     write_image(folder / "cells.zarr", blobs((16, 64, 64)))
-    modules_after(f"segment cells.zarr done.zarr {OPTIONS} --workers 0", folder)
     # The first plan on a machine times the network.
-    modules_after(f"plan cells.zarr planned.zarr {OPTIONS}", folder)
+    segmented = f"segment cells.zarr done.zarr {OPTIONS} --workers 0"
+    run([segmented, f"plan cells.zarr planned.zarr {OPTIONS}"], folder)
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_imports_no_more_than_it_may(command, folder):
-    arguments, allowed = COMMANDS[command]
-    assert modules_after(arguments, folder) <= allowed
+@pytest.mark.parametrize(
+    "names", [IN_ORDER, COMPUTED, ("segment on a worker",)], ids=lambda n: n[-1]
+)
+def test_a_command_imports_no_more_than_it_may(names, folder):
+    rows = [COMMANDS[name] for name in names]
+    found = run([arguments for arguments, _ in rows], folder)
+    for name, (_, allowed), (code, line, modules) in zip(names, rows, found, strict=True):
+        assert code == 0, (name, line)
+        assert modules <= allowed, name
 
 
-@pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_refusal_imports_no_more_than_a_plan(refusal, folder):
-    arguments, words = REFUSALS[refusal]
-    code, line, modules = run(arguments, folder)
-    assert (code, words in line) == (2, True), line
-    assert modules <= PLANNING
+def test_each_command_is_in_a_row():
+    assert {*IN_ORDER, *COMPUTED, "segment on a worker"} == COMMANDS.keys()
+
+
+def test_a_refusal_imports_no_more_than_a_plan(folder):
+    found = run([arguments for arguments, _ in REFUSALS.values()], folder)
+    for (name, (_, words)), (code, line, modules) in zip(REFUSALS.items(), found, strict=True):
+        assert (code, words in line) == (2, True), (name, line)
+        assert modules <= PLANNING, name
 
 
 def test_a_gpu_that_is_not_there_is_found_out_without_torch(folder):
@@ -142,6 +173,7 @@ def test_a_gpu_that_is_not_there_is_found_out_without_torch(folder):
 
     if _may_have_gpu():
         pytest.skip("this machine has a driver of a GPU")
-    code, line, modules = run(f"segment cells.zarr no.zarr {OPTIONS} --device cuda", folder)
+    command = f"segment cells.zarr no.zarr {OPTIONS} --device cuda"
+    [(code, line, modules)] = run([command], folder)
     assert (code, "finds no GPU" in line) == (2, True), line
     assert modules <= PLANNING

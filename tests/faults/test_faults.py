@@ -104,6 +104,8 @@ def test_a_block_that_kills_workers_is_named_and_the_rest_is_finished(
     assert provenance(target)["missing_boxes"] == []
 
 
+# A job array does the same in one process, in tests/run/test_job_array.py.
+@pytest.mark.slow
 def test_a_block_that_still_fails_redoes_no_more_than_it_must(request_of, haunted):
     source, target, settings = request_of(workers=1, retries=0)
     haunted.poison("segment", 3, "bug")
@@ -126,7 +128,7 @@ SLOW = pytest.mark.slow
         "seams",
         pytest.param("join", marks=SLOW),
         pytest.param("relabel", marks=SLOW),
-        "downsample-1",
+        pytest.param("downsample-1", marks=SLOW),
     ],
 )
 def test_a_stage_that_fails_is_named_and_mended(stage, request_of, haunted, tmp_path, tiny_bundle):
@@ -155,6 +157,8 @@ def test_a_stage_that_fails_is_named_and_mended(stage, request_of, haunted, tmp_
     assert_same(arrays(target), arrays(undisturbed))
 
 
+# Below is the same in one process, with a volume that cannot be measured.
+@pytest.mark.slow
 def test_timepoints_that_failed_do_not_hold_back_the_others(tmp_path, tiny_bundle, haunted):
     image = np.stack([blobs((20, 40, 60), seed=s) for s in range(3)])
     source = write_image(tmp_path / "image.zarr", image, axes="tzyx")

@@ -91,6 +91,7 @@ def test_a_gpu_that_failed_under_two_processes_gets_no_third(machine, plain, run
     assert len([worker for worker in joined if worker.uuid == "GPU-b"]) == 2
 
 
+@pytest.mark.slow
 def test_a_worker_without_a_gpu_that_works_takes_no_task(machine, plain, run):
     """It fails in its first convolution; the other one serves one process, and so no client."""
     machine.has(Gpu("GPU-a", is_exclusive=True), Gpu("GPU-b", fails="convolution"))
@@ -179,6 +180,8 @@ options:
 """
 
 
+# Fast: any class of clusters in tests/run/test_clusters.py, and the class of dask-cuda above.
+@pytest.mark.slow
 # The class of jobs that are processes leaves theirs to the garbage collector.
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("file", [CUSTOM, JOB], ids=["custom", "dask cuda worker"])

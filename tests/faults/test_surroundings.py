@@ -249,7 +249,13 @@ BEGINNINGS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("preload", "reason"), BEGINNINGS.values(), ids=BEGINNINGS)
+@pytest.mark.parametrize(
+    ("preload", "reason"),
+    [
+        pytest.param(*BEGINNINGS["killed"], id="killed"),
+        pytest.param(*BEGINNINGS["an error"], id="an error", marks=pytest.mark.slow),
+    ],
+)
 def test_a_worker_that_ends_as_it_starts_is_told_with_its_cause(
     preload, reason, source, options, tmp_path, monkeypatch
 ):

@@ -135,7 +135,7 @@ def survivors(labels, min_size) -> np.ndarray:
     return np.where(keep, np.cumsum(keep), 0)[labels]
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(masks(), shapes, connectivities, st.sampled_from([0, 0, 1, 2, 5, 40]))
 def test_any_blocks_give_skimages_labels(mask, block_shape, connectivity, min_size):
     expected = label(mask, connectivity=connectivity)
@@ -143,7 +143,7 @@ def test_any_blocks_give_skimages_labels(mask, block_shape, connectivity, min_si
     assert_array_equal(found, survivors(expected, min_size) if min_size else expected)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(masks(), connectivities, st.sampled_from([0, 3]), st.data())
 def test_missing_blocks_count_as_background(mask, connectivity, min_size, data):
     block_shape, missing, gone = data.draw(cuts(mask.shape))
@@ -152,7 +152,7 @@ def test_missing_blocks_count_as_background(mask, connectivity, min_size, data):
     assert_array_equal(found, survivors(expected, min_size) if min_size else expected)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(masks(), connectivities, st.integers(0, 60), st.data())
 def test_holes_are_those_of_the_whole_mask(mask, connectivity, max_size, data):
     """Also with blocks missing.

@@ -15,7 +15,10 @@ import zipfile
 
 import numpy as np
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from megaseg_dask.cli.app import build_app
 from megaseg_dask.errors import BundleError, MegasegError, StoreError
 from megaseg_dask.models import cache, download, load_bundle, registry
 from megaseg_dask.models.cache import read_record
@@ -87,6 +90,13 @@ def result_of(ended: subprocess.CompletedProcess[str]) -> dict:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
+def command(*arguments: object) -> Result:
+    """Run a command in this process."""
+    ended = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+    assert ended.exit_code == 0, ended.output
+    return ended
+
+
 def left_behind() -> list[str]:
     """All in the cache but models, the facts that were read of them, and the files of locks."""
     inside = [p.relative_to(cache_home()) for p in cache_home().rglob("*")]
@@ -146,12 +156,12 @@ def test_bucket_and_endpoint_are_options_too(relay, monkeypatch):
     monkeypatch.delenv("MEGASEG_BUCKET")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     where = ["--bucket", "public", "--endpoint", relay.url]
-    models = result_of(megaseg("models", "list", *where, "--json"))["models"]
+    listed = command("models", "list", *where, "--json")
+    models = json.loads(listed.stdout.splitlines()[-1])["models"]
     assert {row["name"] for row in models if "offered" in row} == {"MegaSeg_v1", "MegaSeg_light"}
-    assert (
-        result_of(megaseg("models", "fetch", "MegaSeg_v1", *where, "--json"))["source"]
-        == "s3://public/megaSeg.zip"
-    )
+    fetched = command("models", "fetch", "MegaSeg_v1", *where, "--json")
+    source = json.loads(fetched.stdout.splitlines()[-1])["source"]
+    assert source == "s3://public/megaSeg.zip"
 
 
 def test_a_model_in_the_cache_asks_no_network(relay):
@@ -184,20 +194,18 @@ def test_other_names_are_found_in_the_bucket(relay):
         registry.fetch("notes", Origin(key="notes.txt"))
 
 
-def test_segment_fetches_what_it_needs_and_says_so(relay, tmp_path):
+def test_segment_fetches_what_it_needs_and_says_so(relay, tmp_path, monkeypatch):
     image = write_image(tmp_path / "image.zarr", blobs((16, 32, 32)))
-    command = ["segment", image, tmp_path / "out.zarr", "--threads", 1, "--workers", 1]
-    ended = megaseg(*command)
-    assert ended.returncode == 0, ended.stderr
+    options = ["--threads", 1, "--engine", "torch"]
+    ended = command("segment", image, tmp_path / "out.zarr", *options, "--workers", 0)
     assert "fetching MegaSeg_v1 from s3://public/megaSeg.zip" in ended.stderr
     # The same with the model in the cache, without network.
-    again = megaseg(
-        *command[:2], tmp_path / "again.zarr", *command[3:], "--json", MEGASEG_OFFLINE="1"
-    )
-    assert result_of(again)["status"] == "done"
+    monkeypatch.setenv("MEGASEG_OFFLINE", "1")
+    again = command("segment", image, tmp_path / "2.zarr", *options, "--workers", 0, "--json")
+    assert json.loads(again.stdout.splitlines()[-1])["status"] == "done"
     assert '"fetching"' not in again.stdout
-    plan = result_of(megaseg("plan", *command[1:], "--json", MEGASEG_OFFLINE="1"))
-    assert plan["model"]["name"] == "MegaSeg_v1"
+    plan = command("plan", image, tmp_path / "3.zarr", *options, "--json")
+    assert json.loads(plan.stdout)["model"]["name"] == "MegaSeg_v1"
 
 
 # -- interrupted

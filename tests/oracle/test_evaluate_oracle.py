@@ -67,7 +67,7 @@ def label_images(draw):
 
 
 @given(label_images())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_equals_the_dense_table_and_the_assignment_solver(images):
     check(*images)
 

@@ -98,7 +98,7 @@ def image():
     return np.stack([blobs(SHAPE, seed=c) * (1 + c) for c in range(3)])
 
 
-@pytest.mark.parametrize("threshold", [0.5, "otsu"])
+@pytest.mark.parametrize("threshold", [pytest.param(0.5, marks=pytest.mark.slow), "otsu"])
 def test_several_channels_are_predicted_together(threshold, image, two_in, tmp_path):
     source = write_image(
         tmp_path / "image.zarr", image, axes="czyx", channels=["dna", "er", "actin"]
@@ -205,7 +205,7 @@ def test_a_number_missing_in_one_channel_is_background_in_all(image, two_in, tmp
     refused = segment_here(
         str(source),
         str(tmp_path / "no.zarr"),
-        parse_settings({"model": str(two_in), "channel": "0,1"}),
+        parse_settings({"model": str(two_in), "channel": "0,1", "engine": "torch", "threads": 1}),
     )
     assert "(4, 7, 8) is nan" in refused.failures[0].error
 

@@ -338,6 +338,7 @@ def test_a_stranger_is_refused_on_every_port_of_a_local_run(request_of):
     pages = []
     with open_workers_of(plan) as workers:
         workers.client.wait_for_workers(2, timeout=120)
+        assert all(address.startswith("tls://127.0.0.1") for address in workers.client.nthreads())
         addresses = listening() - before
         assert {host for host, _ in addresses} == {"127.0.0.1"}
         # Scheduler and workers; both have a port for web pages too.
@@ -360,9 +361,10 @@ def test_a_stranger_is_refused_on_every_port_of_a_local_run(request_of):
     assert len(pages) <= bool(find_spec("bokeh"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how_many",
-    ["workers: 1", pytest.param("adaptive: {minimum: 1, maximum: 2}", marks=pytest.mark.slow)],
+    ["workers: 1", "adaptive: {minimum: 1, maximum: 2}"],
 )
 def test_local_workers_over_tls(how_many, request_of, tmp_path):
     path = tmp_path / "local.yaml"
@@ -382,8 +384,9 @@ def test_workers_of_any_class_of_clusters(request_of, tmp_path):
     path = tmp_path / "custom.yaml"
     path.write_text(
         "kind: custom\nclass: distributed:LocalCluster\nworkers: 1\n"
+        # In this process: a class alone knows its options.
         "options: {threads_per_worker: 1, host: 127.0.0.1, memory_limit: 0, "
-        "dashboard_address: null}\n"
+        'dashboard_address: null, processes: false, protocol: "tcp://"}\n'
     )
     source, target, settings = request_of("out.zarr", cluster=str(path))
     events = []

@@ -48,7 +48,8 @@ def field_image(number: int) -> np.ndarray:
     )
 
 
-@pytest.fixture(params=["0.5", "0.4"])
+# Fields of 0.4 are done in tests/run/test_plate_fields.py too.
+@pytest.fixture(params=["0.5", pytest.param("0.4", marks=pytest.mark.slow)])
 def plate(request, tmp_path):
     fields = [
         Field(row, column, name, 0) for row in "AB" for column in ("1", "2") for name in ("0", "1")
@@ -96,11 +97,16 @@ def test_a_plate_is_its_fields(run, plate, tmp_path):
         here = arrays(tmp_path / "out.zarr" / field.path)
         assert here["0"].shape == (2, 2, *SHAPE)
         for c, channel in enumerate(CHANNELS):
+            labels = here[f"labels/megaseg_{channel}/0"]
+            n_objects += sum(int(volume.max()) for volume in labels)
+            # A field of each row, of each column and of each name.
+            if number not in (1, 6):
+                continue
             alone = f"alone-{number}-{c}.zarr"
-            n_objects += run(plate / field.path, alone, channel=channel).n_objects
+            run(plate / field.path, alone, channel=channel)
             expected = arrays(tmp_path / alone)
             assert_array_equal(here["0"][:, c], expected["0"])
-            assert_array_equal(here[f"labels/megaseg_{channel}/0"], expected["labels/megaseg/0"])
+            assert_array_equal(labels, expected["labels/megaseg/0"])
         attributes = zarr.open_group(tmp_path / "out.zarr" / field.path, mode="r").attrs["megaseg"]
         assert len(attributes["normalization"]) == 4
         assert attributes["missing_boxes"] == []
@@ -239,7 +245,7 @@ def test_fields_of_several_forms_are_done_one_form_after_the_other(run, plate, t
     result = run(plate, "out.zarr", **options)
     assert result.status == "done", result.failures
     assert listed(tmp_path / "out.zarr") == ALL
-    for path in ALL:
+    for path in [*odd, ALL[0]]:
         alone = f"alone-{path.replace('/', '-')}.zarr"
         assert run(plate / path, alone, **{**options, "outputs": "labels,scores"}).status == "done"
         here = arrays(tmp_path / "out.zarr" / path)

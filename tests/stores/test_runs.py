@@ -215,11 +215,12 @@ def test_masks_in_a_bucket_and_of_stored_chunks_are_those_of_files(s3, folder, o
         assert written["0"].any()
 
 
-def test_scores_in_a_bucket_are_labelled_again(s3, folder, image, options, tmp_path):
-    """On a worker, and split there, as on the disk."""
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_scores_in_a_bucket_are_labelled_again(workers, s3, folder, image, options, tmp_path):
+    """And split there, as on the disk; also on a worker."""
     again = {"label_name": "again", "threshold": 0.6, "split": "distance"}
     target, here = f"{folder}/again.zarr", str(tmp_path / "here.zarr")
-    for where, n_workers in ((target, 1), (here, 0)):
+    for where, n_workers in ((target, workers), (here, 0)):
         assert segment_here(str(image), where, parse_settings(options)).status == "done"
         settings = parse_settings({**again, "workers": n_workers})
         result = relabel(where, settings)

@@ -16,9 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_pages_ask_nobody_else(browser, tmp_path):
-    pytest.importorskip(
-        "mkdocs", reason="the pages are built by mkdocs: pip install '.[docs]'"
-    )
+    pytest.importorskip("mkdocs", reason="the pages are built by mkdocs: pip install '.[docs]'")
     command = [
         sys.executable,
         "-m",

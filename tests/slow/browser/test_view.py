@@ -19,9 +19,7 @@ import zarr
 from PIL import Image
 from skimage.segmentation import find_boundaries
 
-pytest.importorskip(
-    "neuroglancer", reason="the viewer is an extra: pip install '.[view]'"
-)
+pytest.importorskip("neuroglancer", reason="the viewer is an extra: pip install '.[view]'")
 pytestmark = pytest.mark.slow
 
 # Right of the page's own controls.
