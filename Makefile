@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # As many test processes as cores; each test pins its own forward passes to one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-slow check docs bench clean
+.PHONY: demo test test-slow matrix check docs bench clean
 
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
@@ -34,6 +34,9 @@ test: $(VENV)/.test  ## Every promise, fast
 test-slow: $(VENV)/.test  ## What takes longer: kills, large volumes, servers
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile --durations=10
 
+matrix:  ## The fast tests, or TESTS, on each Python from 3.11 to 3.14 that is installed, or on PYTHONS
+	$(PYTHON) -m tests.matrix $(TESTS) $(if $(PYTHONS),--pythons $(PYTHONS))
+
 check: $(VENV)/.test  ## Lint, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +51,4 @@ bench: $(VENV)/.test  ## Measure, and write benchmarks/results
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache megaseg-demo site
+	rm -rf $(VENV) .matrix .pytest_cache .mypy_cache .ruff_cache megaseg-demo site

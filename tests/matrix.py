@@ -1,8 +1,8 @@
 """The fast tests on each Python from 3.11 to 3.14 that is installed: `make matrix`.
 
 Each Python gets an environment of its own. Python 3.11 has the releases in constraints.txt, with
-which everything is tested; the others have the newest releases that an index offers.
-This file needs the standard library alone, so that any Python can start it.
+which everything is tested. The others have the newest releases of what computes and stores, and
+else the same. This file needs the standard library alone, so that any Python can start it.
 """
 
 import argparse
@@ -19,7 +19,18 @@ ROOT = Path(__file__).parents[1]
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 TESTED = "3.11"
 EXTRAS = "dashboard,demo,docs,view,test"
-SHOWN = ("numpy", "zarr", "pandas", "torch", "dask", "scikit-image")
+# Of the newest stack no release of these is stated.
+COMPUTING = {
+    "connected-components-3d",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "scikit-image",
+    "scipy",
+    "torch",
+    "xarray",
+    "zarr",
+}
 
 
 @dataclass(frozen=True)
@@ -65,10 +76,18 @@ def install(interpreter: str, folder: Path, stack: str) -> Path:
     python = folder / "bin/python"
     if not python.exists():
         subprocess.run([interpreter, "-m", "venv", folder], check=True)
-    releases = ["-c", "constraints.txt"] if stack == "tested" else ["--upgrade"]
+    constraints = folder / "constraints.txt"
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    stated = [line for line in lines if stack == "tested" or not is_of(COMPUTING, line)]
+    constraints.write_text("\n".join(stated) + "\n")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *releases, "-e", f".[{EXTRAS}]"], cwd=ROOT, check=True)
+    subprocess.run([*pip, "-c", constraints, "-e", f".[{EXTRAS}]"], cwd=ROOT, check=True)
     return python
+
+
+def is_of(packages: set[str], line: str) -> bool:
+    """Tell whether a line of constraints.txt is of one of these packages."""
+    return line.partition("==")[0] in packages
 
 
 def run_tests(
@@ -97,8 +116,9 @@ def run_tests(
 
 def releases_of(python: Path) -> str:
     """Return the releases that an environment has of what matters most."""
-    code = f"from importlib.metadata import version as v; print(*(n + ' ' + v(n) for n in {SHOWN}), sep=', ')"
-    return answers(python, code) or "not all installed"
+    code = "from importlib.metadata import version\nfor name in {}: print(name, version(name))"
+    shown = answers(python, code.format(sorted(COMPUTING))) or "not all installed"
+    return ", ".join(shown.splitlines())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
