@@ -64,7 +64,7 @@ def test_scores_are_those_of_the_command(name, tmp_path, tiny_bundle):
     assert_array_equal(scores.values, zarr.open_array(tmp_path / "out.zarr/0", mode="r")[...])
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_neither_blocks_nor_chunks_nor_threads_change_a_bit(volume, whole, tiny_bundle, data):
     block = tuple(data.draw(st.integers(n // 3, n + 3)) for n in SHAPE)
