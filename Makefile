@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # As many test processes as cores; each test pins its own forward passes to one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-slow matrix check docs bench clean
+.PHONY: demo test test-slow matrix check lock docs bench clean
 
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
@@ -42,6 +42,14 @@ check: $(VENV)/.test  ## Lint, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The newest release of Python 3.11 that a dependency leaves out is 3.11.0.
+lock: | $(BIN)/python  ## Write requirements.lock anew, from pyproject.toml and constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile pyproject.toml -c constraints.txt -o requirements.lock --quiet \
+		--extra demo --extra view --extra dashboard --extra openvino --extra import \
+		--universal --python-version 3.11.1 --generate-hashes --no-annotate \
+		--custom-compile-command "make lock"
 
 docs: $(VENV)/.test  ## Build the pages into site/, strictly and offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,6 +1,7 @@
 """What is installed: wheel and sdist, what pip resolves, the conda recipe, the lock file."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,3 +113,19 @@ def test_the_recipe_needs_what_the_package_needs():
     assert needed == [of_conda(requirement) for requirement in PROJECT["dependencies"]]
     [(command, target)] = PROJECT["scripts"].items()
     assert made["build"]["python"]["entry_points"] == [f"{command} = {target}"]
+
+
+# -- the lock file
+
+
+def test_the_lock_file_has_what_the_package_needs_in_the_releases_that_are_tested():
+    pin = re.compile(r"^([a-z][a-z0-9.-]*)==([^ ]+)", re.M)
+    locked = dict(pin.findall((ROOT / "requirements.lock").read_text()))
+    tested = dict(pin.findall((ROOT / "constraints.txt").read_text()))
+    extras = PROJECT["optional-dependencies"]
+    locked_extras = ("demo", "view", "dashboard", "openvino", "import")
+    needed = [*PROJECT["dependencies"], *(line for name in locked_extras for line in extras[name])]
+    for requirement in map(Requirement, needed):
+        assert locked.get(requirement.name, "none") in requirement.specifier, "run: make lock"
+    pinned = locked.keys() & tested.keys()
+    assert {name: locked[name] for name in pinned} == {name: tested[name] for name in pinned}

@@ -21,7 +21,7 @@ from tests.fixtures.images import blobs, write_image
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Count forward passes, none of which computes much, and reads of the source, in this process."""
+    """Count forward passes, which are cheap ones, and reads of the source, in this process."""
     counts = {"forward": 0, "read_voxels": 0}
 
     def count(self, patches):

@@ -4,6 +4,7 @@ What they say, what is refused in one line, and what each kind asks its library 
 """
 
 import os
+import re
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -139,6 +140,23 @@ def test_a_job_runs_one_task_at_a_time_with_our_settings_over_tls(kind, tmp_path
         assert f"--tls-key {folder}/" in script
         assert "PRIVATE KEY" not in script
     assert not list(tmp_path.glob(".megaseg-*"))
+
+
+def test_jobs_of_a_class_that_is_named_are_those_of_the_file(tmp_path, monkeypatch):
+    """As docs/clusters.md has it, for HTCondor."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/clusters.md").read_text()
+    [text] = re.findall(r"^```text\n(kind: custom\nclass: dask_jobqueue.*?)^```", page, re.M | re.S)
+    (tmp_path / "cluster.yaml").write_text(text)
+    wanted = read_cluster(str(tmp_path / "cluster.yaml"))
+    options = {**wanted.options, "scheduler_options": {"dashboard_address": None}}
+    with ExitStack() as stack:
+        cluster = start._custom(wanted.model_copy(update={"options": options}), stack)
+        stack.callback(cluster.close)
+        script = cluster.job_script()
+    assert "RequestCpus = MY.DaskWorkerCores" in script
+    assert "request_gpus = 1" in script
+    assert "--nthreads 3" in script
 
 
 @pytest.mark.parametrize("kind", ["local", "slurm", "kubernetes"])
