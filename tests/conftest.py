@@ -44,6 +44,22 @@ def _no_models(session_folder):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _power_stays_on():
+    """Flush nothing to the disk in this process: no test cuts the power.
+
+    A run flushes its file system several times, and with it all that other tests wrote: most of a
+    small run was this wait. `tests/stores/test_local.py` flushes, and `tests/fixtures/disk.py`
+    records what is flushed when. Processes that tests start flush as ever.
+    """
+    from megaseg_dask.stores import local
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(local, "sync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory) -> Path:
     """A checkpoint of a 5-level network small enough for a test, patch 16,32,32, overlap 0.5."""

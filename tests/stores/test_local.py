@@ -1,5 +1,7 @@
 """A folder of a disk: objects are whole, durable if asked for, and never absent unread."""
 
+import ctypes
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,10 @@ import pytest
 
 from megaseg_dask.errors import StoreError
 from megaseg_dask.stores import Location
+from megaseg_dask.stores.local import sync
+
+# As it is before tests/conftest.py replaces it.
+FSYNC = os.fsync
 
 LOOKS: dict[str, Callable[[Location], object]] = {
     "get": lambda folder: folder.get("a.json"),
@@ -53,6 +59,25 @@ def test_a_durable_object_is_flushed_with_its_name_and_its_new_folders(
     folders = [tmp_path / "run/journal", tmp_path / "run", tmp_path]
     assert entries == [(str(folder), True) for folder in folders]
     assert Location.of(tmp_path / "run/journal").children() == ["1"]
+
+
+def test_a_file_system_is_flushed_also_before_its_folder_is_there(tmp_path, monkeypatch):
+    """By the functions of the system: other tests flush nothing, see tests/conftest.py."""
+    sync(tmp_path)
+    sync(tmp_path / "absent/folder")
+    monkeypatch.setattr(os, "fsync", FSYNC)
+    assert Location.of(tmp_path).create("a.json", b"{}", durable=True)
+    monkeypatch.setattr(ctypes, "CDLL", FailingLibrary)
+    ctypes.set_errno(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync(tmp_path)
+
+
+class FailingLibrary:
+    """A system library whose file system cannot keep what was written."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.syncfs = lambda _: -1
 
 
 @pytest.mark.parametrize("write", [Location.put, Location.create])
