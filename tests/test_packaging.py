@@ -119,7 +119,7 @@ def test_the_recipe_needs_what_the_package_needs():
 
 
 def test_the_lock_file_has_what_the_package_needs_in_the_releases_that_are_tested():
-    pin = re.compile(r"^([a-z][a-z0-9.-]*)==([^ ]+)", re.M)
+    pin = re.compile(r"^([a-z][a-z0-9.-]*)==(\S+)", re.M)
     locked = dict(pin.findall((ROOT / "requirements.lock").read_text()))
     tested = dict(pin.findall((ROOT / "constraints.txt").read_text()))
     extras = PROJECT["optional-dependencies"]

