@@ -26,7 +26,7 @@ def run(command: list[str | Path], folder: Path, **environment: str) -> str:
         env={**own, **environment},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1000,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
@@ -61,6 +61,7 @@ def test_a_wheel_has_every_file_of_the_package(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_demo_runs_offline_from_a_wheel(wheel, tmp_path):
     run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], tmp_path)
     python = tmp_path / "venv/bin/python"
