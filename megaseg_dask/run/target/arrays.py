@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from pathlib import PurePosixPath
 
 from megaseg_dask.algorithms.components import label_dtype
 from megaseg_dask.concurrency import map_threaded
@@ -135,6 +136,8 @@ class ImageTarget:
     def create(self, mark: dict[str, str]) -> None:
         """Create the groups, with a mark, and the empty arrays.
 
+        Arrays in a group without a mark would be another program's: after a power loss too.
+
         Raises:
             StoreError: The store failed.
         """
@@ -144,6 +147,8 @@ class ImageTarget:
                 write_group(self.labels, version, {})
             if group.is_label or not self._plan.adds_labels:
                 write_group(group.location, version, {PROVENANCE: mark})
+        self.location.sync()
+        for group in self.groups:
             self._create_arrays(group)
 
     def _create_arrays(self, group: Group, *, keeps_times: bool = False) -> None:
@@ -335,13 +340,20 @@ class Target:
         """
         first, *others = self.images
         first.create(self.mark)
-        template = first.read_metadata() if others else {}
+        if not others:
+            return
+        template = first.read_metadata()
+        of_arrays = {key for key in template if PurePosixPath(key).parent.name.isdigit()}
 
-        def copy(image: ImageTarget) -> None:
-            for key, data in template.items():
-                image.location.put(key, data)
+        def copy(image: ImageTarget, keys: Collection[str]) -> None:
+            for key in keys:
+                image.location.put(key, template[key])
 
-        map_threaded(copy, others)
+        # As those of the first: marks, and then arrays.
+        of_groups = [key for key in template if key not in of_arrays]
+        map_threaded(lambda image: copy(image, of_groups), others)
+        self.location.sync()
+        map_threaded(lambda image: copy(image, of_arrays), others)
 
     def sweep(self) -> None:
         """Remove what writers left that were killed; in a source, only what is ours."""
