@@ -9,9 +9,11 @@ import logging
 import math
 import re
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import add
 from pathlib import Path
 from typing import Any, Protocol
@@ -376,6 +378,7 @@ class BioioFile:
                 f"{install_command('import')}"
             ) from error
         self._path = path
+        self._blocks: Any = None
         with _naming(path, advice=_EXPORT):
             # By themselves they read all planes of a timepoint for one plane.
             options = {} if path.suffix.lower() == ".nd2" else {"chunk_dims": ["Y", "X"]}
@@ -405,8 +408,31 @@ class BioioFile:
     def read_plane(self, t: int, c: int, z: int, rows: slice, columns: slice) -> Array:
         """Return a part of a plane, ``(y, x)``."""
         with _naming(self._path, advice=_EXPORT):
-            lazy = self._data.data[self._order.index(t, c, z, rows, columns)]
-            return self._order.plane(np.asarray(lazy.compute(scheduler="synchronous")))
+            index = self._order.index(t, c, z, rows, columns)
+            return self._order.plane(self._read(index))
+
+    def _read(self, index: tuple[int | slice, ...]) -> Array:
+        """Return a part of the array.
+
+        The blocks of a plane are taken one by one: each index into the lazy array would walk over
+        the planes of the whole file.
+        """
+        array = self._data.data
+        if self._blocks is None:
+            self._blocks = array.to_delayed()
+        block: list[int] = []
+        inside: list[int | slice] = []
+        for place, extents in zip(index, array.chunks, strict=True):
+            stops = list(accumulate(extents))
+            number = bisect_right(stops, place) if isinstance(place, int) else 0
+            if isinstance(place, slice) and len(stops) > 1:
+                # No reader cuts planes; one that does is slow, and right.
+                return np.asarray(array[index].compute(scheduler="synchronous"))
+            block.append(number)
+            first = stops[number] - extents[number]
+            inside.append(place - first if isinstance(place, int) else place)
+        values = self._blocks[tuple(block)].compute(scheduler="synchronous")
+        return np.asarray(np.asarray(values)[tuple(inside)])
 
     def close(self) -> None:
         """Forget the file; its reader opens it for each read."""
