@@ -186,9 +186,12 @@ class LookedAt:
 
     # -- scores
 
-    def count_missing(self, volume: int, core: Box, known: Known) -> int:
+    def count_missing(self, volume: int, core: Box) -> int:
         """Return how many patches have to be predicted for a box of the target."""
         region = core.shifted(self.plan.region.start)
+        known = self.known(volume)
+        if known is None:
+            return self.plan.patch_grid.count_touching(region)
         patches = self.plan.patch_grid.iter_touching(region)
         names = (self._name(volume, known, patch) for patch in patches)
         return sum(self._memory.find_named(name) is None for name in names)

@@ -36,6 +36,8 @@ from megaseg_dask.run.tasks.proof import prove_engine
 
 # Logits of patches that are kept in memory.
 MEMORY_BYTES = 2**30
+# So long the engine waits for the first box that is looked at, before it proves itself.
+_FIRST_S = 20.0
 
 
 @dataclass
@@ -85,6 +87,7 @@ class Looking:
         self._engine: Remembering | None = None
         self._is_ready = threading.Event()
         self._is_over = threading.Event()
+        self._is_seen = threading.Event()
         self._awake = threading.Condition()
         self._work = _Work({}, {})
         self._lease: Held | None = None
@@ -135,6 +138,7 @@ class Looking:
                 yield
             finally:
                 self._is_over.set()
+                self._is_seen.set()
                 self._turns.end()
                 with self._awake:
                     self._awake.notify_all()
@@ -170,6 +174,9 @@ class Looking:
             self._is_proven = False
             self._engine = engine
             self._is_ready.set()
+            self._is_seen.wait(_FIRST_S)
+            if self._is_over.is_set():
+                return True
             certificate = prove_engine(self.plan)
             if certificate is not None and not certificate.holds:
                 is_recorded = any(journal.n_done for _, journal in self._opened)
@@ -266,6 +273,7 @@ class Looking:
         assert self._engine is not None
         run = self.runs[number]
         scores = run.predict(volume, core, known, self._engine)
+        self._is_seen.set()
         if run.lease is not None:
             for index in run.tasks_at(volume, core):
                 self._add(self._work.tasks, (number, index))

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -40,6 +41,7 @@ _CHUNK_SHAPES: Mapping[str, Shape] = {"cpu": (64, 64, 64), "cuda": (64, 128, 128
 # Of chunks that are near each other the one of fewer patches comes first: a patch counts as much
 # as so many voxels farther from the center.
 _PATCH_VOXELS = 16.0
+_GATHER_S = 0.03
 # A coarse chunk of more patches is shown as far as it is known, and not predicted.
 _MAX_PATCHES = 64
 _AXES = ("t", "c", *SPATIAL)
@@ -116,6 +118,8 @@ class WaitingList:
                 self._changed.wait_for(lambda: self._is_over or bool(self._waiting))
             if self._is_over:
                 return
+            # A view asks for many chunks at once: the first to arrive need not be the first to do.
+            time.sleep(_GATHER_S)
             # The tasks of a target wait until nobody else does.
             with self._looking.urgent():
                 while (nearest := self._take()) is not None:
@@ -351,10 +355,7 @@ class PredictedImage:
         a chunk that takes more patches.
         """
         box = self._finest_box(level, self.box(level, position))
-        known = self._run.known(volume)
-        n_patches = 0
-        if known is not None:
-            n_patches = self._run.count_missing(volume, box, known)
+        n_patches = self._run.count_missing(volume, box)
         return self._distance(box) + n_patches * _PATCH_VOXELS
 
     def _distance(self, box: Box) -> float:
