@@ -54,7 +54,8 @@ Array = NDArray[Any]
 
 # A volume of so many voxels is measured in about a second: nobody sees provisional scores of it.
 QUICK_VOXELS = 2**26
-# Of a larger one, a level or a part of so many voxels gives provisional statistics.
+# What is read at a time. Of a larger volume, a level or a part of so many voxels gives provisional
+# statistics.
 _SAMPLE_SHAPE: Shape = (64, 512, 512)
 
 
@@ -107,7 +108,8 @@ class LookedAt:
         self.journal = journal
         self.lease = lease
         self.workspace = Workspace(plan)
-        self._reading = _Reading(plan)
+        # Statistics belong to the volume, so they may be measured in smaller parts than blocks.
+        self._reading = _Reading(plan.with_block(_SAMPLE_SHAPE))
         self._memory = memory
         self._known: dict[int, Known] = {}
         self._with_work: set[int] = set()
@@ -147,7 +149,7 @@ class LookedAt:
         return Known(describe_group(plan, told))
 
     def _measure(self, volume: int, is_over: threading.Event, emit: Emit) -> list[TaskSummary]:
-        n_parts = len(self.plan.measure_grid)
+        n_parts = len(self._reading.plan.measure_grid)
         progress = StageProgress("measure", n_done=0, n_tasks=n_parts)
         summaries = []
         for number in range(n_parts):
