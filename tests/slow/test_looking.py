@@ -34,12 +34,12 @@ class Viewing:
 
     def __init__(self, process: subprocess.Popen, url: str) -> None:
         self.process = process
-        self._url = url
+        self.url = url
         scene = self.ask("scene", {})
         self.scores = scene["state"]["layers"][-1]["source"].partition("|")[0]
 
     def ask(self, name: str, question: dict) -> dict:
-        request = Request(f"{self._url}ask/{name}", json.dumps(question).encode())
+        request = Request(f"{self.url}ask/{name}", json.dumps(question).encode())
         with urlopen(request, timeout=WAIT_S) as answer:
             return json.load(answer)
 
@@ -142,9 +142,7 @@ def test_five_places_of_twenty_gigabytes_take_no_more_memory_than_one(tmp_path, 
         for z, y, x in places:
             center = {"z": z + 32, "y": y + 96, "x": x + 96}
             viewer.ask("look", {"field": "", "position": center, "pixel": 1.0})
-            for dy, dx in np.ndindex(2, 2):
-                chunk = viewer.chunk(z // 64, y // 64 + dy, x // 64 + dx)
-                assert np.ptp(chunk) > 0
+            assert np.ptp(viewer.chunk(z // 64, y // 64, x // 64)) > 0
             peaks.append(viewer.peak_bytes)
         status = viewer.ask("look", {"field": "", "position": center, "pixel": 1.0})["status"]
     assert "Provisional scores" in status
