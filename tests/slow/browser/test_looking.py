@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.fixtures.images import blobs, write_image
 from tests.slow.browser.test_view import CONTROLS
-from tests.slow.test_live import viewing
+from tests.slow.test_looking import viewing
 
 pytest.importorskip(
     "neuroglancer", reason="the viewer is an extra: pip install 'megaseg-dask[view]'"
