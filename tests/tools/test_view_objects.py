@@ -20,7 +20,7 @@ from megaseg_dask.run.job_array import record_plans
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.view.contrast import find_limits
 from megaseg_dask.tools.view.gallery import SCORES, Gallery
-from megaseg_dask.tools.view.made_arrays import Backdrop
+from megaseg_dask.tools.view.made_arrays import Backdrop, attribute_documents
 from megaseg_dask.tools.view.meshes import Meshes
 from megaseg_dask.tools.view.neuroglancer_state import state_of
 from megaseg_dask.tools.view.objects import read_objects
@@ -81,6 +81,25 @@ def test_true_labels_that_are_none_are_named(image, tmp_path):
         Gallery(str(image), truth=str(tmp_path / "none.zarr")).scene("")
     with pytest.raises(SettingsError, match="labels/nuclei"):
         Gallery(str(image), truth=str(image)).scene("")
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_true_labels_of_the_same_voxels_lie_on_the_image(image, labels, tmp_path, version):
+    path = write_image(tmp_path / "t.zarr", labels, halved(labels), axes="tzyx", version=version)
+    scene = Gallery(str(image), truth=str(path)).scene("")
+    truth = scene.layers[-1]
+    for level in (0, 1):
+        scale, offset = truth.image.transform(level)
+        assert scale == pytest.approx(scene.layers[0].image.transform(level)[0])
+        assert offset[2:] == pytest.approx((0.1 * level, 0.1 * level))
+    # It is served so, to be read by others.
+    for name, document in attribute_documents(truth.image).items():
+        (path / name).write_bytes(document)
+    served = read_image(Location.of(path))
+    assert served.transform(1) == truth.image.transform(1)
+    other = write_image(tmp_path / "o.zarr", labels[:, :5], axes="tzyx")
+    truth = Gallery(str(image), truth=str(other)).scene("").layers[-1]
+    assert truth.image.transform()[0] == (1, 1, 1, 1)
 
 
 # -- sizes and places

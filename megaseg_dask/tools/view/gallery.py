@@ -174,6 +174,7 @@ class Gallery:
             image = layers[0].location
             is_only = len(self.fields) == 1
             truth = _truth_layer(self._truth, field, image, is_only=is_only)
+            truth = replace(truth, image=_placed_as(layers[0].image, truth.image))
             others = [layer for layer in layers if layer.location != truth.location]
             layers = [*others, truth]
         if layers:
@@ -334,6 +335,32 @@ def _truth_layer(text: str, field: str, image: Location, *, is_only: bool) -> La
         listed = f"label images {', '.join(own)}" if own else "no label image"
         raise SettingsError(f"--truth {text}: {error} ({image} has {listed})") from error
     return Layer("truth", LABELS, location, labels, is_truth=True)
+
+
+def _placed_as(image: Image, labels: Image) -> Image:
+    """Return labels of the same voxels as an image with its axes and sizes.
+
+    Neuroglancer would not show labels of another unit. Labels of other voxels stay where they say.
+    """
+    if labels.volume_shape() != image.volume_shape():
+        return labels
+    scales, offsets = image.transform()
+    of = dict(zip(image.axis_names, zip(image.axes, scales, offsets, strict=True), strict=True))
+    if not set(labels.axis_names) <= set(of):
+        return labels
+    placed = [of[name] for name in labels.axis_names]
+    levels = []
+    for level in labels.levels:
+        pairs = zip(labels.levels[0].shape, level.shape, strict=True)
+        factors = [max(round(a / b), 1) for a, b in pairs]
+        scale = [one * factor for (_, one, _), factor in zip(placed, factors, strict=True)]
+        translation = [
+            offset + one * (factor - 1) / 2
+            for (_, one, offset), factor in zip(placed, factors, strict=True)
+        ]
+        levels.append(replace(level, scale=tuple(scale), translation=tuple(translation)))
+    axes = tuple(axis for axis, _, _ in placed)
+    return replace(labels, axes=axes, levels=tuple(levels), scale=(), translation=())
 
 
 def _try_read(location: Location) -> Image | None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megaseg_dask.ngff.image import SPATIAL, Image, Level, image_attributes
+from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.tools.view.gallery import Scene
 
 METADATA = "zarr.json"
@@ -15,6 +16,13 @@ def group_document(image: Image) -> bytes:
     attributes = image_attributes(replace(image, version="0.5"))
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     return json.dumps(document).encode()
+
+
+def attribute_documents(image: Image) -> dict[str, bytes]:
+    """Return the objects that hold the attributes of an image's group, as it is stored, by name."""
+    if VERSIONS[image.version].zarr_format == 3:
+        return {METADATA: group_document(image)}
+    return {".zattrs": json.dumps(image_attributes(image)).encode()}
 
 
 def array_document(

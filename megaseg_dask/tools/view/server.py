@@ -95,6 +95,7 @@ class Server:
         self.other_origins: list[str] = []
         self.pool = ThreadPoolExecutor(_READERS)
         self.published: dict[str, Location | Objects] = {}
+        self.documents: dict[str, Mapping[str, bytes]] = {}
         self._names: dict[Location | str, str] = {}
         self._token = secrets.token_urlsafe(24)
         # Nothing is logged: the addresses hold the token.
@@ -109,9 +110,14 @@ class Server:
         self.host = f"{LOOPBACK}:{sockets[0].getsockname()[1]}"
         self.url = f"http://{self.host}/{self._token}"
 
-    def publish(self, location: Location) -> str:
-        """Serve all below a location, and return its URL."""
-        return self._publish(location, location)
+    def publish(self, location: Location, documents: Mapping[str, bytes] | None = None) -> str:
+        """Serve all below a location, and return its URL.
+
+        ``documents`` are served in place of its own objects of these names.
+        """
+        url = self._publish(location, location)
+        self.documents[self._names[location]] = documents or {}
+        return url
 
     def publish_made(self, name: str, objects: Objects) -> str:
         """Serve objects that are made on request, and return the URL of their folder.
@@ -266,7 +272,11 @@ class _DataHandler(_Handler):
         published = self.server.published.get(name)
         if published is None or not lies_below(key):
             raise web.HTTPError(404)
-        reply = await self._read(published, key)
+        document = self.server.documents.get(name, {}).get(key)
+        if document is not None:
+            reply = _Reply(200, document, _BYTES)
+        else:
+            reply = await self._read(published, key)
         self.set_status(reply.status)
         for header, value in reply.headers.items():
             self.set_header(header, value)

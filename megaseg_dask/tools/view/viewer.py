@@ -21,7 +21,7 @@ import numpy as np
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.messages import install_command
 from megaseg_dask.tools.view.gallery import LABELS, SCORES, Gallery, Layer, Scene
-from megaseg_dask.tools.view.made_arrays import Backdrop
+from megaseg_dask.tools.view.made_arrays import Backdrop, attribute_documents
 from megaseg_dask.tools.view.meshes import Meshes
 from megaseg_dask.tools.view.neuroglancer_state import Urls, mesh_source, state_of
 from megaseg_dask.tools.view.objects import Floats, read_objects
@@ -110,7 +110,9 @@ class Published:
 
     def of(self, layer: Layer) -> str:
         """Return the URL of the group of a layer."""
-        return self._server.publish(layer.location)
+        # True labels lie where the image is, whatever they say.
+        documents = attribute_documents(layer.image) if layer.is_truth else None
+        return self._server.publish(layer.location, documents)
 
     def backdrop_of(self, scene: Scene) -> str:
         """Return the URL of the backdrop of a scene."""
