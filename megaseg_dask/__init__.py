@@ -7,12 +7,21 @@ other modules may change at any time.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megaseg_dask.api import Result, segment
+    from megaseg_dask.api import Result, relabel, segment
     from megaseg_dask.lazy import open_image, predict
     from megaseg_dask.models import Bundle, read_bundle
     from megaseg_dask.run.status import status
 
-__all__ = ["Bundle", "Result", "open_image", "predict", "read_bundle", "segment", "status"]
+__all__ = [
+    "Bundle",
+    "Result",
+    "open_image",
+    "predict",
+    "read_bundle",
+    "relabel",
+    "segment",
+    "status",
+]
 
 # Importing all of them takes a second, so each comes with its first use.
 _MODULES = {
@@ -21,6 +30,7 @@ _MODULES = {
     "open_image": "megaseg_dask.lazy",
     "predict": "megaseg_dask.lazy",
     "read_bundle": "megaseg_dask.models",
+    "relabel": "megaseg_dask.api",
     "segment": "megaseg_dask.api",
     "status": "megaseg_dask.run.status",
 }

@@ -1,6 +1,6 @@
-"""What Python users call: `segment`, its progress in a notebook, and what its result gives.
+"""What Python users call: `segment`, `relabel`, progress in a notebook, and what a result gives.
 
-The keywords of `segment` are the declared settings: its signature and its help are made from them.
+Their keywords are the declared settings: signatures and help are made from them.
 """
 
 import os
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from megaseg_dask import events
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.events import Emit, Event, Progress, Step
-from megaseg_dask.messages import failed_text, left_text, stage_phrase
+from megaseg_dask.messages import failed_text, left_text, nearest, stage_phrase
 from megaseg_dask.plan.plan import Plan
+from megaseg_dask.plan.relabelling import RESULT, WORK
 from megaseg_dask.plan.settings import Settings, parse_settings
 from megaseg_dask.plan.signature import with_settings
+from megaseg_dask.run.runner import relabel as run_relabel
 from megaseg_dask.run.runner import segment as run_segment
 from megaseg_dask.run.status import recorded_plans
 
@@ -119,8 +121,12 @@ def segment(
     parsed = parse_settings({"model": model, **settings})
     emit = _emit_in_notebook(progress)
     result = run_segment(_address(source), str(target), parsed, client=client, emit=emit)
+    return _with_data(result, parsed.label_name)
+
+
+def _with_data(result: events.Result, label_name: str) -> Result:
     values = {field.name: getattr(result, field.name) for field in fields(result)}
-    return Result(**values, label_name=parsed.label_name)
+    return Result(**values, label_name=label_name)
 
 
 def _address(source: object) -> str:
@@ -135,6 +141,41 @@ def _address(source: object) -> str:
 
 
 with_settings(segment, Settings.model_fields)
+
+
+# -- labelling again
+
+
+_OF_RELABEL = (*RESULT, *WORK)
+
+
+def relabel(
+    target: str | Path,
+    *,
+    label_name: str,
+    client: Any = None,
+    progress: bool | None = None,
+    **settings: Any,
+) -> Result:
+    """Label again what a run on ``target`` predicted, as ``megaseg relabel`` does; no network runs.
+
+    The labels are written as ``label_name``, beside those of the run. Settings that are not given
+    are those of the run; of the outputs, labels alone. ``client`` and ``progress`` are those of
+    ``segment``.
+
+    Raises:
+        MegasegError: The request cannot be carried out.
+    """
+    for name in settings:
+        if name not in _OF_RELABEL:
+            raise SettingsError(f"relabel() does not take {name}{nearest(name, _OF_RELABEL)}")
+    parsed = parse_settings({"label_name": label_name, **settings})
+    emit = _emit_in_notebook(progress)
+    result = run_relabel(str(target), parsed, client=client, emit=emit)
+    return _with_data(result, label_name)
+
+
+with_settings(relabel, _OF_RELABEL, has_defaults=False)
 
 # -- progress in a notebook
 

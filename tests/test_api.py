@@ -82,6 +82,28 @@ def test_a_result_without_measurements_says_how_to_get_them(source, options, tmp
         _ = result.labels
 
 
+# -- labelling again
+
+
+def test_labels_are_made_again_with_data_of_their_own(result, source, options, tmp_path):
+    megaseg_dask.segment(source, tmp_path / "out.zarr", **options)
+    outputs = "labels,measurements"
+    again = megaseg_dask.relabel(
+        tmp_path / "out.zarr", label_name="again", threshold=0.6, outputs=outputs, workers=0
+    )
+    assert isinstance(again, megaseg_dask.Result)
+    assert int(again.labels.max()) == again.n_objects == len(again.table)
+    assert again.table.volume_voxels.sum() == int((again.labels > 0).sum()) > 0
+    with pytest.raises(SettingsError, match="does not take treshold; did you mean threshold"):
+        megaseg_dask.relabel(tmp_path / "out.zarr", label_name="b", treshold=0.4)
+    with pytest.raises(SettingsError, match="does not take overlap"):
+        megaseg_dask.relabel(tmp_path / "out.zarr", label_name="b", overlap=0.5)
+    parameters = inspect.signature(megaseg_dask.relabel).parameters
+    assert parameters["threshold"].default is ...
+    assert "overlap" not in parameters
+    assert f"    min_size: {declared('min_size').help}" in inspect.getdoc(megaseg_dask.relabel)
+
+
 # -- arrays
 
 

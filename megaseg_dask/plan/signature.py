@@ -10,8 +10,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from megaseg_dask.plan.settings import Settings, declared
 
 
-def with_settings(function: Callable[..., Any], names: Iterable[str]) -> None:
-    """Give a function the signature and the help of some settings, in place of ``**settings``."""
+def with_settings(
+    function: Callable[..., Any], names: Iterable[str], *, has_defaults: bool = True
+) -> None:
+    """Give a function the signature and the help of some settings, in place of ``**settings``.
+
+    Without defaults of its own, a setting that is not given is shown as ``...``.
+    """
     signature = inspect.signature(function)
     own = {
         name: parameter
@@ -19,21 +24,23 @@ def with_settings(function: Callable[..., Any], names: Iterable[str]) -> None:
         if parameter.kind is not parameter.VAR_KEYWORD
     }
     added = [name for name in names if name not in own]
-    parameters = [*own.values(), *map(_parameter, added)]
+    parameters = list(own.values())
+    for name in added:
+        default = Settings.model_fields[name].default if has_defaults else ...
+        parameters.append(_parameter(name, default))
     lines = [f"    {name}: {declared(name).help}" for name in added]
     head, raises, tail = inspect.getdoc(function).partition("Raises:\n")  # type: ignore[union-attr]
     function.__doc__ = "\n".join([head.rstrip(), "", "Settings:", *lines, "", raises + tail])
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
 
-def _parameter(name: str) -> inspect.Parameter:
+def _parameter(name: str, default: object) -> inspect.Parameter:
     """Return a setting as a keyword; each one also takes the text of the command line."""
-    field = Settings.model_fields[name]
-    annotation = _plain(field.annotation)
+    annotation = _plain(Settings.model_fields[name].annotation)
     if annotation is not bool:
         annotation = str | annotation
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
 
 
