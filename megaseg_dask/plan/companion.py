@@ -153,8 +153,8 @@ def _only_label(image: Location, parent: Location) -> Location:
 def one_image(location: Location) -> SourceError:
     """Return the error of one image that is given for several fields of a plate."""
     return SourceError(
-        f"{location} is one image; a plate needs a plate of masks or the name of a label image in "
-        "each field"
+        f"{location} is one image; a plate needs a plate of label images, or the name of a label "
+        "image in each field"
     )
 
 

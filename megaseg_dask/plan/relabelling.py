@@ -14,7 +14,7 @@ from megaseg_dask.plan.companion import Companion, find_companion
 from megaseg_dask.plan.memory import LEAST_SPLIT_VOXELS
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.planner import choose_split, memory_of, padded_voxels, require_memory
-from megaseg_dask.plan.resolved import Automatic, Basis, split_depth_of, threshold_of
+from megaseg_dask.plan.resolved import Automatic, Basis, Resolved, split_depth_of, threshold_of
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.stores import Location
 
@@ -136,17 +136,25 @@ def can_be_basis(earlier: Plan) -> bool:
     return is_kept and not earlier.adds_labels
 
 
-def can_relabel(earlier: Plan, names: Collection[str], threshold: object) -> bool:
-    """Return whether options that differ from those of a run need no new prediction."""
-    needs_logits = isinstance(threshold, str) and "threshold" in names
+def outputs_again(resolved: Resolved) -> tuple[str, ...]:
+    """Return the outputs of a run that are made of its scores."""
+    return tuple(output for output in resolved.outputs if output != "scores")
+
+
+def can_relabel(earlier: Plan, new: Plan) -> bool:
+    """Return whether what a plan asks for can be made of what an earlier run on its target kept."""
+    before = earlier.determinants
+    names = {name for name, value in new.determinants.items() if before.get(name) != value}
+    names |= before.keys() - new.determinants.keys()
+    # They follow from --regions.
+    names -= {"digest of regions"}
+    needs_logits = isinstance(new.resolved.threshold, Automatic)
     if not can_be_basis(earlier) or (needs_logits and not earlier.resolved.keep_logits):
         return False
-    return bool(names) and set(names) <= set(RESULT) - {
-        "label_name",
-        "outputs",
-        "table",
-        "regions",
-    }
+    if not names <= set(RESULT) - {"label_name"}:
+        return False
+    more = set(outputs_again(new.resolved)) - set(earlier.resolved.outputs)
+    return bool(outputs_again(new.resolved)) and (names != {"outputs"} or bool(more))
 
 
 def _merge(earlier: Plan, settings: Settings) -> Settings:

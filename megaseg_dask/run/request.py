@@ -326,10 +326,14 @@ class Relabelling:
         """Return the plans, each with that of an earlier attempt."""
         recorded = RunFolder.plans(self._target)
         predicted = [plan for plan in recorded if plan.resolved.predicts()]
+        if not recorded and not self._target.exists():
+            raise TargetError(
+                f"{self._target} does not exist{self._target.hint()}; give the TARGET of a run of "
+                "megaseg segment"
+            )
         if not predicted:
             raise TargetError(
-                f"no run is recorded at {runs_folder(self._target)}{self._target.hint()}; "
-                "start one with megaseg segment"
+                f"no run is recorded at {runs_folder(self._target)}; start one with megaseg segment"
             )
         require_new_name(self._settings, {plan.resolved.label_name for plan in predicted})
         kept = [plan for plan in predicted if can_be_basis(plan)]

@@ -221,7 +221,7 @@ def test_a_plate_takes_its_regions_from_a_plate_and_never_from_one_image(
         "table": "csv",
     }
     one = str(cells / "A/1/0/labels/all")
-    with pytest.raises(SettingsError, match="is one image; a plate needs a plate of masks"):
+    with pytest.raises(SettingsError, match="is one image; a plate needs a plate of label images"):
         segment_here(str(plate), str(target), parse_settings({**options, "regions": one}))
     assert not target.exists()
     settings = parse_settings({**options, "regions": str(cells / "all")})
@@ -229,5 +229,5 @@ def test_a_plate_takes_its_regions_from_a_plate_and_never_from_one_image(
     table = pandas.read_csv(tmp_path / "out.zarr.regions.csv")
     assert table.label.tolist() == [1, 2]
     again = {"label_name": "again", "workers": 0, "outputs": "labels,measurements", "regions": one}
-    with pytest.raises(SettingsError, match="is one image; a plate needs a plate of masks"):
+    with pytest.raises(SettingsError, match="is one image; a plate needs a plate of label images"):
         relabel(str(target), parse_settings(again))

@@ -16,6 +16,7 @@ from megaseg_dask.cli.app import build_app, main
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.events import Notice, ignore
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.job_array import record_plans
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.runner import relabel
 from megaseg_dask.run.status import status
@@ -114,8 +115,11 @@ def test_automatic_thresholds_come_from_kept_logits(block, run, again, tmp_path)
         assert again("out.zarr", method, threshold=method)[1].already_done
         new = run(f"{method}.zarr", block=block, threshold=method)
         assert_array_equal(found[f"labels/{method}/0"][...], new["labels/megaseg/0"][...])
-        threshold = found[f"labels/{method}"].attrs["megaseg"]["threshold"]
-        assert threshold == new["labels/megaseg"].attrs["megaseg"]["threshold"]
+        [threshold] = found[f"labels/{method}"].attrs["megaseg"]["threshold"]
+        assert [threshold] == new["labels/megaseg"].attrs["megaseg"]["threshold"]
+        assert threshold["unit"] == "logit"
+        score = 1 / (1 + np.exp(-threshold["threshold"]))
+        assert threshold["score"] == pytest.approx(score, abs=1e-6)
 
 
 def test_automatic_thresholds_need_kept_logits(run, again):
@@ -361,6 +365,8 @@ def test_wrong_requests_write_nothing(run, again, source, tmp_path):
         relabel(str(tmp_path / "out.zarr"), parse_settings({"threshold": 0.6}))
     with pytest.raises(TargetError, match="no run is recorded"):
         again("image.zarr")
+    with pytest.raises(TargetError, match=r"does not exist \(out.zarr is there\); give the TARGET"):
+        again("ut.zarr")
     run("labels.zarr", outputs="labels")
     with pytest.raises(SettingsError, match="kept neither scores nor logits"):
         again("labels.zarr", threshold=0.6)
@@ -390,6 +396,36 @@ def test_segment_names_the_command_and_the_command_works(run, tmp_path, capsys):
     assert_array_equal(found["labels/strict/0"][...], new["labels/megaseg/0"][...])
     with pytest.raises(TargetError) as refused:
         run("out.zarr", min_size=5, threshold="otsu")
+    assert "relabel" not in str(refused.value)
+
+
+def test_segment_names_the_command_for_measurements_that_were_forgotten(run, again, tmp_path):
+    run("out.zarr")
+    measured = {"outputs": "labels,scores,measurements"}
+    with pytest.raises(TargetError, match="only --outputs differs") as refused:
+        run("out.zarr", **measured)
+    assert str(refused.value).endswith("--label-name NEW --outputs labels,measurements")
+    again("out.zarr", outputs="labels,measurements")
+    run("new.zarr", **measured)
+    names = ("out.zarr.again", "new.zarr")
+    found, expected = (
+        pq.read_table(tmp_path / f"{name}.measurements.parquet").to_pydict() for name in names
+    )
+    assert found == expected
+    # The table is asked for again, though it does not differ.
+    with pytest.raises(TargetError, match=r"--threshold 0.6 --outputs|--outputs .*--threshold 0.6"):
+        run("new.zarr", threshold=0.6, **measured)
+    for less in ("labels", "scores"):
+        with pytest.raises(TargetError) as refused:
+            run("out.zarr", outputs=less)
+        assert "relabel" not in str(refused.value)
+
+
+def test_nothing_is_named_that_an_unfinished_run_cannot_do(run, source, tmp_path, tiny_bundle):
+    options = {"model": str(tiny_bundle), **OPTIONS, "block": MANY}
+    record_plans(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
+    with pytest.raises(TargetError, match="belongs to another run") as refused:
+        run("out.zarr", block=MANY, threshold=0.6)
     assert "relabel" not in str(refused.value)
 
 

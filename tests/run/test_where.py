@@ -316,7 +316,9 @@ def test_a_plate_takes_its_masks_from_a_plate_and_never_from_one_image(
         segment_in(masks)
     one = masks / "A/1/0/labels/strict"
     for where in (one, one / "0", masks / "A/1/0"):
-        with pytest.raises(SettingsError, match="is one image; a plate needs a plate of masks"):
+        with pytest.raises(
+            SettingsError, match="is one image; a plate needs a plate of label images"
+        ):
             segment_in(where)
     with pytest.raises(SettingsError, match="A/1/0 has no label image strick; it has strict, loo"):
         segment_in(masks / "strick")

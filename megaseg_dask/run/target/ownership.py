@@ -13,7 +13,7 @@ from megaseg_dask.ngff.group import PROVENANCE, find_attributes, require_version
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Plan
-from megaseg_dask.plan.relabelling import can_relabel
+from megaseg_dask.plan.relabelling import RESULT, can_relabel, outputs_again
 from megaseg_dask.plan.settings import option_text
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.target.arrays import ImageTarget, Target, folders
@@ -206,17 +206,24 @@ def _relabelling(plan: Plan, recorded: Plan) -> str:
     if Journal.read(recorded).result is None:
         # Labels of a part of the scores are not what is asked for.
         return ""
-    new = plan.determinants
-    names = [name for name, value in recorded.determinants.items() if new.get(name) != value]
-    if not can_relabel(recorded, names, new["threshold"]):
+    if not can_relabel(recorded, plan):
         return ""
+    options = plan.resolved.options()
+    before = recorded.resolved.options()
+    names = [name for name in RESULT if options[name] != before[name]]
+    outputs = outputs_again(plan.resolved)
+    given = set(names) - {"outputs"}
+    if outputs != ("labels",):
+        # Labels alone, if none are given.
+        given.add("outputs")
+    settings = plan.resolved.as_settings(plan.settings).model_copy(update={"outputs": outputs})
     command = command_line(
         "relabel",
         plan.target,
         "--label-name",
         "NEW",
-        settings=plan.resolved.as_settings(plan.settings),
-        options=names,
+        settings=settings,
+        options=given,
         repeats_defaults=True,
     )
     differing = " and ".join(map(option_text, names))

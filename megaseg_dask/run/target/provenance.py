@@ -6,6 +6,7 @@ complete its groups carry a mark in the place of the provenance.
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -171,7 +172,10 @@ def _per_channel(volumes: Sequence[Measured], *names: str) -> list[Json]:
 
 
 def _thresholds(outputs: Sequence[str], volumes: Sequence[Measured]) -> list[Json]:
-    """Return the threshold of each output of each volume; ``None`` where none was found."""
+    """Return the threshold of each output of each volume; ``None`` where none was found.
+
+    It is a logit: labels are where the blended logit is above it. The score says what that means.
+    """
     rows = []
     for planned, state in volumes:
         for number, name in enumerate(outputs):
@@ -179,7 +183,10 @@ def _thresholds(outputs: Sequence[str], volumes: Sequence[Measured]) -> list[Jso
             if len(outputs) > 1:
                 row["output"] = name
             known = state.output(number) if state else OutputState()
-            row["threshold"] = known.threshold
+            row |= {"threshold": known.threshold, "unit": "logit", "score": None}
+            if known.threshold is not None:
+                # Rounded, so that it is the same on every machine.
+                row["score"] = round(0.5 * (1 + math.tanh(known.threshold / 2)), 6)
             rows.append(row)
     return rows
 
