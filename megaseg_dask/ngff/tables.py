@@ -49,6 +49,7 @@ _OF_PLACE = {
     "well": "string",
     "field": "string",
     "timepoint": "int32",
+    "source_timepoint": "int32",
     "channel": "int32",
     "channel_name": "string",
     "output": "string",
@@ -104,6 +105,9 @@ def run_schema(forms: Sequence[Form]) -> pa.Schema:
 class Place:
     """The volume whose objects some rows describe; a plain image has no plate, well and field.
 
+    ``timepoint`` is that of the label image, ``source_timepoint`` that of the source: they differ
+    where only some timepoints were segmented.
+
     Channels go by index in their image, and have names: fields may list them in another order.
     ``output`` is the output of the network, if it has several.
     """
@@ -115,6 +119,7 @@ class Place:
     field: str | None = None
     channel_name: str | None = None
     output: str | None = None
+    source_timepoint: int = 0
 
 
 def write_rows(

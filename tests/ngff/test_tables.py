@@ -3,7 +3,7 @@
 One Parquet file for a run, and a feature table that ngio reads beside the labels.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas
@@ -33,7 +33,7 @@ from tests.fixtures.images import blobs, write_image
 SCALE = {"z": 0.5, "y": 0.25, "x": 0.25}
 
 COLUMNS = """
-plate:string well:string field:string timepoint:int32
+plate:string well:string field:string timepoint:int32 source_timepoint:int32
 channel:int32 channel_name:string output:string
 label:int64 volume_voxels:int64 volume_um3:double
 centroid_z:double centroid_y:double centroid_x:double
@@ -66,7 +66,7 @@ def rows_of(volumes) -> dict:
     expected: dict = {name: [] for name in RUN_SCHEMA.names}
     for place, columns in volumes:
         n = len(columns["label"])
-        for name in ("plate", "well", "field", "timepoint", "channel", "channel_name", "output"):
+        for name in asdict(place):
             expected[name] += [getattr(place, name)] * n
         for name, values in columns.items():
             expected[name] += values.tolist()
@@ -86,7 +86,8 @@ VOLUMES = [
 
 def test_the_columns_never_change():
     assert [f"{field.name}:{field.type}" for field in RUN_SCHEMA] == COLUMNS
-    assert [f"{field.name}:{field.type}" for field in IMAGE_SCHEMA] == [*COLUMNS[3:6], *COLUMNS[7:]]
+    in_image = [COLUMNS[3], *COLUMNS[5:7], *COLUMNS[8:]]
+    assert [f"{field.name}:{field.type}" for field in IMAGE_SCHEMA] == in_image
     assert [field.name for field in RUN_SCHEMA if field.nullable] == [
         "plate",
         "well",

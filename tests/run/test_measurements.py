@@ -1,5 +1,7 @@
 """The tables of a run: exact at any block, equal to scikit-image's, read by pandas and ngio."""
 
+import json
+
 import numpy as np
 import pandas
 import pyarrow.parquet as pq
@@ -174,3 +176,16 @@ def test_somebody_elses_table_is_left_alone(run, tmp_path):
     group.attrs.put({"type": "feature_table"})
     with pytest.raises(TargetError, match="did not write"):
         run(source, "out.zarr", overwrite=True)
+
+
+def test_a_row_says_which_timepoint_of_the_source_it_is_of(run, tmp_path):
+    frames = np.stack([blobs(SHAPE, seed=t) for t in range(3)])
+    source = write_image(tmp_path / "image.zarr", frames, axes="tzyx", scale=SCALE)
+    table = run(source, "out.zarr", time="1:3", roi="2:22,5:45,10:60")
+    rows = table.to_pydict()
+    # The target begins at the first timepoint that was segmented, and so do its labels.
+    assert set(zip(rows["timepoint"], rows["source_timepoint"], strict=True)) == {(0, 1), (1, 2)}
+    origin = {"t": 1, "z": 2, "y": 5, "x": 10}
+    assert json.loads(table.schema.metadata[b"origin"]) == origin
+    in_image = zarr.open_group(tmp_path / "out.zarr/tables/megaseg", mode="r")
+    assert in_image.attrs["megaseg"]["origin"] == origin

@@ -166,14 +166,14 @@ def _write_tables(target: Target, missing_boxes: Sequence[Json], kind: _Kind) ->
     others = [other for other in _other_plans(target) if kind in _kinds(other)]
     rows = chain(_rows_of_others(others, kind), _rows(plan, outputs, kind))
     schema = run_schema([kind.form(each) for each in (plan, *others)])
-    lacks = {"missing_boxes": json.dumps(missing_boxes)}
-    write_rows(table.parent, table.basename, rows, schema=schema.with_metadata(lacks))
+    told = {"missing_boxes": json.dumps(missing_boxes), "origin": json.dumps(_origin(plan))}
+    write_rows(table.parent, table.basename, rows, schema=schema.with_metadata(told))
     # Fields that were measured before are in it too: a table of the other form would lack some.
     kind.remove_files(plan, [form for form in _FORMS if form != plan.resolved.table])
     of_group: dict[Location, list[Output]] = defaultdict(list)
     for output in outputs:
         of_group[target.array("labels", output).location.parent].append(output)
-    made_by = {"megaseg-dask": version_of("megaseg-dask"), **_model(plan)}
+    made_by = {"megaseg-dask": version_of("megaseg-dask"), **_model(plan), "origin": _origin(plan)}
 
     def write(image: ImageTarget) -> None:
         lacks = [box for box in missing_boxes if box.get("image", "") == image.path]
@@ -225,6 +225,11 @@ def are_whole(target: Target) -> bool:
         # Metadata are damaged.
         return False
     return all(map(has_ends, plan.tables))
+
+
+def _origin(plan: Plan) -> dict[str, int]:
+    """Return the place in the source of the first timepoint and voxel: all places count from it."""
+    return {"t": plan.times.start, **dict(zip("zyx", plan.region.start, strict=True))}
 
 
 def _model(plan: Plan) -> dict[str, str]:
@@ -287,6 +292,7 @@ def _place(plan: Plan, image: str, timepoint: int, channel: int, output: int) ->
         channel,
         channel_name=plan.channel_name(image, channel),
         output=names[output] if len(names) > 1 else None,
+        source_timepoint=plan.times.start + timepoint,
     )
     if plan.plate is None:
         return place
