@@ -21,7 +21,7 @@ Boxes = NDArray[np.int64]
 Parts = NDArray[np.int32]
 
 # Peak of splitting one object per voxel of its padded box: sorting the distances twice. Measured;
-# `tests/run/test_splitting.py` compares whole tasks with it.
+# `tests/run/test_memory.py` compares whole tasks with it.
 SPLIT_BYTES = 128
 
 # A distance is rounded to float32 before it is compared.

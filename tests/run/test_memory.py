@@ -1,6 +1,11 @@
 """Promise 7: what a worker needs at its peak stays below what the plan projects."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,3 +118,60 @@ def test_large_chunks_of_the_source_are_part_of_the_projection(tmp_path, tiny_bu
         [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), options)
         projected[chunks[0]] = plan.projected_bytes["segment"]
     assert projected[32] - projected[16] == image.nbytes - 10 * 16 * 32 * 32 * 2
+
+
+# Touching balls that fill one object, in a process of its own; an engine that costs nothing.
+SPLITTING = """
+import json
+import sys
+
+import numpy as np
+
+from megaseg_dask.inference import certificate
+from megaseg_dask.inference.openvino import OpenVinoEngine
+from megaseg_dask.plan.memory import IDLE_BYTES
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.request import plan_runs
+from megaseg_dask.run.runner import segment
+from tests.fixtures.images import write_image
+
+OpenVinoEngine.__call__ = lambda self, patches: patches
+certificate.MIN_DICE = 0
+certificate.MAX_DIFFERENCE = dict.fromkeys(certificate.MAX_DIFFERENCE, np.inf)
+
+if __name__ == "__main__":
+    folder, block = sys.argv[1:]
+    z, y, x = np.ogrid[:60, :242, :300]
+    image = sum(np.sin(axis * np.pi / 20) ** 2 for axis in (z, y, x)) > 0.9
+    noise = np.random.default_rng(0).random(image.shape) < 0.9
+    image = np.pad((image & noise) * np.uint16(1000), 2)
+    source = write_image(f"{folder}/image.zarr", image, scale={"z": 0.3, "y": 0.2, "x": 0.2})
+    options = {"model": "starter", "workers": 0, "overlap": 0, "block": block, "outputs": "labels"}
+    split = {"split": "distance", "split_depth": 0.1, "memory": "2GB"}
+    settings = parse_settings({**options, **split})
+    [(plan, _)] = plan_runs(source, f"{folder}/out.zarr", settings)
+    result = segment(source, f"{folder}/out.zarr", settings)
+    assert result.n_objects > 1000 and not result.warnings, result
+    print(json.dumps({
+        "peaks": result.peak_bytes,
+        "projected": {s.name: plan.projected(s) - IDLE_BYTES for s in plan.stages},
+        "share": image.size / plan.split_voxels,
+    }))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["32,128,304", "64,246,304"])
+def test_splitting_a_large_object_stays_below_the_projection(block, tmp_path):
+    script = tmp_path / "splitting.py"
+    script.write_text(SPLITTING)
+    command = [sys.executable, str(script), str(tmp_path), block]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    # The box is nearly as large as one may be.
+    assert 0.5 < found["share"] <= 1
+    # An idle process is smaller than a worker is projected: what it holds is not counted here.
+    idle = found["peaks"].get("seams", 150e6)
+    for name in {"split", "rank", "relabel", "volume"} & found["peaks"].keys():
+        assert found["peaks"][name] - idle <= found["projected"][name], (name, found)
