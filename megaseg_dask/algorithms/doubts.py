@@ -30,14 +30,18 @@ class ObjectSizes:
     """What the sizes of all objects of a volume say, in voxels.
 
     ``foreground`` counts the voxels of all objects, also of those that are dropped; ``largest`` is
-    the largest object, ``n_specks`` how many are specks, and ``n_near`` how many have less than
-    twice the least size.
+    the largest object, ``n_specks`` how many are specks and ``in_specks`` their voxels, and
+    ``n_near`` how many have less than twice the least size. ``others`` are the voxels of the
+    objects that are neither specks nor the largest, and ``typical`` is the median of their sizes.
     """
 
     foreground: int = 0
     largest: int = 0
     n_specks: int = 0
+    in_specks: int = 0
     n_near: int = 0
+    others: int = 0
+    typical: int = 0
 
     @classmethod
     def of(cls, ids: Array, sizes: Array, min_size: int) -> "ObjectSizes":
@@ -47,11 +51,19 @@ class ObjectSizes:
             part = slice(start, start + _BATCH)
             np.add.at(total, ids[part], sizes[part])
         kept = total[1:]
+        is_speck = kept < SPECK_VOXELS
+        is_other = ~is_speck
+        if len(kept):
+            is_other[kept.argmax()] = False
+        others = kept[is_other]
         return cls(
             foreground=int(total.sum()),
             largest=int(kept.max(initial=0)),
-            n_specks=int((kept < SPECK_VOXELS).sum()),
+            n_specks=int(is_speck.sum()),
+            in_specks=int(kept[is_speck].sum()),
             n_near=int((kept < 2 * min_size).sum()),
+            others=int(others.sum()),
+            typical=int(np.median(others)) if len(others) else 0,
         )
 
 

@@ -19,10 +19,16 @@ from megaseg_dask.run.state import ChannelStatistics, OutputState
 # Volumes that are named; all are counted.
 _MAX_NAMED = 10
 
-# One object has more than this share of the foreground.
+# One object has more than this share of the foreground, and is so many times as large as the
+# others are on the median. Where they have less than their share, it is a network or a sheet.
 _LARGEST_SHARE = 0.5
-# So many specks, or objects near the least size, and most of all objects.
-_MIN_SPECKS = 100
+_TIMES_LARGER = 16
+_OTHERS_SHARE = 0.1
+# So many specks, and most of all objects. Where they have more than this share of the foreground,
+# the structure itself is small.
+_MIN_SPECKS = 20
+_SPECKS_SHARE = 0.05
+# So many objects near the least size, and most of all objects.
 _MIN_NEAR = 20
 # Scores at which an automatic threshold is far from 0.5.
 _THRESHOLDS = (0.05, 0.95)
@@ -102,6 +108,9 @@ def _one_object(facts: Facts) -> _Reason | None:
     sizes = facts.output.sizes
     if sizes is None or sizes.largest <= _LARGEST_SHARE * sizes.foreground:
         return None
+    is_network = sizes.others < _OTHERS_SHARE * sizes.foreground
+    if is_network or sizes.largest < _TIMES_LARGER * sizes.typical:
+        return None
     advice = "if it should be several, --split distance takes it apart"
     option = "--split distance"
     if facts.is_split:
@@ -111,7 +120,12 @@ def _one_object(facts: Facts) -> _Reason | None:
         advice = "if it should be several, try a higher --threshold"
         option = ""
     share = sizes.largest / sizes.foreground
-    return _Reason("one object", f"one object holds {share:.0%} of the foreground", advice, option)
+    times = sizes.largest / sizes.typical
+    text = (
+        f"one object holds {share:.0%} of the foreground, and is {times:.0f} times as large as most "
+        "others"
+    )
+    return _Reason("one object", text, advice, option)
 
 
 def _specks(facts: Facts) -> _Reason | None:
@@ -121,9 +135,13 @@ def _specks(facts: Facts) -> _Reason | None:
         return None
     if sizes.n_specks < _MIN_SPECKS or 2 * sizes.n_specks <= n_objects:
         return None
+    share = sizes.in_specks / sizes.foreground
+    if share >= _SPECKS_SHARE:
+        return None
     return _Reason(
         "specks",
-        f"{sizes.n_specks} of {n_objects} objects have fewer than {SPECK_VOXELS} voxels",
+        f"{sizes.n_specks} of {n_objects} objects have fewer than {SPECK_VOXELS} voxels, and hold "
+        f"{share:.1%} of the foreground",
         f"--min-size {SPECK_VOXELS} or more drops them",
         f"--min-size {SPECK_VOXELS}",
     )

@@ -1,5 +1,7 @@
 """Sums that tell whether a segmentation can be believed, against NumPy on all voxels."""
 
+from statistics import median
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,11 +23,16 @@ def test_sizes_are_those_of_whole_objects(fragments, min_size):
     found = np.unique(ids[ids > 0])
     ids = np.where(ids > 0, np.searchsorted(found, ids) + 1, 0).astype(np.uint32)
     of_objects = [int(sizes[ids == label].sum()) for label in range(1, len(found) + 1)]
+    specks = [size for size in of_objects if size < SPECK_VOXELS]
+    others = sorted(size for size in of_objects if size >= SPECK_VOXELS)[:-1]
     assert ObjectSizes.of(ids, sizes, min_size) == ObjectSizes(
         foreground=int(sizes.sum()),
         largest=max(of_objects, default=0),
-        n_specks=sum(size < SPECK_VOXELS for size in of_objects),
+        n_specks=len(specks),
+        in_specks=sum(specks),
         n_near=sum(size < 2 * min_size for size in of_objects),
+        others=sum(others),
+        typical=int(median(others)) if others else 0,
     )
 
 

@@ -21,7 +21,15 @@ SOUND = Facts(
     is_measured=True,
     output=OutputState(
         n_objects=50,
-        sizes=ObjectSizes(foreground=20_000, largest=900, n_specks=4, n_near=3),
+        sizes=ObjectSizes(
+            foreground=20_000,
+            largest=900,
+            n_specks=4,
+            in_specks=100,
+            n_near=3,
+            others=19_000,
+            typical=400,
+        ),
         threshold=-0.3,
         bimodality=0.95,
         n_above=20_000,
@@ -33,7 +41,7 @@ SOUND = Facts(
 
 
 def test_voxels_of_unknown_size_are_not_advised_to_be_split():
-    large = changed(sizes=ObjectSizes(foreground=20_000, largest=15_000, n_specks=4, n_near=3))
+    large = changed(sizes=replace(SOUND.output.sizes, largest=15_000, others=4_900))
     [doubt] = find_doubts([large])
     assert (doubt.about, doubt.option) == ("one object", "--split distance")
     [doubt] = find_doubts([replace(large, has_size=False)])
@@ -52,13 +60,13 @@ CASES = {
         "--channel",
     ),
     "one object": (
-        changed(sizes=replace(SOUND.output.sizes, largest=15_000)),
-        "one object holds 75% of the foreground",
+        changed(sizes=replace(SOUND.output.sizes, largest=15_000, others=4_900)),
+        "one object holds 75% of the foreground, and is 38 times as large as most others",
         "--split distance",
     ),
     "specks": (
-        changed(n_objects=1000, sizes=replace(SOUND.output.sizes, n_specks=900)),
-        "900 of 1000 objects have fewer than 64 voxels",
+        changed(n_objects=1000, sizes=replace(SOUND.output.sizes, n_specks=900, in_specks=900)),
+        "900 of 1000 objects have fewer than 64 voxels, and hold 4.5% of the foreground",
         "--min-size",
     ),
     "small objects": (
@@ -90,6 +98,25 @@ def test_each_case_has_its_line(about):
     assert text in doubt.text
     assert advice in doubt.advice
     assert not doubt.option or doubt.option.split()[0] in doubt.advice
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # A network: beside it there is next to nothing.
+        {"largest": 19_000, "others": 900, "typical": 100},
+        # A few objects of about one size.
+        {"largest": 11_000, "others": 9_000, "typical": 9_000},
+        # Puncta are small themselves.
+        {"n_specks": 50, "in_specks": 18_000, "largest": 60, "others": 0, "typical": 0},
+        # A few specks.
+        {"n_specks": 19, "in_specks": 200},
+    ],
+)
+def test_structures_that_are_one_or_small_have_no_doubt(sizes):
+    n_objects = max(sizes.get("n_specks", 0), 30)
+    facts = changed(n_objects=n_objects, sizes=replace(SOUND.output.sizes, **sizes))
+    assert find_doubts([facts]) == []
 
 
 def test_statistics_of_other_voxels_tell_nothing_of_noise():
