@@ -1,6 +1,7 @@
 """How often each word of doubt is wrong, on simulations with their truth, real stacks and noise.
 
-    python -m benchmarks.doubts [--data FOLDER] [--synthetic FOLDER]
+    python -m benchmarks.doubts volumes [--data FOLDER] [--synthetic FOLDER]
+    python -m benchmarks.doubts plates
 
 Each image is predicted once with ``starter``, and the rules of ``megaseg_dask/run/doubts.py`` are
 asked about several results of it: a threshold of 0.5, one of Otsu's, and 0.5 with several
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tifffile
 from scipy.ndimage import gaussian_filter
 from skimage.filters import threshold_otsu
 
@@ -33,7 +33,6 @@ from megaseg_dask.inference.block import Engine
 from megaseg_dask.models.registry import load
 from megaseg_dask.run.doubts import Facts, find_doubts
 from megaseg_dask.run.state import ChannelStatistics, OutputState
-from starter.compare import LAMIN
 from starter.simulation import KINDS, simulate
 
 SHAPE = (32, 128, 128)
@@ -47,7 +46,7 @@ USEFUL_DICE = 0.5
 GAIN = 0.02
 
 # Plates: kinds of structures, and fields on a side of one image.
-PLATES = ("puncta", "vesicles", "shells", "nuclei", "network", "junctions", "tubes", "filaments")
+PLATES = ("vesicles", "nuclei", "network", "filaments")
 FIELDS_ON_SIDE = 4
 
 Array = np.ndarray[Any, Any]
@@ -55,11 +54,11 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """An image, and its true objects if they are known; noise has none."""
+    """An image, and the true label of each voxel; noise has none."""
 
     name: str
     image: Array
-    truth: Array | None
+    truth: Array
 
 
 def iter_cases(data: Path, synthetic: Path | None) -> Iterator[Case]:
@@ -72,8 +71,6 @@ def iter_cases(data: Path, synthetic: Path | None) -> Iterator[Case]:
             seed += 1
     for stack in iter_stacks(data, synthetic):
         yield Case(stack.name, stack.image, stack.truth.astype(np.int64))
-    if (data / LAMIN).is_file():
-        yield Case(LAMIN, np.squeeze(tifffile.imread(data / LAMIN)), None)
     rng = np.random.default_rng(0)
     for number in range(6):
         noise = rng.normal(1000, 50 * (number + 1), SHAPE)
@@ -179,7 +176,6 @@ class Tally:
         """Count nothing."""
         self.said: Counter[str] = Counter()
         self.right: Counter[str] = Counter()
-        self.unknown: Counter[str] = Counter()
         self.n_results: Counter[str] = Counter()
         # Of results without a doubt, how many are of use.
         self.silent: Counter[bool] = Counter()
@@ -194,9 +190,6 @@ class Tally:
             print(case.name, way, abouts, flush=True)
             self.n_results[way] += 1
             self.said.update(abouts)
-            if case.truth is None:
-                self.unknown.update(abouts)
-                continue
             at_half = dice(logits > 0, case.truth > 0)
             result = Result(components(logits > cutoff), min_size, case.truth, at_half)
             self.right.update(about for about in abouts if IS_RIGHT[about](result))
@@ -207,9 +200,9 @@ class Tally:
         """Return the numbers of each doubt."""
         rows = {}
         for about in IS_RIGHT:
-            n_known = self.said[about] - self.unknown[about]
-            wrong = n_known - self.right[about]
-            rows[about] = {"said": self.said[about], "right": self.right[about], "wrong": wrong}
+            said = self.said[about]
+            right = self.right[about]
+            rows[about] = {"said": said, "right": right, "wrong": said - right}
         return rows
 
 
@@ -229,7 +222,7 @@ def damaged(field: Array) -> dict[str, Array]:
     }
 
 
-def measure_plates(network: Engine, patch: tuple[int, ...]) -> dict[str, Any]:
+def measure_plates(network: Engine) -> dict[str, Any]:
     """Return how many sound fields of plates are called outliers, and how many damaged ones."""
     n_fields: Counter[str] = Counter()
     n_said: Counter[str] = Counter()
@@ -240,7 +233,7 @@ def measure_plates(network: Engine, patch: tuple[int, ...]) -> dict[str, Any]:
         fields = [made.image[:, y : y + SHAPE[1], x : x + SHAPE[2]] for y, x in starts]
 
         def facts(name: str, field: Array) -> Facts:
-            logits = predict(network, field, PatchGrid(SHAPE, patch, (0.0, 0.0, 0.0)))
+            logits = predict(network, field, PatchGrid(SHAPE, SHAPE, (0.0, 0.0, 0.0)))
             return facts_of(name, field, logits, 0.0, 0)
 
         plate = [facts(f"sound {place}", field) for place, field in enumerate(fields)]
@@ -260,26 +253,33 @@ def _outliers(plate: list[Facts]) -> list[str]:
     return [name for volumes in found for name in volumes]
 
 
-def main() -> None:
-    """Keep how often each doubt was said, and how often it was right."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_folders(parser)
-    options = parser.parse_args()
+def measure(data: Path, synthetic: Path | None) -> dict[str, Any]:
+    """Return how often each doubt was said of one volume, and how often it was right."""
     bundle = load("starter")[1]
     tally = Tally()
     with starter() as network:
-        for case in iter_cases(options.data, options.synthetic):
+        for case in iter_cases(data, synthetic):
             grid = PatchGrid(case.image.shape, bundle.patch_shape, bundle.overlap)
             tally.add(case, predict(network, case.image, grid))
-        plates = measure_plates(network, bundle.patch_shape)
-    found = {
+    return {
         "machine": describe(),
         "results": dict(tally.n_results),
         "without a doubt": {"of use": tally.silent[True], "of no use": tally.silent[False]},
         "doubts": tally.rows(),
-        "outlier": plates,
     }
-    keep("doubts", found)
+
+
+def main() -> None:
+    """Measure doubts about one volume, or outliers among those of plates, and keep the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("volumes", "plates"))
+    add_folders(parser)
+    options = parser.parse_args()
+    if options.what == "volumes":
+        keep("doubts", measure(options.data, options.synthetic))
+    else:
+        with starter() as network:
+            keep("outliers", measure_plates(network))
 
 
 if __name__ == "__main__":

@@ -96,6 +96,31 @@ def test_regions_of_another_store_with_a_region_of_interest(run, source, tmp_pat
     assert by_name[1].volume_voxels.tolist() == [(inside == r).sum() for r in by_name[1].label]
 
 
+def test_labels_that_are_made_again_have_the_tables_of_a_new_run(run, source, tmp_path, cells):
+    """In the regions of the run, or in others."""
+    other = write_label(tmp_path / "squares.zarr", (cells // 10) ** 2)
+    kept = {"scores_dtype": "float32", "threshold": 0.5, "block": "24,50,35"}
+    run("out.zarr", regions="cells", **kept)
+    again = {"workers": 0, "outputs": "labels,measurements", "threshold": 0.6}
+    for name, regions in (("same", None), ("other", str(other))):
+        given = {"regions": regions} if regions else {}
+        settings = parse_settings({**again, "label_name": name, **given})
+        assert relabel(str(tmp_path / "out.zarr"), settings).status == "done"
+        new = run(f"{name}.zarr", regions=regions or "cells", **{**kept, "threshold": 0.6})
+        for kind, expected in zip(("measurements", "regions"), new, strict=True):
+            found = pandas.read_parquet(tmp_path / f"out.zarr.{name}.{kind}.parquet")
+            pandas.testing.assert_frame_equal(found, expected, check_exact=True)
+        assert expected.n_objects.sum() > 1
+    tables = zarr.open_group(tmp_path / "out.zarr/tables", mode="r").attrs["tables"]
+    assert set(tables) == {"megaseg", "same", "other"} | {
+        f"{name}_regions" for name in ("megaseg", "same", "other")
+    }
+    # Other voxels of the regions, after the labels were made again: another run.
+    zarr.open_array(other / "0", mode="r+")[0, :, :] = 7
+    with pytest.raises(TargetError, match="digest of regions"):
+        relabel(str(tmp_path / "out.zarr"), settings)
+
+
 def test_ngio_reads_both_tables(run, source, tmp_path):
     from ngio import open_ome_zarr_container
 
