@@ -122,8 +122,8 @@ def _one_object(facts: Facts) -> _Reason | None:
     share = sizes.largest / sizes.foreground
     times = sizes.largest / sizes.typical
     text = (
-        f"one object holds {share:.0%} of the foreground, and is {times:.0f} times as large as most "
-        "others"
+        f"one object holds {share:.0%} of the foreground, and is {times:.0f} times as large as "
+        "most others"
     )
     return _Reason("one object", text, advice, option)
 
