@@ -21,6 +21,9 @@ SPECK_VOXELS = 64
 OUTLIER_Z = 3.5
 MIN_VOLUMES = 8
 
+# Volumes that differ by such a share are alike.
+_LEAST_SHARE = 0.07
+
 # Objects whose sizes are looked at together.
 _BATCH = 2**20
 
@@ -89,12 +92,26 @@ def bimodality(counts: Array, low: float, high: float) -> float:
     return float(between.max() / variance)
 
 
-def robust_z(values: Array) -> Array:
-    """Return the distances from the median in robust standard deviations; 0 of a few values."""
+def robust_z(values: Array, least: float = 0.0) -> Array:
+    """Return the distances from the median in robust standard deviations; 0 of a few values.
+
+    A standard deviation is ``least`` or more, and some of the median: where most values are equal,
+    all others would be outliers.
+    """
     if len(values) < MIN_VOLUMES:
         return np.zeros(len(values))
     median = np.median(values)
-    deviation = np.median(np.abs(values - median))
-    # Counts of a few objects differ by chance: without a minimum, all others were outliers.
-    z: Array = 0.6745 * (values - median) / max(deviation, 0.05 * abs(median), 1e-9)
+    deviation = np.median(np.abs(values - median)) / 0.6745
+    z: Array = (values - median) / max(deviation, least, _LEAST_SHARE * abs(median), 1e-9)
     return z
+
+
+def z_of_counts(counts: Array) -> Array:
+    """Return how far numbers of objects are from the others: they differ by chance too."""
+    median = float(np.median(counts)) if len(counts) else 0.0
+    return robust_z(counts, max(median**0.5, 1.0))
+
+
+def z_of_shares(shares: Array) -> Array:
+    """Return how far shares above 0 are from the others, as factors."""
+    return robust_z(np.log(shares))

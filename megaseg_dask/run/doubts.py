@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.blending import sigmoid
-from megaseg_dask.algorithms.doubts import OUTLIER_Z, SPECK_VOXELS, robust_z
+from megaseg_dask.algorithms.doubts import OUTLIER_Z, SPECK_VOXELS, z_of_counts, z_of_shares
 from megaseg_dask.events import Doubt
 from megaseg_dask.messages import count
 from megaseg_dask.run.state import ChannelStatistics, OutputState
@@ -35,6 +36,8 @@ _THRESHOLDS = (0.05, 0.95)
 # Scores with less than this share of their variance between two classes.
 _BIMODALITY = 0.87
 _FOREGROUND = 0.6
+# Less than this share is next to nothing.
+_LEAST_FOREGROUND = 1e-6
 # The foreground is brighter than the rest by less than so many standard deviations.
 _CONTRAST = 0.8
 
@@ -59,6 +62,13 @@ class Facts:
         """The share of the voxels that are foreground."""
         sizes = self.output.sizes
         return sizes.foreground / self.n_voxels if sizes else None
+
+    @property
+    def n_large(self) -> int | None:
+        """How many objects are no specks."""
+        sizes = self.output.sizes
+        n_objects = self.output.n_objects
+        return None if sizes is None or n_objects is None else n_objects - sizes.n_specks
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,25 +252,31 @@ _RULES: tuple[Callable[[Facts], _Reason | None], ...] = (
 
 
 def _find_outliers(volumes: Sequence[Facts]) -> list[tuple[Facts, _Reason]]:
-    """Return the volumes that are far from the others, in objects or in foreground."""
-    counts = {facts: facts.output.n_objects for facts in volumes}
+    """Return the volumes that are far from the others, in objects or in foreground.
+
+    Specks are left out: their number says little.
+    """
+    counts = {facts: facts.n_large for facts in volumes}
     shares = {facts: facts.foreground for facts in volumes}
     found = []
-    for facts, is_high in _far(counts):
+    for facts, is_high in _far(counts, z_of_counts):
         much = "far more" if is_high else "far fewer"
-        found.append(
-            (facts, f"{count(counts[facts] or 0, 'object')}, {much} than the other volumes")
-        )
-    for facts, is_high in _far(shares):
+        objects = count(counts[facts] or 0, "object")
+        text = f"{objects} of {SPECK_VOXELS} voxels or more, {much} than elsewhere"
+        found.append((facts, text))
+    for facts, is_high in _far(shares, lambda known: z_of_shares(known.clip(_LEAST_FOREGROUND))):
         much = "far more" if is_high else "far less"
-        found.append((facts, f"{shares[facts]:.1%} of foreground, {much} than the other volumes"))
+        found.append((facts, f"{shares[facts]:.1%} of foreground, {much} than elsewhere"))
     advice = "megaseg report shows it beside the others: is it out of focus, empty or damaged?"
     return [(facts, _Reason("outlier", text, advice)) for facts, text in found]
 
 
-def _far(values: Mapping[Facts, float | None]) -> list[tuple[Facts, bool]]:
+def _far(
+    values: Mapping[Facts, float | None],
+    z_of: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+) -> list[tuple[Facts, bool]]:
     """Return the volumes whose value is far from the others, and whether it is above them."""
     known = [facts for facts, value in values.items() if value is not None]
-    distances = robust_z(np.array([values[facts] for facts in known], float))
+    distances = z_of(np.array([values[facts] for facts in known], float))
     pairs = zip(known, distances, strict=True)
     return [(facts, bool(z > 0)) for facts, z in pairs if abs(z) > OUTLIER_Z]

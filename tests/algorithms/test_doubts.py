@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from skimage.filters import threshold_otsu
 
 from megaseg_dask.algorithms.blending import sigmoid
-from megaseg_dask.algorithms.doubts import SPECK_VOXELS, ObjectSizes, bimodality, robust_z
+from megaseg_dask.algorithms.doubts import (
+    OUTLIER_Z,
+    SPECK_VOXELS,
+    ObjectSizes,
+    bimodality,
+    robust_z,
+    z_of_counts,
+    z_of_shares,
+)
 
 
 @given(
@@ -61,5 +69,10 @@ def test_two_peaks_and_one_value():
 
 
 def test_a_few_volumes_have_no_outliers():
-    assert robust_z(np.array([1, 1, 100.0])).tolist() == [0, 0, 0]
-    assert robust_z(np.array([10, 11, 9, 10, 12, 10, 8, 100.0])).argmax() == 7
+    assert robust_z(np.array([1, 1, 100.0]), 1).tolist() == [0, 0, 0]
+    assert robust_z(np.array([10, 11, 9, 10, 12, 10, 8, 100.0]), 1).argmax() == 7
+    # Most are equal: what differs by chance is no outlier.
+    assert np.abs(z_of_counts(np.array([4.0] * 8 + [7]))).max() < OUTLIER_Z
+    assert np.abs(z_of_counts(np.array([4.0] * 8 + [40]))).max() > OUTLIER_Z
+    shares = np.array([0.05, 0.06, 0.08, 0.09, 0.1, 0.06, 0.07, 0.003])
+    assert (np.abs(z_of_shares(shares)) > OUTLIER_Z).tolist() == [False] * 7 + [True]

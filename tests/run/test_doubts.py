@@ -136,14 +136,15 @@ def test_what_holds_for_many_volumes_is_told_once():
 def test_a_volume_far_from_the_others():
     volumes = [replace(changed(n_objects=50 + n), name=f"A/{n}/0") for n in range(10)]
     assert find_doubts(volumes) == []
-    volumes[4] = replace(changed(n_objects=3), name="A/4/0")
+    volumes[4] = replace(changed(n_objects=10), name="A/4/0")
     volumes[7] = replace(
         changed(sizes=replace(SOUND.output.sizes, foreground=40_000)), name="A/7/0"
     )
     [doubt] = find_doubts(volumes)
     assert doubt.volumes == ["A/4/0", "A/7/0"]
     assert doubt.text == (
-        "A/4/0: 3 objects, far fewer than the other volumes (and 1 more of such volumes)"
+        "A/4/0: 6 objects of 64 voxels or more, far fewer than elsewhere "
+        "(and 1 more of such volumes)"
     )
 
 

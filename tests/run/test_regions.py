@@ -105,7 +105,8 @@ def test_labels_that_are_made_again_have_the_tables_of_a_new_run(run, source, tm
     for name, regions in (("same", None), ("other", str(other))):
         given = {"regions": regions} if regions else {}
         settings = parse_settings({**again, "label_name": name, **given})
-        assert relabel(str(tmp_path / "out.zarr"), settings).status == "done"
+        result = relabel(str(tmp_path / "out.zarr"), settings)
+        assert result.status == "done", result.failures
         new = run(f"{name}.zarr", regions=regions or "cells", **{**kept, "threshold": 0.6})
         for kind, expected in zip(("measurements", "regions"), new, strict=True):
             found = pandas.read_parquet(tmp_path / f"out.zarr.{name}.{kind}.parquet")
