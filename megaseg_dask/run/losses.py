@@ -8,11 +8,12 @@ computed from it has to be done again: a task that needs what is lost fails.
 
 from base64 import b64decode, b64encode
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b, sha256
 from itertools import chain
 from pathlib import PurePosixPath
+from typing import Protocol
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
@@ -22,7 +23,7 @@ from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.journal import Journal, Record
 from megaseg_dask.run.state import Wrote
 from megaseg_dask.run.target.arrays import Target
-from megaseg_dask.run.workspace import RunFolder, Workspace
+from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import METADATA, Entry, Location, Note, checksum_of
 from megaseg_dask.stores.failures import is_denied
 
@@ -34,9 +35,28 @@ _Task = tuple[str, int]
 _Listed = tuple[Location, Entry]
 
 
-def wrote(workspace: Workspace, notes: Mapping[str, Note]) -> Wrote:
+class Recorded(Protocol):
+    """The plan of a run, or of an import."""
+
+    @property
+    def run(self) -> Location:
+        """Where it is recorded."""
+        ...
+
+    @property
+    def target(self) -> Location:
+        """Where it writes."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from other plans."""
+        ...
+
+
+def wrote(plan: Recorded, notes: Mapping[str, Note]) -> Wrote:
     """Return the record of what a task wrote: what stays, and intermediate data."""
-    names = _Names(workspace.plan)
+    names = _Names(plan)
     kept: list[bytes] = []
     work: list[bytes] = []
     for note in notes.values():
@@ -61,7 +81,7 @@ def _iter_digests(text: str) -> Iterator[tuple[bytes, bytes]]:
 class _Names:
     """Names of objects that stay the same where target and run folder are moved to."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Recorded) -> None:
         self._folders = {"run": f"{plan.run.key}/", "target": f"{plan.target.key}/"}
         self._work = f"{RunFolder(plan.run).all_work.key}/"
 
@@ -233,6 +253,28 @@ def _find_losses(
             if plan.split_index(stage, index)[0] not in finished:
                 digests += _iter_digests(recorded.work)
             expected[stage, index] = digests
+    return _not_as_written(plan, expected, entries)
+
+
+def find_lost(plan: Recorded, journal: Journal, images: Sequence[Location]) -> list[_Task]:
+    """Return the tasks of an import that are done, and whose objects are not as they were written.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    audit = _Audit(plan.run, plan.fingerprint, journal.stages).replayed()
+    expected = {
+        (stage, index): list(_iter_digests(recorded.kept))
+        for (stage, index), recorded in audit.wrote.items()
+        if journal.done(stage)[index]
+    }
+    return _not_as_written(plan, expected, _list_folders(images))
+
+
+def _not_as_written(
+    plan: Recorded, expected: Mapping[_Task, list[tuple[bytes, bytes]]], entries: Iterable[_Listed]
+) -> list[_Task]:
+    """Return the tasks of which an object is not listed; one that was copied is read."""
     names = _Names(plan)
     listed = {names.stamped(entry): (folder, entry) for folder, entry in entries}
     missing = {}
@@ -269,6 +311,10 @@ def _list(plan: Plan, finished: Collection[int]) -> list[_Listed]:
     folders += [run.sums, run.kept]
     if not plan.is_one_task:
         folders += [run.work(v) for v in range(len(plan.volumes)) if v not in finished]
+    return _list_folders(folders)
+
+
+def _list_folders(folders: Sequence[Location]) -> list[_Listed]:
     listings = map_threaded(Location.entries, folders)
     listed: list[_Listed] = []
     for folder, entries in zip(folders, listings, strict=True):

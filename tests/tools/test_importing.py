@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from typer.testing import CliRunner
 from megaseg_dask.cli.app import build_app
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.stores.arrays import clear_array_cache
 from megaseg_dask.tools.importing import convert
 from megaseg_dask.tools.importing.convert import import_files
 from megaseg_dask.tools.importing.files import FileSeries, open_file
 from megaseg_dask.tools.importing.pattern import group_files
 from megaseg_dask.tools.importing.planning import ImportOptions, parse_options, plan_import
+from megaseg_dask.tools.importing.work import ImportWork
 from tests.fixtures.microscopes import write_lif, write_nd2
 
 SIZE = (0.3, 0.1, 0.1)
@@ -543,3 +546,40 @@ def test_a_target_is_no_packed_image(tmp_path):
         words = ["plan", str(path), str(tmp_path / name), "--model", "starter"]
         assert "choose a.ome.zarr" in CliRunner().invoke(build_app(), words).output
         assert not (tmp_path / name).exists()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("harm", [cut, zero, Path.unlink])
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_chunk_that_is_lost_short_or_replaced_is_imported_again(
+    harm, is_finished, tmp_path, monkeypatch
+):
+    values = noise((8, 300, 300))
+    write_tiff(tmp_path / "image.tif", values)
+    options = {"axes": "ZYX", "voxel_size": SIZE}
+
+    def stop_before_levels(self, stage, index, run_task=ImportWork.run_task):
+        if stage != "import" and not is_finished:
+            raise KeyboardInterrupt
+        return run_task(self, stage, index)
+
+    with (
+        monkeypatch.context() as patch,
+        nullcontext() if is_finished else pytest.raises(KeyboardInterrupt),
+    ):
+        patch.setattr(ImportWork, "run_task", stop_before_levels)
+        imported(tmp_path / "image.tif", tmp_path / "image.zarr", **options)
+    harm(next(path for path in (tmp_path / "image.zarr/0/c").rglob("*") if path.is_file()))
+    clear_array_cache()
+    done = imported(tmp_path / "image.tif", tmp_path / "image.zarr", **options)
+    assert (done.result.status, done.result.already_done) == ("done", False)
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "image.zarr/0")[...], values)
+    done = imported(tmp_path / "image.tif", tmp_path / "image.zarr", **options)
+    assert done.result.already_done

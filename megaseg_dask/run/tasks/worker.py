@@ -238,7 +238,7 @@ class RunWork:
         self._workspace.begin_task()
         with noting() as notes:
             summary = run_task(self._workspace, stage, index)
-        return replace(summary, wrote=wrote(self._workspace, notes))
+        return replace(summary, wrote=wrote(self._workspace.plan, notes))
 
 
 # -- how tasks fail

@@ -30,6 +30,7 @@ from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.voxel_size import size_text
 from megaseg_dask.run.journal import FOLDER, Journal
 from megaseg_dask.run.lease import Held, Leases, Permit
+from megaseg_dask.run.losses import find_lost
 from megaseg_dask.run.progress import Dispatcher, GroupSize, Recorder, StageProgress
 from megaseg_dask.run.request import synced_by
 from megaseg_dask.run.retries import Retries
@@ -43,7 +44,7 @@ from megaseg_dask.tools.importing.planning import (
     plan_import,
     with_recorded_blocks,
 )
-from megaseg_dask.tools.importing.work import PLAN, ImportAssignment, ImportWork, volume_of
+from megaseg_dask.tools.importing.work import PLAN, ImportAssignment, ImportWork
 
 # Colors of channels in viewers.
 _COLORS = ("00FF00", "FF00FF", "00FFFF", "FF0000", "0000FF", "FFFF00")
@@ -199,31 +200,16 @@ def _require_unchanged(plan: ImportPlan, journal: Journal) -> None:
 
 
 def _read_journal(plan: ImportPlan, sync: Callable[[], None] = lambda: None) -> Journal:
-    """Return the journal, without the tasks whose objects are gone."""
+    """Return the journal, without the tasks whose objects are gone, short or replaced."""
     journal = Journal(plan.run, plan.fingerprint, plan.stages, sync=sync)
     if not plan.target.exists():
         # Arrays that do not exist hold nothing, whatever a record beside them says.
         return journal
     journal = journal.replayed()
-    lost = list(_iter_lost(plan, journal))
-    for stage, index in lost:
+    images = [plan.target / each.path for each in plan.images]
+    for stage, index in find_lost(plan, journal, images):
         journal.replay({"lose": stage, "index": index})
     return journal
-
-
-def _iter_lost(plan: ImportPlan, journal: Journal) -> Iterator[tuple[str, int]]:
-    """Yield the tasks that are done, and whose objects are not there."""
-    listings: dict[tuple[str, int], set[str]] = {}
-    for stage in plan.stages:
-        for index in journal.done(stage.name).nonzero()[0].tolist():
-            task = plan.task(stage.name, index)
-            key = (task.image.path, task.level)
-            if key not in listings:
-                level = task.image.image.levels[task.level].path
-                listings[key] = set((plan.target / task.image.path / level).keys(""))
-            listed = listings[key]
-            if not listed or volume_of(plan, task).count_unlisted(task.box, listed):
-                yield stage.name, index
 
 
 # -- the work

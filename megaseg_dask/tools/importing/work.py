@@ -1,7 +1,7 @@
 """The tasks of an import: blocks of planes are copied, and coarser levels follow from them."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.import_plan import ImportPlan, ImportTask
 from megaseg_dask.plan.plan import runs_folder
 from megaseg_dask.run.lease import Leases, Permit
+from megaseg_dask.run.losses import wrote
 from megaseg_dask.run.state import TaskSummary
 from megaseg_dask.run.tasks.pyramids import reduce_box
-from megaseg_dask.stores import Location, clear_array_cache
+from megaseg_dask.stores import Location, clear_array_cache, noting
 from megaseg_dask.tools.importing.files import ImageFile, open_file
 from megaseg_dask.tools.importing.planning import require_same_file
 
@@ -62,14 +63,15 @@ class ImportWork:
         """Do nothing: no engine runs."""
 
     def run_task(self, stage: str, index: int) -> TaskSummary:
-        """Write one block of a level."""
+        """Write one block of a level; the summary tells what was written."""
         self._permit.renew()
         task = self._plan.task(stage, index)
-        if task.level == 0:
-            self._write(task, self._read_planes(task))
-        else:
-            self._reduce(task)
-        return TaskSummary()
+        with noting() as notes:
+            if task.level == 0:
+                self._write(task, self._read_planes(task))
+            else:
+                self._reduce(task)
+        return TaskSummary(wrote=wrote(self._plan, notes))
 
     def close(self) -> None:
         """Close the files."""
@@ -115,7 +117,7 @@ class ImportWork:
     def _reduce(self, task: ImportTask) -> None:
         """Compute a block of a coarser level, one write unit at a time."""
         step = task.image.step(task.level)
-        below = volume_of(self._plan, task, task.level - 1)
+        below = replace(volume_of(self._plan, task, task.level - 1), is_whole=True)
         units = BlockGrid(step.coarse_shape, task.image.layout(task.level).write_unit)
         for position in units.iter_overlapping(task.box):
             box = units.core(position) & task.box
