@@ -285,7 +285,10 @@ def passes(found: dict[str, Any]) -> str:
     for name in names:
         cells: list[object] = [name]
         for network in gflop:
-            case = found[network][name]
+            case = found[network].get(name)
+            if case is None:
+                cells += [""] * 3
+                continue
             pace = gflop[network] / case["cpu_s"]
             # The peak of all cases: kernels of fewer instructions have a lower one of their own.
             peak = max(each["peak_gflop_per_s"] for each in found[network].values())
