@@ -165,6 +165,7 @@ class Runs:
         for command, options in scenario.earlier:
             assert command(self._place, options).status == "done"
         self.before = read_tree(self.folder)
+        self._times = {name: (self.folder / name).stat().st_mtime_ns for name in self.before}
         with self.disk.watched():
             assert self.run().status == "done"
         self.n_changes = self.disk.n_changes
@@ -185,6 +186,10 @@ class Runs:
     def reset(self, tree: Tree) -> None:
         shutil.rmtree(self.folder)
         write_tree(self.folder, tree)
+        # What nobody wrote since has its old time.
+        for name, written_ns in self._times.items():
+            if tree.get(name) == self.before[name]:
+                os.utime(self.folder / name, ns=(written_ns, written_ns))
 
     def require_calm(self, where: str) -> None:
         assert self.run().status == "done", where

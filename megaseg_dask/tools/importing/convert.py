@@ -262,6 +262,7 @@ def _run(
     clear_array_cache()
     _create_arrays(plan)
     plan.target.sweep_partial()
+    plan.run.sweep_partial()
     n_tasks = sum(stage.n_tasks for stage in plan.stages)
     emit(Started(plan.target.url, n_tasks, journal.n_done))
     recorder = Recorder(
