@@ -135,6 +135,13 @@ def _view_live(
     from megaseg_dask.tools.view.live import view_live
 
     view_live(looking, source, announce, truth=truth, browser=browser)
+    if target is not None:
+        from megaseg_dask.plan.command_line import command_line
+
+        command = command_line(
+            "segment", source, target, settings=settings, options=type(settings).model_fields
+        )
+        echo(f"what you looked at is recorded; the rest: {command}", err=True)
 
 
 def _require_no_prediction(options: dict[str, Any], target: str | None) -> None:
