@@ -27,9 +27,7 @@ from tests.fixtures.images import blobs, write_image
 def test_measured_peaks_stay_below_the_projection(block, engine, tmp_path, tiny_bundle):
     if engine == "openvino":
         pytest.importorskip("openvino")
-    # Two blocks of the smaller shape are the least that shows what a worker keeps of the first.
-    height = 128 if engine == "openvino" else 256
-    source = write_image(tmp_path / "image.zarr", blobs((48, height, 256)))
+    source = write_image(tmp_path / "image.zarr", blobs((48, 256, 256)))
     settings = parse_settings(
         {
             "model": str(tiny_bundle),
