@@ -183,8 +183,9 @@ def test_the_level_that_is_seen(pixel, level):
 
 def test_options_of_predictions_need_a_model(tmp_path):
     write_image(tmp_path / "cells.zarr", blobs((16, 32, 32)))
-    for option in ("--threshold 0.3", "--target out.zarr", "--block 16,32,32"):
-        code, line, *_ = run(f"view cells.zarr {option}", tmp_path)
+    options = ("--threshold 0.3", "--target out.zarr", "--block 16,32,32")
+    ends = run([f"view cells.zarr {option}" for option in options], tmp_path)
+    for code, line, _ in ends:
         assert code == 2
         assert "only for predictions; add --model NAME" in line
 
