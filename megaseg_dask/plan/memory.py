@@ -16,7 +16,7 @@ from megaseg_dask.inference.engine import ENGINES, EngineSpec, Forward
 
 # Resident size of a worker with PyTorch, MONAI, Dask and zarr imported, that has converted a
 # network, before its first task.
-IDLE_BYTES = 800 * 10**6
+IDLE_BYTES = 820 * 10**6
 
 # Share of a machine's memory that workers may plan with; the rest is the client's and the system's.
 BUDGET_SHARE = 0.8

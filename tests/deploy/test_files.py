@@ -46,7 +46,7 @@ def documents(path: Path) -> list[dict]:
 
 def test_every_folder_says_how_it_is_used_and_what_was_never_run():
     folders = [path for path in DEPLOY.iterdir() if path.is_dir()]
-    assert {path.name for path in folders} == {"container", "kubernetes", "slurm"}
+    assert {path.name for path in folders} == {"conda", "container", "kubernetes", "slurm"}
     for folder in folders:
         text = (folder / "README.md").read_text()
         assert "```" in text

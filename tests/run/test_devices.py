@@ -162,7 +162,7 @@ def test_a_full_gpu_halves_the_batch_and_the_run_says_so(face, machine, plan_of,
     result = segment_here(plan.source.url, plan.target.url, settings)
     assert result.status == "done", result.failures
     assert result.device_peak_bytes == {"volume": 123_000_000}
-    assert "1 tasks used smaller batches (at least 1 instead of 4)" in result.warnings[0]
+    assert "1 task used smaller batches (at least 1 instead of 4)" in result.warnings[0]
 
 
 def test_bfloat16_is_refused_on_a_gpu_without_it(machine, plan_of):

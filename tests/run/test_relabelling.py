@@ -339,8 +339,9 @@ def test_a_report_of_it(run, again, tmp_path):
     file = write_report(str(tmp_path / "out.zarr"), label_name="again")
     assert file == Location.of(tmp_path / "out.zarr.again.report.html")
     text = file.path.read_text()
-    assert "megaseg relabel" in text
-    assert "--threshold 0.6" in text
+    # Each part of the command stays on one line.
+    assert "<span>relabel</span>" in text
+    assert "<span>--threshold 0.6</span>" in text
     # Without a name it is about the run that predicted, and has a file of its own.
     file = write_report(str(tmp_path / "out.zarr"))
     assert file == Location.of(tmp_path / "out.zarr.report.html")

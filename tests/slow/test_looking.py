@@ -21,9 +21,7 @@ from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
 
-pytest.importorskip(
-    "neuroglancer", reason="the viewer is an extra: pip install 'megaseg-dask[view]'"
-)
+pytest.importorskip("neuroglancer", reason="the viewer is an extra: pip install '.[view]'")
 pytestmark = pytest.mark.slow
 
 WAIT_S = 240.0

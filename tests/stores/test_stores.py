@@ -29,9 +29,11 @@ from megaseg_dask.stores import (
     clear_array_cache,
     clear_store_caches,
     configure,
+    local,
     open_array,
 )
 from megaseg_dask.stores.address import normalize
+from megaseg_dask.stores.local import sync as flush
 from tests.fixtures.servers import web_server
 
 ODD_NAMES = [
@@ -337,6 +339,8 @@ def test_interrupted_writes_are_swept(tmp_path, monkeypatch, options):
 
 
 def test_what_was_written_is_flushed(tmp_path, monkeypatch):
+    # Other tests flush nothing, see tests/conftest.py.
+    monkeypatch.setattr(local, "sync", flush)
     location = Location.of(tmp_path / "a")
     location.put("x", b"1")
     location.sync()

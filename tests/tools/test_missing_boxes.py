@@ -88,14 +88,14 @@ def test_what_reads_the_outputs_says_what_is_missing(targets):
     done = CliRunner().invoke(build_app(), ["evaluate", str(holed), str(whole), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["left_out_voxels"] == LOST[1].size
-    assert "were ignored" in done.stderr
+    assert f"(missing_boxes): {LOST[1].size} voxels" in done.stderr
     box = {"t": 2, "c": 0, "level": 0, "start": [0, 0, 48], "stop": [16, 32, 96]}
     table = zarr.open_group(holed / "tables/megaseg", mode="r")
     assert table.attrs["megaseg"]["missing_boxes"] == [box]
     metadata = pq.read_schema(f"{holed}.measurements.parquet").metadata
     assert json.loads(metadata[b"missing_boxes"]) == [box]
     layers = [layer.name for layer in Gallery(str(holed)).scene("").layers]
-    assert "labels megaseg (1 blocks missing)" in layers
+    assert "labels megaseg (1 block missing)" in layers
     page = Location.of(write_report(str(holed)).url)
     assert b"beside blocks that failed are cut" in page.parent.get(page.basename)
 

@@ -290,7 +290,7 @@ def test_the_source_may_be_gone(split, tmp_path):
         update={"source": Location.of(tmp_path / "gone.zarr")}
     )
     text = render([plan])
-    assert text.count("cannot be read") == 2
+    assert text.count("cannot be read") == 1
 
 
 def test_what_is_read_is_bounded(split):

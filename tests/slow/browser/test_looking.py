@@ -12,9 +12,7 @@ from tests.fixtures.images import blobs, write_image
 from tests.slow.browser.test_view import CONTROLS
 from tests.slow.test_looking import viewing
 
-pytest.importorskip(
-    "neuroglancer", reason="the viewer is an extra: pip install 'megaseg-dask[view]'"
-)
+pytest.importorskip("neuroglancer", reason="the viewer is an extra: pip install '.[view]'")
 pytestmark = pytest.mark.slow
 
 WAIT_S = 240.0
