@@ -71,6 +71,7 @@ def find_companion(
         label = labels_group(location) / text
         if not is_own:
             label = find_label(text, field, is_only=is_only)
+        require_other_image(label, location, f"{option} {text}")
         labels = read_label_image(label)
         require_complete(label, labels)
     except SourceError as error:
@@ -124,6 +125,19 @@ def find_label(text: str, field: str, *, is_only: bool) -> Location:
         read_image(location)
         raise one_image(location)
     return _only_label(location, labels_group(location))
+
+
+def require_other_image(label: Location, image: Location, option: str) -> None:
+    """Require that labels are not the image itself: its intensities would pass for ids.
+
+    Raises:
+        SettingsError: They are.
+    """
+    if label == image:
+        raise SettingsError(
+            f"{option}: this is the image that is segmented; give a label image of the same "
+            "voxels, such as IMAGE/labels/NAME"
+        )
 
 
 def is_readable_plate(location: Location) -> bool:

@@ -32,7 +32,12 @@ from megaseg_dask.messages import count
 from megaseg_dask.ngff.image import SPATIAL, Image
 from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image, require_complete
 from megaseg_dask.ngff.volume import Volume
-from megaseg_dask.plan.companion import find_label, is_readable_plate, one_image
+from megaseg_dask.plan.companion import (
+    find_label,
+    is_readable_plate,
+    one_image,
+    require_other_image,
+)
 from megaseg_dask.plan.resolved import Where
 from megaseg_dask.stores import Location
 from megaseg_dask.stores.failures import is_denied
@@ -114,6 +119,7 @@ def find_mask(
     if where.is_data:
         return PlannedMask(digests=_digests_of_chunks(location, image, times, channels))
     label, level_name, is_own = _find_label(location, where.text, field, is_only=is_only)
+    require_other_image(label, location, f"--where {where.text}")
     labels = read_label_image(label)
     require_complete(label, labels)
     _require_scales(image, labels, where.text)

@@ -170,7 +170,16 @@ def _export(image: Location, file: Path, label: str | None, level: int) -> _Expo
 
 
 def _write(export: _Export) -> None:
-    export.file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        export.file.parent.mkdir(parents=True, exist_ok=True)
+        _write_planes(export)
+    except OSError as error:
+        raise TargetError(
+            f"{export.file} cannot be written: {error.strerror or error}; choose another place"
+        ) from error
+
+
+def _write_planes(export: _Export) -> None:
     unfinished = export.file.with_name(f".{export.file.name}.unfinished")
     n_bytes = int(np.prod(export.shape)) * export.dtype.itemsize
     try:
@@ -188,4 +197,5 @@ def _write(export: _Export) -> None:
             )
         unfinished.replace(export.file)
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished.exists():
+            unfinished.unlink()

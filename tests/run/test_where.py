@@ -209,6 +209,14 @@ def test_a_mask_that_cannot_be_used_is_refused(options, message, source, tmp_pat
     assert not (tmp_path / "out.zarr.run").exists()
 
 
+@pytest.mark.parametrize("option", ["where", "regions"])
+def test_the_image_itself_is_no_mask_and_no_regions(option, tmp_path, tiny_bundle):
+    image = str(write_image(tmp_path / "image.zarr", blobs(SHAPE)))
+    settings = settings_of(tiny_bundle, outputs="labels,measurements", **{option: image})
+    with pytest.raises(SettingsError, match=f"--{option} .*this is the image that is segmented"):
+        plan_runs(image, str(tmp_path / "out.zarr"), settings)
+
+
 def test_a_margin_needs_to_know_the_size_of_voxels(tmp_path, tiny_bundle):
     image = write_image(tmp_path / "image.zarr", blobs(SHAPE))
     add_labels(image, mask_of(), scale=None)

@@ -83,6 +83,15 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_written(ids, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_place_that_cannot_be_written_is_named(ids, tmp_path):
+    image = write_with_labels(tmp_path / "image.zarr", ids[:1])
+    (tmp_path / "file").write_text("no folder")
+    file = tmp_path / "file/labels.ome.tif"
+    shown = CliRunner().invoke(build_app(), ["export", str(image), str(file)])
+    assert shown.exit_code == 2
+    assert f"{file} cannot be written" in shown.output
+
+
 def test_a_file_that_is_there_is_replaced_only_with_overwrite(ids, tmp_path):
     image = write_with_labels(tmp_path / "image.zarr", ids[:1])
     file = tmp_path / "labels.ome.tif"

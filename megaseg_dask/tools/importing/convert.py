@@ -17,7 +17,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Emit, Failure, Result, Started, ignore
-from megaseg_dask.messages import first_few
+from megaseg_dask.messages import one_line
 from megaseg_dask.ngff.foreign import require_folder_name
 from megaseg_dask.ngff.group import find_owner, write_group
 from megaseg_dask.ngff.image import image_attributes
@@ -109,7 +109,8 @@ def _images_text(plan: ImportPlan) -> str:
     words = [" ".join(f"{axis} {n}" for axis, n in extents), image.dtype]
     words.append(f"voxels {size_text(image.spacing_um)}")
     if image.channel_names:
-        words.append(f"channels {first_few(image.channel_names)}")
+        # In their order: people also name a channel by its index.
+        words.append(f"channels {', '.join(map(one_line, image.channel_names))}")
     text = ", ".join(words)
     if len(plan.images) == 1:
         return text
