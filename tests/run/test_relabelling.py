@@ -24,6 +24,7 @@ from megaseg_dask.run.tasks import worker
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.write import write_report
+from megaseg_dask.tools.view.gallery import Gallery
 from tests.counts.test_engine_calls import contents
 from tests.fixtures.images import write_image
 from tests.fixtures.plates import FieldSpec, write_fields
@@ -331,6 +332,19 @@ def test_a_plate_whose_fields_took_several_runs(version, run, again, tmp_path):
     assert set(table["well"]) == {"A/1", "B/2"}
     done = {each.label_name: each.done for each in status(str(tmp_path / "out.zarr"))}
     assert done == dict.fromkeys(["again", "again+2", "megaseg", "megaseg+2"], True)
+
+
+def test_the_viewer_shows_the_image_and_the_scores_once(run, again, tmp_path):
+    run("out.zarr", block=ONE)
+    again("out.zarr", threshold=0.6)
+    target = str(tmp_path / "out.zarr")
+    layers = Gallery(target).scene("").layers
+    assert [layer.kind for layer in layers].count("image") == 1
+    assert [layer.kind for layer in layers].count("scores") == 1
+    names = {layer.name for layer in layers if layer.kind == "labels"}
+    assert names == {"labels megaseg", "labels again"}
+    with pytest.raises(TargetError, match="no run of the name agian is recorded"):
+        Gallery(target, "agian")
 
 
 def test_a_report_of_it(run, again, tmp_path):

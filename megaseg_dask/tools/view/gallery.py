@@ -21,7 +21,7 @@ from megaseg_dask.plan.companion import find_label
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.relabelling import can_be_basis
 from megaseg_dask.plan.resolved import Fixed
-from megaseg_dask.run.status import status
+from megaseg_dask.run.status import recorded_plans, status
 from megaseg_dask.run.target.arrays import ImageTarget, Target
 from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.run.workspace import Readable, RunFolder
@@ -219,8 +219,14 @@ class Gallery:
 
     def _layers(self, field: str) -> Iterator[Layer]:
         plans = [plan for plan in self.plans if field in Target(plan).paths]
+        # Labels that were made again are of the same image and scores.
+        shown = set()
         for plan in plans:
-            yield from _run_layers(plan, field)
+            for layer in _run_layers(plan, field):
+                place = (layer.location, layer.channel)
+                if place not in shown:
+                    shown.add(place)
+                    yield layer
         if not plans:
             location = self.location / field
             yield from _image_layers(location)
@@ -251,10 +257,16 @@ def _show_first(layers: Iterable[Layer]) -> Iterator[Layer]:
 
 
 def _read_plans(location: Location, label_name: str | None) -> list[Plan]:
-    """Return the plans recorded beside an address, of one label name or of all."""
+    """Return the plans recorded beside an address, of one label name or of all.
+
+    Raises:
+        TargetError: There is no run of the name.
+    """
+    if label_name is not None:
+        return recorded_plans(location.url, label_name)
     if not location.is_listable:
         return []
-    return RunFolder.plans(location, label_name)
+    return RunFolder.plans(location)
 
 
 def _run_layers(plan: Plan, field: str) -> Iterator[Layer]:
