@@ -162,7 +162,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", ["32,128,304", "64,246,304"])
+@pytest.mark.parametrize("block", ["32,128,304"])
 def test_splitting_a_large_object_stays_below_the_projection(block, tmp_path):
     script = tmp_path / "splitting.py"
     script.write_text(SPLITTING)
