@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 def test_the_report_opens_from_disk(browser, target):
     place = write_report(str(target))
     browser.open(place.path.as_uri())
-    assert browser.run("document.querySelector('h1').textContent") == "image"
+    assert browser.run("document.querySelector('h1').textContent") == "out.zarr"
     # Every picture was decoded, every chart has an extent.
     assert browser.run("[...document.images].length") >= 9
     assert browser.run("[...document.images].every(picture => picture.naturalWidth > 0)")
