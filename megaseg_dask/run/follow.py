@@ -18,20 +18,18 @@ from megaseg_dask.events import Emit, Result, Step
 from megaseg_dask.events import Following as FollowingEvent
 from megaseg_dask.messages import count, duration
 from megaseg_dask.plan.arrivals import Arrived, Watcher, require_followable, taken_of
-from megaseg_dask.plan.plan import Plan, runs_folder
+from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.conclude import already_done, extend
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.lease import Held, Leases
+from megaseg_dask.run.lease import Held
 from megaseg_dask.run.on_volume import VolumeCommand
 from megaseg_dask.run.request import Following, Runs, configure_stores
 from megaseg_dask.run.runner import (
-    LEASE_TIMING,
     OpenRun,
     Session,
     join_results,
-    open_executor,
-    prove,
+    open_session,
     record,
     with_calls,
 )
@@ -82,21 +80,13 @@ def follow(
         )
     n_taken = _take(arrived, taken_of(known))
     request.take(arrived, n_taken, is_over=False)
-    runs = request.open_runs()
-    plan = runs[0][0]
-    with open_executor(plan, client, emit) as executor:
-        executor.check()
-        with Leases(runs_folder(plan.target), LEASE_TIMING).hold() as lease:
-            runs = request.reopen_runs(lease)
-            with executor.ready(plan, request.store_options):
-                runs, certificate = prove(executor, request, lease, runs, emit)
-                record(runs, request.superseded, lease, emit)
-                request.keep_recorded()
-                session = Session(executor, lease, certificate, emit, calls)
-                with ExitStack() as stack:
-                    steps = _Steps(request, session, lease, watch, stack)
-                    result = steps.run(runs, arrived)
-                result = with_calls(result, calls)
+    plan = request.open_runs()[0][0]
+    with open_session(request, plan, client, emit, calls) as (runs, session):
+        request.keep_recorded()
+        with ExitStack() as stack:
+            steps = _Steps(request, session, session.lease, watch, stack)
+            result = steps.run(runs, arrived)
+        result = with_calls(result, calls)
     emit(result)
     return result
 

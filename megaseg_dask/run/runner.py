@@ -184,7 +184,28 @@ def _carry_out(
         result = join_results([already_done(plan, journal) for plan, journal in runs])
         emit(result)
         return result
-    plan = runs[0][0]
+    with open_session(request, runs[0][0], client, emit, calls) as (runs, session):
+        results = [session.run(plan, journal) for plan, journal in runs]
+        result = with_calls(join_results(results), calls)
+    emit(result)
+    return result
+
+
+@contextmanager
+def open_session(
+    request: Request | Relabelling,
+    plan: Plan,
+    client: Any,
+    emit: Emit,
+    calls: VolumeCommand | None,
+) -> "Iterator[tuple[Runs, Session]]":
+    """Yield the recorded runs of a request and a session that carries them out.
+
+    ``plan`` is one of its plans. Workers are there and the lease is held meanwhile.
+
+    Raises:
+        MegasegError: The request cannot be carried out.
+    """
     with open_executor(plan, client, emit) as executor:
         # Workers first: a scheduler that does not answer is a wrong request, and writes nothing.
         executor.check()
@@ -193,11 +214,7 @@ def _carry_out(
             with executor.ready(plan, request.store_options):
                 runs, certificate = prove(executor, request, lease, runs, emit)
                 record(runs, request.superseded, lease, emit)
-                session = Session(executor, lease, certificate, emit, calls)
-                results = [session.run(plan, journal) for plan, journal in runs]
-                result = with_calls(join_results(results), calls)
-    emit(result)
-    return result
+                yield runs, Session(executor, lease, certificate, emit, calls)
 
 
 def with_calls(result: Result, calls: VolumeCommand | None) -> Result:
@@ -309,7 +326,7 @@ class Session:
     ) -> None:
         """Work on runs while the lease is held; ``calls`` are told of finished volumes."""
         self._executor = executor
-        self._lease = lease
+        self.lease = lease
         self._certificate = certificate
         self._emit = emit
         self._calls = calls
@@ -350,11 +367,11 @@ class Session:
         started_s = time.monotonic()
         journal = work.journal
         emit = work.emit
-        dispatcher = self._executor.dispatcher(plan, self._lease.id, emit)
+        dispatcher = self._executor.dispatcher(plan, self.lease.id, emit)
         recorder = Recorder(
             (plan.source, plan.target),
             journal,
-            self._lease,
+            self.lease,
             emit,
             partial(_begin_stage, plan, journal),
             partial(failure_of, plan),
@@ -368,7 +385,7 @@ class Session:
         self._run_tasks(plan, journal, dispatcher, recorder, schedule, emit)
         is_published = not recorder.store_is_lost
         result = conclude(
-            plan, journal, self._lease, started_s, is_published=is_published, is_over=is_over
+            plan, journal, self.lease, started_s, is_published=is_published, is_over=is_over
         )
         for volume in dict.fromkeys(finished):
             self._tell(plan, journal, volume)
@@ -393,7 +410,7 @@ class Session:
             recorder.run(dispatcher, schedule())
             if recorder.store_is_lost:
                 return
-            self._lease.require()
+            self.lease.require()
             n_lost = undo_losses(plan, journal)
             if not n_lost:
                 return
