@@ -5,7 +5,6 @@ The containers' commands as processes of this machine, and job arrays in a real 
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from megaseg_dask.plan.settings import parse_settings
 from tests.counts.test_engine_calls import contents
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
+from tests.fixtures.servers import free_port
 from tests.fixtures.slurm import running_slurm
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -43,12 +43,6 @@ def expected(source, tmp_path, tiny_bundle) -> dict:
     result = segment_here(str(source), str(target), settings)
     assert result.status == "done", result.failures
     return contents(target)
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
 
 
 class Rendered:

@@ -23,8 +23,9 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import segment
 from megaseg_dask.stores import Location
 from tests.fixtures.engines import blur
+from tests.fixtures.microscope import DIED
 from tests.fixtures.runs import segment_here
-from tests.fixtures.writers import WRITER, LiveImage, first_difference
+from tests.fixtures.writers import LiveImage, first_difference
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +53,7 @@ OPTIONS = {
     "outputs": "labels,scores,measurements",
     "threshold": 0.9,
 }
+_ROOT = Path(__file__).parents[2]
 _MAX_S = 280
 # A writer that died takes a while to be started again.
 _SILENCE_S = 20
@@ -111,16 +113,20 @@ class Follower:
 def microscope(folder: Path, where: str, kind: str, style: str) -> Iterator[Path]:
     """Let a writer run, which is started again wherever it dies."""
     log = folder / "written.jsonl"
-    script = folder / "write.py"
-    script.write_text(WRITER)
     stopped = threading.Event()
 
     def write() -> None:
         for attempt in range(1, 20):
             # The last attempts live.
             seed = str(attempt if attempt < 6 else 0)
-            words = [sys.executable, str(script), where, kind, style, str(log), seed]
-            if stopped.is_set() or subprocess.run(words, check=False).returncode == 0:
+            words = [sys.executable, "-m", "tests.fixtures.microscope"]
+            words += [where, kind, style, str(log), seed]
+            if stopped.is_set():
+                return
+            ended = subprocess.run(words, check=False, cwd=_ROOT)
+            # A writer that cannot start is no microscope that died.
+            assert ended.returncode in (0, DIED), f"the writer ended with {ended.returncode}"
+            if ended.returncode == 0:
                 return
 
     thread = threading.Thread(target=write)
