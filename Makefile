@@ -25,13 +25,19 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) -e '.[dashboard,demo,docs,import,view,test]'
 	@touch $(VENV)/.demo $@
 
+# What the tests of the plugin for napari need besides.
+$(VENV)/.napari: $(VENV)/.test
+	@echo "Installing napari into $(VENV): 0.4 GB."
+	@$(PIP) -e '.[napari]' PyQt6
+	@touch $@
+
 demo: $(VENV)/.demo  ## Segment real nuclei, and print where the results are
 	@$(BIN)/megaseg demo megaseg-demo
 
 test: $(VENV)/.test  ## Every promise, fast
 	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --durations=10
 
-test-slow: $(VENV)/.test  ## What takes longer: kills, large volumes, servers
+test-slow: $(VENV)/.napari  ## What takes longer: kills, large volumes, servers
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile --durations=10
 
 matrix:  ## The fast tests, or TESTS, on each Python from 3.11 to 3.14 that is installed, or on PYTHONS
