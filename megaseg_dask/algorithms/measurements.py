@@ -59,6 +59,9 @@ COLUMNS = {
     "sphericity": "float64",
 }
 
+# The columns that tracks add to a table of objects.
+TRACK_COLUMNS = {"track_id": "int64", "parent_track_id": "int64", "lineage_id": "int64"}
+
 # Those that need a voxel size.
 UM_COLUMNS = (
     *(name for name in COLUMNS if name.endswith(("_um", "_um2", "_um3"))),

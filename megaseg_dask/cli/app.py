@@ -53,6 +53,7 @@ from megaseg_dask.cli.options import (
     with_options,
     without_options,
 )
+from megaseg_dask.cli.tracking import track
 from megaseg_dask.cli.train import train
 from megaseg_dask.events import Step
 from megaseg_dask.messages import version_of
@@ -280,6 +281,7 @@ _COMMANDS: Mapping[Callable[..., None], _Names] = {
     plan: all_settings,
     relabel: _RELABELLING,
     demo: _NO_SETTINGS,
+    track: STORE,
     evaluate: STORE,
     doctor: STORE,
     task: STORE,

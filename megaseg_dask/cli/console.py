@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from megaseg_dask.run.job_array import Ran
     from megaseg_dask.tools.demo import Demo
     from megaseg_dask.tools.doctor.address import Finding
+    from megaseg_dask.tools.tracking import Tracking
 
 _MAX_FAILURES = 10
 _BAR_WIDTH = 8
@@ -228,6 +229,34 @@ def print_result(
     for command, purpose in following:
         print_rows({name: f"{command}    # {purpose}"}, err=True)
         name = ""
+
+
+def print_tracking(result: "Tracking", *, quiet: bool = False) -> None:
+    """Print what was tracked and where it is; warnings, and what failed."""
+    for warning in result.warnings:
+        warn(warning)
+    for failure in result.failures:
+        echo(f"megaseg: not tracked: {failure}", err=True)
+    if quiet or not result.tracked:
+        return
+    n_tracks = sum(labels.n_tracks for labels in result.tracked)
+    n_objects = sum(labels.objects for labels in result.tracked)
+    n_splits = sum(labels.splits for labels in result.tracked)
+    n_merges = sum(labels.merges for labels in result.tracked)
+    merges = f", {count(n_merges, 'merge')}" if n_merges else ""
+    of_images = f" of {len(result.tracked)} label images" if len(result.tracked) > 1 else ""
+    echo(
+        f"{count(n_tracks, 'track')} of {count(n_objects, 'object')}{of_images}, "
+        f"{count(n_splits, 'split')}{merges}"
+    )
+    first = result.tracked[0]
+    more = f" and {len(result.tracked) - 1} more" if len(result.tracked) > 1 else ""
+    rows = {
+        "reach": f"{first.max_distance:.3g} {first.unit}",
+        "table": result.table,
+        "tracks": f"{first.tracks}{more}",
+    }
+    print_rows(rows, err=True)
 
 
 def _print_failures(result: Result, quiet: bool, how_to_retry: str) -> None:

@@ -12,8 +12,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import IO, Any, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -290,9 +292,35 @@ class ImageTable:
         volumes: list[tuple[int, int, Columns]] = []
         for t, c in dict.fromkeys(zip(timepoints, channels, strict=True)):
             rows = table.filter((pc.field("timepoint") == t) & (pc.field("channel") == c))
-            names = [name for name in rows.column_names if name not in (*_OF_PLACE, _KEY)]
-            volumes.append((t, c, {name: rows[name].to_numpy() for name in names}))
+            volumes.append((t, c, _measured([rows])))
         return volumes
+
+    def iter_volumes(self) -> Iterator[tuple[int, int, Columns]]:
+        """Yield timepoint, channel and rows of each volume, in order; one is held at a time.
+
+        Raises:
+            StoreError: There is no table, or it cannot be read.
+        """
+        waiting: list[pa.Table] = []
+        volume = None
+        for rows in _iter_runs(self.location / _ROWS, ("timepoint", "channel")):
+            begins = _volume_of(rows)
+            if begins != volume and volume is not None:
+                yield *volume, _measured(waiting)
+                waiting = []
+            volume = begins
+            waiting.append(rows)
+        if volume is not None:
+            yield *volume, _measured(waiting)
+
+    def provenance(self) -> dict[str, object]:
+        """Return what the table says of how it was made.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        found = (find_attributes(self.location) or {}).get(PROVENANCE)
+        return dict(found) if isinstance(found, dict) else {}
 
     def remove_own(self) -> None:
         """Remove the table if this package wrote it, and the list of tables if none is left."""
@@ -362,6 +390,19 @@ def has_ends(file: Location) -> bool:
     )
 
 
+def read_notes(file: Location) -> dict[str, str]:
+    """Return what the schema of a Parquet file tells beside its columns; nothing of CSV.
+
+    Raises:
+        StoreError: There is no such file, or it cannot be read.
+    """
+    if file.basename.endswith(CSV):
+        return {}
+    with _naming_damage(file), pq.ParquetFile(_reader(file)) as table:
+        notes = table.schema_arrow.metadata or {}
+    return {name.decode(): value.decode() for name, value in notes.items()}
+
+
 def iter_columns(file: Location, names: Sequence[str]) -> Iterator[tuple[NDArray[Any], ...]]:
     """Yield columns of a Parquet file, some ten thousand rows at a time.
 
@@ -370,14 +411,41 @@ def iter_columns(file: Location, names: Sequence[str]) -> Iterator[tuple[NDArray
     Raises:
         StoreError: There is no such file, or it cannot be read.
     """
+    reader = _reader(file)
+    with _naming_damage(file):
+        for batch in _iter_batches(file, reader, names):
+            yield tuple(batch.column(name).to_numpy(zero_copy_only=False) for name in names)
+
+
+def _reader(file: Location) -> Any:
     folder = file.parent
     size = folder.size(file.basename)
     if size is None:
         raise StoreError(f"{file} is missing")
-    reader: Any = io.BufferedReader(_ObjectReader(folder, file.basename, size), _READ_BYTES)
-    with _naming_damage(file):
-        for batch in _iter_batches(file, reader, names):
-            yield tuple(batch.column(name).to_numpy(zero_copy_only=False) for name in names)
+    return io.BufferedReader(_ObjectReader(folder, file.basename, size), _READ_BYTES)
+
+
+def _iter_runs(file: Location, keys: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield neighboring rows of a Parquet file that have the same values in some columns."""
+    with _naming_damage(file), pq.ParquetFile(_reader(file)) as table:
+        for batch in table.iter_batches(_BATCH_ROWS):
+            changes = np.zeros(max(batch.num_rows - 1, 0), bool)
+            for key in keys:
+                changes |= np.diff(batch[key].to_numpy()) != 0
+            starts = [0, *(np.flatnonzero(changes) + 1).tolist(), batch.num_rows]
+            for start, stop in pairwise(starts):
+                yield pa.Table.from_batches([batch.slice(start, stop - start)])
+
+
+def _volume_of(rows: pa.Table) -> tuple[int, int]:
+    return rows["timepoint"][0].as_py(), rows["channel"][0].as_py()
+
+
+def _measured(parts: Sequence[pa.Table]) -> Columns:
+    """Return the columns of a table of an image without those of its place."""
+    rows = pa.concat_tables(parts)
+    names = [name for name in rows.column_names if name not in (*_OF_PLACE, _KEY)]
+    return {name: rows[name].to_numpy() for name in names}
 
 
 def _iter_batches(

@@ -1,6 +1,6 @@
 """How the runs on a target are: what is done, pending and failed, from their records alone."""
 
-from megaseg_dask.errors import TargetError
+from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Failure, RunStatus
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.run.journal import Journal
@@ -42,6 +42,25 @@ def recorded_plans(target: str, label_name: str | None = None) -> list[Plan]:
             "megaseg segment"
         )
     return plans
+
+
+def find_plans(target: str, label_name: str | None = None) -> list[Plan]:
+    """Return the recorded plans of a target, at least one; a plate may have several.
+
+    Without a name they are those of the run that predicted, though labels were made again of it.
+
+    Raises:
+        TargetError: No run is recorded there.
+        SettingsError: Several runs are, and none is named.
+
+    """
+    plans = recorded_plans(target, label_name)
+    predicting = [plan for plan in plans if plan.resolved.predicts()]
+    names = dict.fromkeys(plan.resolved.label_name for plan in predicting or plans)
+    if len(names) == 1:
+        [name] = names
+        return [plan for plan in plans if plan.resolved.label_name == name]
+    raise SettingsError(f"{target} has runs {', '.join(names)}; choose one with --label-name")
 
 
 def _status_of(plan: Plan, *, checks_outputs: bool) -> RunStatus:

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from megaseg_dask.algorithms.measurements import Sums, columns_of, to_columns
+from megaseg_dask.algorithms.measurements import TRACK_COLUMNS, Sums, columns_of, to_columns
 from megaseg_dask.algorithms.regions import (
     DISTANCES,
     RegionSums,
@@ -32,12 +32,14 @@ from megaseg_dask.ngff.tables import (
     ImageTable,
     Place,
     has_ends,
+    read_notes,
     run_schema,
     write_rows,
 )
 from megaseg_dask.plan.plan import Output, Plan, PlannedVolume, table_of
 from megaseg_dask.run.state import Json
 from megaseg_dask.run.target.arrays import Group, ImageTarget, Target
+from megaseg_dask.run.target.tracks import remove_tracks
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
@@ -144,6 +146,8 @@ def remove_tables(target: Target) -> None:
 
     # One thread for each image: its tables share one list of tables.
     map_threaded(remove, target.images)
+    if len(target.plan.times) > 1:
+        remove_tracks(target)
 
 
 def sweep_tables(target: Target) -> None:
@@ -198,6 +202,76 @@ def _label_name(plan: Plan, group: Group, kind: _Kind) -> str | None:
     companions = [image.regions for image in plan.images.values() if image.regions]
     is_beside = plan.is_in_place and companions[0].is_own
     return companions[0].label if is_beside else None
+
+
+def write_track_columns(
+    plan: Plan,
+    group: Group,
+    columns: Mapping[int, Columns],
+    provenance: Mapping[str, object],
+) -> None:
+    """Write the table of a label image again with columns of tracks, by timepoint.
+
+    The rows are those of the table, in their order; ``provenance`` is added to its own.
+
+    Raises:
+        StoreError: The store failed, or there is no table.
+    """
+    table = _OBJECTS.table(group)
+    output = _output_of(plan, group)
+
+    def rows() -> Iterator[tuple[Place, Columns]]:
+        for timepoint, channel, known in table.iter_volumes():
+            place = _place(plan, _path_of(plan, group), timepoint, channel, output)
+            yield place, {**known, **columns[timepoint]}
+
+    table.write(
+        plan.target_image.version,
+        rows(),
+        label_name=group.name,
+        provenance={**table.provenance(), **provenance},
+        form={**_form_of_objects(plan), **TRACK_COLUMNS},
+        has_times=len(plan.times) > 1,
+    )
+
+
+def rewrite_run_table(plans: Sequence[Plan], provenance: Mapping[str, object]) -> Location:
+    """Write the table of the runs of one name again, from the tables in their images.
+
+    Columns of tracks are empty for label images that have none. Return the file.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    groups = [(plan, group) for plan in plans for group in Target(plan).iter_labels()]
+    forms = [_form_of_objects(plan) for plan in plans]
+    forms.append({**forms[0], **TRACK_COLUMNS})
+    first = plans[0]
+    file = _OBJECTS.file(first, first.resolved.table)
+    told = {**read_notes(file), **{name: json.dumps(value) for name, value in provenance.items()}}
+
+    def rows() -> Iterator[tuple[Place, Columns]]:
+        for plan, group in groups:
+            table = _OBJECTS.table(group)
+            if not table.location.exists():
+                continue  # the run failed there, and is told of
+            output = _output_of(plan, group)
+            for timepoint, channel, columns in table.iter_volumes():
+                place = _place(plan, _path_of(plan, group), timepoint, channel, output)
+                yield place, columns
+
+    write_rows(file.parent, file.basename, rows(), schema=run_schema(forms).with_metadata(told))
+    return file
+
+
+def _path_of(plan: Plan, group: Group) -> str:
+    """Return the path of the image of a group below the target."""
+    return group.image.url.removeprefix(plan.target.url).strip("/")
+
+
+def _output_of(plan: Plan, group: Group) -> int:
+    """Return the number of the network's output whose objects a label image has."""
+    return plan.suffixes.index(group.suffix) % len(plan.model.outputs)
 
 
 def are_whole(target: Target) -> bool:
@@ -280,7 +354,7 @@ def _rows_of_others(others: Sequence[Plan], kind: _Kind) -> Iterator[tuple[Place
 
     for number, volumes in read_ahead(read, range(len(tables)), _MAX_READ_AHEAD):
         other, path, group = tables[number]
-        output = other.suffixes.index(group.suffix) % len(other.model.outputs)
+        output = _output_of(other, group)
         for timepoint, channel, columns in volumes:
             yield _place(other, path, timepoint, channel, output), columns
 

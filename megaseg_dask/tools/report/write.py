@@ -5,9 +5,7 @@ it can be mailed, archived and opened offline. Reading is bounded: the journal,
 the table of measurements, and samples of the outputs.
 """
 
-from megaseg_dask.errors import SettingsError
-from megaseg_dask.plan.plan import Plan
-from megaseg_dask.run.status import recorded_plans
+from megaseg_dask.run.status import find_plans
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.page import render
 
@@ -30,22 +28,3 @@ def write_report(target: str, out: str | None = None, label_name: str | None = N
     file = Location.of(out) if out else plans[0].target.sibling(suffix)
     file.parent.put(file.basename, render(plans).encode())
     return file
-
-
-def find_plans(target: str, label_name: str | None = None) -> list[Plan]:
-    """Return the recorded plans of a target, at least one; a plate may have several.
-
-    Without a name they are those of the run that predicted, though labels were made again of it.
-
-    Raises:
-        TargetError: No run is recorded there.
-        SettingsError: Several runs are, and none is named.
-
-    """
-    plans = recorded_plans(target, label_name)
-    predicting = [plan for plan in plans if plan.resolved.predicts()]
-    names = dict.fromkeys(plan.resolved.label_name for plan in predicting or plans)
-    if len(names) == 1:
-        [name] = names
-        return [plan for plan in plans if plan.resolved.label_name == name]
-    raise SettingsError(f"{target} has runs {', '.join(names)}; choose one with --label-name")
