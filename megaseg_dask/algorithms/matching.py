@@ -22,6 +22,11 @@ from megaseg_dask.errors import DataError, SettingsError
 # as a float64 too (both are the double nearest to that fraction).
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
+# What corrections of objects cost in the Cell Tracking Challenge.
+_MISSED = 10
+_NOT_SPLIT = 5
+_TOO_MANY = 1
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contingency:
@@ -143,6 +148,14 @@ class Evaluation:
     StarDist. A true object is split if more than half of the voxels of two or more
     predicted objects lie in it; a predicted object is merged if more than half of
     the voxels of two or more true objects lie in it.
+
+    SEG and DET are those of the Cell Tracking Challenge (Ulman et al., "An objective comparison of
+    cell-tracking algorithms", Nature Methods 2017; Matula et al., "Cell tracking accuracy
+    measurement based on comparison of acyclic oriented graphs", PLOS ONE 2015). A predicted object
+    is that of a true one if it covers more than half of it. SEG is the mean IoU of these pairs over
+    all true objects, 0 for those without. DET is 1 less the cost of the corrections, as a share of
+    that of adding all true objects: 10 for one that is missed, 5 for each one too many that a
+    predicted object covers, 1 for a predicted object that covers none.
     """
 
     dice: float
@@ -157,6 +170,8 @@ class Evaluation:
     panoptic_quality: float
     segmentation_quality: float
     recognition_quality: float
+    seg: float
+    det: float
     matchings: tuple[Matching, ...]
     # Voxels that were not compared, because one of the images lacks them.
     left_out_voxels: int = 0
@@ -217,8 +232,37 @@ def evaluate_contingency(
         panoptic_quality=segmentation * recognition,
         segmentation_quality=segmentation,
         recognition_quality=recognition,
+        seg=_ratio(float(list_covering(table)[1].sum()), n_true),
+        det=_detection(table, n_predicted, n_true),
         matchings=matchings,
     )
+
+
+def list_covering(table: Contingency) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return the rows whose predicted object covers more than half of the true one, and their IoU.
+
+    Each true object is in one row at most, as in the Cell Tracking Challenge.
+    """
+    in_predicted = _object_voxels(table.predicted, table.voxels)
+    in_true = _object_voxels(table.true, table.voxels)
+    is_pair = (table.predicted > 0) & (table.true > 0) & (2 * table.voxels > in_true)
+    rows = np.flatnonzero(is_pair)
+    shared = table.voxels[rows]
+    return rows, shared / (in_predicted[rows] + in_true[rows] - shared)
+
+
+def _detection(table: Contingency, n_predicted: int, n_true: int) -> float:
+    """Return DET."""
+    covering, _ = list_covering(table)
+    n_covered = len(covering)
+    n_covering = len(np.unique(table.predicted[covering]))
+    cost = (
+        _MISSED * (n_true - n_covered)
+        + _NOT_SPLIT * (n_covered - n_covering)
+        + _TOO_MANY * (n_predicted - n_covering)
+    )
+    worst = _MISSED * n_true
+    return _ratio(worst - min(cost, worst), worst)
 
 
 def _matched_ious(table: Contingency) -> NDArray[np.float64]:

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+import tifffile
+from ctc_metrics.metrics import det, seg
+from ctc_metrics.utils.representations import count_acyclic_graph_correction_operations, match
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -10,7 +13,7 @@ from skimage.measure import label
 from skimage.metrics import contingency_table
 from skimage.segmentation import relabel_sequential
 
-from megaseg_dask.algorithms.matching import THRESHOLDS, Contingency, evaluate
+from megaseg_dask.algorithms.matching import THRESHOLDS, Contingency, evaluate, evaluate_contingency
 
 
 def dense_ious(predicted, true):
@@ -92,3 +95,30 @@ def test_the_table_is_scikit_images(images):
     assert set(ours) == set(
         zip(theirs.row.tolist(), theirs.col.tolist(), theirs.data.tolist(), strict=True)
     )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_seg_and_det_are_those_of_the_cell_tracking_challenge(seed, tmp_path):
+    """Objects of several timepoints that are missed, merged, cut and made up."""
+    rng = np.random.default_rng(seed)
+    true = np.kron(rng.integers(0, 7, (3, 4, 4, 4)), np.ones((1, 4, 4, 4), int))
+    predicted = true.copy()
+    predicted[predicted == 2] = 1
+    predicted[:, :, 2::4] += 10 * (predicted[:, :, 2::4] > 0)
+    predicted[:, 3::4] = 0
+    predicted[rng.random(true.shape) < 0.1] = 5
+    files = []
+    for name, images in (("true", true), ("predicted", predicted)):
+        files.append([tmp_path / f"{name}{t}.tif" for t in range(3)])
+        for file, ids in zip(files[-1], images, strict=True):
+            tifffile.imwrite(file, ids.astype(np.int64))
+    each = [match(str(ours), str(theirs)) for ours, theirs in zip(*files, strict=True)]
+    labels_true, labels_predicted, mapped_true, mapped_predicted, ious = zip(*each, strict=True)
+    graph = count_acyclic_graph_correction_operations(
+        None, None, labels_true, labels_predicted, mapped_true, mapped_predicted
+    )
+    tables = [Contingency.of(*pair) for pair in zip(predicted, true, strict=True)]
+    found = evaluate_contingency(Contingency.joined(tables))
+    assert found.seg == pytest.approx(seg(labels_true, ious))
+    assert found.det == pytest.approx(det(**graph))
+    assert 0 < found.det < 1

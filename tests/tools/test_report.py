@@ -42,7 +42,8 @@ from megaseg_dask.tools.report.page import (
 )
 from megaseg_dask.tools.report.sampling import choose_view, spread, whole_or_middle
 from megaseg_dask.tools.report.survey import Run, survey
-from megaseg_dask.tools.report.write import find_plans, write_report
+from megaseg_dask.run.status import find_plans
+from megaseg_dask.tools.report.write import write_report
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
 from tests.run.test_plates import plate  # noqa: F401

@@ -1,0 +1,262 @@
+"""``megaseg track``: the table and the GEFF of a run, and what is refused."""
+
+import geff
+import numpy as np
+import pandas
+import pytest
+import zarr
+from geff.core_io import read_to_memory
+from geff.validate.data import ValidationConfig, validate_data
+from ngio import open_ome_zarr_container
+from numpy.testing import assert_array_equal
+from typer.testing import CliRunner
+
+from megaseg_dask.cli.app import build_app
+from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.runner import relabel
+from megaseg_dask.stores import Location
+from megaseg_dask.tools.tracking import track
+from tests.fixtures.images import write_image
+from tests.fixtures.movies import draw, simulate
+from tests.fixtures.plates import FieldSpec, write_fields
+from tests.fixtures.runs import segment_here
+
+UM = 0.5
+SCALE = dict.fromkeys("zyx", UM)
+MEASURED = "labels,scores,measurements"
+
+
+@pytest.fixture
+def segment_movie(tmp_path, tiny_bundle, cheap_engine):
+    """Segment an image; what is bright becomes its objects."""
+
+    def call(source, target="out.zarr", **options):
+        options = {"model": str(tiny_bundle), "threads": 1, "overlap": 0, **options}
+        options = {"outputs": MEASURED, **options}
+        result = segment_here(str(source), str(tmp_path / target), parse_settings(options))
+        assert not result.failures
+        return tmp_path / target
+
+    return call
+
+
+@pytest.fixture
+def movie():
+    """Balls of which one divides, and one vanishes; ids are those of tracks."""
+    shape = (24, 24, 48)
+    before = {1: np.array([12, 12, 8]), 2: np.array([12, 12, 24]), 3: np.array([12, 12, 40])}
+    moved = {1: np.array([12, 12, 9]), 2: np.array([12, 12, 25])}
+    apart = {1: np.array([12, 12, 9]), 4: np.array([12, 6, 25]), 5: np.array([12, 18, 25])}
+    frames = [draw(shape, before, 5), draw(shape, moved, 5), draw(shape, apart, 4)]
+    return np.stack(frames)
+
+
+@pytest.fixture
+def source(tmp_path, movie):
+    image = np.where(movie > 0, 1000, 100).astype(np.uint16)
+    return write_image(tmp_path / "movie.zarr", image, axes="tzyx", scale=SCALE)
+
+
+def true_ids(target, movie, table):
+    """The id in the movie of each row of a table."""
+    labels = zarr.open_array(target / "labels/megaseg/0", mode="r")[...]
+    found = []
+    for t, label in zip(table.timepoint, table.label, strict=True):
+        ids = movie[t][labels[t] == label]
+        found.append(np.bincount(ids).argmax())
+    return found
+
+
+def valid_graph(path):
+    """The graph of a GEFF that its own package calls valid."""
+    geff.validate_structure(path)
+    in_memory = read_to_memory(path)
+    validate_data(in_memory, ValidationConfig(graph=True, tracklet=True, lineage=True))
+    return geff.read(path)[0], in_memory["metadata"]
+
+
+def test_the_table_and_the_graph_have_the_tracks(segment_movie, source, movie, tmp_path):
+    target = segment_movie(source, block="24,24,24")
+    file = tmp_path / "out.zarr.measurements.parquet"
+    before = pandas.read_parquet(file)
+    result = track(str(target))
+    assert (result.failures, result.warnings) == ([], [])
+    [tracked] = result.tracked
+    assert (tracked.n_tracks, tracked.splits, tracked.objects) == (5, 1, 8)
+    table = pandas.read_parquet(file)
+    pandas.testing.assert_frame_equal(table[before.columns], before)
+    assert len(set(zip(table.track_id, true_ids(target, movie, table), strict=True))) == 5
+    parents = table[table.parent_track_id > 0]
+    assert set(parents.timepoint) == {2}
+    assert parents.parent_track_id.nunique() == 1
+    assert table.lineage_id.nunique() == 3
+    in_image = open_ome_zarr_container(target).get_table("megaseg").dataframe
+    assert_array_equal(in_image.track_id, table.track_id)
+    graph, metadata = valid_graph(tmp_path / "out.zarr.tracks/megaseg.geff")
+    assert (graph.number_of_nodes(), graph.number_of_edges()) == (8, 5)
+    places = np.array([[node["t"], node["z"]] for _, node in graph.nodes(data=True)])
+    assert_array_equal(places[:, 0], table.timepoint)
+    assert places[:, 1] == pytest.approx(table.centroid_z_um.to_numpy())
+    [related] = metadata.related_objects
+    labels = tmp_path / "out.zarr.tracks/megaseg.geff" / related.path
+    assert labels.resolve() == (target / "labels/megaseg").resolve()
+
+
+def test_a_second_track_replaces_the_first_and_a_new_run_removes_it(segment_movie, source):
+    target = segment_movie(source)
+    geff_of = target.parent / "out.zarr.tracks/megaseg.geff"
+    assert track(str(target)).tracked[0].splits == 1
+    [again] = track(str(target), splits=False, max_distance=0).tracked
+    assert (again.splits, again.n_tracks, again.max_distance) == (0, 4, 0)
+    table = pandas.read_parquet(target.parent / "out.zarr.measurements.parquet")
+    assert list(table.columns[-3:]) == ["track_id", "parent_track_id", "lineage_id"]
+    assert table.track_id.max() == 4
+    valid_graph(geff_of)
+    # The finished run stays finished, and keeps its tracks.
+    segment_movie(source)
+    assert geff_of.exists()
+    segment_movie(source, overwrite=True, connectivity=3)
+    assert not geff_of.exists()
+    table = pandas.read_parquet(target.parent / "out.zarr.measurements.parquet")
+    assert "track_id" not in table.columns
+
+
+def test_labels_that_are_made_again_have_tracks_of_their_own(segment_movie, source):
+    target = segment_movie(source)
+    track(str(target))
+    first = pandas.read_parquet(target.parent / "out.zarr.measurements.parquet")
+    # Larger than those of the last timepoint.
+    min_size = int(first.volume_voxels.nsmallest(3).max()) + 1
+    options = {"label_name": "large", "min_size": min_size, "outputs": "labels,measurements"}
+    relabel(str(target), parse_settings({**options, "workers": 0}))
+    [tracked] = track(str(target), label_name="large").tracked
+    assert tracked.objects == 5
+    folder = target.parent / "out.zarr.tracks"
+    assert sorted(path.name for path in folder.iterdir()) == ["large.geff", "megaseg.geff"]
+    table = pandas.read_parquet(target.parent / "out.zarr.large.measurements.parquet")
+    assert len(table.track_id) == 5
+    pandas.testing.assert_frame_equal(
+        pandas.read_parquet(target.parent / "out.zarr.measurements.parquet"), first
+    )
+
+
+def test_each_field_of_a_plate_is_tracked(segment_movie, tmp_path):
+    fields = {"A/1/0": FieldSpec(n_times=3, seed=1), "B/2/1": FieldSpec(n_times=3, seed=5)}
+    plate = write_fields(tmp_path / "plate.zarr", "0.4", fields)
+    target = segment_movie(plate, channel="dna,actin", min_size=20)
+    result = track(str(target))
+    assert result.failures == []
+    names = sorted(path.name for path in (tmp_path / "out.zarr.tracks").iterdir())
+    suffixes = sorted({name.removeprefix("A_1_0_") for name in names[:2]})
+    assert len(names) == 4
+    assert names == sorted(f"{f}_{s}" for f in ("A_1_0", "B_2_1") for s in suffixes)
+    table = pandas.read_parquet(tmp_path / "out.zarr.measurements.parquet")
+    for tracked, (_, rows) in zip(
+        result.tracked, table.groupby(["well", "channel"], sort=True), strict=True
+    ):
+        assert rows.track_id.nunique() == tracked.n_tracks
+        assert len(rows) == tracked.objects
+
+
+def test_objects_that_are_out_of_reach_are_said_and_not_guessed(segment_movie, tmp_path):
+    shape = (24, 24, 64)
+    frames = [draw(shape, {1: np.array([12, 12, x])}, 5) for x in (8, 9, 50)]
+    frames.append(np.zeros(shape, np.uint32))
+    image = np.where(np.stack(frames) > 0, 1000, 100).astype(np.uint16)
+    write_image(tmp_path / "jump.zarr", image, axes="tzyx", scale=SCALE)
+    target = segment_movie(tmp_path / "jump.zarr", min_size=20)
+    result = track(str(target))
+    assert [tracked.links for tracked in result.tracked] == [1]
+    far, empty = result.warnings
+    assert "no partner within" in far
+    assert "after timepoint 1" in far
+    assert "20.5 µm away" in far
+    assert "no objects at timepoint 3" in empty
+
+
+def test_what_cannot_be_tracked_is_refused_with_the_next_step(
+    segment_movie, source, movie, tmp_path
+):
+    with pytest.raises(TargetError, match="no run is recorded"):
+        track(str(tmp_path / "nothing.zarr"))
+    flat = segment_movie(source, "one.zarr", time="0:1")
+    with pytest.raises(SourceError, match="one timepoint"):
+        track(str(flat))
+    plain = segment_movie(source, "plain.zarr", outputs="labels,scores")
+    with pytest.raises(SettingsError, match="has no measurements") as raised:
+        track(str(plain))
+    assert "--outputs labels,measurements" in str(raised.value)
+    target = segment_movie(source)
+    with pytest.raises(SettingsError, match="--max-distance -1"):
+        track(str(target), max_distance=-1)
+    file = target / "tables/megaseg/table.parquet"
+    data = file.read_bytes()
+    file.unlink()
+    with pytest.raises(TargetError, match="run the same megaseg segment command again"):
+        track(str(target))
+    file.write_bytes(data)
+    foreign = tmp_path / "out.zarr.tracks/megaseg.geff"
+    zarr.open_group(foreign, mode="w", zarr_format=2).attrs["geff"] = {"directed": True}
+    with pytest.raises(TargetError, match="did not write"):
+        track(str(target))
+    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+
+
+def test_without_the_package_the_message_installs_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("megaseg_dask.ngff.tracks.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"pip install .*(geff|tracks)"):
+        track(str(tmp_path / "out.zarr"))
+
+
+def test_the_command_tells_what_it_did(segment_movie, source):
+    target = segment_movie(source)
+    plain = CliRunner().invoke(build_app(), ["track", str(target)])
+    assert plain.exit_code == 0
+    assert "5 tracks of 8 objects, 1 split" in plain.output
+    quiet = CliRunner().invoke(build_app(), ["track", str(target), "--merges", "--quiet", "--json"])
+    assert '"n_tracks": 5' in quiet.stdout
+    assert Location.of(target.parent / "out.zarr.tracks").children() == ["megaseg.geff"]
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_whole_tables(segment_movie, source, monkeypatch):
+    """Stopped at any write, tables can be read, and the same command finishes."""
+    target = segment_movie(source)
+    file = target.parent / "out.zarr.measurements.parquet"
+    expected = pandas.read_parquet(file)
+    put = Location.put
+    n_done = 0
+
+    def interrupted(self, key, data, **options):
+        nonlocal n_done
+        n_done += 1
+        if n_done == n_allowed:
+            raise KeyboardInterrupt
+        put(self, key, data, **options)
+
+    monkeypatch.setattr(Location, "put", interrupted)
+    is_over = False
+    n_allowed = 0
+    while not is_over:
+        n_allowed += 3
+        n_done = 0
+        try:
+            track(str(target))
+            is_over = True
+        except KeyboardInterrupt:
+            table = pandas.read_parquet(file)
+            assert_array_equal(table.label, expected.label)
+            rows = open_ome_zarr_container(target).get_table("megaseg").dataframe
+            assert len(rows) == len(expected)
+    assert n_allowed > 9
+    assert "track_id" in pandas.read_parquet(file).columns
+    valid_graph(target.parent / "out.zarr.tracks/megaseg.geff")
+
+
+def test_simulated_lineages_are_found_where_cells_move_little(segment_movie, tmp_path):
+    movie = simulate(3, 8, step=0.5, seed=2)
+    write_image(tmp_path / "cells.zarr", movie.image, axes="tzyx")
+    target = segment_movie(tmp_path / "cells.zarr", min_size=20)
+    [tracked] = track(str(target)).tracked
+    assert (tracked.n_tracks, tracked.links) == (8, 16)
