@@ -1,5 +1,7 @@
 """Links between timepoints, and the tracks that they make; SciPy's dense solver is the oracle."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ def pairs_of(links: Links) -> set[tuple[int, int]]:
 
 
 def track(movie: np.ndarray, linking: Linking) -> Tracks:
-    links = [link(a, b, linking)[0] for a, b in zip(movie[:-1], movie[1:], strict=True)]
+    links = [link(a, b, linking)[0] for a, b in pairwise(movie)]
     return Tracks.of([len(frame_of(ids)) for ids in movie], links)
 
 

@@ -208,8 +208,8 @@ def test_voxels_far_from_those_of_the_model(size, tmp_path, cheap_engine):
 
 def test_the_report_of_a_doubtful_run_is_not_just_done(run, tmp_path):
     pytest.importorskip("jinja2")
-    from megaseg_dask.tools.report.page import render
     from megaseg_dask.run.status import find_plans
+    from megaseg_dask.tools.report.page import render
 
     doubts = run(noise()).doubts
     page = render(find_plans(str(tmp_path / "out.zarr")))

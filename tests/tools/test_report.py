@@ -25,6 +25,7 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment
+from megaseg_dask.run.status import find_plans
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.report import pictures
 from megaseg_dask.tools.report.charts import Cell, number, plate_map
@@ -42,7 +43,6 @@ from megaseg_dask.tools.report.page import (
 )
 from megaseg_dask.tools.report.sampling import choose_view, spread, whole_or_middle
 from megaseg_dask.tools.report.survey import Run, survey
-from megaseg_dask.run.status import find_plans
 from megaseg_dask.tools.report.write import write_report
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
