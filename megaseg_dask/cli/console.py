@@ -203,15 +203,20 @@ def print_result(
     following: Sequence[tuple[str, str]],
     *,
     quiet: bool = False,
+    failures_were_shown: bool = True,
     how_to_retry: str = _RUN_AGAIN,
 ) -> None:
-    """Print what was written, or what failed and how to continue; then ``following`` commands."""
+    """Print what was written, or what failed and how to continue; then ``following`` commands.
+
+    Failures are shown when they happen, unless the command is quiet or another process had them.
+    """
     for warning in result.warnings:
         warn(warning)
     for doubt in result.doubts:
         echo(f"megaseg: doubt: {doubt_line(doubt)}", err=True)
     if result.failures:
-        _print_failures(result, quiet, how_to_retry)
+        are_left = quiet or not failures_were_shown
+        _print_failures(result, _MAX_FAILURES if are_left else 0, how_to_retry)
     else:
         _print_success(result)
     if quiet:
@@ -259,14 +264,12 @@ def print_tracking(result: "Tracking", *, quiet: bool = False) -> None:
     print_rows(rows, err=True)
 
 
-def _print_failures(result: Result, quiet: bool, how_to_retry: str) -> None:
+def _print_failures(result: Result, n_shown: int, how_to_retry: str) -> None:
     n_failures = count(len(result.failures), "task")
     kept = f"finished tasks are kept in {result.run}"
     echo(f"megaseg: {n_failures} failed; {kept}", err=True)
-    if quiet:
-        # Otherwise they were shown when they happened.
-        for failure in result.failures[:_MAX_FAILURES]:
-            echo(failure_line(failure), err=True)
+    for failure in result.failures[:n_shown]:
+        echo(failure_line(failure), err=True)
     echo(f"{how_to_retry}; only failed tasks are retried.", err=True)
 
 

@@ -104,7 +104,8 @@ def join(
         if result is None:
             raise typer.Exit(_show_status(target, label_name, json_))
         if not json_:
-            print_result(result, (), how_to_retry=f"Fix the cause and {RETRY_TASKS}")
+            how_to_retry = f"Fix the cause and {RETRY_TASKS}"
+            print_result(result, (), failures_were_shown=False, how_to_retry=how_to_retry)
         raise typer.Exit(result.exit_code)
 
 

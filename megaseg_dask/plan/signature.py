@@ -36,7 +36,7 @@ def with_settings(
 
 def _parameter(name: str, default: object) -> inspect.Parameter:
     """Return a setting as a keyword; each one also takes the text of the command line."""
-    annotation = _plain(Settings.model_fields[name].annotation)
+    annotation = plain_type(Settings.model_fields[name].annotation)
     if annotation is not bool:
         annotation = str | annotation
     return inspect.Parameter(
@@ -44,14 +44,14 @@ def _parameter(name: str, default: object) -> inspect.Parameter:
     )
 
 
-def _plain(annotation: Any) -> Any:
+def plain_type(annotation: Any) -> Any:
     """Return a type without the validators that its parts are annotated with."""
     origin = get_origin(annotation)
     if origin is None or origin is Literal:
         return annotation
     if origin is Annotated:
-        return _plain(get_args(annotation)[0])
-    parts = [_plain(part) for part in get_args(annotation)]
+        return plain_type(get_args(annotation)[0])
+    parts = [plain_type(part) for part in get_args(annotation)]
     if origin in (Union, UnionType):
         return reduce(or_, parts)
     return origin[tuple(parts)]

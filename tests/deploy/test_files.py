@@ -19,7 +19,7 @@ from megaseg_dask.run.cluster import start
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-SCRIPTS = sorted(DEPLOY.rglob("*.sh"))
+SCRIPTS = sorted([*DEPLOY.rglob("*.sh"), DEPLOY / "nextflow/bin/run-shares"])
 CLUSTER_FILES = sorted((DEPLOY / "slurm").glob("*.yaml"))
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 
@@ -46,13 +46,21 @@ def documents(path: Path) -> list[dict]:
 
 def test_every_folder_says_how_it_is_used_and_what_was_never_run():
     folders = [path for path in DEPLOY.iterdir() if path.is_dir()]
-    assert {path.name for path in folders} == {"conda", "container", "kubernetes", "slurm"}
+    assert {path.name for path in folders} == {
+        "conda",
+        "container",
+        "kubernetes",
+        "nextflow",
+        "slurm",
+        "snakemake",
+    }
     for folder in folders:
         text = (folder / "README.md").read_text()
         assert "```" in text
         assert "What it costs to change" in text
     assert "no cluster was run" in (DEPLOY / "kubernetes/README.md").read_text()
     assert "no image was built" in (DEPLOY / "container/README.md").read_text()
+    assert "Nextflow itself was not run" in (DEPLOY / "nextflow/README.md").read_text()
 
 
 # -- scripts and images

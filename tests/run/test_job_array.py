@@ -153,6 +153,8 @@ def test_a_block_that_fails_is_left_out_and_mended(source, expected, settings, t
     run_all(plan, after="segment")
     code, output = megaseg("join", target, "--json")
     assert (code, json.loads(output.splitlines()[-1])["status"]) == (1, "failed")
+    # Another process had the failure: this one names it.
+    assert "FAILED predicting blocks" in megaseg("join", target)[1]
     assert json.loads((target / "zarr.json").read_text())["attributes"]["megaseg"]["missing_boxes"]
     chunk.write_bytes(whole)
     code, output = megaseg("task", target, "segment")

@@ -1,0 +1,1 @@
+"""Tasks of Fractal, which calls them as scripts; the manifest beside the package lists them."""
