@@ -1,4 +1,4 @@
-"""The pages: what is generated is current, what is quoted is still said.
+"""The pages, and the manifest of Fractal: what is generated is current, what is quoted is said.
 
 Also all of it builds, offline.
 
@@ -6,6 +6,7 @@ Also all of it builds, offline.
 """
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fractal_task_tools._create_manifest import create_manifest
 from typer.main import get_command
 
 import megaseg_dask
@@ -100,7 +102,14 @@ def row(parameter: Any) -> str:
     return f"| `{text}` | {(parameter.help or '').replace('|', chr(92) + '|')}{shown} |"
 
 
+def fractal_manifest() -> str:
+    """The tasks of Fractal with the schemas of their arguments, as `fractal-manifest create`."""
+    made = create_manifest(raw_package_name="megaseg_dask", task_list_path="fractal.task_list")
+    return json.dumps(made, indent=2) + "\n"
+
+
 PAGES = {
+    "../megaseg_dask/__FRACTAL_MANIFEST__.json": fractal_manifest,
     "options.md": lambda: f"# Options of `segment` and `plan`\n\n{options_table()}\n",
     "commands.md": commands_page,
 }

@@ -16,7 +16,6 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import zarr
-from fractal_task_tools._create_manifest import create_manifest
 from ngio import open_ome_zarr_container
 
 import megaseg_dask
@@ -103,15 +102,6 @@ def segmented_at_once(plate: Path, copy: Path, options: Mapping[str, object]) ->
     settings = parse_settings({**options, "outputs": "labels,measurements"})
     assert segment_here(str(copy), str(copy), settings).status == "done"
     return labels(copy)
-
-
-def test_the_manifest_is_that_of_the_tasks():
-    made = create_manifest(raw_package_name="megaseg_dask", task_list_path="fractal.task_list")
-    advice = (
-        "make it again: fractal-manifest create --package megaseg_dask "
-        "--task-list-path fractal.task_list"
-    )
-    assert json.loads(MANIFEST.read_text()) == made, advice
 
 
 def test_what_a_form_shows_is_what_a_run_takes():
