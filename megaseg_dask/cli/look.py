@@ -204,6 +204,9 @@ def evaluate(
 ) -> None:
     """Compare predicted labels with true labels: Dice, IoU, average precision, panoptic quality.
 
+    SEG and DET are those of the Cell Tracking Challenge. Timepoints are compared one by one, and
+    counted together.
+
     \b
     Example:
       megaseg evaluate segmented.zarr nuclei.zarr
@@ -216,7 +219,7 @@ def evaluate(
         if not unmarked:
             for labels in compared:
                 require_labels(labels)
-        evaluation = evaluate_images(*compared, ignored=ignore or ())
+        evaluation = evaluate_images(*compared, ignored=ignore or (), tell=warn)
         if evaluation.left_out_voxels:
             warn(
                 "ignored because their tasks failed (missing_boxes): "

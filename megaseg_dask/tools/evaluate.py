@@ -5,7 +5,7 @@ any size can be compared. Ids start again in each timepoint: each has a table of
 its own. Voxels with a negative id in the truth are not annotated, and are left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -26,6 +26,8 @@ from megaseg_dask.tools.importing.files import open_file
 from megaseg_dask.tools.training.checks import has_areas
 
 BLOCK_SHAPE = (64, 512, 512)
+# Sizes of voxels that differ by less are written with other digits.
+_SAME_SIZE = 0.01
 
 
 def find_labels(address: str, name: str | None = None) -> Location:
@@ -79,11 +81,13 @@ def evaluate_images(
     block_shape: Shape = BLOCK_SHAPE,
     *,
     ignored: Sequence[int] = (),
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Compare two label images of one shape, all timepoints together; any block gives the same.
 
     Voxels that one of them lacks because tasks of its run failed are left out, and counted. So are
-    those that the truth does not annotate: with a negative id, or one of ``ignored``.
+    those that the truth does not annotate: with a negative id, or one of ``ignored``. ``tell`` is
+    called with what makes the comparison doubtful.
 
     Raises:
         SourceError: for images of different shapes, without a voxel in common, or whose voxels are
@@ -94,6 +98,8 @@ def evaluate_images(
         if ours.shape != theirs.shape:
             shapes = f"{predicted} has {ours.shape}, {truth} has {theirs.shape}"
             raise SourceError(f"shapes (t, z, y, x) differ: {shapes}")
+        if difference := _differing_place(ours, theirs):
+            tell(f"{predicted} and {truth} {difference}; are these the same voxels?")
         comparison = _Comparison(ours, theirs, ignored)
         n_times, *volume_shape = ours.shape
         for t in range(n_times):
@@ -102,6 +108,8 @@ def evaluate_images(
                     comparison.add(t, box)
                 except DataError as error:
                     raise SourceError(f"{predicted}: {error}") from error
+    for unseen in sorted(set(ignored) - comparison.seen):
+        tell(f"--ignore {unseen}: {truth} has no voxel of this id")
     table = Contingency.joined(comparison.tables.values())
     if not len(table.voxels):
         if comparison.n_not_annotated:
@@ -127,6 +135,8 @@ class _Comparison:
     tables: dict[int, Contingency] = field(default_factory=dict)
     n_lacking: int = 0
     n_not_annotated: int = 0
+    # Those of the ignored ids that are there.
+    seen: set[int] = field(default_factory=set)
 
     def add(self, t: int, box: Box) -> None:
         """Add a box of a timepoint.
@@ -137,12 +147,47 @@ class _Comparison:
         is_there = self.ours.has(t, box) & self.theirs.has(t, box)
         self.n_lacking += int((~is_there).sum())
         true = self.theirs.read(t, box)[is_there]
-        is_annotated = (true >= 0) & ~np.isin(true, self.ignored)
+        is_annotated = true >= 0
+        for value in self.ignored:
+            is_ignored = true == value
+            if is_ignored.any():
+                self.seen.add(value)
+                is_annotated &= ~is_ignored
         self.n_not_annotated += int((~is_annotated).sum())
         predicted = self.ours.read(t, box)[is_there][is_annotated]
         # Negative ids are left out above, so that no value is lost.
         of_box = Contingency.of(predicted, true[is_annotated].astype(np.uint64))
         self.tables[t] = self.tables.get(t, Contingency.none()) + of_box
+
+
+def _differing_place(ours: "_Readable", theirs: "_Readable") -> str:
+    """Return how sizes or places of voxels differ, in words; empty if they do not.
+
+    Of a TIFF file, or of voxels of unknown size, nothing is known.
+    """
+    if not (isinstance(ours, _Labels) and isinstance(theirs, _Labels)):
+        return ""
+    images = (ours.image, theirs.image)
+    if any(image.unknown_size is not None for image in images):
+        return ""
+    sizes, origins = zip(*(_place(image) for image in images), strict=True)
+    if not np.allclose(*sizes, rtol=_SAME_SIZE, atol=0):
+        return "have voxels of other sizes: {} and {} µm (z, y, x)".format(*map(_texts, sizes))
+    # What half a voxel is apart are other voxels.
+    if np.any(np.abs(origins[0] - origins[1]) > sizes[0] / 2):
+        return "begin at other places: {} and {} µm (z, y, x)".format(*map(_texts, origins))
+    return ""
+
+
+def _place(image: Image) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the size of the voxels and the place of the first, in µm ``(z, y, x)``."""
+    _, translation = image.transform()
+    in_um = [t * axis.in_um for t, axis in zip(translation, image.axes, strict=True)]
+    return np.array(image.spacing_um), np.array(image.spatial(in_um))
+
+
+def _texts(values: NDArray[np.float64]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 class _Readable(Protocol):

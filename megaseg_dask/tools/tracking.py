@@ -203,7 +203,7 @@ class _Tracker:
         if distance is None:
             distance = objects.median_diameter()
         blocks = BlockGrid(plan.volume_shape, _block_shape(plan.volume_shape, plan.layout(0)))
-        overlaps = _count_overlaps(group.location, labels, blocks, partial(self._tell, name))
+        overlaps = count_overlaps(group.location, labels, blocks, partial(self._tell, name))
         linking = Linking(distance, self.splits, self.merges)
         links: list[Links] = []
         drifts: list[Drift | None] = []
@@ -377,7 +377,7 @@ def _graph_of(objects: _Objects, tracks: Tracks) -> TrackGraph:
 # -- overlaps
 
 
-def _count_overlaps(
+def count_overlaps(
     location: Location, labels: Image, blocks: BlockGrid, tell: Callable[[int, int], None]
 ) -> list[Contingency]:
     """Return how many voxels labels of each timepoint share with those of the next one."""

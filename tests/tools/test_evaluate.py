@@ -201,3 +201,35 @@ def test_label_images_of_several_channels_are_refused(tmp_path):
     several = np.stack([labels(1), labels(2)])
     with pytest.raises(SourceError, match="has 2 channels; expected a label image with one"):
         evaluation_of(tmp_path, several, several, "czyx")
+
+
+def test_what_makes_a_comparison_doubtful_is_told(tmp_path):
+    ids = labels(1)
+    ours = write_image(tmp_path / "ours.zarr", ids)
+    larger = write_image(tmp_path / "larger.zarr", ids, scale={"z": 2.0})
+    moved = write_image(tmp_path / "moved.zarr", ids)
+    group = zarr.open_group(moved)
+    ome = group.attrs["ome"]
+    place = {"type": "translation", "translation": [0.0, 7.0, 0.0]}
+    ome["multiscales"][0]["datasets"][0]["coordinateTransformations"].append(place)
+    group.attrs["ome"] = ome
+
+    def told_of(truth, **options):
+        told = []
+        found = evaluate.evaluate_images(
+            Location.of(ours), Location.of(truth), tell=told.append, **options
+        )
+        assert found.dice == found.seg == found.det == 1
+        return told
+
+    assert told_of(ours, ignored=(0,)) == []
+    [text] = told_of(larger)
+    assert "other sizes: 1, 1, 1 and 2, 1, 1 µm" in text
+    [text] = told_of(moved)
+    assert "other places: 0, 0, 0 and 0, 7, 0 µm" in text
+    [text] = told_of(ours, ignored=(2, 2**70))
+    assert f"--ignore {2**70}" in text
+    words = ["evaluate", str(ours), str(moved), "--unmarked", "--ignore", "77"]
+    printed = CliRunner().invoke(build_app(), words)
+    assert printed.exit_code == 0
+    assert printed.stderr.count("megaseg: warning") == 2
