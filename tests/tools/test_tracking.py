@@ -1,5 +1,7 @@
 """``megaseg track``: the table and the GEFF of a run, and what is refused."""
 
+import io
+
 import geff
 import numpy as np
 import pandas
@@ -260,3 +262,29 @@ def test_simulated_lineages_are_found_where_cells_move_little(segment_movie, tmp
     target = segment_movie(tmp_path / "cells.zarr", min_size=20)
     [tracked] = track(str(target)).tracked
     assert (tracked.n_tracks, tracked.links) == (8, 16)
+
+
+@pytest.mark.slow
+def test_a_target_on_s3_gets_what_a_folder_gets(
+    s3, bucket_folder, segment_movie, source, tiny_bundle, tmp_path
+):
+    local = segment_movie(source)
+    track(str(local))
+    target = f"{bucket_folder}/out.zarr"
+    options = {"model": str(tiny_bundle), "threads": 1, "overlap": 0, "outputs": MEASURED}
+    segment_here(str(source), target, parse_settings(options))
+    for _ in range(2):
+        [tracked] = track(target).tracked
+    assert tracked.tracks == f"{target}.tracks/megaseg.geff"
+    copy = tmp_path / "copy.geff"
+    graph = Location.of(tracked.tracks)
+    for key in graph.keys(""):
+        (copy / key).parent.mkdir(parents=True, exist_ok=True)
+        (copy / key).write_bytes(graph.get(key))
+    found, metadata = valid_graph(copy)
+    expected, _ = valid_graph(tmp_path / "out.zarr.tracks/megaseg.geff")
+    assert (found.nodes(data=True), found.edges) == (expected.nodes(data=True), expected.edges)
+    assert metadata.related_objects[0].path == "../../out.zarr/labels/megaseg"
+    name = "out.zarr.measurements.parquet"
+    table = pandas.read_parquet(io.BytesIO(Location.of(bucket_folder).get(name)))
+    pandas.testing.assert_frame_equal(table, pandas.read_parquet(tmp_path / name))
