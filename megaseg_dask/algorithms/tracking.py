@@ -17,12 +17,15 @@ from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite
 from scipy.spatial import cKDTree
 
 from megaseg_dask.algorithms.matching import Contingency
+from megaseg_dask.errors import SettingsError
 
 Numbers = NDArray[np.intp]
 Floats = NDArray[np.float64]
 
 # A pair costs from 0 to 1; a link that is not made costs a little more, as in TrackMate.
 _NO_LINK = 1.05
+# Pairs of two timepoints within reach, about 100 bytes each.
+_MAX_PAIRS = 20_000_000
 # Pairs that are solved together at least: a solution takes the square of their number.
 _BATCH_PAIRS = 1000
 
@@ -109,6 +112,9 @@ def link_frames(
 
     The links of one object to one come first, then those of parts. There is no drift if a
     timepoint has no objects.
+
+    Raises:
+        SettingsError: Too many pairs are within reach.
     """
     pairs = _list_pairs(before, after, overlaps, linking.max_distance)
     links = pairs[_assign(pairs.before, pairs.after, pairs.cost, (len(before), len(after)))]
@@ -128,9 +134,15 @@ def _list_pairs(before: Frame, after: Frame, overlaps: Contingency, max_distance
     columns = np.searchsorted(after.label, overlaps.true[is_pair])
     voxels = overlaps.voxels[is_pair]
     if max_distance > 0 and len(before) and len(after):
-        near = cKDTree(before.centroid).sparse_distance_matrix(
-            cKDTree(after.centroid), max_distance, output_type="ndarray"
-        )
+        places = cKDTree(before.centroid)
+        next_places = cKDTree(after.centroid)
+        n_near = places.count_neighbors(next_places, max_distance)
+        if n_near > _MAX_PAIRS:
+            raise SettingsError(
+                f"{n_near:,} pairs of objects of two timepoints are within {max_distance:g}; "
+                "give a smaller --max-distance"
+            )
+        near = places.sparse_distance_matrix(next_places, max_distance, output_type="ndarray")
         rows = np.concatenate([rows, near["i"]])
         columns = np.concatenate([columns, near["j"]])
         voxels = np.concatenate([voxels, np.zeros(len(near), np.int64)])

@@ -128,6 +128,10 @@ def track(
         tracker = _Tracker(max_distance, splits, merges, lease, emit, result)
         for plan in plans:
             result.failures += [f"{lost.volume}: {lost.error}" for lost in unread_fields(plan)]
+            if len(plan.times) < 2:
+                fields = ", ".join(plan.field_paths)
+                result.warnings.append(f"{fields}: one timepoint, so there is nothing to track")
+                continue
             tracker.track_run(plan)
         emit(Step("writing the table of the run"))
         lease.require()
@@ -136,13 +140,13 @@ def track(
 
 
 def _require_trackable(plans: Sequence[Plan]) -> None:
+    if all(len(plan.times) < 2 for plan in plans):
+        raise SourceError(
+            f"{plans[0].target} has one timepoint, and tracks go through several; segment a "
+            "timelapse, and of --time take more than one"
+        )
     for plan in plans:
         again = f"run the same megaseg {_command(plan)} command again first"
-        if len(plan.times) < 2:
-            raise SourceError(
-                f"{plan.target} has one timepoint, and tracks go through several; segment a "
-                "timelapse, with --time for a part of it"
-            )
         if not plan.resolved.measures_objects():
             raise SettingsError(_advise_measurements(plan))
         journal = Journal.read(plan)
@@ -213,6 +217,11 @@ class _Tracker:
             drifts.append(drift)
         tracks = Tracks.of([len(frame) for frame in objects.frames], links)
         unit = "µm" if objects.is_in_um else "voxels"
+        if self.max_distance and not objects.is_in_um:
+            self.result.warnings.append(
+                f"{name}: the size of its voxels is unknown, so --max-distance "
+                f"{self.max_distance:g} is taken as voxels"
+            )
         self._warn(name, drifts, distance, unit, objects)
         self.lease.require()
         settings = {"max_distance": distance, "unit": unit}

@@ -15,6 +15,7 @@ from scipy.spatial.distance import cdist
 from megaseg_dask.algorithms.geometry import BlockGrid
 from megaseg_dask.algorithms.matching import Contingency
 from megaseg_dask.algorithms.tracking import Frame, Linking, Links, Tracks, link_frames
+from megaseg_dask.errors import SettingsError
 from tests.fixtures.movies import draw, simulate
 
 
@@ -126,6 +127,13 @@ def test_empty_timepoints_end_all_tracks():
         n = sum(bool(each.any()) for each in movie)
         assert tracks.n_tracks == n
         assert len(tracks.source) == 0
+
+
+def test_a_reach_that_takes_in_too_much_is_refused():
+    places = np.random.default_rng(0).uniform(0, 9, (5000, 3))
+    frame = Frame(np.arange(1, 5001, dtype="u8"), np.ones(5000, int), places)
+    with pytest.raises(SettingsError, match="25,000,000 pairs"):
+        link_frames(frame, frame, Contingency.none(), Linking(1e9))
 
 
 def test_what_drifts_is_measured():

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from megaseg_dask.cli.app import build_app
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.events import ignore
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import relabel
 from megaseg_dask.stores import Location
@@ -33,10 +34,11 @@ MEASURED = "labels,scores,measurements"
 def segment_movie(tmp_path, tiny_bundle, cheap_engine):
     """Segment an image; what is bright becomes its objects."""
 
-    def call(source, target="out.zarr", **options):
+    def call(source, target="out.zarr", emit=ignore, **options):
         options = {"model": str(tiny_bundle), "threads": 1, "overlap": 0, **options}
         options = {"outputs": MEASURED, **options}
-        result = segment_here(str(source), str(tmp_path / target), parse_settings(options))
+        settings = parse_settings(options)
+        result = segment_here(str(source), str(tmp_path / target), settings, emit=emit)
         assert not result.failures
         return tmp_path / target
 
@@ -144,19 +146,24 @@ def test_labels_that_are_made_again_have_tracks_of_their_own(segment_movie, sour
 
 
 def test_each_field_of_a_plate_is_tracked(segment_movie, tmp_path):
-    fields = {"A/1/0": FieldSpec(n_times=3, seed=1), "B/2/1": FieldSpec(n_times=3, seed=5)}
+    fields = {
+        "A/1/0": FieldSpec(n_times=3, seed=1),
+        "B/2/1": FieldSpec(n_times=3, seed=5),
+        "B/3/0": FieldSpec(n_times=1, seed=9),
+    }
     plate = write_fields(tmp_path / "plate.zarr", "0.4", fields)
     target = segment_movie(plate, channel="dna,actin", min_size=20)
     result = track(str(target))
     assert result.failures == []
+    assert result.warnings == ["B/3/0: one timepoint, so there is nothing to track"]
     names = sorted(path.name for path in (tmp_path / "out.zarr.tracks").iterdir())
     suffixes = sorted({name.removeprefix("A_1_0_") for name in names[:2]})
     assert len(names) == 4
     assert names == sorted(f"{f}_{s}" for f in ("A_1_0", "B_2_1") for s in suffixes)
     table = pandas.read_parquet(tmp_path / "out.zarr.measurements.parquet")
-    for tracked, (_, rows) in zip(
-        result.tracked, table.groupby(["well", "channel"], sort=True), strict=True
-    ):
+    assert table[table.well == "B/3"].track_id.isna().all()
+    tracks = table[table.well != "B/3"].groupby(["well", "channel"])
+    for tracked, (_, rows) in zip(result.tracked, tracks, strict=True):
         assert rows.track_id.nunique() == tracked.n_tracks
         assert len(rows) == tracked.objects
 
@@ -198,6 +205,15 @@ def test_what_cannot_be_tracked_is_refused_with_the_next_step(
     with pytest.raises(TargetError, match="run the same megaseg segment command again"):
         track(str(target))
     file.write_bytes(data)
+
+    def stop(event):
+        if event.kind == "progress":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment_movie(source, "begun.zarr", emit=stop)
+    with pytest.raises(TargetError, match="is not finished; run the same megaseg segment"):
+        track(str(tmp_path / "begun.zarr"))
     foreign = tmp_path / "out.zarr.tracks/megaseg.geff"
     zarr.open_group(foreign, mode="w", zarr_format=2).attrs["geff"] = {"directed": True}
     with pytest.raises(TargetError, match="did not write"):
