@@ -262,6 +262,7 @@ _RELABELLING = (
     "outputs",
     "regions",
     "table",
+    "unmarked",
     "overwrite",
     "memory",
     "workers",

@@ -71,6 +71,14 @@ def import_(
             help="Fields may lack timepoints, channels or planes that other fields have.",
         ),
     ] = False,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            "--labels",
+            help="Voxels are ids of objects: the image is marked as labels, and coarser levels "
+            "hold ids too.",
+        ),
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
     **options: Any,
@@ -86,6 +94,7 @@ def import_(
       megaseg import movie_t*.tif movie.zarr --pattern 'movie_t{time}.tif'
       megaseg import scan/*.tif plate.zarr --pattern '{well}_{field}_t{time}_{channel}.tif'
       megaseg import scan.czi plate.zarr --series all --pattern '*:{well}-{field}'
+      megaseg import annotated.tif truth.zarr --labels --axes ZYX --voxel-size 0.29,0.108,0.108
     """
     with exit_codes(json_):
         if not files or target is None:
@@ -96,7 +105,13 @@ def import_(
         from megaseg_dask.tools.importing.planning import parse_options
 
         chosen = parse_options(
-            pattern, voxel_size, axes, channel_names, series, allow_missing=allow_missing
+            pattern,
+            voxel_size,
+            axes,
+            channel_names,
+            series,
+            allow_missing=allow_missing,
+            labels=labels,
         )
         with reporter(json_, quiet) as emit:
             imported = import_files(files, target, chosen, settings, emit)
@@ -105,5 +120,6 @@ def import_(
             if not quiet:
                 echo(f"{'images':<13}{imported.images}")
             following = [(imported.next_command, "what segmenting it takes")]
-            print_result(result, [] if result.failures else following, quiet=quiet)
+            is_source = not labels and not result.failures
+            print_result(result, following if is_source else [], quiet=quiet)
         raise typer.Exit(result.exit_code)

@@ -113,7 +113,14 @@ def view(
         open_stores(options, None)
         from megaseg_dask.tools.view.viewer import view as run_view
 
-        exit_code = run_view(target, label_name, announce, truth=truth, browser=not no_browser)
+        exit_code = run_view(
+            target,
+            label_name,
+            announce,
+            truth=truth,
+            unmarked=options["unmarked"],
+            browser=not no_browser,
+        )
         raise typer.Exit(exit_code)
 
 
@@ -134,7 +141,7 @@ def _view_live(
         looking = Looking(source, target, settings, emit)
     from megaseg_dask.tools.view.live import view_live
 
-    view_live(looking, source, announce, truth=truth, browser=browser)
+    view_live(looking, source, announce, truth=truth, unmarked=settings.unmarked, browser=browser)
     if target is not None:
         from megaseg_dask.plan.command_line import command_line
 
@@ -150,7 +157,7 @@ def _require_no_prediction(options: dict[str, Any], target: str | None) -> None:
     Raises:
         SettingsError: One is; it is named.
     """
-    names = [name for name in given(options) if name not in STORE]
+    names = [name for name in given(options) if name not in (*STORE, "unmarked")]
     if not names and target is None:
         return
     from megaseg_dask.errors import SettingsError

@@ -672,7 +672,11 @@ def require_valid(image: Image, where: object) -> None:
 
 
 def image_attributes(image: Image, *, label: bool = False) -> dict[str, Any]:
-    """Return the attributes of an image group, or of a label image two groups below its source."""
+    """Return the attributes of an image group.
+
+    A ``label`` image lies two groups below its source. One that stands for itself is so by its
+    kind.
+    """
     models = VERSIONS[image.version].models
     axes = [models.axes.Axis(name=a.name, type=a.type, unit=a.unit) for a in image.axes]
     datasets = [
@@ -691,6 +695,8 @@ def image_attributes(image: Image, *, label: bool = False) -> dict[str, Any]:
     parts: dict[str, Any] = {"multiscales": [multiscale.model_dump(exclude_none=True)]}
     if label:
         parts["image-label"] = {"source": {"image": "../../"}}
+    elif image.kind == "label image":
+        parts["image-label"] = {}
     return ome_attributes(parts, image.version)
 
 

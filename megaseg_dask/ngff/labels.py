@@ -7,7 +7,7 @@ taken off it before it is written again.
 import re
 from collections.abc import Collection, Mapping
 
-from megaseg_dask.errors import SettingsError, SourceError
+from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.messages import count
 from megaseg_dask.ngff.group import (
     find_attributes,
@@ -18,6 +18,7 @@ from megaseg_dask.ngff.group import (
 )
 from megaseg_dask.ngff.image import Image, read_image
 from megaseg_dask.stores import Location
+from megaseg_dask.stores.failures import is_denied
 
 
 def labels_group(image: Location) -> Location:
@@ -59,8 +60,49 @@ def choose_label(image: Location, name: str | None) -> Location | None:
     return labels_group(image) / (name or names[0])
 
 
+def is_marked(location: Location, image: Image) -> bool:
+    """Return whether the voxels of an image are ids of objects, and no intensities.
+
+    Its metadata say so, or the image that it lies in lists it. An image of true and false is a
+    mask. Nothing is concluded from other voxels: intensities may be few, and have areas too.
+
+    Raises:
+        MegasegError: As :func:`list_labels`.
+    """
+    return image.kind == "label image" or image.dtype == "bool" or _is_listed(location)
+
+
+def _is_listed(location: Location) -> bool:
+    image = location.parent.parent
+    if labels_group(image) != location.parent:
+        return False
+    try:
+        return location.basename in list_labels(image)
+    except StoreError as error:
+        # Who may read an image may not always read what is above it.
+        if not is_denied(error):
+            raise
+        return False
+
+
+def require_marked(location: Location, image: Image) -> None:
+    """Require that something says that the voxels of an image are ids: see :func:`is_marked`.
+
+    A person may say it instead, with the option ``--unmarked``.
+
+    Raises:
+        SourceError: Nothing does.
+        MegasegError: As :func:`list_labels`.
+    """
+    if not is_marked(location, image):
+        raise SourceError(
+            f"{location} is not marked as a label image; name one (such as IMAGE/labels/NAME), or "
+            "pass --unmarked if its voxels are ids of objects"
+        )
+
+
 def read_label_image(location: Location) -> Image:
-    """Read and check the metadata of an image whose voxels are ids of objects.
+    """Read and check the metadata of an image whose voxels are to be ids of objects.
 
     Raises:
         SourceError: There is no image that can be read, or its voxels are no ids.

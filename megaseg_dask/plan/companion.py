@@ -14,6 +14,7 @@ from megaseg_dask.ngff.labels import (
     list_labels,
     read_label_image,
     require_complete,
+    require_marked,
 )
 from megaseg_dask.ngff.plate import is_plate
 from megaseg_dask.ngff.volume import Volume
@@ -53,13 +54,14 @@ def find_companion(
     field: str = "",
     *,
     is_only: bool = True,
+    is_unmarked: bool = False,
 ) -> Companion:
     """Return the label image that ``option`` names by ``text``, for an image.
 
     ``text`` is the name of a label image of the image, or an address: of a label image, of an
     image that has only one, or of a plate as for :func:`find_label`. ``image`` begins at the level
     that is segmented, and ``field`` is its path in its plate, of which it ``is_only`` if no other
-    field is chosen.
+    field is chosen. With ``is_unmarked``, as for :func:`read_companion`.
 
     Raises:
         SettingsError: There is none, its voxels are no ids, or it has other voxels.
@@ -71,9 +73,7 @@ def find_companion(
         label = labels_group(location) / text
         if not is_own:
             label = find_label(text, field, is_only=is_only)
-        require_other_image(label, location, f"{option} {text}")
-        labels = read_label_image(label)
-        require_complete(label, labels)
+        labels = read_companion(label, location, f"{option} {text}", is_unmarked=is_unmarked)
     except SourceError as error:
         listed = f"label images {', '.join(own)}" if own else "no label image"
         raise SettingsError(f"{option} {text}: {error} ({location} has {listed})") from error
@@ -127,17 +127,28 @@ def find_label(text: str, field: str, *, is_only: bool) -> Location:
     return _only_label(location, labels_group(location))
 
 
-def require_other_image(label: Location, image: Location, option: str) -> None:
-    """Require that labels are not the image itself: its intensities would pass for ids.
+def read_companion(
+    label: Location, image: Location, option: str, *, is_unmarked: bool = False
+) -> Image:
+    """Return the metadata of labels for an image: its own intensities would pass for ids.
+
+    With ``is_unmarked`` their metadata need not say that they are labels.
 
     Raises:
-        SettingsError: They are.
+        SettingsError: They are the image itself.
+        SourceError: They cannot be read, are no labels, or lack parts.
+        StoreError: The store failed.
     """
     if label == image:
         raise SettingsError(
             f"{option}: this is the image that is segmented; give a label image of the same "
             "voxels, such as IMAGE/labels/NAME"
         )
+    labels = read_label_image(label)
+    if not is_unmarked:
+        require_marked(label, labels)
+    require_complete(label, labels)
+    return labels
 
 
 def is_readable_plate(location: Location) -> bool:

@@ -83,13 +83,27 @@ class Readable:
         regions = None
         if settings.regions is not None:
             regions = find_companion(
-                location, segmented, settings.regions, "--regions", field, is_only=is_only
+                location,
+                segmented,
+                settings.regions,
+                "--regions",
+                field,
+                is_only=is_only,
+                is_unmarked=settings.unmarked,
             )
         mask = None
         where = where_of(settings)
         if where is not None:
             chosen = (choice.times, choice.channels)
-            mask = find_mask(location, segmented, where, *chosen, field, is_only=is_only)
+            mask = find_mask(
+                location,
+                segmented,
+                where,
+                *chosen,
+                field,
+                is_only=is_only,
+                is_unmarked=settings.unmarked,
+            )
         return cls(image, choice, regions, mask)
 
     @property

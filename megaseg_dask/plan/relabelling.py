@@ -32,6 +32,7 @@ RESULT = (
     "label_name",
 )
 WORK = (
+    "unmarked",
     "overwrite",
     "memory",
     "workers",
@@ -79,7 +80,7 @@ def plan_relabelling(
         basis=basis,
     )
     values["images"] = {
-        path: replace(image, regions=_regions_of(earlier, path, merged.regions, is_only=is_only))
+        path: replace(image, regions=_regions_of(earlier, path, merged, is_only=is_only))
         for path, image in earlier.images.items()
     }
     values["settings"] = merged.recorded()
@@ -96,16 +97,20 @@ def plan_relabelling(
     return plan
 
 
-def _regions_of(
-    earlier: Plan, path: str, regions: str | None, *, is_only: bool
-) -> Companion | None:
+def _regions_of(earlier: Plan, path: str, settings: Settings, *, is_only: bool) -> Companion | None:
     """Return the regions of an image, if there are any."""
-    if regions is None:
+    if settings.regions is None:
         return None
     location = earlier.source / path
     is_only = is_only and len(earlier.images) == 1
     return find_companion(
-        location, earlier.source_image, regions, "--regions", path, is_only=is_only
+        location,
+        earlier.source_image,
+        settings.regions,
+        "--regions",
+        path,
+        is_only=is_only,
+        is_unmarked=settings.unmarked,
     )
 
 
@@ -166,6 +171,9 @@ def _merge(earlier: Plan, settings: Settings) -> Settings:
     changed |= {name: getattr(settings, name) for name in RESULT if name in given}
     changed |= {name: getattr(settings, name) for name in WORK}
     changed |= {"follow": False, "follow_timeout": None, "settle": None}
+    if "regions" not in given:
+        # What was said of the regions of the run is true still.
+        changed["unmarked"] = settings.unmarked or earlier.settings.unmarked
     if "split" in given and settings.split == "none":
         changed["split_depth"] = None
     if "measurements" not in changed["outputs"]:

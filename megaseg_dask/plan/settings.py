@@ -136,6 +136,14 @@ class Settings(BaseModel):
             changes_result=True,
         ),
     ] = 0.0
+    unmarked: Annotated[
+        bool,
+        Option(
+            SOURCE,
+            "Voxels of the images of --where and --regions are ids also where no metadata mark an "
+            "image as labels.",
+        ),
+    ] = False
     wells: Annotated[
         Text | None,
         Option(

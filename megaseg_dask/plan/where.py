@@ -30,13 +30,13 @@ from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError, StoreError
 from megaseg_dask.messages import count
 from megaseg_dask.ngff.image import SPATIAL, Image
-from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image, require_complete
+from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.companion import (
     find_label,
     is_readable_plate,
     one_image,
-    require_other_image,
+    read_companion,
 )
 from megaseg_dask.plan.resolved import Where
 from megaseg_dask.stores import Location
@@ -98,14 +98,17 @@ def find_mask(
     field: str = "",
     *,
     is_only: bool = True,
+    is_unmarked: bool = False,
 ) -> PlannedMask | None:
     """Return the mask of an image, for chosen timepoints and channels; it is read once.
 
     ``image`` begins at the level that is segmented. ``field`` is its path in its plate, if it
-    is in one, of which it ``is_only`` if no other field is chosen.
+    is in one, of which it ``is_only`` if no other field is chosen. With ``is_unmarked`` the
+    metadata of the mask need not say that it is one.
 
     Raises:
         SettingsError: There is no such mask, or it does not cover the image.
+        SourceError: It is no label image, or lacks parts.
         DataError: The mask cannot be read.
         StoreError: The store failed.
     """
@@ -119,9 +122,7 @@ def find_mask(
     if where.is_data:
         return PlannedMask(digests=_digests_of_chunks(location, image, times, channels))
     label, level_name, is_own = _find_label(location, where.text, field, is_only=is_only)
-    require_other_image(label, location, f"--where {where.text}")
-    labels = read_label_image(label)
-    require_complete(label, labels)
+    labels = read_companion(label, location, f"--where {where.text}", is_unmarked=is_unmarked)
     _require_scales(image, labels, where.text)
     level = _choose_level(image, labels, level_name, where.text, is_own=is_own)
     step, offset = _alignment(image, labels, level, where.text, is_own=is_own)

@@ -18,7 +18,7 @@ from megaseg_dask.algorithms.matching import Contingency, Evaluation, evaluate_c
 from megaseg_dask.errors import DataError, SettingsError, SourceError
 from megaseg_dask.ngff.foreign import TIFF_SUFFIXES
 from megaseg_dask.ngff.image import Image
-from megaseg_dask.ngff.labels import choose_label, read_label_image
+from megaseg_dask.ngff.labels import choose_label, read_label_image, require_marked
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.stores import Location
@@ -46,7 +46,7 @@ def find_labels(address: str, name: str | None = None) -> Location:
 
 
 def require_labels(location: Location) -> None:
-    """Check that the metadata of an image say that its voxels are ids of objects.
+    """Check that the voxels of an image are ids of objects, as its metadata say.
 
     A TIFF file cannot say it: its middle planes are looked at.
 
@@ -61,11 +61,7 @@ def require_labels(location: Location) -> None:
                     "file of the labels, or pass --unmarked if its voxels are ids of objects"
                 )
         return
-    if read_label_image(location).kind != "label image":
-        raise SourceError(
-            f"{location} is not marked as a label image, and has none in it; name a label image "
-            "(such as IMAGE/labels/NAME), or pass --unmarked if its voxels are ids of objects"
-        )
+    require_marked(location, read_label_image(location))
 
 
 def is_tiff(location: Location) -> bool:

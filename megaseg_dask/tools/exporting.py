@@ -17,7 +17,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.events import Emit, Step, ignore
 from megaseg_dask.ngff.image import SPATIAL, Image
-from megaseg_dask.ngff.labels import choose_label, read_label_image, require_complete
+from megaseg_dask.ngff.labels import choose_label, is_marked, read_label_image, require_complete
 from megaseg_dask.ngff.plate import is_plate, read_plate
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.stores import Location
@@ -159,7 +159,7 @@ def _find(location: Location, target: Path, label: str | None, level: int) -> It
 def _export(image: Location, file: Path, label: str | None, level: int) -> _Export:
     location = choose_label(image, label) or image
     labels = read_label_image(location)
-    if labels.kind != "label image":
+    if not is_marked(location, labels):
         raise SourceError(f"{image} has no label image; segment it first, or give a label image")
     require_complete(location, labels)
     if labels.extent("c") > 1:

@@ -78,7 +78,7 @@ def test_only_patches_that_touch_the_mask_are_predicted_and_only_their_blocks_ar
     where = write_image(tmp_path / "mask.zarr", mask)
     settings = parse_settings(
         {"model": str(tiny_bundle), "engine": "torch", "threads": 1, "block": block}
-        | {"where": str(where), **options}
+        | {"where": str(where), "unmarked": True, **options}
     )
     [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
     for stage in plan.stages:

@@ -74,6 +74,7 @@ VALUES = [
     ("voxel_size", "model", "model", "model"),
     ("where", "cells", "cells", "cells"),
     ("where_margin", "2.5", 2.5, 2.5),
+    ("unmarked", True, True, True),
     ("voxel_size", "0.29,0.108333,0.1", (0.29, 0.108333, 0.1), (0.29, 0.108333, 0.1)),
     ("threshold", "otsu", "otsu", "otsu"),
     ("fill_holes", "30", 30, 30),
@@ -123,6 +124,7 @@ def test_every_option_is_in_the_table_above():
 
 NONSENSE = [
     ("follow", "x", "true or false"),
+    ("unmarked", "x", "true or false"),
     ("follow_timeout", "soon", "a time such as 55m"),
     ("follow_timeout", "30", "it is about --follow"),
     ("settle", "-1", "0 or more"),
@@ -307,6 +309,7 @@ def test_only_how_and_where_may_change_when_a_run_resumes():
         "follow_timeout",
         "settle",
         "on_volume",
+        "unmarked",
     }
 
 

@@ -97,7 +97,7 @@ def test_grids_and_masks_stay_below_the_projection_too(block, options, tmp_path,
         mask = np.zeros(shape, "uint16")
         mask[20:60, 100:200, 100:200] = 1
         where = write_image(tmp_path / "mask.zarr", mask, chunks=(48, 128, 128))
-        options = {**options, "where": str(where)}
+        options = {**options, "where": str(where), "unmarked": True}
     common = {"threads": 1, "patch": "16,64,64", "overlap": 0, "workers": 1, "outputs": "scores"}
     settings = parse_settings({"model": str(tiny_bundle), "block": block, **common, **options})
     [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), settings)

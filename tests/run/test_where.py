@@ -11,15 +11,17 @@ from scipy.ndimage import distance_transform_edt
 
 from megaseg_dask.algorithms.geometry import Box, PatchGrid
 from megaseg_dask.algorithms.normalization import Normalization
-from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.errors import MegasegError, SettingsError, TargetError
 from megaseg_dask.inference.block import Block, Patches, Preparation
 from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.inference.pytorch import DeviceEngine, TorchEngine
 from megaseg_dask.models import Step, load_bundle
+from megaseg_dask.ngff.labels import add_label
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import relabel
+from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.write import write_report
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.plates import FieldSpec, write_fields
@@ -122,7 +124,8 @@ def test_a_path_is_a_mask_too_and_automatic_thresholds_are_of_what_is_predicted(
     expected = None
     for number, (where, block) in enumerate([(str(mask), BLOCKS[1]), ("cells", BLOCKS[0])]):
         target = tmp_path / f"{number}.zarr"
-        settings = settings_of(tiny_bundle, where=where, threshold="otsu", block=block)
+        options = {"where": where, "threshold": "otsu", "block": block}
+        settings = settings_of(tiny_bundle, unmarked=where != "cells", **options)
         assert segment_here(str(source), str(target), settings).status == "done"
         assert_array_equal(scores_of(target), np.where(inside, everywhere, 0))
         labels = zarr.open_array(target / "labels/megaseg/0", mode="r")[...]
@@ -207,6 +210,30 @@ def test_a_mask_that_cannot_be_used_is_refused(options, message, source, tmp_pat
     with pytest.raises(SettingsError, match=message):
         plan_runs(str(source), str(target), settings_of(tiny_bundle, **options))
     assert not (tmp_path / "out.zarr.run").exists()
+
+
+@pytest.mark.parametrize("option", ["where", "regions"])
+def test_an_image_is_no_mask_and_no_regions_unless_something_says_so(
+    option, source, tmp_path, tiny_bundle
+):
+    def plan_with(address, **options):
+        options |= {"outputs": "labels,measurements", option: str(address)}
+        return plan_runs(
+            str(source), str(tmp_path / "out.zarr"), settings_of(tiny_bundle, **options)
+        )
+
+    other = write_image(tmp_path / "other.zarr", blobs(SHAPE, 1), scale=SPACING)
+    with pytest.raises(MegasegError, match=r"not marked as a label image.*--unmarked") as refused:
+        plan_with(other)
+    assert refused.value.exit_code == 2
+    # A person, the type of its voxels, or a list says so.
+    assert plan_with(other, unmarked=True)
+    assert plan_with(write_image(tmp_path / "bool.zarr", mask_of() > 0, scale=SPACING))
+    listed = write_image(other / "labels/plain", mask_of(), scale=SPACING)
+    with pytest.raises(MegasegError, match="not marked"):
+        plan_with(listed)
+    add_label(Location.of(other), "0.5", "plain")
+    assert plan_with(listed)
 
 
 @pytest.mark.parametrize("option", ["where", "regions"])

@@ -194,7 +194,7 @@ def test_a_wrong_key(s3, folder, image, options, monkeypatch):
 
 
 def test_masks_in_a_bucket_and_of_stored_chunks_are_those_of_files(s3, folder, options, tmp_path):
-    settings = {**options, "scores_dtype": "float32"}
+    settings = {**options, "scores_dtype": "float32", "unmarked": True}
     local = write_image(tmp_path / "image.zarr", blobs(SHAPE), chunks=(20, 30, 45))
     (local / "0/c/1/1/1").unlink()
     mask = np.zeros(SHAPE, "uint8")

@@ -21,7 +21,10 @@ from typer.testing import CliRunner
 
 from megaseg_dask.cli.app import build_app
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.ngff.image import read_image
+from megaseg_dask.ngff.labels import require_marked
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.stores import Location
 from megaseg_dask.stores.arrays import clear_array_cache
 from megaseg_dask.tools.importing import convert
 from megaseg_dask.tools.importing.convert import import_files
@@ -137,6 +140,26 @@ def test_levels_are_means_of_voxels(tmp_path):
         if np.dtype(dtype).kind != "f":
             expected = np.rint(expected)
         np.testing.assert_array_equal(level, expected.astype(dtype))
+
+
+def test_labels_stay_ids_at_all_levels_and_are_known_as_such(tmp_path):
+    values = np.kron(noise((3, 75, 65), "uint16"), np.ones((1, 4, 4), "uint16"))
+    values[1, ::2] = 0
+    write_tiff(tmp_path / "a.tif", values, metadata={"axes": "ZYX"})
+    for version in ("0.4", "0.5"):
+        settings = parse_settings({"workers": 0, "ome_zarr": version})
+        target = tmp_path / f"{version}.zarr"
+        imported(tmp_path / "a.tif", target, settings, voxel_size=(1.0, 0.1, 0.1), labels=True)
+        level = zarr.open_array(target / "1", mode="r")[...]
+        # By mode, ties to the smallest id: half of each window is background in the middle plane.
+        np.testing.assert_array_equal(level, values[:, 1::2, 1::2])
+        image = read_image(Location.of(target))
+        assert image.kind == "label image"
+        require_marked(Location.of(target), image)
+    write_tiff(tmp_path / "b.tif", values.astype("float32"), metadata={"axes": "ZYX"})
+    with pytest.raises(SettingsError, match=r"--labels: .*of float32"):
+        imported(tmp_path / "b.tif", tmp_path / "b.zarr", voxel_size=SIZE, labels=True)
+    assert not (tmp_path / "b.zarr").exists()
 
 
 # -- what a file says

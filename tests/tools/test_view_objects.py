@@ -86,7 +86,7 @@ def test_true_labels_that_are_none_are_named(image, tmp_path):
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_true_labels_of_the_same_voxels_lie_on_the_image(image, labels, tmp_path, version):
     path = write_image(tmp_path / "t.zarr", labels, halved(labels), axes="tzyx", version=version)
-    scene = Gallery(str(image), truth=str(path)).scene("")
+    scene = Gallery(str(image), truth=str(path), unmarked=True).scene("")
     truth = scene.layers[-1]
     for level in (0, 1):
         scale, offset = truth.image.transform(level)
@@ -98,7 +98,7 @@ def test_true_labels_of_the_same_voxels_lie_on_the_image(image, labels, tmp_path
     served = read_image(Location.of(path))
     assert served.transform(1) == truth.image.transform(1)
     other = write_image(tmp_path / "o.zarr", labels[:, :5], axes="tzyx")
-    truth = Gallery(str(image), truth=str(other)).scene("").layers[-1]
+    truth = Gallery(str(image), truth=str(other), unmarked=True).scene("").layers[-1]
     assert truth.image.transform()[0] == (1, 1, 1, 1)
 
 

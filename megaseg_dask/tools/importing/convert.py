@@ -383,6 +383,8 @@ def _publish(plan: ImportPlan, journal: Journal) -> None:
 def _attributes(where: Location, each: ImportedImage) -> dict[str, Any]:
     attributes = image_attributes(each.image)
     ome = attributes.get("ome", attributes)
+    if each.image.kind == "label image":
+        return attributes
     ome["omero"] = {"channels": [_channel(where, each, c) for c in range(each.image.extent("c"))]}
     return attributes
 

@@ -42,7 +42,8 @@ _UNITS = {"t": ("time", "second"), "c": ("channel", None)}
 class ImportOptions:
     """What a person says of the files.
 
-    ``series`` is a number, a name, or ``all``. ``voxel_size`` is in µm ``(z, y, x)``.
+    ``series`` is a number, a name, or ``all``. ``voxel_size`` is in µm ``(z, y, x)``. Voxels of
+    ``labels`` are ids of objects.
     """
 
     pattern: str | None = None
@@ -51,6 +52,7 @@ class ImportOptions:
     voxel_size: tuple[float, ...] | None = None
     channel_names: tuple[str, ...] = ()
     allow_missing: bool = False
+    labels: bool = False
 
 
 def parse_options(
@@ -61,6 +63,7 @@ def parse_options(
     series: str | None = None,
     *,
     allow_missing: bool = False,
+    labels: bool = False,
 ) -> ImportOptions:
     """Return what the command line says of the files.
 
@@ -77,6 +80,7 @@ def parse_options(
         voxel_size=None if voxel_size is None else _parse_size(voxel_size),
         channel_names=names,
         allow_missing=allow_missing,
+        labels=labels,
     )
 
 
@@ -274,9 +278,22 @@ def _describe(
         levels=(level,),
         dtype=first.dtype,
         channel_names=_channel_names(group, first, shape["c"], options),
+        kind="label image" if options.labels else "image",
     )
+    if options.labels:
+        _require_ids(image, first_file)
     require_valid(image, first_file.path)
     return image.with_pyramid(), tuple(parts)
+
+
+def _require_ids(image: Image, file: FileSeries) -> None:
+    """Raise :class:`SettingsError` if the voxels of an image are no ids of objects."""
+    n_channels = image.extent("c")
+    if np.dtype(image.dtype).kind not in "iu" or n_channels > 1:
+        raise SettingsError(
+            f"--labels: {file} has {count(n_channels, 'channel')} of {image.dtype}; ids of objects "
+            "are integers, in one channel"
+        )
 
 
 def _require_alike(group: Group, contents: dict[FileSeries, Contents]) -> None:

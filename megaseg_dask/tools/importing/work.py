@@ -121,7 +121,8 @@ class ImportWork:
         units = BlockGrid(step.coarse_shape, task.image.layout(task.level).write_unit)
         for position in units.iter_overlapping(task.box):
             box = units.core(position) & task.box
-            values = reduce_box(below, box, step, by_mode=False)
+            is_ids = task.image.image.kind == "label image"
+            values = reduce_box(below, box, step, by_mode=is_ids)
             self._permit.require()
             volume_of(self._plan, task).write(box, values)
 

@@ -12,7 +12,7 @@ from megaseg_dask.errors import MegasegError, SettingsError, SourceError, Target
 from megaseg_dask.events import RunStatus
 from megaseg_dask.messages import count
 from megaseg_dask.ngff.image import Axis, Image, read_image
-from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image
+from megaseg_dask.ngff.labels import labels_group, list_labels, read_label_image, require_marked
 from megaseg_dask.ngff.plate import Plate, is_plate, read_plate
 from megaseg_dask.ngff.units import meters, seconds
 from megaseg_dask.ngff.volume import Volume
@@ -140,9 +140,15 @@ class Gallery:
     """
 
     def __init__(
-        self, address: str, label_name: str | None = None, truth: str | None = None
+        self,
+        address: str,
+        label_name: str | None = None,
+        truth: str | None = None,
+        *,
+        unmarked: bool = False,
     ) -> None:
         self._truth = truth
+        self._is_unmarked = unmarked
         self._label_name = label_name
         self.location = Location.of(address)
         self.location.require_readable()
@@ -173,7 +179,9 @@ class Gallery:
         if layers and self._truth is not None:
             image = layers[0].location
             is_only = len(self.fields) == 1
-            truth = _truth_layer(self._truth, field, image, is_only=is_only)
+            truth = _truth_layer(
+                self._truth, field, image, is_only=is_only, is_unmarked=self._is_unmarked
+            )
             truth = replace(truth, image=_placed_as(layers[0].image, truth.image))
             others = [layer for layer in layers if layer.location != truth.location]
             layers = [*others, truth]
@@ -331,7 +339,9 @@ def _group_layers(location: Location, kind: str, name: str) -> Iterator[Layer]:
         yield Layer(name, kind, location, image)
 
 
-def _truth_layer(text: str, field: str, image: Location, *, is_only: bool) -> Layer:
+def _truth_layer(
+    text: str, field: str, image: Location, *, is_only: bool, is_unmarked: bool
+) -> Layer:
     """Return the layer of true labels: a label image of the image, or at another address.
 
     Raises:
@@ -343,6 +353,8 @@ def _truth_layer(text: str, field: str, image: Location, *, is_only: bool) -> La
         if text not in own:
             location = find_label(text, field, is_only=is_only)
         labels = read_label_image(location)
+        if not is_unmarked:
+            require_marked(location, labels)
     except SourceError as error:
         listed = f"label images {', '.join(own)}" if own else "no label image"
         raise SettingsError(f"--truth {text}: {error} ({image} has {listed})") from error

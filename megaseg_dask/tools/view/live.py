@@ -44,8 +44,10 @@ class PredictedLayer(Layer):
 class LiveGallery(Gallery):
     """The images of a source, with the scores that are predicted of them."""
 
-    def __init__(self, source: str, looking: Looking, truth: str | None = None) -> None:
-        super().__init__(source, truth=truth)
+    def __init__(
+        self, source: str, looking: Looking, truth: str | None = None, *, unmarked: bool = False
+    ) -> None:
+        super().__init__(source, truth=truth, unmarked=unmarked)
         self._source = source
         self._looking = looking
         self._waiting = WaitingList(looking)
@@ -183,12 +185,13 @@ def view_live(
     announce: Callable[[str], None],
     *,
     truth: str | None = None,
+    unmarked: bool = False,
     browser: bool = True,
 ) -> None:
     """Show a source, and predict scores where a person looks, until interrupted.
 
-    ``truth`` names a label image that is shown too. ``announce`` is called with the URL of the
-    page.
+    ``truth`` names a label image that is shown too, which metadata mark as one unless it is
+    ``unmarked``. ``announce`` is called with the URL of the page.
 
     Raises:
         SettingsError: Neuroglancer is not installed.
@@ -197,7 +200,7 @@ def view_live(
     """
     drawing = find_drawing()
     with looking.open():
-        gallery = LiveGallery(source, looking, truth)
+        gallery = LiveGallery(source, looking, truth, unmarked=unmarked)
         live = Live(gallery, looking)
         try:
             gallery.scene(gallery.fields[0])

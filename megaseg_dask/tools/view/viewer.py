@@ -40,21 +40,22 @@ def view(
     announce: Callable[[str], None],
     *,
     truth: str | None = None,
+    unmarked: bool = False,
     browser: bool = True,
 ) -> int:
     """Show a target, or any OME-Zarr image or plate, until interrupted; return the exit code.
 
     It is that of ``megaseg status``: 0 if all runs there are finished, 1 if something failed, 3 if
-    work is pending. ``truth`` names a label image that is shown too. ``announce`` is called with
-    the URL of the page.
+    work is pending. ``truth`` names a label image that is shown too, which metadata mark as one
+    unless it is ``unmarked``. ``announce`` is called with the URL of the page.
 
     Raises:
         SettingsError: Neuroglancer is not installed.
-        SourceError: There is no image and no plate at the address.
+        SourceError: There is no image and no plate at the address, or ``truth`` is not marked.
         TargetError: The run there has not published anything.
 
     """
-    gallery = Gallery(address, label_name, truth)
+    gallery = Gallery(address, label_name, truth, unmarked=unmarked)
     drawing = find_drawing()
     # What cannot be shown is said at once, not in the browser.
     gallery.scene(gallery.fields[0])
