@@ -12,15 +12,16 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
-from megaseg_dask.events import Doubt, Result
+from megaseg_dask.events import Doubt, Failure, Result
 from megaseg_dask.messages import count
 from megaseg_dask.plan.plan import RESAMPLING, Plan
 from megaseg_dask.plan.resolved import OfVolume
 from megaseg_dask.run.doubts import Facts, find_doubts
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
-from megaseg_dask.run.losses import listing_of_source, undo_losses
+from megaseg_dask.run.losses import undo_losses
 from megaseg_dask.run.schedule import VolumeProgress
+from megaseg_dask.run.source_listing import Listing, list_reads
 from megaseg_dask.run.state import Ending, TaskSummary, VolumeState
 from megaseg_dask.run.status import unread_fields
 from megaseg_dask.run.target import publish
@@ -138,17 +139,20 @@ def conclude(
     lease: Held,
     started_s: float,
     *,
+    listing: Listing | None = None,
+    changed: Sequence[Failure] = (),
     is_published: bool = True,
     is_over: bool = True,
 ) -> Result:
     """Publish what there is once all tasks were tried; record the end of a run without failures.
 
-    A run that follows its source publishes before it ``is_over``.
+    ``listing`` is that of what was read, from before it was; ``changed`` says what was taken back,
+    since it changed meanwhile. A run that follows its source publishes before it ``is_over``.
 
     Raises:
         StoreError: Another client took the run over, or the store failed.
     """
-    failures = [*journal.failed.values(), *unread_fields(plan)]
+    failures = [*journal.failed.values(), *changed, *unread_fields(plan)]
     states = read_states(plan, journal)
     if any(states) and is_published:
         _publish(plan, journal, lease, states)
@@ -157,7 +161,8 @@ def conclude(
     n_objects = None
     if not failures and is_over:
         n_objects = count_objects(plan, journal)
-        journal.finish(Ending(n_objects, warnings, doubts, listing_of_source(plan)))
+        source = listing or list_reads(plan, is_needed=True)
+        journal.finish(Ending(n_objects, warnings, doubts, source.text))
         lease.require()
         RunFolder(plan.run).remove_work()
     return Result(

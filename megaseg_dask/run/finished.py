@@ -12,7 +12,8 @@ from megaseg_dask.messages import count
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.conclude import read_states
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.losses import count_lost, listing_of_source
+from megaseg_dask.run.losses import count_lost
+from megaseg_dask.run.source_listing import list_reads
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.publish import is_published
 
@@ -82,7 +83,7 @@ def require_source(plan: Plan, recorded: Plan, journal: Journal) -> None:
     if journal.result is None or not journal.result.source or plan.source != recorded.source:
         return
     forms, stamps = journal.result.source.split()
-    found = listing_of_source(plan).split() or [forms, stamps]
+    found = list_reads(plan, is_needed=True).text.split() or [forms, stamps]
     if found == [forms, stamps]:
         return
     if found[0] != forms or plan.source_sample != recorded.source_sample:

@@ -10,7 +10,7 @@ from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from itertools import chain
 from pathlib import PurePosixPath
 from typing import Protocol
@@ -164,40 +164,6 @@ def _others_of_groups(plan: Plan, changed: Collection[int]) -> list[int]:
     groups = {plan.group_of(volume) for volume in changed}
     members = chain.from_iterable(plan.groups[group] for group in groups)
     return sorted(set(members) - set(changed))
-
-
-def listing_of_source(plan: Plan) -> str:
-    """Return digests of the chunks that a run reads: of names and sizes, and of times (or etags).
-
-    It is empty if the store does not list them.
-
-    Raises:
-        StoreError: The store failed.
-    """
-    if not plan.source.is_listable or not plan.resolved.predicts():
-        return ""
-    image = plan.source_image
-    levels = {image.levels[level].path for level in (0, plan.measure_level or 0)}
-    paths = dict.fromkeys(volume.image for volume in plan.volumes)
-    arrays = [plan.source / path / level for path in paths for level in sorted(levels)]
-    try:
-        listings = map_threaded(Location.entries, arrays)
-    except StoreError as error:
-        # Who may read a store may not always list it.
-        if not is_denied(error):
-            raise
-        return ""
-    forms = sha256()
-    stamps = sha256()
-    for array, entries in zip(arrays, listings, strict=True):
-        name = array.url.removeprefix(plan.source.url)
-        for entry in sorted(entries, key=lambda entry: entry.key):
-            key = entry.key.removeprefix(array.key)
-            # What metadata say is part of the plan.
-            if key.strip("/") not in METADATA:
-                forms.update(f"{name}\0{key}\0{entry.size}\n".encode())
-                stamps.update(f"{entry.stamp}\n".encode())
-    return f"{forms.hexdigest()} {stamps.hexdigest()}"
 
 
 def _find_changed(plan: Plan, journal: Journal) -> list[int]:

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any, Protocol
 
 from megaseg_dask.errors import MegasegError, SettingsError, StoreError
-from megaseg_dask.events import Emit, Event, Joined, Notice, Result, Started, Step
+from megaseg_dask.events import Emit, Event, Failure, Joined, Notice, Result, Started, Step
 from megaseg_dask.inference.calibration import measure_patch_s
 from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.inference.engine import EngineSpec
@@ -34,6 +34,7 @@ from megaseg_dask.run.on_volume import VolumeCommand, calling, describe_volume
 from megaseg_dask.run.progress import Dispatcher, Recorder, StageProgress
 from megaseg_dask.run.request import Relabelling, Request, Runs
 from megaseg_dask.run.schedule import Schedule
+from megaseg_dask.run.source_listing import Listing, list_reads, take_back_changed
 from megaseg_dask.run.status import unread_fields
 from megaseg_dask.run.target import publish
 from megaseg_dask.run.target.arrays import Target
@@ -382,10 +383,24 @@ class Session:
         def schedule() -> Schedule:
             return Schedule(Workspace(plan), journal, tell, left_out)
 
-        self._run_tasks(plan, journal, dispatcher, recorder, schedule, emit)
-        is_published = not recorder.store_is_lost
+        # Where a source is followed, its chunks are looked at until they do not change.
+        listing = None if plan.grows else list_reads(plan, is_needed=False)
+        listing = self._run_tasks(plan, journal, dispatcher, recorder, schedule, emit, listing)
+        changed: list[Failure] = []
+        if listing is not None and not recorder.store_is_lost:
+            now = list_reads(plan, is_needed=not journal.failed)
+            changed = take_back_changed(plan, journal, listing, now)
+            for failure in changed:
+                emit(failure)
         result = conclude(
-            plan, journal, self.lease, started_s, is_published=is_published, is_over=is_over
+            plan,
+            journal,
+            self.lease,
+            started_s,
+            listing=listing,
+            changed=changed,
+            is_published=not (recorder.store_is_lost or changed),
+            is_over=is_over,
         )
         for volume in dict.fromkeys(finished):
             self._tell(plan, journal, volume)
@@ -404,16 +419,25 @@ class Session:
         recorder: Recorder,
         schedule: Callable[[], Schedule],
         emit: Emit,
-    ) -> None:
-        """Run all tasks, until all that they wrote is there."""
+        listing: Listing | None,
+    ) -> Listing | None:
+        """Run all tasks, until all that they wrote is there.
+
+        Returns the ``listing`` of what they read, renewed for volumes that are done again.
+        """
         for _ in range(_MAX_ROUNDS):
             recorder.run(dispatcher, schedule())
             if recorder.store_is_lost:
-                return
+                return listing
             self.lease.require()
             n_lost = undo_losses(plan, journal)
             if not n_lost:
-                return
+                return listing
+            if listing is not None:
+                first = plan.stages[0].name
+                volumes = range(len(plan.volumes))
+                anew = [volume for volume in volumes if not journal.has_begun(first, volume)]
+                listing = listing.refreshed(list_reads(plan, is_needed=False), anew)
             publish.withdraw(Target(plan))
             emit(
                 Notice(

@@ -5,6 +5,7 @@ named. Restored, the same command ends as a run that nothing disturbed.
 """
 
 import json
+import os
 import shutil
 from contextlib import nullcontext
 
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 import zarr
 
+from megaseg_dask.ngff.labels import list_labels
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.status import status
 from megaseg_dask.run.tasks import worker
+from megaseg_dask.stores import Location
 from tests.counts.test_engine_calls import contents
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
@@ -213,3 +217,94 @@ def test_an_array_that_was_repaired_is_read_anew(tmp_path, tiny_bundle):
     path.write_text(metadata)
     assert case.run(overwrite=True).status == "done"
     assert contents(case.folder / "out.zarr") == contents(case.folder / "calm.zarr")
+
+
+# -- changes after the last read
+
+
+def touch(path):
+    """Let a file be written a second later than it was."""
+    modified_ns = path.stat().st_mtime_ns
+    os.utime(path, ns=(modified_ns, modified_ns + 10**9))
+
+
+READ = {
+    "segmented channel": "image.zarr/0/c/0/0/0/0/0",
+    "measured channel": "image.zarr/0/c/0/1/0/0/0",
+    "regions": "cells.zarr/0/c/0/0/0",
+    "mask": "cells.zarr/1/c/0/0/0",
+}
+NOT_READ = {
+    "another channel": "image.zarr/0/c/0/2/0/0/0",
+    "another timepoint": "image.zarr/0/c/2/0/0/0/0",
+    "labels of another name": "image.zarr/labels",
+}
+
+
+@pytest.fixture
+def measured(tmp_path, tiny_bundle, cheap_engine):
+    """A function that segments two of three timepoints, with a mask, regions and two channels."""
+    shape = (16, 16, 32)
+    values = np.stack([np.stack([blobs(shape, 3 * t + c) for c in range(3)]) for t in range(3)])
+    image = write_image(tmp_path / "image.zarr", values, axes="tczyx", chunks=(1, 1, *shape))
+    (image / "labels").mkdir()
+    cells = np.kron(np.ones((4, 4, 8), "uint8"), np.ones((4, 4, 4), "uint8"))
+    write_image(tmp_path / "cells.zarr", cells, cells[::2, ::2, ::2])
+    settings = parse_settings(
+        {
+            **OPTIONS,
+            "model": str(tiny_bundle),
+            "unmarked": True,
+            "channel": "0",
+            "time": "0:2",
+            "where": str(tmp_path / "cells.zarr/1"),
+            "regions": str(tmp_path / "cells.zarr"),
+            "outputs": "labels,measurements",
+            "measure_channels": "1",
+        }
+    )
+    return lambda: segment_here(str(image), str(tmp_path / "out.zarr"), settings)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_chunk_that_changes_after_it_was_read_is_named_and_read_again(
+    name, tmp_path, before, measured
+):
+    before["volume", 1] = lambda: touch(tmp_path / READ[name])
+    result = measured()
+    assert result.exit_code == 1
+    # Both timepoints have the mask and the regions.
+    n_changed = 2 if "cells" in READ[name] else 1
+    assert [failure.volume for failure in result.failures] == ["t=0 c=0", "t=1 c=0"][:n_changed]
+    assert "changed during the run" in result.failures[0].error
+    assert not list_labels(Location.of(tmp_path / "out.zarr"))
+    (run,) = status(str(tmp_path / "out.zarr"))
+    assert run.stages["volume"] == (2 - n_changed, 2)
+    assert measured().status == "done"
+    assert measured().already_done
+
+
+def test_what_is_not_read_may_change(tmp_path, before, measured):
+    def touch_all():
+        for path in NOT_READ.values():
+            touch(tmp_path / path)
+
+    before["volume", 1] = touch_all
+    assert measured().status == "done"
+    touch_all()
+    assert measured().already_done
+
+
+def test_a_source_that_changes_after_the_last_look_is_read_again(tmp_path, tiny_bundle, before):
+    case = Case(tmp_path, tiny_bundle, BLOCKS)
+    before["join", 0] = lambda: replace_chunk(case)
+    result = case.run()
+    assert result.exit_code == 1
+    assert "changed during the run" in result.failures[0].error
+    assert case.run().status == "done"
+    assert case.run("anew").status == "done"
+    assert contents(case.folder / "out.zarr") == contents(case.folder / "anew.zarr")
+    # What is gone after it was read was read.
+    before["join", 0] = lambda: move(case)
+    assert case.run("gone").status == "done"
+    assert contents(case.folder / "gone.zarr") == contents(case.folder / "anew.zarr")
