@@ -223,6 +223,18 @@ class Plan(BaseModel):
         """
         return tuple(dict.fromkeys((volume.c, *self.resolved.measure_channels)))
 
+    def counted_when_measured(self, output: "Output") -> dict[int, int]:
+        """Return the channels whose absent chunks are counted when objects are measured.
+
+        They are those that are not segmented, by their place among the measured channels. Heads
+        of a network have the same channels, which are counted once.
+        """
+        if output.number:
+            return {}
+        segmented = self.resolved.channels if self.resolved.predicts() else ()
+        measured = enumerate(self.measured_channels(self.volumes[output.volume]))
+        return {number: channel for number, channel in measured if channel not in segmented}
+
     @property
     def table(self) -> Location:
         """The file of the run's measurements."""

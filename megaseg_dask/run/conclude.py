@@ -14,6 +14,7 @@ from itertools import chain
 
 from megaseg_dask.events import Doubt, Failure, Result
 from megaseg_dask.messages import count
+from megaseg_dask.ngff.volume import Absent
 from megaseg_dask.plan.plan import RESAMPLING, Plan
 from megaseg_dask.plan.resolved import OfVolume
 from megaseg_dask.run.doubts import Facts, find_doubts
@@ -319,14 +320,18 @@ def absent_texts(plan: Plan, journal: Journal) -> list[str]:
     counts: Counter[str] = Counter()
     n_inner = 0
     for stage in plan.stages:
-        if not {"statistics", "scores"} & set(stage.declared.tells):
+        is_reading = {"statistics", "scores"} & set(stage.declared.tells)
+        if not is_reading and stage.name != "measurements":
             continue
         for index, summary in enumerate(journal.by_index(stage.name)):
-            if summary is not None and summary.absent + summary.absent_inner:
+            if summary is None:
+                continue
+            absent = Absent(summary.absent, summary.absent_inner) + summary.absent_measured
+            if absent != Absent():
                 volume, _ = plan.split_index(stage.name, index)
                 name = volume_name(plan.volumes[volume])
-                counts[name] += summary.absent + summary.absent_inner
-                n_inner += summary.absent_inner
+                counts[name] += absent.objects + absent.inner
+                n_inner += absent.inner
     if not counts:
         return []
     inner = f", {n_inner} of them in shards" if n_inner else ""

@@ -12,10 +12,13 @@ from megaseg_dask.messages import count
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.conclude import read_states
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.losses import count_lost
+from megaseg_dask.run.losses import find_lost_tasks
 from megaseg_dask.run.source_listing import list_reads
 from megaseg_dask.run.target.arrays import Target
-from megaseg_dask.run.target.publish import is_published
+from megaseg_dask.run.target.publish import find_lost_metadata
+from megaseg_dask.run.tasks.worker import task_box, volume_name
+from megaseg_dask.run.workspace import Workspace
+from megaseg_dask.stores import Location
 
 
 def read_journal(plan: Plan, sync: Callable[[], None] = lambda: None) -> Journal:
@@ -50,21 +53,28 @@ def find_loss(plan: Plan, journal: Journal) -> str:
     if journal.result is None:
         return ""
     target = Target(plan)
-    n_lost = count_lost(plan, journal)
-    if n_lost:
-        return f"what {count(n_lost, 'task')} wrote was removed or changed since"
-    if not is_published(target, read_states(plan, journal)) or not _has_tables(target):
-        return "metadata or tables were removed or changed since they were written"
-    return ""
+    tasks = find_lost_tasks(plan, journal)
+    if tasks:
+        stage, index = tasks[0]
+        volume, _ = plan.split_index(stage, index)
+        name = volume_name(plan.volumes[volume])
+        of = f"{stage} {index}, {name} {task_box(plan, stage, index)}"
+        return f"what {count(len(tasks), 'task')} wrote was removed or changed since ({of})"
+    place = (
+        find_lost_metadata(target, read_states(plan, journal))
+        or Workspace(plan).find_lost_kept()
+        or _find_lost_table(target)
+    )
+    return f"{place} was removed or changed since it was written" if place else ""
 
 
-def _has_tables(target: Target) -> bool:
+def _find_lost_table(target: Target) -> Location | None:
     if not target.plan.resolved.measures_objects():
-        return True
+        return None
     # It imports pyarrow.
-    from megaseg_dask.run.target.tables import are_whole
+    from megaseg_dask.run.target.tables import find_lost_table
 
-    return are_whole(target)
+    return find_lost_table(target)
 
 
 # -- the source

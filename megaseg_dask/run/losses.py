@@ -9,6 +9,7 @@ computed from it has to be done again: a task that needs what is lost fails.
 from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from itertools import chain
@@ -117,14 +118,14 @@ class _Audit(Journal):
                 self.wrote[stage, index] = Wrote(*wrote)
 
 
-def count_lost(plan: Plan, journal: Journal) -> int:
-    """Return of how many tasks of a finished run something is lost that they wrote.
+def find_lost_tasks(plan: Plan, journal: Journal) -> list[tuple[str, int]]:
+    """Return the tasks of a finished run of which something is lost that they wrote.
 
     Raises:
         StoreError: The store failed.
     """
     volumes = range(len(plan.volumes))
-    return len(_find_losses(plan, journal, _list(plan, volumes), volumes))
+    return _find_losses(plan, journal, _list(plan, volumes), volumes)
 
 
 def undo_losses(plan: Plan, journal: Journal) -> int:
@@ -168,40 +169,66 @@ def _others_of_groups(plan: Plan, changed: Collection[int]) -> list[int]:
 
 def _find_changed(plan: Plan, journal: Journal) -> list[int]:
     """Return the volumes of which chunks of the source were absent, and other ones are by now."""
-    counted: dict[str, dict[int, int]] = defaultdict(dict)
-    for stage in plan.stages[:2]:
-        for volume, planned in enumerate(plan.volumes):
-            n_absent = sum(told.absent for told in journal.summaries(stage.name, volume))
-            if n_absent and journal.is_stage_complete(stage.name, volume):
-                counted[planned.image][volume] = n_absent
-    box = plan.region
-    if plan.measure_level == 0:
-        box = Box.of(plan.source_image.volume_shape())
+    counted: dict[str, list[_Absence]] = defaultdict(list)
+    for absence in _iter_absences(plan, journal):
+        counted[plan.volumes[absence.volume].image].append(absence)
 
-    def changed_in(image: str) -> list[int]:
+    def changed_in(image: str) -> set[int]:
         place = plan.source / image
         try:
             listed = set((place / plan.source_image.levels[0].path).keys(""))
         except StoreError as error:
             # Who may read a store may not always list it.
             if is_denied(error):
-                return []
+                return set()
             raise
-        changed = []
-        for volume, n_absent in counted[image].items():
-            planned = plan.volumes[volume]
-            channels = [
-                Volume.of(place, plan.source_image, t=planned.t, c=c) for c in planned.channels
-            ]
-            # Chunks of an array that is gone may have been removed before it was read.
-            is_there = not listed.isdisjoint(METADATA)
-            if not is_there or n_absent != sum(c.count_unlisted(box, listed) for c in channels):
-                changed.append(volume)
+        # Chunks of an array that is gone may have been removed before it was read.
+        is_there = not listed.isdisjoint(METADATA)
+        changed = set()
+        for absence in counted[image]:
+            t = plan.volumes[absence.volume].t
+            channels = [Volume.of(place, plan.source_image, t=t, c=c) for c in absence.channels]
+            n_absent = sum(channel.count_unlisted(absence.box, listed) for channel in channels)
+            if not is_there or absence.n_absent != n_absent:
+                changed.add(absence.volume)
         return changed
 
     # A web server lists nothing.
     images: Collection[str] = counted if plan.source.is_listable else ()
-    return list(chain.from_iterable(map_threaded(changed_in, images)))
+    return sorted(chain.from_iterable(map_threaded(changed_in, images)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Absence:
+    """How many chunks of some channels of a volume were absent in a box when they were read."""
+
+    volume: int
+    channels: Collection[int]
+    box: Box
+    n_absent: int
+
+
+def _iter_absences(plan: Plan, journal: Journal) -> Iterator[_Absence]:
+    """Yield what was absent where all was read: what is segmented, and what is only measured."""
+    box = plan.region
+    if plan.measure_level == 0:
+        box = Box.of(plan.source_image.volume_shape())
+    names = [stage.name for stage in plan.stages]
+    for name in names[:2]:
+        for volume, planned in enumerate(plan.volumes):
+            n_absent = sum(told.absent for told in journal.summaries(name, volume))
+            if n_absent and journal.is_stage_complete(name, volume):
+                yield _Absence(volume, planned.channels, box, n_absent)
+    if not plan.resolved.measures_objects():
+        return
+    name = names[0] if plan.is_one_task else "measurements"
+    for volume in range(len(plan.volumes)):
+        output, *_ = plan.outputs_of(volume)
+        told = journal.summaries(name, volume)
+        n_absent = sum(summary.absent_measured.objects for summary in told)
+        if n_absent and journal.is_stage_complete(name, volume):
+            channels = plan.counted_when_measured(output).values()
+            yield _Absence(volume, channels, plan.region, n_absent)
 
 
 def _find_losses(

@@ -13,6 +13,7 @@ from typing import Any
 from megaseg_dask.algorithms.doubts import ObjectSizes
 from megaseg_dask.algorithms.normalization import Counts, Moments, Statistics
 from megaseg_dask.events import Doubt, Joined
+from megaseg_dask.ngff.volume import Absent
 
 Json = dict[str, Any]
 
@@ -79,6 +80,9 @@ class OutputState:
     n_fragments: int | None = None
     # Objects that were too large to be split; of the first ones id, start and stop.
     n_whole: int | None = None
+    # Stored objects, and chunks of shards, that channels lack which are measured alone.
+    n_absent: int | None = None
+    n_absent_inner: int | None = None
     whole: tuple[tuple[int, ...], ...] = ()
 
     def updated(self, other: "OutputState") -> "OutputState":
@@ -135,6 +139,12 @@ class TaskSummary:
     def output(self, number: int) -> OutputState:
         """Return what is known of one output; nothing if nothing is known of any."""
         return self.by_output[number] if self.by_output else OutputState()
+
+    @property
+    def absent_measured(self) -> Absent:
+        """What channels lack that are measured alone."""
+        first = self.output(0)
+        return Absent(first.n_absent or 0, first.n_absent_inner or 0)
 
     def to_json(self) -> Json:
         """Return the fields that have a value."""

@@ -23,7 +23,7 @@ from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError, TaskError
 from megaseg_dask.ngff.image import SPATIAL, Axis, Image, Level
-from megaseg_dask.ngff.volume import Absent, Volume, restore_array
+from megaseg_dask.ngff.volume import Absent, Volume, is_array_of, restore_array
 from megaseg_dask.plan.plan import Output, Plan, run_names, runs_folder
 from megaseg_dask.run import journal
 from megaseg_dask.run.lease import Permit
@@ -39,6 +39,7 @@ _WORK = "work"
 _VOLUMES = "volumes"
 _SUMS = "sums"
 _KEPT = "kept"
+_KEPT_DTYPE = "float32"
 _ROW_BYTES = 8
 
 
@@ -340,20 +341,32 @@ class Workspace:
 
     def create_kept(self) -> None:
         """Create the arrays of all volumes that stay, or what is lost of their metadata."""
+        map_threaded(lambda array: self._create(array, _KEPT_DTYPE), list(self._iter_kept()))
 
-        def create(volume: int) -> None:
+    def find_lost_kept(self) -> Location | None:
+        """Return an array that stays whose metadata are not as they were written, if one is so."""
+        image = self._form(_KEPT_DTYPE)
+
+        def find(array: Location) -> Location | None:
+            is_there = is_array_of(array, image, 0, _KEPT_DTYPE, self.plan.layout(0))
+            return None if is_there else array
+
+        return next(filter(None, map_threaded(find, list(self._iter_kept()))), None)
+
+    def _iter_kept(self) -> Iterator[Location]:
+        for volume in range(len(self.plan.volumes)):
             for output in self.plan.outputs_of(volume):
                 for kind in self.plan.kept:
-                    self._create(self.folder.kept_array(kind, output).location, "float32")
-
-        if self.plan.kept:
-            map_threaded(create, range(len(self.plan.volumes)))
+                    yield self.folder.kept_array(kind, output).location
 
     def _create(self, array: Location, dtype: str) -> None:
+        restore_array(array, self._form(dtype), 0, dtype, self.plan.layout(0))
+
+    def _form(self, dtype: str) -> Image:
+        """Return the metadata of an image that has an array beside those of the target."""
         level = Level("0", self.plan.volume_shape, (), ())
         axes = tuple(map(Axis, SPATIAL))
-        image = Image(self.plan.target_image.version, "", axes, (level,), dtype)
-        restore_array(array, image, 0, dtype, self.plan.layout(0))
+        return Image(self.plan.target_image.version, "", axes, (level,), dtype)
 
     def has_work(self, volume: int) -> bool:
         """Return whether there are arrays for the intermediate data of a volume."""

@@ -19,6 +19,7 @@ from megaseg_dask.run import conclude
 from megaseg_dask.run.job_array import join_run, read_plan, record_plans, run_tasks
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.losses import undo_losses
+from megaseg_dask.run.runner import relabel
 from megaseg_dask.run.status import status
 from megaseg_dask.run.target import publish
 from megaseg_dask.run.tasks import worker
@@ -431,7 +432,8 @@ def test_what_is_lost_of_a_finished_run_is_told_by_a_check_and_by_the_report(
     assert shown.exit_code == 3
     assert "not complete any more" in shown.output
     assert (
-        "LOST what 1 task wrote was removed or changed since. Run the same segment" in shown.output
+        "LOST what 1 task wrote was removed or changed since (volume 0, t=0 c=0 0:16,0:32,0:96). "
+        "Run the same segment" in shown.output
     )
     page = (tmp_path / "moved.html").as_posix()
     write_report(str(moved), page)
@@ -439,7 +441,34 @@ def test_what_is_lost_of_a_finished_run_is_told_by_a_check_and_by_the_report(
     (moved / "labels/megaseg/zarr.json").write_bytes(b"{}")
     shutil.copytree(f"{target}/labels/megaseg/0", moved / "labels/megaseg/0", dirs_exist_ok=True)
     [found] = status(str(moved), checks_outputs=True)
-    assert "metadata or tables" in found.lost
+    assert found.lost == f"{moved}/labels/megaseg was removed or changed since it was written"
+
+
+LOST = (
+    "out.zarr.measurements.parquet",
+    "out.zarr/tables/megaseg/zarr.json",
+    "out.zarr/labels/megaseg/0/zarr.json",
+    "out.zarr.run/megaseg/kept/0/0/logits/zarr.json",
+)
+
+
+def test_each_thing_that_is_lost_of_a_finished_run_is_named_and_made_again(
+    tmp_path, tiny_bundle, tasks, cheap_engine
+):
+    options = {**OPTIONS, "outputs": "labels,scores,measurements", "keep_logits": True}
+    case = Case(tmp_path, tiny_bundle, tasks, options)
+    case.segment()
+    again = parse_settings({"label_name": "again", "workers": 0})
+    for name in LOST:
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        [found] = status(str(case.target), checks_outputs=True)
+        place = str(tmp_path / name).removesuffix("/zarr.json")
+        assert found.lost == f"{place} was removed or changed since it was written"
+        with pytest.raises(TargetError, match="run its megaseg segment command again first"):
+            relabel(str(case.target), again)
+        assert case.segment().status == "done"
+        assert (tmp_path / name).read_bytes() == whole
 
 
 READERS = {

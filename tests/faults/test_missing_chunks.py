@@ -11,6 +11,7 @@ from megaseg_dask.errors import DataError
 from megaseg_dask.ngff.image import read_image
 from megaseg_dask.ngff.volume import Absent, Volume
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.tasks import worker
 from megaseg_dask.stores import Location
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
@@ -151,3 +152,37 @@ def require_counts(location: Location) -> None:
         strict = Volume(volumes[t].location, volumes[t].axis_names, t, needs_chunks=True)
         with pytest.raises(DataError, match="is missing; restore it"):
             strict.read(box)
+
+
+@pytest.mark.parametrize(("block", "last"), [(None, "volume"), ("16,24,48", "table")])
+def test_what_a_measured_channel_lacks_is_counted_and_read_when_it_is_back(
+    block, last, run, tmp_path, monkeypatch
+):
+    values = np.stack([[blobs(SHAPE, seed=2 * t + c) + 1 for c in range(2)] for t in range(2)])
+    path = write_image(tmp_path / "image.zarr", values, axes="tczyx", chunks=(1, 1, *CHUNK))
+    chunk = path / "0/c/0/1/1/0/1"
+    chunk.rename(tmp_path / "hidden")
+    options = {"channel": "0", "measure_channels": "1", "outputs": "labels,measurements"}
+    if block is not None:
+        options["block"] = block
+    result = run(path, "out.zarr", **options)
+    assert result.status == "done"
+    assert any("1 chunk of the source is missing" in text for text in result.warnings)
+    result = run(path, "error.zarr", missing_chunks="error", **options)
+    assert result.exit_code == 1
+    assert "c/0/1/1/0/1 is missing" in result.failures[0].error
+    original = worker.run_task
+
+    def show_before(workspace, stage, index):
+        if (stage, index) == (last, 1) and not chunk.exists():
+            (tmp_path / "hidden").rename(chunk)
+        return original(workspace, stage, index)
+
+    # What was measured in its absence is measured again.
+    monkeypatch.setattr(worker, "run_task", show_before)
+    result = run(path, "back.zarr", **options)
+    assert result.status == "done"
+    assert not result.warnings
+    run(path, "anew.zarr", **options)
+    back, anew = (tmp_path / f"{name}.zarr.measurements.parquet" for name in ("back", "anew"))
+    assert back.read_bytes() == anew.read_bytes()

@@ -173,16 +173,16 @@ class ImageTarget:
         """
         self._create_arrays(group)
 
-    def has_arrays(self) -> bool:
-        """Return whether the metadata of all arrays are as they were written."""
+    def find_lost_array(self) -> Location | None:
+        """Return an array whose metadata are not as they were written; ``None`` if all are."""
         for group in self.groups:
             image = self.metadata_of(group)
             dtype = self._dtype_of(group)
             for level in range(len(image.levels)):
                 array = group.location / str(level)
                 if not is_array_of(array, image, level, dtype, self._plan.layout(level)):
-                    return False
-        return True
+                    return array
+        return None
 
     def _dtype_of(self, group: Group) -> str:
         dtypes = {

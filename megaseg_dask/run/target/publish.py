@@ -120,8 +120,10 @@ def publish(
         write_group(target.location, target.version, provenance_of(""))
 
 
-def is_published(target: Target, states: Sequence[VolumeState | None]) -> bool:
-    """Return whether all metadata of images are there that a run without failures publishes.
+def find_lost_metadata(target: Target, states: Sequence[VolumeState | None]) -> Location | None:
+    """Return a group or an array whose metadata are not those that a run without failures writes.
+
+    ``None`` if all are there.
 
     Raises:
         StoreError: The store failed.
@@ -133,28 +135,46 @@ def is_published(target: Target, states: Sequence[VolumeState | None]) -> bool:
         # Those of the libraries that wrote it stay as they are.
         return {PROVENANCE: {key: provenance[key] for key in provenance if key != "versions"}}
 
-    def is_whole(image: ImageTarget) -> bool:
+    def find_in(image: ImageTarget) -> Location | None:
         for group in image.groups:
-            if not holds(group.location, _attributes(image, group, provenance_of)):
-                return False
+            attributes = _attributes(image, group, provenance_of)
+            if not _holds(group.location, attributes):
+                return group.location
         labels = {group.name for group in image.label_groups}
-        return labels <= set(list_labels(image.location)) and image.has_arrays()
+        if not labels <= _listed_labels(image):
+            return image.labels
+        return image.find_lost_array()
 
+    if target.is_whole_plate and not _are_listed(target):
+        return target.location
+    if target.location in target.marked and not _holds(target.location, provenance_of("")):
+        return target.location
+    return next(filter(None, map_threaded(find_in, target.images)), None)
+
+
+def _holds(group: Location, attributes: Json) -> bool:
     try:
-        if target.is_whole_plate and not _are_listed(target):
-            return False
-        if target.location in target.marked and not holds(target.location, provenance_of("")):
-            return False
-        return all(map_threaded(is_whole, target.images))
-    except (TargetError, SourceError):
-        # Metadata are damaged.
+        return holds(group, attributes)
+    except TargetError:
+        # They are damaged.
         return False
+
+
+def _listed_labels(image: ImageTarget) -> set[str]:
+    try:
+        return set(list_labels(image.location))
+    except (TargetError, SourceError):
+        return set()
 
 
 def _are_listed(target: Target) -> bool:
     """Return whether all fields of a run are in the listings of its plate."""
-    listed = {field.path for field in read_plate(target.location).fields}
-    attributes = map_threaded(find_attributes, target.plate_nodes)
+    try:
+        listed = {field.path for field in read_plate(target.location).fields}
+        attributes = map_threaded(find_attributes, target.plate_nodes)
+    except (TargetError, SourceError):
+        # They are damaged.
+        return False
     return target.paths <= listed and None not in attributes
 
 

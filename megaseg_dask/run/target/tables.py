@@ -274,8 +274,10 @@ def _output_of(plan: Plan, group: Group) -> int:
     return plan.suffixes.index(group.suffix) % len(plan.model.outputs)
 
 
-def are_whole(target: Target) -> bool:
-    """Return whether all tables of a run without failures are there.
+def find_lost_table(target: Target) -> Location | None:
+    """Return a table of a run without failures that is not there as it was written.
+
+    ``None`` if all are there.
 
     Raises:
         StoreError: The store failed.
@@ -283,22 +285,24 @@ def are_whole(target: Target) -> bool:
     plan = target.plan
     provenance = {**_model(plan), "missing_boxes": []}
 
-    def is_whole(kind: _Kind, group: Group) -> bool:
-        return kind.table(group).is_whole(
-            label_name=_label_name(plan, group, kind),
-            provenance=provenance,
-            has_times=len(plan.times) > 1,
-        )
+    def find_in(kind: _Kind, group: Group) -> Location | None:
+        table = kind.table(group)
+        try:
+            is_whole = table.is_whole(
+                label_name=_label_name(plan, group, kind),
+                provenance=provenance,
+                has_times=len(plan.times) > 1,
+            )
+        except TargetError:
+            # Metadata are damaged.
+            is_whole = False
+        return None if is_whole else table.location
 
-    try:
-        for kind in _kinds(plan):
-            groups = target.iter_labels()
-            if not all(map_threaded(partial(is_whole, kind), groups)):
-                return False
-    except TargetError:
-        # Metadata are damaged.
-        return False
-    return all(map(has_ends, plan.tables))
+    for kind in _kinds(plan):
+        lost = map_threaded(partial(find_in, kind), target.iter_labels())
+        if any(lost):
+            return next(filter(None, lost))
+    return next((table for table in plan.tables if not has_ends(table)), None)
 
 
 def _origin(plan: Plan) -> dict[str, int]:

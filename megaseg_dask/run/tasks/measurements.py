@@ -17,6 +17,7 @@ from megaseg_dask.algorithms.regions import (
     merge_regions,
 )
 from megaseg_dask.concurrency import read_ahead
+from megaseg_dask.ngff.volume import Absent
 from megaseg_dask.plan.plan import Output
 from megaseg_dask.run.state import OutputState
 from megaseg_dask.run.tasks.source import require_same_voxels
@@ -41,13 +42,25 @@ def measure_objects(workspace: Workspace, output: Output, number: int) -> Output
     intensity = np.stack([channel.read(region) for channel in channels])
     # Only channels that are segmented were read before.
     require_same_voxels(workspace, output.volume, region, intensity[:1])
+    absent = _count_absent(workspace, output, region, intensity)
     sums = measure_block(labels, intensity, core)
     workspace.save(output, _name(number), sums.arrays())
     regions = _read_regions(workspace, output.volume, core)
     if regions is not None:
         of_regions = measure_regions(labels, regions, intensity, core)
         workspace.save(output, _name_of_regions(number), of_regions.arrays())
-    return OutputState()
+    return OutputState(n_absent=absent.objects or None, n_absent_inner=absent.inner or None)
+
+
+def _count_absent(workspace: Workspace, output: Output, box: Box, intensity: Array) -> Absent:
+    """Return what the channels lack in a box that no other stage counts."""
+    counted = workspace.plan.counted_when_measured(output)
+    absent = Absent()
+    pairs = zip(workspace.measured_sources(output.volume), intensity, strict=True)
+    for number, (channel, values) in enumerate(pairs):
+        if number in counted:
+            absent += channel.count_absent(box, values)
+    return absent
 
 
 def _read_with_border(workspace: Workspace, output: Output, core: Box) -> Array:
