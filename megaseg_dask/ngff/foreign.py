@@ -13,17 +13,32 @@ TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".tf2", ".lsm")
 EXTRA_READERS = {".czi": "bioio_czi", ".nd2": "bioio_nd2", ".lif": "bioio_lif"}
 
 
+# Most file systems take 255 bytes, of which endings such as `.measurements.parquet` need some.
+_MAX_NAME_BYTES = 200
+
+
 def require_folder_name(target: Location) -> None:
-    """Require that the name of a target is not that of a packed image.
+    """Require that the name of a target can be that of a folder, and is none of a packed image.
 
     Raises:
-        TargetError: It is, or lies in one.
+        TargetError: It is, or lies in one; it is too long, or a link that leads nowhere.
     """
     if target.packed:
         file = Location(target.packed[0])
         raise TargetError(
             f"{target}: {file.basename} is a packed image, which is only read; choose a folder as "
             f"TARGET, such as {file.name}-labels.ome.zarr"
+        )
+    n_bytes = len(target.basename.encode())
+    if n_bytes > _MAX_NAME_BYTES:
+        raise TargetError(
+            f"{target}: its name has {n_bytes} bytes; choose one of at most {_MAX_NAME_BYTES}, "
+            "since the record and the tables are named after it"
+        )
+    if target.is_local and target.path.is_symlink() and not target.path.exists():
+        raise TargetError(
+            f"{target} is a link to {target.path.readlink()}, where nothing is; create that "
+            "folder, or choose another TARGET"
         )
     path = PurePosixPath(target.basename)
     suffix = path.suffix.lower()

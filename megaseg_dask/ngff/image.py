@@ -52,6 +52,9 @@ _MAX_DOCUMENTS = 64
 _PARSING = threading.Lock()
 
 SPATIAL = ("z", "y", "x")
+# Voxels from atoms to planets: beyond, volumes and moments of objects are no numbers.
+_LEAST_UM = 1e-9
+_LARGEST_UM = 1e15
 _TRANSFORMS = "coordinateTransformations"
 # Keys of a multiscale that are read by themselves.
 _UNCHECKED = ("name", "version")
@@ -177,6 +180,8 @@ class Image:
                 return f"{axis} has the unit {unit.unit!r}" if unit.unit else f"{axis} has no unit"
             if spacing == 0:
                 return f"{axis} has the scale 0"
+            if not _LEAST_UM <= spacing <= _LARGEST_UM:
+                return f"{axis} has voxels of {spacing:g} µm"
         return None
 
     def transform(self, level: int = 0) -> tuple[tuple[float, ...], tuple[float, ...]]:

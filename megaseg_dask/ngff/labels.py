@@ -157,7 +157,8 @@ def _listed(image: Location, version: str) -> list[str]:
 
 def _names_in(ome: Mapping[str, object]) -> list[str]:
     names = ome.get("labels")
-    return list(map(str, names)) if isinstance(names, list) else []
+    listed = names if isinstance(names, list) else []
+    return list(dict.fromkeys(name for name in listed if isinstance(name, str)))
 
 
 def _write_list(image: Location, version: str, names: list[str]) -> None:

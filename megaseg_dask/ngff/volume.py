@@ -65,6 +65,10 @@ class Volume:
     needs_chunks: bool = False
     # Whether the timepoint may be one that the array will have later.
     may_be_ahead: bool = False
+    # Voxels (z, y, x) that an array of somebody has to have, and their dtype: it may be another one
+    # by now.
+    expected_shape: Shape | None = None
+    expected_dtype: str | None = None
 
     @classmethod
     def of(
@@ -380,7 +384,24 @@ class Volume:
             array = cached_array(self.location, writable=writable)
         except FileNotFoundError as error:
             raise self._lost() from error
+        if self.expected_shape is not None:
+            self._require_expected(array)
         return self._with_timepoint(array) if self.may_be_ahead else array
+
+    def _require_expected(self, array: "zarr.Array[Any]") -> None:
+        """Raise :class:`DataError` if an array is not of the form with which a run was planned."""
+        dtype = str(array.dtype.newbyteorder("="))
+        expected_dtype = self.expected_dtype or dtype
+        shape: Shape = ()
+        if array.ndim == len(self.axis_names):
+            shape = tuple(array.shape[self.axis_names.index(name)] for name in SPATIAL)
+        if (shape, dtype) != (self.expected_shape, expected_dtype):
+            raise DataError(
+                f"{self.location} is another array than when the run was planned: its shape is "
+                f"{array.shape}, of {dtype}; expected {self.expected_shape} (z, y, x) of "
+                f"{expected_dtype}. Restore it and run the same command again, or start again with "
+                "--overwrite"
+            )
 
     def _with_timepoint(self, array: "zarr.Array[Any]") -> "zarr.Array[Any]":
         """Return the array with this timepoint, which its stored metadata may not have yet."""

@@ -83,7 +83,13 @@ class PlannedMask:
     def volume(self, image: Location, t: int) -> Volume:
         """Return the mask's voxels at a timepoint of the image."""
         t_of_mask = t if self.has_times else 0
-        return Volume(self.location(image), self.axes, t_of_mask, is_whole=self.is_whole)
+        return Volume(
+            self.location(image),
+            self.axes,
+            t_of_mask,
+            is_whole=self.is_whole,
+            expected_shape=self.shape,
+        )
 
 
 # -- finding it

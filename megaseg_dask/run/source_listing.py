@@ -52,7 +52,7 @@ class Listing:
     def changed(self, now: "Listing") -> list[int]:
         """Return the volumes that another listing shows otherwise."""
         pairs = enumerate(zip(self.volumes, now.volumes, strict=True))
-        return [volume for volume, pair in pairs if None not in pair and pair[0] != pair[1]]
+        return [volume for volume, (old, new) in pairs if old and new and old != new]
 
     def refreshed(self, now: "Listing", volumes: Container[int]) -> "Listing":
         """Return this listing with some volumes as another one shows them."""

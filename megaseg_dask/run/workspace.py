@@ -287,7 +287,10 @@ class Workspace:
         """Return the ids of the regions of a volume, if there are some."""
         planned = self.plan.volumes[volume]
         companion = self.plan.images[planned.image].regions
-        return companion.volume(self.plan.source / planned.image, planned.t) if companion else None
+        if companion is None:
+            return None
+        regions = companion.volume(self.plan.source / planned.image, planned.t)
+        return replace(regions, expected_shape=self.plan.source_image.volume_shape())
 
     def _channels(self, volume: int, channels: Iterable[int], level: int = 0) -> list[Source]:
         plan = self.plan
@@ -296,7 +299,16 @@ class Workspace:
         image = plan.source_image
         volumes = [Volume.of(field, image, level=level, t=planned.t, c=c) for c in channels]
         needs_chunks = plan.resolved.missing_chunks == "error"
-        return [replace(volume, needs_chunks=needs_chunks) for volume in volumes]
+        shape = image.volume_shape(level)
+        return [
+            replace(
+                volume,
+                needs_chunks=needs_chunks,
+                expected_shape=shape,
+                expected_dtype=image.dtype,
+            )
+            for volume in volumes
+        ]
 
     def array(
         self, kind: str, output: Output, level: int = 0, *, is_whole: bool = True

@@ -33,6 +33,8 @@ N_KILLS = int(os.environ.get("MEGASEG_KILLS", "8"))
 SHAPE = (20, 36, 40)
 # What a run keeps for the next one, and what differs from one run to the next.
 _RECORDS = re.compile(r"\w+\.zarr\.run/.*(plan\.json|lease.*|(journal|log|volumes)/.*)")
+# Losses in each scenario.
+N_LOSSES = int(os.environ.get("MEGASEG_LOSSES", "2"))
 # Power cuts in each scenario.
 N_CUTS = int(os.environ.get("MEGASEG_POWER_CUTS", "14"))
 
@@ -246,3 +248,25 @@ def test_the_power_is_cut_at_any_moment(name, tmp_path, tiny_bundle, cheap_engin
     for trial in range(N_CUTS):
         runs.reset(log.cut(runs.before, random.Random(SEED + trial)))
         runs.require_calm(f"{name}, power cut, seed {SEED + trial}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_what_a_killed_run_wrote_is_lost_or_torn(name, tmp_path, tiny_bundle, cheap_engine):
+    """Any object that is no record: of outputs, of intermediate data, or of metadata."""
+    runs = Runs(SCENARIOS[name], tmp_path, tiny_bundle)
+    for trial in range(N_LOSSES):
+        chance = random.Random(SEED + trial)
+        runs.reset(runs.before)
+        kill_at = chance.randrange(runs.n_changes // 2, runs.n_changes)
+        with runs.disk.watched(kill_at), suppress(Killed):
+            runs.run()
+        left = read_tree(runs.folder)
+        written = [each for each in sorted(left) if left[each] != runs.before.get(each)]
+        lost = chance.choice([each for each in written if not _RECORDS.fullmatch(each)])
+        if chance.random() < 0.5:
+            (runs.folder / lost).unlink()
+        else:
+            (runs.folder / lost).write_bytes(left[lost][: len(left[lost]) // 2])
+        runs.require_calm(f"{name}, {lost} lost, killed before change {kill_at}")

@@ -15,9 +15,11 @@ import zarr
 
 from megaseg_dask.ngff.labels import list_labels
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.run.job_array import record_plans, run_tasks
 from megaseg_dask.run.status import status
 from megaseg_dask.run.tasks import worker
 from megaseg_dask.stores import Location
+from megaseg_dask.stores.arrays import clear_array_cache
 from tests.counts.test_engine_calls import contents
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
@@ -217,6 +219,29 @@ def test_an_array_that_was_repaired_is_read_anew(tmp_path, tiny_bundle):
     path.write_text(metadata)
     assert case.run(overwrite=True).status == "done"
     assert contents(case.folder / "out.zarr") == contents(case.folder / "calm.zarr")
+
+
+ANOTHER = {
+    "larger": lambda path: write_image(path, blobs((16, 32, 128))),
+    "smaller": lambda path: write_image(path, blobs((16, 16, 96))),
+    "floats": lambda path: write_image(path, blobs(SHAPE, dtype="float32")),
+    "more axes": lambda path: write_image(path, blobs(SHAPE)[None], axes="tzyx"),
+}
+
+
+@pytest.mark.parametrize("options", [OPTIONS, BLOCKS], ids=["one task", "staged"])
+@pytest.mark.parametrize("another", ANOTHER)
+def test_tasks_read_no_other_array_than_was_planned(
+    options, another, tmp_path, tiny_bundle, cheap_engine
+):
+    source = write_image(tmp_path / "image.zarr", blobs(SHAPE))
+    settings = parse_settings({"model": str(tiny_bundle), **options})
+    [plan] = record_plans(str(source), str(tmp_path / "out.zarr"), settings)
+    shutil.rmtree(source)
+    ANOTHER[another](source)
+    clear_array_cache()
+    [failure] = run_tasks(plan, plan.stages[0].name, [0]).failures
+    assert "is another array than when the run was planned" in failure.error
 
 
 # -- changes after the last read
