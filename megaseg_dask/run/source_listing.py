@@ -95,8 +95,8 @@ def list_reads(plan: Plan, *, is_needed: bool) -> Listing:
     of_volumes: list[list[Listed | None]] = [[] for _ in plan.volumes]
     for array, looked in zip(arrays, map_threaded(look, arrays), strict=True):
         reads = by_array[array]
-        for read, listed in zip(reads, looked or [None] * len(reads), strict=True):
-            of_volumes[read.volume].append(listed)
+        for number, read in enumerate(reads):
+            of_volumes[read.volume].append(looked[number] if looked is not None else None)
     return Listing(tuple(map(_together, of_volumes)))
 
 

@@ -606,3 +606,19 @@ def test_a_chunk_that_is_lost_short_or_replaced_is_imported_again(
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "image.zarr/0")[...], values)
     done = imported(tmp_path / "image.tif", tmp_path / "image.zarr", **options)
     assert done.result.already_done
+
+
+@pytest.mark.parametrize("harm", [cut, Path.unlink])
+def test_metadata_of_a_finished_import_that_are_lost_or_damaged_are_written_again(harm, tmp_path):
+    for well in ("A1", "B2"):
+        write_tiff(tmp_path / f"{well}.tif", noise((4, 32, 32)), metadata={"axes": "ZYX"})
+    files = sorted(tmp_path.glob("*.tif"))
+    target = tmp_path / "plate.zarr"
+    imported(files, target, pattern="{well}.tif", voxel_size=SIZE)
+    for name in ("zarr.json", "B/2/zarr.json", "A/1/0/zarr.json", "B/2/0/0/zarr.json"):
+        written = (target / name).read_bytes()
+        harm(target / name)
+        done = imported(files, target, pattern="{well}.tif", voxel_size=SIZE)
+        assert not done.result.already_done, name
+        assert json.loads((target / name).read_bytes()) == json.loads(written)
+    assert imported(files, target, pattern="{well}.tif", voxel_size=SIZE).result.already_done

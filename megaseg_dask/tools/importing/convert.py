@@ -15,14 +15,14 @@ import numpy as np
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.events import Emit, Failure, Result, Started, ignore
 from megaseg_dask.messages import one_line
 from megaseg_dask.ngff.foreign import require_folder_name
-from megaseg_dask.ngff.group import find_owner, write_group
+from megaseg_dask.ngff.group import find_owner, holds, remove_damaged_group, write_group
 from megaseg_dask.ngff.image import image_attributes
-from megaseg_dask.ngff.plate import write_plate
-from megaseg_dask.ngff.volume import Volume, restore_array
+from megaseg_dask.ngff.plate import read_plate, write_plate
+from megaseg_dask.ngff.volume import Volume, is_array_of, restore_array
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.import_plan import ImportedImage, ImportPlan, import_folder
 from megaseg_dask.plan.plan import runs_folder
@@ -210,7 +210,31 @@ def _read_journal(plan: ImportPlan, sync: Callable[[], None] = lambda: None) -> 
     images = [plan.target / each.path for each in plan.images]
     for stage, index in find_lost(plan, journal, images):
         journal.replay({"lose": stage, "index": index})
+    if journal.result is not None and not _has_metadata(plan):
+        journal.replay({"reopened": True})
     return journal
+
+
+def _has_metadata(plan: ImportPlan) -> bool:
+    """Return whether the metadata of a finished import are there as they were written."""
+
+    def is_whole(each: ImportedImage) -> bool:
+        where = plan.target / each.path
+        for number, level in enumerate(each.image.levels):
+            layout = each.layout(number)
+            if not is_array_of(where / level.path, each.image, number, each.image.dtype, layout):
+                return False
+        return holds(where, image_attributes(each.image))
+
+    try:
+        if plan.plate is not None:
+            listed = {field.path for field in read_plate(plan.target).fields}
+            if not listed.issuperset(each.path for each in plan.images):
+                return False
+        return all(map_threaded(is_whole, plan.images))
+    except (SourceError, TargetError):
+        # They are damaged.
+        return False
 
 
 # -- the work
@@ -371,12 +395,16 @@ def _publish(plan: ImportPlan, journal: Journal) -> None:
 
     def publish(each: ImportedImage) -> None:
         where = plan.target / each.path
+        remove_damaged_group(where, each.image.version)
         write_group(where, each.image.version, _attributes(where, each))
 
     map_threaded(publish, complete)
     if plan.plate is not None and complete:
         paths = {each.path for each in complete}
         fields = tuple(field for field in plan.plate.fields if field.path in paths)
+        below = [plan.target / name for field in fields for name in (field.row, field.well)]
+        for node in dict.fromkeys([plan.target, *below]):
+            remove_damaged_group(node, plan.plate.version)
         write_plate(plan.target, replace(plan.plate, fields=fields), plan.plate.version)
 
 
