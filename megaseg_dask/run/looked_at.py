@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megaseg_dask.algorithms.array_library import NUMPY
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.algorithms.normalization import Normalization, measure, require_finite
+from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.errors import StoreError
 from megaseg_dask.events import Emit, ignore
 from megaseg_dask.inference.block import (
@@ -57,6 +58,8 @@ QUICK_VOXELS = 2**26
 # What is read at a time. Of a larger volume, a level or a part of so many voxels gives provisional
 # statistics.
 _SAMPLE_SHAPE: Shape = (64, 512, 512)
+# While one part is counted, the next one is read.
+_PARTS_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +155,11 @@ class LookedAt:
         n_parts = len(self._reading.plan.measure_grid)
         progress = StageProgress("measure", n_done=0, n_tasks=n_parts)
         summaries = []
-        for number in range(n_parts):
+        measured = partial(measure_block, self._reading, volume)
+        for _, summary in read_ahead(measured, range(n_parts), _PARTS_AT_ONCE):
             if is_over.is_set():
                 raise KeyboardInterrupt
-            summaries.append(measure_block(self._reading, volume, number))
+            summaries.append(summary)
             progress.n_done += 1
             emit(progress.show())
         return summaries

@@ -264,20 +264,22 @@ class Looking:
         return known
 
     def predict(self, number: int, volume: int, core: Box, known: Known) -> NDArray[Any]:
-        """Return the scores of a box of the target, and note that it was looked at.
+        """Return the scores of a box of the target.
 
         Raises:
             MegasegError: It cannot be predicted.
         """
         self.require_ready()
         assert self._engine is not None
-        run = self.runs[number]
-        scores = run.predict(volume, core, known, self._engine)
+        return self.runs[number].predict(volume, core, known, self._engine)
+
+    def note(self, number: int, volume: int, core: Box) -> None:
+        """Take over that somebody looked at a box of the target: its tasks are to be done."""
         self._is_seen.set()
+        run = self.runs[number]
         if run.lease is not None:
             for index in run.tasks_at(volume, core):
                 self._add(self._work.tasks, (number, index))
-        return scores
 
     @property
     def status(self) -> str:

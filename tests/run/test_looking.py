@@ -17,6 +17,7 @@ from megaseg_dask.run.lease import Leases, Timing
 from megaseg_dask.run.looking import Looking
 from megaseg_dask.run.tasks import statistics
 from megaseg_dask.stores import Location
+from megaseg_dask.tools.view.prediction import Key
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.looking import WAIT_S, viewing
 from tests.fixtures.runs import segment_here
@@ -133,6 +134,26 @@ def test_a_run_computes_the_rest_of_what_was_viewed_and_ends_in_the_same_bytes(
     assert contents(viewed) == contents(undisturbed)
     written = zarr.open_array(undisturbed / "0", mode="r")
     np.testing.assert_array_equal(seen, written[viewer.box(*position).slices])
+
+
+def test_the_middle_is_there_before_anybody_asks_and_is_recorded_only_then(
+    source, tmp_path, tiny_bundle, cheap_engine
+):
+    settings = settings_of(tiny_bundle, block="40,64,64")
+    with viewing(source, tmp_path / "out.zarr", settings) as viewer:
+        viewer.image.foresee()
+        # Of those at the middle it takes the fewest patches.
+        key = Key(0, True, 0, (0, 1, 1))
+        run = viewer.looking.runs[0]
+        wait_for(lambda: viewer.scores.find(run, key) is not None)
+        assert not viewer.looking._work.tasks
+        # It is answered without waiting, and is a task from now on.
+        assert isinstance(viewer.image.chunk("0/c/0/1/1"), bytes)
+        wait_for(lambda: run.journal.done("segment").sum() == 1)
+    segment_here(str(source), str(tmp_path / "a.zarr"), settings)
+    seen = viewer.scores.find(run, key)[0]
+    written = zarr.open_array(tmp_path / "a.zarr/0", mode="r")
+    np.testing.assert_array_equal(seen, written[viewer.box(0, 1, 1).slices])
 
 
 def test_a_finished_target_is_read_and_nothing_is_predicted(source, tmp_path, tiny_bundle, forward):

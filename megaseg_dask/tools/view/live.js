@@ -10,11 +10,12 @@ export class Live {
   #banner;
   #field = null;
   #layers = [];
+  #isAsking = false;
 
   constructor(picture, banner) {
     this.#picture = picture;
     this.#banner = banner;
-    this.#look();
+    setInterval(() => this.look(), PAUSE_MS);
   }
 
   // Find the predicted layers of a scene: they come from another server than the page.
@@ -35,15 +36,17 @@ export class Live {
     return this.#field !== null;
   }
 
-  async #look() {
+  // Tell the server where a person looks, unless an answer is still waited for.
+  async look() {
     const field = this.#field;
-    if (field !== null && !document.hidden) {
-      const { position, pixel } = this.#picture;
-      // A picture that was just opened has no size yet.
-      const found = Number.isFinite(pixel) ? await look({ field, position, pixel }) : null;
-      if (found && field === this.#field) this.#take(found);
-    }
-    setTimeout(() => this.#look(), PAUSE_MS);
+    if (field === null || document.hidden || this.#isAsking) return;
+    const { position, pixel } = this.#picture;
+    // A picture that was just opened has no size yet.
+    if (!Number.isFinite(pixel)) return;
+    this.#isAsking = true;
+    const found = await look({ field, position, pixel });
+    this.#isAsking = false;
+    if (found && field === this.#field) this.#take(found);
   }
 
   #take({ status, is_problem: isProblem, source }) {

@@ -105,6 +105,10 @@ class LiveGallery(Gallery):
         options = set(Settings.model_fields) - {"threshold", "label_name"}
         return command_line("segment", self._source, "TARGET", settings=settings, options=options)
 
+    def foresee(self) -> None:
+        """Predict what the page will show first, while a browser loads the page."""
+        self.images[self._names[self.fields[0]]].foresee()
+
     def close(self) -> None:
         """Predict nothing more."""
         self._waiting.close()
@@ -203,6 +207,7 @@ def view_live(
         gallery = LiveGallery(source, looking, truth, unmarked=unmarked)
         live = Live(gallery, looking)
         try:
+            gallery.foresee()
             gallery.scene(gallery.fields[0])
             with suppress(KeyboardInterrupt):
                 asyncio.run(serve(drawing, gallery, announce, browser=browser, attach=live.attach))

@@ -24,6 +24,7 @@ async function open(field) {
   shown = null;
   live.prepare(found);
   await picture.open(found.state, found.axes);
+  live.look();
   if (layout) await picture.setLayout(layout, found.axes);
   shown = found;
   build();

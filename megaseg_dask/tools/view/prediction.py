@@ -38,9 +38,9 @@ SCORES_BYTES = 2**29
 # Few patches touch a small box, so it is there soon. A GPU predicts patches faster than a
 # browser asks for boxes.
 _CHUNK_SHAPES: Mapping[str, Shape] = {"cpu": (64, 64, 64), "cuda": (64, 128, 128)}
-# Of chunks that are near each other the one of fewer patches comes first: a patch counts as much
-# as so many voxels farther from the center.
-_PATCH_VOXELS = 16.0
+# Of chunks that are near each other the one of fewer patches comes first: so many voxels to
+# predict count as much as one voxel farther from the center.
+_VOXELS_OF_DISTANCE = 2**15
 _GATHER_S = 0.03
 # A coarse chunk of more patches is shown as far as it is known, and not predicted.
 _MAX_PATCHES = 64
@@ -212,6 +212,20 @@ class PredictedImage:
         if self._n_predicted > n_before or self._is_predicted(sight.level):
             self.refresh()
 
+    def foresee(self) -> None:
+        """Predict a part near the middle of the first volume before anybody asks for it.
+
+        That is where the viewer opens.
+        """
+        shape = self.image.volume_shape()
+        self._sight = Sight(tuple(n // 2 for n in shape), level=0)
+        output = self._outputs[min(self._outputs)]
+        near = Box.centered(tuple(2 * n for n in self.chunk_shape), shape)
+        rank = partial(self._rank, output.volume, 0)
+        nearest = min(self._grid(0).iter_overlapping(near), key=rank)
+        work = partial(self._predict_chunk, output, 0, nearest)
+        self._waiting.add(Waiting(partial(rank, nearest), work))
+
     def refresh(self) -> None:
         """Let the viewer ask for all chunks again, which it does if their address changes."""
         self._shown_incomplete.clear()
@@ -276,7 +290,9 @@ class PredictedImage:
             )
             self._waiting.add(waiting)
             return waiting
-        if not is_whole:
+        if is_whole:
+            self._note(output, level, position)
+        else:
             self._shown_incomplete[level] = self._n_predicted
         return None if values is None else self._encode(values, output)
 
@@ -356,7 +372,8 @@ class PredictedImage:
         """
         box = self._finest_box(level, self.box(level, position))
         n_patches = self._run.count_missing(volume, box)
-        return self._distance(box) + n_patches * _PATCH_VOXELS
+        n_voxels = n_patches * math.prod(self._run.plan.patch_grid.patch_shape)
+        return self._distance(box) + n_voxels / _VOXELS_OF_DISTANCE
 
     def _distance(self, box: Box) -> float:
         if self._sight is None:
@@ -449,7 +466,19 @@ class PredictedImage:
     # -- what is predicted
 
     def _predict(self, output: Output, level: int, position: Shape, waiting: Waiting) -> bytes:
-        """Predict a chunk; of a coarse one, all that it is made of."""
+        """Predict a chunk that somebody looks at; of a coarse one, all that it is made of."""
+        chunk = self._predict_chunk(output, level, position, waiting)
+        if chunk:
+            self._note(output, level, position)
+        return chunk
+
+    def _note(self, output: Output, level: int, position: Shape) -> None:
+        box = self._finest_box(level, self.box(level, position))
+        self._looking.note(self.number, output.volume, box)
+
+    def _predict_chunk(
+        self, output: Output, level: int, position: Shape, waiting: Waiting
+    ) -> bytes:
         known = self._looking.statistics(self.number, output.volume)
         key = Key(output.volume, known.is_exact, level, position)
         grid = self._grid(0)
