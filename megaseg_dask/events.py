@@ -77,7 +77,8 @@ class Following(Event):
     """What a source that is followed has: timepoints of all fields that are there, and done.
 
     ``n_announced`` is how many its metadata list, which may grow. The source was not seen to
-    change for ``waited_s``. ``reason`` says why nothing can be taken, if that is so.
+    change for ``waited_s``. ``reason`` says why nothing can be taken, if that is so. ``is_over``
+    says that no more is waited for.
     """
 
     kind: ClassVar[str] = "following"
@@ -87,6 +88,7 @@ class Following(Event):
     n_announced: int
     waited_s: float = 0.0
     reason: str = ""
+    is_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

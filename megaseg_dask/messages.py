@@ -76,6 +76,8 @@ class Narrator:
         self._n_failures = 0
         self._n_notices = 0
         self._is_following = False
+        # The newest of each stage that had no line.
+        self._untold: dict[str, Progress] = {}
 
     def lines(self, event: Event) -> list[str]:
         """Return the lines for an event; may be empty."""
@@ -95,15 +97,21 @@ class Narrator:
             case Following():
                 is_first = not self._is_following
                 self._is_following = True
-                is_due = self._is_due("following", is_first)
-                return [following_line(event)] if is_due else []
+                if not self._is_due("following", is_first or event.is_over):
+                    return []
+                # How each stage ended, where that had no line.
+                stages = self._untold.values() if event.is_over else ()
+                return [*map(progress_line, stages), following_line(event)]
             case Fetching():
                 is_over = event.n_bytes == event.total_bytes
                 return [fetching_line(event)] if self._is_due(event.model, is_over) else []
             case Progress():
                 # A run that follows its source ends each stage again and again.
                 is_over = event.is_over and not self._is_following
-                return [progress_line(event)] if self._is_due(event.stage, is_over) else []
+                self._untold[event.stage] = event
+                if not self._is_due(event.stage, is_over):
+                    return []
+                return [progress_line(self._untold.pop(event.stage))]
         return []
 
     def _is_due(self, subject: str, is_over: bool) -> bool:
@@ -223,7 +231,9 @@ def following_line(event: Following) -> str:
     line = f"{event.n_there} of {count(event.n_announced, 'timepoint')} are there"
     if event.n_done:
         line += f", {event.n_done} are done"
-    if event.n_done >= event.n_there:
+    if event.is_over:
+        line += "; no more is waited for"
+    elif event.n_done >= event.n_there:
         line += "; waiting for more"
         if event.waited_s >= 1:
             line += f", nothing changed for {duration(event.waited_s)}"

@@ -9,10 +9,11 @@ import pty
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from megaseg_dask.events import Failure, Notice, Progress, Started
+from megaseg_dask.events import Failure, Following, Notice, Progress, Started
 from megaseg_dask.messages import (
     Narrator,
     duration,
@@ -56,6 +57,18 @@ def test_the_end_of_a_stage_is_always_told():
     assert narrator.lines(progress(0)) == []
     assert narrator.lines(progress(98, n_failed=1)) == []
     assert len(narrator.lines(progress(98, n_failed=2))) == 1
+
+
+def test_a_run_that_follows_tells_at_its_end_how_each_stage_ended():
+    narrator = Narrator(min_pause_s=1e9)
+    beat = Following("live.zarr", n_there=3, n_done=2, n_announced=3)
+    assert narrator.lines(beat) == ["3 of 3 timepoints are there, 2 are done"]
+    # A stage ends again and again.
+    assert narrator.lines(progress(2, n_tasks=2)) == []
+    assert narrator.lines(progress(3, n_tasks=3)) == []
+    stage, last = narrator.lines(replace(beat, n_done=3, is_over=True))
+    assert stage.startswith("predicting blocks: 3/3 tasks")
+    assert last == "3 of 3 timepoints are there, 3 are done; no more is waited for"
 
 
 @pytest.mark.parametrize(

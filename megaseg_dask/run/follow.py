@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
@@ -64,6 +65,7 @@ def follow(
     Raises:
         MegasegError: The request cannot be carried out, or was stopped.
     """
+    began_s = time.monotonic()
     configure_stores(source, settings)
     require_followable(Location.of(source), Location.of(target), settings)
     emit(Step("waiting for the first timepoint"))
@@ -84,7 +86,7 @@ def follow(
     with open_session(request, plan, client, emit, calls) as (runs, session):
         request.keep_recorded()
         with ExitStack() as stack:
-            steps = _Steps(request, session, session.lease, watch, stack)
+            steps = _Steps(request, session, watch, stack, began_s)
             result = steps.run(runs, arrived)
         result = with_calls(result, calls)
     emit(result)
@@ -148,10 +150,12 @@ class _Watch:
                     self._show(taken)
                     return arrived
                 if self.watcher.is_over(arrived):
+                    self._show(taken, is_over=True)
                     return None
             self._note_changes()
-            self._show(taken)
-            if self._timeout_s is not None and self._waited_s >= self._timeout_s:
+            is_silent = self._timeout_s is not None and self._waited_s >= self._timeout_s
+            self._show(taken, is_over=is_silent)
+            if is_silent:
                 return None
             self.pause(time.monotonic() - began_s)
 
@@ -189,12 +193,12 @@ class _Watch:
         """Who is told."""
         return self._emit
 
-    def _show(self, taken: Mapping[str, int]) -> None:
+    def _show(self, taken: Mapping[str, int], *, is_over: bool = False) -> None:
         """Tell how far the source and the run are: at once if that changed, else now and then."""
         n_there = self.arrived.total_there if self.arrived else 0
         state = (n_there, sum(taken.values()))
         now_s = time.monotonic()
-        if state == self._shown and now_s - self._shown_s < _HEARTBEAT_S:
+        if not is_over and state == self._shown and now_s - self._shown_s < _HEARTBEAT_S:
             return
         self._shown = state
         self._shown_s = now_s
@@ -205,6 +209,7 @@ class _Watch:
             n_announced=self.arrived.total_announced if self.arrived else 0,
             waited_s=round(self._waited_s, 1),
             reason=self.reason,
+            is_over=is_over,
         )
         self._emit(event)
 
@@ -216,13 +221,14 @@ class _Steps:
         self,
         request: Following,
         session: Session,
-        lease: Held,
         watch: _Watch,
         stack: ExitStack,
+        began_s: float,
     ) -> None:
         self._request = request
         self._session = session
-        self._lease = lease
+        self._lease = session.lease
+        self._began_s = began_s
         self._watch = watch
         self._stack = stack
         self._open: dict[Location, OpenRun] = {}
@@ -315,11 +321,18 @@ class _Steps:
             if journal.result is not None:
                 results.append(already_done(plan, journal))
                 continue
-            result = self._step(plan, journal, is_over=True)
+            result = self._timed(self._step(plan, journal, is_over=True))
             results.append(self._open[plan.run].finish(result))
-        result = join_results(results)
+        result = self._timed(join_results(results))
         warning = _unfinished_text(arrived, taken)
         return result.with_warnings([warning]) if warning else result
+
+
+    def _timed(self, result: Result) -> Result:
+        """Return a result with the time since the command began, not that of the last step."""
+        if result.already_done:
+            return result
+        return replace(result, wall_s=round(time.monotonic() - self._began_s, 3))
 
 
 def _unfinished_text(arrived: Arrived, taken: Mapping[str, int]) -> str:

@@ -6,6 +6,7 @@ the same in each run.
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -224,9 +225,19 @@ def test_a_writer_that_stops_early_is_told_and_taken_without_following(run, at_e
 def test_a_heartbeat_says_what_is_there(run, at_each_look, tmp_path):
     source = tmp_path / "live.zarr"
     at_each_look(LiveImage(source, "full", 2).steps_of())
-    events = []
-    run(source, tmp_path / "out.zarr", events.append, follow=True)
-    beats = [event for event in events if isinstance(event, Following)]
+    told = []
+    result = run(
+        source,
+        tmp_path / "out.zarr",
+        lambda event: told.append((time.monotonic(), event)),
+        follow=True,
+    )
+    beats = [event for _, event in told if isinstance(event, Following)]
+    times = [at for at, event in told if isinstance(event, Following)]
+    # It took all steps, not the last one alone.
+    assert result.wall_s > times[-1] - times[0] - 0.001
+    assert (beats[-1].n_there, beats[-1].n_done, beats[-1].is_over) == (2, 2, True)
+    assert not any(beat.is_over for beat in beats[:-1])
     assert "does not exist" in beats[0].reason or "live.zarr" in beats[0].reason
     assert (2, 1) in {(beat.n_there, beat.n_done) for beat in beats}
     assert beats[-1].to_json()["event"] == "following"
