@@ -21,7 +21,7 @@ from typer.main import get_command
 
 import megaseg_dask
 from megaseg_dask.cli.app import build_app
-from megaseg_dask.plan.settings import Settings, options_table
+from megaseg_dask.plan.settings import Settings, declared, options_table
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -77,11 +77,17 @@ def paragraphs(text: str) -> str:
     return "\n\n".join(filter(None, found))
 
 
+def is_setting(parameter: Any) -> bool:
+    """Whether a parameter means what the setting of its name does."""
+    name = parameter.name
+    return name in Settings.model_fields and parameter.help.startswith(declared(name).help)
+
+
 def options_of(command: Any) -> str:
     own = [p for p in command.params if p.name != "help"]
     shared = [p for p in own if p.name in Settings.model_fields and "--channel" not in p.opts]
     linked = len(shared) > 5
-    rows = [row(p) for p in own if not (linked and p.name in Settings.model_fields)]
+    rows = [row(p) for p in own if not (linked and is_setting(p))]
     table = ["| option | meaning |", "|---|---|", *rows] if rows else []
     if not linked:
         return "\n".join(table)

@@ -55,6 +55,15 @@ def view(
         str, typer.Argument(metavar="TARGET", help="Output of segment, or any other OME-Zarr.")
     ],
     *,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|PATH",
+            help="Predict scores where you look, with this model, as segment does. Without it, "
+            "what is stored is shown, and nothing is predicted.",
+            show_default=False,
+        ),
+    ] = None,
     record_at: Annotated[
         str | None,
         typer.Option(
@@ -105,9 +114,9 @@ def view(
             else:
                 echo(f"{url}\nonly this machine can open it; Ctrl-C ends it")
 
-        if options.get("model"):
-            name = {"label_name": label_name} if label_name else {}
-            _view_live(target, record_at, {**options, **name}, announce, truth, not no_browser)
+        if model:
+            chosen = {**options, "model": model, "label_name": label_name}
+            _view_live(target, record_at, chosen, announce, truth, not no_browser)
             return
         _require_no_prediction(options, record_at)
         open_stores(options, None)

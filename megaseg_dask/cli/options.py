@@ -22,10 +22,11 @@ Command = Callable[..., None]
 
 # Settings that open a store, for commands that take nothing else of a run.
 STORE = ("endpoint", "anon", "storage_option")
-# Of a run that is looked at: it has no workers, its name is an option of the viewer, and its
-# source is read once.
+# Of a run that is looked at: it has no workers, its name and model are options of the viewer, and
+# its source is read once.
 _NOT_LIVE = (
     "label_name",
+    "model",
     "workers",
     "scheduler",
     "cluster",

@@ -327,7 +327,6 @@ class _Steps:
         warning = _unfinished_text(arrived, taken)
         return result.with_warnings([warning]) if warning else result
 
-
     def _timed(self, result: Result) -> Result:
         """Return a result with the time since the command began, not that of the last step."""
         if result.already_done:

@@ -341,8 +341,15 @@ def test_the_viewer_shows_the_image_and_the_scores_once(run, again, tmp_path):
     layers = Gallery(target).scene("").layers
     assert [layer.kind for layer in layers].count("image") == 1
     assert [layer.kind for layer in layers].count("scores") == 1
-    names = {layer.name for layer in layers if layer.kind == "labels"}
-    assert names == {"labels megaseg", "labels again"}
+    names = [layer.name for layer in layers if layer.kind == "labels"]
+    assert names == ["labels megaseg", "labels again"]
+    assert [layer.threshold for layer in layers if layer.kind == "scores"] == [0.5]
+    # One name alone has the scores too, and the threshold of its labels.
+    gallery = Gallery(target, "again")
+    image, scores, labels = gallery.scene("").layers
+    assert (image.kind, scores.kind, labels.name) == ("image", "scores", "labels again")
+    assert (scores.threshold, scores.location) == (0.6, Location.of(target))
+    assert gallery.command("") == f"megaseg relabel {target}"
     with pytest.raises(TargetError, match="no run of the name agian is recorded"):
         Gallery(target, "agian")
 

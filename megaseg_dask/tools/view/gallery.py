@@ -203,8 +203,8 @@ class Gallery:
 
         It is empty if no run kept scores.
         """
-        for plan in self.plans:
-            if plan.resolved.predicts() and can_be_basis(plan) and field in Target(plan).paths:
+        for plan in map(_predicting, self.plans):
+            if plan is not None and can_be_basis(plan) and field in Target(plan).paths:
                 return command_line(
                     "relabel", self.location, settings=plan.settings, options=_STORE_OPTIONS
                 )
@@ -227,7 +227,8 @@ class Gallery:
 
     def _layers(self, field: str) -> Iterator[Layer]:
         plans = [plan for plan in self.plans if field in Target(plan).paths]
-        # Labels that were made again are of the same image and scores.
+        # Labels that were made again are of the same image and scores: those come first.
+        plans.sort(key=lambda plan: not plan.resolved.predicts())
         shown = set()
         for plan in plans:
             for layer in _run_layers(plan, field):
@@ -277,16 +278,22 @@ def _read_plans(location: Location, label_name: str | None) -> list[Plan]:
     return RunFolder.plans(location)
 
 
+def _predicting(plan: Plan) -> Plan | None:
+    """Return the run whose scores a run labels: itself, or an earlier one if its plan is kept."""
+    return plan if plan.resolved.predicts() else RunFolder(plan.basis_run).find_plan()
+
+
 def _run_layers(plan: Plan, field: str) -> Iterator[Layer]:
-    """Yield the source's channels of a run, then the outputs at its target."""
+    """Yield the source's channels of a run, its scores, then its other outputs at the target."""
     channels = set[int]().union(*(volume.channels for volume in plan.volumes))
     yield from _image_layers(plan.source / field, sorted(channels))
-    for group in ImageTarget(plan, field).groups:
-        if group.kind == "scores":
-            for layer in _score_layers(group.location):
-                yield _as_in(plan, layer)
-        else:
-            yield from _group_layers(group.location, LABELS, f"labels {group.name}")
+    predicting = _predicting(plan)
+    if predicting is not None and "scores" in predicting.arrays:
+        scores = ImageTarget(predicting, field).group("scores", "")
+        for layer in _score_layers(scores.location):
+            yield _as_in(plan, layer)
+    for group in ImageTarget(plan, field).label_groups:
+        yield from _group_layers(group.location, LABELS, f"labels {group.name}")
 
 
 def _as_in(plan: Plan, scores: Layer) -> Layer:
