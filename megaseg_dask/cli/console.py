@@ -5,6 +5,7 @@ it is told by events.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -366,6 +367,7 @@ def print_plan(summary: Mapping[str, Any]) -> None:
         "blocks": f"{summary['blocks']} of {_shape(summary['block_shape'])} per volume, "
         f"redundancy {summary['redundancy']}",
         **_where_rows(summary["where"]),
+        **_split_row(summary),
         "bytes": _bytes_text(summary),
         "memory": _memory_text(summary),
         "time": _time_text(summary),
@@ -392,6 +394,20 @@ def _groups_row(summary: Mapping[str, Any]) -> dict[str, str]:
     kind = summary["options"]["normalization"]
     n_groups = f"1 {kind}" if len(groups) == 1 else f"each {kind}, {len(groups)} in all"
     return {"normalized": f"by all voxels of {n_groups}: {first_few(groups)}"}
+
+
+def _split_row(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the row about the size of objects that can be split; none if none is."""
+    n_voxels = summary["split_voxels"]
+    if n_voxels is None:
+        return {}
+    if n_voxels >= math.prod(n + 2 for n in summary["volume_shape"]):
+        return {"split": "objects of any size"}
+    side = math.floor(n_voxels ** (1 / 3)) - 2
+    return {
+        "split": f"objects whose box has up to {n_voxels / 1e6:.3g} Mvoxel, such as "
+        f"{_shape((side, side, side))}; larger ones stay whole (more --memory splits them)"
+    }
 
 
 def _source_text(summary: Mapping[str, Any]) -> str:

@@ -38,6 +38,8 @@ def summarize(plan: Plan) -> dict[str, object]:
         "blocks": len(plan.block_grid()),
         "redundancy": _redundancy(plan),
         "where": _where(plan),
+        # Voxels of the largest box of an object that is split, with one voxel around it.
+        "split_voxels": plan.split_voxels if plan.resolved.splits_objects() else None,
         **_traffic(plan, len(images)),
         "label_dtype": str(label_dtype(plan.volume_shape)),
         "memory_bytes": plan.memory_bytes,

@@ -18,15 +18,13 @@ from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.array_library import NUMPY
 from megaseg_dask.algorithms.geometry import Box, Shape
-from megaseg_dask.algorithms.normalization import Normalization, measure, require_finite
+from megaseg_dask.algorithms.normalization import measure, require_finite
 from megaseg_dask.concurrency import read_ahead
 from megaseg_dask.errors import StoreError
 from megaseg_dask.events import Emit, ignore
 from megaseg_dask.inference.block import (
     Block,
     HostOutputs,
-    Patches,
-    Preparation,
     blend_predictions,
     cut_patch,
     predict_patches,
@@ -42,6 +40,7 @@ from megaseg_dask.run.progress import GroupSize, Recorder, StageProgress
 from megaseg_dask.run.schedule import VolumeProgress
 from megaseg_dask.run.serial import SerialDispatcher, SerialExecutor
 from megaseg_dask.run.state import ChannelStatistics, PartStatistics, TaskSummary
+from megaseg_dask.run.tasks.scores import block_of, find_unknown, is_nan_background
 from megaseg_dask.run.tasks.statistics import (
     describe_channel,
     describe_group,
@@ -219,15 +218,10 @@ class LookedAt:
         dtype = plan.resolved.scores_dtype
         if wanted is not None and not wanted.any():
             return np.zeros((len(plan.model.outputs), *core.shape), dtype)
-        zscores = tuple(Normalization(each.mean, each.std) for each in known.statistics)
-        block = Block(
-            core=region,
-            values=None,
-            patches=Patches(plan.patch_grid, plan.model.window, plan.batch),
-            prepare=Preparation(plan.model.steps, zscores),
-            background=self._background(volume, region, wanted),
-            where=wanted,
-        )
+        unknown = None
+        if is_nan_background(plan):
+            unknown = find_unknown(self._read(volume, region))
+        block = block_of(plan, region, known.statistics, wanted, unknown)
         logits = self._logits(volume, block, known, engine)
         blended = blend_predictions(block, logits.items(), block.patches.weights, NUMPY)
         return np.stack([HostOutputs(channel).scores(dtype) for channel in blended])
@@ -235,18 +229,6 @@ class LookedAt:
     def _wanted(self, volume: int, region: Box) -> NDArray[np.bool_] | None:
         reader = self.plan.mask_reader(self.plan.volumes[volume])
         return None if reader is None else reader.read(region)
-
-    def _background(self, volume: int, region: Box, wanted: NDArray[np.bool_] | None) -> Any:
-        """Return the voxels that are background whatever the network says, if there are some."""
-        background: Any = None if wanted is None else ~wanted
-        if self._is_float and self.plan.resolved.nan_to_background:
-            unknown = ~np.isfinite(self._read(volume, region)).all(axis=0)
-            background = unknown if background is None else background | unknown
-        return background
-
-    @property
-    def _is_float(self) -> bool:
-        return np.dtype(self.plan.source_image.dtype).kind == "f"
 
     def _read(self, volume: int, box: Box) -> Array:
         return stack([channel.read(box) for channel in self._reading.sources(volume)])
@@ -261,7 +243,7 @@ class LookedAt:
         missing = [patch for patch, logits in found.items() if logits is None]
         if missing:
             values = self._read(volume, block.read_box)
-            if self._is_float and not self.plan.resolved.nan_to_background:
+            if values.dtype.kind == "f" and not is_nan_background(self.plan):
                 for channel in values:
                     require_finite(channel, block.read_box)
             on_grid = resampled(replace(block, values=values), NUMPY)

@@ -48,10 +48,15 @@ def request_of(tmp_path, tiny_bundle):
 def run(request_of):
     """Return a function that runs, and returns the result, notices, and the workers that joined."""
 
-    def run(target="out.zarr", *, client=None, **options):
+    def run(target="out.zarr", *, client=None, tell=lambda event: None, **options):
         events = []
+
+        def note(event):
+            events.append(event)
+            tell(event)
+
         source, target, settings = request_of(target, **options)
-        result = segment(source, target, settings, client=client, emit=events.append)
+        result = segment(source, target, settings, client=client, emit=note)
         notices = [event.text for event in events if event.kind == "notice"]
         return result, notices, [event for event in events if event.kind == "worker"]
 
@@ -82,12 +87,34 @@ def test_one_dead_gpu_of_two_costs_no_volume(machine, plain, run):
 
 
 def test_a_gpu_that_failed_under_two_processes_gets_no_third(machine, plain, run):
-    machine.has(Gpu("GPU-a", waits_for="GPU-b"), Gpu("GPU-b", fails="forward"))
-    result, _, _ = run(workers=2, retries=6)
+    left_out = "GPU GPU-b is left out: two processes failed on it"
+    # The good one ends no task before that was told, and the other fails only in workers that
+    # were seen to join.
+    machine.has(
+        Gpu("GPU-a", waits_for="left-out"),
+        Gpu("GPU-b", fails="forward", waits_for="joined"),
+    )
+
+    def of_bad():
+        return {pid for pid, used in machine.noted("forward").items() if "GPU-b" in used}
+
+    failed = set()
+
+    def tell(event):
+        if event.kind == "worker" and event.uuid == "GPU-b":
+            machine.tell("joined")
+        elif event.kind == "notice" and event.text == left_out:
+            failed.update(of_bad())
+            machine.tell("left-out")
+
+    result, notices, joined = run(workers=2, retries=6, tell=tell)
     assert result.status == "done", result.failures
-    # The run may be over before it tells that the device is left out.
-    of_bad = [used for used in machine.noted("forward").values() if "GPU-b" in used]
-    assert len(of_bad) == 2
+    assert notices.count(left_out) == 1
+    assert len([worker for worker in joined if worker.uuid == "GPU-b"]) >= 2
+    # A task that failed in both does not count against the device: then there is a third.
+    assert len(failed) >= 2
+    # No process computes on it once it is left out.
+    assert of_bad() == failed
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The stage ``segment``: the network predicts a block, which is written as scores and a mask."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from megaseg_dask.inference.block import (
 )
 from megaseg_dask.inference.engine import open_engine
 from megaseg_dask.ngff.volume import Absent
+from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.resolved import Fixed
-from megaseg_dask.run.state import OutputState, TaskSummary, VolumeState
+from megaseg_dask.run.state import ChannelStatistics, OutputState, TaskSummary, VolumeState
 from megaseg_dask.run.tasks.source import require_same_voxels, wanted_voxels
 from megaseg_dask.run.tasks.thresholds import find_extremes, sum_above
 from megaseg_dask.run.workspace import Source, Workspace
@@ -139,19 +141,10 @@ def _predict(
         # Not every voxel was measured, and the network would take a NaN for the mean.
         for channel in values:
             require_finite(channel, read_box)
-    background: Any = None if wanted is None else ~wanted
-    if is_float and plan.resolved.nan_to_background:
-        unknown = ~np.isfinite(values[:, *region.within(read_box).slices]).all(axis=0)
-        background = unknown if background is None else np.logical_or(background, unknown)
-    zscores = tuple(Normalization(channel.mean, channel.std) for channel in state.statistics)
-    block = Block(
-        core=region,
-        values=values,
-        patches=Patches(plan.patch_grid, plan.model.window, plan.batch),
-        prepare=Preparation(plan.model.steps, zscores),
-        background=background,
-        where=wanted,
-    )
+    unknown = None
+    if is_nan_background(plan):
+        unknown = find_unknown(values[:, *region.within(read_box).slices])
+    block = replace(block_of(plan, region, state.statistics, wanted, unknown), values=values)
     with open_engine(plan.model, plan.engine) as engine:
         n_repeated = engine.n_repeated
         outputs = engine.predict_block(block)
@@ -159,6 +152,44 @@ def _predict(
         # otherwise wait for the inference of all that other threads have in hand.
         arrays = [_arrays_to_write(workspace, output) for output in outputs]
         return _Prediction(arrays, engine.largest_batch, engine.n_repeated - n_repeated)
+
+
+def is_nan_background(plan: Plan) -> bool:
+    """Return whether voxels of the source may be NaN, and are background then."""
+    is_float = np.dtype(plan.source_image.dtype).kind == "f"
+    return is_float and plan.resolved.nan_to_background
+
+
+def find_unknown(values: Array) -> NDArray[np.bool_]:
+    """Return the voxels ``(z, y, x)`` that are not finite in some channel of ``values``."""
+    known: NDArray[np.bool_] = np.isfinite(values).all(axis=0)
+    return ~known
+
+
+def block_of(
+    plan: Plan,
+    region: Box,
+    statistics: Sequence[ChannelStatistics],
+    wanted: NDArray[np.bool_] | None,
+    unknown: NDArray[np.bool_] | None,
+) -> Block:
+    """Return a region of the source as it is predicted, without its voxels.
+
+    Patches lie on the grid of the volume, and are normalized by its ``statistics``. Background is
+    what is not ``wanted``, and what is ``unknown``.
+    """
+    background: Any = None if wanted is None else ~wanted
+    if unknown is not None:
+        background = unknown if background is None else background | unknown
+    zscores = tuple(Normalization(channel.mean, channel.std) for channel in statistics)
+    return Block(
+        core=region,
+        values=None,
+        patches=Patches(plan.patch_grid, plan.model.window, plan.batch),
+        prepare=Preparation(plan.model.steps, zscores),
+        background=background,
+        where=wanted,
+    )
 
 
 def _arrays_to_write(workspace: Workspace, output: BlockOutputs) -> dict[str, Array]:
