@@ -6,8 +6,10 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
+from megaseg_dask.cli.console import print_plan
 from megaseg_dask.errors import SettingsError
 from megaseg_dask.plan.settings import parse_settings
+from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run.job_array import join_run, record_plans, run_tasks
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import segment
@@ -206,6 +208,23 @@ def test_a_run_that_resumes_with_more_memory_splits_the_same_objects(
         [(again, _)] = plan_runs(str(source), target, settings)
         assert again.split_voxels == plan.split_voxels
     assert max(plan.projected_bytes.values()) <= 2e9
+
+
+@pytest.mark.parametrize(("split_bytes", "told"), [(400_000, "Mvoxel"), (1, "objects of any size")])
+def test_a_plan_says_which_objects_can_be_split(
+    split_bytes, told, source, tmp_path, tiny_bundle, monkeypatch, capsys
+):
+    monkeypatch.setattr("megaseg_dask.plan.planner.LEAST_SPLIT_VOXELS", 4000)
+    monkeypatch.setattr("megaseg_dask.plan.memory.SPLIT_BYTES", split_bytes)
+    options = {"model": str(tiny_bundle), **OPTIONS, "block": ONE, "memory": "3GB"}
+    [(plan, _)] = plan_runs(str(source), str(tmp_path / "out.zarr"), parse_settings(options))
+    summary = summarize(plan)
+    assert summary["split_voxels"] == plan.split_voxels
+    print_plan(
+        {**summary, "patch_s": None, "projected_s": None, "time_unknown": "", "tasks_done": 0}
+    )
+    [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("split")]
+    assert told in row
 
 
 def test_wrong_requests(run, tmp_path):
