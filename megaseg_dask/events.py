@@ -164,8 +164,51 @@ class Joined(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a run takes of workers and stores.
+
+    ``worker_s`` is the time of all workers together, on the ``device`` cpu or cuda. ``n_get``
+    counts objects, or parts of them, that are read, and looks at their sizes. Bytes are as they are
+    stored; ``bytes_kept`` of the result. What is not known is ``None``.
+    """
+
+    worker_s: float | None
+    device: str
+    n_put: int
+    n_get: int
+    n_list: int
+    n_delete: int
+    bytes_read: int
+    bytes_written: int
+    bytes_kept: int | None = None
+
+    def __add__(self, other: "Usage") -> "Usage":
+        known = self.worker_s is not None and other.worker_s is not None
+        kept = self.bytes_kept is not None and other.bytes_kept is not None
+        return Usage(
+            worker_s=(self.worker_s or 0) + (other.worker_s or 0) if known else None,
+            device=self.device,
+            n_put=self.n_put + other.n_put,
+            n_get=self.n_get + other.n_get,
+            n_list=self.n_list + other.n_list,
+            n_delete=self.n_delete + other.n_delete,
+            bytes_read=self.bytes_read + other.bytes_read,
+            bytes_written=self.bytes_written + other.bytes_written,
+            bytes_kept=(self.bytes_kept or 0) + (other.bytes_kept or 0) if kept else None,
+        )
+
+    @property
+    def n_requests(self) -> int:
+        """Requests of all kinds."""
+        return self.n_put + self.n_get + self.n_list + self.n_delete
+
+
+@dataclass(frozen=True, slots=True)
 class Result(Event):
-    """How a run ended."""
+    """How a run ended.
+
+    ``used`` is what all of its sessions took of workers and stores together.
+    """
 
     kind: ClassVar[str] = "result"
     status: str
@@ -180,6 +223,7 @@ class Result(Event):
     device_peak_bytes: dict[str, int] = field(default_factory=dict)
     run: str = ""
     log: str = ""
+    used: Usage | None = None
 
     def with_warnings(self, warnings: list[str]) -> "Result":
         """Return the same result with more warnings."""
@@ -243,6 +287,8 @@ class RunStatus(Event):
     fields: list[str] = field(default_factory=list)
     command: str = "segment"
     lost: str = ""
+    # What all sessions took of workers and stores together, as far as it is recorded.
+    used: Usage | None = None
     # Of a source that is followed and can be read: how many are ``there``, and ``done``, of all
     # fields, and how many its metadata have ``announced``.
     timepoints: dict[str, int] | None = None

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -53,6 +54,7 @@ from megaseg_dask.cli.options import (
     with_options,
     without_options,
 )
+from megaseg_dask.cli.prices import Price, cost_of, cost_rows, prices_of
 from megaseg_dask.cli.tracking import track
 from megaseg_dask.cli.train import train
 from megaseg_dask.events import Step
@@ -132,6 +134,7 @@ def plan(
     record: Annotated[
         bool, typer.Option("--record", help="Record the plan at TARGET, for megaseg task.")
     ] = False,
+    price: Price = None,
     json_: Json = False,
     **options: Any,
 ) -> None:
@@ -144,16 +147,19 @@ def plan(
     that were measured in the last day.
 
     \b
-    Example:
+    Examples:
       megaseg plan cells.zarr segmented.zarr --channel 0 --memory 4GB
+      megaseg plan s3://in/plate.zarr s3://out/plate.zarr --price gpu=3.2/h,put=5e-6,get=4e-7
     """
     with exit_codes(json_):
+        prices = prices_of(price)
         settings = settings_of(options)
         from megaseg_dask.plan.summary import summarize
         from megaseg_dask.run.job_array import record_plans
         from megaseg_dask.run.request import plan_runs
         from megaseg_dask.run.runner import estimate_time
         from megaseg_dask.run.status import status as status_of
+        from megaseg_dask.run.usage import projected_usage
 
         # Events go to stderr: stdout holds the plan alone.
         with reporter(as_json=False, quiet=False) as emit:
@@ -161,9 +167,14 @@ def plan(
                 record_plans(source, target, settings, emit)
             runs = plan_runs(source, target, settings, emit)
         summaries = []
+        rows = []
         for run, journal in runs:
             progress = {"tasks_done": journal.n_done, "done": journal.result is not None}
-            summaries.append({**summarize(run), **estimate_time(run), **progress})
+            time_of_run = estimate_time(run)
+            usage = projected_usage(run, time_of_run["projected_s"])
+            used = {"usage": usage and asdict(usage), "cost": usage and cost_of(usage, prices)}
+            summaries.append({**summarize(run), **time_of_run, **used, **progress})
+            rows.append(cost_rows(usage, prices) if usage else {})
         code = FAILED if any(summary["missing"] for summary in summaries) else 0
         if json_:
             # Several runs: a plate whose fields do not share one plan.
@@ -171,8 +182,8 @@ def plan(
             whole = {"event": "plan", **first, "further_runs": further, "exit_code": code}
             echo(json.dumps(whole))
             raise typer.Exit(code)
-        for summary in summaries:
-            print_plan(summary)
+        for summary, of_costs in zip(summaries, rows, strict=True):
+            print_plan(summary, of_costs)
         if record:
             for run_status in status_of(target, settings.label_name):
                 print_status(run_status, target)

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from megaseg_dask.cli.exit_codes import echo, echo_result, warn
@@ -309,8 +310,13 @@ def print_tasks(stage: str, n_tasks: int, ran: "Ran") -> None:
             echo(failure.details, err=True)
 
 
-def print_status(run: RunStatus, target: str) -> None:
-    """Print the state of a run on a target: a row for each stage, then its failures."""
+def print_status(
+    run: RunStatus, target: str, of_costs: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Print the state of a run on a target: a row for each stage, then its failures.
+
+    Between them are the rows ``of_costs``, by their names.
+    """
     subject = subject_text(run.fields, run.channels)
     echo(f"{run.label_name}: {_state(run)}" + (f"  ({subject})" if subject else ""))
     for stage, (n_done, n_tasks) in run.stages.items():
@@ -321,6 +327,7 @@ def print_status(run: RunStatus, target: str) -> None:
         counts = run.timepoints
         text = f"{counts['there']} of {counts['announced']} are there, {counts['done']} are done"
         print_rows({"  timepoints": text}, 16)
+    print_rows({f"  {name}": text for name, text in of_costs.items()}, 16)
     for failure in run.failures[:_MAX_FAILURES]:
         echo(failure_line(failure))
     if run.exit_code == 0:
@@ -354,8 +361,10 @@ def _state(run: RunStatus) -> str:
     return "failed" if run.failures else "not finished"
 
 
-def print_plan(summary: Mapping[str, Any]) -> None:
-    """Print a plan's summary, a row for each subject."""
+def print_plan(
+    summary: Mapping[str, Any], of_costs: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Print a plan's summary, a row for each subject; ``of_costs`` are rows by their names."""
     rows = {
         "source": _source_text(summary),
         "target": summary["target"],
@@ -371,6 +380,7 @@ def print_plan(summary: Mapping[str, Any]) -> None:
         "bytes": _bytes_text(summary),
         "memory": _memory_text(summary),
         "time": _time_text(summary),
+        **of_costs,
         "tasks": _tasks_text(summary),
         "fingerprint": summary["fingerprint"][:16],
     }

@@ -1,7 +1,7 @@
 """Commands on a recorded run: ``task`` runs single tasks of it, ``join`` its end, ``status``."""
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,10 @@ from megaseg_dask.cli.console import (
 )
 from megaseg_dask.cli.exit_codes import FAILED, PENDING, Json, echo, echo_result, exit_codes
 from megaseg_dask.cli.options import open_stores
+from megaseg_dask.cli.prices import Price, cost_of, cost_rows, prices_of
+
+if TYPE_CHECKING:
+    from megaseg_dask.plan.prices import Prices
 
 Recorded = Annotated[
     str, typer.Argument(metavar="TARGET", help="TARGET of a run that was started or recorded.")
@@ -121,10 +125,11 @@ def status(
             "objects of TARGET.",
         ),
     ] = False,
+    price: Price = None,
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Show which tasks are done, pending and failed.
+    """Show which tasks are done, pending and failed, and what the run took of stores.
 
     This is what the run recorded. After TARGET was moved or copied, --check finds what is missing.
 
@@ -134,14 +139,21 @@ def status(
     Examples:
       megaseg status segmented.zarr
       megaseg status s3://results/plate.zarr --check --json
+      megaseg status s3://results/plate.zarr --price gpu=3.2/h,put=5e-6,get=4e-7
     """
     with exit_codes(json_):
+        prices = prices_of(price)
         open_stores(options, target)
-        raise typer.Exit(_show_status(target, label_name, json_, checks_outputs=check))
+        raise typer.Exit(_show_status(target, label_name, json_, prices, checks_outputs=check))
 
 
 def _show_status(
-    target: str, label_name: str | None, as_json: bool, *, checks_outputs: bool = False
+    target: str,
+    label_name: str | None,
+    as_json: bool,
+    prices: "Prices | None" = None,
+    *,
+    checks_outputs: bool = False,
 ) -> int:
     """Print the state of the runs on a target, and return the worst of their exit codes."""
     from megaseg_dask.run.status import status as status_of
@@ -149,9 +161,10 @@ def _show_status(
     runs = status_of(target, label_name, checks_outputs=checks_outputs)
     for run in runs:
         if as_json:
-            echo(json.dumps(run.to_json()))
+            cost = cost_of(run.used, prices) if run.used else None
+            echo(json.dumps({**run.to_json(), "cost": cost}))
         else:
-            print_status(run, target)
+            print_status(run, target, cost_rows(run.used, prices) if run.used else {})
     from_best_to_worst = [0, PENDING, FAILED]
     worst = max((run.exit_code for run in runs), key=from_best_to_worst.index)
     if as_json:

@@ -46,6 +46,7 @@ from megaseg_dask.plan.memory import (
 from megaseg_dask.plan.resolved import Given, OfGroup, OfLevel, Resolved
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.stages import Fact, PlannedStage, Stage
+from megaseg_dask.plan.stored import Stored
 from megaseg_dask.plan.voxel_size import VolumeForm, is_far, size_text, times_text
 from megaseg_dask.plan.where import MaskReader, MaskSurvey, PlannedMask, reading_bytes
 from megaseg_dask.stores import Location
@@ -127,6 +128,8 @@ class Plan(BaseModel):
     source_sample: str
     source_chunk_bytes: int
     n_source_chunks: int
+    # How the source is stored, unless the plan was recorded by an earlier version.
+    stored: Stored | None = None
     volumes: tuple[PlannedVolume, ...]
     # By their paths below the source and the target. The images above are those of the first one.
     images: dict[str, PlannedImage]

@@ -50,6 +50,7 @@ from megaseg_dask.plan.resolved import (
 )
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.source_identity import digest_of, sample_of
+from megaseg_dask.plan.stored import Stored
 from megaseg_dask.plan.voxel_size import Size, VolumeForm, choose_size_um, model_size_um
 from megaseg_dask.plan.where import MaskSurvey, list_chunks, survey
 from megaseg_dask.stores import Location, open_array
@@ -166,6 +167,7 @@ def make_plan(
         source_digest=_digest_of(request, targets),
         source_sample=sample_of(chunks.array),
         source_chunk_bytes=chunks.n_bytes,
+        stored=Stored.of(chunks.array),
         # Those that a source will have when it is finished give the block now.
         n_source_chunks=max(chunks.n_chunks, MAX_DECODED_CHUNKS if settings.follow else 0),
         volumes=_list_volumes(list(part.fields), choice.times, inputs, len(models.ref.outputs)),

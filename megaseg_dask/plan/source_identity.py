@@ -12,7 +12,7 @@ from megaseg_dask.stores.failures import is_of_object
 
 # Stored objects that are sampled, and bytes of each.
 _MAX_SAMPLES = 16
-_SAMPLE_BYTES = 2**16
+SAMPLE_BYTES = 2**16
 
 
 def digest_of(location: Location, image: Image) -> str:
@@ -25,7 +25,7 @@ def digest_of(location: Location, image: Image) -> str:
 
 def _first_bytes(location: Location, key: str) -> bytes:
     try:
-        return location.head(key, _SAMPLE_BYTES) or b""
+        return location.head(key, SAMPLE_BYTES) or b""
     except DataError:
         pass
     except StoreError as error:

@@ -34,6 +34,7 @@ from megaseg_dask.run.runner import (
     record,
     with_calls,
 )
+from megaseg_dask.run.usage import with_usage
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
@@ -89,6 +90,7 @@ def follow(
             steps = _Steps(request, session, watch, stack, began_s)
             result = steps.run(runs, arrived)
         result = with_calls(result, calls)
+    result = with_usage(result, steps.runs)
     emit(result)
     return result
 
@@ -235,6 +237,11 @@ class _Steps:
         self._journals: dict[Location, Journal] = {}
         self._plans: dict[Location, Plan] = {}
         self._tries: Counter[tuple[Location, int]] = Counter()
+
+    @property
+    def runs(self) -> Runs:
+        """The plans and journals of all runs so far."""
+        return [(plan, self._journals[run]) for run, plan in self._plans.items()]
 
     def run(self, runs: Runs, arrived: Arrived) -> Result:
         """Take step after step until the source is over; return how the run ended."""

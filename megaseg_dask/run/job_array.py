@@ -31,6 +31,7 @@ from megaseg_dask.run.serial import SerialExecutor
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.publish import is_withdrawn
 from megaseg_dask.run.tasks.worker import failure_of
+from megaseg_dask.run.usage import with_usage
 from megaseg_dask.run.workspace import RunFolder, Workspace
 from megaseg_dask.stores import Location
 
@@ -295,7 +296,7 @@ def join_run(target: str, label_name: str, emit: Emit = lambda _: None) -> Resul
     finished = [result for result in results if result is not None]
     if len(finished) < len(results):
         return None
-    result = join_results(finished)
+    result = with_usage(join_results(finished), [(plan, Journal.read(plan)) for plan in plans])
     emit(result)
     return result
 

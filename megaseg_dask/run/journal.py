@@ -34,7 +34,7 @@ from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.stages import PlannedStage
 from megaseg_dask.run.state import Ending, Session, TaskSummary
-from megaseg_dask.stores import Location, stop_waiting
+from megaseg_dask.stores import NO_TRAFFIC, Location, Traffic, stop_waiting, take_traffic
 
 FOLDER = "journal"
 _SEGMENT = re.compile(rf"{FOLDER}/(\d+)(-[0-9a-f]+)?\.jsonl")
@@ -53,12 +53,16 @@ _UNSOUND = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 @dataclass
 class Timing:
-    """The finished tasks of a stage together: number, seconds, and largest peak of a worker."""
+    """The finished tasks of a stage together: number, seconds, and largest peak of a worker.
+
+    ``traffic`` is what workers asked of stores until these tasks were done.
+    """
 
     n_tasks: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
     device_peak_bytes: int = 0
+    traffic: Traffic = NO_TRAFFIC
 
 
 class TaskRecord:
@@ -113,6 +117,13 @@ class TaskRecord:
         ]
 
     @property
+    def traffic(self) -> Traffic:
+        """What all clients and workers asked of stores, as far as it is recorded."""
+        each = [timing.traffic for timing in self.timings.values()]
+        each += [session.traffic for session in self.sessions]
+        return sum(each, NO_TRAFFIC)
+
+    @property
     def n_done(self) -> int:
         """Number of finished tasks."""
         return sum(int(done.sum()) for done in self._done.values())
@@ -158,6 +169,7 @@ class TaskRecord:
                     raise ValueError("a failure of another task")
             case {"stage": stage, "index": index, "s": float() | int(), "peak": int()}:
                 self._require_among(index, self._done[stage].size)
+                Traffic.from_json(record.get("io", ()))
                 summary = TaskSummary.from_json(record.get("summary", {}))
                 if stage in self._measuring and not (summary.parts or summary.statistics):
                     raise ValueError("no statistics, which the stage tells")
@@ -208,6 +220,7 @@ class TaskRecord:
         timing.seconds += record["s"]
         timing.peak_bytes = max(timing.peak_bytes, record["peak"])
         timing.device_peak_bytes = max(timing.device_peak_bytes, record.get("gpu", 0))
+        timing.traffic += Traffic.from_json(record.get("io", ()))
 
     def _undo(self, stage: str, volume: int) -> None:
         tasks = self._tasks_of(stage, volume)
@@ -332,6 +345,7 @@ class Journal(TaskRecord):
         seconds: float = 0.0,
         peak_bytes: int = 0,
         device_peak_bytes: int = 0,
+        traffic: Traffic = NO_TRAFFIC,
     ) -> None:
         """Record a task whose data are written.
 
@@ -340,6 +354,8 @@ class Journal(TaskRecord):
         record: dict[str, Any] = {"stage": stage, "index": index, "s": seconds, "peak": peak_bytes}
         if device_peak_bytes:
             record["gpu"] = device_peak_bytes
+        if traffic.n_requests:
+            record["io"] = traffic.to_json()
         fields = summary.to_json()
         if fields:
             record["summary"] = fields
@@ -435,7 +451,7 @@ class Journal(TaskRecord):
             yield
         finally:
             wall_s = round(time.monotonic() - started, 3)
-            session = Session(began, wall_s, tuple(workers()))
+            session = Session(began, wall_s, tuple(workers()), take_traffic())
             self._append({"session": session.to_json()})
 
     @contextmanager

@@ -164,6 +164,7 @@ class Recorder:
                 outcome.seconds,
                 outcome.peak_bytes,
                 outcome.device_peak_bytes,
+                outcome.traffic,
             )
             self.n_done += 1
             progress.n_done += 1

@@ -44,8 +44,9 @@ from megaseg_dask.run.target.ownership import (
     remove_replaced,
 )
 from megaseg_dask.run.tasks.worker import failure_of
+from megaseg_dask.run.usage import with_usage
 from megaseg_dask.run.workspace import RunFolder, Workspace
-from megaseg_dask.stores import StoreOptions
+from megaseg_dask.stores import StoreOptions, take_traffic
 
 LEASE_TIMING = Timing()
 _HOST = EngineSpec("torch", "cpu", "fp32", 1)
@@ -150,6 +151,8 @@ def segment(
     Raises:
         MegasegError: The request cannot be carried out, or was stopped.
     """
+    # What this process did before is no part of the run.
+    take_traffic()
     with calling(settings.on_volume) as calls:
         if settings.follow:
             # It is imported for few runs.
@@ -171,6 +174,7 @@ def relabel(
     Raises:
         MegasegError: The request cannot be carried out, or was stopped.
     """
+    take_traffic()
     with calling(settings.on_volume) as calls:
         emit(Step("reading the record of the run"))
         return _carry_out(Relabelling(target, settings), client, emit, calls)
@@ -183,11 +187,13 @@ def _carry_out(
     runs = request.open_runs()
     if all(journal.result is not None for _, journal in runs):
         result = join_results([already_done(plan, journal) for plan, journal in runs])
+        result = with_usage(result, runs)
         emit(result)
         return result
     with open_session(request, runs[0][0], client, emit, calls) as (runs, session):
         results = [session.run(plan, journal) for plan, journal in runs]
         result = with_calls(join_results(results), calls)
+    result = with_usage(result, runs)
     emit(result)
     return result
 

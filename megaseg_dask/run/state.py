@@ -14,6 +14,7 @@ from megaseg_dask.algorithms.doubts import ObjectSizes
 from megaseg_dask.algorithms.normalization import Counts, Moments, Statistics
 from megaseg_dask.events import Doubt, Joined
 from megaseg_dask.ngff.volume import Absent
+from megaseg_dask.stores import NO_TRAFFIC, Traffic
 
 Json = dict[str, Any]
 
@@ -233,22 +234,27 @@ class VolumeState:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The work of one client on a run: its begin, in seconds since 1970, and its workers."""
+    """The work of one client on a run: its begin, in seconds since 1970, and its workers.
+
+    ``traffic`` is what the client itself asked of stores, beside the tasks.
+    """
 
     began: int
     wall_s: float
     workers: tuple[Joined, ...] = ()
+    traffic: Traffic = NO_TRAFFIC
 
     def to_json(self) -> Json:
         """Return JSON values."""
-        return asdict(self)
+        return {**asdict(self), "traffic": self.traffic.to_json()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Session":
         """Return the value that :meth:`to_json` wrote."""
         _require_numbers({"began": value["began"], "wall_s": value["wall_s"]})
         workers = tuple(Joined(**worker) for worker in value["workers"])
-        return cls(value["began"], value["wall_s"], workers)
+        traffic = Traffic.from_json(value.get("traffic", ()))
+        return cls(value["began"], value["wall_s"], workers, traffic)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.ownership import is_present
+from megaseg_dask.run.usage import counted_usage
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
@@ -84,6 +85,7 @@ def _status_of(plan: Plan, *, checks_outputs: bool) -> RunStatus:
         fields=plan.field_paths,
         command="segment" if plan.resolved.predicts() else "relabel",
         lost=lost,
+        used=counted_usage(plan, journal),
         timepoints=_timepoints_of(plan, journal) if plan.grows else None,
     )
 

@@ -13,13 +13,16 @@ from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.failures import cause_of, is_store_failure
 from megaseg_dask.stores.location import Location, naming, store_error
 from megaseg_dask.stores.notes import Entry, Note, checksum_of, noting
+from megaseg_dask.stores.traffic import NO_TRAFFIC, Traffic, take_traffic
 
 __all__ = [
     "METADATA",
+    "NO_TRAFFIC",
     "Entry",
     "Location",
     "Note",
     "StoreOptions",
+    "Traffic",
     "cached_array",
     "cause_of",
     "checksum_of",
@@ -34,5 +37,6 @@ __all__ = [
     "open_served",
     "stop_waiting",
     "store_error",
+    "take_traffic",
     "zarr_store",
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from megaseg_dask.errors import DataError, TargetError
 from megaseg_dask.stores.notes import Entry, note
+from megaseg_dask.stores.traffic import count_delete, count_get, count_list, count_put
 
 if TYPE_CHECKING:
     from zarr.storage import StoreLike
@@ -40,6 +41,7 @@ class LocalFolder:
     def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
         with self._staged(key, data, durable=durable) as staged:
             staged.replace(self.path / key)
+        count_put(len(data))
         note_file(self.path / key, data)
 
     def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
@@ -47,7 +49,9 @@ class LocalFolder:
             try:
                 _link(staged, self.path / key, data, durable=durable)
             except FileExistsError:
+                count_put(0)
                 return False
+        count_put(len(data))
         return True
 
     @contextmanager
@@ -72,31 +76,40 @@ class LocalFolder:
     def get(self, key: str) -> bytes | None:
         try:
             require_regular(self.path, key)
-            return (self.path / key).read_bytes()
+            data = (self.path / key).read_bytes()
         except ABSENT:
+            count_get()
             return None
+        count_get(len(data))
+        return data
 
     def get_range(self, key: str, start: int, stop: int) -> bytes | None:
         try:
             require_regular(self.path, key)
             with (self.path / key).open("rb") as file:
                 file.seek(start)
-                return file.read(stop - start)
+                data = file.read(stop - start)
         except ABSENT:
+            count_get()
             return None
+        count_get(len(data))
+        return data
 
     def size(self, key: str) -> int | None:
         found = _look(self.path / key)
+        count_get()
         return found.st_size if found and not stat.S_ISDIR(found.st_mode) else None
 
     def delete(self, key: str) -> None:
         (self.path / key).unlink(missing_ok=True)
+        count_delete()
 
     def keys(self, prefix: str) -> list[str]:
         keys = []
         for folder, _, names in os.walk(self.path / prefix, onerror=_raise_unless_absent):
             below = Path(folder).relative_to(self.path)
             keys += [(below / name).as_posix() for name in names if not _PARTIAL.fullmatch(name)]
+        count_list(len(keys))
         return sorted(keys)
 
     def entries(self) -> list[Entry]:
@@ -105,15 +118,18 @@ class LocalFolder:
         return [Entry(str(path), found.st_size, _stamp(found)) for path, found in looks if found]
 
     def children(self) -> list[str]:
+        count_list()
         if _look(self.path) is None:
             return []
         return sorted(child.name for child in self.path.iterdir())
 
     def exists(self) -> bool:
+        count_list()
         return _look(self.path) is not None
 
     def is_folder(self) -> bool:
         found = _look(self.path)
+        count_list()
         return found is not None and stat.S_ISDIR(found.st_mode)
 
     def remove(self) -> None:
@@ -123,6 +139,7 @@ class LocalFolder:
             # Another process may remove the same files.
             with suppress(FileNotFoundError):
                 shutil.rmtree(self.path)
+            count_delete()
         raise OSError(errno.EBUSY, "files in it appear or disappear again and again", self.path)
 
     def arrays(self, *, read_only: bool) -> "StoreLike":

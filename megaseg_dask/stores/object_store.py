@@ -16,11 +16,11 @@ from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.failures import require_bucket, understand
 from megaseg_dask.stores.notes import Entry, note
 from megaseg_dask.stores.patience import Patience
+from megaseg_dask.stores.traffic import PAGE, count_delete, count_get, count_list, count_put
 
 if TYPE_CHECKING:
     from zarr.storage import StoreLike
 
-_BATCH = 1000
 _MAX_PASSES = 5
 
 
@@ -34,6 +34,7 @@ class BucketFolder:
 
     def put(self, key: str, data: bytes, *, durable: bool = False) -> None:
         result = self.patience.ask(lambda: obstore.put(self.client, self._key(key), data))
+        count_put(len(data))
         note(self._key(key), data, result["e_tag"] or "")
 
     def create(self, key: str, data: bytes, *, durable: bool = False) -> bool:
@@ -41,17 +42,22 @@ class BucketFolder:
             self.patience.ask(lambda: obstore.put(self.client, self._key(key), data, mode="create"))
         except obstore.exceptions.AlreadyExistsError:
             # An earlier attempt may have been carried out, and its answer lost.
+            count_put(0)
             return self.get(key) == data
+        count_put(len(data))
         return True
 
     def get(self, key: str) -> bytes | None:
         try:
-            return self.patience.ask(
+            data = self.patience.ask(
                 lambda: bytes(obstore.get(self.client, self._key(key)).bytes())
             )
         except FileNotFoundError as error:
             require_bucket(error)
+            count_get()
             return None
+        count_get(len(data))
+        return data
 
     def get_range(self, key: str, start: int, stop: int) -> bytes | None:
         size = self.size(key)
@@ -61,16 +67,20 @@ class BucketFolder:
         if start >= size:
             return b""
         end = min(stop, size)
-        return self.patience.ask(
+        data = self.patience.ask(
             lambda: bytes(obstore.get_range(self.client, self._key(key), start=start, end=end))
         )
+        count_get(len(data))
+        return data
 
     def size(self, key: str) -> int | None:
         try:
-            return self.patience.ask(lambda: obstore.head(self.client, self._key(key))["size"])
+            size = self.patience.ask(lambda: obstore.head(self.client, self._key(key))["size"])
         except FileNotFoundError as error:
             require_bucket(error)
-            return None
+            size = None
+        count_get()
+        return size
 
     def delete(self, key: str) -> None:
         self._delete(self._key(key))
@@ -78,6 +88,7 @@ class BucketFolder:
     def _delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self.patience.ask(lambda: obstore.delete(self.client, path))
+        count_delete()
 
     def keys(self, prefix: str) -> list[str]:
         return sorted(self._relative(entry.key) for entry in self.entries(prefix))
@@ -85,6 +96,7 @@ class BucketFolder:
     def entries(self, prefix: str = "") -> list[Entry]:
         below = self._key(prefix) or None
         listing = self.patience.ask(lambda: obstore.list(self.client, below).collect())
+        count_list(len(listing))
         return [Entry(str(e["path"]), e["size"], e["e_tag"] or "") for e in listing]
 
     def children(self) -> list[str]:
@@ -92,6 +104,7 @@ class BucketFolder:
             lambda: obstore.list_with_delimiter(self.client, self.prefix or None)
         )
         objects = [entry["path"] for entry in listing["objects"]]
+        count_list(len(objects) + len(listing["common_prefixes"]))
         names = set(map(self._relative, [*listing["common_prefixes"], *objects]))
         # An empty name is the mark of a folder that some tools make.
         return sorted(names - {""})
@@ -109,7 +122,9 @@ class BucketFolder:
         return bool(self.prefix) and self.size("") is not None
 
     def is_folder(self) -> bool:
-        return self.patience.ask(lambda: any(self._iter_batches(1)))
+        is_there = self.patience.ask(lambda: any(self._iter_batches(1)))
+        count_list()
+        return is_there
 
     def remove(self) -> None:
         for _ in range(_MAX_PASSES):
@@ -120,7 +135,9 @@ class BucketFolder:
     def _remove_listed(self) -> bool:
         """Remove what is listed; return whether all of that is gone."""
         complete = True
-        for batch in self._iter_batches(_BATCH):
+        n_keys = 0
+        for batch in self._iter_batches(PAGE):
+            n_keys += len(batch)
             if isinstance(self.client, GCSStore):
                 # Google's store has no request for many objects: each one may fail by itself.
                 map_threaded(self._delete, batch)
@@ -130,6 +147,8 @@ class BucketFolder:
             except FileNotFoundError:
                 # Another process removes the same objects, and Azure then leaves the rest.
                 complete = False
+            count_delete()
+        count_list(n_keys)
         return complete
 
     def arrays(self, *, read_only: bool) -> "StoreLike":

@@ -24,7 +24,13 @@ from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.local import ABSENT, note_file, require_regular
 from megaseg_dask.stores.notes import note
 from megaseg_dask.stores.patience import Patience
+from megaseg_dask.stores.traffic import count_get, count_put
 from megaseg_dask.stores.zipped import ZipFolder
+
+
+def _counted(found: Buffer | None) -> Buffer | None:
+    count_get(0 if found is None else len(found))
+    return found
 
 
 class RegularFiles(LocalStore):
@@ -38,10 +44,11 @@ class RegularFiles(LocalStore):
     ) -> Buffer | None:
         with suppress(*ABSENT):
             await asyncio.to_thread(require_regular, self.root, key)
-        return await super().get(key, prototype, byte_range)
+        return _counted(await super().get(key, prototype, byte_range))
 
     async def set(self, key: str, value: Buffer) -> None:
         await super().set(key, value)
+        count_put(len(value))
         note_file(self.root / key, value.as_buffer_like())
 
 
@@ -65,16 +72,17 @@ class ZarrObjects(ObjectStore[Client]):
         request = partial(super().get, key, prototype, byte_range)
         may_be_absent = self.read_only and PurePosixPath(key).name in (*METADATA, ".zmetadata")
         if not may_be_absent:
-            return await self._patience.ask_async(request)
+            return _counted(await self._patience.ask_async(request))
         try:
-            return await self._patience.once.ask_async(request)
+            return _counted(await self._patience.once.ask_async(request))
         except PermissionDeniedError:
-            return None
+            return _counted(None)
 
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
         data = value.as_buffer_like()
         result = await self._patience.ask_async(partial(put_async, self.store, key, data))
+        count_put(len(value))
         note(key, data, result["e_tag"] or "")
 
 

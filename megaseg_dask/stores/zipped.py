@@ -25,6 +25,7 @@ from megaseg_dask.stores.backend import METADATA
 from megaseg_dask.stores.failures import require_bucket
 from megaseg_dask.stores.notes import Entry
 from megaseg_dask.stores.patience import Patience
+from megaseg_dask.stores.traffic import count_get
 from megaseg_dask.stores.zip_entries import danger_of
 
 if TYPE_CHECKING:
@@ -76,12 +77,15 @@ class LocalFile:
     path: Path
 
     def state(self) -> State:
+        count_get()
         return _state_of(self.path.stat())
 
     def read(self, start: int, stop: int) -> tuple[bytes, State]:
         with self.path.open("rb") as file:
             file.seek(start)
-            return file.read(stop - start), _state_of(os.fstat(file.fileno()))
+            data = file.read(stop - start)
+            count_get(len(data))
+            return data, _state_of(os.fstat(file.fileno()))
 
     def read_all(self) -> tuple[bytes, State]:
         return self.read(0, self.state().size)
@@ -100,14 +104,19 @@ class RemoteFile:
     patience: Patience
 
     def state(self) -> State:
+        count_get()
         return _state_in(self.patience.ask(lambda: obstore.head(self.client, self.key)))
 
     def read(self, start: int, stop: int) -> tuple[bytes, State]:
-        return self.patience.ask(lambda: self._read(start, stop))
+        data, state = self.patience.ask(lambda: self._read(start, stop))
+        count_get(len(data))
+        return data, state
 
     def read_all(self) -> tuple[bytes, State]:
         # Servers answer a range that is all of a file as if no range was asked for.
-        return self.patience.ask(self._read_all)
+        data, state = self.patience.ask(self._read_all)
+        count_get(len(data))
+        return data, state
 
     def _read(self, start: int, stop: int) -> tuple[bytes, State]:
         result = obstore.get(self.client, self.key, options={"range": (start, stop)})

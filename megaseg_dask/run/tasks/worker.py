@@ -24,7 +24,14 @@ from megaseg_dask.run.tasks.functions import run_on_volume
 from megaseg_dask.run.tasks.process_memory import peak_bytes, release, reset_peak
 from megaseg_dask.run.tasks.proof import prove_engine
 from megaseg_dask.run.workspace import RunFolder, Workspace
-from megaseg_dask.stores import Location, clear_array_cache, noting
+from megaseg_dask.stores import (
+    NO_TRAFFIC,
+    Location,
+    Traffic,
+    clear_array_cache,
+    noting,
+    take_traffic,
+)
 
 DeviceState: TypeAlias = Literal["", "full", "failed", "unable"]
 
@@ -36,7 +43,8 @@ class Outcome:
     ``is_infrastructure`` says whether another attempt may help. ``device`` says that
     memory of a GPU was ``full``, so that a larger one may do, or that it ``failed``:
     this process can compute nothing on it any more. A process that is ``unable`` to run the
-    engine leaves the task to another one.
+    engine leaves the task to another one. ``traffic`` is what the process asked of stores since
+    the last task that it finished.
     """
 
     index: int
@@ -48,6 +56,7 @@ class Outcome:
     is_infrastructure: bool = False
     device: DeviceState = ""
     details: str = ""
+    traffic: Traffic = NO_TRAFFIC
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +138,9 @@ class Worker:
             except Exception as error:
                 return _failed(index, error)
             seconds = round(time.perf_counter() - started_s, 4)
-            return Outcome(index, summary, seconds, peak_bytes(), gpu.peak_bytes())
+            peak = peak_bytes()
+            device_peak = gpu.peak_bytes()
+            return Outcome(index, summary, seconds, peak, device_peak, traffic=take_traffic())
 
     @contextmanager
     def _measured(self, stage: str) -> Iterator[None]:
