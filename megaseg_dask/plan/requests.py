@@ -40,6 +40,9 @@ _BYTES_PER_VOXEL = {
     "fragments": 0.03,
     "labels": 0.03,
 }
+# A table of logits, and the sums of the objects of a block.
+_TABLE_BYTES = 2500
+_SUMS_BYTES = 3000
 # Names, types and shapes in front of the arrays of a small object.
 _HEAD_BYTES = 270
 
@@ -225,11 +228,13 @@ class _Projection:
         self._opened.add(("source", 0, False))
         return self._source.read(boxes).times(n_channels)
 
-    def _objects(self, n: int, n_bytes: float = 0.0) -> tuple[Traffic, Traffic]:
-        """Return the traffic of reading, and of writing, small objects of all outputs."""
-        size = round(n * n_bytes)
-        read = Traffic(n_get=n, bytes_read=size).times(self._n_outputs)
-        return read, Traffic(n_put=n, bytes_written=size).times(self._n_outputs)
+    def _load(self, n: int, n_bytes: float = 0.0) -> Traffic:
+        """Return the traffic of reading small objects of all outputs."""
+        return Traffic(n_get=n, bytes_read=round(n * n_bytes)).times(self._n_outputs)
+
+    def _save(self, n: int, n_bytes: float = 0.0) -> Traffic:
+        """Return the traffic of writing small objects of all outputs."""
+        return Traffic(n_put=n, bytes_written=round(n * n_bytes)).times(self._n_outputs)
 
     def _state(self, n: int) -> Traffic:
         return _STATE.times(n * self._n_outputs)
@@ -309,7 +314,7 @@ class _Projection:
                 grid = plan.block_grid(level)
                 total += self._write(kind, _boxes_of(grid), level)
         if plan.resolved.measures_objects():
-            total += self._objects(1, 4 * _HEAD_BYTES)[1]
+            total += self._save(1, _SUMS_BYTES)
         return total
 
     def _read_measured(self, *, more_only: bool) -> Traffic:
@@ -368,22 +373,19 @@ class _Projection:
         return total + self._write(kind, self._cores)
 
     def _histogram(self, _: PlannedStage) -> Traffic:
-        _, tables = self._objects(self._n, 2500)
-        return self._read("logits", self._cores) + self._state(self._n) + tables
+        total = self._read("logits", self._cores) + self._state(self._n)
+        return total + self._save(self._n, _TABLE_BYTES)
 
     def _cutoff(self, _: PlannedStage) -> Traffic:
-        tables, _ = self._objects(self._n, 2500)
-        return tables + self._state(3)
+        return self._load(self._n, _TABLE_BYTES) + self._state(3)
 
     def _threshold(self, _: PlannedStage) -> Traffic:
         total = self._read("logits", self._cores) + self._state(self._n)
         return total + self._write(self._first_mask, self._cores)
 
     def _label_blocks(self, mask: str, provisional: str) -> Traffic:
-        _, planes = self._objects(self._n, self._plane_bytes)
-        _, rows = self._objects(self._n)
         total = self._read(mask, self._cores) + self._write(provisional, self._cores)
-        return total + planes + rows
+        return total + self._save(self._n, self._plane_bytes) + self._save(self._n)
 
     def _holes(self, _: PlannedStage) -> Traffic:
         return self._label_blocks(self._first_mask, "holes")
@@ -391,43 +393,37 @@ class _Projection:
     def _label(self, _: PlannedStage) -> Traffic:
         total = self._label_blocks("mask", "fragments")
         if self._plan.resolved.splits_objects():
-            total += self._objects(self._n)[1]
+            total += self._save(self._n)
         return total
 
     def _seams(self, _: PlannedStage) -> Traffic:
-        planes, _ = self._objects(self._n + self._n_neighbors, self._plane_bytes)
-        return planes + self._objects(self._n)[1] + self._state(self._n)
+        planes = self._load(self._n + self._n_neighbors, self._plane_bytes)
+        return planes + self._save(self._n) + self._state(self._n)
 
     def _join_holes(self, _: PlannedStage) -> Traffic:
-        read, write = self._objects(self._n)
-        return read.times(3) + write + self._state(1)
+        return self._load(3 * self._n) + self._save(self._n) + self._state(1)
 
     def _fill(self, _: PlannedStage) -> Traffic:
         total = self._read(self._first_mask, self._cores) + self._read("holes", self._cores)
-        return total + self._objects(self._n)[0] + self._write("mask", self._cores)
+        return total + self._load(self._n) + self._write("mask", self._cores)
 
     def _join(self, stage: PlannedStage) -> Traffic:
         total = self._join_holes(stage)
         if self._plan.resolved.splits_objects():
-            read, write = self._objects(self._n)
-            total += read + write + self._objects(2)[1] + self._state(1)
+            total += self._load(self._n) + self._save(self._n + 2) + self._state(1)
         return total
 
     def _split(self, _: PlannedStage) -> Traffic:
-        read, write = self._objects(self._n)
-        total = self._read("fragments", self._cores) + read.times(2) + write.times(2)
-        return total + self._state(self._n)
+        total = self._read("fragments", self._cores) + self._state(self._n)
+        return total + self._load(2 * self._n) + self._save(2 * self._n)
 
     def _rank(self, _: PlannedStage) -> Traffic:
-        read, write = self._objects(self._n)
-        return read.times(3) + write.times(3) + self._objects(2)[0] + self._state(1)
+        return self._load(3 * self._n + 2) + self._save(3 * self._n) + self._state(1)
 
     def _relabel(self, _: PlannedStage) -> Traffic:
-        read, _ = self._objects(self._n)
-        total = self._read("fragments", self._cores) + read + self._write("labels", self._cores)
-        if self._plan.resolved.splits_objects():
-            total += read
-        return total
+        total = self._read("fragments", self._cores) + self._write("labels", self._cores)
+        n_tables = 2 if self._plan.resolved.splits_objects() else 1
+        return total + self._load(n_tables * self._n)
 
     def _measurements(self, _: PlannedStage) -> Traffic:
         whole = Box.of(self._plan.volume_shape)
@@ -435,17 +431,15 @@ class _Projection:
         total = self._read("labels", around) + self._state(self._n)
         total += self._read_measured(more_only=False).times(self._n_outputs)
         total += self._checksums(self._regions).times(self._n_outputs)
-        total += self._objects(self._n, 3000)[1]
+        total += self._save(self._n, _SUMS_BYTES)
         if self._plan.resolved.regions:
-            total += self._objects(self._n, 3000)[1]
+            total += self._save(self._n, _SUMS_BYTES)
         return total
 
     def _table(self, _: PlannedStage) -> Traffic:
-        read, _ = self._objects(self._n, 3000)
-        total = read + self._state(1) + self._objects(1, 4 * _HEAD_BYTES)[1]
-        if self._plan.resolved.regions:
-            total += read + self._state(1)
-        return total
+        n_sums = 2 if self._plan.resolved.regions else 1
+        total = self._load(n_sums * self._n, _SUMS_BYTES) + self._state(n_sums)
+        return total + self._save(1, _SUMS_BYTES)
 
     def _downsample(self, stage: PlannedStage) -> Traffic:
         plan = self._plan

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.events import Result, Usage
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.requests import kept_bytes, project_traffic
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.stores import Traffic, take_traffic
+from megaseg_dask.run.target.arrays import Target
+from megaseg_dask.stores import Location, Traffic, take_traffic
 
 
 def projected_usage(plan: Plan, worker_s: float | None) -> Usage | None:
@@ -34,6 +36,21 @@ def counted_usage(plan: Plan, journal: Journal) -> Usage:
     )
     in_tasks_s = sum(timing.seconds for timing in journal.timings.values())
     return _usage(plan, max(held_s, in_tasks_s / plan.tasks_at_once), journal.traffic, None)
+
+
+def count_kept(plan: Plan) -> int:
+    """Return the stored bytes of the images of a run at its target, by a listing of them.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    target = Target(plan)
+    if target.is_in_place:
+        places = [group.location for group in target.iter_groups()]
+    else:
+        places = [image.location for image in target.images]
+    listings = map_threaded(Location.entries, places)
+    return sum(entry.size for entries in listings for entry in entries)
 
 
 def with_usage(result: Result, runs: Sequence[tuple[Plan, Journal]]) -> Result:

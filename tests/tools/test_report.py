@@ -123,8 +123,12 @@ def test_one_file_that_needs_nothing_else(split):
     assert "torch 2" in page.text
     assert "connectivity" in page.text
     assert "out.zarr.run/megaseg/log/0001.txt" in page.text
-    segment_row = next(row for row in page_of(target).timings.stages if row.name == "segment")
+    timings = page_of(target).timings
+    segment_row = next(row for row in timings.stages if row.name == "segment")
     assert segment_row.projected_s > 0
+    # And what it took of the store, beside what was projected.
+    written = next(row for row in timings.usage if "PUT" in row.name)
+    assert 0 < int(written.counted) == pytest.approx(int(written.projected), rel=0.5)
 
 
 def names_in_template() -> Iterator[list[str]]:

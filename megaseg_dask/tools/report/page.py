@@ -5,7 +5,7 @@ The template contains the texts, and computes nothing.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -17,8 +17,16 @@ import jinja2
 from markupsafe import Markup
 
 from megaseg_dask.concurrency import map_threaded
+from megaseg_dask.errors import StoreError
 from megaseg_dask.events import Failure
-from megaseg_dask.messages import count, doubt_line, duration, stage_phrase, version_of
+from megaseg_dask.messages import (
+    count,
+    doubt_line,
+    duration,
+    size_text,
+    stage_phrase,
+    version_of,
+)
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Output, Plan
 from megaseg_dask.plan.relabelling import RESULT
@@ -32,6 +40,7 @@ from megaseg_dask.run.runner import estimate_time
 from megaseg_dask.run.state import Session
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.provenance import provenance_at
+from megaseg_dask.run.usage import count_kept, counted_usage, projected_usage
 from megaseg_dask.tools.report import figures
 from megaseg_dask.tools.report.charts import number
 from megaseg_dask.tools.report.pictures import Thumbnail, seam_pictures, volume_pictures
@@ -47,6 +56,17 @@ _MAX_OUTLIERS = 24
 _MAX_ROWS = 3000
 _DRAWERS = 4
 _DATE = "%d %B %Y, %H:%M UTC"
+# What a run took, the field of its value, and how the value is written.
+_USAGE: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("time of workers", "worker_s", partial(duration, exact=True)),
+    ("objects written (PUT)", "n_put", "{:,}".format),
+    ("objects read or looked at (GET)", "n_get", "{:,}".format),
+    ("listings (LIST)", "n_list", "{:,}".format),
+    ("removals (DELETE)", "n_delete", "{:,}".format),
+    ("stored bytes read", "bytes_read", size_text),
+    ("stored bytes written", "bytes_written", size_text),
+    ("stored bytes of the result", "bytes_kept", size_text),
+)
 # Options that change no result, and belong to the command that repeats a run.
 _REPEATED_OPTIONS = {"model", "wells", "fields", "acquisition", "memory", "endpoint", "anon"}
 
@@ -111,14 +131,24 @@ class StageRow:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageRow:
+    """One thing that the run took of workers or stores, in words, projected and counted."""
+
+    name: str
+    projected: str
+    counted: str
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
-    """The stages; ``time_unknown`` says why there is no projection."""
+    """The stages, and what the run took; ``time_unknown`` says why there is no projection."""
 
     stages: list[StageRow]
     predicting_s: float
     projected_s: float | None
     patch_s: float | None
     time_unknown: str
+    usage: list[UsageRow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +377,36 @@ def _timings(runs: Sequence[Run]) -> Timings:
         projected_s=projected_s,
         patch_s=estimates[0]["patch_s"],
         time_unknown=next(iter(unknown), ""),
+        usage=_usage_rows(runs, [estimate["projected_s"] for estimate in estimates]),
     )
+
+
+def _usage_rows(runs: Sequence[Run], projected_s: Sequence[float | None]) -> list[UsageRow]:
+    """Return what all runs took together, beside what their plans project."""
+    first, *others = [counted_usage(run.plan, run.journal) for run in runs]
+    counted = sum(others, first)
+    projections = [
+        projected_usage(run.plan, seconds) for run, seconds in zip(runs, projected_s, strict=True)
+    ]
+    known = [projection for projection in projections if projection is not None]
+    # A plan of an earlier version has no projection.
+    projected = sum(known[1:], known[0]) if len(known) == len(runs) else None
+    try:
+        n_kept = sum(count_kept(run.plan) for run in runs)
+    except StoreError:
+        n_kept = None
+    return [
+        UsageRow(
+            name,
+            "–" if projected is None else _usage_text(getattr(projected, field), write),
+            _usage_text(n_kept if field == "bytes_kept" else getattr(counted, field), write),
+        )
+        for name, field, write in _USAGE
+    ]
+
+
+def _usage_text(value: float | None, write: Callable[[float], str]) -> str:
+    return "–" if value is None else write(value)
 
 
 def _origin(runs: Sequence[Run]) -> Origin:
