@@ -171,7 +171,7 @@ class Looking:
         """
         with replaced_engine(self.plan.model, self.plan.engine, self._remembering) as engine:
             # To prove itself takes longer than to predict what is seen.
-            self._is_proven = False
+            self._is_proven = self.plan.engine.is_reference
             self._engine = engine
             self._is_ready.set()
             self._is_seen.wait(_FIRST_S)

@@ -20,6 +20,7 @@ from megaseg_dask.stores import Location
 from megaseg_dask.tools.view.prediction import Key
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.looking import WAIT_S, viewing
+from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here
 
 SHAPE = (40, 96, 160)
@@ -83,6 +84,34 @@ def test_what_is_seen_is_what_a_run_writes_at_any_block(
             for position in ((0, 1, 1), (0, 0, 0)):
                 seen = viewer.chunk(*position)
                 assert seen.tobytes() == written["0"][viewer.box(*position).slices].tobytes()
+
+
+def test_what_is_seen_through_a_mask_is_what_a_run_writes(
+    source, tmp_path, tiny_bundle, cheap_engine
+):
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[10:20, 20:50, 30:80] = 1
+    where = write_image(tmp_path / "mask.zarr", mask)
+    options = {"where": str(where), "unmarked": True, "block": BLOCKS[1]}
+    settings = settings_of(tiny_bundle, **options)
+    segment_here(str(source), str(tmp_path / "out.zarr"), settings)
+    written = zarr.open_array(tmp_path / "out.zarr/0", mode="r")
+    with viewing(source, None, settings) as viewer:
+        for position in ((0, 0, 0), (0, 1, 2)):
+            seen = viewer.chunk(*position)
+            np.testing.assert_array_equal(seen, written[viewer.box(*position).slices])
+
+
+def test_a_field_of_a_plate_is_seen_by_the_statistics_of_the_plate(
+    tmp_path, tiny_bundle, cheap_engine
+):
+    fields = {path: FieldSpec(seed=n) for n, path in enumerate(["A/1/0", "B/2/0"])}
+    plate = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    settings = settings_of(tiny_bundle, normalization="plate", channel="dna")
+    segment_here(str(plate), str(tmp_path / "out.zarr"), settings)
+    written = zarr.open_array(tmp_path / "out.zarr/B/2/0/0", mode="r")
+    with viewing(plate, None, settings, field="B/2/0") as viewer:
+        np.testing.assert_array_equal(viewer.chunk(0, 0, 0, 0)[None], written)
 
 
 def test_coarse_levels_are_those_of_a_run_as_far_as_they_are_known(

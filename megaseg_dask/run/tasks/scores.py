@@ -162,8 +162,7 @@ def is_nan_background(plan: Plan) -> bool:
 
 def find_unknown(values: Array) -> NDArray[np.bool_]:
     """Return the voxels ``(z, y, x)`` that are not finite in some channel of ``values``."""
-    known: NDArray[np.bool_] = np.isfinite(values).all(axis=0)
-    return ~known
+    return ~np.asarray(np.isfinite(values).all(axis=0))
 
 
 def block_of(
