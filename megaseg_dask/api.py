@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from megaseg_dask import events
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.events import Emit, Event, Progress, Step
-from megaseg_dask.messages import failed_text, left_text, nearest, stage_phrase
+from megaseg_dask.events import Emit, Event, Patches, Progress, Step
+from megaseg_dask.messages import failed_text, left_text, nearest, patches_text, stage_phrase
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.relabelling import RESULT, WORK
 from megaseg_dask.plan.settings import Settings, parse_settings
@@ -208,6 +208,8 @@ class _Cell:
             case Progress():
                 self._rows.pop("", None)
                 self._rows[event.stage] = _row(event)
+            case Patches():
+                self._rows[event.stage] = _patches_row(event)
             case events.Result():
                 self._rows.pop("", None)
             case _:
@@ -217,6 +219,15 @@ class _Cell:
 
 def _row(event: Progress) -> str:
     words = ", ".join(filter(None, (left_text(event), failed_text(event))))
-    bar = f'<progress value="{event.n_done}" max="{event.n_tasks}"></progress>'
-    cells = (stage_phrase(event.stage), bar, f"{event.n_done}/{event.n_tasks}", words)
+    return _bar(event.stage, event.n_done, event.n_tasks, f"{event.n_done}/{event.n_tasks}", words)
+
+
+def _patches_row(event: Patches) -> str:
+    words = (patches_text(event), left_text(event))
+    return _bar(event.stage, event.n_done, event.n_patches, *words)
+
+
+def _bar(stage: str, n_done: int, n_all: int, *words: str) -> str:
+    bar = f'<progress value="{n_done}" max="{n_all}"></progress>'
+    cells = (stage_phrase(stage), bar, *words)
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

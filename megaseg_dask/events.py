@@ -73,6 +73,21 @@ class Progress(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Patches(Event):
+    """How many patches of the blocks in work are predicted, of a stage that has few tasks.
+
+    ``n_blocks`` are in work. ``left_s`` is known if no other block is to come.
+    """
+
+    kind: ClassVar[str] = "patches"
+    stage: str
+    n_done: int
+    n_patches: int
+    n_blocks: int = 1
+    left_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Following(Event):
     """What a source that is followed has: timepoints of all fields that are there, and done.
 

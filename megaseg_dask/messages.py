@@ -19,6 +19,7 @@ from megaseg_dask.events import (
     Fetching,
     Following,
     Notice,
+    Patches,
     Progress,
     Result,
     Started,
@@ -112,6 +113,8 @@ class Narrator:
                 if not self._is_due(event.stage, is_over):
                     return []
                 return [progress_line(self._untold.pop(event.stage))]
+            case Patches():
+                return [patches_line(event)] if self._is_due(event.stage, False) else []
         return []
 
     def _is_due(self, subject: str, is_over: bool) -> bool:
@@ -168,6 +171,17 @@ def progress_line(event: Progress) -> str:
     return ", ".join(filter(None, words))
 
 
+def patches_line(event: Patches) -> str:
+    """Return how many patches of the blocks in work are predicted, and the time left."""
+    words = [f"{stage_phrase(event.stage)}: {patches_text(event)}", left_text(event)]
+    return ", ".join(filter(None, words))
+
+
+def patches_text(event: Patches) -> str:
+    """Return how many patches of the blocks in work are predicted."""
+    return f"{event.n_done} of {count(event.n_patches, 'patch', 'patches')}"
+
+
 def rates(event: Progress) -> list[str]:
     """Return the speed of a stage in its unit and in voxels; empty before the first task ends."""
     texts = []
@@ -183,9 +197,9 @@ def failed_text(event: Progress) -> str:
     return f"{event.n_failed} failed" if event.n_failed else ""
 
 
-def left_text(event: Progress) -> str:
+def left_text(event: Progress | Patches) -> str:
     """Return the time left; empty if it is unknown or the stage is over."""
-    if not event.left_s or event.is_over:
+    if not event.left_s or (isinstance(event, Progress) and event.is_over):
         return ""
     return f"about {duration(event.left_s)} left"
 
@@ -289,9 +303,9 @@ def stage_phrase(stage: str) -> str:
 # -- numbers and names as text
 
 
-def count(n: int, noun: str) -> str:
+def count(n: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, in the plural unless it is one."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+    return f"{n} {noun}" if n == 1 else f"{n} {plural or f'{noun}s'}"
 
 
 def duration(seconds: float, *, exact: bool = False) -> str:

@@ -13,11 +13,12 @@ from dataclasses import replace
 
 import pytest
 
-from megaseg_dask.events import Failure, Following, Notice, Progress, Started
+from megaseg_dask.events import Failure, Following, Notice, Patches, Progress, Started
 from megaseg_dask.messages import (
     Narrator,
     duration,
     install_command,
+    patches_line,
     progress_line,
     size_text,
 )
@@ -37,6 +38,13 @@ def test_a_line_has_speeds_failures_and_the_time_left():
     )
     # What failed does not come any more.
     assert "left" not in progress_line(progress(98, n_failed=2))
+
+
+def test_a_block_in_work_has_its_patches_and_the_time_left():
+    assert patches_line(Patches("volume", 3, 12, left_s=90.0)) == (
+        "segmenting volumes: 3 of 12 patches, about 90 s left"
+    )
+    assert patches_line(Patches("segment", 1, 1, 2)) == "predicting blocks: 1 of 1 patch"
 
 
 def test_twelve_hours_are_some_hundred_lines():

@@ -19,6 +19,7 @@ from megaseg_dask.events import (
     Event,
     Fetching,
     Following,
+    Patches,
     Progress,
     Result,
     RunStatus,
@@ -35,6 +36,7 @@ from megaseg_dask.messages import (
     first_few,
     following_line,
     left_text,
+    patches_text,
     rates,
     size_text,
     stage_phrase,
@@ -152,6 +154,7 @@ class _Bars:
         self._display = display
         self._narrator = Narrator()
         self._tasks: dict[str, rich.progress.TaskID] = {}
+        self._stages: dict[str, Progress] = {}
 
     def show(self, event: Event) -> None:
         """Show an event."""
@@ -162,6 +165,13 @@ class _Bars:
                 self.end_step()
                 words = [left_text(event), failed_text(event), *rates(event)]
                 self._draw(stage_phrase(event.stage), event.n_done, event.n_tasks, words)
+                self._stages[event.stage] = event
+            case Patches():
+                # A task counts as far as its patches are predicted.
+                stage = self._stages[event.stage]
+                share = event.n_done / event.n_patches * event.n_blocks
+                words = [patches_text(event), left_text(event)]
+                self._draw(stage_phrase(event.stage), stage.n_done + share, stage.n_tasks, words)
             case Following():
                 self._steps.update(self._step, description=following_line(event), visible=True)
             case Fetching():

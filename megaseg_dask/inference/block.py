@@ -7,11 +7,14 @@ declared here, beside the code that uses it.
 """
 
 import functools
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,7 +170,42 @@ def blend_patches(
     touching = block.patches.grid.iter_touching(block.core, block.where)
     patches = ((patch, cut_patch(on_grid, patch, library)) for patch in touching)
     predictions = predict_patches(patches, forward, block.patches.batch, library)
-    return blend_predictions(block, predictions, weights, library)
+    return blend_predictions(block, _told(predictions, block), weights, library)
+
+
+# -- how far a block is
+
+# Told how many patches of a block are predicted, of how many, and the seconds left.
+Tell: TypeAlias = Callable[[int, int, float], None]
+_TELL: ContextVar[Tell | None] = ContextVar("tell", default=None)
+_TELL_PAUSE_S = 1.0
+
+
+@contextmanager
+def telling(tell: Tell) -> Iterator[None]:
+    """Call ``tell`` about once a second for a block that is predicted in this thread."""
+    token = _TELL.set(tell)
+    try:
+        yield
+    finally:
+        _TELL.reset(token)
+
+
+def _told(predictions: Iterator[tuple[Box, Any]], block: Block) -> Iterator[tuple[Box, Any]]:
+    """Yield predictions, and tell how many there were."""
+    tell = _TELL.get()
+    if tell is None:
+        yield from predictions
+        return
+    touching = block.patches.grid.iter_touching(block.core, block.where)
+    n_patches = sum(1 for _ in touching)
+    began_s = told_s = time.monotonic()
+    for n_done, prediction in enumerate(predictions, 1):
+        yield prediction
+        now = time.monotonic()
+        if now - told_s > _TELL_PAUSE_S:
+            told_s = now
+            tell(n_done, n_patches, (now - began_s) / n_done * (n_patches - n_done))
 
 
 def blend_predictions(

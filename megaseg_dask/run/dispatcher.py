@@ -9,20 +9,21 @@ import heapq
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 from megaseg_dask.errors import ClusterError
-from megaseg_dask.events import Emit, Joined, Notice
+from megaseg_dask.events import Emit, Joined, Notice, Patches
+from megaseg_dask.inference.block import telling
 from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.run.cluster.connection import Needs, connect, dashboard_of, require_client
 from megaseg_dask.run.cluster.workers import UNKNOWN_LOSS, Workers
-from megaseg_dask.run.progress import Ready
+from megaseg_dask.run.progress import Ready, watched_stages
 from megaseg_dask.run.retries import Retries
 from megaseg_dask.run.tasks.proof import prove_engine, sample_of
 from megaseg_dask.run.tasks.worker import (
@@ -135,8 +136,12 @@ class DaskDispatcher:
         retries: Retries,
         timeout_s: float | None,
         emit: Emit,
+        watched: Mapping[str, int] | None = None,
     ) -> None:
-        """Run tasks on ``workers``; ``timeout_s`` is how long a task may take, if it is given."""
+        """Run tasks on ``workers``; ``timeout_s`` is how long a task may take, if it is given.
+
+        ``watched`` are the stages that show patches, with their numbers of tasks.
+        """
         self._workers = workers
         self._client = workers.client
         self._assignment = assignment
@@ -153,6 +158,9 @@ class DaskDispatcher:
         self._n_workers = 1
         self._n_sent = 0
         self._name = uuid.uuid4().hex
+        self._watched = watched or {}
+        # What workers told of groups in work: stage, patches done, patches in all, seconds left.
+        self._patches: dict[int, tuple[str, int, int, float]] = {}
 
     def outcomes(self, ready: Ready) -> Iterator[tuple[str, Outcome]]:
         """Yield stage and outcome of each task that has ended for good, in order of arrival.
@@ -162,6 +170,8 @@ class DaskDispatcher:
         """
         from distributed import as_completed
 
+        if self._watched:
+            self._client.subscribe_topic(self._topic, self._hear)
         completed = as_completed()
         next_tick_s = time.monotonic()
         self._n_workers = max(len(self._client.nthreads()), 1)
@@ -178,10 +188,14 @@ class DaskDispatcher:
                     yield from self._collect(future)
                 if time.monotonic() > next_tick_s:
                     yield from self._look_after_workers()
+                    self._show_patches()
                     next_tick_s = time.monotonic() + _TICK_S
         finally:
-            if self._running and self._client.status == "running":
-                self._client.cancel(list(self._running))
+            if self._client.status == "running":
+                if self._watched:
+                    self._client.unsubscribe_topic(self._topic)
+                if self._running:
+                    self._client.cancel(list(self._running))
 
     # -- sending
 
@@ -216,6 +230,7 @@ class DaskDispatcher:
             self._assignment,
             group.stage,
             list(group.indices),
+            self._topic if group.stage in self._watched else "",
             # As one collection: only of many tasks of one name does a worker hold no more than it
             # works on.
             key=(f"{group.stage}-{self._name}", self._n_sent),
@@ -237,6 +252,7 @@ class DaskDispatcher:
         group = self._running.pop(future, None)
         if group is None:
             return  # given up before it came
+        self._patches.pop(group.indices[0], None)
         try:
             address, outcomes = future.result(timeout=_ANSWER_S)
         except Exception as error:
@@ -305,6 +321,28 @@ class DaskDispatcher:
         attempt = f"attempt {group.attempt} of {self._retries.n_attempts}"
         self._emit(Notice(f"{group}: {text} ({attempt})"))
 
+    # -- patches of blocks that are in work
+
+    @property
+    def _topic(self) -> str:
+        return f"megaseg-patches-{self._name}"
+
+    def _hear(self, event: tuple[float, tuple[int, tuple[str, int, int, float]]]) -> None:
+        """Keep what a worker told, in the thread of the client."""
+        _, (index, told) = event
+        self._patches[index] = told
+
+    def _show_patches(self) -> None:
+        in_work = {group.indices[0] for group in self._running.values()}
+        told = [patches for index, patches in list(self._patches.items()) if index in in_work]
+        if not told:
+            return
+        stage, _, _, left_s = told[0]
+        n_done = sum(patches[1] for patches in told)
+        n_patches = sum(patches[2] for patches in told)
+        is_only = self._watched[stage] == 1
+        self._emit(Patches(stage, n_done, n_patches, len(told), left_s if is_only else None))
+
     # -- workers that hang, and workers that are gone
 
     def _look_after_workers(self) -> Iterator[tuple[str, Outcome]]:
@@ -346,13 +384,21 @@ class DaskDispatcher:
         return self._durations.deadline_s(group.stage, n_tasks)
 
 
-def _run_here(assignment: Assigned, stage: str, indices: list[int]) -> Any:
-    """Run a group on this worker; return the worker's address, and the outcomes."""
+def _run_here(assignment: Assigned, stage: str, indices: list[int], topic: str = "") -> Any:
+    """Run a group on this worker; return the worker's address, and the outcomes.
+
+    Those who subscribe to ``topic`` are told of its patches.
+    """
     from distributed import get_worker
     from distributed.core import Status
 
     worker = get_worker()
-    outcomes = run_tasks(assignment, stage, indices)
+
+    def tell(*patches: float) -> None:
+        worker.log_event(topic, (indices[0], (stage, *patches)))
+
+    with telling(tell) if topic else nullcontext():
+        outcomes = run_tasks(assignment, stage, indices)
     if any(outcome.device == "failed" for outcome in outcomes):
         # It takes no further task: the client ends its process when it has this answer.
         worker.loop.add_callback(setattr, worker, "status", Status.paused)
@@ -421,12 +467,18 @@ class DaskExecutor:
     def dispatcher(self, plan: Plan, lease_id: str, emit: Emit) -> DaskDispatcher:
         """Return a dispatcher of the tasks of one run."""
         assignment = Assignment(plan.run, plan.fingerprint, lease_id, len(plan.volumes))
-        return self.dispatcher_of(assignment, plan.settings, emit)
+        return self.dispatcher_of(assignment, plan.settings, emit, watched_stages(plan))
 
-    def dispatcher_of(self, assignment: Assigned, settings: Settings, emit: Emit) -> DaskDispatcher:
-        """Return a dispatcher of any work."""
+    def dispatcher_of(
+        self,
+        assignment: Assigned,
+        settings: Settings,
+        emit: Emit,
+        watched: Mapping[str, int] | None = None,
+    ) -> DaskDispatcher:
+        """Return a dispatcher of any work; ``watched`` are its stages that show patches."""
         retries = Retries(settings.retries)
-        return DaskDispatcher(self._workers, assignment, retries, settings.timeout, emit)
+        return DaskDispatcher(self._workers, assignment, retries, settings.timeout, emit, watched)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megaseg_dask.events import Emit, Failure, Progress
+from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held
 from megaseg_dask.run.retries import StoreWatch
@@ -42,6 +43,19 @@ class Tasks(Protocol):
     def settle(self, stage: str, index: int) -> None:
         """Mark a running task as ended; its outcome is in the journal."""
         ...
+
+
+# A stage with more tasks than this shows progress enough by counting them.
+_MAX_WATCHED_TASKS = 16
+
+
+def watched_stages(plan: Plan) -> dict[str, int]:
+    """Return the number of tasks of each stage whose blocks tell how far they are."""
+    return {
+        stage.name: stage.n_tasks
+        for stage in plan.stages
+        if "scores" in stage.declared.tells and stage.n_tasks <= _MAX_WATCHED_TASKS
+    }
 
 
 @dataclass

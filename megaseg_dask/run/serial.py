@@ -1,15 +1,18 @@
 """Tasks in this process, one after the other: `--workers 0`, job arrays, and most tests."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
+from functools import partial
 
 from megaseg_dask.errors import EngineError
-from megaseg_dask.events import Emit, Joined
+from megaseg_dask.events import Emit, Joined, Patches, ignore
+from megaseg_dask.inference.block import telling
 from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.run.lease import Leases, Permit
-from megaseg_dask.run.progress import Ready
+from megaseg_dask.run.progress import Ready, watched_stages
 from megaseg_dask.run.retries import Retries
 from megaseg_dask.run.tasks.proof import prove_engine
 from megaseg_dask.run.tasks.worker import Outcome, RunWork, Worker
@@ -20,10 +23,21 @@ from megaseg_dask.stores import StoreOptions
 class SerialDispatcher:
     """Runs the tasks of one run in this process."""
 
-    def __init__(self, worker: Worker, retries: Retries) -> None:
-        """Run tasks by a worker that belongs to this process."""
+    def __init__(
+        self,
+        worker: Worker,
+        retries: Retries,
+        emit: Emit = ignore,
+        watched: Mapping[str, int] | None = None,
+    ) -> None:
+        """Run tasks by a worker that belongs to this process.
+
+        ``watched`` are the stages that show patches, with their numbers of tasks.
+        """
         self._worker = worker
         self._retries = retries
+        self._emit = emit
+        self._watched = watched or {}
 
     def outcomes(self, ready: Ready) -> Iterator[tuple[str, Outcome]]:
         """Yield stage and outcome of each task, in order.
@@ -53,10 +67,18 @@ class SerialDispatcher:
         Raises:
             EngineError: The GPU of this process failed: nothing can be predicted here any more.
         """
-        outcome = self._worker.attempt(stage, index)
+        # What is told may be written to the log, and is then no output of the task.
+        outside = copy_context()
+        tell = partial(outside.run, self._show, stage)
+        with telling(tell) if stage in self._watched else nullcontext():
+            outcome = self._worker.attempt(stage, index)
         if outcome.device == "failed":
             raise EngineError(f"{outcome.error}; run the same command again to go on")
         return outcome
+
+    def _show(self, stage: str, n_done: int, n_patches: int, left_s: float) -> None:
+        is_only = self._watched[stage] == 1
+        self._emit(Patches(stage, n_done, n_patches, left_s=left_s if is_only else None))
 
 
 class SerialExecutor:
@@ -80,4 +102,5 @@ class SerialExecutor:
         """Return a dispatcher of the tasks of one run."""
         permit = Permit(Leases(runs_folder(plan.target)), lease_id)
         worker = Worker(RunWork(Workspace(plan, permit)))
-        return SerialDispatcher(worker, Retries(plan.settings.retries))
+        retries = Retries(plan.settings.retries)
+        return SerialDispatcher(worker, retries, emit, watched_stages(plan))

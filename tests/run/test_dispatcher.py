@@ -1,12 +1,18 @@
 """Groups and window as workers become many; and the simulation that says what they should be."""
 
+import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
 from benchmarks.scaling import Load, Machine, simulate
+from megaseg_dask.events import Patches
+from megaseg_dask.inference import block
 from megaseg_dask.run import dispatcher
-from megaseg_dask.run.dispatcher import group_size_of, window_of
+from megaseg_dask.run.dispatcher import DaskDispatcher, group_size_of, window_of
+from megaseg_dask.run.retries import Retries
+from megaseg_dask.run.state import TaskSummary
 
 
 @pytest.mark.parametrize("n_workers", [1, 2, 8, 64, 512, 1024, 4096])
@@ -49,3 +55,38 @@ def test_the_store_limits_what_is_moved():
     found = simulate([Load("a", 640, 0.1, n_bytes=1e8)], 64, machine)
     assert found["wall_s"] == pytest.approx(64, abs=0.5)
     assert found["store_gb_per_s"] == pytest.approx(1, abs=0.01)
+
+
+def test_workers_tell_the_patches_of_blocks_in_work(client, tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatcher, "_TICK_S", 0.01)
+    seen = tmp_path / "seen"
+
+    # As values: workers cannot import this module.
+    class Work:
+        tasks_at_once = 1
+
+        def open_work(self):
+            return self
+
+        def prepare(self, stage):
+            pass
+
+        def run_task(self, stage, index):
+            block._TELL.get()(3, 12, 4.5)
+            end_s = time.monotonic() + 60
+            while not seen.exists() and time.monotonic() < end_s:
+                time.sleep(0.01)
+            return TaskSummary()
+
+    events = []
+
+    def emit(event):
+        events.append(event)
+        seen.touch()
+
+    workers = SimpleNamespace(client=client, watch=lambda n_workers: None)
+    tasks = [("segment", [7]), ("", [])]
+    sent = DaskDispatcher(workers, Work(), Retries(1), None, emit, {"segment": 1})
+    [(_, outcome)] = sent.outcomes(lambda size: tasks.pop(0) if tasks else ("", []))
+    assert (outcome.index, outcome.error) == (7, "")
+    assert set(events) == {Patches("segment", 3, 12, 1, 4.5)}

@@ -39,6 +39,24 @@ def test_this_process_writes_the_bytes_of_workers(block, source, tmp_path, tiny_
     assert segment(str(source), str(serial), settings).already_done
 
 
+def test_a_block_in_work_tells_its_patches_and_the_log_is_no_output(
+    source, tmp_path, tiny_bundle, monkeypatch
+):
+    monkeypatch.setattr("megaseg_dask.inference.block._TELL_PAUSE_S", -1.0)
+    # Each event is then written at once, by the thread that runs the task.
+    monkeypatch.setattr("megaseg_dask.run.log._MIN_PAUSE_S", -1.0)
+    events = []
+    settings = parse_settings({"model": str(tiny_bundle), **OPTIONS, "workers": 0, "block": "64"})
+    result = segment(str(source), str(tmp_path / "out.zarr"), settings, emit=events.append)
+    assert result.status == "done"
+    assert not [event for event in events if event.kind == "notice"]
+    told = [event for event in events if event.kind == "patches"]
+    n_patches = told[0].n_patches
+    assert n_patches > 1
+    assert [event.n_done for event in told] == list(range(1, n_patches + 1))
+    assert told[-1].left_s == 0
+
+
 def test_an_interrupted_run_goes_on_and_computes_only_what_is_missing(
     source, tmp_path, tiny_bundle, monkeypatch
 ):

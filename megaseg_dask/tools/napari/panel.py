@@ -23,8 +23,14 @@ from qtpy.QtWidgets import (
 )
 
 from megaseg_dask.errors import MegasegError, SettingsError
-from megaseg_dask.events import Event, Notice, Progress, Result, Step
-from megaseg_dask.messages import doubt_line, failure_line, result_line, stage_phrase
+from megaseg_dask.events import Event, Notice, Patches, Progress, Result, Step
+from megaseg_dask.messages import (
+    doubt_line,
+    failure_line,
+    patches_line,
+    result_line,
+    stage_phrase,
+)
 from megaseg_dask.models.cache import cached_names
 from megaseg_dask.models.registry import PUBLISHED
 from megaseg_dask.plan.settings import Settings, parse_settings
@@ -164,6 +170,8 @@ class SegmentPanel(QWidget):  # type: ignore[misc]
                 self.message.setText(event.text)
             case Progress():
                 self._show_progress(event)
+            case Patches():
+                self.message.setText(patches_line(event))
 
     def _show_progress(self, event: Progress) -> None:
         phrase = stage_phrase(event.stage)
