@@ -251,6 +251,13 @@ def _with_axes(image: Any, spacing_um: Sequence[float] | None) -> xarray.DataArr
             )
         return image
     n_dims = getattr(image, "ndim", None)
+    if isinstance(image, xarray.DataTree | xarray.Dataset):
+        kind = type(image).__name__
+        name = "0/image" if isinstance(image, xarray.DataTree) else "image"
+        raise SourceError(
+            f"the image is a {kind}, which holds several arrays; pass one of them, such as "
+            f"image[{name!r}]"
+        )
     if n_dims is None:
         raise SourceError(
             f"the image is a {type(image).__name__}; expected a DataArray or an array (z, y, x)"

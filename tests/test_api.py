@@ -130,6 +130,7 @@ def test_an_array_is_predicted_as_the_same_image_with_coordinates(options):
     [
         (np.zeros((2, *SHAPE)), None, SourceError, "has 4 dimensions"),
         ("image.zarr", None, SourceError, "is a str"),
+        (xarray.DataTree(), None, SourceError, "pass one of them, such as image\\['0/image'\\]"),
         (np.zeros(SHAPE), (1, 2), SettingsError, "three positive numbers"),
         (np.zeros(SHAPE), (1, 0, 1), SettingsError, "three positive numbers"),
         (xarray.DataArray(np.zeros(SHAPE), dims=list("zyx")), (1, 1, 1), SettingsError, "coord"),

@@ -188,9 +188,14 @@ def resolve_engine(
         device = "cuda" if runs_on_gpu and visible_devices() else "cpu"
     if engine == "auto":
         engine = _choose_engine(device, precision)
+    kind = ENGINES[engine]
+    if not kind.offers(device, "auto"):
+        raise SettingsError(
+            f"--engine {engine}: it does not run on {device}; use --engine torch, or another "
+            "--device"
+        )
     if precision == "auto":
         precision = _choose_precision(device)
-    kind = ENGINES[engine]
     if not kind.is_installed:
         raise SettingsError(
             f"--engine {engine}: not installed; run {kind.install_command}, or use --engine torch"

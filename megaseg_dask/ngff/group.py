@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 # The key of what this package says of an image or a table that it wrote.
 PROVENANCE = "megaseg"
+# The folder of the records of a target's runs has its name and this ending.
+RUNS = ".run"
 
 _CONSOLIDATED_V3 = "consolidated_metadata"
 _GROUP_KEYS = {"zarr_format", "node_type", "attributes", _CONSOLIDATED_V3}
@@ -277,7 +279,19 @@ def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
             return "a scene, which places several images (give one image in it)"
         case {"bioformats2raw.layout": _}:
             return f"a bioformats2raw collection (give one image in it, such as {location}/0)"
+    if is_unfinished_target(location):
+        return (
+            "the target of a run that is not finished (run the same megaseg segment command again "
+            "to resume)"
+        )
     return _describe_row(location) or "a Zarr group without multiscales metadata"
+
+
+def is_unfinished_target(location: Location) -> bool:
+    """Return whether a run is recorded beside a folder; only a finished one has metadata there."""
+    with suppress(MegasegError):
+        return location.is_listable and location.sibling(RUNS).is_folder()
+    return False
 
 
 def _describe_row(location: Location) -> str:

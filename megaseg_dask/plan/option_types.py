@@ -196,7 +196,7 @@ def parse_threshold(value: object) -> float | str:
     except (TypeError, ValueError):
         raise ValueError(f"expected a number from 0 to 1, or one of {', '.join(METHODS)}") from None
     if not 0 <= score <= 1:
-        raise ValueError("expected a score from 0 to 1")
+        raise ValueError("expected a score from 0 to 1; 128 of 255 is 0.5")
     return score
 
 

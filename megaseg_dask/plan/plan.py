@@ -27,6 +27,7 @@ from megaseg_dask.errors import SettingsError
 from megaseg_dask.inference.engine import EngineSpec, Forward
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.messages import first_few
+from megaseg_dask.ngff.group import RUNS
 from megaseg_dask.ngff.image import Image, Placement
 from megaseg_dask.ngff.plate import Plate, well_of
 from megaseg_dask.ngff.versions import VERSIONS
@@ -51,8 +52,6 @@ from megaseg_dask.plan.voxel_size import VolumeForm, is_far, size_text, times_te
 from megaseg_dask.plan.where import MaskReader, MaskSurvey, PlannedMask, reading_bytes
 from megaseg_dask.stores import Location
 
-# The folder of a target's runs has its name and this ending.
-_RUNS = ".run"
 # What to do about voxels that are far from those of the model.
 RESAMPLING = "--voxel-size model resamples the image to them"
 # On a GPU one task computes, while another reads and a third labels, compresses and writes. On a
@@ -812,7 +811,12 @@ def run_names(label_name: str) -> re.Pattern[str]:
 
 def runs_folder(target: Location) -> Location:
     """Return the folder that holds a target's run folders, and the lease that they share."""
-    return target.sibling(_RUNS)
+    return target.sibling(RUNS)
+
+
+def is_runs_folder(location: Location) -> bool:
+    """Return whether a name is that of the folder of a target's run folders."""
+    return location.basename.endswith(RUNS)
 
 
 def table_of(
@@ -829,4 +833,4 @@ def table_of(
 def target_of(run: Location) -> Location:
     """Return the target beside which a run folder lies."""
     runs = run.parent
-    return replace(runs, url=runs.url.removesuffix(_RUNS))
+    return replace(runs, url=runs.url.removesuffix(RUNS))

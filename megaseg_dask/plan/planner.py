@@ -24,6 +24,7 @@ from megaseg_dask.inference.engine import EngineSpec, resolve_engine
 from megaseg_dask.inference.ensemble import ModelRef
 from megaseg_dask.inference.gpu import installed_devices, visible_devices
 from megaseg_dask.inference.machine import memory_bytes
+from megaseg_dask.messages import size_text, stage_phrase
 from megaseg_dask.models import BundleFacts, require_patch
 from megaseg_dask.models.registry import describe
 from megaseg_dask.ngff.group import find_owner
@@ -39,7 +40,13 @@ from megaseg_dask.plan.memory import (
     LEAST_SPLIT_VOXELS,
     MAX_DECODED_CHUNKS,
 )
-from megaseg_dask.plan.plan import Plan, PlannedImage, PlannedVolume, run_folder
+from megaseg_dask.plan.plan import (
+    Plan,
+    PlannedImage,
+    PlannedVolume,
+    is_runs_folder,
+    run_folder,
+)
 from megaseg_dask.plan.plate_parts import Part, Readable, first_refusal
 from megaseg_dask.plan.resolved import (
     Resolved,
@@ -298,6 +305,11 @@ class _Request:
         """Raise if the target lies in the source, would replace it, or cannot be written."""
         source = self.source
         target = self.target
+        if is_runs_folder(target):
+            raise TargetError(
+                f"{target}: a name that ends in .run is that of a run folder, which holds the "
+                "record of a run; choose another name as TARGET"
+            )
         if target.is_inside(source):
             raise TargetError(
                 f"{target} lies inside the source; choose a folder beside it, or the source itself "
@@ -715,17 +727,18 @@ def require_memory(plan: Plan) -> None:
         return
     shapes = iter_block_shapes(plan.volume_shape)
     least = min(max(plan.project(block).values()) for block in shapes)
-    advice = "remove --block to get one that fits"
+    has = f"a worker may use only {size_text(plan.memory_bytes)}"
+    patch = ",".join(map(str, plan.resolved.patch))
     if least > plan.memory_bytes:
         smaller = "use a smaller --patch"
         if least == plan.projected_bytes.get("join"):
             smaller = "segment parts of the volume with --roi"
-        advice = (
-            f"the smallest possible block needs {math.ceil(least / 1e7) / 100:.2f} GB: raise "
-            f"--memory, or {smaller}"
+        raise SettingsError(
+            f"{has}, and the smallest possible block needs {math.ceil(least / 1e7) / 100:.2f} GB "
+            f"with patches of {patch}; raise --memory, or {smaller}"
         )
+    block = ",".join(map(str, plan.block_shape))
     raise SettingsError(
-        f"stage {stage} needs {needed / 1e9:.2f} GB with block {plan.block_shape} and patch "
-        f"{plan.resolved.patch}, but a worker may use only {plan.memory_bytes / 1e9:.2f} GB; "
-        f"{advice}"
+        f"{has}, and {stage_phrase(stage)} needs {size_text(needed)} with blocks of {block} and "
+        f"patches of {patch}; remove --block to get one that fits"
     )

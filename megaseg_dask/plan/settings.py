@@ -614,7 +614,13 @@ class Settings(BaseModel):
     @field_validator("on_volume")
     @classmethod
     def _is_command(cls, value: str | None) -> str | None:
-        if value is not None and not shlex.split(value):
+        if value is None:
+            return None
+        try:
+            words = shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"expected a command, as for a shell ({error})") from None
+        if not words:
             raise ValueError("expected a command, found none")
         return value
 
@@ -657,9 +663,8 @@ def parse_settings(values: Mapping[str, object]) -> Settings:
             advice = nearest(name.replace("-", "_"), Settings.model_fields)
             raise SettingsError(f"unknown option {name}{advice}") from error
         message = validation_message(problem)
-        takes = declared(name).metavar or "true|false"
         raise SettingsError(
-            f"{option_text(name)} {_value_text(values.get(name))}: {message} (takes {takes})"
+            f"{option_text(name)} {_value_text(values.get(name))}: {message}"
         ) from error
 
 

@@ -29,6 +29,8 @@ from megaseg_dask.stores.patience import Patience
 from megaseg_dask.stores.web import WebFolder
 from megaseg_dask.stores.zipped import LocalFile, PackedFile, RemoteFile, ZipFolder
 
+_ENDING = ".zarr"
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -205,8 +207,10 @@ class Location:
         if not self.is_local or self.exists() or not self.parent.exists():
             return ""
         siblings = [name for name in self.parent.children() if not name.endswith(".run")]
-        similar = closest(self.basename, siblings)
-        return f" ({similar} is there)" if similar else ""
+        # The ending that all of them have makes no two names similar.
+        by_stem = {name.removesuffix(_ENDING): name for name in siblings}
+        similar = closest(self.basename.removesuffix(_ENDING), by_stem)
+        return f" ({by_stem[similar]} is there)" if similar else ""
 
     def require_writable(self) -> None:
         """Require that objects can be created here and beside it; nothing stays of the trial.

@@ -158,7 +158,7 @@ NONSENSE = [
     ("nan_to_background", "maybe", "expected true or false"),
     ("missing_chunks", "maybe", "fill"),
     ("model", "", "expected a value, found an empty text"),
-    ("model", [], "at least 1 values, found 0"),
+    ("model", [], "expected at least 1, found 0"),
     ("checkpoint", "", "expected a value, found an empty text"),
     ("tta", "maybe", "expected true or false"),
     ("keep_logits", "maybe", "expected true or false"),
@@ -236,13 +236,13 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize(("name", "value", "message"), NONSENSE)
-def test_nonsense_names_option_value_and_what_it_takes(name, value, message):
+def test_nonsense_names_option_value_and_what_is_expected(name, value, message):
     with pytest.raises(SettingsError) as raised:
         parse_settings({name: value})
     line = str(raised.value)
     assert line.startswith(f"--{name.replace('_', '-')} ")
     assert message in line
-    assert line.endswith(f"(takes {declared(name).metavar or 'true|false'})")
+    assert line.count("expected") <= 1
     assert len(line.splitlines()) == 1
 
 

@@ -46,7 +46,7 @@ def test_a_block_in_work_tells_its_patches_and_the_log_is_no_output(
     # Each event is then written at once, by the thread that runs the task.
     monkeypatch.setattr("megaseg_dask.run.log._MIN_PAUSE_S", -1.0)
     events = []
-    settings = parse_settings({"model": str(tiny_bundle), **OPTIONS, "workers": 0, "block": "64"})
+    settings = parse_settings({"model": str(tiny_bundle), **OPTIONS, "workers": 0, "block": "96"})
     result = segment(str(source), str(tmp_path / "out.zarr"), settings, emit=events.append)
     assert result.status == "done"
     assert not [event for event in events if event.kind == "notice"]

@@ -92,6 +92,16 @@ def test_a_place_that_cannot_be_written_is_named(ids, tmp_path):
     assert f"{file} cannot be written" in shown.output
 
 
+def test_a_target_of_a_run_that_is_not_finished_is_named_so(tmp_path):
+    target = tmp_path / "out.zarr"
+    zarr.create_group(target)
+    (tmp_path / "out.zarr.run/megaseg").mkdir(parents=True)
+    (tmp_path / "out.zarr.run/megaseg/plan.json").touch()
+    shown = CliRunner().invoke(build_app(), ["export", str(target), str(tmp_path / "a.ome.tif")])
+    assert shown.exit_code == 2
+    assert "a run that is not finished (run the same megaseg segment command again" in shown.output
+
+
 def test_a_file_that_is_there_is_replaced_only_with_overwrite(ids, tmp_path):
     image = write_with_labels(tmp_path / "image.zarr", ids[:1])
     file = tmp_path / "labels.ome.tif"

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.cli.app import build_app
+from megaseg_dask.errors import TargetError
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.request import plan_runs
@@ -103,6 +104,13 @@ def split(tmp_path_factory, options, client) -> tuple[Path, Path]:
 
 def page_of(target: Path) -> Page:
     return make_page(find_plans(str(target)))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_page_is_made(split, tmp_path):
+    _, target = split
+    (tmp_path / "file").touch()
+    with pytest.raises(TargetError, match="cannot be written"):
+        write_report(str(target), str(tmp_path / "file/report.html"))
 
 
 def test_one_file_that_needs_nothing_else(split):

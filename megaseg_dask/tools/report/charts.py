@@ -30,6 +30,9 @@ _BOTTOM = _HEIGHT - 42
 # Counts are drawn by their logarithm if the highest is above this multiple of the median.
 _LOG_RATIO = 50
 
+# Of an axis of logarithms, up to which 2 and 5 have ticks too.
+_MAX_FINE_DECADES = 2
+
 # Pixels of a plate, of a well, and of the names beside the wells.
 _PLATE_WIDTH = 330
 _MIN_WELL = 22
@@ -247,10 +250,12 @@ def _whole_ticks(low: float, high: float) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Return the powers of ten in a span."""
-    first = math.ceil(math.log10(max(low, 1e-12)) - 1e-9)
+    """Return the powers of ten in a span, and 2 and 5 times those where there are few."""
+    first = math.floor(math.log10(max(low, 1e-12)) + 1e-9)
     last = math.floor(math.log10(max(high, 1)) + 1e-9)
-    return [10.0**i for i in range(first, last + 1)]
+    steps = (1, 2, 5) if last - first <= _MAX_FINE_DECADES else (1,)
+    ticks = [step * 10.0**i for i in range(first, last + 1) for step in steps]
+    return [tick for tick in ticks if low * (1 - 1e-9) <= tick <= max(high, 1) * (1 + 1e-9)]
 
 
 # -- plates
@@ -325,6 +330,12 @@ def _number_in_well(
     written = text(sum(values) / len(values))
     if size < _MIN_NUMBERED_WELL or len(written) * _LETTER > size - 2:
         return
+    if len(cells) > 1:
+        # The borders of the fields would cross it.
+        width = len(written) * _LETTER + 4
+        place = {"x": center[0] - width / 2, "y": center[1] - 11, "width": width, "height": 15}
+        look = {"rx": 3, "fill": "#1d2126", "fill_opacity": 0.8, "pointer_events": "none"}
+        yield _element("rect", **place, **look)
     # Dark outlines keep white numbers readable on yellow. Clicks go through to the cell.
     look = {"fill": _WHITE, "stroke": "#1d2126", "stroke_width": 2, "paint_order": "stroke"}
     yield _text(written, *center, "middle", pointer_events="none", **look)

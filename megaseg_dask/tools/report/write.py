@@ -18,7 +18,7 @@ def write_report(target: str, out: str | None = None, label_name: str | None = N
     The report of labels that were made again has their name.
 
     Raises:
-        TargetError: No run is recorded there.
+        TargetError: No run is recorded there, or the page cannot be written.
         SettingsError: Several runs are, and none is named.
 
     """
@@ -26,5 +26,7 @@ def write_report(target: str, out: str | None = None, label_name: str | None = N
     name = plans[0].table_label
     suffix = f".{name}{SUFFIX}" if name else SUFFIX
     file = Location.of(out) if out else plans[0].target.sibling(suffix)
+    # The page takes a while to make.
+    file.require_writable()
     file.parent.put(file.basename, render(plans).encode())
     return file
