@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
-from functools import partial
 
 from megaseg_dask.errors import EngineError
 from megaseg_dask.events import Emit, Joined, Patches, ignore
@@ -69,7 +68,10 @@ class SerialDispatcher:
         """
         # What is told may be written to the log, and is then no output of the task.
         outside = copy_context()
-        tell = partial(outside.run, self._show, stage)
+
+        def tell(n_done: int, n_patches: int, left_s: float) -> None:
+            outside.run(self._show, stage, n_done, n_patches, left_s)
+
         with telling(tell) if stage in self._watched else nullcontext():
             outcome = self._worker.attempt(stage, index)
         if outcome.device == "failed":
