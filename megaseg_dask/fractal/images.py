@@ -65,14 +65,14 @@ def plan(zarr_urls: Sequence[str], options: Options) -> list[dict[str, object]]:
     return [{"zarr_url": url, "init_args": {"options": {**options, **chosen}}} for url in zarr_urls]
 
 
-def _chosen(plan: Plan) -> dict[str, object]:
+def _chosen(planned: Plan) -> dict[str, object]:
     """Return the options that a plan took from its machine and that can change a bit."""
-    engine = plan.resolved.engine
+    engine = planned.resolved.engine
     chosen: dict[str, object] = {
         "engine": engine.engine,
         "device": engine.device,
         "threads": engine.threads,
-        "batch": plan.resolved.batch,
+        "batch": planned.resolved.batch,
     }
     if engine.device == "cpu":
         # On a GPU the choice is the same everywhere.
