@@ -82,8 +82,17 @@ def test_snakemake_goes_on_after_a_kill_to_the_arrays_of_one_run(
         "shares": 1,
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [snakemake, "--snakefile", SNAKEFILE, "--configfile", "config.yaml", "--cores", "2"]
     given = {"cwd": tmp_path, "env": environment()}
+    command = [snakemake, "--snakefile", SNAKEFILE, "--configfile", "config.yaml", "--cores", "2"]
+    wrong = subprocess.run(
+        [*command, "--dry-run", "--config", "optoins=--tta"],
+        capture_output=True,
+        text=True,
+        check=False,
+        **given,
+    )
+    assert wrong.returncode == 1
+    assert "unknown in the configuration: optoins" in wrong.stdout + wrong.stderr
     finished = tmp_path / "out.zarr.done"
     with (tmp_path / "log.txt").open("w") as log:
         process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log, **given)
