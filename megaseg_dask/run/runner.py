@@ -396,6 +396,7 @@ class Session:
         if listing is not None and not recorder.store_is_lost:
             now = list_reads(plan, is_needed=not journal.failed)
             changed = take_back_changed(plan, journal, listing, now)
+            listing = listing.completed(now)
             for failure in changed:
                 emit(failure)
         result = conclude(

@@ -54,6 +54,11 @@ class Listing:
         pairs = enumerate(zip(self.volumes, now.volumes, strict=True))
         return [volume for volume, (old, new) in pairs if old and new and old != new]
 
+    def completed(self, now: "Listing") -> "Listing":
+        """Return this listing with what another one knows in addition."""
+        pairs = zip(self.volumes, now.volumes, strict=True)
+        return Listing(tuple(old or new for old, new in pairs))
+
     def refreshed(self, now: "Listing", volumes: Container[int]) -> "Listing":
         """Return this listing with some volumes as another one shows them."""
         pairs = enumerate(zip(self.volumes, now.volumes, strict=True))
@@ -137,7 +142,9 @@ def _look(array: Location, reads: Sequence[_Read]) -> list[Listed] | None:
     """
     if not array.is_listable:
         return None
-    listed = {entry.key.removeprefix(array.key).lstrip("/"): entry for entry in array.entries()}
+    # Keys of a zip begin in the zip.
+    prefix = array.packed[1] if array.packed else array.key
+    listed = {entry.key.removeprefix(prefix).lstrip("/"): entry for entry in array.entries()}
     if listed.keys().isdisjoint(METADATA):
         return None
     found = []

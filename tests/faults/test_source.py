@@ -320,7 +320,9 @@ def test_what_is_not_read_may_change(tmp_path, before, measured):
     assert measured().already_done
 
 
-def test_a_source_that_changes_after_the_last_look_is_read_again(tmp_path, tiny_bundle, before):
+def test_a_source_that_changes_after_the_last_look_is_read_again(
+    tmp_path, tiny_bundle, before, cheap_engine
+):
     case = Case(tmp_path, tiny_bundle, BLOCKS)
     before["join", 0] = lambda: replace_chunk(case)
     result = case.run()
