@@ -39,11 +39,16 @@ class Companion:
     digest: str
     is_whole: bool = False
 
+    def location(self, image: Location) -> Location:
+        """Return where it is; ``image`` is that to which it belongs."""
+        return labels_group(image) / self.label if self.is_own else Location.of(self.label)
+
     def volume(self, image: Location, t: int) -> Volume:
         """Return its ids at a timepoint of the image."""
-        group = labels_group(image) / self.label if self.is_own else Location.of(self.label)
         t_of_labels = t if self.has_times else 0
-        return Volume(group / self.level, self.axes, t_of_labels, is_whole=self.is_whole)
+        return Volume(
+            self.location(image) / self.level, self.axes, t_of_labels, is_whole=self.is_whole
+        )
 
 
 def find_companion(

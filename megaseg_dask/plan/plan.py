@@ -593,6 +593,29 @@ class Plan(BaseModel):
         """Whether labels go into the source, whose own group and image are not ours."""
         return self.target.is_same(self.source)
 
+    def require_kept(self) -> None:
+        """Require that a run replaces no labels that it reads.
+
+        Raises:
+            SettingsError: It would.
+        """
+        for path, image in self.images.items():
+            place = self.source / path
+            if image.regions is not None:
+                self._require_kept("--regions", image.regions.location(place))
+            if image.mask is not None and not image.mask.is_data:
+                self._require_kept("--where", image.mask.location(place).parent)
+
+    def _require_kept(self, option: str, label: Location) -> None:
+        is_replaced = label.is_inside(self.target)
+        advice = "copy these labels to another place first"
+        if self.adds_labels:
+            names = [self.resolved.label_name + suffix for suffix in self.suffixes]
+            is_replaced &= label.basename in [*names, *(f"{name}_mask" for name in names)]
+            advice = "choose another --label-name"
+        if is_replaced:
+            raise SettingsError(f"{option} {label}: this run would replace it; {advice}")
+
     @property
     def adds_labels(self) -> bool:
         """Whether labels go into images that are there already, and are not this run's."""

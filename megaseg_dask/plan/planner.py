@@ -194,6 +194,7 @@ def make_plan(
         model_voxel_size_um=model_size_um(models.bundles),
         proof_patch=models.patch,
     )
+    plan.require_kept()
     plan = plan.model_copy(update={"proof_patch": choose_proof_patch(plan, models.patch_multiple)})
     if resolved.splits_objects():
         plan = plan.with_split(min(LEAST_SPLIT_VOXELS, padded_voxels(plan)))
@@ -343,11 +344,6 @@ class _Request:
             raise SettingsError(
                 "--keep-logits needs another target than the source, because megaseg relabel "
                 "writes no labels into a source"
-            )
-        if settings.where and settings.where.partition("/")[0] == settings.label_name:
-            raise SettingsError(
-                f"--label-name {settings.label_name}: it is the mask, and would be written anew; "
-                "choose another name"
             )
         if settings.level or settings.time or settings.roi:
             raise SettingsError(

@@ -90,6 +90,7 @@ def plan_relabelling(
     values["began_as"] = ""
     values["run"] = run_beside(earlier, merged.label_name)
     plan = Plan.model_construct(**values)
+    plan.require_kept()
     if plan.resolved.splits_objects():
         plan = plan.with_split(min(LEAST_SPLIT_VOXELS, padded_voxels(plan)))
         plan = plan.with_split(choose_split(plan, recorded))

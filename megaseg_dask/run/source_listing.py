@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.concurrency import map_threaded
-from megaseg_dask.errors import DataError, StoreError
+from megaseg_dask.errors import DataError, SourceError, StoreError
 from megaseg_dask.events import Failure
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import Plan
@@ -90,7 +90,7 @@ def list_reads(plan: Plan, *, is_needed: bool) -> Listing:
     def look(array: Location) -> list[Listed] | None:
         try:
             return _look(array, by_array[array])
-        except (DataError, StoreError) as error:
+        except (DataError, SourceError, StoreError) as error:
             # Who may read a store may not always list it.
             if is_needed and isinstance(error, StoreError) and not is_denied(error):
                 raise
@@ -142,8 +142,11 @@ def _look(array: Location, reads: Sequence[_Read]) -> list[Listed] | None:
     """
     if not array.is_listable:
         return None
-    # Keys of a zip begin in the zip.
-    prefix = array.packed[1] if array.packed else array.key
+    prefix = array.key
+    if array.packed is not None:
+        # Keys of a zip begin in the zip. Its directory, which was read before, may be another one.
+        _, prefix = array.packed
+        array.probe()
     listed = {entry.key.removeprefix(prefix).lstrip("/"): entry for entry in array.entries()}
     if listed.keys().isdisjoint(METADATA):
         return None

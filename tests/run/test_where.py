@@ -23,6 +23,7 @@ from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.runner import relabel
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.report.write import write_report
+from tests.fixtures.disk import read_tree
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here
@@ -202,7 +203,10 @@ def test_what_a_mask_saves_is_told(source, tmp_path, tiny_bundle, cheap_engine):
         ({"where": "half"}, "along x the image goes from voxel 0 to 96 of the mask, which has 48"),
         ({"where": "cells", "roi": "0:24,0:64,70:96"}, "no voxel of the mask is set"),
         ({"where_margin": 1}, "name one with --where"),
-        ({"where": "cells", "label_name": "cells", "outputs": "labels"}, "is the mask"),
+        (
+            {"where": "cells", "label_name": "cells", "outputs": "labels"},
+            "this run would replace it; choose another --label-name",
+        ),
     ],
 )
 def test_a_mask_that_cannot_be_used_is_refused(options, message, source, tmp_path, tiny_bundle):
@@ -234,6 +238,44 @@ def test_an_image_is_no_mask_and_no_regions_unless_something_says_so(
         plan_with(listed)
     add_label(Location.of(other), "0.5", "plain")
     assert plan_with(listed)
+
+
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [
+        ("where", "apart"),
+        ("where", "in place"),
+        ("regions", "apart"),
+        ("regions", "in place"),
+        # Labels made again have no mask of their own.
+        ("regions", "relabel"),
+    ],
+)
+def test_labels_that_are_read_are_not_replaced(
+    option, place, source, tmp_path, tiny_bundle, cheap_engine
+):
+    image = shutil.copytree(source, tmp_path / "image.zarr")
+    target = image if place == "in place" else tmp_path / "out.zarr"
+    outputs = "labels,measurements" if place == "in place" else "labels,scores,measurements"
+    first = settings_of(tiny_bundle, outputs=outputs, scores_dtype="float32")
+    assert segment_here(str(image), str(target), first).status == "done"
+    labels = target / "labels/megaseg"
+    before = read_tree(target)
+
+    def again():
+        if place != "relabel":
+            update = {option: str(labels), "overwrite": True}
+            return segment_here(str(image), str(target), first.model_copy(update=update))
+        options = {"workers": 0, "overwrite": True, "outputs": "labels,measurements"}
+        new = parse_settings({**options, "label_name": "again"})
+        assert relabel(str(target), new).status == "done"
+        before.update(read_tree(target))
+        update = {"regions": str(target / "labels/again")}
+        return relabel(str(target), new.model_copy(update=update))
+
+    with pytest.raises(SettingsError, match=f"--{option} .*this run would replace it"):
+        again()
+    assert read_tree(target) == before
 
 
 @pytest.mark.parametrize("option", ["where", "regions"])
