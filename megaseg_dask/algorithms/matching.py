@@ -23,9 +23,9 @@ from megaseg_dask.errors import DataError, SettingsError
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 # What corrections of objects cost in the Cell Tracking Challenge.
-_MISSED = 10
-_NOT_SPLIT = 5
-_TOO_MANY = 1
+MISSED = 10
+NOT_SPLIT = 5
+TOO_MANY = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -257,11 +257,11 @@ def _detection(table: Contingency, n_predicted: int, n_true: int) -> float:
     n_covered = len(covering)
     n_covering = len(np.unique(table.predicted[covering]))
     cost = (
-        _MISSED * (n_true - n_covered)
-        + _NOT_SPLIT * (n_covered - n_covering)
-        + _TOO_MANY * (n_predicted - n_covering)
+        MISSED * (n_true - n_covered)
+        + NOT_SPLIT * (n_covered - n_covering)
+        + TOO_MANY * (n_predicted - n_covering)
     )
-    worst = _MISSED * n_true
+    worst = MISSED * n_true
     return _ratio(worst - min(cost, worst), worst)
 
 

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     import rich.live
     import rich.progress
 
-    from megaseg_dask.algorithms.matching import Evaluation
     from megaseg_dask.run.job_array import Ran
     from megaseg_dask.tools.demo import Demo
     from megaseg_dask.tools.doctor.address import Finding
@@ -553,9 +552,9 @@ def _program() -> str:
     return os.path.relpath(program)
 
 
-def print_evaluation(evaluation: "Evaluation", *, csv: bool) -> None:
+def print_evaluation(evaluation: Mapping[str, Any], *, csv: bool) -> None:
     """Print the scores, one a line, then one line per IoU threshold; or both as CSV."""
-    scores = evaluation.as_dict()
+    scores = dict(evaluation)
     matchings = scores.pop("matchings")
     if csv:
         # The column is called iou_threshold, and threshold in JSON.
@@ -568,9 +567,8 @@ def print_evaluation(evaluation: "Evaluation", *, csv: bool) -> None:
     for name, value in scores.items():
         print_rows({name.replace("_", " "): _number(value, ".4f")}, 24)
     echo(f"\n{'IoU':>6} {'TP':>7} {'FP':>7} {'FN':>7} {'AP':>8}")
-    for m in evaluation.matchings:
-        counts = f"{m.true_positives:>7} {m.false_positives:>7} {m.false_negatives:>7}"
-        echo(f"{m.threshold:>6.2f} {counts} {m.average_precision:>8.4f}")
+    for threshold, hits, wrong, missed, precision in map(dict.values, matchings):
+        echo(f"{threshold:>6.2f} {hits:>7} {wrong:>7} {missed:>7} {precision:>8.4f}")
 
 
 def _number(value: float, float_format: str) -> str:

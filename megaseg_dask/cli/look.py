@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -212,6 +213,23 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    true_tracks: Annotated[
+        str | None,
+        typer.Option(
+            "--truth-tracks",
+            metavar="FILE",
+            help="True tracks, for TRA and LNK: GEFF, or a text file of the Cell Tracking "
+            "Challenge; ids in TRUTH are then those of tracks.",
+        ),
+    ] = None,
+    tracks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GEFF",
+            help="Tracks of PREDICTED. (default: what megaseg track wrote beside it)",
+            show_default=False,
+        ),
+    ] = None,
     csv: Annotated[
         bool, typer.Option("--csv", help="Print comma-separated lines, for a spreadsheet.")
     ] = False,
@@ -224,18 +242,33 @@ def evaluate(
     counted together.
 
     \b
-    Example:
+    Examples:
       megaseg evaluate segmented.zarr nuclei.zarr
+      megaseg evaluate segmented.zarr truth.zarr --truth-tracks man_track.txt
     """
     with exit_codes(json_):
-        from megaseg_dask.tools.evaluate import evaluate_images, find_labels, require_labels
+        from megaseg_dask.stores import Location
+        from megaseg_dask.tools.evaluate import (
+            compare_images,
+            evaluation_of,
+            find_labels,
+            find_tracks,
+            require_labels,
+            score_lineages,
+        )
 
         open_stores(options, None)
         compared = (find_labels(predicted, label), find_labels(truth, truth_label))
         if not unmarked:
             for labels in compared:
                 require_labels(labels)
-        evaluation = evaluate_images(*compared, ignored=ignore or (), tell=warn)
+        comparison = compare_images(*compared, ignored=ignore or (), tell=warn)
+        evaluation = evaluation_of(comparison)
+        scores = evaluation.as_dict()
+        if true_tracks:
+            found = Location.of(tracks) if tracks else find_tracks(compared[0])
+            of_tracks = score_lineages(comparison, found, Location.of(true_tracks))
+            scores |= asdict(of_tracks)
         if evaluation.left_out_voxels:
             warn(
                 "ignored because their tasks failed (missing_boxes): "
@@ -243,9 +276,9 @@ def evaluate(
                 "command again to compute them"
             )
         if json_:
-            echo_result(evaluation.as_dict())
+            echo_result(scores)
         else:
-            print_evaluation(evaluation, csv=csv)
+            print_evaluation(scores, csv=csv)
 
 
 def doctor(

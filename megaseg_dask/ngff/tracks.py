@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from megaseg_dask.errors import SettingsError, TargetError
-from megaseg_dask.messages import install_command
+from megaseg_dask.errors import SettingsError, SourceError, TargetError
+from megaseg_dask.messages import install_command, one_line
 from megaseg_dask.ngff.group import PROVENANCE, find_attributes
 from megaseg_dask.ngff.image import SPATIAL
 from megaseg_dask.ngff.versions import VERSIONS
@@ -97,12 +98,47 @@ def write_tracks(
             location.put(path.relative_to(local).as_posix(), path.read_bytes())
 
 
+def read_tracks(location: Location) -> TrackGraph:
+    """Read tracks of any program that writes GEFF, with the properties ``t`` and ``label``.
+
+    ``seg_id`` and what the metadata name are other names of ``label``.
+
+    Raises:
+        SourceError: There are no such tracks.
+        StoreError: The store failed.
+    """
+    from geff.core_io import read_to_memory
+
+    keys = location.keys("")
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "tracks"
+        for key in keys:
+            data = location.get(key)
+            if data is not None:
+                (local / key).parent.mkdir(parents=True, exist_ok=True)
+                (local / key).write_bytes(data)
+        try:
+            found = read_to_memory(local)
+        # The package raises errors of many kinds about what is wrong with a file.
+        except Exception as error:
+            raise SourceError(f"{location} cannot be read as GEFF: {one_line(error)}") from error
+    nodes = {name: known["values"] for name, known in found["node_props"].items()}
+    related = found["metadata"].related_objects or ()
+    names = [getattr(each, "node_prop", None) or each.label_prop for each in related]
+    names = [name for name in (*names, "label", "seg_id") if name in nodes]
+    if "t" not in nodes or not names:
+        raise SourceError(f"{location} does not tell timepoint and label of its objects (t, label)")
+    ids = found["node_ids"]
+    order = np.argsort(ids)
+    links = order[np.searchsorted(ids, found["edge_ids"], sorter=order)]
+    return TrackGraph({**nodes, "label": nodes[names[0]]}, links, {}, "")
+
+
 def _write_here(
     folder: Path, graph: TrackGraph, labels_path: str, provenance: Mapping[str, object]
 ) -> None:
     # It takes half a second to import.
     import geff_spec
-    import numpy as np
     from geff.core_io import write_arrays
 
     axes = [geff_spec.Axis(name="t", type="time", unit="frame")]

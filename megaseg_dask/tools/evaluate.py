@@ -14,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import BlockGrid, Box, Shape
+from megaseg_dask.algorithms.lineages import Lineage, TrackScores, score_tracks
 from megaseg_dask.algorithms.matching import Contingency, Evaluation, evaluate_contingency
 from megaseg_dask.errors import DataError, SettingsError, SourceError
+from megaseg_dask.messages import one_line
 from megaseg_dask.ngff.foreign import TIFF_SUFFIXES
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import choose_label, read_label_image, require_marked
+from megaseg_dask.ngff.tracks import SUFFIX, read_tracks, require_geff
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.run.target.provenance import missing_at
 from megaseg_dask.stores import Location
@@ -26,6 +29,7 @@ from megaseg_dask.tools.importing.files import open_file
 from megaseg_dask.tools.training.checks import has_areas
 
 BLOCK_SHAPE = (64, 512, 512)
+_TEXT_FORM = "expected lines of label, first and last timepoint, and parent"
 # Sizes of voxels that differ by less are written with other digits.
 _SAME_SIZE = 0.01
 
@@ -90,29 +94,54 @@ def evaluate_images(
             no integers; for a predicted id below 0.
         MegasegError: if one of them cannot be read.
     """
+    return evaluation_of(compare_images(predicted, truth, block_shape, ignored=ignored, tell=tell))
+
+
+def compare_images(
+    predicted: Location,
+    truth: Location,
+    block_shape: Shape = BLOCK_SHAPE,
+    *,
+    ignored: Sequence[int] = (),
+    tell: Callable[[str], None] = lambda text: None,
+) -> "Comparison":
+    """Return the tables of two label images, which all scores are computed of.
+
+    Raises:
+        SourceError: As :func:`evaluate_images`.
+    """
     with closing(_open(predicted)) as ours, closing(_open(truth)) as theirs:
         if ours.shape != theirs.shape:
             shapes = f"{predicted} has {ours.shape}, {truth} has {theirs.shape}"
             raise SourceError(f"shapes (t, z, y, x) differ: {shapes}")
         if difference := _differing_place(ours, theirs):
             tell(f"{predicted} and {truth} {difference}; are these the same voxels?")
-        comparison = _Comparison(ours, theirs, ignored)
         n_times, *volume_shape = ours.shape
+        comparison = Comparison(predicted, truth, [Contingency.none()] * n_times)
         for t in range(n_times):
             for box in BlockGrid(tuple(volume_shape), block_shape):
                 try:
-                    comparison.add(t, box)
+                    comparison.add(ours, theirs, t, box, ignored)
                 except DataError as error:
                     raise SourceError(f"{predicted}: {error}") from error
     for unseen in sorted(set(ignored) - comparison.seen):
         tell(f"--ignore {unseen}: {truth} has no voxel of this id")
-    table = Contingency.joined(comparison.tables.values())
+    return comparison
+
+
+def evaluation_of(comparison: "Comparison") -> Evaluation:
+    """Return the scores of objects, all timepoints together.
+
+    Raises:
+        SourceError: No voxel can be compared.
+    """
+    table = Contingency.joined(comparison.tables)
     if not len(table.voxels):
         if comparison.n_not_annotated:
-            raise SourceError(f"{truth} annotates no voxel; expected ids of 0 and above")
+            raise SourceError(f"{comparison.truth} annotates no voxel; expected ids of 0 and above")
         raise SourceError(
-            f"{predicted} lacks all voxels: its run failed; fix the cause, and run the same "
-            "megaseg segment command again"
+            f"{comparison.predicted} lacks all voxels: its run failed; fix the cause, and run the "
+            "same megaseg segment command again"
         )
     return replace(
         evaluate_contingency(table),
@@ -122,38 +151,90 @@ def evaluate_images(
 
 
 @dataclass(slots=True)
-class _Comparison:
-    """Tables of the timepoints, of the boxes that were added."""
+class Comparison:
+    """Two label images, and the table of each timepoint."""
 
-    ours: "_Readable"
-    theirs: "_Readable"
-    ignored: Sequence[int]
-    tables: dict[int, Contingency] = field(default_factory=dict)
+    predicted: Location
+    truth: Location
+    tables: list[Contingency]
     n_lacking: int = 0
     n_not_annotated: int = 0
     # Those of the ignored ids that are there.
     seen: set[int] = field(default_factory=set)
 
-    def add(self, t: int, box: Box) -> None:
+    def add(
+        self, ours: "_Readable", theirs: "_Readable", t: int, box: Box, ignored: Sequence[int]
+    ) -> None:
         """Add a box of a timepoint.
 
         Raises:
             DataError: A predicted id is below 0.
         """
-        is_there = self.ours.has(t, box) & self.theirs.has(t, box)
+        is_there = ours.has(t, box) & theirs.has(t, box)
         self.n_lacking += int((~is_there).sum())
-        true = self.theirs.read(t, box)[is_there]
+        true = theirs.read(t, box)[is_there]
         is_annotated = true >= 0
-        for value in self.ignored:
+        for value in ignored:
             is_ignored = true == value
             if is_ignored.any():
                 self.seen.add(value)
                 is_annotated &= ~is_ignored
         self.n_not_annotated += int((~is_annotated).sum())
-        predicted = self.ours.read(t, box)[is_there][is_annotated]
+        predicted = ours.read(t, box)[is_there][is_annotated]
         # Negative ids are left out above, so that no value is lost.
-        of_box = Contingency.of(predicted, true[is_annotated].astype(np.uint64))
-        self.tables[t] = self.tables.get(t, Contingency.none()) + of_box
+        self.tables[t] += Contingency.of(predicted, true[is_annotated].astype(np.uint64))
+
+
+def find_tracks(labels: Location) -> Location:
+    """Return where ``megaseg track`` writes the tracks of a label image of an image."""
+    image = labels.parent.parent
+    return image.sibling(".tracks") / f"{labels.basename}{SUFFIX}"
+
+
+def score_lineages(comparison: Comparison, tracks: Location, true_tracks: Location) -> TrackScores:
+    """Compare tracks of predicted labels with true ones: TRA and LNK.
+
+    ``tracks`` are GEFF. ``true_tracks`` are GEFF too, or a text file of the Cell Tracking
+    Challenge: label, first and last timepoint, parent; the ids of the true labels are then those
+    of tracks.
+
+    Raises:
+        SettingsError: The package that reads GEFF is missing.
+        SourceError: Tracks cannot be read, or are those of other labels.
+    """
+    found = _read_lineage(tracks)
+    try:
+        if true_tracks.basename.endswith(SUFFIX):
+            expected = _read_lineage(true_tracks)
+        else:
+            ids = [np.setdiff1d(table.true, 0) for table in comparison.tables]
+            expected = Lineage.of_tracks(ids, _read_text(true_tracks))
+        return score_tracks(found, expected, comparison.tables)
+    except DataError as error:
+        raise SourceError(f"{tracks} and {true_tracks} do not fit the labels: {error}") from error
+
+
+def _read_lineage(location: Location) -> Lineage:
+    require_geff()
+    if not location.exists():
+        raise SourceError(f"{location} does not exist{location.hint()}; run megaseg track first")
+    graph = read_tracks(location)
+    time = graph.nodes["t"].astype(np.int64)
+    return Lineage.of(time, graph.nodes["label"].astype(np.uint64), graph.links)
+
+
+def _read_text(location: Location) -> NDArray[np.int64]:
+    """Return rows of label, first and last timepoint, and parent."""
+    data = location.parent.get(location.basename)
+    if data is None:
+        raise SourceError(f"{location} does not exist{location.hint()}; check the path")
+    try:
+        rows = np.loadtxt(data.decode().splitlines(), dtype=np.int64, ndmin=2)
+    except ValueError as error:
+        raise SourceError(f"{location}: {one_line(error)}; {_TEXT_FORM}") from error
+    if rows.shape[1] != 4:
+        raise SourceError(f"{location} has {rows.shape[1]} columns; {_TEXT_FORM}")
+    return rows
 
 
 def _differing_place(ours: "_Readable", theirs: "_Readable") -> str:

@@ -1,6 +1,7 @@
 """``megaseg track``: the table and the GEFF of a run, and what is refused."""
 
 import io
+import json
 
 import geff
 import numpy as np
@@ -219,6 +220,41 @@ def test_what_cannot_be_tracked_is_refused_with_the_next_step(
     with pytest.raises(TargetError, match="did not write"):
         track(str(target))
     assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+
+
+def test_tracks_are_compared_with_true_ones(segment_movie, source, movie, tmp_path):
+    target = segment_movie(source)
+    truth = write_image(tmp_path / "truth.zarr", movie, axes="tzyx", scale=SCALE)
+    text = tmp_path / "man_track.txt"
+    text.write_text("1 0 2 0\n2 0 1 0\n3 0 0 0\n4 2 2 2\n5 2 2 2\n")
+
+    def evaluate(*words):
+        words = ["evaluate", str(target), *map(str, words), "--unmarked", "--json"]
+        ended = CliRunner().invoke(build_app(), words)
+        return ended.exit_code, json.loads(ended.stdout)
+
+    code, found = evaluate(truth, "--truth-tracks", text)
+    assert code == 2
+    assert "run megaseg track first" in found["error"]
+    track(str(target))
+    code, found = evaluate(truth, "--truth-tracks", text)
+    assert (code, found["tra"], found["lnk"], found["det"]) == (0, 1, 1, 1)
+    text.write_text("1 0 2 0\n2 0 1 0\n3 0 0 0\n4 2 2 0\n5 2 2 2\n")
+    _, found = evaluate(truth, "--truth-tracks", text)
+    assert (found["missed_links"], found["wrong_links"]) == (0, 1)
+    assert found["lnk"] == 1 - 1 / 6
+    geff_of = tmp_path / "out.zarr.tracks/megaseg.geff"
+    _, found = evaluate(target, "--truth-tracks", geff_of)
+    assert (found["tra"], found["lnk"]) == (1, 1)
+    text.write_text("1 0 2\n")
+    assert "3 columns" in evaluate(truth, "--truth-tracks", text)[1]["error"]
+    # Tracks of other labels.
+    segment_movie(source, "other.zarr", roi="0:24,0:24,0:30")
+    track(str(tmp_path / "other.zarr"))
+    words = ("--truth-tracks", geff_of, "--tracks", tmp_path / "other.zarr.tracks/megaseg.geff")
+    code, found = evaluate(target, *words)
+    assert code == 2
+    assert "lack the object" in found["error"]
 
 
 def test_without_the_package_the_message_installs_it(monkeypatch, tmp_path):
