@@ -110,7 +110,8 @@ class Lineage:
         if not is_there.all():
             absent = label[~is_there][0]
             raise DataError(f"the tracks lack the object {absent} of timepoint {time}")
-        return found + start
+        positions: Numbers = found + start
+        return positions
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,7 +248,7 @@ def _differing_place(ours: "_Readable", theirs: "_Readable") -> str:
     if any(image.unknown_size is not None for image in images):
         return ""
     sizes, origins = zip(*(_place(image) for image in images), strict=True)
-    if not np.allclose(*sizes, rtol=_SAME_SIZE, atol=0):
+    if not np.allclose(sizes[0], sizes[1], rtol=_SAME_SIZE, atol=0):
         return "have voxels of other sizes: {} and {} µm (z, y, x)".format(*map(_texts, sizes))
     # What half a voxel is apart are other voxels.
     if np.any(np.abs(origins[0] - origins[1]) > sizes[0] / 2):
