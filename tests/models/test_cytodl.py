@@ -270,6 +270,13 @@ def seed_of(bundle) -> int:
         (("epoch=9-val_loss=0.25.ckpt", "epoch=12-val_loss=0.31.ckpt", "last.ckpt"), 0),
         (("epoch=9-val_loss=3e-2.ckpt", "epoch=12-val_loss=0.0299.ckpt"), 1),
         (("epoch=9-val_loss=0.25.ckpt", "epoch=12.ckpt"), 1),
+        (
+            (
+                "epoch=9-train_loss=0.31-val_loss=0.25.ckpt",
+                "epoch=12-train_loss=0.02-val_loss=0.31.ckpt",
+            ),
+            0,
+        ),
     ],
 )
 def test_highest_epoch_and_last_only_when_alone(names, chosen, tmp_path):

@@ -200,7 +200,9 @@ def _only(chosen: list[File], problem: str, files: list[File]) -> File:
 
 def _loss(file: File) -> float | None:
     """Return the loss that a file's name states, such as ``epoch=12-val_loss=0.034.ckpt``."""
-    match = re.search(r"loss[=_](\d+(?:\.\d+)?(?:e-?\d+)?)", file.name)
+    number = r"loss[=_](\d+(?:\.\d+)?(?:e-?\d+)?)"
+    # A name may have the loss of training too, which says nothing about new images.
+    match = re.search(rf"val[a-z]*[_-]?{number}", file.name) or re.search(number, file.name)
     return float(match[1]) if match else None
 
 
