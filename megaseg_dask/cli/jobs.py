@@ -158,7 +158,8 @@ def _show_status(
     """Print the state of the runs on a target, and return the worst of their exit codes."""
     from megaseg_dask.run.status import status as status_of
 
-    runs = status_of(target, label_name, checks_outputs=checks_outputs)
+    counts_kept = prices is not None and prices.pays_for_keeping
+    runs = status_of(target, label_name, checks_outputs=checks_outputs, counts_kept=counts_kept)
     for run in runs:
         if as_json:
             cost = cost_of(run.used, prices) if run.used else None

@@ -85,6 +85,11 @@ class Prices:
             raise SettingsError(f"--price {text!r}: no price; give some of {NAMES}")
         return cls(prices)
 
+    @property
+    def pays_for_keeping(self) -> bool:
+        """Whether it has to be known how large the result is."""
+        return _MONTHLY in self.of_unit
+
     def cost_of(self, usage: Usage) -> Cost:
         """Return what a run costs that takes this."""
         of_items: dict[str, float | None] = {}

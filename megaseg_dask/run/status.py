@@ -1,30 +1,44 @@
 """How the runs on a target are: what is done, pending and failed, from their records alone."""
 
+from dataclasses import replace
+
 from megaseg_dask.errors import SettingsError, TargetError
 from megaseg_dask.events import Failure, RunStatus
 from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.ownership import is_present
-from megaseg_dask.run.usage import counted_usage
+from megaseg_dask.run.usage import count_kept, counted_usage
 from megaseg_dask.run.workspace import RunFolder
 from megaseg_dask.stores import Location
 
 
 def status(
-    target: str, label_name: str | None = None, *, checks_outputs: bool = False
+    target: str,
+    label_name: str | None = None,
+    *,
+    checks_outputs: bool = False,
+    counts_kept: bool = False,
 ) -> list[RunStatus]:
     """Return the status of each run on a target, of one label name or of all.
 
     It is read from the records. With ``checks_outputs``, the outputs of finished runs are listed
-    too, and their metadata are read.
+    too, and their metadata are read. With ``counts_kept``, they are listed for their sizes.
 
     Raises:
         TargetError: No run is recorded there, or its record cannot be read.
         StoreError: The store failed.
     """
     plans = recorded_plans(target, label_name)
-    return [_status_of(plan, checks_outputs=checks_outputs) for plan in plans]
+    runs = [_status_of(plan, checks_outputs=checks_outputs) for plan in plans]
+    if not counts_kept:
+        return runs
+    return [_with_kept(run, plan) for run, plan in zip(runs, plans, strict=True)]
+
+
+def _with_kept(run: RunStatus, plan: Plan) -> RunStatus:
+    assert run.used is not None
+    return replace(run, used=replace(run.used, bytes_kept=count_kept(plan)))
 
 
 def recorded_plans(target: str, label_name: str | None = None) -> list[Plan]:

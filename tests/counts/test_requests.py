@@ -1,6 +1,7 @@
 """Requests and bytes of a run: counted as a server sees them, and projected before."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.plan.stages import STAGES, WHOLE_VOLUME
 from megaseg_dask.run import journal, lease
 from megaseg_dask.run.journal import Journal
-from megaseg_dask.run.status import recorded_plans
+from megaseg_dask.run.status import recorded_plans, status
 from megaseg_dask.stores import Location, Traffic, clear_store_caches, take_traffic
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.relay import relay_to
@@ -131,6 +132,9 @@ def test_what_two_sessions_took_adds_up(tmp_path, tiny_bundle, monkeypatch):
     sessions = [session.traffic.n_put for session in again.sessions]
     assert len(sessions) == 2
     assert result.used.n_put >= first.n_put + sessions[1]
+    [run] = status(target, counts_kept=True)
+    in_files = sum(path.stat().st_size for path in Path(target).rglob("*") if path.is_file())
+    assert run.used.bytes_kept == in_files
 
 
 def test_each_stage_has_a_projection_of_its_requests():
