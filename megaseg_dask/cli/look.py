@@ -158,7 +158,10 @@ def _view_live(
         command = command_line(
             "segment", source, target, settings=settings, options=type(settings).model_fields
         )
-        echo(f"what you looked at is recorded; the rest: {command}", err=True)
+        what = "no part is recorded; the whole"
+        if looking.n_recorded:
+            what = "what you looked at is recorded; the rest"
+        echo(f"{what}: {command}", err=True)
 
 
 def _require_no_prediction(options: dict[str, Any], target: str | None) -> None:

@@ -110,7 +110,7 @@ class Turns:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Stop patient work at its next forward pass."""
+        """Stop all work at its next forward pass."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
@@ -120,11 +120,11 @@ class Turns:
         """Have the engine for one forward pass.
 
         Raises:
-            KeyboardInterrupt: Patient work is to stop.
+            KeyboardInterrupt: The work is to stop.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._may_take(is_patient))
-            if is_patient and self._is_over:
+            if self._is_over:
                 # No task fails by it: it is as if the process had been interrupted.
                 raise KeyboardInterrupt
             self._is_taken = True
@@ -136,7 +136,7 @@ class Turns:
                 self._changed.notify_all()
 
     def _may_take(self, is_patient: bool) -> bool:
-        if is_patient and self._is_over:
+        if self._is_over:
             return True
         return not self._is_taken and not (is_patient and self._n_urgent)
 

@@ -96,7 +96,9 @@ class Looking:
         self._provisional: dict[tuple[int, int], str] = {}
         self._share = ""
         self._is_proven = True
+        # What went wrong for good, and with what was looked at last.
         self.problem = ""
+        self.trouble = ""
         self.changed: Callable[[], None] = lambda: None
         self.runs = self._looked_at()
 
@@ -108,6 +110,11 @@ class Looking:
     def is_finished(self) -> bool:
         """Whether the run at the target was finished before: nothing is left to record."""
         return all(journal.result is not None for _, journal in self._opened)
+
+    @property
+    def n_recorded(self) -> int:
+        """How many tasks are recorded at the target."""
+        return sum(journal.n_done for _, journal in self._opened)
 
     @property
     def plan(self) -> Plan:
@@ -137,12 +144,16 @@ class Looking:
             try:
                 yield
             finally:
-                self._is_over.set()
-                self._is_seen.set()
-                self._turns.end()
-                with self._awake:
-                    self._awake.notify_all()
+                self.stop()
                 self._thread.join()
+
+    def stop(self) -> None:
+        """Predict nothing more: what is under way ends at its next forward pass."""
+        self._is_over.set()
+        self._is_seen.set()
+        self._turns.end()
+        with self._awake:
+            self._awake.notify_all()
 
     def _run(self) -> None:
         """Open the engine, then do what is to be done, until the end."""
@@ -282,10 +293,15 @@ class Looking:
                 self._add(self._work.tasks, (number, index))
 
     @property
+    def is_problem(self) -> bool:
+        """Whether the status tells of something that went wrong."""
+        return bool(self.problem or self.trouble)
+
+    @property
     def status(self) -> str:
         """What a person should know of what is seen; empty if nothing."""
-        if self.problem:
-            return self.problem
+        if self.is_problem:
+            return self.problem or self.trouble
         if not self._is_ready.is_set():
             return "Opening the model."
         if not self._is_proven:

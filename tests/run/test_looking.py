@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from megaseg_dask.errors import SettingsError, TargetError
+from megaseg_dask.errors import SettingsError, StoreError, TargetError
 from megaseg_dask.inference.pytorch import TorchEngine
 from megaseg_dask.inference.remembering import PatchMemory, Turns, digest_of
 from megaseg_dask.plan.settings import parse_settings
@@ -276,6 +276,40 @@ def test_a_task_that_fails_is_named_and_what_else_is_looked_at_goes_on(
     assert segment_here(str(source), str(tmp_path / "out.zarr"), settings).status == "done"
 
 
+def test_a_source_that_is_gone_is_named_until_it_is_back(
+    source, tmp_path, tiny_bundle, cheap_engine
+):
+    with viewing(source, None, settings_of(tiny_bundle)) as viewer:
+        source.rename(tmp_path / "moved.zarr")
+        with pytest.raises(StoreError, match="restore it") as raised:
+            viewer.chunk(0, 0, 0)
+        viewer.image.report(raised.value)
+        assert "restore it" in viewer.looking.status
+        (tmp_path / "moved.zarr").rename(source)
+        assert viewer.chunk(0, 0, 1).any()
+        # What failed is asked for again.
+        assert not viewer.looking.is_problem
+        assert viewer.image.generation == 1
+
+
+def test_the_end_comes_between_two_patches_of_what_is_waited_for(
+    source, tmp_path, tiny_bundle, cheap_engine, monkeypatch
+):
+    passes = []
+
+    def predict(self, patches, original=TorchEngine.__call__):
+        passes.append(len(patches))
+        viewer.looking.stop()
+        return original(self, patches)
+
+    monkeypatch.setattr(TorchEngine, "__call__", predict)
+    with viewing(source, None, settings_of(tiny_bundle)) as viewer:
+        waiting = viewer.image.chunk("0/c/0/0/0")
+        # Nobody gets a part of a chunk.
+        assert waiting.future.result(WAIT_S) == b""
+    assert len(passes) == 1
+
+
 def test_memory_of_patches_is_bounded_and_forgets_what_was_not_used_for_longest():
     patches = [np.full((1, 2, 2, 2), n, np.float32) for n in range(4)]
     memory = PatchMemory(2 * patches[0].nbytes)
@@ -313,3 +347,6 @@ def test_patient_work_waits_for_what_is_urgent_and_ends_when_it_has_to():
     turns.end()
     thread.join(WAIT_S)
     assert not thread.is_alive()
+    # What a person waits for ends too: a chunk of many patches takes long.
+    with pytest.raises(KeyboardInterrupt), turns.take(is_patient=False):
+        pass

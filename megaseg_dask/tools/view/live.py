@@ -111,6 +111,7 @@ class LiveGallery(Gallery):
 
     def close(self) -> None:
         """Predict nothing more."""
+        self._looking.stop()
         self._waiting.close()
 
 
@@ -150,7 +151,7 @@ class Live:
         layer.predicted.look(sight)
         return {
             "status": self._looking.status,
-            "is_problem": bool(self._looking.problem),
+            "is_problem": self._looking.is_problem,
             "source": f"{self._chunks.url_of(layer.name_at_server)}/|zarr3:",
         }
 

@@ -233,7 +233,7 @@ class PredictedImage:
 
     def report(self, error: Exception) -> None:
         """Let the page show why a chunk could not be predicted."""
-        self._looking.problem = describe(error)
+        self._looking.trouble = describe(error)
 
     # -- objects of the image
 
@@ -494,6 +494,10 @@ class PredictedImage:
                 self._n_predicted += 1
         whole, _ = self._find(key)
         assert whole is not None
+        if self._looking.trouble:
+            # It may be over: what failed is asked for again.
+            self._looking.trouble = ""
+            self.refresh()
         return self._encode(whole, output)
 
 
