@@ -195,6 +195,13 @@ class Image:
         return scale, tuple(t * f + o for t, f, o in moved)
 
     @property
+    def origin_um(self) -> tuple[float, ...]:
+        """Where the first voxel ``(z, y, x)`` of the finest level lies, in µm."""
+        _, translation = self.transform()
+        places = zip(translation, self.axes, strict=True)
+        return self.spatial([place * axis.in_um for place, axis in places])
+
+    @property
     def placement(self) -> Placement:
         """The name and the place of the image."""
         translations = tuple(level.translation for level in self.levels)

@@ -217,7 +217,10 @@ def score_lineages(comparison: Comparison, tracks: Location, true_tracks: Locati
 def _read_lineage(location: Location) -> Lineage:
     require_geff()
     if not location.exists():
-        raise SourceError(f"{location} does not exist{location.hint()}; run megaseg track first")
+        raise SourceError(
+            f"{location} does not exist{location.hint()}; run megaseg track first, or name tracks "
+            "with --tracks"
+        )
     graph = read_tracks(location)
     time = graph.nodes["t"].astype(np.int64)
     return Lineage.of(time, graph.nodes["label"].astype(np.uint64), graph.links)
@@ -247,20 +250,14 @@ def _differing_place(ours: "_Readable", theirs: "_Readable") -> str:
     images = (ours.image, theirs.image)
     if any(image.unknown_size is not None for image in images):
         return ""
-    sizes, origins = zip(*(_place(image) for image in images), strict=True)
+    sizes = [np.array(image.spacing_um) for image in images]
+    origins = [np.array(image.origin_um) for image in images]
     if not np.allclose(sizes[0], sizes[1], rtol=_SAME_SIZE, atol=0):
         return "have voxels of other sizes: {} and {} µm (z, y, x)".format(*map(_texts, sizes))
     # What half a voxel is apart are other voxels.
     if np.any(np.abs(origins[0] - origins[1]) > sizes[0] / 2):
         return "begin at other places: {} and {} µm (z, y, x)".format(*map(_texts, origins))
     return ""
-
-
-def _place(image: Image) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the size of the voxels and the place of the first, in µm ``(z, y, x)``."""
-    _, translation = image.transform()
-    in_um = [t * axis.in_um for t, axis in zip(translation, image.axes, strict=True)]
-    return np.array(image.spacing_um), np.array(image.spatial(in_um))
 
 
 def _texts(values: NDArray[np.float64]) -> str:

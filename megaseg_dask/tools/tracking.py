@@ -333,11 +333,7 @@ class _Objects:
             centroid = np.stack([columns[f"centroid_{axis}{unit}"] for axis in SPATIAL], axis=1)
             label = columns["label"].astype(np.uint64)
             frames[t] = Frame(label, columns["volume_voxels"], centroid)
-        origin = np.zeros(3)
-        if spacing:
-            _, translation = labels.transform()
-            in_um = [t * axis.in_um for t, axis in zip(translation, labels.axes, strict=True)]
-            origin = np.array(labels.spatial(in_um))
+        origin = np.array(labels.origin_um) if spacing else np.zeros(3)
         size = math.prod(spacing or (1.0,))
         return cls(frames, spacing is not None, size, origin)
 
