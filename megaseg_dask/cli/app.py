@@ -144,7 +144,7 @@ def plan(
     segmented. They are named, as by segment.
 
     The time is for one worker like this machine. It comes from a few forward passes of the network
-    that were measured in the last day.
+    that were measured in the last hour.
 
     \b
     Examples:
@@ -199,12 +199,12 @@ def relabel(
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
-    """Label again what a run predicted, with another threshold or other objects; no network runs.
+    """Label the scores of a run again, with another threshold or size; the network does not run.
 
-    It writes a new label image beside that of the run. Options that are not given are those of the
-    run; of the outputs, labels alone. Scores of 8 bits are rounded: --threshold 0.3 then means
-    stored scores above 76.5. From float32 scores (--scores-dtype float32) and kept logits
-    (--keep-logits) the labels are those of a new run. Automatic thresholds need kept logits.
+    It writes a new label image beside that of the run. Options that you do not give are
+    those of the run, but only labels are written. Scores of 8 bits are rounded: --threshold 0.3
+    then means stored scores above 76.5. From float32 scores (--scores-dtype float32) and kept
+    logits (--keep-logits) the labels are those of a new run. Automatic thresholds need kept logits.
 
     \b
     Examples:

@@ -37,8 +37,9 @@ def import_(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="What the names of several files mean: {well} or {row} and {column}, {field}, "
-            "{time}, {channel}, {z}; * is anything. After a colon: what the names of series mean.",
+            help="Pattern of the names of several files, with {well} or {row} and {column}, "
+            "{field}, {time}, {channel} and {z}; * stands for anything. A second pattern, after a "
+            "colon, is for the names of series.",
         ),
     ] = None,
     voxel_size: Annotated[
@@ -60,8 +61,8 @@ def import_(
         str | None,
         typer.Option(
             metavar="NUMBER|NAME|all",
-            help="Which series or scene of files that have several; all of them become the fields "
-            "of a plate.",
+            help="Series or scene to import, if the files have several. With all, each of them "
+            "becomes a field of a plate.",
         ),
     ] = None,
     allow_missing: Annotated[
@@ -85,7 +86,7 @@ def import_(
 ) -> None:
     """Write TIFF, CZI, ND2 or LIF files as an OME-Zarr image, or as a plate.
 
-    Nothing that exists is replaced. Interrupt it with Ctrl-C: the same command goes on.
+    Nothing that exists is replaced. After Ctrl-C, run the same command again: it resumes.
 
     \b
     Examples:

@@ -204,15 +204,15 @@ def evaluate(
     unmarked: Annotated[
         bool,
         typer.Option(
-            "--unmarked", help="Voxels are ids also where no metadata mark an image as labels."
+            "--unmarked", help="Take images as label images, even if their metadata do not say so."
         ),
     ] = False,
     ignore: Annotated[
         list[int] | None,
         typer.Option(
             metavar="ID",
-            help="Id in TRUTH of voxels that are not annotated; they are left out, as those below "
-            "0 are. May be repeated.",
+            help="Id in TRUTH that marks voxels without annotation; they are left out, as are all "
+            "ids below 0. Repeat the option for several ids.",
             show_default=False,
         ),
     ] = None,

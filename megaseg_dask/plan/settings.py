@@ -120,9 +120,9 @@ class Settings(BaseModel):
         Text | None,
         Option(
             SOURCE,
-            "Predict only where a mask is: a label image of the source, by its name, or the path "
-            "of another; data is the chunks that the source has. Elsewhere is background. "
-            "(default: everywhere)",
+            "Predict only inside a mask: the name of a label image of the source, or the path of "
+            "another one. With data, predict only where the source has chunks. The rest becomes "
+            "background. (default: everywhere)",
             "LABELS|data",
             changes_result=True,
         ),
@@ -131,7 +131,7 @@ class Settings(BaseModel):
         Distance,
         Option(
             SOURCE,
-            "Predict also what is at most this far from the mask, in µm.",
+            "Also predict voxels up to this distance from the mask, in µm.",
             "UM",
             changes_result=True,
         ),
@@ -140,8 +140,8 @@ class Settings(BaseModel):
         bool,
         Option(
             SOURCE,
-            "Voxels of the images of --where and --regions are ids also where no metadata mark an "
-            "image as labels.",
+            "Take the images of --where and --regions as label images, even if their metadata do "
+            "not say so.",
         ),
     ] = False
     wells: Annotated[
@@ -180,8 +180,9 @@ class Settings(BaseModel):
         Literal["fill", "error"],
         Option(
             SOURCE,
-            "What chunks are that the source lacks: its fill value, and counted, or an error. A "
-            "volume without any chunk is always an error.",
+            "What to do if the source lacks a chunk: fill takes the fill value of the array and "
+            "counts the chunk; error reports an error. A volume without any chunk is always an "
+            "error.",
             "fill|error",
             changes_result=True,
         ),
@@ -190,10 +191,10 @@ class Settings(BaseModel):
         MeanStd | None,
         Option(
             SOURCE,
-            "Mean and standard deviation for the normalization, or level:N: those of a coarser "
-            "level, which is read faster. Or one for all timepoints of a field (series), for all "
-            "fields of a well, an acquisition or the plate. (default: those of all voxels of each "
-            "volume)",
+            "Mean and standard deviation for the normalization. level:N measures them in a coarser "
+            "level, which is faster. series measures them once for all timepoints of a field; "
+            "well, acquisition and plate once for all their fields. (default: measured in all "
+            "voxels of each volume)",
             "MEAN,STD|level:N|series|well|acquisition|plate",
             changes_result=True,
         ),
@@ -267,9 +268,9 @@ class Settings(BaseModel):
         Literal["auto", "fp32", "bf16", "fp16"],
         Option(
             NETWORK,
-            "Arithmetic inside the network. auto is fp16 on a GPU; on CPUs of this machine bf16 in "
-            "long runs that get 1.3 times as fast; else fp32, also if the engine does not prove "
-            "itself. fp32 has TF32 off.",
+            "Number format inside the network. auto is fp16 on a GPU. On the CPUs of this machine "
+            "it is bf16 if that makes a long run at least 1.3 times as fast. Otherwise, or if a "
+            "test on your image fails, it is fp32. fp32 does not use TF32.",
             "auto|fp32|bf16|fp16",
             changes_result=True,
         ),
@@ -307,8 +308,8 @@ class Settings(BaseModel):
         Text | None,
         Option(
             OUTPUT,
-            "Channels whose intensities are measured too: all, or names and indices as of "
-            "--channel. Each gets columns that end in its name.",
+            "Other channels in which to measure intensities: all, or names and indices as for "
+            "--channel. The names of their columns end in the name of the channel.",
             "all|LIST",
             changes_result=True,
         ),
@@ -366,8 +367,8 @@ class Settings(BaseModel):
         Natural,
         Option(
             OUTPUT,
-            "Fill holes of at most this many voxels. A hole is background, connected as "
-            "--connectivity says.",
+            "Fill holes of at most this many voxels. --connectivity also says which voxels of a "
+            "hole touch.",
             "N",
             changes_result=True,
         ),
@@ -376,8 +377,8 @@ class Settings(BaseModel):
         Literal["none", "distance"],
         Option(
             OUTPUT,
-            "Take objects apart that touch: distance cuts where they are narrow, between the "
-            "peaks of the distance from their surface.",
+            "Separate objects that touch. distance cuts them at narrow places, between the peaks "
+            "of the distance from their surface.",
             "none|distance",
             changes_result=True,
         ),
@@ -386,8 +387,8 @@ class Settings(BaseModel):
         PositiveFloat | None,
         Option(
             OUTPUT,
-            "How far, in µm, the distance has to fall between two peaks for a cut; more cuts "
-            "less. (default: 0.75)",
+            "Two peaks are separated if the distance falls by at least this much between them, in "
+            "µm. A larger value cuts less. (default: 0.75)",
             "UM",
             changes_result=True,
         ),
@@ -556,8 +557,8 @@ class Settings(BaseModel):
         Option(
             RUN,
             "If a task or a worker does not respond for this many seconds, run the task "
-            "again elsewhere. (default: a worker 120; a task 20 times the longest of its "
-            "stage, at least 300)",
+            "again elsewhere. (default: 120 for a worker; for a task 20 times the longest task of "
+            "its stage, at least 300)",
             "SECONDS",
         ),
     ] = None

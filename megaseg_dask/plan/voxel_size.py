@@ -81,8 +81,8 @@ def choose_size_um(
     if wanted is None:
         names = " + ".join(bundle.name for bundle in bundles)
         raise SettingsError(
-            f"--voxel-size model: {names} does not say of which voxels its images were; give three "
-            "numbers, --voxel-size Z,Y,X in µm, or import it with --voxel-size"
+            f"--voxel-size model: {names} does not say the voxel size of its training images; give "
+            "three numbers, --voxel-size Z,Y,X in µm, or import it with --voxel-size"
         )
     if form.unknown_size:
         raise SettingsError(

@@ -33,7 +33,7 @@ def plan_of(source, tmp_path, **options):
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        ((1, 1, 1), {"voxel_size": "model"}, "does not say of which voxels .* give three numbers"),
+        ((1, 1, 1), {"voxel_size": "model"}, "does not say the voxel size .* give three numbers"),
         ((0, 1, 1), {"voxel_size": (2, 2, 2)}, "z has the scale 0.* write it into its metadata"),
         (
             (1, 1, 1),
