@@ -20,6 +20,7 @@ from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.source_identity import SAMPLE_BYTES
 from megaseg_dask.plan.stages import PlannedStage
 from megaseg_dask.stores import NO_TRAFFIC, Location, Traffic
+from megaseg_dask.stores.traffic import PAGE
 
 _GET = Traffic(n_get=1)
 # Each task asks whether its client still holds the run.
@@ -195,6 +196,8 @@ class _Projection:
     def by_part(self) -> dict[str, Traffic]:
         """Return the traffic of the tasks of each stage, of opening arrays, and of the client."""
         parts = {stage.name: self._tasks(stage) for stage in self._plan.stages}
+        n_objects = sum(traffic.n_put for traffic in parts.values())
+        parts["many objects"] = self._pages(n_objects)
         parts["opening arrays"] = self._opens()
         parts["client"] = _client(self._plan)
         parts["time"] = _by_time(self._plan, self._wall_s)
@@ -460,6 +463,17 @@ class _Projection:
         fine = image.spatial(image.levels[level - 1].scale)
         coarse = image.spatial(image.levels[level].scale)
         return tuple(map(truediv, coarse, fine)) if all(fine) else None
+
+    def _pages(self, n_objects: int) -> Traffic:
+        """Return the traffic of listing and removing more objects than one request can.
+
+        All are listed before something is published, and intermediate data when they are removed.
+        """
+        n_volumes = len(self._plan.volumes)
+        n_pages = n_objects // n_volumes // PAGE * n_volumes
+        if self._plan.is_one_task:
+            return Traffic(n_list=n_pages)
+        return Traffic(n_list=2 * n_pages, n_delete=n_pages)
 
     def _opens(self) -> Traffic:
         """Return the traffic of opening arrays: each process opens those that it works on."""
