@@ -97,7 +97,7 @@ def test_the_table_is_scikit_images(images):
     )
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_seg_and_det_are_those_of_the_cell_tracking_challenge(seed, tmp_path):
     """Objects of several timepoints that are missed, merged, cut and made up."""
     rng = np.random.default_rng(seed)

@@ -308,6 +308,7 @@ def test_a_kill_leaves_whole_tables(segment_movie, source, monkeypatch):
     valid_graph(target.parent / "out.zarr.tracks/megaseg.geff")
 
 
+@pytest.mark.slow
 def test_simulated_lineages_are_found_where_cells_move_little(segment_movie, tmp_path):
     movie = simulate(3, 8, step=0.5, seed=2)
     write_image(tmp_path / "cells.zarr", movie.image, axes="tzyx")
