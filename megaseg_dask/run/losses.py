@@ -140,7 +140,7 @@ def undo_losses(plan: Plan, journal: Journal) -> int:
     changed = _find_changed(plan, journal)
     for volume in changed:
         journal.undo([stage.name for stage in plan.stages], volume)
-    for volume in _others_of_groups(plan, changed):
+    for volume in others_of_groups(plan, changed):
         journal.undo([stage.name for stage in plan.stages[1:]], volume)
     finished = {volume for volume in range(len(plan.volumes)) if journal.is_complete(volume)}
     lost = _find_losses(plan, journal, _list(plan, finished), finished)
@@ -158,7 +158,7 @@ def undo_losses(plan: Plan, journal: Journal) -> int:
     return len(lost) + len(changed)
 
 
-def _others_of_groups(plan: Plan, changed: Collection[int]) -> list[int]:
+def others_of_groups(plan: Plan, changed: Collection[int]) -> list[int]:
     """Return the volumes whose normalization is also that of volumes that changed."""
     if not plan.resolved.pools_statistics():
         return []

@@ -17,6 +17,7 @@ from megaseg_dask.events import Failure
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.run.journal import Journal
+from megaseg_dask.run.losses import others_of_groups
 from megaseg_dask.run.tasks.worker import volume_name
 from megaseg_dask.stores import METADATA, Location
 from megaseg_dask.stores.failures import is_denied
@@ -181,7 +182,12 @@ def take_back_changed(
     is_compared = plan.measure_level == 0 and not plan.is_one_task
     not_compared = [name for name in names if name in _OF_MEASUREMENTS] if is_compared else names
     failures = []
-    for volume in before.changed(after):
+    changed = before.changed(after)
+    anew = [volume for volume in changed if volume not in failed]
+    for volume in others_of_groups(plan, anew):
+        # Their statistics are also those of what changed.
+        journal.undo(names[1:], volume)
+    for volume in changed:
         if volume in failed:
             # Their failures stay, to be told.
             journal.lose(_done_of(plan, journal, not_compared, volume))

@@ -335,3 +335,20 @@ def test_a_source_that_changes_after_the_last_look_is_read_again(
     before["join", 0] = lambda: move(case)
     assert case.run("gone").status == "done"
     assert contents(case.folder / "gone.zarr") == contents(case.folder / "anew.zarr")
+
+
+def test_a_volume_that_changes_takes_its_group_along(tmp_path, tiny_bundle, before, cheap_engine):
+    """The statistics of all of them are also those of what changed."""
+    options = {**BLOCKS, "normalization": "series", "threshold": "otsu"}
+    case = Case(tmp_path, tiny_bundle, options, "tzyx")
+
+    def change():
+        array = zarr.open_array(case.source / "0", mode="r+")
+        array[0] = array[0] // 3
+
+    before["join", 2] = change
+    result = case.run()
+    assert [failure.volume for failure in result.failures] == ["t=0 c=0"]
+    assert case.run().status == "done"
+    assert case.run("anew").status == "done"
+    assert contents(case.folder / "out.zarr") == contents(case.folder / "anew.zarr")
