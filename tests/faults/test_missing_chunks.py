@@ -154,7 +154,10 @@ def require_counts(location: Location) -> None:
             strict.read(box)
 
 
-@pytest.mark.parametrize(("block", "last"), [(None, "volume"), ("16,24,48", "table")])
+@pytest.mark.parametrize(
+    ("block", "last"),
+    [(None, "volume"), pytest.param("16,24,48", "table", marks=pytest.mark.slow)],
+)
 def test_what_a_measured_channel_lacks_is_counted_and_read_when_it_is_back(
     block, last, run, tmp_path, monkeypatch
 ):

@@ -229,7 +229,9 @@ ANOTHER = {
 }
 
 
-@pytest.mark.parametrize("options", [OPTIONS, BLOCKS], ids=["one task", "staged"])
+@pytest.mark.parametrize(
+    "options", [OPTIONS, pytest.param(BLOCKS, marks=pytest.mark.slow)], ids=["one task", "staged"]
+)
 @pytest.mark.parametrize("another", ANOTHER)
 def test_tasks_read_no_other_array_than_was_planned(
     options, another, tmp_path, tiny_bundle, cheap_engine
@@ -291,7 +293,11 @@ def measured(tmp_path, tiny_bundle, cheap_engine):
     return lambda: segment_here(str(image), str(tmp_path / "out.zarr"), settings)
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize(
+    "name",
+    ["segmented channel", "regions"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("measured channel", "mask")],
+)
 def test_a_chunk_that_changes_after_it_was_read_is_named_and_read_again(
     name, tmp_path, before, measured
 ):
@@ -320,6 +326,7 @@ def test_what_is_not_read_may_change(tmp_path, before, measured):
     assert measured().already_done
 
 
+@pytest.mark.slow
 def test_a_source_that_changes_after_the_last_look_is_read_again(
     tmp_path, tiny_bundle, before, cheap_engine
 ):

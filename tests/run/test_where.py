@@ -244,8 +244,8 @@ def test_an_image_is_no_mask_and_no_regions_unless_something_says_so(
     ("option", "place"),
     [
         ("where", "apart"),
-        ("where", "in place"),
-        ("regions", "apart"),
+        pytest.param("where", "in place", marks=pytest.mark.slow),
+        pytest.param("regions", "apart", marks=pytest.mark.slow),
         ("regions", "in place"),
         # Labels made again have no mask of their own.
         ("regions", "relabel"),
