@@ -60,8 +60,8 @@ def record(tmp_path, tiny_bundle, monkeypatch):
     return record
 
 
-# MONAI imports the others where they are installed.
-BUILDING_A_NETWORK = {"torch", "monai", "matplotlib", "pandas", "pyarrow", "skimage"}
+# MONAI imports the others where they are installed; rich by scikit-learn.
+BUILDING_A_NETWORK = {"torch", "monai", "matplotlib", "pandas", "pyarrow", "rich", "skimage"}
 
 
 def test_a_worker_with_a_kept_conversion_imports_neither_torch_nor_monai(record):
