@@ -426,6 +426,8 @@ def test_plan_prints_one_object_and_writes_nothing(tiny_bundle, tmp_path):
     source = write_image(tmp_path / "cells.zarr", blobs((40, 70, 90)))
     before = tree(tmp_path)
     options = ["--model", tiny_bundle, "--threads", "1", "--block", "20,40,50"]
+    # A patch that is quickly measured.
+    options += ["--patch", "16,32,32"]
     ended = megaseg("plan", source, tmp_path / "out.zarr", *options, "--json")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert tree(tmp_path) == before

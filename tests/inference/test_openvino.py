@@ -62,8 +62,18 @@ def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("harm", [zero, cut, remove])
-@pytest.mark.parametrize("name", ["model.xml", "model.bin", "sha256"])
+HARMS = [("model.xml", zero), ("model.bin", cut), ("sha256", remove)]
+OTHER_HARMS = [
+    pytest.param("model.xml", cut, marks=pytest.mark.slow),
+    pytest.param("model.xml", remove, marks=pytest.mark.slow),
+    pytest.param("model.bin", zero, marks=pytest.mark.slow),
+    pytest.param("model.bin", remove, marks=pytest.mark.slow),
+    pytest.param("sha256", zero, marks=pytest.mark.slow),
+    pytest.param("sha256", cut, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "harm"), [*HARMS, *OTHER_HARMS])
 def test_a_damaged_conversion_is_made_again(name, harm, home, reference, conversions):
     expected = predict(reference)
     [kept] = (home / "openvino").iterdir()

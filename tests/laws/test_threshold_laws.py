@@ -167,7 +167,9 @@ def test_li_stops_where_scikit_image_does(values):
     assert found_in([values], "li") == pytest.approx(expected(values, "li"), abs=1e-6)
 
 
-@pytest.mark.parametrize("size", [100_000, 600_000, 1_500_000, 5_000_000])
+@pytest.mark.parametrize(
+    "size", [100_000, 600_000, 1_500_000, pytest.param(5_000_000, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", ["two modes", "one mode", "skew"])
 def test_lis_threshold_is_as_good_where_bins_are_shared(size, kind):
     values = logits(size, size, kind)
