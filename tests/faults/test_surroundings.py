@@ -123,7 +123,13 @@ except Exception as end:
 @pytest.mark.parametrize("number", _INTERRUPTS)
 def test_what_ends_a_process_ends_it_in_order(number):
     command = [sys.executable, "-c", _WAIT, str(int(number))]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        # Tests in the background may have been started with signals that are ignored.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     assert ended.returncode == 130
     assert "run the same command again to resume" in ended.stderr
 
