@@ -110,7 +110,9 @@ def row(parameter: Any) -> str:
 
 def fractal_manifest() -> str:
     """The tasks of Fractal with the schemas of their arguments, as `fractal-manifest create`."""
-    made = create_manifest(raw_package_name="megaseg_dask", task_list_path="fractal.task_list")
+    made = create_manifest(
+        raw_package_name="megaseg_dask", task_list_path="tools.fractal.task_list"
+    )
     return json.dumps(made, indent=2) + "\n"
 
 

@@ -1,1 +1,1 @@
-"""Before and after a run: report, viewer, training, doctor, evaluation, demo."""
+"""Before and after a run: report, viewer, napari, tracks, tasks of Fractal, training, demo."""

@@ -2,7 +2,7 @@
 
 from fractal_task_tools.task_models import CompoundTask
 
-from megaseg_dask.fractal.arguments import N_CORES
+from megaseg_dask.tools.fractal.arguments import N_CORES
 
 AUTHORS = "The developers of megaseg-dask"
 DOCS_LINK = "https://github.com/megaseg-dask/megaseg_dask/blob/main/docs/workflows.md"
@@ -15,8 +15,8 @@ _TAGS = ["Deep Learning", "Instance Segmentation", "3D", "MegaSeg"]
 TASK_LIST = [
     CompoundTask(
         name="MegaSeg segmentation",
-        executable_init="fractal/plan_images.py",
-        executable="fractal/segment_image.py",
+        executable_init="tools/fractal/plan_images.py",
+        executable="tools/fractal/segment_image.py",
         meta_init=_PLANNING,
         meta=_COMPUTING,
         category="Segmentation",
@@ -24,8 +24,8 @@ TASK_LIST = [
     ),
     CompoundTask(
         name="MegaSeg segmentation (GPU)",
-        executable_init="fractal/plan_images_gpu.py",
-        executable="fractal/segment_image.py",
+        executable_init="tools/fractal/plan_images_gpu.py",
+        executable="tools/fractal/segment_image.py",
         meta_init=_PLANNING,
         meta={**_COMPUTING, "needs_gpu": True},
         category="Segmentation",

@@ -1,8 +1,8 @@
 """Plan the images of a workflow whose jobs compute on CPUs: the first part of a Fractal task."""
 
-from megaseg_dask.fractal.arguments import with_settings
-from megaseg_dask.fractal.images import plan
-from megaseg_dask.fractal.script import run
+from megaseg_dask.tools.fractal.arguments import with_settings
+from megaseg_dask.tools.fractal.images import plan
+from megaseg_dask.tools.fractal.script import run
 
 
 @with_settings

@@ -1,7 +1,7 @@
 """Segment one image of a workflow: the second part of a Fractal task."""
 
-from megaseg_dask.fractal.images import segment_in_place
-from megaseg_dask.fractal.script import run
+from megaseg_dask.tools.fractal.images import segment_in_place
+from megaseg_dask.tools.fractal.script import run
 
 
 def segment_image(*, zarr_url: str, init_args: dict[str, dict[str, object]]) -> None:

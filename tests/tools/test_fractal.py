@@ -19,9 +19,9 @@ import zarr
 from ngio import open_ome_zarr_container
 
 import megaseg_dask
-from megaseg_dask.fractal.arguments import DEFAULTS
-from megaseg_dask.fractal.plan_images import plan_images
 from megaseg_dask.plan.settings import Settings, parse_settings
+from megaseg_dask.tools.fractal.arguments import DEFAULTS
+from megaseg_dask.tools.fractal.plan_images import plan_images
 from tests.counts.test_engine_calls import contents
 from tests.fixtures.plates import FieldSpec, write_fields
 from tests.fixtures.runs import segment_here

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megaseg_dask.errors import MegasegError, SettingsError, SourceError, TargetError, TaskError
 from megaseg_dask.events import Event, Result
-from megaseg_dask.fractal.arguments import DEFAULTS
 from megaseg_dask.messages import (
     Narrator,
     count,
@@ -24,6 +23,7 @@ from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.request import Request
 from megaseg_dask.run.runner import segment
+from megaseg_dask.tools.fractal.arguments import DEFAULTS
 
 logger = logging.getLogger("megaseg")
 
