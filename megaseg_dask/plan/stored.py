@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from megaseg_dask.algorithms.geometry import BlockGrid, Shape
+from megaseg_dask.errors import StoreError
 from megaseg_dask.stores import Location, open_array
 
 # Objects whose size is asked for; compressed ones differ.
@@ -26,8 +28,10 @@ class Stored:
     def of(cls, location: Location) -> "Stored":
         """Look at an array, and ask for the sizes of some of its objects.
 
+        An object that cannot be read has no size here: the task that reads it names it.
+
         Raises:
-            StoreError: The store failed.
+            StoreError: The array cannot be opened.
         """
         array = open_array(location)
         unit = array.shards or array.chunks
@@ -35,6 +39,13 @@ class Stored:
         last = len(grid) - 1
         numbers = {round(i * last / (_MAX_SAMPLES - 1)) for i in range(_MAX_SAMPLES)}
         keys = [array.metadata.encode_chunk_key(grid.position(number)) for number in numbers]
-        sizes = list(filter(None, map(location.size, keys)))
+        sizes = [size for size in map(partial(_size, location), keys) if size]
         mean_bytes = math.ceil(sum(sizes) / max(len(sizes), 1))
         return cls(array.chunks, unit, mean_bytes, len(keys))
+
+
+def _size(location: Location, key: str) -> int | None:
+    try:
+        return location.size(key)
+    except StoreError:
+        return None

@@ -312,7 +312,7 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "memory": (lambda d, out: [image(d), out, "--memory", "100MB"], "raise --memory"),
     "block and memory": (
         lambda d, out: [image(d), out, "--memory", "100MB", "--block", "20,32,40"],
-        "with block (20, 32, 40)",
+        "the smallest possible block needs",
     ),
     "target is a file": (lambda d, out: [image(d), text_file(d, "out.zarr")], "is a file"),
     "target is a folder": (

@@ -99,7 +99,7 @@ def run_folder(target: Path) -> Path:
 
 def is_no_image(target: Path) -> bool:
     """Tell that nobody can take what is there for an image."""
-    with pytest.raises(SourceError, match="without multiscales"):
+    with pytest.raises(SourceError, match="the target of a run that is not finished"):
         read_image(Location.of(target))
     return "multiscales" not in json.dumps(dict(zarr.open_group(target, mode="r").attrs))
 

@@ -346,8 +346,8 @@ def test_the_viewer_shows_the_image_and_the_scores_once(run, again, tmp_path):
     assert [layer.threshold for layer in layers if layer.kind == "scores"] == [0.5]
     # One name alone has the scores too, and the threshold of its labels.
     gallery = Gallery(target, "again")
-    image, scores, labels = gallery.scene("").layers
-    assert (image.kind, scores.kind, labels.name) == ("image", "scores", "labels again")
+    image, labels, scores = gallery.scene("").layers
+    assert (image.kind, labels.name, scores.kind) == ("image", "labels again", "scores")
     assert (scores.threshold, scores.location) == (0.6, Location.of(target))
     assert gallery.command("") == f"megaseg relabel {target}"
     with pytest.raises(TargetError, match="no run of the name agian is recorded"):

@@ -284,16 +284,16 @@ def _predicting(plan: Plan) -> Plan | None:
 
 
 def _run_layers(plan: Plan, field: str) -> Iterator[Layer]:
-    """Yield the source's channels of a run, its scores, then its other outputs at the target."""
+    """Yield the source's channels of a run, then its labels at the target and its scores."""
     channels = set[int]().union(*(volume.channels for volume in plan.volumes))
     yield from _image_layers(plan.source / field, sorted(channels))
+    for group in ImageTarget(plan, field).label_groups:
+        yield from _group_layers(group.location, LABELS, f"labels {group.name}")
     predicting = _predicting(plan)
     if predicting is not None and "scores" in predicting.arrays:
         scores = ImageTarget(predicting, field).group("scores", "")
         for layer in _score_layers(scores.location):
             yield _as_in(plan, layer)
-    for group in ImageTarget(plan, field).label_groups:
-        yield from _group_layers(group.location, LABELS, f"labels {group.name}")
 
 
 def _as_in(plan: Plan, scores: Layer) -> Layer:
