@@ -104,7 +104,7 @@ def segment(
 ) -> None:
     """Segment an image: scores and labels, as multiscale OME-Zarr.
 
-    After Ctrl-C or a crash, run the same command again: it resumes where it stopped.
+    After Ctrl-C or a crash, run the same command again to resume.
 
     \b
     Examples:
@@ -141,7 +141,7 @@ def plan(
     """Show what segment would do with the same options: blocks, patches, memory, bytes, time.
 
     It writes nothing unless --record is given. The exit code is 1 if fields of a plate cannot be
-    segmented. They are named, as by segment.
+    segmented. These fields are named.
 
     The time is for one worker like this machine. It comes from a few forward passes of the network
     that were measured in the last hour.
@@ -201,10 +201,10 @@ def relabel(
 ) -> None:
     """Label the scores of a run again, with another threshold or size; the network does not run.
 
-    It writes a new label image beside that of the run. Options that you do not give are
-    those of the run, but only labels are written. Scores of 8 bits are rounded: --threshold 0.3
-    then means stored scores above 76.5. From float32 scores (--scores-dtype float32) and kept
-    logits (--keep-logits) the labels are those of a new run. Automatic thresholds need kept logits.
+    It writes a new label image beside that of the run. An option that you omit has the value of
+    the run, but only labels are written. Scores of 8 bits are rounded: --threshold 0.3 then means
+    stored scores above 76.5. From float32 scores (--scores-dtype float32) and kept logits
+    (--keep-logits), the labels equal those of a new run. Automatic thresholds need kept logits.
 
     \b
     Examples:

@@ -22,7 +22,7 @@ def export(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="TIFF file to write; of a plate, a folder.", show_default=False
+            metavar="FILE", help="TIFF file to write; for a plate, a folder.", show_default=False
         ),
     ],
     *,
@@ -36,9 +36,7 @@ def export(
     level: Annotated[
         int, typer.Option(metavar="N", help="Level of the pyramid; 0 is full resolution.")
     ] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that are there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
     **options: Any,

@@ -38,24 +38,24 @@ def import_(
         typer.Option(
             metavar="TEXT",
             help="Pattern of the names of several files, with {well} or {row} and {column}, "
-            "{field}, {time}, {channel} and {z}; * stands for anything. A second pattern, after a "
+            "{field}, {time}, {channel} and {z}; * stands for any text. A second pattern, after a "
             "colon, is for the names of series.",
         ),
     ] = None,
     voxel_size: Annotated[
         str | None,
-        typer.Option(metavar="Z,Y,X", help="Size of voxels in µm. (default: what the files say)"),
+        typer.Option(metavar="Z,Y,X", help="Size of voxels in µm. (default: from the files)"),
     ] = None,
     axes: Annotated[
         str | None,
         typer.Option(
             metavar="AXES",
-            help="Axes of the arrays in the files, such as TCZYX. (default: what the files say)",
+            help="Axes of the arrays in the files, such as TCZYX. (default: from the files)",
         ),
     ] = None,
     channel_names: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Names of the channels. (default: what the files say)"),
+        typer.Option(metavar="LIST", help="Names of the channels. (default: from the files)"),
     ] = None,
     series: Annotated[
         str | None,
@@ -69,7 +69,7 @@ def import_(
         bool,
         typer.Option(
             "--allow-missing",
-            help="Fields may lack timepoints, channels or planes that other fields have.",
+            help="Accept fields that lack timepoints, channels or planes of other fields.",
         ),
     ] = False,
     labels: Annotated[
@@ -86,7 +86,7 @@ def import_(
 ) -> None:
     """Write TIFF, CZI, ND2 or LIF files as an OME-Zarr image, or as a plate.
 
-    Nothing that exists is replaced. After Ctrl-C, run the same command again: it resumes.
+    Existing files are not replaced. After Ctrl-C, run the same command again to resume.
 
     \b
     Examples:

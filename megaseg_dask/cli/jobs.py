@@ -121,17 +121,18 @@ def status(
         bool,
         typer.Option(
             "--check",
-            help="Also compare all that finished runs wrote with what is there now; lists all "
-            "objects of TARGET.",
+            help="Also compare the files that finished runs wrote with the files that exist now. "
+            "This lists all files of TARGET.",
         ),
     ] = False,
     price: Price = None,
     json_: Json = False,
     **options: Any,
 ) -> None:
-    """Show which tasks are done, pending and failed, and what the run took of stores.
+    """Show which tasks are done, pending or failed, and how many requests and bytes the run needed.
 
-    This is what the run recorded. After TARGET was moved or copied, --check finds what is missing.
+    The command reads the record of the run. After TARGET was moved or copied, use --check to find
+    lost files.
 
     Exit codes: 0 all tasks are done, 1 a task failed, 3 tasks are pending or something is lost.
 

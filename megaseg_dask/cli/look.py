@@ -61,7 +61,7 @@ def view(
         typer.Option(
             metavar="NAME|PATH",
             help="Predict scores where you look, with this model, as segment does. Without it, "
-            "what is stored is shown, and nothing is predicted.",
+            "only stored scores are shown.",
             show_default=False,
         ),
     ] = None,
@@ -70,8 +70,8 @@ def view(
         typer.Option(
             "--target",
             metavar="TARGET",
-            help="With --model: record the blocks that you look at there. segment with the same "
-            "options then computes the rest.",
+            help="With --model: record the blocks that you look at in this target. megaseg "
+            "segment with the same options then computes the rest.",
         ),
     ] = None,
     no_browser: Annotated[
@@ -82,8 +82,8 @@ def view(
         str | None,
         typer.Option(
             metavar="LABELS",
-            help="True labels to compare with: a label image of the image, or its address; of a "
-            "plate, a plate or PLATE/NAME.",
+            help="True labels to compare with: the name of a label image of the image, or the "
+            "address of one. For a plate, give a plate or PLATE/NAME.",
         ),
     ] = None,
     json_: Json = False,
@@ -91,13 +91,13 @@ def view(
 ) -> None:
     """Show the image, scores and labels in a browser. Ctrl-C ends it.
 
-    Double-click an object to select it, and see it in 3D. A slider tries other thresholds and
-    shows the command that applies one. The key ? lists all keys. The page works offline, and only
-    this machine can open it. The exit code is that of megaseg status: 3 if a run there is not
-    finished, 1 if something failed.
+    Double-click an object to select it and to see it in 3D. A slider shows the objects at other
+    thresholds, and the command that applies a threshold. The key ? lists all keys. The page works
+    offline, and only this machine can open it. The exit code is that of megaseg status: 3 if a run
+    there is not finished, 1 if something failed.
 
-    With --model it predicts scores where you look, with the options of segment: what you see is
-    what a run would write.
+    With --model it predicts scores where you look, with the options of segment: you see the scores
+    that a run would write.
 
     \b
     Examples:
@@ -229,7 +229,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="GEFF",
-            help="Tracks of PREDICTED. (default: what megaseg track wrote beside it)",
+            help="Tracks of PREDICTED. (default: the tracks that megaseg track wrote beside "
+            "PREDICTED)",
             show_default=False,
         ),
     ] = None,
@@ -297,9 +298,9 @@ def doctor(
 ) -> None:
     """Show the hardware of this machine, which engine auto chooses and why, and common problems.
 
-    For an address it shows whether the store answers, which image is there, whether a run could
-    write there, and how fast. Exit code 1: an address cannot be used. --anon applies to the first
-    address.
+    For each address, it shows whether the store answers, which image is there, whether a run could
+    write there, and how fast the store is. The exit code is 1 if an address cannot be used. --anon
+    applies to the first address.
 
     \b
     Examples:

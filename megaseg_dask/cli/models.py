@@ -185,7 +185,7 @@ def import_model(
         typer.Option(
             "--voxel-size",
             metavar="Z,Y,X",
-            help="Size in µm of the voxels that it was trained on, for --voxel-size model.",
+            help="Voxel size of the training images in µm, for --voxel-size model.",
         ),
     ] = None,
     overwrite: Overwrite = False,

@@ -18,7 +18,7 @@ Price = Annotated[
     str | None,
     typer.Option(
         metavar="NAME=PRICE,…",
-        help="Show what the run costs, at prices such as gpu=3.2/h,put=5e-6/req. Names: gpu and "
+        help="Show the cost of the run, at prices such as gpu=3.2/h,put=5e-6/req. Names: gpu and "
         "cpu (/h, of a worker with and without a GPU); put, get, list, delete (/req, of a store); "
         "read, write (/GB, from and to a store); storage (/GB-month, of the result).",
         show_default=False,

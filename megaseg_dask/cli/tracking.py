@@ -32,11 +32,13 @@ def track(
     ] = None,
     splits: Annotated[
         bool,
-        typer.Option("--splits/--no-splits", help="Let an object go on as two: cells divide."),
+        typer.Option(
+            "--splits/--no-splits", help="Allow one object to become two, as when a cell divides."
+        ),
     ] = True,
     merges: Annotated[
         bool,
-        typer.Option("--merges/--no-merges", help="Let two objects go on as one."),
+        typer.Option("--merges/--no-merges", help="Allow two objects to become one."),
     ] = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -44,10 +46,10 @@ def track(
 ) -> None:
     """Link the objects of a segmented timelapse from timepoint to timepoint.
 
-    Objects that overlap, or whose centers are near, are one object that moves. The table of
+    Objects that overlap, or whose centers are near, are linked as one moving object. The table of
     measurements gets the columns track_id, parent_track_id and lineage_id, and TARGET.tracks holds
-    the graph of each label image as GEFF, for napari and other programs. Of a plate, each field
-    is tracked. The same command with other options replaces the tracks. It needs the package geff.
+    the graph of each label image as GEFF, for napari and other programs. In a plate, each field is
+    tracked. The same command with other options replaces the tracks. It needs the package geff.
 
     \b
     Examples:

@@ -104,9 +104,9 @@ def train(
         bool, typer.Option("--quiet", "-q", help="Print only errors and the final lines.")
     ] = False,
 ) -> None:
-    """Train MegaSeg's network on labelled images by its published recipe, through cyto-dl.
+    """Train MegaSeg's network on labelled images with its published recipe, through cyto-dl.
 
-    Run megaseg train --install once before. After Ctrl-C, run the same command again: it resumes
+    First run megaseg train --install once. After Ctrl-C, run the same command again: it resumes
     after the last finished epoch.
 
     \b

@@ -110,8 +110,9 @@ class Settings(BaseModel):
         VoxelSize,
         Option(
             SOURCE,
-            "Size of the voxels that the network sees, in µm: the source's, the model's, or three "
-            "numbers. The image is resampled; scores and labels come back on the source's voxels.",
+            "Size of the voxels that the network gets, in µm: source is that of the image, model "
+            "that of the model's training images; or give three numbers. The image is resampled. "
+            "Scores and labels have the voxels of the source.",
             "source|model|Z,Y,X",
             changes_result=True,
         ),
@@ -192,9 +193,9 @@ class Settings(BaseModel):
         Option(
             SOURCE,
             "Mean and standard deviation for the normalization. level:N measures them in a coarser "
-            "level, which is faster. series measures them once for all timepoints of a field; "
-            "well, acquisition and plate once for all their fields. (default: measured in all "
-            "voxels of each volume)",
+            "level, which is faster. series measures them once for all timepoints of a field. "
+            "well, acquisition and plate measure them once for all fields of a well, an "
+            "acquisition or the plate. (default: measured in all voxels of each volume)",
             "MEAN,STD|level:N|series|well|acquisition|plate",
             changes_result=True,
         ),
@@ -212,7 +213,8 @@ class Settings(BaseModel):
         Text | None,
         Option(
             NETWORK,
-            "Checkpoint of the bundle to use. (default: the best, or of the highest epoch)",
+            "Checkpoint of the bundle to use. (default: the best one, or that of the highest "
+            "epoch)",
             "FILE",
         ),
     ] = None
@@ -229,8 +231,8 @@ class Settings(BaseModel):
         Patch | None,
         Option(
             NETWORK,
-            "Size of the network's input in voxels; auto is the cheapest size near the bundle's. "
-            "(default: the bundle's, else 64,128,128)",
+            "Size of the network's input in voxels; auto is the fastest size near that of the "
+            "bundle. (default: that of the bundle, else 64,128,128)",
             "Z,Y,X|auto",
             changes_result=True,
         ),
@@ -239,8 +241,8 @@ class Settings(BaseModel):
         Fractions | None,
         Option(
             NETWORK,
-            "Overlap of patches, from 0 to below 1, once or per axis; 0 is fastest. (default: the "
-            "bundle's, else 0.25)",
+            "Overlap of patches, from 0 to below 1: one number, or one for each axis. 0 is "
+            "fastest. (default: that of the bundle, else 0.25)",
             "F",
             changes_result=True,
         ),
@@ -279,8 +281,8 @@ class Settings(BaseModel):
         Positive | None,
         Option(
             NETWORK,
-            "Patches per forward pass. (default: 1; on a GPU the fastest, measured when the run "
-            "is planned)",
+            "Patches per forward pass. (default: 1; on a GPU the fastest number, measured when "
+            "the run is planned)",
             "N",
             changes_result=True,
         ),
@@ -318,9 +320,9 @@ class Settings(BaseModel):
         Text | None,
         Option(
             OUTPUT,
-            "Label image of regions, such as cells: one of the source by its name, or the path of "
-            "another with the same voxels. Measurements then say in which region an object lies, "
-            "and a table of regions is written.",
+            "Label image of regions, such as cells: the name of a label image of the source, or "
+            "the path of another one with the same voxels. Measurements then say in which region "
+            "an object lies, and a table of regions is written.",
             "LABELS",
             changes_result=True,
         ),
@@ -329,7 +331,7 @@ class Settings(BaseModel):
         Literal["parquet", "csv"],
         Option(
             OUTPUT,
-            "Form of the table beside TARGET, with --outputs measurements.",
+            "File format of the table beside TARGET, with --outputs measurements.",
             "parquet|csv",
             changes_result=True,
         ),
@@ -358,7 +360,7 @@ class Settings(BaseModel):
         Natural,
         Option(
             OUTPUT,
-            "Remove objects of fewer voxels.",
+            "Remove objects with fewer voxels than this.",
             "N",
             changes_result=True,
         ),
@@ -377,7 +379,7 @@ class Settings(BaseModel):
         Literal["none", "distance"],
         Option(
             OUTPUT,
-            "Separate objects that touch. distance cuts them at narrow places, between the peaks "
+            "Split objects that touch. distance splits them at narrow places, between the peaks "
             "of the distance from their surface.",
             "none|distance",
             changes_result=True,
@@ -387,8 +389,8 @@ class Settings(BaseModel):
         PositiveFloat | None,
         Option(
             OUTPUT,
-            "Two peaks are separated if the distance falls by at least this much between them, in "
-            "µm. A larger value cuts less. (default: 0.75)",
+            "An object is split between two peaks if the distance falls by at least this much "
+            "between them, in µm. A larger value splits fewer objects. (default: 0.75)",
             "UM",
             changes_result=True,
         ),
@@ -440,16 +442,17 @@ class Settings(BaseModel):
         bool,
         Option(
             RUN,
-            "Segment while SOURCE is written: take timepoints and fields as they are complete, and "
-            "publish them. It ends when all that the metadata announce is done, at the end of "
-            "--time, after --follow-timeout, or at Ctrl-C.",
+            "Segment while another program writes SOURCE: segment and publish each timepoint and "
+            "field when it is complete. The run ends when everything that the metadata list is "
+            "done, at the end of --time, after --follow-timeout, or at Ctrl-C.",
         ),
     ] = False
     follow_timeout: Annotated[
         Wait | None,
         Option(
             RUN,
-            "With --follow, end if nothing of SOURCE changed for this long, such as 90, 30m or 2h. "
+            "With --follow, end the run if SOURCE has not changed for this long, such as 90, 30m "
+            "or 2h. "
             "(default: never)",
             "TIME",
         ),
@@ -458,8 +461,9 @@ class Settings(BaseModel):
         Wait | None,
         Option(
             RUN,
-            "With --follow, take a timepoint only if none of its chunks changed for this long. Use "
-            "it if chunks are written more than once, or if empty ones are never written. "
+            "With --follow, segment a timepoint only if none of its chunks has changed for this "
+            "long. Use it if chunks are written more than once, or if empty chunks are never "
+            "written. "
             "(default: 1 s on a disk, 0 in an object store, 10 s if a chunk or shard holds "
             "several timepoints)",
             "TIME",
@@ -469,8 +473,8 @@ class Settings(BaseModel):
         Text | None,
         Option(
             RUN,
-            "Run this command for each volume that is finished, with JSON about it on its stdin. "
-            "If it fails, that is a warning.",
+            "Run this command for each finished volume, with JSON about the volume on its stdin. "
+            "If the command fails, a warning is shown.",
             "COMMAND",
         ),
     ] = None
@@ -487,8 +491,8 @@ class Settings(BaseModel):
         Bytes | None,
         Option(
             RUN,
-            "Memory that one worker may use. (default: 8GB, or its share of this machine if that "
-            "is less)",
+            "Memory that one worker may use. (default: 8GB, or the worker's share of this machine "
+            "if that is less)",
             "8GB|500MiB",
         ),
     ] = None
@@ -513,7 +517,7 @@ class Settings(BaseModel):
         Text | None,
         Option(
             RUN,
-            "Start workers from this cluster file, by SLURM, PBS, LSF, SGE or Kubernetes for "
+            "Start workers with this cluster file, on SLURM, PBS, LSF, SGE or Kubernetes for "
             "example.",
             "FILE.yaml",
         ),
@@ -522,7 +526,7 @@ class Settings(BaseModel):
         Text | None,
         Option(
             RUN,
-            "Address of an S3-compatible server, or of another cloud's. (default: "
+            "Address of an S3-compatible server, or of a server of another cloud. (default: "
             "AWS_ENDPOINT_URL)",
             "URL",
         ),
@@ -556,8 +560,8 @@ class Settings(BaseModel):
         PositiveFloat | None,
         Option(
             RUN,
-            "If a task or a worker does not respond for this many seconds, run the task "
-            "again elsewhere. (default: 120 for a worker; for a task 20 times the longest task of "
+            "If a task or a worker does not respond for this many seconds, run the task again on "
+            "another worker. (default: 120 for a worker; for a task, 20 times the longest task of "
             "its stage, at least 300)",
             "SECONDS",
         ),
