@@ -246,7 +246,7 @@ def following_line(event: Following) -> str:
     if event.n_done:
         line += f", {event.n_done} are done"
     if event.is_over:
-        line += "; no more is waited for"
+        line += "; the run waits for no more"
     elif event.n_done >= event.n_there:
         line += "; waiting for more"
         if event.waited_s >= 1:
@@ -284,7 +284,7 @@ STAGE_PHRASES = {
     "label": "finding objects in blocks",
     "seams": "comparing objects at borders",
     "join": "joining objects across blocks",
-    "split": "taking objects apart",
+    "split": "splitting objects",
     "rank": "ordering objects",
     "relabel": "numbering objects",
     "measurements": "measuring objects",

@@ -76,7 +76,7 @@ def test_a_run_that_follows_tells_at_its_end_how_each_stage_ended():
     assert narrator.lines(progress(3, n_tasks=3)) == []
     stage, last = narrator.lines(replace(beat, n_done=3, is_over=True))
     assert stage.startswith("predicting blocks: 3/3 tasks")
-    assert last == "3 of 3 timepoints are there, 3 are done; no more is waited for"
+    assert last == "3 of 3 timepoints are there, 3 are done; the run waits for no more"
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,7 @@ def print_status(
             echo(f"In a job array: {RETRY_TASKS}.")
         return
     if run.timepoints is not None:
-        echo("To go on with the source, run the same segment command again.")
+        echo("To continue with the source, run the same segment command again.")
         return
     pending = [stage for stage, (n_done, n_tasks) in run.stages.items() if n_done < n_tasks]
     if not pending:

@@ -671,7 +671,7 @@ def require_valid(image: Image, where: object) -> None:
         if min(steps) < 0 and len(image.levels) > 1:
             raise SourceError(
                 f"{where}: {axis.name} has scale {min(steps):g}, and a pyramid with a negative "
-                "scale is no valid OME-Zarr; make it positive in the metadata of the source"
+                "scale is not valid OME-Zarr; make it positive in the metadata of the source"
             )
     try:
         image_attributes(image)

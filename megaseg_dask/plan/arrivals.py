@@ -404,8 +404,8 @@ def with_new_volumes(
     if lacking:
         first = min(lacking, key=lambda volume: (volume.image, volume.t))
         raise SourceError(
-            f"{plan.source / first.image} lacks timepoint {first.t}, which {plan.target} was made "
-            "of; restore it, or choose another target"
+            f"{plan.source / first.image} lacks timepoint {first.t}, which {plan.target} "
+            "contains; restore it, or choose another target"
         )
     known = set(earlier)
     new = [
@@ -485,8 +485,8 @@ def _require_going_on(
         raise SourceError(f"{lost[0] or plan.source} cannot be read now: {reason}")
     if len({forms[path] for path in own}) > 1:
         raise TargetError(
-            f"{plan.source}: fields of the run at {plan.target} have several shapes, voxel sizes, "
-            "dtypes or orders of channels by now; choose another target, or replace it with "
+            f"{plan.source}: fields of the run at {plan.target} now have different shapes, voxel "
+            "sizes, dtypes or orders of channels; choose another target, or replace it with "
             "--overwrite"
         )
 

@@ -197,7 +197,7 @@ def _level_of(labels: Image, image: Image, subject: str) -> int:
     shapes = [labels.volume_shape(level) for level in range(len(labels.levels))]
     if image.volume_shape() not in shapes:
         raise SettingsError(
-            f"{subject}: it has {shapes[0]} voxels (z, y, x), the image {image.volume_shape()}; "
-            "labels of the same voxels are needed"
+            f"{subject}: it has {shapes[0]} voxels (z, y, x), and the image has "
+            f"{image.volume_shape()}; give labels with the same voxels"
         )
     return shapes.index(image.volume_shape())

@@ -23,8 +23,8 @@ def require_whole_groups(
         return list(parts), {}
     if parts[0].plate is None and normalization.kind != "series":
         raise SettingsError(
-            f"--normalization {normalization.kind}: the source is no plate; use series, or leave "
-            "it out"
+            f"--normalization {normalization.kind}: the source is not a plate; use series, or "
+            "omit the option"
         )
     _require_one_form(parts, normalization)
     whole = []
@@ -50,8 +50,8 @@ def _require_one_form(parts: Sequence[Part], normalization: OfGroup) -> None:
         if first_run != run:
             raise SettingsError(
                 f"--normalization {normalization.kind}: fields {first} and {path} of one group "
-                "have several forms, or were chosen at several times; segment each to a target "
-                "of its own (--wells, --fields)"
+                "have different shapes, or different commands chose them; segment each into its "
+                "own target (--wells, --fields)"
             )
 
 
@@ -64,7 +64,7 @@ def _reasons(part: Part, normalization: OfGroup) -> dict[str, SettingsError | So
         lacking = [lost for lost, _ in part.plate.missing if _shares(path, lost, normalization)]
         if lacking:
             reasons[path] = SourceError(
-                f"{path}: the statistics of its {normalization.kind} lack {lacking[0]}, which "
+                f"{path}: the statistics of its {normalization.kind} need {lacking[0]}, which "
                 "cannot be read"
             )
     return reasons

@@ -232,8 +232,8 @@ def _with_surveys(plan: Plan) -> Plan:
     surveys = tuple(map_threaded(survey_volume, plan.volumes))
     if not any(each.n_voxels for each in surveys):
         raise SettingsError(
-            f"--where {plan.settings.where}: no voxel of the mask is set in what is segmented, so "
-            "nothing would be predicted; name another mask, timepoint or region"
+            f"--where {plan.settings.where}: the mask is empty in the part that is segmented, so "
+            "nothing would be predicted; choose another mask, timepoint or region"
         )
     return plan.model_copy(update={"surveys": surveys})
 
@@ -277,14 +277,14 @@ class _Request:
         source = self.first_image
         if self.is_in_place and source.is_reduced:
             raise SourceError(
-                f"{self.first_field} is OME-Zarr 0.6, which is read and not written; choose "
-                "another TARGET than the source"
+                f"{self.first_field} is OME-Zarr 0.6, which megaseg reads but does not write; "
+                "choose a TARGET that is not the source"
             )
         if self.is_in_place and VERSIONS[source.version].zarr_format != source.zarr_format:
             raise SourceError(
                 f"{self.first_field} has OME-Zarr {source.version} metadata in Zarr "
                 f"v{source.zarr_format}, which no version of OME-Zarr allows: no program would "
-                "find labels in it; choose another TARGET than the source"
+                "find labels in it; choose a TARGET that is not the source"
             )
         plate = self.part.plate
         if plate is not None and not self.is_in_place:
@@ -294,12 +294,14 @@ class _Request:
         """Raise :class:`SettingsError` if the size of voxels is needed and unknown."""
         settings = self.settings
         if settings.split_depth is not None and settings.split == "none":
-            raise SettingsError("--split-depth is of --split distance; add that, or leave it out")
+            raise SettingsError(
+                "--split-depth needs --split distance; add --split distance, or omit --split-depth"
+            )
         if settings.split != "none" and image.unknown_size is not None:
             raise SettingsError(
-                f"--split {settings.split} measures in µm, and the size of the voxels of "
-                f"{self.source} is unknown ({image.unknown_size}); write the size into its "
-                "metadata, or leave --split out"
+                f"--split {settings.split} measures in µm, and the voxel size of {self.source} is "
+                f"unknown ({image.unknown_size}); write the voxel size into its metadata, or omit "
+                "--split"
             )
 
     def require_target(self) -> None:
@@ -308,8 +310,8 @@ class _Request:
         target = self.target
         if is_runs_folder(target):
             raise TargetError(
-                f"{target}: a name that ends in .run is that of a run folder, which holds the "
-                "record of a run; choose another name as TARGET"
+                f"{target}: names that end in .run are reserved for run folders, which hold the "
+                "record of a run; choose another name for TARGET"
             )
         if target.is_inside(source):
             raise TargetError(
@@ -323,8 +325,8 @@ class _Request:
             self._require_labels_alone()
         elif owner := find_owner(target):
             raise TargetError(
-                f"{target} lies inside {owner}, which is an image, a plate or an array, and would "
-                "have a part that its metadata do not list; choose a folder outside it"
+                f"{target} lies inside {owner}, which is an image, a plate or an array; its "
+                "metadata would not list the target, so choose a folder outside it"
             )
         target.require_writable()
         if self.part.plate and "scores" not in self.settings.outputs and not self.is_in_place:
@@ -540,7 +542,8 @@ def open_models(settings: Settings, form: VolumeForm, emit: Emit = ignore) -> Mo
         require_patch(bundle.network, patch)
     if settings.normalization and not first.preprocessing.has_zscore:
         raise SettingsError(
-            f"--normalization: {ref.name} takes images without a z-score, by: {first.preprocessing}"
+            f"--normalization: {ref.name} does not use a z-score; it prepares images by "
+            f"{first.preprocessing}, so omit the option"
         )
     return Models(ref, tuple(bundles.values()), patch, overlap, voxel_size_um, grid_shape)
 

@@ -118,11 +118,13 @@ def _regions_of(earlier: Plan, path: str, settings: Settings, *, is_only: bool) 
 def require_new_name(settings: Settings, taken: Collection[str]) -> None:
     """Raise :class:`SettingsError` if no label name is given, or that of a run that predicted."""
     if "label_name" not in settings.model_fields_set:
-        raise SettingsError("--label-name is needed: the new labels lie beside those of the run")
+        raise SettingsError(
+            "--label-name is needed, because the new labels are written beside those of the run"
+        )
     if settings.label_name in taken:
         raise SettingsError(
-            f"--label-name {settings.label_name} is that of a run of megaseg segment; choose a "
-            "new one"
+            f"--label-name {settings.label_name} is the name of a run of megaseg segment; choose "
+            "a new name"
         )
 
 
@@ -194,9 +196,8 @@ def _choose_basis(earlier: Plan, settings: Settings) -> Basis:
         )
     if isinstance(threshold_of(settings), Automatic):
         raise SettingsError(
-            f"--threshold {settings.threshold} is found from logits, and run "
-            f"{resolved.label_name} kept scores alone, which are rounded; give a number, or "
-            "segment again with --keep-logits"
+            f"--threshold {settings.threshold} needs logits, and run {resolved.label_name} kept "
+            "only scores, which are rounded; give a number, or segment again with --keep-logits"
         )
     return Basis(earlier.run.basename, earlier.fingerprint, "scores", resolved.scores_dtype)
 
@@ -204,13 +205,15 @@ def _choose_basis(earlier: Plan, settings: Settings) -> Basis:
 def _require_fitting(earlier: Plan, settings: Settings, merged: Settings) -> None:
     if "scores" in merged.outputs:
         raise SettingsError(
-            "--outputs: the scores are there already; choose from labels, mask, measurements"
+            "--outputs: the scores exist already; choose from labels, mask, measurements"
         )
     if settings.split_depth is not None and merged.split == "none":
-        raise SettingsError("--split-depth is of --split distance; add that, or leave it out")
+        raise SettingsError(
+            "--split-depth needs --split distance; add --split distance, or omit --split-depth"
+        )
     unknown = earlier.target_image.unknown_size
     if merged.split != "none" and unknown is not None:
         raise SettingsError(
-            f"--split {merged.split} measures in µm, and the size of the voxels of "
-            f"{earlier.target} is unknown ({unknown}); leave --split out"
+            f"--split {merged.split} measures in µm, and the voxel size of {earlier.target} is "
+            f"unknown ({unknown}); omit --split"
         )

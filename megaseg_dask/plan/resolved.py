@@ -116,7 +116,7 @@ def where_of(settings: Settings) -> Where | None:
     """
     if settings.where is None:
         if settings.where_margin:
-            raise SettingsError("--where-margin: it belongs to a mask; name one with --where")
+            raise SettingsError("--where-margin: it needs a mask; give one with --where")
         return None
     return Where(settings.where, settings.where_margin)
 

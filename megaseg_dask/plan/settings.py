@@ -606,14 +606,14 @@ class Settings(BaseModel):
     def _of_measurements(cls, value: str | None, info: ValidationInfo) -> str | None:
         # Outputs that are wrong are told first.
         if value is not None and "measurements" not in info.data.get("outputs", OUTPUTS):
-            raise ValueError("it is about measurements; add measurements to --outputs")
+            raise ValueError("it needs measurements; add measurements to --outputs")
         return value
 
     @field_validator("follow_timeout", "settle")
     @classmethod
     def _of_following(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and not info.data.get("follow"):
-            raise ValueError("it is about --follow; add that, or leave this out")
+            raise ValueError("it needs --follow; add --follow, or omit this option")
         return value
 
     @field_validator("on_volume")

@@ -267,12 +267,12 @@ def _require_times(image: Image, labels: Image, text: str) -> None:
     n_times = labels.extent("t")
     if n_times not in (1, image.extent("t")):
         raise SettingsError(
-            f"--where {text}: the mask has {count(n_times, 'timepoint')}, the image "
-            f"{image.extent('t')}; it needs as many, or one for all"
+            f"--where {text}: the mask has {count(n_times, 'timepoint')}, and the image has "
+            f"{image.extent('t')}; the mask must have the same number, or one"
         )
     if labels.extent("c") > 1:
         raise SettingsError(
-            f"--where {text}: the mask has {labels.extent('c')} channels; it needs to have one"
+            f"--where {text}: the mask has {labels.extent('c')} channels; it must have one"
         )
 
 

@@ -121,7 +121,7 @@ def _one_object(facts: Facts) -> _Reason | None:
     is_network = sizes.others < _OTHERS_SHARE * sizes.foreground
     if is_network or sizes.largest < _TIMES_LARGER * sizes.typical:
         return None
-    advice = "if it should be several, --split distance takes it apart"
+    advice = "if it should be several, --split distance splits it"
     option = "--split distance"
     if facts.is_split:
         advice = "if it should be several, try a smaller --split-depth or a higher --threshold"
@@ -152,7 +152,7 @@ def _specks(facts: Facts) -> _Reason | None:
         "specks",
         f"{sizes.n_specks} of {n_objects} objects have fewer than {SPECK_VOXELS} voxels, and hold "
         f"{share:.1%} of the foreground",
-        f"--min-size {SPECK_VOXELS} or more drops them",
+        f"--min-size {SPECK_VOXELS} or more removes them",
         f"--min-size {SPECK_VOXELS}",
     )
 
@@ -195,7 +195,7 @@ def _no_classes(facts: Facts) -> _Reason | None:
         return None
     return _Reason(
         "no classes",
-        "the scores are not of two classes, so no threshold parts them",
+        "the scores do not form two classes, so no threshold separates them",
         "look at the scores: is there a structure at all? Compare with --threshold 0.5",
         "--threshold 0.5",
     )
@@ -229,10 +229,10 @@ def _noise(facts: Facts) -> _Reason | None:
         return None
     return _Reason(
         "noise",
-        f"the foreground is brighter than the rest by {contrast:.2g} standard deviations alone, as "
+        f"the foreground is brighter than the rest by only {contrast:.2g} standard deviations, as "
         "in an image of noise",
         "look at the image: is it empty, or is --channel another one? If structures are dark, "
-        "this is no fault",
+        "this is normal",
     )
 
 

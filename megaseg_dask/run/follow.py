@@ -78,7 +78,7 @@ def follow(
     arrived = watch.wait(taken_of(known), None)
     if arrived is None:
         raise SourceError(
-            f"{source}: no timepoint was there within {duration(settings.follow_timeout or 0)}"
+            f"{source}: no timepoint appeared within {duration(settings.follow_timeout or 0)}"
             f"{watch.reason_text}"
         )
     n_taken = _take(arrived, taken_of(known))
@@ -349,7 +349,7 @@ def _unfinished_text(arrived: Arrived, taken: Mapping[str, int]) -> str:
     path = next(path for path, n in arrived.n_announced.items() if n > taken.get(path, 0))
     first = arrived.fields[path].choice.times[0] + taken.get(path, 0)
     return (
-        f"{count(n_absent, 'timepoint')} of {arrived.total_announced} that the source lists did "
-        f"not come, or not whole, the first {f'{path} t={first}'.strip()}; run the same command "
-        "again to go on with it, or without --follow to take what there is of it"
+        f"{count(n_absent, 'timepoint')} of {arrived.total_announced} that the source lists are "
+        f"absent or incomplete, the first {f'{path} t={first}'.strip()}; run the same command "
+        "again to continue, or run it without --follow to segment the part that exists"
     )

@@ -54,8 +54,7 @@ def record_plans(
     """
     if settings.follow:
         raise SettingsError(
-            "--follow plans again and again, and a job array has one plan; leave --record or "
-            "--follow out"
+            "--follow plans many times, but a job array has one plan; omit --record or --follow"
         )
     # Tasks run elsewhere, and each proves its engine alone.
     request = Request(source, target, settings, emit, is_here=False)
@@ -257,8 +256,8 @@ def _require_ready(process: _Process, stage: PlannedStage, volume: int) -> None:
     progress = process.progress_of(volume)
     if "statistics" in stage.declared.needs and not progress.is_group_settled:
         raise SettingsError(
-            f"stage {plan.stages[0].name} comes first, of all volumes: their statistics are those "
-            "of groups"
+            f"first run stage {plan.stages[0].name} of all volumes, because groups of volumes "
+            "share their statistics"
         )
     for earlier in plan.stages[: plan.stages.index(stage)]:
         n_untried = progress.count_untried(earlier)

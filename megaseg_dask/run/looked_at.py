@@ -413,6 +413,6 @@ class LookedAt:
         self.journal.flush()
         if recorder.store_is_lost:
             raise StoreError(
-                f"{plan.source} or {plan.target} does not answer; what is looked at is not "
-                "recorded any more: end the viewer and start it again"
+                f"{plan.source} or {plan.target} does not answer; the blocks that you look at are "
+                "no longer recorded: end the viewer and start it again"
             )

@@ -130,8 +130,8 @@ class Request:
             return planned
         self._emit(
             Notice(
-                f"bfloat16 is {gain:.1f} times as fast as float32 on this machine: the run uses it "
-                "if it proves itself on this data; --precision fp32 keeps float32"
+                f"bfloat16 is {gain:.1f} times as fast as float32 on this machine: the run uses "
+                "it if a test on this data passes; --precision fp32 keeps float32"
             )
         )
         return [(plan.with_precision("bf16"), part) for plan, part in planned]
@@ -382,8 +382,8 @@ def _require_predicted(plan: Plan) -> None:
     is_lost = is_done and read_journal(plan).result is None
     if is_lost or not is_present(Target(plan)) or is_withdrawn(Target(plan)):
         raise TargetError(
-            f"{plan.target}: what run {plan.resolved.label_name} writes is not all there; run its "
-            "megaseg segment command again first"
+            f"{plan.target}: some outputs of run {plan.resolved.label_name} are missing; first "
+            "run its megaseg segment command again"
         )
 
 
@@ -396,8 +396,8 @@ def _require_same_source(plan: Plan) -> None:
     first = plan.source / next(iter(plan.images))
     if sample_of(first / plan.source_image.levels[0].path) != plan.source_sample:
         raise SourceError(
-            f"{plan.source} changed since it was predicted; restore it, or leave measurements out "
-            "of --outputs"
+            f"{plan.source} changed since it was predicted; restore it, or remove measurements "
+            "from --outputs"
         )
 
 

@@ -272,13 +272,13 @@ def _without_halves(
     is_open = isinstance(request, Request) and request.chooses_precision
     if refused.precision != "fp32" and is_recorded:
         raise SettingsError(
-            f"{refused.refusal} together with --overwrite, or go on where the run was begun: this "
-            "machine's processor or GPU is another, or its packages are"
+            f"{refused.refusal} together with --overwrite, or resume on the machine where the run "
+            "was started: this machine has another processor or GPU, or other packages"
         )
     if refused.precision == "fp32" or not is_open:
         raise SettingsError(refused.refusal)
     assert isinstance(request, Request)
-    emit(Notice(f"{refused}: the run goes on in float32"))
+    emit(Notice(f"{refused}: the run continues in float32"))
     request.use_precision("fp32")
     return request.reopen_runs(lease), None
 

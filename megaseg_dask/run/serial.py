@@ -75,7 +75,7 @@ class SerialDispatcher:
         with telling(tell) if stage in self._watched else nullcontext():
             outcome = self._worker.attempt(stage, index)
         if outcome.device == "failed":
-            raise EngineError(f"{outcome.error}; run the same command again to go on")
+            raise EngineError(f"{outcome.error}; run the same command again to resume")
         return outcome
 
     def _show(self, stage: str, n_done: int, n_patches: int, left_s: float) -> None:

@@ -110,7 +110,7 @@ class RunFolder:
             # A plan is recorded before, and removed after all else.
             if (self.location / journal.FOLDER).is_folder():
                 raise _DamagedPlanError(
-                    f"{self.location}/{_PLAN} is not there any more; {_WRITE_IT_AGAIN}"
+                    f"{self.location}/{_PLAN} does not exist any more; {_WRITE_IT_AGAIN}"
                 )
             return None
         try:

@@ -143,12 +143,14 @@ def _find(location: Location, target: Path, label: str | None, level: int) -> It
         raise SourceError(f"{location} does not exist{location.hint()}; check the path")
     if not is_plate(location):
         if not target.name.lower().endswith(SUFFIXES):
-            raise TargetError(f"{target} is no name of a TIFF file; give it the ending .ome.tif")
+            raise TargetError(
+                f"{target} is not a name of a TIFF file; use a name that ends in .ome.tif"
+            )
         yield _export(location, target, label, level)
         return
     if target.name.lower().endswith(SUFFIXES) or target.is_file():
         raise TargetError(
-            f"{location} is a plate, and each of its fields gets a file; give a folder, not "
+            f"{location} is a plate, and each of its fields becomes a file; give a folder, not "
             f"{target.name}"
         )
     for field in read_plate(location).fields:

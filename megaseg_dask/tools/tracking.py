@@ -142,8 +142,8 @@ def track(
 def _require_trackable(plans: Sequence[Plan]) -> None:
     if all(len(plan.times) < 2 for plan in plans):
         raise SourceError(
-            f"{plans[0].target} has one timepoint, and tracks go through several; segment a "
-            "timelapse, and of --time take more than one"
+            f"{plans[0].target} has one timepoint, and tracks need several; segment a timelapse, "
+            "with more than one timepoint in --time"
         )
     for plan in plans:
         again = f"run the same megaseg {_command(plan)} command again first"

@@ -87,7 +87,7 @@ def test_one_dead_gpu_of_two_costs_no_volume(machine, plain, run):
 
 
 def test_a_gpu_that_failed_under_two_processes_gets_no_third(machine, plain, run):
-    left_out = "GPU GPU-b is left out: two processes failed on it"
+    left_out = "GPU GPU-b is not used any more: two processes failed on it"
     # The good one ends no task before that was told, and the other fails only in workers that
     # were seen to join.
     machine.has(
@@ -124,7 +124,10 @@ def test_a_worker_without_a_gpu_that_works_takes_no_task(machine, plain, run):
     result, notices, joined = run(workers=2)
     assert result.status == "done", result.failures
     assert [worker.uuid for worker in joined] == ["GPU-a"]
-    assert "GPU GPU-b is left out: CUDA error: an illegal memory access was encountered" in notices
+    assert (
+        "GPU GPU-b is not used any more: CUDA error: an illegal memory access was encountered"
+        in notices
+    )
     assert {uuid for used in machine.noted("forward").values() for uuid in used} == {"GPU-a"}
 
 

@@ -465,7 +465,7 @@ def test_each_thing_that_is_lost_of_a_finished_run_is_named_and_made_again(
         [found] = status(str(case.target), checks_outputs=True)
         place = str(tmp_path / name).removesuffix("/zarr.json")
         assert found.lost == f"{place} was removed or changed since it was written"
-        with pytest.raises(TargetError, match="run its megaseg segment command again first"):
+        with pytest.raises(TargetError, match="first run its megaseg segment command again"):
             relabel(str(case.target), again)
         assert case.segment().status == "done"
         assert (tmp_path / name).read_bytes() == whole

@@ -245,7 +245,7 @@ def test_a_precision_of_ours_becomes_float32_and_a_chosen_one_is_refused(
     target = tmp_path / "out.zarr"
     options = settings(tiny_bundle, engine="torch")
     assert segment(source, str(target), options, emit=told.append).status == "done"
-    assert any("the run goes on in float32" in getattr(event, "text", "") for event in told)
+    assert any("the run continues in float32" in getattr(event, "text", "") for event in told)
     assert zarr.open_group(target).attrs["megaseg"]["engine"]["precision"] == "fp32"
     assert segment(source, str(target), options).already_done
     chosen = settings(tiny_bundle, engine="torch", precision="bf16")

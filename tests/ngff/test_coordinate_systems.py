@@ -177,7 +177,9 @@ def test_a_run_writes_05_and_labels_cannot_be_written_into_06(
     assert images[0] == images[1]
     chunks = [(each / "labels/megaseg/0/c/0/0/0").read_bytes() for each in (old, new)]
     assert_array_equal(*[np.frombuffer(each, "u1") for each in chunks])
-    with pytest.raises(SourceError, match=r"is OME-Zarr 0\.6, which is read and not written"):
+    with pytest.raises(
+        SourceError, match=r"is OME-Zarr 0\.6, which megaseg reads but does not write"
+    ):
         segment_here(str(image), str(image), settings)
 
 

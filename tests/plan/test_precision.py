@@ -64,8 +64,8 @@ def test_a_long_run_is_planned_in_bfloat16_where_that_is_quicker(request_of, gai
     assert plan.engine.precision == "bf16"
     assert plan.resolved.options()["precision"] == "bf16"
     assert told == [
-        "bfloat16 is 1.7 times as fast as float32 on this machine: the run uses it if it proves "
-        "itself on this data; --precision fp32 keeps float32"
+        "bfloat16 is 1.7 times as fast as float32 on this machine: the run uses it if a test on "
+        "this data passes; --precision fp32 keeps float32"
     ]
     of_workers = [planned(request_of(workers=n))[0].fingerprint for n in (0, 1, 2, 8)]
     assert set(of_workers) == {plan.fingerprint}

@@ -274,7 +274,7 @@ def test_what_does_not_fit_the_model_is_refused(image, two_in, tmp_path):
         "channel": 0,
         "normalization": "5,2",
     }
-    assert "takes images without a z-score, by: none" in refusal(**options)
+    assert "does not use a z-score; it prepares images by none" in refusal(**options)
 
 
 @pytest.mark.slow

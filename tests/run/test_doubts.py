@@ -75,7 +75,7 @@ CASES = {
         "--min-size",
     ),
     "threshold": (changed(threshold=-6.0), "a score of 0.0025", "--threshold 0.5"),
-    "no classes": (changed(bimodality=0.8), "not of two classes", "--threshold 0.5"),
+    "no classes": (changed(bimodality=0.8), "do not form two classes", "--threshold 0.5"),
     "foreground": (
         changed(sizes=replace(SOUND.output.sizes, foreground=70_000)),
         "70% of all voxels are foreground",

@@ -109,7 +109,7 @@ def test_a_series_needs_no_plate_and_a_well_does(run, tmp_path):
     run(tmp_path / "movie.zarr", "out.zarr", normalization="series")
     rows = provenance(tmp_path / "out.zarr")["normalization"]
     assert {row["mean"] for row in rows} == {image.mean(dtype=np.float64)}
-    with pytest.raises(SettingsError, match=r"--normalization well: the source is no plate"):
+    with pytest.raises(SettingsError, match=r"--normalization well: the source is not a plate"):
         run(tmp_path / "movie.zarr", "other.zarr", normalization="well")
 
 
@@ -153,7 +153,7 @@ def test_a_field_that_cannot_be_measured_leaves_its_group_failed(run, tmp_path):
     failed = {failure.volume: failure for failure in result.failures}
     assert set(failed) == {f"A/1/{field} t={t} c=0" for field in "01" for t in range(2)}
     assert failed["A/1/1 t=0 c=0"].stage == "measure"
-    assert "group (A/1 c=0) lack A/1/1 t=0 c=0" in failed["A/1/0 t=1 c=0"].error
+    assert "group (A/1 c=0) need A/1/1 t=0 c=0" in failed["A/1/0 t=1 c=0"].error
     assert (tmp_path / "out.zarr/B/1/0/0/c").exists()
     missing = provenance(tmp_path / "out.zarr/A/1/0")["missing_boxes"]
     assert [box["t"] for box in missing] == [0, 1]
@@ -172,8 +172,8 @@ def test_a_field_without_metadata_leaves_its_group_out_and_names_it(run, tmp_pat
     result = run(tmp_path / "plate.zarr", "out.zarr", normalization="well")
     told = {failure.volume: failure.error for failure in result.failures}
     assert set(told) == {"A/1/0", "A/1/1"}
-    assert "statistics of its well lack A/1/1" in told["A/1/0"]
-    with pytest.raises(SourceError, match=r"statistics of its plate lack A/1/1"):
+    assert "statistics of its well need A/1/1" in told["A/1/0"]
+    with pytest.raises(SourceError, match=r"statistics of its plate need A/1/1"):
         run(tmp_path / "plate.zarr", "other.zarr", normalization="plate")
     (tmp_path / "lost.json").rename(lost)
     assert run(tmp_path / "plate.zarr", "out.zarr", normalization="well").exit_code == 0

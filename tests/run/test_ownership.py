@@ -91,14 +91,14 @@ def test_another_version_is_refused_before_anything_is_removed_where_other_label
 
 def test_an_image_apart_from_its_source_has_the_scores_of_one_run(run, tmp_path):
     run(label_name="a")
-    with pytest.raises(TargetError, match="made with --label-name a,"):
+    with pytest.raises(TargetError, match="holds outputs of --label-name a,"):
         run(label_name="b", threshold=0.7)
     run(label_name="b", threshold=0.7, overwrite=True)
     target = str(tmp_path / "out.zarr")
     assert [(each.label_name, each.done) for each in status(target)] == [("b", True)]
     # The labels of the first stay.
     assert list_labels(Location.of(target)) == ["a", "b"]
-    with pytest.raises(TargetError, match="made with --label-name b,"):
+    with pytest.raises(TargetError, match="holds outputs of --label-name b,"):
         run(label_name="a")
     shutil.rmtree(target)
     run(label_name="c")
@@ -140,9 +140,9 @@ def test_a_run_of_another_name_replaces_all_fields_of_a_plate_or_none(run, tmp_p
     source = write_fields(tmp_path / "plate.zarr", "0.5", fields)
     run(source=source, label_name="a", wells="A/1")
     for wells in ("A/1", "A/2"):
-        with pytest.raises(TargetError, match="made with --label-name a,"):
+        with pytest.raises(TargetError, match="holds outputs of --label-name a,"):
             run(source=source, label_name="b", wells=wells)
-    with pytest.raises(TargetError, match="A/1/0 is not among"):
+    with pytest.raises(TargetError, match="A/1/0 is not chosen"):
         run(source=source, label_name="b", wells="A/2", overwrite=True)
     run(source=source, label_name="b", overwrite=True)
     runs = status(str(tmp_path / "out.zarr"))

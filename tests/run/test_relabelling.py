@@ -125,7 +125,7 @@ def test_automatic_thresholds_come_from_kept_logits(block, run, again, tmp_path)
 
 def test_automatic_thresholds_need_kept_logits(run, again):
     run("out.zarr")
-    with pytest.raises(SettingsError, match=r"kept scores alone.*--keep-logits"):
+    with pytest.raises(SettingsError, match=r"kept only scores.*--keep-logits"):
         again("out.zarr", threshold="otsu")
 
 
@@ -256,7 +256,7 @@ def test_scores_that_are_lost_are_no_background(run, again, tmp_path):
     run("out.zarr", block=MANY)
     chunks = [path for path in (tmp_path / "out.zarr/0/c").rglob("*") if path.is_file()]
     chunks[0].unlink()
-    with pytest.raises(TargetError, match="is not all there"):
+    with pytest.raises(TargetError, match="are missing; first run"):
         again("out.zarr", threshold=0.6)
     assert not (tmp_path / "out.zarr/labels/again").exists()
 
@@ -379,7 +379,7 @@ def test_logits_that_nothing_could_be_made_of_are_not_kept(run, source):
 def test_wrong_requests_write_nothing(run, again, source, tmp_path):
     run("out.zarr")
     before = contents(tmp_path / "out.zarr")
-    with pytest.raises(SettingsError, match="scores are there already"):
+    with pytest.raises(SettingsError, match="scores exist already"):
         again("out.zarr", outputs="labels,scores")
     with pytest.raises(SettingsError, match="choose a new one"):
         again("out.zarr", "megaseg", threshold=0.6)

@@ -228,12 +228,12 @@ def test_a_plan_says_which_objects_can_be_split(
 
 
 def test_wrong_requests(run, tmp_path):
-    with pytest.raises(SettingsError, match="add that, or leave it out"):
+    with pytest.raises(SettingsError, match="needs --split distance"):
         run("a.zarr", split="none")
     unknown = write_image(tmp_path / "unknown.zarr", touching_balls())
     path = unknown / "zarr.json"
     path.write_text(path.read_text().replace('"micrometer"', '"pixel"'))
-    with pytest.raises(SettingsError, match=r"measures in µm.*leave --split out"):
+    with pytest.raises(SettingsError, match=r"measures in µm.*omit --split"):
         run("b.zarr", unknown)
     assert not (tmp_path / "b.zarr").exists()
     for depth in ("0", "-1", "nan", "inf"):

@@ -198,11 +198,11 @@ def test_what_a_mask_saves_is_told(source, tmp_path, tiny_bundle, cheap_engine):
     [
         ({"where": "cell"}, "does not exist.*has label images cells, nothing, half, flat"),
         ({"where": "cells/7"}, "its levels are 0, 1"),
-        ({"where": "nothing"}, "no voxel of the mask is set"),
+        ({"where": "nothing"}, "the mask is empty in the part"),
         ({"where": "flat"}, "the scale of the mask or of the image is 0"),
         ({"where": "half"}, "along x the image goes from voxel 0 to 96 of the mask, which has 48"),
-        ({"where": "cells", "roi": "0:24,0:64,70:96"}, "no voxel of the mask is set"),
-        ({"where_margin": 1}, "name one with --where"),
+        ({"where": "cells", "roi": "0:24,0:64,70:96"}, "the mask is empty in the part"),
+        ({"where_margin": 1}, "give one with --where"),
         (
             {"where": "cells", "label_name": "cells", "outputs": "labels"},
             "this run would replace it; choose another --label-name",

@@ -67,7 +67,7 @@ def test_each_field_of_a_plate_gets_a_file(ids, tmp_path):
 def test_what_cannot_be_exported_is_named_and_nothing_is_written(ids, tmp_path):
     image = write_with_labels(tmp_path / "image.zarr", ids[:1])
     file = tmp_path / "labels.ome.tif"
-    with pytest.raises(TargetError, match="no name of a TIFF file"):
+    with pytest.raises(TargetError, match="not a name of a TIFF file"):
         export_labels(str(image), str(tmp_path / "labels.png"))
     bare = write_image(tmp_path / "bare.zarr", np.zeros((8, 8, 8), np.uint8))
     with pytest.raises(SourceError, match="no label image"):

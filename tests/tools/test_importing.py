@@ -380,11 +380,15 @@ def test_a_field_that_cannot_be_read_is_named_and_the_others_are_done(tmp_path, 
 @pytest.mark.parametrize(
     ("names", "pattern", "message"),
     [
-        (["a1.tif", "a2.tif"], None, r"2 files: say with --pattern .* a\{time\}\.tif"),
+        (
+            ["a1.tif", "a2.tif"],
+            None,
+            r"2 files: describe their names with --pattern.* a\{time\}\.tif",
+        ),
         (["a1.tif"], "b{time}.tif", r"a1\.tif does not match it"),
         (["a1.tif"], "a{tme}.tif", r"no part is named 'tme'; did you mean time"),
         (["a1.tif"], "a1.tif", r"has no part in braces"),
-        (["a1.tif"], "a{field}.tif", r"fields are those of wells"),
+        (["a1.tif"], "a{field}.tif", r"fields need wells"),
         (["a_1_x.tif", "b_2_y.tif"], "*_{time}_*.tif", None),
         (["1/a1.tif", "2/a1.tif"], "a{time}.tif", r"are the same part"),
         (["1a.tif", "2a.tif", "1b.tif"], "{time}{channel}.tif", r"no file is time 2, channel b"),
@@ -501,7 +505,9 @@ def test_nothing_that_exists_is_replaced(tmp_path):
     foreign = tmp_path / "foreign.zarr"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("mine")
-    with pytest.raises(TargetError, match=r"has no record of its import\. Nothing that exists"):
+    with pytest.raises(
+        TargetError, match=r"has no record of its import\. An import does not replace"
+    ):
         imported(path, foreign, voxel_size=SIZE)
     assert [child.name for child in foreign.iterdir()] == ["notes.txt"]
     imported(path, tmp_path / "a.zarr", voxel_size=SIZE)

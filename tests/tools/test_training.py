@@ -394,9 +394,9 @@ def test_what_cannot_be_trained_is_said_before_anything_is_written(
 @pytest.mark.parametrize(
     ("network", "heads", "message"),
     [
-        ({"in_channels": 2}, None, "only a network with one channel in and one out"),
-        ({"out_channels": 2}, None, "only a network with one channel in and one out"),
-        ({}, {"seg": (1, 1)}, "a head with layers of its own is not trained"),
+        ({"in_channels": 2}, None, "only a network with one input channel and one"),
+        ({"out_channels": 2}, None, "only a network with one input channel and one"),
+        ({}, {"seg": (1, 1)}, "cannot train a head with its own layers"),
     ],
 )
 def test_other_bundles_are_not_trained_on(network, heads, message, tmp_path):

@@ -231,7 +231,7 @@ def _gpu_cluster(wanted: Cluster, devices: list[str], n_workers: int) -> Any:
     except NVMLError as error:
         raise EngineError(
             f"dask-cuda cannot ask the driver of the GPUs ({error}); run nvidia-smi, or uninstall "
-            "dask-cuda to do without"
+            "dask-cuda to work without it"
         ) from error
 
 

@@ -405,7 +405,7 @@ class Workers:
         from distributed import SpecCluster
 
         self._left_out[device] = reason
-        self.emit(Notice(f"GPU {device} is left out: {reason}"))
+        self.emit(Notice(f"GPU {device} is not used any more: {reason}"))
         cluster = self.client.cluster
         is_ours = self.cluster is not None and self.cluster.is_local
         if not is_ours or not isinstance(cluster, SpecCluster):
@@ -415,8 +415,8 @@ class Workers:
         if not n_left:
             reasons = [f"{name}: {text}" for name, text in self._left_out.items()]
             raise ClusterError(
-                f"no GPU of this machine works ({'; '.join(reasons)}); see megaseg doctor, and run "
-                "the same command again to go on"
+                f"no GPU of this machine works ({'; '.join(reasons)}); see megaseg doctor, and "
+                "run the same command again to resume"
             )
         self._absence.n_most = n_left
 

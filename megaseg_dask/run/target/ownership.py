@@ -100,8 +100,8 @@ def require_whole(plans: Sequence[Plan], superseded: Sequence[Plan]) -> None:
             continue
         name = other.resolved.label_name
         holds = (
-            f"{other.target} holds what was made with --label-name {name}, and scores are of one "
-            "name alone"
+            f"{other.target} holds outputs of --label-name {name}, and a target has the scores "
+            "of only one label name"
         )
         if not plans[0].settings.overwrite:
             raise TargetError(
@@ -111,8 +111,8 @@ def require_whole(plans: Sequence[Plan], superseded: Sequence[Plan]) -> None:
         kept = sorted(Target(other).paths - written)
         if kept:
             raise TargetError(
-                f"{holds}; --overwrite all of its fields ({kept[0]} is not among the chosen ones), "
-                "or choose another target"
+                f"{holds}; use --overwrite with all of its fields ({kept[0]} is not chosen), or "
+                "choose another target"
             )
 
 
@@ -189,9 +189,9 @@ def require_grown(plan: Plan, recorded: Plan) -> None:
     is_elsewhere = plan.source != recorded.source and plan.source_sample != recorded.source_sample
     if not is_of_one_form or is_elsewhere:
         raise TargetError(
-            f"{plan.source} changed in more than its timepoints and fields since {plan.target} "
-            f"was begun ({_change_of_source(recorded, plan)}); choose {_elsewhere(plan)}, or start "
-            "again with --overwrite"
+            f"{plan.source} has other changes than new timepoints and fields since {plan.target} "
+            f"was started ({_change_of_source(recorded, plan)}); choose {_elsewhere(plan)}, or "
+            "start again with --overwrite"
         )
 
 

@@ -129,8 +129,8 @@ def require_group(workspace: Workspace, volume: int, _: int) -> TaskSummary:
     if lacking:
         group = workspace.plan.group_of(volume)
         raise DataError(
-            f"the statistics of its group ({group}) lack {first_few(lacking)}, which could not be "
-            "measured; fix that and run the same command again"
+            f"the statistics of its group ({group}) need {first_few(lacking)}, which could not be "
+            "measured; fix the cause and run the same command again"
         )
     return TaskSummary()
 

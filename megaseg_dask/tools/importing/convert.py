@@ -157,7 +157,8 @@ def _claim(plan: ImportPlan) -> ImportPlan:
     if recorded is None:
         raise TargetError(
             f"{plan.target} exists, and {runs_folder(plan.target)} has no record of its import. "
-            "Nothing that exists is replaced: choose another TARGET, or remove it to import again"
+            "An import does not replace existing files: choose another TARGET, or remove it to "
+            "import again"
         )
     if recorded.fingerprint != plan.fingerprint:
         raise TargetError(
@@ -195,8 +196,8 @@ def _require_unchanged(plan: ImportPlan, journal: Journal) -> None:
         ours = plan.files[number]
         if ours.modified_ns != known.files[number].modified_ns:
             raise TargetError(
-                f"{ours.path} was written again since its import began, which has not ended; "
-                f"remove {plan.target} and {runs_folder(plan.target)} to import it from the start"
+                f"{ours.path} was changed during its import; remove {plan.target} and "
+                f"{runs_folder(plan.target)} to import it from the start"
             )
 
 

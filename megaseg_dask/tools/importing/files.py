@@ -204,8 +204,8 @@ class _Order:
         found = "".join(name for _, name in kept)
         if unknown or len(set(found)) < len(found) or not {"Y", "X"} <= set(found):
             raise SettingsError(
-                f"{path}: the axes of its {shown} array are not known ({stored} by its metadata); "
-                f"name each with --axes, in their order, such as {_example(len(shape))}"
+                f"{path}: the axes of its {shown} array are not known ({stored} in its metadata); "
+                f"give all of them in their order with --axes, such as {_example(len(shape))}"
             )
         self.names = found
         self._places = {name: place for place, name in kept}
@@ -274,7 +274,10 @@ class TiffImage:
     def _require_complete(self, series: Any) -> None:
         # A set of files is one series; what is absent of it would read as background.
         if series.is_multifile and any(page is None for page in series.pages):
-            raise SourceError(f"{self._path} names files of its set that are not there; add them")
+            raise SourceError(
+                f"{self._path} is one file of a set, and other files of the set do "
+                "not exist; add them"
+            )
         if series.dataoffset is not None:
             # One piece, of which only the first plane need be described.
             end = series.dataoffset + math.prod(series.shape) * series.dtype.itemsize

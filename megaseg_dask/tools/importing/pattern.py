@@ -90,7 +90,7 @@ def _without_pattern(files: Sequence[FileSeries]) -> list[Group]:
     paths = list(dict.fromkeys(file.path for file in files))
     if len(paths) > 1:
         raise SettingsError(
-            f"{count(len(paths), 'file')}: say with --pattern what their names mean, such as "
+            f"{count(len(paths), 'file')}: describe their names with --pattern, such as "
             f"{_guess([path.name for path in paths])}; its parts are {_names()}"
         )
     unspread = (("",),) * len(SPREAD)
@@ -102,9 +102,9 @@ def _without_pattern(files: Sequence[FileSeries]) -> list[Group]:
 def _field_of_series(file: FileSeries, parts: Mapping[str, str], pattern: str) -> str:
     if not (parts.get("well") or parts.get("row")) or parts.get("field"):
         raise SettingsError(
-            f"--pattern {pattern}: {file.path} has {file.n_series} series; add a colon and what "
-            "their names mean, such as *:{well}_{field}, or {well} alone: its series become its "
-            "fields"
+            f"--pattern {pattern}: {file.path} has {file.n_series} series; add a colon and a "
+            "pattern of their names, such as *:{well}_{field}, or use a pattern with {well} "
+            "alone: the series become its fields"
         )
     return str(file.number)
 
@@ -148,8 +148,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
     has_well = "well" in seen or {"row", "column"} <= seen
     if not has_well and {"field", "row", "column"} & seen:
         raise SettingsError(
-            f"--pattern {pattern}: fields are those of wells; add {{well}}, or {{row}} and "
-            "{column}"
+            f"--pattern {pattern}: fields need wells; add {{well}}, or {{row}} and {{column}}"
         )
     # Folders above the files need not be in the pattern.
     return re.compile(f"(?:.*/)?{text}")

@@ -242,7 +242,7 @@ def _describe(
     first_file, *_ = group.files.values()
     first = contents[first_file]
     if np.dtype(first.dtype).kind not in "iuf":
-        raise SourceError(f"{first_file} has voxels of {first.dtype}; numbers can be imported")
+        raise SourceError(f"{first_file} has voxels of {first.dtype}; only numbers can be imported")
     _require_alike(group, contents)
     _require_unspread(group, first, options)
     n_files = tuple(map(len, group.values))
@@ -307,8 +307,8 @@ def _require_alike(group: Group, contents: dict[FileSeries, Contents]) -> None:
             theirs = getattr(other, name)
             if ours != theirs:
                 raise SourceError(
-                    f"{first_file} has {name} {ours}, and {file} has {theirs}; files of one image "
-                    "have the same"
+                    f"{first_file} has {name} {ours}, and {file} has {theirs}; all files of one "
+                    f"image must have the same {name}"
                 )
 
 
@@ -318,8 +318,8 @@ def _require_unspread(group: Group, first: Contents, options: ImportOptions) -> 
     for name, values, extent in spread:
         if len(values) > 1 and extent > 1:
             raise SettingsError(
-                f"--pattern {options.pattern}: {{{name}}} differs between files that hold "
-                f"{extent} of it each; use * there, or {{field}} if they are other images"
+                f"--pattern {options.pattern}: {{{name}}} differs between files, and each file "
+                f"holds {extent} of it; use * there, or {{field}} if the files are different images"
             )
 
 
@@ -337,8 +337,7 @@ def _spacing(file: FileSeries, first: Contents, options: ImportOptions) -> tuple
     said = zip("zyx", first.spacing_um, strict=True)
     words = ", ".join(f"{axis} {n:g}" if n else f"{axis} unknown" for axis, n in said)
     raise SettingsError(
-        f"{file} does not say the size of its voxels in µm ({words}); say it with "
-        "--voxel-size Z,Y,X"
+        f"{file} does not state its voxel size in µm ({words}); give it with --voxel-size Z,Y,X"
     )
 
 

@@ -42,7 +42,7 @@ def both_splits(name: str, other: str) -> SourceError:
     """Return the error about one image that is in both splits."""
     return SourceError(
         f"{name} and {other} are the same image, and one is for training, the other for "
-        "validation; the validation loss would say nothing: list it once"
+        "validation; the validation loss would mean nothing: list it once"
     )
 
 

@@ -60,7 +60,7 @@ def run_cytodl(
     if last["stopped"] == "diverged" or not last["best"]:
         raise TaskError(
             f"the training diverged, and its loss is not a number (see {folder.log}); try a "
-            "smaller --learning-rate with --overwrite, or --accelerator cpu: that has 32 bits"
+            "smaller --learning-rate with --overwrite, or --accelerator cpu, which uses 32 bits"
         )
     return Finished(Path(last["best"]), last["n_epochs"], last["stopped"])
 

@@ -64,11 +64,11 @@ def _load_start(model: str) -> Bundle:
     has_one_channel = network.in_channels == network.out_channels == 1
     if not has_one_channel or bundle.preprocessing != Preprocessing():
         raise BundleError(
-            f"--from {model}: only a network with one channel in and one out, "
-            "on images that are normalised by a z-score alone, is trained"
+            f"--from {model}: megaseg can train only a network with one input channel and one "
+            "output channel, on images that are normalized only by a z-score"
         )
     if not bundle.is_plain:
-        raise BundleError(f"--from {model}: a head with layers of its own is not trained")
+        raise BundleError(f"--from {model}: megaseg cannot train a head with its own layers")
     return bundle
 
 

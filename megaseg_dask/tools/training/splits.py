@@ -28,7 +28,7 @@ def split_examples(
     """
     unmarked = [example for example in examples if not example.split]
     if unmarked and len(unmarked) < len(examples):
-        raise SourceError(f"{unmarked[0].name} has no split; give all rows one")
+        raise SourceError(f"{unmarked[0].name} has no split; give a split to each row")
     marked = _choose(examples, fraction, patch_shape) if unmarked else list(examples)
     for split in (TRAIN, VALIDATION):
         if not any(example.split == split for example in marked):
