@@ -7,6 +7,7 @@ import contextlib
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -148,6 +149,8 @@ def shown(
         stdout=subprocess.PIPE,
         stderr=slave if terminal else subprocess.PIPE,
         env=environment,
+        # Tests in the background may have been started with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         os.close(slave)
         out, err = process.communicate(timeout=60)

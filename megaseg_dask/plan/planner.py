@@ -729,12 +729,16 @@ def require_memory(plan: Plan) -> None:
     has = f"a worker may use only {size_text(plan.memory_bytes)}"
     patch = ",".join(map(str, plan.resolved.patch))
     if least > plan.memory_bytes:
-        smaller = "use a smaller --patch"
+        least_text = f"{math.ceil(least / 1e7) / 100:.2f} GB"
         if least == plan.projected_bytes.get("join"):
-            smaller = "segment parts of the volume with --roi"
+            # No block and no patch makes it smaller.
+            raise SettingsError(
+                f"{has}, and {stage_phrase('join')} needs {least_text}; raise --memory, or segment "
+                "parts of the volume with --roi"
+            )
         raise SettingsError(
-            f"{has}, and the smallest possible block needs {math.ceil(least / 1e7) / 100:.2f} GB "
-            f"with patches of {patch}; raise --memory, or {smaller}"
+            f"{has}, and the smallest possible block needs {least_text} with patches of {patch}; "
+            "raise --memory, or use a smaller --patch"
         )
     block = ",".join(map(str, plan.block_shape))
     raise SettingsError(

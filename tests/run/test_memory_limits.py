@@ -95,7 +95,7 @@ def test_a_join_that_does_not_fit_gets_advice_that_can_work(tmp_path, options, m
     settings = parse_settings({**options, "memory": "1.15GB"})
     with pytest.raises(
         SettingsError,
-        match=r"^stage join needs .* raise --memory, or segment parts of the volume with --roi",
+        match=r"joining .* needs .* raise --memory, or segment parts of the volume with --roi",
     ) as caught:
         plan_runs(str(image), str(tmp_path / "out.zarr"), settings)
     assert "a smaller --patch" not in str(caught.value)
