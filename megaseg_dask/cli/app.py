@@ -199,7 +199,7 @@ def relabel(
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
-    """Label the scores of a run again, with another threshold or size; the network does not run.
+    """Make new labels from the scores of a run, with another threshold or size; no network runs.
 
     It writes a new label image beside that of the run. An option that you omit has the value of
     the run, but only labels are written. Scores of 8 bits are rounded: --threshold 0.3 then means
