@@ -69,10 +69,11 @@ class Lineage:
         timepoint, and the id of the parent, 0 if none: a text file of the Cell Tracking Challenge.
 
         Raises:
-            DataError: A parent is no track.
+            DataError: An object has no track, or a parent is no earlier track.
         """
         time = np.repeat(np.arange(len(labels)), [len(ids) for ids in labels])
         label = np.concatenate(labels)
+        _require_tracks_of(time, label, tracks)
         order = np.lexsort((time, label))
         is_same = label[order[1:]] == label[order[:-1]]
         is_next = time[order[1:]] == time[order[:-1]] + 1
@@ -80,6 +81,7 @@ class Lineage:
         source = [order[follows]]
         target = [order[follows + 1]]
         known = {(int(t), int(i)): n for n, (t, i) in enumerate(zip(time, label, strict=True))}
+        first = {int(row[0]): int(row[1]) for row in tracks}
         last = {int(row[0]): int(row[2]) for row in tracks}
         n_own = len(follows)
         for track, begins, _, parent in tracks.tolist():
@@ -87,6 +89,11 @@ class Lineage:
                 continue
             if parent not in last:
                 raise DataError(f"track {track} has the parent {parent}, which is no track")
+            if first[parent] >= begins:
+                raise DataError(
+                    f"track {track} begins at timepoint {begins}, and its parent {parent} at "
+                    f"{first[parent]}; expected an earlier one"
+                )
             ends = (known.get((last[parent], parent)), known.get((begins, track)))
             # Objects that are not annotated are not compared.
             if ends[0] is not None and ends[1] is not None:
@@ -112,6 +119,28 @@ class Lineage:
             raise DataError(f"the tracks lack the object {absent} of timepoint {time}")
         positions: Numbers = found + start
         return positions
+
+
+def _require_tracks_of(
+    time: NDArray[np.int64], label: NDArray[np.uint64], tracks: NDArray[np.int64]
+) -> None:
+    """Check that each object has one track, which lasts at its timepoint.
+
+    Raises:
+        DataError: One has none or several.
+    """
+    ids, rows, counts = np.unique(tracks[:, 0], return_index=True, return_counts=True)
+    if (counts > 1).any():
+        raise DataError(f"track {ids[counts > 1][0]} is listed {counts.max()} times")
+    first, last = tracks[rows, 1:3].T
+    is_covered = np.zeros(len(label), bool)
+    is_listed = np.isin(label, ids.astype(np.uint64))
+    row = np.searchsorted(ids, label[is_listed].astype(np.int64))
+    at = time[is_listed]
+    is_covered[is_listed] = (first[row] <= at) & (at <= last[row])
+    if not is_covered.all():
+        absent = np.flatnonzero(~is_covered)[0]
+        raise DataError(f"no track has the object {label[absent]} of timepoint {time[absent]}")
 
 
 @dataclass(frozen=True, slots=True)

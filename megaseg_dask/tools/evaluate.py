@@ -21,9 +21,11 @@ from megaseg_dask.messages import one_line
 from megaseg_dask.ngff.foreign import TIFF_SUFFIXES
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import choose_label, read_label_image, require_marked
+from megaseg_dask.ngff.plate import is_plate
 from megaseg_dask.ngff.tracks import SUFFIX, read_tracks, require_geff
 from megaseg_dask.ngff.volume import Volume
 from megaseg_dask.run.target.provenance import missing_at
+from megaseg_dask.run.target.tracks import tracks_at
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.importing.files import open_file
 from megaseg_dask.tools.training.checks import has_areas
@@ -186,9 +188,17 @@ class Comparison:
 
 
 def find_tracks(labels: Location) -> Location:
-    """Return where ``megaseg track`` writes the tracks of a label image of an image."""
+    """Return where ``megaseg track`` writes the tracks of a label image of an image.
+
+    Those of a field lie beside the plate, unless the run was one of the field alone.
+    """
     image = labels.parent.parent
-    return image.sibling(".tracks") / f"{labels.basename}{SUFFIX}"
+    own = tracks_at(image, "", labels.basename)
+    plate = image.parent.parent.parent
+    if own.exists() or not is_plate(plate):
+        return own
+    field = image.url.removeprefix(plate.url).strip("/")
+    return tracks_at(plate, field, labels.basename)
 
 
 def score_lineages(comparison: Comparison, tracks: Location, true_tracks: Location) -> TrackScores:
@@ -203,12 +213,11 @@ def score_lineages(comparison: Comparison, tracks: Location, true_tracks: Locati
         SourceError: Tracks cannot be read, or are those of other labels.
     """
     found = _read_lineage(tracks)
+    if true_tracks.basename.endswith(SUFFIX):
+        expected = _read_lineage(true_tracks)
+    else:
+        expected = _lineage_of_text(true_tracks, comparison)
     try:
-        if true_tracks.basename.endswith(SUFFIX):
-            expected = _read_lineage(true_tracks)
-        else:
-            ids = [np.setdiff1d(table.true, 0) for table in comparison.tables]
-            expected = Lineage.of_tracks(ids, _read_text(true_tracks))
         return score_tracks(found, expected, comparison.tables)
     except DataError as error:
         raise SourceError(f"{tracks} and {true_tracks} do not fit the labels: {error}") from error
@@ -226,11 +235,23 @@ def _read_lineage(location: Location) -> Lineage:
     return Lineage.of(time, graph.nodes["label"].astype(np.uint64), graph.links)
 
 
+def _lineage_of_text(location: Location, comparison: Comparison) -> Lineage:
+    ids = [np.setdiff1d(table.true, 0) for table in comparison.tables]
+    try:
+        return Lineage.of_tracks(ids, _read_text(location))
+    except DataError as error:
+        raise SourceError(f"{location} does not fit {comparison.truth}: {error}") from error
+
+
 def _read_text(location: Location) -> NDArray[np.int64]:
     """Return rows of label, first and last timepoint, and parent."""
     data = location.parent.get(location.basename)
     if data is None:
+        if location.exists():
+            raise SourceError(f"{location} is a folder; expected a text file, or NAME{SUFFIX}")
         raise SourceError(f"{location} does not exist{location.hint()}; check the path")
+    if not data.strip():
+        return np.empty((0, 4), np.int64)
     try:
         rows = np.loadtxt(data.decode().splitlines(), dtype=np.int64, ndmin=2)
     except ValueError as error:

@@ -19,7 +19,9 @@ from megaseg_dask.errors import SettingsError, SourceError, TargetError
 from megaseg_dask.events import ignore
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.runner import relabel
+from megaseg_dask.run.target.tracks import tracks_at
 from megaseg_dask.stores import Location
+from megaseg_dask.tools.evaluate import find_tracks
 from megaseg_dask.tools.tracking import track
 from tests.fixtures.images import write_image
 from tests.fixtures.movies import draw, simulate
@@ -248,6 +250,10 @@ def test_tracks_are_compared_with_true_ones(segment_movie, source, movie, tmp_pa
     assert (found["tra"], found["lnk"]) == (1, 1)
     text.write_text("1 0 2\n")
     assert "3 columns" in evaluate(truth, "--truth-tracks", text)[1]["error"]
+    code, found = evaluate(truth, "--truth-tracks", tmp_path)
+    assert (code, "is a folder" in found["error"]) == (2, True)
+    text.write_text("")
+    assert "no track has the object 1 of" in evaluate(truth, "--truth-tracks", text)[1]["error"]
     # Tracks of other labels.
     segment_movie(source, "other.zarr", roi="0:24,0:24,0:30")
     track(str(tmp_path / "other.zarr"))
@@ -255,6 +261,16 @@ def test_tracks_are_compared_with_true_ones(segment_movie, source, movie, tmp_pa
     code, found = evaluate(target, *words)
     assert code == 2
     assert "lack the object" in found["error"]
+
+
+def test_tracks_of_a_field_are_found_beside_its_plate(tmp_path):
+    plate = Location.of(write_fields(tmp_path / "p.zarr", "0.5", {"A/1/0": FieldSpec()}))
+    labels = plate / "A/1/0/labels/megaseg"
+    assert find_tracks(labels) == tracks_at(plate, "A/1/0", "megaseg")
+    # A run of the field alone.
+    own = plate / "A/1/0.tracks/megaseg.geff"
+    (plate / "A/1/0.tracks").put("megaseg.geff/.zattrs", b"{}")
+    assert find_tracks(labels) == own
 
 
 def test_without_the_package_the_message_installs_it(monkeypatch, tmp_path):

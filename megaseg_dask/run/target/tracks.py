@@ -10,18 +10,23 @@ from megaseg_dask.stores import Location
 def tracks_of(plan: Plan, group: Group) -> Location:
     """Return where the tracks of a label image are: it is named, of a plate after its field."""
     place = group.image.url.removeprefix(plan.target.url).strip("/")
-    name = "_".join([*place.split("/"), group.name]) if place else group.name
-    return _folder(plan) / f"{name}{SUFFIX}"
+    return tracks_at(plan.target, place, group.name)
+
+
+def tracks_at(target: Location, field: str, label: str) -> Location:
+    """Return where the tracks of a label image are: of a field ``A/1/0``, or of an image ``""``."""
+    name = "_".join([*field.split("/"), label]) if field else label
+    return _folder(target) / f"{name}{SUFFIX}"
 
 
 def remove_tracks(target: Target) -> None:
     """Remove the tracks of label images that this run makes again."""
-    made = set(_folder(target.plan).children())
+    made = set(_folder(target.plan.target).children())
     if not made:
         return
     places = [tracks_of(target.plan, group) for group in target.iter_labels()]
     map_threaded(remove_own_tracks, [place for place in places if place.basename in made])
 
 
-def _folder(plan: Plan) -> Location:
-    return plan.target.sibling(".tracks")
+def _folder(target: Location) -> Location:
+    return target.sibling(".tracks")
