@@ -128,6 +128,17 @@ def find_lost_tasks(plan: Plan, journal: Journal) -> list[tuple[str, int]]:
     return _find_losses(plan, journal, _list(plan, volumes), volumes)
 
 
+def find_lost_volumes(plan: Plan, journal: Journal) -> set[int]:
+    """Return the finished volumes, of a run that may have failed, that lack what they wrote.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    finished = {volume for volume in range(len(plan.volumes)) if journal.is_complete(volume)}
+    lost = _find_losses(plan, journal, _list(plan, finished), finished)
+    return {plan.split_index(*task)[0] for task in lost}
+
+
 def undo_losses(plan: Plan, journal: Journal) -> int:
     """Take back what is recorded as done, and is not there or was made of other chunks.
 

@@ -45,6 +45,7 @@ from megaseg_dask.plan.plan import Plan, runs_folder
 from megaseg_dask.run.finished import find_loss
 from megaseg_dask.run.journal import Journal
 from megaseg_dask.run.lease import Held, Leases
+from megaseg_dask.run.losses import find_lost_volumes
 from megaseg_dask.run.runner import LEASE_TIMING
 from megaseg_dask.run.status import find_plans, unread_fields
 from megaseg_dask.run.target.arrays import Group, Target
@@ -133,6 +134,8 @@ def track(
                 result.warnings.append(f"{fields}: one timepoint, so there is nothing to track")
                 continue
             tracker.track_run(plan)
+        if not result.tracked:
+            return result
         emit(Step("writing the table of the run"))
         lease.require()
         result.table = str(rewrite_run_table(plans, tracker.provenance))
@@ -150,10 +153,39 @@ def _require_trackable(plans: Sequence[Plan]) -> None:
         if not plan.resolved.measures_objects():
             raise SettingsError(_advise_measurements(plan))
         journal = Journal.read(plan)
-        if journal.result is None:
+        if journal.result is None and not _has_failed_fields(plan, journal):
             raise TargetError(f"{plan.target}: run {plan.run.basename} is not finished; {again}")
         if lost := find_loss(plan, journal):
             raise TargetError(f"{plan.target}: {lost}; {again}")
+
+
+def _has_failed_fields(plan: Plan, journal: Journal) -> bool:
+    """Return whether all fields of a plate were tried, and some failed."""
+    if plan.plate is None:
+        return False
+    failed = {plan.split_index(*task)[0] for task in journal.failed}
+    is_tried = all(
+        volume in failed or journal.is_complete(volume) for volume in range(len(plan.volumes))
+    )
+    return is_tried and bool(failed or unread_fields(plan))
+
+
+def _failed_fields(plan: Plan) -> dict[str, str]:
+    """Return the fields of a run that are not whole, and why."""
+    journal = Journal.read(plan)
+    if journal.result is not None:
+        return {}
+    again = f"run the same megaseg {_command(plan)} command again"
+    failures = {plan.split_index(*task)[0]: each for task, each in journal.failed.items()}
+    lost = find_lost_volumes(plan, journal)
+    reasons: dict[str, str] = {}
+    for number, volume in enumerate(plan.volumes):
+        if number in lost:
+            reasons[volume.image] = f"what it wrote was removed or changed since; {again}"
+        elif not journal.is_complete(number):
+            failure = failures.get(number)
+            reasons[volume.image] = failure.error if failure else f"it is not finished; {again}"
+    return reasons
 
 
 def _command(plan: Plan) -> str:
@@ -186,7 +218,14 @@ class _Tracker:
         return {"tracks": {"megaseg-dask": version_of("megaseg-dask"), **options}}
 
     def track_run(self, plan: Plan) -> None:
-        groups = list(Target(plan).iter_labels())
+        failed = _failed_fields(plan)
+        self.result.failures += [f"{field}: {reason}" for field, reason in failed.items()]
+        groups = [
+            group
+            for image in Target(plan).images
+            if image.path not in failed
+            for group in image.measured_groups
+        ]
         for number, group in enumerate(groups, 1):
             name = tracks_of(plan, group).basename.removesuffix(SUFFIX)
             self.emit(Step(f"tracking {name} ({number} of {len(groups)})"))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import geff
 import numpy as np
@@ -37,12 +38,12 @@ MEASURED = "labels,scores,measurements"
 def segment_movie(tmp_path, tiny_bundle, cheap_engine):
     """Segment an image; what is bright becomes its objects."""
 
-    def call(source, target="out.zarr", emit=ignore, **options):
+    def call(source, target="out.zarr", emit=ignore, n_failures=0, **options):
         options = {"model": str(tiny_bundle), "threads": 1, "overlap": 0, **options}
         options = {"outputs": MEASURED, **options}
         settings = parse_settings(options)
         result = segment_here(str(source), str(tmp_path / target), settings, emit=emit)
-        assert not result.failures
+        assert len(result.failures) == n_failures
         return tmp_path / target
 
     return call
@@ -169,6 +170,29 @@ def test_each_field_of_a_plate_is_tracked(segment_movie, tmp_path):
     for tracked, (_, rows) in zip(result.tracked, tracks, strict=True):
         assert rows.track_id.nunique() == tracked.n_tracks
         assert len(rows) == tracked.objects
+
+
+def test_fields_that_failed_are_named_and_the_others_are_tracked(segment_movie, tmp_path):
+    fields = {f"A/{n}/0": FieldSpec(n_times=2, seed=n) for n in (1, 2, 3, 4)}
+    plate = write_fields(tmp_path / "plate.zarr", "0.5", fields)
+    chunks = plate / "A/2/0/0/c/1"
+    next(path for path in chunks.rglob("*") if path.is_file()).write_bytes(b"no chunk")
+    (plate / "A/3/0/zarr.json").unlink()
+    target = segment_movie(plate, channel="dna", min_size=20, retries=0, n_failures=2)
+    # What was lost since is no background.
+    shutil.rmtree(target / "A/4/0/labels/megaseg/0/c/1")
+    ended = CliRunner().invoke(build_app(), ["track", str(target), "--json"])
+    assert ended.exit_code == 1
+    found = json.loads(ended.stdout)
+    assert [failure.split(":")[0] for failure in found["failures"]] == ["A/3/0", "A/2/0", "A/4/0"]
+    assert "is corrupt" in found["failures"][1]
+    assert "was removed" in found["failures"][2]
+    assert [path.name for path in (tmp_path / "out.zarr.tracks").iterdir()] == [
+        "A_1_0_megaseg.geff"
+    ]
+    table = pandas.read_parquet(tmp_path / "out.zarr.measurements.parquet")
+    assert set(table[table.track_id.notna()].well) == {"A/1"}
+    assert set(table.well) == {"A/1", "A/2", "A/4"}
 
 
 def test_objects_that_are_out_of_reach_are_said_and_not_guessed(segment_movie, tmp_path):
