@@ -48,7 +48,8 @@ NAMES = ", ".join(f"{name} (/{priced.unit}: {priced.text})" for name, priced in 
 class Cost:
     """What a run costs; of items without a known amount the cost is ``None``.
 
-    ``of_items`` has the items with a price, and ``total`` leaves out what is paid by the month.
+    ``of_items`` has the items with a price, and workers of a kind that has none while the other
+    kind has one, at ``None``. ``total`` leaves out what is paid by the month.
     """
 
     total: float
@@ -71,7 +72,11 @@ class Prices:
         """
         prices: dict[str, float] = {}
         for part in filter(None, map(str.strip, text.split(","))):
-            name, _, value = (word.strip() for word in part.partition("="))
+            name, is_named, value = (word.strip() for word in part.partition("="))
+            if not is_named and _is_number(name.partition("/")[0]):
+                raise SettingsError(
+                    f"--price {text}: {part} has no name; numbers have a point, such as cpu=0.1/h"
+                )
             if name not in _PRICED:
                 raise SettingsError(f"--price {part}: no such price; choose from {NAMES}")
             if name in prices:
@@ -94,21 +99,31 @@ class Prices:
         """Return what a run costs that takes this."""
         of_items: dict[str, float | None] = {}
         # Of workers, only the price of those that the run has.
-        other = "gpu" if usage.device == "cpu" else "cpu"
+        own, other = ("cpu", "gpu") if usage.device == "cpu" else ("gpu", "cpu")
         for name, price in self.of_unit.items():
             if name == other:
                 continue
             amount = _PRICED[name].amount(usage)
             of_items[name] = None if amount is None else amount * price
+        if other in self.of_unit and own not in self.of_unit:
+            of_items[own] = None
         paid_once = [cost for name, cost in of_items.items() if name != _MONTHLY and cost]
         return Cost(math.fsum(paid_once), of_items.get(_MONTHLY), of_items)
 
 
 def _parse_price(part: str, number: str, unit: str) -> float:
-    try:
-        price = float(number)
-    except ValueError:
-        price = math.nan
+    price = float(number) if _is_number(number) else math.nan
     if not 0 <= price < math.inf:
-        raise SettingsError(f"--price {part}: expected a number, such as 0.5/{unit}")
+        raise SettingsError(
+            f"--price {part}: expected a number, such as 0.5/{unit}, not below 0 and without a "
+            "currency"
+        )
     return price
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -184,7 +184,8 @@ def _failed_fields(plan: Plan) -> dict[str, str]:
             reasons[volume.image] = f"what it wrote was removed or changed since; {again}"
         elif not journal.is_complete(number):
             failure = failures.get(number)
-            reasons[volume.image] = failure.error if failure else f"it is not finished; {again}"
+            reason = f"megaseg {_command(plan)} failed: {failure.error}" if failure else ""
+            reasons[volume.image] = reason or f"it is not finished; {again}"
     return reasons
 
 

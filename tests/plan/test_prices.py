@@ -40,13 +40,23 @@ def test_what_is_not_known_has_no_cost():
     assert cost.monthly is None
 
 
+def test_workers_without_a_price_are_named():
+    """A laptop plans for its processor; a price of GPUs says nothing about it."""
+    on_laptop = Usage(3600.0, "cpu", 1, 1, 1, 1, 1, 1)
+    prices = Prices.parse("gpu=3.2/h,put=2")
+    assert prices.cost_of(on_laptop).of_items == {"put": 2, "cpu": None}
+    assert cost_text(on_laptop, prices) == "2  (put 2, cpu: no price given)"
+    assert "no price" not in cost_text(on_laptop, Prices.parse("put=2"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("gold=1", r"gold=1: no such price; choose from gpu \(/h: "),
         ("gpu=1/min", "the unit of gpu is /h"),
         ("gpu=cheap", "expected a number, such as 0.5/h"),
-        ("gpu=-1", "expected a number"),
+        ("gpu=-1", "expected a number, such as 0.5/h, not below 0"),
+        ("put=1,cpu=0,1/h", r"1/h has no name; numbers have a point, such as cpu=0.1/h"),
         ("gpu=nan", "expected a number"),
         ("put", "expected a number"),
         ("put=1,put=2", "has a price already"),
