@@ -69,12 +69,14 @@ def requests_text(usage: Usage) -> str:
 def cost_text(usage: Usage, prices: "Prices") -> str:
     """Return what a run costs in words."""
     cost = prices.cost_of(usage)
+    paid_once = [value for name, value in cost.of_items.items() if name != MONTHLY]
     items = [
         f"{name} {_amount(value)}" if name in prices.of_unit else f"{name}: no price given"
         for name, value in cost.of_items.items()
         if name != MONTHLY
     ]
-    text = f"{_amount(cost.total)}  ({', '.join(items)})" if items else ""
+    least = "at least " if None in paid_once else ""
+    text = f"{least}{_amount(cost.total)}  ({', '.join(items)})" if items else ""
     if MONTHLY in cost.of_items:
         text += f"{'; ' if items else ''}{_amount(cost.monthly)} a month to keep the result"
     return text

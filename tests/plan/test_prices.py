@@ -45,7 +45,7 @@ def test_workers_without_a_price_are_named():
     on_laptop = Usage(3600.0, "cpu", 1, 1, 1, 1, 1, 1)
     prices = Prices.parse("gpu=3.2/h,put=2")
     assert prices.cost_of(on_laptop).of_items == {"put": 2, "cpu": None}
-    assert cost_text(on_laptop, prices) == "2  (put 2, cpu: no price given)"
+    assert cost_text(on_laptop, prices) == "at least 2  (put 2, cpu: no price given)"
     assert "no price" not in cost_text(on_laptop, Prices.parse("put=2"))
 
 
