@@ -4,6 +4,7 @@ What there is to show is found as by ``megaseg view``. Voxels are read when napa
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from megaseg_dask.errors import MegasegError, SettingsError
@@ -121,8 +122,9 @@ def _open(address: str) -> tuple[Gallery, list[str]]:
 def _scene_layers(scene: Scene, name: str, *, is_shown: bool) -> Iterator[LayerData]:
     """Yield the layers of an image or field; only the first of several fields is shown."""
     title = name if scene.name == name else f"{name} {scene.name}"
-    n_channels = sum(layer.kind == IMAGE for layer in scene.layers)
-    for number, layer in enumerate(scene.layers):
+    layers = list(map(_as_marked, scene.layers))
+    n_channels = sum(layer.kind == IMAGE for layer in layers)
+    for number, layer in enumerate(layers):
         options = _options_of(layer, title)
         options["visible"] = layer.visible and is_shown
         if layer.kind == LABELS:
@@ -134,6 +136,12 @@ def _scene_layers(scene: Scene, name: str, *, is_shown: bool) -> Iterator[LayerD
         elif n_channels > 1:
             options |= {"colormap": _COLORS[number % len(_COLORS)], "blending": "additive"}
         yield LayerData(_data_of(layer), options, "image")
+
+
+def _as_marked(layer: Layer) -> Layer:
+    """Return an image as labels if its metadata say that its voxels are ids of objects."""
+    is_label = layer.kind == IMAGE and layer.image.kind == "label image"
+    return replace(layer, kind=LABELS) if is_label else layer
 
 
 def _options_of(layer: Layer, title: str) -> Options:
