@@ -261,7 +261,8 @@ def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
         case {"multiscales": [_, *_]}:
             return "an OME-Zarr image"
         case {"plate": {"wells": [{"path": str(well)}, *_]}}:
-            return f"an HCS plate (give one image in it, such as {location / well}/0)"
+            field = _first_field(location / well)
+            return f"an HCS plate (give one image in it, such as {location / well / field})"
         case {"plate": _}:
             return "an HCS plate (give one image in it)"
         case {"well": {"images": [{"path": str(field)}, *_]}}:
@@ -285,6 +286,15 @@ def describe_group(location: Location, ome: Mapping[str, Any]) -> str:
             "to resume)"
         )
     return _describe_row(location) or "a Zarr group without multiscales metadata"
+
+
+def _first_field(well: Location) -> str:
+    """Return the name of the first field of a well; the usual one if the well cannot be read."""
+    with suppress(MegasegError):
+        match ome_of(find_attributes(well) or {}):
+            case {"well": {"images": [{"path": str(field)}, *_]}}:
+                return field
+    return "0"
 
 
 def is_unfinished_target(location: Location) -> bool:

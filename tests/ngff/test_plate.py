@@ -698,3 +698,12 @@ def test_a_choice_in_what_is_not_there(tmp_path):
         read_parts(
             Location.of(tmp_path / "nothing.zarr"), Location.of(tmp_path / "out.zarr"), settings, []
         )
+
+
+def test_a_plate_in_place_of_an_image_names_a_field_that_it_has(tmp_path):
+    plate = Location.of(write_fields(tmp_path / "p.zarr", "0.5", {"A/1/7": FieldSpec()}))
+    with pytest.raises(SourceError, match=r"such as .*/p.zarr/A/1/7\)"):
+        read_image(plate)
+    (tmp_path / "p.zarr/A/1/zarr.json").unlink()
+    with pytest.raises(SourceError, match=r"such as .*/p.zarr/A/1/0\)"):
+        read_image(plate)
