@@ -166,7 +166,10 @@ def _show_status(
             cost = cost_of(run.used, prices) if run.used else None
             echo(json.dumps({**run.to_json(), "cost": cost}))
         else:
-            print_status(run, target, cost_rows(run.used, prices) if run.used else {})
+            rows = cost_rows(run.used, prices) if run.used else {}
+            if checks_outputs and run.done:
+                rows["checked"] = "all that the run wrote is there"
+            print_status(run, target, rows)
     from_best_to_worst = [0, PENDING, FAILED]
     worst = max((run.exit_code for run in runs), key=from_best_to_worst.index)
     if as_json:

@@ -251,6 +251,7 @@ def evaluate(
       megaseg evaluate segmented.zarr truth.zarr --truth-tracks man_track.txt
     """
     with exit_codes(json_):
+        from megaseg_dask.errors import SettingsError
         from megaseg_dask.stores import Location
         from megaseg_dask.tools.evaluate import (
             compare_images,
@@ -261,6 +262,8 @@ def evaluate(
             score_lineages,
         )
 
+        if tracks and not true_tracks:
+            raise SettingsError(f"--tracks {tracks}: give the true tracks, too: --truth-tracks")
         open_stores(options, None)
         compared = (find_labels(predicted, label), find_labels(truth, truth_label))
         if not unmarked:

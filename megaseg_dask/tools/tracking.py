@@ -231,7 +231,7 @@ class _Tracker:
             name = tracks_of(plan, group).basename.removesuffix(SUFFIX)
             self.emit(Step(f"tracking {name} ({number} of {len(groups)})"))
             try:
-                self._track_labels(plan, group, name)
+                self._track_labels(plan, group, name if plan.plate else f"labels {name}")
             except MegasegError as error:
                 if plan.plate is None:
                     raise

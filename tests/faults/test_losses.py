@@ -427,6 +427,8 @@ def test_what_is_lost_of_a_finished_run_is_told_by_a_check_and_by_the_report(
     shutil.copytree(f"{target}.run", f"{moved}.run")
     [found] = status(str(moved), checks_outputs=True)
     assert (found.exit_code, found.lost) == (0, "")
+    shown = CliRunner().invoke(build_app(), ["status", str(moved), "--check"])
+    assert "all that the run wrote is there" in shown.output
     (moved / "labels/megaseg/0/c/0/0/0").unlink()
     shown = CliRunner().invoke(build_app(), ["status", str(moved), "--check"])
     assert shown.exit_code == 3

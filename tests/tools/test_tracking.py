@@ -262,6 +262,8 @@ def test_tracks_are_compared_with_true_ones(segment_movie, source, movie, tmp_pa
     code, found = evaluate(truth, "--truth-tracks", text)
     assert code == 2
     assert "run megaseg track first" in found["error"]
+    code, found = evaluate(truth, "--tracks", text)
+    assert (code, "--truth-tracks" in found["error"]) == (2, True)
     track(str(target))
     code, found = evaluate(truth, "--truth-tracks", text)
     assert (code, found["tra"], found["lnk"], found["det"]) == (0, 1, 1, 1)
