@@ -268,7 +268,7 @@ def print_tracking(result: "Tracking", *, quiet: bool = False) -> None:
     first = result.tracked[0]
     more = f" and {len(result.tracked) - 1} more" if len(result.tracked) > 1 else ""
     rows = {
-        "reach": f"{first.max_distance:.3g} {first.unit}",
+        "max distance": f"{first.max_distance:.3g} {first.unit}",
         "table": result.table,
         "tracks": f"{first.tracks}{more}",
     }

@@ -321,8 +321,8 @@ class _Tracker:
             shift = np.median([drift.shift for t in moved if (drift := drifts[t])])
             self.result.warnings.append(
                 f"{name}: all objects move together {_after(moved)}, by {shift:.3g} {unit} "
-                f"(median), which is much for a reach of {distance:.3g} {unit}: links may be "
-                "wrong. Align the timepoints first"
+                f"(median). This is more than half of --max-distance, {distance:.3g} {unit}, so "
+                "links may be wrong. Align the timepoints first"
             )
         empty = [t for t, frame in enumerate(objects.frames) if not len(frame)]
         if empty:
