@@ -7,6 +7,7 @@ it is told by events.
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -359,7 +360,7 @@ def print_status(
         return
     echo(f"To resume, run {same} again, or its tasks:")
     option = "" if run.label_name == "megaseg" else f" --label-name {run.label_name}"
-    echo(f"  megaseg task {target} {pending[0]}{option}")
+    echo(f"  megaseg task {shlex.quote(target)} {pending[0]}{option}")
 
 
 def _state(run: RunStatus) -> str:

@@ -257,3 +257,13 @@ def test_a_plate_takes_its_regions_from_a_plate_and_never_from_one_image(
     again = {"label_name": "again", "workers": 0, "outputs": "labels,measurements", "regions": one}
     with pytest.raises(SettingsError, match="is one image; a plate needs a plate of label images"):
         relabel(str(target), parse_settings(again))
+
+
+def test_regions_with_ids_below_0_fail_by_name(source, cells, tmp_path, tiny_bundle, cheap_engine):
+    write_label(source / "labels/odd", cells.astype(np.int32) - 1)
+    add_label(Location.of(source), "0.5", "odd")
+    options = {"model": str(tiny_bundle), "outputs": "labels,scores,measurements", "regions": "odd"}
+    settings = parse_settings({"threads": 1, "overlap": 0, "retries": 0, **options})
+    result = segment_here(str(source), str(tmp_path / "out.zarr"), settings)
+    [failure] = result.failures
+    assert failure.error == "--regions odd: it has the id -1; expected ids of 0 and above"

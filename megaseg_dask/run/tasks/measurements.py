@@ -17,6 +17,7 @@ from megaseg_dask.algorithms.regions import (
     merge_regions,
 )
 from megaseg_dask.concurrency import read_ahead
+from megaseg_dask.errors import DataError
 from megaseg_dask.ngff.volume import Absent
 from megaseg_dask.plan.plan import Output
 from megaseg_dask.run.state import OutputState
@@ -84,7 +85,11 @@ def _read_with_border(workspace: Workspace, output: Output, core: Box) -> Array:
 
 
 def _read_regions(workspace: Workspace, volume: int, core: Box) -> Array | None:
-    """Return the ids of the regions in a block and one voxel around it, 0 where the volume ends."""
+    """Return the ids of the regions in a block and one voxel around it, 0 where the volume ends.
+
+    Raises:
+        DataError: One is below 0.
+    """
     regions = workspace.regions(volume)
     if regions is None:
         return None
@@ -92,6 +97,11 @@ def _read_regions(workspace: Workspace, volume: int, core: Box) -> Array | None:
     around = core.grown(1)
     box = around & Box.of(plan.volume_shape)
     values = regions.read(box.shifted(plan.region.start))
+    if values.dtype.kind == "i" and values.min() < 0:
+        raise DataError(
+            f"--regions {plan.resolved.regions}: it has the id {values.min()}; expected ids of 0 "
+            "and above"
+        )
     before = [a - b for a, b in zip(box.start, around.start, strict=True)]
     after = [b - a for a, b in zip(box.stop, around.stop, strict=True)]
     return np.pad(values, list(zip(before, after, strict=True)))
