@@ -51,10 +51,13 @@ def recorded_plans(target: str, label_name: str | None = None) -> list[Plan]:
     where.probe(TargetError)
     plans = RunFolder.plans(where, label_name)
     if not plans:
+        others = dict.fromkeys(plan.resolved.label_name for plan in RunFolder.plans(where))
         named = f" of the name {label_name}" if label_name else ""
+        advice = "start one with megaseg segment"
+        if others:
+            advice = f"choose one of {', '.join(others)} with --label-name"
         raise TargetError(
-            f"no run{named} is recorded at {runs_folder(where)}{where.hint()}; start one with "
-            "megaseg segment"
+            f"no run{named} is recorded at {runs_folder(where)}{where.hint()}; {advice}"
         )
     return plans
 

@@ -122,6 +122,7 @@ def track(
         raise SettingsError(f"--max-distance {max_distance}: expected 0 or more µm")
     where = Location.of(target)
     _require_trackable(find_plans(target, label_name))
+    where.require_writable()
     with Leases(runs_folder(where), LEASE_TIMING).hold() as lease:
         plans = find_plans(target, label_name)
         _require_trackable(plans)

@@ -350,7 +350,7 @@ def test_the_viewer_shows_the_image_and_the_scores_once(run, again, tmp_path):
     assert (image.kind, labels.name, scores.kind) == ("image", "labels again", "scores")
     assert (scores.threshold, scores.location) == (0.6, Location.of(target))
     assert gallery.command("") == f"megaseg relabel {target}"
-    with pytest.raises(TargetError, match="no run of the name agian is recorded"):
+    with pytest.raises(TargetError, match=r"agian is recorded at .*; choose one of again, megaseg"):
         Gallery(target, "agian")
 
 
