@@ -153,7 +153,7 @@ def test_jobs_of_a_class_that_is_named_are_those_of_the_file(tmp_path, monkeypat
     block = r"^```text\n(kind: custom\nclass: dask_jobqueue.*?)^```"
     [text] = re.findall(block, page, re.M | re.S)
     wanted = read(tmp_path, text)
-    options = {**wanted.options, "scheduler_options": {"dashboard_address": None}}
+    options = {**wanted.options, "scheduler_options": {"dashboard_address": "127.0.0.1:0"}}
     with ExitStack() as stack:
         cluster = start._custom(wanted.model_copy(update={"options": options}), stack)
         stack.callback(cluster.close)
