@@ -525,7 +525,7 @@ _OF_TRIAL = Traffic(n_put=2, n_delete=1)
 _OF_PLATE = Traffic(n_put=5, n_get=19, n_list=3)
 _OF_TABLE = Traffic(n_put=1, n_get=1, n_list=1, n_delete=1)
 # Each image; its label images; each of its arrays.
-_OF_IMAGE = Traffic(n_put=3, n_get=5, n_list=5)
+_OF_IMAGE = Traffic(n_put=3, n_get=5, n_list=6)
 _OF_LABELS = Traffic(n_put=3, n_get=9)
 _OF_ARRAY = Traffic(n_put=1, n_get=1)
 _OF_TABLE_OF_IMAGE = Traffic(n_put=4, n_get=19, n_list=2)

@@ -139,7 +139,7 @@ def test_ngio_reads_both_tables(run, source, tmp_path):
     ("regions", "message"),
     [
         ("nuclei", "does not exist.*label images cells"),
-        ("small.zarr", r"it has \(12, 50, 70\) voxels .*the image \(24, 50, 70\)"),
+        ("small.zarr", r"it has \(12, 50, 70\) voxels .*the image has \(24, 50, 70\)"),
         ("float.zarr", "holds float32"),
     ],
 )
