@@ -187,7 +187,7 @@ def test_a_field_without_metadata_leaves_its_group_out_and_names_it(run, tmp_pat
 def test_fields_of_several_forms_are_no_group(run, tmp_path):
     write_fields(tmp_path / "plate.zarr")
     write_image(tmp_path / "plate.zarr/B/1/1", voxels(0, "uint16")[:, :, :32], axes="tzyx")
-    with pytest.raises(SettingsError, match=r"fields A/1/0 and B/1/1 of one group have several"):
+    with pytest.raises(SettingsError, match=r"fields A/1/0 and B/1/1 of one group have different"):
         run(tmp_path / "plate.zarr", "out.zarr", normalization="plate")
     run(tmp_path / "plate.zarr", "out.zarr", normalization="series")
     run(tmp_path / "plate.zarr", "few.zarr", normalization="well", fields="0")

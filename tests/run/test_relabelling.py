@@ -381,7 +381,7 @@ def test_wrong_requests_write_nothing(run, again, source, tmp_path):
     before = contents(tmp_path / "out.zarr")
     with pytest.raises(SettingsError, match="scores exist already"):
         again("out.zarr", outputs="labels,scores")
-    with pytest.raises(SettingsError, match="choose a new one"):
+    with pytest.raises(SettingsError, match="choose a new name"):
         again("out.zarr", "megaseg", threshold=0.6)
     with pytest.raises(SettingsError, match="--label-name is needed"):
         relabel(str(tmp_path / "out.zarr"), parse_settings({"threshold": 0.6}))
