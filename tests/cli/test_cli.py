@@ -352,7 +352,10 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
         ],
         "contains the source",
     ),
-    "run folder": (lambda d, out: [image(d), d / "out.zarr.run", "--overwrite"], "reserved for run folders"),
+    "run folder": (
+        lambda d, out: [image(d), d / "out.zarr.run", "--overwrite"],
+        "reserved for run folders",
+    ),
     "target is source": (lambda d, out: [image(d), d / "source.zarr"], "pass --outputs labels"),
     "below a file": (
         lambda d, out: [image(d), text_file(d, "file") / "out.zarr"],

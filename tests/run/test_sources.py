@@ -86,7 +86,10 @@ def test_metadata_of_0_4_in_zarr_v3_are_read_but_not_added_to(leaves_v2, run, tm
         for name in (".zgroup", ".zattrs"):
             shutil.copy(old / name, source / name)
     before = files_of(source)
-    with pytest.raises(SourceError, match=r"OME-Zarr 0\.4 metadata in Zarr v3.*choose a TARGET that is not the source"):
+    with pytest.raises(
+        SourceError,
+        match=r"OME-Zarr 0\.4 metadata in Zarr v3.*choose a TARGET that is not the source",
+    ):
         run(source, source, outputs="labels")
     assert files_of(source) == before
     assert run(source, tmp_path / "out.zarr").status == "done"
