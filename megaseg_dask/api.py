@@ -224,7 +224,7 @@ def _row(event: Progress) -> str:
 
 def _patches_row(event: Patches) -> str:
     words = (patches_text(event), left_text(event))
-    return _bar(event.stage, event.n_done, event.n_patches, *words)
+    return _bar(event.stage, event.n_predicted, event.n_patches, *words)
 
 
 def _bar(stage: str, n_done: int, n_all: int, *words: str) -> str:

@@ -76,12 +76,13 @@ class Progress(Event):
 class Patches(Event):
     """How many patches of the blocks in work are predicted, of a stage that has few tasks.
 
-    ``n_blocks`` are in work. ``left_s`` is known if no other block is to come.
+    ``n_blocks`` are in work. ``left_s`` is known if no other block is to come. Other events
+    count tasks, as ``n_done``.
     """
 
     kind: ClassVar[str] = "patches"
     stage: str
-    n_done: int
+    n_predicted: int
     n_patches: int
     n_blocks: int = 1
     left_s: float | None = None

@@ -179,7 +179,7 @@ def patches_line(event: Patches) -> str:
 
 def patches_text(event: Patches) -> str:
     """Return how many patches of the blocks in work are predicted."""
-    return f"{event.n_done} of {count(event.n_patches, 'patch', 'patches')}"
+    return f"{event.n_predicted} of {count(event.n_patches, 'patch', 'patches')}"
 
 
 def rates(event: Progress) -> list[str]:

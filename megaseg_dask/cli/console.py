@@ -169,7 +169,7 @@ class _Bars:
             case Patches():
                 # A task counts as far as its patches are predicted.
                 stage = self._stages[event.stage]
-                share = event.n_done / event.n_patches * event.n_blocks
+                share = event.n_predicted / event.n_patches * event.n_blocks
                 words = [patches_text(event), left_text(event)]
                 self._draw(stage_phrase(event.stage), stage.n_done + share, stage.n_tasks, words)
             case Following():

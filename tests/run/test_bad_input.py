@@ -320,7 +320,8 @@ def test_an_interrupted_run_goes_on(how, source, megaseg, tiny_bundle, tmp_path)
     ):
         assert process.stdout is not None
         events = (json.loads(line) for line in process.stdout)
-        next(event for event in events if event.get("stage") == "segment" and event["n_done"])
+        progress = (event for event in events if event["event"] == "progress")
+        next(event for event in progress if event["stage"] == "segment" and event["n_done"])
         if how == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)
         else:

@@ -53,7 +53,7 @@ def test_a_block_in_work_tells_its_patches_and_the_log_is_no_output(
     told = [event for event in events if event.kind == "patches"]
     n_patches = told[0].n_patches
     assert n_patches > 1
-    assert [event.n_done for event in told] == list(range(1, n_patches + 1))
+    assert [event.n_predicted for event in told] == list(range(1, n_patches + 1))
     assert told[-1].left_s == 0
 
 
