@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaseg_dask import events
 from megaseg_dask.errors import SettingsError
-from megaseg_dask.events import Emit, Event, Patches, Progress, Step
+from megaseg_dask.events import Emit, Event, PatchProgress, Progress, Step
 from megaseg_dask.messages import failed_text, left_text, nearest, patches_text, stage_phrase
 from megaseg_dask.plan.plan import Plan
 from megaseg_dask.plan.relabelling import RESULT, WORK
@@ -208,7 +208,7 @@ class _Cell:
             case Progress():
                 self._rows.pop("", None)
                 self._rows[event.stage] = _row(event)
-            case Patches():
+            case PatchProgress():
                 self._rows[event.stage] = _patches_row(event)
             case events.Result():
                 self._rows.pop("", None)
@@ -222,7 +222,7 @@ def _row(event: Progress) -> str:
     return _bar(event.stage, event.n_done, event.n_tasks, f"{event.n_done}/{event.n_tasks}", words)
 
 
-def _patches_row(event: Patches) -> str:
+def _patches_row(event: PatchProgress) -> str:
     words = (patches_text(event), left_text(event))
     return _bar(event.stage, event.n_predicted, event.n_patches, *words)
 

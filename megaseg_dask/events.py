@@ -73,7 +73,7 @@ class Progress(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Patches(Event):
+class PatchProgress(Event):
     """How many patches of the blocks in work are predicted, of a stage that has few tasks.
 
     ``n_blocks`` are in work. ``left_s`` is known if no other block is to come. Other events

@@ -19,7 +19,7 @@ from megaseg_dask.events import (
     Fetching,
     Following,
     Notice,
-    Patches,
+    PatchProgress,
     Progress,
     Result,
     Started,
@@ -113,7 +113,7 @@ class Narrator:
                 if not self._is_due(event.stage, is_over):
                     return []
                 return [progress_line(self._untold.pop(event.stage))]
-            case Patches():
+            case PatchProgress():
                 return [patches_line(event)] if self._is_due(event.stage, False) else []
         return []
 
@@ -171,13 +171,13 @@ def progress_line(event: Progress) -> str:
     return ", ".join(filter(None, words))
 
 
-def patches_line(event: Patches) -> str:
+def patches_line(event: PatchProgress) -> str:
     """Return how many patches of the blocks in work are predicted, and the time left."""
     words = [f"{stage_phrase(event.stage)}: {patches_text(event)}", left_text(event)]
     return ", ".join(filter(None, words))
 
 
-def patches_text(event: Patches) -> str:
+def patches_text(event: PatchProgress) -> str:
     """Return how many patches of the blocks in work are predicted."""
     return f"{event.n_predicted} of {count(event.n_patches, 'patch', 'patches')}"
 
@@ -197,7 +197,7 @@ def failed_text(event: Progress) -> str:
     return f"{event.n_failed} failed" if event.n_failed else ""
 
 
-def left_text(event: Progress | Patches) -> str:
+def left_text(event: Progress | PatchProgress) -> str:
     """Return the time left; empty if it is unknown or the stage is over."""
     if not event.left_s or (isinstance(event, Progress) and event.is_over):
         return ""

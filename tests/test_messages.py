@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 
-from megaseg_dask.events import Failure, Following, Notice, Patches, Progress, Started
+from megaseg_dask.events import Failure, Following, Notice, PatchProgress, Progress, Started
 from megaseg_dask.messages import (
     Narrator,
     duration,
@@ -42,10 +42,10 @@ def test_a_line_has_speeds_failures_and_the_time_left():
 
 
 def test_a_block_in_work_has_its_patches_and_the_time_left():
-    assert patches_line(Patches("volume", 3, 12, left_s=90.0)) == (
+    assert patches_line(PatchProgress("volume", 3, 12, left_s=90.0)) == (
         "segmenting volumes: 3 of 12 patches, about 90 s left"
     )
-    assert patches_line(Patches("segment", 1, 1, 2)) == "predicting blocks: 1 of 1 patch"
+    assert patches_line(PatchProgress("segment", 1, 1, 2)) == "predicting blocks: 1 of 1 patch"
 
 
 def test_twelve_hours_are_some_hundred_lines():

@@ -20,7 +20,7 @@ from megaseg_dask.events import (
     Event,
     Fetching,
     Following,
-    Patches,
+    PatchProgress,
     Progress,
     Result,
     RunStatus,
@@ -166,7 +166,7 @@ class _Bars:
                 words = [left_text(event), failed_text(event), *rates(event)]
                 self._draw(stage_phrase(event.stage), event.n_done, event.n_tasks, words)
                 self._stages[event.stage] = event
-            case Patches():
+            case PatchProgress():
                 # A task counts as far as its patches are predicted.
                 stage = self._stages[event.stage]
                 share = event.n_predicted / event.n_patches * event.n_blocks

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from megaseg_dask.errors import ClusterError
-from megaseg_dask.events import Emit, Joined, Notice, Patches
+from megaseg_dask.events import Emit, Joined, Notice, PatchProgress
 from megaseg_dask.inference.block import telling
 from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.plan.plan import Plan
@@ -341,7 +341,7 @@ class DaskDispatcher:
         n_done = sum(patches[1] for patches in told)
         n_patches = sum(patches[2] for patches in told)
         is_only = self._watched[stage] == 1
-        self._emit(Patches(stage, n_done, n_patches, len(told), left_s if is_only else None))
+        self._emit(PatchProgress(stage, n_done, n_patches, len(told), left_s if is_only else None))
 
     # -- workers that hang, and workers that are gone
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 
 from megaseg_dask.errors import EngineError
-from megaseg_dask.events import Emit, Joined, Patches, ignore
+from megaseg_dask.events import Emit, Joined, PatchProgress, ignore
 from megaseg_dask.inference.block import telling
 from megaseg_dask.inference.certificate import Certificate
 from megaseg_dask.plan.plan import Plan, runs_folder
@@ -80,7 +80,7 @@ class SerialDispatcher:
 
     def _show(self, stage: str, n_done: int, n_patches: int, left_s: float) -> None:
         is_only = self._watched[stage] == 1
-        self._emit(Patches(stage, n_done, n_patches, left_s=left_s if is_only else None))
+        self._emit(PatchProgress(stage, n_done, n_patches, left_s=left_s if is_only else None))
 
 
 class SerialExecutor:

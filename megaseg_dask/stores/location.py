@@ -107,6 +107,10 @@ class Location:
         """Return the location beside this one whose name has ``suffix`` appended."""
         return replace(self, url=self.url.rstrip("/") + suffix)
 
+    def path_below(self, other: "Location") -> str:
+        """Return the path of this location below ``other``, such as ``A/1/0``; empty for itself."""
+        return self.url.removeprefix(other.url).strip("/")
+
     def is_inside(self, other: "Location") -> bool:
         """Return whether this is a folder below ``other``; links of a file system are followed."""
         if self.is_local and other.is_local:

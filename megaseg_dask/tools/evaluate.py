@@ -197,7 +197,7 @@ def find_tracks(labels: Location) -> Location:
     plate = image.parent.parent.parent
     if own.exists() or not is_plate(plate):
         return own
-    field = image.url.removeprefix(plate.url).strip("/")
+    field = image.path_below(plate)
     return tracks_at(plate, field, labels.basename)
 
 

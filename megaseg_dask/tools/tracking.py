@@ -139,7 +139,7 @@ def track(
             return result
         emit(Step("writing the table of the run"))
         lease.require()
-        result.table = str(rewrite_run_table(plans, tracker.provenance))
+        result.table = str(rewrite_run_table(plans, {"tracks": tracker.provenance}))
     return result
 
 
@@ -216,8 +216,8 @@ class _Tracker:
 
     @property
     def provenance(self) -> dict[str, object]:
-        options = {"splits": self.splits, "merges": self.merges}
-        return {"tracks": {"megaseg-dask": version_of("megaseg-dask"), **options}}
+        version = version_of("megaseg-dask")
+        return {"megaseg-dask": version, "splits": self.splits, "merges": self.merges}
 
     def track_run(self, plan: Plan) -> None:
         failed = _failed_fields(plan)
@@ -265,18 +265,15 @@ class _Tracker:
             )
         self._warn(name, drifts, distance, unit, objects)
         self.lease.require()
-        settings = {"max_distance": distance, "unit": unit}
-        known = self.provenance["tracks"]
-        assert isinstance(known, dict)
-        provenance = {"tracks": {**known, **settings}}
+        provenance = {**self.provenance, "max_distance": distance, "unit": unit}
         write_tracks(
             file,
             _graph_of(objects, tracks),
             labels_path=_relative(group.location, file),
-            provenance=provenance["tracks"],
+            provenance=provenance,
         )
         self.lease.require()
-        write_track_columns(plan, group, objects.columns_of(tracks), provenance)
+        write_track_columns(plan, group, objects.columns_of(tracks), {"tracks": provenance})
         self.result.tracked.append(
             TrackedLabels(
                 image=str(group.image),

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from benchmarks.scaling import Load, Machine, simulate
-from megaseg_dask.events import Patches
+from megaseg_dask.events import PatchProgress
 from megaseg_dask.inference import block
 from megaseg_dask.run import dispatcher
 from megaseg_dask.run.dispatcher import DaskDispatcher, group_size_of, window_of
@@ -89,4 +89,4 @@ def test_workers_tell_the_patches_of_blocks_in_work(client, tmp_path, monkeypatc
     sent = DaskDispatcher(workers, Work(), Retries(1), None, emit, {"segment": 1})
     [(_, outcome)] = sent.outcomes(lambda size: tasks.pop(0) if tasks else ("", []))
     assert (outcome.index, outcome.error) == (7, "")
-    assert set(events) == {Patches("segment", 3, 12, 1, 4.5)}
+    assert set(events) == {PatchProgress("segment", 3, 12, 1, 4.5)}

@@ -274,7 +274,7 @@ def _plate_groups_above(image: Location) -> list[Location]:
 
 
 def _refresh(group: Location, below: list[Location]) -> None:
-    paths = [node.url.removeprefix(group.url).strip("/") for node in below]
+    paths = [node.path_below(group) for node in below]
     update_consolidated(group, list(dict.fromkeys(paths)))
 
 

@@ -222,7 +222,7 @@ def write_track_columns(
 
     def rows() -> Iterator[tuple[Place, Columns]]:
         for timepoint, channel, known in table.iter_volumes():
-            place = _place(plan, _path_of(plan, group), timepoint, channel, output)
+            place = _place(plan, group.image.path_below(plan.target), timepoint, channel, output)
             yield place, {**known, **columns[timepoint]}
 
     table.write(
@@ -257,16 +257,13 @@ def rewrite_run_table(plans: Sequence[Plan], provenance: Mapping[str, object]) -
                 continue  # the run failed there, and is told of
             output = _output_of(plan, group)
             for timepoint, channel, columns in table.iter_volumes():
-                place = _place(plan, _path_of(plan, group), timepoint, channel, output)
+                place = _place(
+                    plan, group.image.path_below(plan.target), timepoint, channel, output
+                )
                 yield place, columns
 
     write_rows(file.parent, file.basename, rows(), schema=run_schema(forms).with_metadata(told))
     return file
-
-
-def _path_of(plan: Plan, group: Group) -> str:
-    """Return the path of the image of a group below the target."""
-    return group.image.url.removeprefix(plan.target.url).strip("/")
 
 
 def _output_of(plan: Plan, group: Group) -> int:

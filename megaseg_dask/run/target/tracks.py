@@ -9,7 +9,7 @@ from megaseg_dask.stores import Location
 
 def tracks_of(plan: Plan, group: Group) -> Location:
     """Return where the tracks of a label image are: it is named, of a plate after its field."""
-    place = group.image.url.removeprefix(plan.target.url).strip("/")
+    place = group.image.path_below(plan.target)
     return tracks_at(plan.target, place, group.name)
 
 

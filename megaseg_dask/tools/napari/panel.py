@@ -23,7 +23,7 @@ from qtpy.QtWidgets import (
 )
 
 from megaseg_dask.errors import MegasegError, SettingsError
-from megaseg_dask.events import Event, Notice, Patches, Progress, Result, Step
+from megaseg_dask.events import Event, Notice, PatchProgress, Progress, Result, Step
 from megaseg_dask.messages import (
     doubt_line,
     failure_line,
@@ -170,7 +170,7 @@ class SegmentPanel(QWidget):  # type: ignore[misc]
                 self.message.setText(event.text)
             case Progress():
                 self._show_progress(event)
-            case Patches():
+            case PatchProgress():
                 self.message.setText(patches_line(event))
 
     def _show_progress(self, event: Progress) -> None:
