@@ -1,98 +1,124 @@
 """Write simulated images and their masks, and the manifest that `megaseg train` takes.
 
-    python -m starter.images FOLDER --n 56 --first-seed 1 [--idr0062 FOLDER]
+    python -m starter.images FOLDER --n 340 --first-seed 1
 
-Each image is a function of its seed. Every kind of structure comes in turn, at
-any difficulty, and nuclei four times as often; the last seventh validates. Of
-the labelled stack of idr0062 (CC BY 4.0), the first half along z trains, each
-time distorted in another way, and 64 planes after it validate; the model is
-judged on the rest.
+Each image is a function of its number and the first seed. Every kind of structure comes
+in turn, at any difficulty; nuclei, reticulum and images of noise come more often. Some
+images are changed as files are on their way to a user: resampled, smoothed, with another
+gamma, or filled up with empty planes. The last eighth validates.
 """
 
 import argparse
 import csv
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
-from tifffile import imread, imwrite
+from tifffile import imwrite
 
-from starter.simulation import KINDS, simulate
+from starter.simulation import KINDS, NOISE, simulate
+from starter.space import Floats, Mask
 
-Array = np.ndarray
-
-SHAPE = (64, 160, 160)
+# A little more than a patch, so that patches differ from epoch to epoch.
+SHAPE = (64, 144, 144)
 # An image that validates is as large as a patch: one forward pass each.
 VALIDATION_SHAPE = (64, 128, 128)
-_KINDS = (*KINDS, "nuclei", "nuclei", "nuclei")
-# One real stack among many simulations: its distorted copies, and how often its rest validates.
-_N_DISTORTED = 20
-_N_VALIDATING = 3
-_TRAINING_PLANES = slice(0, 118)
-_VALIDATION_PLANES = slice(118, 182)
+# Large objects are the hardest to fill, dense networks the hardest to take apart.
+_KINDS = (*KINDS, "nuclei", "nuclei", "nuclei", "reticulum", "reticulum", "tubes", NOISE, NOISE)
+_SHARE_OF_VALIDATION = 1 / 8
+# Seeds of images that are given up because they hold nothing lie between those of two images.
+_SEEDS_PER_IMAGE = 1000
+_MIN_SHARE = 0.003
+
+Row = tuple[str, str, str]
 
 
-def write_images(folder: Path, n: int, first_seed: int, idr0062: Path | None = None) -> Path:
-    """Write n pairs of OME-TIFF files, and those of the real stack, and return the manifest."""
+def write_images(folder: Path, n: int, first_seed: int) -> Path:
+    """Write n pairs of OME-TIFF files and return the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    rng = np.random.default_rng(first_seed)
-    for i in range(n):
-        trains = i < n * 6 / 7
-        shape = SHAPE if trains else VALIDATION_SHAPE
-        kind = _KINDS[i % len(_KINDS)]
-        simulated = simulate(first_seed + i, shape, kind, difficulty=rng.uniform(0, 1))
-        files = _write(folder, f"{i:03d}", simulated.image, simulated.mask)
-        rows.append((*files, "train" if trains else "val"))
-    if idr0062 is not None:
-        rows += _write_real(folder, idr0062, rng)
+    write = partial(_write, folder, n, first_seed)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(write, range(n)))
     manifest = folder / "images.csv"
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows([("raw", "seg", "split"), *rows])
     return manifest
 
 
-def _write_real(
-    folder: Path, idr0062: Path, rng: np.random.Generator
-) -> list[tuple[str, str, str]]:
-    """Write distorted copies of one part of the real stack, and another part; return their rows."""
-    image = imread(idr0062 / "6001240_L1_DAPI.ome.tif")
-    mask = imread(idr0062 / "6001240_L1_labels_GT61.ome.tif") > 0
-    rows = []
-    for i in range(_N_DISTORTED):
-        copy = distort(image[_TRAINING_PLANES], mask[_TRAINING_PLANES], rng)
-        rows.append((*_write(folder, f"idr0062_{i}", *copy), "train"))
-    validating = _write(folder, "idr0062_val", image[_VALIDATION_PLANES], mask[_VALIDATION_PLANES])
-    return rows + [(*validating, "val")] * _N_VALIDATING
-
-
-def distort(image: Array, mask: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return a stack and its mask, turned and scaled, with other gray values, blur and noise."""
-    turned = tuple(slice(None, None, int(rng.choice([1, -1]))) for _ in range(3))
-    axes = rng.choice([(0, 1, 2), (0, 2, 1)])
-    factors = rng.uniform((0.7, 0.8, 0.8), (1.3, 1.4, 1.4))
-    values = ndimage.zoom(image[turned].transpose(axes).astype(np.float32), factors, order=1)
-    inside = ndimage.zoom(mask[turned].transpose(axes), factors, order=0)
-    # At least a patch; beyond the stack is its mirror image.
-    missing = np.maximum(np.array(VALIDATION_SHAPE) - values.shape, 0)
-    padding = [(0, int(n)) for n in missing]
-    values = np.pad(values, padding, "symmetric")
-    inside = np.pad(inside, padding, "symmetric")
-    low = values.min()
-    high = values.max()
-    values = ((values - low) / (high - low)) ** rng.uniform(0.6, 1.5)
-    values = ndimage.gaussian_filter(values, rng.uniform(0, 0.9, 3), truncate=2)
-    values += rng.normal(0, rng.uniform(0, 0.03), values.shape)
-    return (np.clip(values, 0, 1) * 60000).astype(np.uint16), inside
-
-
-def _write(folder: Path, name: str, image: Array, mask: Array) -> tuple[str, str]:
-    """Write an image and its mask, and return the names of their files."""
-    raw = f"{name}_raw.ome.tif"
-    seg = f"{name}_seg.ome.tif"
+def _write(folder: Path, n: int, first_seed: int, number: int) -> Row:
+    """Write one image and its mask, and return its row."""
+    trains = number < round(n * (1 - _SHARE_OF_VALIDATION))
+    shape = SHAPE if trains else VALIDATION_SHAPE
+    rng = np.random.default_rng([first_seed, number])
+    kind = _KINDS[number % len(_KINDS)]
+    image, mask = _simulated(first_seed * 10**6 + number * _SEEDS_PER_IMAGE, shape, kind, rng)
+    raw = f"{number:03d}_raw.ome.tif"
+    seg = f"{number:03d}_seg.ome.tif"
     for file, values in ((raw, image), (seg, mask.astype(np.uint8))):
         imwrite(folder / file, values, ome=True, metadata={"axes": "ZYX"}, compression="zlib")
-    return raw, seg
+    return raw, seg, "train" if trains else "val"
+
+
+def _simulated(
+    first_seed: int, shape: tuple[int, int, int], kind: str, rng: np.random.Generator
+) -> tuple[NDArray[np.uint16] | NDArray[np.uint8], Mask]:
+    """Return the first image from `first_seed` on that holds enough, changed as files are."""
+    difficulty = rng.uniform(0, 1)
+    change = rng.choice(["none", "finer", "gamma", "smoothed", "few planes"], p=_CHANCES)
+    finer = rng.uniform(1.2, 2.6, 3) if change == "finer" else np.ones(3)
+    planes = int(rng.integers(12, 48)) if change == "few planes" else shape[0]
+    z, y, x = np.ceil(np.array((planes, *shape[1:])) / finer).astype(int)
+    for seed in count(first_seed):
+        made = simulate(seed, (int(z), int(y), int(x)), kind, difficulty)
+        if kind == NOISE or made.mask.mean() > _MIN_SHARE:
+            break
+    if change == "finer":
+        return resampled(made.image, made.mask, shape)
+    if change == "few planes":
+        return with_empty_planes(made.image, made.mask, shape[0])
+    image = made.image.astype(np.float32)
+    if change == "gamma":
+        low = image.min()
+        span = max(float(image.max() - low), 1.0)
+        return _to_16_bits(((image - low) / span) ** rng.uniform(0.6, 1.5)), made.mask
+    if change == "smoothed":
+        smooth = ndimage.gaussian_filter(image, rng.uniform(0, 0.9, 3), truncate=2)
+        return np.asarray(_to_16_bits(smooth / max(float(smooth.max()), 1.0))), made.mask
+    return made.image, made.mask
+
+
+_CHANCES = (0.4, 0.2, 0.15, 0.15, 0.1)
+
+
+def _to_16_bits(image: Floats) -> NDArray[np.uint16]:
+    """Return values of 0 to 1 as 16 bits."""
+    return (image * 60000).astype(np.uint16)
+
+
+def resampled(
+    image: NDArray[np.uint16] | NDArray[np.uint8], mask: Mask, shape: tuple[int, int, int]
+) -> tuple[NDArray[np.uint16], Mask]:
+    """Return an image and its mask on a finer grid of `shape`, linearly between voxels."""
+    factors = np.array(shape) / image.shape
+    fine = [
+        ndimage.zoom(values.astype(np.float32), factors, order=1, grid_mode=True, mode="nearest")
+        for values in (image, mask)
+    ]
+    return np.rint(fine[0]).astype(np.uint16), fine[1] >= 0.5
+
+
+def with_empty_planes(
+    image: NDArray[np.uint16] | NDArray[np.uint8], mask: Mask, n_planes: int
+) -> tuple[NDArray[np.uint16] | NDArray[np.uint8], Mask]:
+    """Return a stack between planes of its mean, as prediction fills a small one up to a patch."""
+    missing = n_planes - len(image)
+    around = ((missing // 2, missing - missing // 2), (0, 0), (0, 0))
+    return np.pad(image, around, constant_values=round(float(image.mean()))), np.pad(mask, around)
 
 
 if __name__ == "__main__":
@@ -100,12 +126,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--n", type=int, default=56)
+    parser.add_argument("--n", type=int, default=340)
     parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument(
-        "--idr0062",
-        type=Path,
-        help="folder of the labelled stack of idr0062, to train on half of it",
-    )
     args = parser.parse_args()
-    write_images(args.folder, args.n, args.first_seed, args.idr0062)
+    write_images(args.folder, args.n, args.first_seed)
