@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from megaseg_dask.errors import BundleError
 from megaseg_dask.messages import one_line
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 HEADS = "task_heads."  # in the names of weights, before a head's name
+
+# The smallest and the largest voxel size (z, y, x) of the images of a training, in µm.
+VoxelRange: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 # How MegaSeg_v1 is run, (z, y, x): patches in voxels, the overlap a fraction of them.
 REFERENCE_PATCH_SHAPE: Triple = (64, 128, 128)
@@ -116,9 +119,10 @@ class BundleFacts:
 
     ``patch_shape`` (voxels) and ``overlap`` (a fraction of the patch) are (z, y, x), ``window`` is
     the blending weight of a patch. A bundle without ``heads`` has one for all channels.
-    ``precision`` is the one it was trained in, and ``voxel_size_um`` (z, y, x) that of its images,
-    where it is known. ``origins`` names for each setting the file and the
-    path that state it. ``digest`` is that of `content_digest`, which covers the weights too.
+    ``precision`` is the one it was trained in. ``voxel_size_um`` (z, y, x) is that of its images,
+    where it is known; ``voxel_range_um`` is the smallest and the largest, if there were several.
+    ``origins`` names for each setting the file and the path that state it. ``digest`` is that of
+    `content_digest`, which covers the weights too.
     """
 
     name: str
@@ -132,6 +136,7 @@ class BundleFacts:
     heads: tuple[Head, ...] = ()
     precision: str = "fp32"
     voxel_size_um: tuple[float, float, float] | None = None
+    voxel_range_um: VoxelRange | None = None
     n_parameters: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -145,6 +150,14 @@ class BundleFacts:
             raise BundleError(f"blending mode {self.window!r}: expected 'gaussian' or 'constant'")
         if self.voxel_size_um is not None and not all(map(is_size, self.voxel_size_um)):
             raise BundleError(f"voxel_size_um {self.voxel_size_um}: expected sizes above 0, in µm")
+        if self.voxel_range_um is not None:
+            smallest, largest = self.voxel_range_um
+            pairs = zip(smallest, largest, strict=True)
+            if not all(is_size(low) and is_size(high) and low <= high for low, high in pairs):
+                raise BundleError(
+                    f"voxel_range_um {self.voxel_range_um}: expected the smallest and the largest "
+                    "voxel size, in µm"
+                )
         self._require_heads()
 
     def _require_heads(self) -> None:

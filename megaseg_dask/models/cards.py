@@ -92,6 +92,7 @@ def _settings_of(facts: BundleFacts) -> dict[str, dict[str, object]]:
         "preprocessing": str(facts.preprocessing),
         "precision": facts.precision,
         "voxel_size_um": facts.voxel_size_um,
+        "voxel_range_um": facts.voxel_range_um,
         "heads": [head.name for head in facts.heads],
     }
     for head in facts.heads:

@@ -153,6 +153,7 @@ class Plan(BaseModel):
     split_voxels: int = 0
     # Of the images that the model was trained on (z, y, x), if it is known.
     model_voxel_size_um: tuple[float, ...] | None = None
+    model_voxel_range_um: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     # What the masks of the volumes mean for their blocks, if there are masks.
     surveys: tuple[MaskSurvey, ...] = ()
     # Of a run that follows its source, the fingerprint of its first plan. Later plans have more
@@ -285,6 +286,8 @@ class Plan(BaseModel):
         """How far the source's voxels are from those of the model; ``None`` if they are near."""
         times = self.source_form.times(self.model_voxel_size_um)
         if self.resolved.voxel_size_um is not None or times is None or not is_far(times):
+            return None
+        if self.source_form.is_within(self.model_voxel_range_um):
             return None
         return (
             f"its voxels of {size_text(self.source_form.spacing_um)} are {times_text(times)} times "

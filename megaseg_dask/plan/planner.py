@@ -58,7 +58,13 @@ from megaseg_dask.plan.resolved import (
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.plan.source_identity import digest_of, sample_of
 from megaseg_dask.plan.stored import Stored
-from megaseg_dask.plan.voxel_size import Size, VolumeForm, choose_size_um, model_size_um
+from megaseg_dask.plan.voxel_size import (
+    Size,
+    VolumeForm,
+    choose_size_um,
+    model_range_um,
+    model_size_um,
+)
 from megaseg_dask.plan.where import MaskSurvey, list_chunks, survey
 from megaseg_dask.stores import Location, open_array
 
@@ -192,6 +198,7 @@ def make_plan(
         first_filters=max(bundle.network.filters[0] for bundle in models.bundles),
         auto_patch=_auto_patch(models.bundles[0], models.overlap, models.grid_shape),
         model_voxel_size_um=model_size_um(models.bundles),
+        model_voxel_range_um=model_range_um(models.bundles),
         proof_patch=models.patch,
     )
     plan.require_kept()

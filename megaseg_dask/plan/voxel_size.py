@@ -19,6 +19,7 @@ from megaseg_dask.plan.settings import Settings
 _FAR = 1.5
 
 Size = tuple[float, ...]
+Range = tuple[Size, Size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,23 @@ class VolumeForm:
             return None
         return tuple(mine / model for mine, model in zip(self.spacing_um, model_um, strict=True))
 
+    def is_within(self, range_um: Range | None) -> bool:
+        """Return whether its voxels are of sizes from the smallest to the largest of a range."""
+        if self.unknown_size or range_um is None:
+            return False
+        sizes = zip(self.spacing_um, *range_um, strict=True)
+        return all(low <= size <= high for size, low, high in sizes)
+
 
 def model_size_um(bundles: Sequence[BundleFacts]) -> Size | None:
     """Return the voxel size of the images of a model, or of all its bundles if they agree."""
     first, *others = (bundle.voxel_size_um for bundle in bundles)
+    return first if all(other == first for other in others) else None
+
+
+def model_range_um(bundles: Sequence[BundleFacts]) -> Range | None:
+    """Return the range of voxel sizes of the images of a model, if its bundles agree on one."""
+    first, *others = (bundle.voxel_range_um for bundle in bundles)
     return first if all(other == first for other in others) else None
 
 

@@ -38,6 +38,26 @@ def test_a_saved_bundle_says_its_size_and_keeps_its_digest(tmp_path):
     assert bundle.origins["voxel_size_um"] == "train_config.yaml: data._aux.voxel_size_um"
 
 
+def test_a_saved_bundle_says_the_range_of_its_sizes(tmp_path):
+    extremes = ((0.2, 0.06, 0.06), (0.5, 0.3, 0.3))
+    state = seeded_network().state_dict()
+    save_bundle(tmp_path / "a", NewBundle(TINY, (16, 32, 32), 0.25, 1, SIZE, extremes), state)
+    bundle = load_bundle(tmp_path / "a")
+    assert bundle.voxel_range_um == extremes == read_facts(tmp_path / "a").voxel_range_um
+    assert bundle.origins["voxel_range_um"] == "train_config.yaml: data._aux.voxel_range_um"
+
+
+@pytest.mark.parametrize(
+    "stated", [[1, 0], [[1, 1, 1]], [[2, 1, 1], [1, 1, 1]], [[1, 1], [2, 2]], "wide", 3]
+)
+def test_what_is_no_range_is_refused_by_its_place(stated, tmp_path):
+    config = train_config()
+    config["data"]["_aux"]["voxel_range_um"] = stated
+    folder = write_folder(tmp_path / "x", config=config)
+    with pytest.raises(BundleError, match="voxel_range_um"):
+        load_bundle(folder)
+
+
 @pytest.mark.parametrize("stated", [[1, 2], "large", [1, 0, 1], [1, -1, 1], [True, 1, 1]])
 def test_what_is_no_size_is_refused_by_its_place(stated, tmp_path):
     config = train_config()

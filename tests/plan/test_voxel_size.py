@@ -4,9 +4,11 @@ import pytest
 
 from megaseg_dask.cli.app import main
 from megaseg_dask.errors import SettingsError
+from megaseg_dask.models import NewBundle, save_bundle
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.plan.summary import summarize
 from megaseg_dask.run.request import plan_runs
+from tests.fixtures.bundles import TINY, seeded_network
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
 
@@ -67,6 +69,23 @@ def test_it_is_told_how_far_the_image_is_from_the_model(write, tmp_path):
     assert (told["grid_shape"], told["is_resampled"]) == ((20, 20, 96), True)
     assert told["warnings"] == []
     assert told["options"]["voxel_size"] == [0.29, 0.26, 0.26]
+
+
+@pytest.mark.parametrize(
+    ("size", "is_warned"),
+    [
+        ((0.2, 0.2, 0.2), False),
+        ((0.6, 0.2, 0.2), False),
+        ((0.6, 0.6, 0.6), False),
+        ((0.19, 0.2, 0.2), True),
+        ((0.6, 0.2, 0.61), True),
+    ],
+)
+def test_sizes_that_the_model_was_trained_on_are_not_far(size, is_warned, write, tmp_path):
+    new = NewBundle(TINY, (16, 32, 32), 0.5, 1, (0.3, 0.3, 0.3), ((0.2,) * 3, (0.6,) * 3))
+    save_bundle(tmp_path / "ranged", new, seeded_network().state_dict())
+    told = summarize(plan_of(write(size), tmp_path, model=str(tmp_path / "ranged")))
+    assert len(told["warnings"]) == is_warned
 
 
 def test_the_model_and_its_numbers_are_one_request(write, tmp_path, cheap_engine):

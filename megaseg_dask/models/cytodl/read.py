@@ -21,6 +21,7 @@ from megaseg_dask.models.bundle import (
     REFERENCE_WINDOW,
     Bundle,
     Head,
+    VoxelRange,
     content_digest,
     is_size,
     require_runnable,
@@ -82,6 +83,7 @@ INFERENCE_PATHS = ("hyper_parameters.inference_args", "model.inference_args")
 PLUGIN_PATHS = {"roi_size": "data._aux.patch_shape", "overlap": "model._aux.overlap"}
 # The size of the voxels that the network was trained on; cyto-dl and the plugin know none.
 VOXEL_SIZE = "data._aux.voxel_size_um"
+VOXEL_RANGE = "data._aux.voxel_range_um"
 # cyto-dl hands inference_args on to MONAI's sliding_window_inference, so these hold where they lack
 # the key.
 MONAI_DEFAULTS: Mapping[str, object] = {"overlap": 0.25, "mode": "constant"}
@@ -169,11 +171,14 @@ def _bundle_of(name: str, files: Files) -> Bundle:
     preprocessing, preprocessing_origin = read_preprocessing(config, network.in_channels)
     precision, precision_origin = _read_precision(config)
     voxel_size = config.statement(VOXEL_SIZE)
+    voxel_range = config.statement(VOXEL_RANGE)
     origins |= head_origins | window.origins
     origins["preprocessing"] = preprocessing_origin
     origins["precision"] = precision_origin
     if voxel_size is not None:
         origins["voxel_size_um"] = voxel_size.origin
+    if voxel_range is not None:
+        origins["voxel_range_um"] = voxel_range.origin
     bundle = Bundle(
         name,
         digest="",
@@ -186,6 +191,7 @@ def _bundle_of(name: str, files: Files) -> Bundle:
         heads=heads,
         precision=precision,
         voxel_size_um=_parse_voxel_size(voxel_size) if voxel_size else None,
+        voxel_range_um=_parse_voxel_range(voxel_range) if voxel_range else None,
         weights=fit_weights(network, _without_other_heads(state, heads), heads),
     )
     return replace(bundle, digest=content_digest(bundle))
@@ -406,6 +412,16 @@ def _parse_voxel_size(statement: Statement) -> tuple[float, float, float]:
         raise BundleError(f"{statement}; voxel_size_um expected as sizes above 0, in µm")
     z, y, x = sizes
     return z, y, x
+
+
+def _parse_voxel_range(statement: Statement) -> VoxelRange:
+    value = statement.value
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise BundleError(
+            f"{statement}; voxel_range_um expected as the smallest and the largest voxel size"
+        )
+    smallest, largest = (_parse_voxel_size(Statement(size, statement.origin)) for size in value)
+    return smallest, largest
 
 
 def _three_values(statement: Statement) -> list[object]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaseg_dask.models.bundle import VoxelRange
 from megaseg_dask.models.cytodl.files import CONFIG
 from megaseg_dask.models.cytodl.read import TARGETS
 from megaseg_dask.models.network import NetworkSpec, Triple
@@ -21,7 +22,8 @@ _LIGHTNING_VERSION = "2.6.6"
 class NewBundle:
     """All that a new bundle says: patches in voxels (z, y, x), ``overlap`` a fraction of them.
 
-    ``voxel_size_um`` (z, y, x) is that of the images it was trained on, where it is known.
+    ``voxel_size_um`` (z, y, x) is that of the images it was trained on, where it is known, and
+    ``voxel_range_um`` the smallest and the largest, where there were several.
     """
 
     network: NetworkSpec
@@ -29,6 +31,7 @@ class NewBundle:
     overlap: float
     epoch: int
     voxel_size_um: tuple[float, float, float] | None = None
+    voxel_range_um: VoxelRange | None = None
 
 
 def save_bundle(
@@ -73,20 +76,27 @@ def save_bundle(
     torch.save(content, checkpoint)
     # Copied, or YAML would write references.
     copied = json.loads(json.dumps(_train_config(backbone, inference)))
-    config = yaml.safe_dump(with_voxel_size(copied, new.voxel_size_um), sort_keys=False)
+    sized = with_voxel_size(copied, new.voxel_size_um, new.voxel_range_um)
+    config = yaml.safe_dump(sized, sort_keys=False)
     Path(folder, CONFIG).write_text(config, encoding="utf-8")
     return checkpoint
 
 
 def with_voxel_size(
-    config: dict[str, Any], voxel_size_um: tuple[float, float, float] | None
+    config: dict[str, Any],
+    voxel_size_um: tuple[float, float, float] | None,
+    voxel_range_um: VoxelRange | None = None,
 ) -> dict[str, Any]:
     """Return a training's configuration that says of which voxels the images were."""
-    if voxel_size_um is None:
+    said: dict[str, Any] = {}
+    if voxel_size_um is not None:
+        said["voxel_size_um"] = list(voxel_size_um)
+    if voxel_range_um is not None:
+        said["voxel_range_um"] = [list(size) for size in voxel_range_um]
+    if not said:
         return config
     data = config["data"]
-    auxiliary = {**data.get("_aux", {}), "voxel_size_um": list(voxel_size_um)}
-    return {**config, "data": {**data, "_aux": auxiliary}}
+    return {**config, "data": {**data, "_aux": {**data.get("_aux", {}), **said}}}
 
 
 def _backbone(network: NetworkSpec) -> dict[str, object]:
