@@ -18,10 +18,15 @@ from skimage.measure import label
 
 from megaseg_dask.tools.demo import read_sample
 from megaseg_dask.tools.sample import SPACING_UM
-from starter.compare import DAPI
 from starter.simulation import simulate
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
+DAPI = (
+    "idr0062_6001240_level1/6001240_L1_DAPI.ome.tif",
+    "idr0062_6001240_level1/6001240_L1_labels_GT61.ome.tif",
+)
+# The same nuclei's envelope, without labels.
+LAMIN = "idr0062_6001240_level1/6001240_L1_LaminB1.ome.tif"
 # Of level 1 of idr0062's image 6001240; its file says so.
 DAPI_UM = (0.5002, 0.7208, 0.7208)
 SYNTHETIC_UM = (1.0, 1.0, 1.0)

@@ -41,7 +41,7 @@ from megaseg_dask.run.runner import segment
 from megaseg_dask.run.tasks import worker
 from megaseg_dask.stores import Location
 from megaseg_dask.tools.sample import write_sample
-from starter.compare import otsu_smoothed
+from starter.thresholds import otsu_smoothed
 
 DEPTHS_UM = (None, 0.25, 0.5, 0.75, 1.0, 1.5)
 MIN_SIZE = 50

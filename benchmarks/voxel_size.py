@@ -8,11 +8,13 @@ of the scaled stack.
 """
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from scipy.ndimage import zoom
 
 from benchmarks.machine import keep
@@ -26,6 +28,8 @@ from megaseg_dask.tools.sample import SPACING_UM, write_sample
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)
 SHAPE = (60, 160, 160)
 
+Array = NDArray[Any]
+
 
 def measure(shape: tuple[int, ...] = SHAPE, scales: tuple[float, ...] = SCALES) -> dict[str, Any]:
     """Return Dice with and without the model's voxel size, by how often the stack was scaled."""
@@ -33,19 +37,26 @@ def measure(shape: tuple[int, ...] = SHAPE, scales: tuple[float, ...] = SCALES) 
     image, truth = (values[part] for values in read_sample())
     rows: dict[str, Any] = {}
     for scale in scales:
-        scaled = zoom(image, scale, order=1, mode="nearest", grid_mode=True)
-        labels = zoom(truth, scale, order=0, mode="nearest", grid_mode=True)
-        axes = zip(SPACING_UM, image.shape, scaled.shape, strict=True)
-        spacing_um = tuple(size * n / m for size, n, m in axes)
+        values, labels, spacing_um = scaled(image, truth, SPACING_UM, scale)
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "image.zarr")
-            write_sample(Location.of(source), scaled, labels, spacing_um)
+            write_sample(Location.of(source), values, labels, spacing_um)
             dice = {
                 f"dice_{size}": evaluate(_predict(source, size), labels > 0).dice
                 for size in ("source", "model")
             }
-        rows[str(scale)] = {"shape": scaled.shape, "spacing_um": spacing_um, **dice}
+        rows[str(scale)] = {"shape": values.shape, "spacing_um": spacing_um, **dice}
     return {"shape": image.shape, "scales": rows}
+
+
+def scaled(
+    image: Array, truth: Array, spacing_um: Sequence[float], scale: float
+) -> tuple[Array, Array, tuple[float, ...]]:
+    """Return an image, its labels and its voxel size as if it had other voxels."""
+    values = zoom(image, scale, order=1, mode="nearest", grid_mode=True)
+    labels = zoom(truth, scale, order=0, mode="nearest", grid_mode=True)
+    axes = zip(spacing_um, image.shape, values.shape, strict=True)
+    return values, labels, tuple(size * n / m for size, n, m in axes)
 
 
 def _predict(source: Path, size: str) -> Any:
