@@ -80,5 +80,5 @@ def iter_simulations(
             made = simulate(seed, shape, kind, difficulty)
             seed += 1
             truth = label(made.mask, connectivity=1)
-            spacing_um = (0.1 * made.anisotropy, 0.1, 0.1)
-            yield Labelled(f"simulated {kind}, {difficulty}", made.image, truth, spacing_um)
+            name = f"simulated {kind}, {difficulty}"
+            yield Labelled(name, made.image, truth, made.voxel_size_um)

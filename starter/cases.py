@@ -2,8 +2,8 @@
 
 Rows are judged as one: a few images of one kind and one difficulty. Rows of a group make one
 mean over kinds, and one reliability diagram. All images are (z, y, x), and functions of seeds
-that neither training (below 10^9) nor its validation (from there) nor calibration (from 3·10^9,
-see `calibrate.py`) uses.
+that neither training nor its validation (`images.py`, `train.py`) nor calibration (from 3·10^9,
+`calibrate.py`) uses.
 """
 
 from collections.abc import Callable, Iterator
