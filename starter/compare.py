@@ -16,8 +16,9 @@ it is about the same bundles and settings; else it begins anew. Parts:
     voxel-size  a stack and simulations with voxels of half and twice the size
     noise       volumes that hold nothing
 
-The opponents: Otsu's threshold, the same after a Gaussian of one voxel, and the best local
-threshold of a large grid, which is chosen for each row with the truth known (thresholds.py).
+The opponents: Otsu's threshold, the same after a Gaussian of one voxel, and local thresholds of a
+large grid (thresholds.py), chosen with the truth known: the best one for each row, and the one
+that is best for all rows of a group, as a bundle is one for all.
 Dice, reliability and the best threshold of a bundle's scores follow from one prediction of each
 image (reliability.py). Stacks whose files are absent are left out with a notice.
 """
@@ -56,6 +57,7 @@ SHIPPED = REPOSITORY / "megaseg_dask" / "models" / "starter"
 RESULT = REPOSITORY / "benchmarks" / "results" / "starter.json"
 THRESHOLD = np.float32(0.5)
 LOCAL = "best local"
+ONE_LOCAL = "one local"
 RESCALED_KINDS = ("tubes", "nuclei")
 # Of voxels per µm.
 SCALES = (0.5, 1.0, 2.0)
@@ -116,21 +118,22 @@ class Comparison:
 
 def measure_real(comparison: Comparison) -> Result:
     """Return Dice and reliability on the labelled stacks; LaminB1 has no labels."""
-    found: Result = {"rows": {}, "scores": {}}
+    groups: dict[str, dict[str, JudgedRow]] = {"real": {}}
+    scores_of: Result = {}
     for stack in comparison.stacks():
         print(f"real: {stack.name} {stack.image.shape}", flush=True)
         scores = {name: comparison.stack_scores(name, stack) for name in comparison.models}
         truth = stack.truth > 0
         judged = JudgedRow([judge(Sample(stack.image, truth), scores)])
-        found["rows"][stack.name] = judged.row()
-        found["scores"][stack.name] = judged.about_scores()
+        groups["real"][stack.name] = judged
+        scores_of[stack.name] = judged.about_scores()
         draw(comparison, stack.name, Sample(stack.image, truth), scores)
     lamin = comparison.data / LAMIN
     if comparison.pictures is not None and lamin.is_file():
         image = tifffile.imread(lamin)
         scores = {name: model.scores(image) for name, model in comparison.models.items()}
         draw(comparison, "idr0062 LaminB1", Sample(image, np.zeros(image.shape, bool)), scores)
-    return found
+    return {**describe_rows(groups), "scores": scores_of}
 
 
 def measure_rows(
@@ -138,19 +141,30 @@ def measure_rows(
 ) -> Result:
     """Return Dice of each row and of each group, and reliability of each group."""
     rows = make_rows(comparison.shape, comparison.n)
-    found: Result = {"rows": {}, "means": {}, "scores": {}}
-    groups: dict[str, list[JudgedRow]] = {}
+    groups: dict[str, dict[str, JudgedRow]] = {}
     for number, row in enumerate(rows, 1):
         begun = time.perf_counter()
-        judged = judge_row(comparison, row)
-        groups.setdefault(row.group, []).append(judged)
-        found["rows"][row.name] = judged.row()
+        groups.setdefault(row.group, {})[row.name] = judge_row(comparison, row)
         took = f"{time.perf_counter() - begun:.1f} s"
         print(f"{part} {number}/{len(rows)}: {row.name}, {took}", flush=True)
+    scores: Result = {}
     for group, members in groups.items():
-        found["means"][f"{group}, mean of kinds"] = mean_row([each.row() for each in members])
-        images = [image for each in members for image in each.images]
-        found["scores"][group] = JudgedRow(images).about_scores()
+        images = [image for judged in members.values() for image in judged.images]
+        scores[group] = JudgedRow(images).about_scores()
+    return {**describe_rows(groups), "scores": scores}
+
+
+def describe_rows(groups: Mapping[str, Mapping[str, "JudgedRow"]]) -> Result:
+    """Return Dice of rows and of groups, and the one local threshold of each group."""
+    found: Result = {"rows": {}, "means": {}, "one_local": {}}
+    for group, members in groups.items():
+        if not members:
+            continue
+        setting = int(np.mean([judged.local for judged in members.values()], axis=0).argmax())
+        rows = {name: judged.row(setting) for name, judged in members.items()}
+        found["rows"] |= rows
+        found["means"][f"{group}, mean"] = mean_row(list(rows.values()))
+        found["one_local"][group] = thresholds.local_settings()[setting]
     return found
 
 
@@ -170,18 +184,26 @@ class JudgedRow:
 
     images: Sequence[JudgedImage]
 
-    def row(self) -> Result:
-        """Return the mean Dice of each method, and which local threshold was best."""
-        local = np.mean([image.local for image in self.images], axis=0)
+    @property
+    def local(self) -> Array:
+        """The mean Dice of each local threshold."""
+        return np.mean([image.local for image in self.images], axis=0)
+
+    def row(self, setting: int) -> Result:
+        """Return the mean Dice of each method, and which local threshold was best.
+
+        ``setting`` is the local threshold of the whole group.
+        """
         dice = {
             name: float(np.mean([image.tables[name].dice_at_half for image in self.images]))
             for name in self.images[0].tables
         }
         dice["Otsu"] = float(np.mean([image.otsu for image in self.images]))
         dice["Otsu, smoothed"] = float(np.mean([image.otsu_smoothed for image in self.images]))
-        dice[LOCAL] = float(local.max())
+        dice[ONE_LOCAL] = float(self.local[setting])
+        dice[LOCAL] = float(self.local.max())
         rounded = {name: round(value, 4) for name, value in dice.items()}
-        return rounded | {"local_setting": thresholds.local_settings()[int(local.argmax())]}
+        return rounded | {"local_setting": thresholds.local_settings()[int(self.local.argmax())]}
 
     def about_scores(self) -> Result:
         """Return reliability and the best threshold of each bundle."""
@@ -217,12 +239,13 @@ def mean_row(rows: Sequence[Result]) -> Result:
 
 
 def draw(comparison: Comparison, name: str, sample: Sample, scores: Mapping[str, Array]) -> None:
-    """Draw image, truth and masks, if pictures are asked for."""
+    """Draw image, truth (if any) and masks, if pictures are asked for."""
     if comparison.pictures is None:
         return
     masks = {model: values > THRESHOLD for model, values in scores.items()}
     file = comparison.pictures / f"{name.replace(' ', '_').replace(',', '')}.png"
-    pictures.draw_slices(file, sample.image, [sample.truth, *masks.values()])
+    truth = [sample.truth] if sample.truth.any() else []
+    pictures.draw_slices(file, sample.image, [*truth, *masks.values()])
 
 
 # -- objects

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from megaseg_dask.models import NetworkSpec, NewBundle, load_bundle, save_bundle
+from megaseg_dask.models.cards import MEGASEG_VOXEL_SIZE_UM
 from megaseg_dask.models.facts import record_of, write_record
 from starter.calibrate import N_IMAGES, calibrate_bundle, fold
 from starter.train import FILTERS, STAGES
 
-# Simulated images have no size. At this one, that of the nuclei which it was tested on, real
-# structures have about the sizes of the simulated ones in voxels.
-VOXEL_SIZE_UM = (0.29, 0.26, 0.26)
+# Simulated images have voxels of many sizes around this one (`simulation.py`).
+VOXEL_SIZE_UM = MEGASEG_VOXEL_SIZE_UM
 
 
 def export(run: Path, bundle: Path, epoch: int, n_calibration: int = 0) -> Path:

@@ -133,7 +133,9 @@ def test_rows_of_a_group_have_a_mean_and_one_diagram(comparison, sample):
     assert found["rows"]["easy"]["new"] == 1
     assert found["rows"]["easy"]["Otsu"] == 1
     assert found["rows"]["noisy"]["old"] == pytest.approx(2 * share / (1 + share), abs=1e-4)
-    mean = found["means"]["group, mean of kinds"]
+    mean = found["means"]["group, mean"]
+    assert mean["one local"] <= mean["best local"]
+    assert found["one_local"]["group"] in thresholds.local_settings()
     assert mean["new"] == pytest.approx((1 + found["rows"]["noisy"]["new"]) / 2, abs=1e-4)
     assert found["scores"]["group"]["old"]["images"] == 3
     assert found["scores"]["group"]["old"]["expected_error"] == pytest.approx(0.9 - share, abs=1e-3)
