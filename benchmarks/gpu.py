@@ -541,7 +541,10 @@ def jobs(run: Acceptance) -> None:
 
 
 def run_job(kind: str, source: str, model: str, out: Path, size: Size) -> dict[str, Any]:
-    """Return what one job shows: fields per second, between the first and the last one."""
+    """Return what one job shows: fields per second, between the first and the last one.
+
+    A job whose fields all end at one moment has no such rate.
+    """
     if kind == "plain":
         # As where it is not installed.
         sys.modules["dask_cuda"] = None  # type: ignore[assignment]
@@ -571,8 +574,13 @@ def run_job(kind: str, source: str, model: str, out: Path, size: Size) -> dict[s
         except MegasegError as error:
             found = {"refused": str(error)}
     wall_s = time.perf_counter() - started
-    gaps = [round(later - earlier, 2) for earlier, later in pairwise(done)]
-    found |= {"wall_s": round(wall_s, 1), "gaps_s": gaps, "told": told[:6], "dask_cuda": is_used()}
+    gaps = [later - earlier for earlier, later in pairwise(done)]
+    found |= {
+        "wall_s": round(wall_s, 1),
+        "gaps_s": [round(gap, 2) for gap in gaps],
+        "told": told[:6],
+        "dask_cuda": is_used(),
+    }
     if sum(gaps) > 0:
         found["fields_per_s"] = round(len(gaps) / sum(gaps), 3)
     return {**found, **load}

@@ -26,10 +26,14 @@ def test_the_benchmark_against_a_script_runs():
     assert found["objects_ours"] == found["objects_unsplit"]
 
 
-def test_the_acceptance_run_of_a_gpu_runs_on_a_cpu(tmp_path):
+@pytest.mark.timeout(1800)
+def test_the_acceptance_run_of_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch):
+    from benchmarks import gpu
     from benchmarks.gpu import JOBS, STEPS, TINY, Acceptance
 
-    Acceptance(tmp_path, TINY, seconds=280).run()
+    # A busy machine leaves out no step.
+    monkeypatch.setattr(gpu, "_ASK_S", 600.0)
+    Acceptance(tmp_path, TINY, seconds=1700).run()
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert not [line for line in lines if "failed" in line]
     found = {name: [line for line in lines if line["step"] == name] for name in STEPS}
@@ -43,7 +47,12 @@ def test_the_acceptance_run_of_a_gpu_runs_on_a_cpu(tmp_path):
     assert found["bits"][0]["same_in_threads"] == [True] * 3
     jobs = {line["kind"]: line for line in found["jobs"][:-1]}
     assert jobs.keys() == JOBS.keys()
-    assert all(job["status"] == "done" and job["fields_per_s"] > 0 for job in jobs.values())
+    for kind, job in jobs.items():
+        assert job["status"] == "done", kind
+        assert len(job["gaps_s"]) == TINY.n_fields - 1
+        # The fields of two workers may end at one moment: then there is no rate.
+        if kind != "shared":
+            assert job["fields_per_s"] > 0
     assert all(line["ms_a_patch"] > 0 for line in found["choices"][:-1])
     assert all(line["launches"] > 50 for line in found["kernels"][:-1])
     assert "no such limit" in found["out of memory"][0]["skipped"]
