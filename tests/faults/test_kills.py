@@ -172,7 +172,7 @@ def kill_client_in(command: Command, stage: str, rng: random.Random, *, workers_
     client.kill()
     client.communicate()
     # Without their client, workers end by themselves.
-    _, alive = psutil.wait_procs(victims, timeout=60)
+    _, alive = psutil.wait_procs(victims, timeout=120)
     assert not alive, "workers outlived their client"
 
 

@@ -213,7 +213,7 @@ def test_segment_fetches_what_it_needs_and_says_so(relay, tmp_path, monkeypatch)
 
 def test_a_killed_fetch_goes_on_where_it_stopped(relay, megaseg_zip):
     size = megaseg_zip.stat().st_size
-    relay.bytes_per_s = 1_500_000
+    relay.bytes_per_s = 300_000
     script = f"""
 from megaseg_dask.models import download, registry
 download.PIECE_BYTES = {PIECE}
@@ -227,7 +227,8 @@ registry.fetch("MegaSeg_v1")
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()
-    time.sleep(0.2)
+    while relay.n_connections:
+        time.sleep(0.01)
     received, sent = part.stat().st_size, relay.n_bytes
     assert 5 * PIECE <= received < size
     relay.bytes_per_s = None
@@ -378,7 +379,7 @@ def test_a_refused_port_ends_quickly(relay, tmp_path, monkeypatch):
     ) as e:
         registry.locate("MegaSeg_v1")
     assert e.value.exit_code == 2
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     listed = megaseg("models", "list")
     assert listed.returncode == 0
     assert "starter" in listed.stdout

@@ -184,7 +184,7 @@ def test_nobody_there_and_nobody_answering():
         started = time.monotonic()
         with pytest.raises(StoreError, match="no answer in time"):
             read_image(Location.of(f"http://127.0.0.1:{deaf.getsockname()[1]}/cells.zarr"))
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def _make_container(url: str, name: str) -> None:
     request = urllib.request.Request(
         f"{url}/{name}?restype=container", method="PUT", headers=headers
     )
-    with urllib.request.urlopen(request, timeout=20):
+    with urllib.request.urlopen(request, timeout=120):
         pass
 
 
