@@ -31,6 +31,7 @@ from pathlib import Path
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import StoreError, TargetError, TaskError
 from megaseg_dask.stores import Location
+from megaseg_dask.stores.failures import why_not_writable
 
 # Leases of clients by number, those of job arrays by run and stage. No label name, and so no run,
 # begins with a plus.
@@ -188,7 +189,8 @@ class Leases:
         """Hold the lease of a client.
 
         Raises:
-            TargetError: Another client, or a job array, works on a run; the message names it.
+            TargetError: Another client, or a job array, works on a run; the message names it. Or
+                the folder cannot be written.
         """
         lease = Lease.own(uuid.uuid4().hex)
         # A new number would end the work of job arrays.
@@ -225,7 +227,7 @@ class Leases:
                     "and try again"
                 )
             key = _key_of_client(number + 1)
-            if self.folder.create(key, lease.to_json()):
+            if self._create(key, lease):
                 if last is not None and not last.is_over and not last.is_gone:
                     time.sleep(self.timing.grace_s)
                 if self.last_number() == number + 1:
@@ -245,14 +247,14 @@ class Leases:
 
         Raises:
             TargetError: A client works on a run of the target, or a process on another stage of
-                this run; the message names it.
+                this run; the message names it. Or the folder cannot be written.
             StoreError: A client came at the same moment.
         """
         of_run = f"{run}/"
         of_stage = f"{run}/{stage}/"
         number = self._pass_clients()
         lease = Lease.own(f"{of_stage}{number}-{uuid.uuid4().hex}")
-        self.folder.put(key_of(lease.id), lease.to_json())
+        self._create(key_of(lease.id), lease)
         with self._beating(lease, key_of(lease.id)) as held:
             held.require()
             shared = [i for i in self.shared_ids() if i.startswith(of_run)]
@@ -280,11 +282,28 @@ class Leases:
                     "again"
                 )
             nobody = Lease("", "", 0, is_over=last.is_gone)
-            self.folder.create(_key_of_client(number + 1), nobody.to_json())
+            self._create(_key_of_client(number + 1), nobody)
             number, last = self.last()
         if last is not None and not last.is_over:
             time.sleep(self.timing.grace_s)
         return number
+
+    def _create(self, key: str, lease: Lease) -> bool:
+        """Write a lease unless it exists; return whether it was written.
+
+        Raises:
+            TargetError: Nothing can be written here.
+            StoreError: The store failed.
+        """
+        try:
+            return self.folder.create(key, lease.to_json())
+        except StoreError as error:
+            if reason := why_not_writable(error):
+                raise TargetError(
+                    f"{self.folder} cannot be written: {reason}; change its permissions, or copy "
+                    "it and its target together to a place where you may write"
+                ) from error
+            raise
 
     @contextmanager
     def _beating(self, lease: Lease, key: str) -> Iterator["Held"]:

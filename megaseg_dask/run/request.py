@@ -355,9 +355,12 @@ class Relabelling:
         """Return the plans and what earlier attempts finished; writes nothing.
 
         Raises:
-            TargetError: The target holds another run, or is not ours.
+            TargetError: The target holds another run, is not ours, or cannot be written.
         """
-        return [(plan, _open_journal(plan, attempt)) for plan, attempt in self._plans]
+        runs = [(plan, _open_journal(plan, attempt)) for plan, attempt in self._plans]
+        if any(journal.result is None for _, journal in runs):
+            self._target.require_writable()
+        return runs
 
     def reopen_runs(self, lease: Held) -> Runs:
         """Return the same now that the lease is held, with journals that may be written.

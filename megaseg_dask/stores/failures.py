@@ -5,6 +5,7 @@ request by their type. All else is in their text, over many lines, and this is
 the one module that reads it.
 """
 
+import errno
 import io
 import re
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ _DENIED = (
     obstore.exceptions.PermissionDeniedError,
     obstore.exceptions.UnauthenticatedError,
 )
+
+
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,15 @@ def is_denied(error: BaseException) -> bool:
     """Return whether a store denied a request, also where another error names that."""
     reason = error.__cause__ or error
     return is_store_failure(reason) and understand(reason).kind == "denied"
+
+
+def why_not_writable(error: StoreError) -> str:
+    """Return why this user, or nobody, may write there; empty if a write failed otherwise."""
+    reason = error.__cause__
+    if reason is None:
+        return ""
+    is_refused = isinstance(reason, OSError) and reason.errno in _NOT_WRITABLE
+    return cause_of(reason) if is_refused or is_denied(reason) else ""
 
 
 def is_of_object(url: str, error: StoreError) -> bool:

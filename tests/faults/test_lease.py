@@ -25,7 +25,7 @@ from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run import lease, runner
 from megaseg_dask.run.lease import Lease, Leases, Permit, Timing
 from megaseg_dask.run.runner import segment
-from megaseg_dask.stores import Location
+from megaseg_dask.stores import Location, local
 from tests.fixtures.images import blobs, write_image
 from tests.fixtures.runs import segment_here
 
@@ -96,6 +96,22 @@ def test_a_lease_that_was_torn_is_taken_over(data, run, leases):
     run.put(key(1), data)
     with leases.hold():
         assert leases.last_number() == 2
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_refused_with_the_next_step(
+    number, run, leases, monkeypatch
+):
+    """Tests may run as root, whom no permission stops."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(local, "_write_new", refuse)
+    words = f"{run} cannot be written: {os.strerror(number)}; change its permissions, or copy it"
+    for entering in (leases.hold(), leases.share("megaseg", "segment")):
+        with pytest.raises(TargetError, match=words), entering:
+            pass
 
 
 @contextmanager

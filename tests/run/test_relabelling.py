@@ -1,6 +1,8 @@
 """``megaseg relabel``: labels of what was predicted are those of a new run, and no network runs."""
 
+import errno
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -400,6 +402,23 @@ def test_wrong_requests_write_nothing(run, again, source, tmp_path):
     with pytest.raises(SettingsError, match="kept neither"):
         again("image.zarr", threshold=0.6)
     assert contents(tmp_path / "out.zarr") == before
+
+
+def test_a_target_that_cannot_be_written_is_refused_unless_all_is_done(
+    run, again, tmp_path, monkeypatch
+):
+    run("out.zarr")
+    again("out.zarr", "first")
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    before = contents(tmp_path)
+    with pytest.raises(TargetError, match=r"out\.zarr cannot be written: Read-only .*; choose"):
+        again("out.zarr", "second")
+    assert again("out.zarr", "first")[1].already_done
+    assert contents(tmp_path) == before
 
 
 def test_segment_names_the_command_and_the_command_works(run, tmp_path, capsys):
