@@ -31,7 +31,7 @@ from megaseg_dask.tools.importing.files import open_file
 from megaseg_dask.tools.training.checks import has_areas
 
 BLOCK_SHAPE = (64, 512, 512)
-_TEXT_FORM = "expected lines of label, first and last timepoint, and parent"
+_TEXT_FORM = "expected four integers (label, first and last timepoint, parent)"
 # Sizes of voxels that differ by less are written with other digits.
 _SAME_SIZE = 0.01
 
@@ -250,15 +250,20 @@ def _read_text(location: Location) -> NDArray[np.int64]:
         if location.exists():
             raise SourceError(f"{location} is a folder; expected a text file, or NAME{SUFFIX}")
         raise SourceError(f"{location} does not exist{location.hint()}; check the path")
-    if not data.strip():
-        return np.empty((0, 4), np.int64)
-    try:
-        rows = np.loadtxt(data.decode().splitlines(), dtype=np.int64, ndmin=2)
-    except ValueError as error:
-        raise SourceError(f"{location}: {one_line(error)}; {_TEXT_FORM}") from error
-    if rows.shape[1] != 4:
-        raise SourceError(f"{location} has {rows.shape[1]} columns; {_TEXT_FORM}")
-    return rows
+    rows = []
+    for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+        # As for NumPy, whose files these are: what follows # is a comment.
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        try:
+            row = np.array(words, np.int64)
+        except (ValueError, OverflowError):
+            row = np.empty(0, np.int64)
+        if row.size != 4:
+            raise SourceError(f"{location}, line {number}: {_TEXT_FORM}, found {one_line(line)!r}")
+        rows.append(row)
+    return np.array(rows, np.int64).reshape(-1, 4)
 
 
 def _differing_place(ours: "_Readable", theirs: "_Readable") -> str:

@@ -162,6 +162,23 @@ def test_labels_stay_ids_at_all_levels_and_are_known_as_such(tmp_path):
     assert not (tmp_path / "b.zarr").exists()
 
 
+def test_negative_ids_are_refused_before_anything_is_written(tmp_path):
+    for name, lowest in (("t0.tif", 0), ("t1.tif", -7)):
+        values = noise((2, 40, 30), "uint16").astype("int32")
+        values[1, 39, 29] = lowest
+        values[0, 0, 0] = min(lowest, 0) // 2
+        write_tiff(tmp_path / name, values, metadata={"axes": "ZYX"})
+    files = [tmp_path / "t0.tif", tmp_path / "t1.tif"]
+    options = {"voxel_size": SIZE, "pattern": "t{time}.tif"}
+    with pytest.raises(SourceError, match=r"t1\.tif has voxels of -7; .*--ignore") as refused:
+        imported(files, tmp_path / "a.zarr", labels=True, **options)
+    assert refused.value.exit_code == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"t0.tif", "t1.tif"}
+    # Voxels of an image may be negative, and so may a dtype.
+    imported(files, tmp_path / "image.zarr", **options)
+    imported(files[0], tmp_path / "labels.zarr", voxel_size=SIZE, labels=True)
+
+
 # -- what a file says
 
 

@@ -274,8 +274,14 @@ def test_tracks_are_compared_with_true_ones(segment_movie, source, movie, tmp_pa
     geff_of = tmp_path / "out.zarr.tracks/megaseg.geff"
     _, found = evaluate(target, "--truth-tracks", geff_of)
     assert (found["tra"], found["lnk"]) == (1, 1)
-    text.write_text("1 0 2\n")
-    assert "3 columns" in evaluate(truth, "--truth-tracks", text)[1]["error"]
+    # Comments and empty lines are no tracks.
+    text.write_text("# L B E P\n1 0 2 0\n\n2 0 1 0\n3 0 0 0\n4 2 2 2\n5 2 2 2 # late\n")
+    assert evaluate(truth, "--truth-tracks", text)[1]["tra"] == 1
+    expects = "expected four integers (label, first and last timepoint, parent), found"
+    for line in ("1 0 2", "label begin end parent", "1.5 0 2 0", f"{2**70} 0 2 0"):
+        text.write_text(f"\n{line}\n1 0 2 0\n")
+        code, found = evaluate(truth, "--truth-tracks", text)
+        assert (code, found["error"]) == (2, f"{text}, line 2: {expects} '{line}'")
     code, found = evaluate(truth, "--truth-tracks", tmp_path)
     assert (code, "is a folder" in found["error"]) == (2, True)
     text.write_text("")

@@ -16,7 +16,7 @@ import numpy as np
 from megaseg_dask.algorithms.geometry import Box
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError, TargetError
-from megaseg_dask.events import Emit, Failure, Result, Started, ignore
+from megaseg_dask.events import Emit, Failure, Result, Started, Step, ignore
 from megaseg_dask.messages import one_line
 from megaseg_dask.ngff.foreign import require_folder_name
 from megaseg_dask.ngff.group import find_owner, holds, remove_damaged_group, write_group
@@ -42,6 +42,7 @@ from megaseg_dask.stores import Location, StoreOptions, clear_array_cache, confi
 from megaseg_dask.tools.importing.planning import (
     ImportOptions,
     plan_import,
+    require_no_negative_ids,
     with_recorded_blocks,
 )
 from megaseg_dask.tools.importing.work import PLAN, ImportAssignment, ImportWork
@@ -94,6 +95,9 @@ def import_files(
         result = Result("done", where.url, None, 0.0, already_done=True, run=plan.run.url)
         emit(result)
         return Imported(result, _images_text(plan), _next_command(plan))
+    if not journal.n_done:
+        emit(Step("reading the files"))
+        require_no_negative_ids(plan)
     with _executing(plan, store_options, emit) as dispatcher_of:
         with Leases(runs_folder(where), LEASE_TIMING).hold() as lease:
             plan = _claim(plan)

@@ -4,10 +4,12 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from megaseg_dask.algorithms.geometry import Shape
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.inference.machine import n_cores
@@ -25,7 +27,7 @@ from megaseg_dask.plan.import_plan import (
 from megaseg_dask.plan.planner import memory_of
 from megaseg_dask.plan.settings import Settings
 from megaseg_dask.stores import Location
-from megaseg_dask.tools.importing.files import AXES, Contents, FileSeries, open_file
+from megaseg_dask.tools.importing.files import AXES, Contents, FileSeries, ImageFile, open_file
 from megaseg_dask.tools.importing.pattern import Group, group_files
 
 # The beginning and the end of a file, where its metadata mostly are.
@@ -294,6 +296,48 @@ def _require_ids(image: Image, file: FileSeries) -> None:
             f"--labels: {file} has {count(n_channels, 'channel')} of {image.dtype}; ids of objects "
             "are integers, in one channel"
         )
+
+
+def require_no_negative_ids(plan: ImportPlan) -> None:
+    """Read all voxels of labels whose dtype has a sign; writes nothing.
+
+    Raises:
+        SourceError: A voxel is negative.
+    """
+    blocks: dict[int, Shape] = {}
+    for image in plan.images:
+        if image.image.kind == "label image" and np.dtype(image.image.dtype).kind == "i":
+            blocks |= {part.file: image.block for part in image.parts}
+
+    def look(number: int) -> None:
+        source = plan.files[number]
+        file = open_file(Path(source.path), str(source.series), plan.axes)
+        try:
+            smallest = _smallest_voxel(file, blocks[number])
+        finally:
+            file.close()
+        if smallest < 0:
+            raise SourceError(
+                f"--labels: {file.series} has voxels of {smallest}; the ids of objects are 1 or "
+                "more, and 0 is the background. Give these voxels 0, or an id that no object has "
+                "(megaseg evaluate leaves it out with --ignore)"
+            )
+
+    map_threaded(look, blocks)
+
+
+def _smallest_voxel(file: ImageFile, block: Shape) -> int:
+    """Return the smallest value of a file, which is read in parts of planes of a block."""
+    planes = list(product(*map(range, file.contents.n_planes)))
+    _, _, _, height, width = file.contents.shape
+    _, n_rows, n_columns = block
+    smallest = 0
+    for y, x in product(range(0, height, n_rows), range(0, width, n_columns)):
+        rows = slice(y, min(y + n_rows, height))
+        columns = slice(x, min(x + n_columns, width))
+        for t, c, z in planes:
+            smallest = min(smallest, int(file.read_plane(t, c, z, rows, columns).min()))
+    return smallest
 
 
 def _require_alike(group: Group, contents: dict[FileSeries, Contents]) -> None:
