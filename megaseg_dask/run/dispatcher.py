@@ -224,7 +224,8 @@ class DaskDispatcher:
         self._n_sent += 1
         others = []
         if avoided:
-            others = [address for address in self._client.nthreads() if address != avoided]
+            tasks = [(group.stage, index) for index in group.indices]
+            others = self._workers.others_than(avoided, tasks)
         future = self._client.submit(
             _run_here,
             self._assignment,

@@ -1,15 +1,20 @@
 """What a run does about GPUs: who is left out, what is tried again, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megaseg_dask.errors import EngineError, SettingsError
+from megaseg_dask.events import Joined
+from megaseg_dask.inference.engine import EngineSpec
 from megaseg_dask.plan import planner
 from megaseg_dask.plan.cluster_spec import Cluster
 from megaseg_dask.plan.memory import PRECISION_BYTES
 from megaseg_dask.plan.settings import parse_settings
 from megaseg_dask.run.cluster.devices import FailedDevices
 from megaseg_dask.run.cluster.versions import compare_builds
+from megaseg_dask.run.cluster.workers import Workers
 from megaseg_dask.run.dispatcher import DaskDispatcher
 from megaseg_dask.run.request import plan_runs
 from megaseg_dask.run.retries import Retries, StoreWatch
@@ -38,6 +43,18 @@ def test_a_task_that_ends_every_process_is_not_taken_for_a_bad_gpu():
     # It fails before any task.
     failed.add("GPU-a", "tcp://4")
     assert list(failed.iter_left_out()) == ["GPU-a"]
+
+
+def test_a_task_that_failed_on_a_gpu_is_tried_on_another_one():
+    addresses = [f"tcp://{n}" for n in range(4)]
+    client = SimpleNamespace(nthreads=lambda: addresses, run=lambda *_, **__: None)
+    workers = Workers(client, EngineSpec("torch", "cuda", "fp32", 1))
+    # The second process on the GPU that failed, and one that is not described yet.
+    for address, uuid in zip(addresses, ("GPU-b", "GPU-b", "GPU-a"), strict=False):
+        workers.joined[address] = Joined(address, address, "host", 8, 0, "NVIDIA H100", uuid)
+    workers.device_failed("tcp://0", ("segment", 3))
+    assert workers.others_than("tcp://0", [("segment", 3)]) == ["tcp://2"]
+    assert workers.others_than("tcp://0", [("segment", 4)]) == addresses[1:]
 
 
 @pytest.mark.parametrize(

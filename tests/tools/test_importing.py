@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -212,7 +212,8 @@ def test_what_imagej_says(tmp_path):
         resolution=(10, 5),
         metadata={"axes": "ZYX", "spacing": 0.4, "unit": "um"},
     )
-    assert open_file(tmp_path / "a.tif").contents.spacing_um == (0.4, 0.2, 0.1)
+    with closing(open_file(tmp_path / "a.tif")) as file:
+        assert file.contents.spacing_um == (0.4, 0.2, 0.1)
 
 
 def test_what_is_not_known_is_asked_for(tmp_path):

@@ -2,10 +2,11 @@
 
 An error of CUDA ends the use of a GPU by one process, and mostly not more: the next
 process may compute there. Two processes that failed are no accident, unless it was the
-same task that ended both.
+same task that ended both. So a task that failed on a GPU is tried on another one, where
+there is one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -23,6 +24,15 @@ class FailedDevices:
         """Note that a process failed on a GPU, in tasks or before its first."""
         processes = self._tasks.setdefault(device, {})
         processes.setdefault(process, set()).update(tasks)
+
+    def of_tasks(self, tasks: Iterable[Task]) -> set[str]:
+        """Return the GPUs on which one of these tasks failed."""
+        wanted = set(tasks)
+        found = set()
+        for device, processes in self._tasks.items():
+            if not wanted.isdisjoint(set().union(*processes.values())):
+                found.add(device)
+        return found
 
     def iter_left_out(self) -> Iterator[str]:
         """Yield GPUs on which two processes failed, and no task has part in all of that."""

@@ -8,7 +8,7 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -223,7 +223,7 @@ class Workers:
                 useless.append((worker, problem))
                 continue
             self.joined[address] = worker
-            self._names_of_devices[worker.uuid or worker.name] = worker.name
+            self._names_of_devices[_device_of(worker)] = worker.name
             self._names.add(worker.name)
             self.emit(worker)
             if not is_first:
@@ -260,7 +260,7 @@ class Workers:
                 "--device cpu"
             )
         for worker, problem in useless:
-            device = worker.uuid or worker.name
+            device = _device_of(worker)
             self._names_of_devices[device] = worker.name
             # Of a GPU that is left out already, jobs elsewhere may bring a worker again.
             self.client.run_on_scheduler(_close_worker, address=worker.address)
@@ -374,13 +374,25 @@ class Workers:
 
     # -- GPUs that fail
 
+    def others_than(self, address: str, tasks: Iterable[Task]) -> list[str]:
+        """Return the addresses of other workers, without those on a GPU where a task failed."""
+        devices = self._failed_devices.of_tasks(tasks)
+        others = []
+        for other in self.client.nthreads():
+            worker = self.joined.get(other)
+            # One that is not described yet may be the next process on such a GPU.
+            is_doubtful = bool(devices) if worker is None else _device_of(worker) in devices
+            if other != address and not is_doubtful:
+                others.append(other)
+        return others
+
     def device_failed(self, address: str, task: Task) -> None:
         """Note that a task failed because of the GPU of a worker, and end its process.
 
         A nanny starts another one, unless the GPU failed for the second time.
         """
         worker = self.joined.get(address)
-        device = address if worker is None else worker.uuid or worker.name
+        device = address if worker is None else _device_of(worker)
         self._failed_devices.add(device, address, task)
         if address not in self._ending:
             self._ending.add(address)
@@ -452,6 +464,11 @@ class Workers:
         cluster.sync(_remove_ended, cluster, self._names)
         cluster.scale(n_workers or self._absence.n_most)
         return True
+
+
+def _device_of(worker: Joined) -> str:
+    """Return the UUID of a worker's GPU, or its own name if that is not known."""
+    return worker.uuid or worker.name
 
 
 @dataclass
