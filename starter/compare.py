@@ -399,6 +399,8 @@ def _read_kept(file: Path, about: Result) -> Result:
 def print_part(part: str, found: Result) -> None:
     """Print the tables of a part."""
     print_table(part, {**found["rows"], **found.get("means", {})})
+    for group, setting in found.get("one_local", {}).items():
+        print(f"one local threshold for {group}: {setting}")
     scores = found.get("scores", {})
     about = {
         f"{group}, {model}": _shown(each)
