@@ -24,7 +24,7 @@ from scipy.special import expit
 
 from benchmarks.prediction import Predictor, opened
 from starter.simulation import KINDS, simulate
-from starter.thresholds import dice_of_bins
+from starter.thresholds import dice_above
 
 Array = NDArray[Any]
 
@@ -35,7 +35,7 @@ N_IMAGES = 3
 N_VOXELS = 20_000
 # The last layer of MONAI's DynUNet, a convolution of one voxel.
 _LAST = "output_block.conv.conv"
-_CUTS = np.arange(-12, 12.01, 0.05)
+_CUTS = np.arange(-12, 12.01, 0.05).astype(np.float32)
 # Mean Dice is flat near its best: thresholds this close to it are as good.
 _AS_GOOD = 0.001
 
@@ -99,13 +99,7 @@ def fit_likelihood(pairs: Sequence[tuple[Array, Array]]) -> tuple[float, float]:
 
 def best_cut(pairs: Sequence[tuple[Array, Array]]) -> float:
     """Return the logit above which the mean Dice is best: the middle of all that are as good."""
-    dice = []
-    for logits, truth in pairs:
-        bins = np.searchsorted(_CUTS.astype(np.float32), logits.ravel(), side="left")
-        n = np.bincount(bins, minlength=len(_CUTS) + 1)
-        n_true = np.bincount(bins[truth.ravel()], minlength=len(_CUTS) + 1)
-        dice.append(dice_of_bins(n, n_true))
-    mean = np.mean(dice, axis=0)
+    mean = np.mean([dice_above(logits, truth, _CUTS) for logits, truth in pairs], axis=0)
     as_good = _CUTS[mean >= mean.max() - _AS_GOOD]
     return float((as_good[0] + as_good[-1]) / 2)
 

@@ -61,12 +61,7 @@ def local_dice(image: Array, truth: Mask) -> NDArray[np.float64]:
     found = []
     for contrast in _contrasts(image.astype(np.float32)):
         for sigma in SMOOTHED:
-            values = _in_deviations(_smoothed(contrast, sigma))
-            # How many of the offsets a voxel exceeds: one pass instead of a mask for each.
-            n_exceeded = np.searchsorted(_CUTS, values.ravel(), side="left")
-            n = np.bincount(n_exceeded, minlength=len(OFFSETS) + 1)
-            n_true = np.bincount(n_exceeded[truth.ravel()], minlength=len(OFFSETS) + 1)
-            found += dice_of_bins(n, n_true).tolist()
+            found += dice_above(_in_deviations(_smoothed(contrast, sigma)), truth, _CUTS).tolist()
     return np.array(found)
 
 
@@ -74,6 +69,15 @@ def local_mask(image: Array, window: int, sigma: float, offset: float) -> Mask:
     """Return the voxels that one local threshold takes; ``window`` counts those of the grid."""
     contrast = list(_contrasts(image.astype(np.float32)))[window]
     return np.asarray(_in_deviations(_smoothed(contrast, sigma)) > np.float32(offset))
+
+
+def dice_above(values: Array, truth: Mask, cuts: Floats) -> NDArray[np.float64]:
+    """Return the Dice of the voxels above each of some ascending cuts, float32."""
+    # How many cuts a voxel exceeds: one pass instead of a mask for each cut.
+    n_exceeded = np.searchsorted(cuts, values.ravel(), side="left")
+    n = np.bincount(n_exceeded, minlength=len(cuts) + 1)
+    n_true = np.bincount(n_exceeded[truth.ravel()], minlength=len(cuts) + 1)
+    return dice_of_bins(n, n_true)
 
 
 def dice_of_bins(n: Array, n_true: Array) -> NDArray[np.float64]:
