@@ -57,6 +57,8 @@ _ROOT = Path(__file__).parents[2]
 _MAX_S = 280
 # A writer that died takes a while to be started again.
 _SILENCE_S = 20
+# So long may a process be that ends after its last look.
+_END_S = 5
 
 
 def objects_of(where: str) -> dict[str, bytes]:
@@ -201,13 +203,17 @@ def test_both_are_killed(place, kind, style, tmp_path, tiny_bundle, request):
         else:
             with watched:
                 events = follower.run(kills)
+        ended_s = time.time()
+    written = dict(map(json.loads, log.read_text().splitlines()))
+    if max(written.values()) > ended_s - _END_S:
+        # A writer that was silent for too long, as on a busy machine: the same command goes on.
+        events = follower.run(iter(()))
     assert events[-1]["status"] == "done"
     assert not faults, faults[:3]
     expected = follower.run_at_once(f"{root}/expected.zarr")
     assert not first_difference(objects_of(target), expected)
     if shown:
         latencies = []
-        written = dict(map(json.loads, log.read_text().splitlines()))
         for t, seen_s in shown.items():
             latencies.append(round(seen_s - written[f"wrote t={t} c=0 level 0"], 2))
         # For people: a busy machine says nothing about a law.
