@@ -489,10 +489,14 @@ def _are_numbers(values: Any) -> TypeGuard[list[float]]:
     return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
 
 
+_CHECKING = threading.Lock()
+
+
 @functools.lru_cache(maxsize=_MAX_DOCUMENTS)
 def _require_valid_multiscale(version: str, document: str) -> None:
     model = VERSIONS[version].models.multiscales.Multiscale
-    with warnings.catch_warnings():
+    # Warnings are those of the process: one thread would restore them under another one.
+    with _CHECKING, warnings.catch_warnings():
         # The models warn of what the specification only recommends: no reason to refuse an image.
         warnings.simplefilter("ignore")
         model.model_validate(json.loads(document))

@@ -4,12 +4,15 @@ Only data, so that the declaration of the options can import it at once.
 """
 
 import importlib
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 VersionName = Literal["0.4", "0.5"]
 LATEST: VersionName = "0.5"
+
+_COMPLETING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,11 @@ class Version:
     @property
     def models(self) -> Any:
         """The models of its metadata."""
-        return importlib.import_module(self.models_module)
+        with _COMPLETING:
+            models = importlib.import_module(self.models_module)
+            # Pydantic completes this model at its first use, which is not safe in several threads.
+            models.multiscales.Multiscale.model_rebuild()
+        return models
 
 
 _V04 = Version(

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import replace
@@ -879,3 +881,15 @@ def test_numbers_without_end_and_nesting_without_end_are_named(tmp_path):
         (path / "zarr.json").write_text(text)
         with pytest.raises(SourceError, match=r"image\.zarr"):
             read_image(Location.of(path))
+
+
+def test_models_of_metadata_are_complete_before_threads_use_them():
+    """Pydantic completes a model at its first use: of two threads one may find it without parts."""
+    code = """
+from megaseg_dask.ngff.versions import VERSIONS
+
+for version in VERSIONS.values():
+    print(version.models.multiscales.Multiscale.__pydantic_complete__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * len(VERSIONS)
