@@ -90,6 +90,9 @@ def simulate(
     signal /= norm
     other = _haze(space, signal, mask, haze, difficulty if drawing.thickness else 0.3 * difficulty)
     ground = background(space, difficulty) + other
+    if kind == NOISE and rng.random() < 0.5:
+        # Nothing but noise, over even ground.
+        ground = np.full_like(ground, ground.mean())
     if snr is None:
         snr = space.between(12 * 0.125**difficulty, 50 * 0.06**difficulty)
     scene = (signal + ground) * illumination(space, difficulty)
