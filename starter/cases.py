@@ -2,7 +2,7 @@
 
 Rows are judged as one: a few images of one kind and one difficulty. Rows of a group make one
 mean over kinds, and one reliability diagram. All images are (z, y, x), and functions of seeds
-that neither training nor its validation (`images.py`, `train.py`) nor calibration (from 3·10^9,
+that neither training nor its validation (`images.py`) nor calibration (from 3·10^9,
 `calibrate.py`) uses.
 """
 

@@ -1,9 +1,9 @@
-"""Write trained weights as a half-precision bundle in cyto-dl's layout.
+"""Write the bundle of a training as the starter: in half precision, with its voxel sizes.
 
-    python -m starter.export RUN_FOLDER|BUNDLE megaseg_dask/models/starter [--calibrate]
+    python -m starter.export BUNDLE megaseg_dask/models/starter [--calibrate]
 
-Of a folder of `train.py` the moving average, of a bundle of `megaseg train` its
-best epoch. `--calibrate` gives the logits the scale and shift of `calibrate.py`.
+BUNDLE is what `megaseg train` wrote. `--calibrate` gives the logits the scale and shift
+of `calibrate.py`.
 """
 
 # ruff: noqa: T201 - a command of its own: its result is what it prints
@@ -11,38 +11,38 @@ best epoch. `--calibrate` gives the logits the scale and shift of `calibrate.py`
 import argparse
 from pathlib import Path
 
-import torch
-
-from megaseg_dask.models import NetworkSpec, NewBundle, load_bundle, save_bundle
+from megaseg_dask.models import NewBundle, load_bundle, save_bundle
 from megaseg_dask.models.cards import MEGASEG_VOXEL_SIZE_UM
 from megaseg_dask.models.facts import record_of, write_record
 from starter.calibrate import N_IMAGES, calibrate_bundle, fold
-from starter.train import FILTERS, STAGES
+from starter.simulation import VOXEL_YX_UM, VOXEL_Z_UM
 
-# Simulated images have voxels of many sizes around this one (`simulation.py`).
-VOXEL_SIZE_UM = MEGASEG_VOXEL_SIZE_UM
+OVERLAP = 0.25
+_EPOCH = 1
+_SMALLEST, _LARGEST = zip(VOXEL_Z_UM, VOXEL_YX_UM, VOXEL_YX_UM, strict=True)
 
 
-def export(run: Path, bundle: Path, epoch: int, n_calibration: int = 0) -> Path:
+def export(trained: Path, bundle: Path, n_calibration: int = 0) -> Path:
     """Return the path of the checkpoint that was written.
 
     ``n_calibration`` is how many images of each kind calibrate it; with 0 it stays as it is.
     """
-    if (run / "last.pt").exists():
-        average = torch.load(run / "last.pt", weights_only=True)["average"]
-        del average["n_averaged"]
-        weights = {name.removeprefix("module."): value for name, value in average.items()}
-    else:
-        weights = load_bundle(run).weights
-    patch_shape = STAGES[-1][2]
-    network = NetworkSpec(filters=FILTERS)
-    new = NewBundle(network, patch_shape, 0.25, epoch, VOXEL_SIZE_UM)
-    checkpoint = save_bundle(bundle, new, weights, half=True)
+    learnt = load_bundle(trained)
+    new = NewBundle(
+        learnt.network,
+        learnt.patch_shape,
+        OVERLAP,
+        _EPOCH,
+        # Simulated images have voxels of many sizes around those of MegaSeg.
+        MEGASEG_VOXEL_SIZE_UM,
+        (_SMALLEST, _LARGEST),
+    )
+    checkpoint = save_bundle(bundle, new, learnt.weights, half=True)
     if n_calibration:
         calibration = calibrate_bundle(str(bundle), n_calibration)
         print(calibration)
-        weights = fold(weights, calibration.scale, calibration.shift)
-        save_bundle(bundle, new, weights, half=True)
+        folded = fold(learnt.weights, calibration.scale, calibration.shift)
+        save_bundle(bundle, new, folded, half=True)
     # The package ships its record, so that planning with it needs no torch.
     write_record(record_of(bundle), bundle / "facts.json")
     return checkpoint
@@ -52,9 +52,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path)
+    parser.add_argument("trained", type=Path)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--epoch", type=int, default=1)
     parser.add_argument(
         "--calibrate",
         type=int,
@@ -65,4 +64,4 @@ if __name__ == "__main__":
         help=f"on N simulations of each kind ({N_IMAGES})",
     )
     args = parser.parse_args()
-    print(export(args.run, args.bundle, args.epoch, args.calibrate))
+    print(export(args.trained, args.bundle, args.calibrate))
