@@ -10,6 +10,8 @@ from starter.structures import Drawing
 # Dye below this part of what is typical of its volume is not seen as structure.
 _MIN_SEEN = 0.2
 _EIGHT_BITS = 255
+# The light of near planes, at most, in units of the mean of the dye around.
+_MAX_NEAR = 5.0
 
 
 def blur(space: Space, dye: Floats) -> NDArray[np.float32]:
@@ -51,17 +53,34 @@ def _is_bright(space: Space, dye: Floats, support: Mask) -> Mask:
     return np.asarray(brightness >= _MIN_SEEN * np.median(brightness[support]))
 
 
-def light_of_other_planes(space: Space, sharp: Floats) -> NDArray[np.float32]:
-    """Return the wide and smooth part of the microscope's blur, at two widths."""
+def light_of_other_planes(
+    space: Space, sharp: Floats, mask: Mask, haze: float
+) -> NDArray[np.float32]:
+    """Return the wide and smooth part of the microscope's blur, of mean `haze` in the structure.
+
+    A few lines in an empty volume have little light near them, a dense network much. Beyond
+    that the light is even smoother, as if from planes that are far away.
+    """
+    near = space.between(3, 8) * max(1.3, space.sigma)
+    far = space.between(12, 40)
+    share_of_far = space.rng.uniform(0, 0.6)
+    if not mask.any():
+        return np.zeros_like(sharp)
+    wide = _smooth(space, sharp, near)
+    smooth = _smooth(space, sharp, far)
+    mean = float(wide[mask].mean())
+    of_near = min((1 - share_of_far) * haze, _MAX_NEAR * mean)
+    of_far = haze - of_near
+    return of_near / mean * wide + of_far / float(smooth[mask].mean()) * smooth
+
+
+def _smooth(space: Space, sharp: Floats, width: float) -> NDArray[np.float32]:
+    """Return dye after a Gaussian of a large width."""
     # It is smooth: blurred on every fourth voxel it costs next to nothing.
     factors = (2, 4, 4) if min(space.shape) >= 16 else (1, 1, 1)
     coarse = sharp[:: factors[0], :: factors[1], :: factors[2]]
-    widths = (space.between(3, 8) * max(1.3, space.sigma), space.between(12, 40))
-    shares = (1.0, space.rng.uniform(0, 1.5))
-    wide = np.zeros_like(coarse)
-    for width, share in zip(widths, shares, strict=True):
-        sigmas = [width / factor / step for factor, step in zip(factors, space.steps, strict=True)]
-        wide += share * ndimage.gaussian_filter(coarse, sigmas)
+    sigmas = [width / factor / step for factor, step in zip(factors, space.steps, strict=True)]
+    wide = ndimage.gaussian_filter(coarse, sigmas)
     zoom = np.array(space.shape) / wide.shape
     full = ndimage.zoom(wide, zoom, order=1, grid_mode=True, mode="nearest")
     return np.asarray(full, dtype=np.float32)

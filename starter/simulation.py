@@ -37,8 +37,6 @@ NOISE = "noise"
 VOXEL_Z_UM = (0.2, 0.5)
 VOXEL_YX_UM = (0.06, 0.3)
 _BLUR_UM = (0.08, 0.16)
-# The light of other planes, at most, in units of what the mean of the dye around would give.
-_MAX_HAZE = 5.0
 # Planes that a volume needs for a layer of cells in a deep empty stack.
 _MIN_DEEP = 32
 
@@ -88,8 +86,9 @@ def simulate(
     signal = blur(space, drawing.dye)
     norm = float(signal[mask].mean()) if mask.any() else 1.0
     signal /= norm
-    other = _haze(space, signal, mask, haze, difficulty if drawing.thickness else 0.3 * difficulty)
-    ground = background(space, difficulty) + other
+    if haze is None:
+        haze = space.between(0.05, 0.3 + 1.7 * difficulty * (1.0 if drawing.thickness else 0.3))
+    ground = background(space, difficulty) + light_of_other_planes(space, signal, mask, haze)
     if kind == NOISE and rng.random() < 0.5:
         # Nothing but noise, over even ground.
         ground = np.full_like(ground, ground.mean())
@@ -135,15 +134,3 @@ def _drawn(space: Space, kind: str) -> Drawing:
     dye = np.zeros(space.shape, dtype=np.float32)
     dye[first : first + n_layer] = drawing.dye
     return Drawing(dye, drawing.thickness)
-
-
-def _haze(
-    space: Space, signal: NDArray[np.float32], mask: Mask, haze: float | None, difficulty: float
-) -> NDArray[np.float32]:
-    """Return light of other planes, of mean `haze` in the structure."""
-    wide = light_of_other_planes(space, signal)
-    mean = float(wide[mask].mean()) if mask.any() else 0.0
-    if haze is None:
-        # A few lines in an empty volume have little light around them, a dense network much.
-        haze = min(space.between(0.05, 0.3 + 1.7 * difficulty), _MAX_HAZE * mean)
-    return wide * np.float32(haze / mean) if mean > 0 else wide
