@@ -166,6 +166,28 @@ def test_an_empty_label_image_is_left_out(tmp_path):
         write_dataset(examples, tmp_path / "again")
 
 
+def test_an_empty_mask_that_is_listed_teaches_that_nothing_is_there(tmp_path):
+    for name in ("full", "empty", "other"):
+        write_pair(tmp_path, name)
+    for number, name in enumerate(("empty", "other")):
+        image = imread(tmp_path / f"{name}_raw.ome.tif") + np.uint16(number + 1)
+        imwrite(tmp_path / f"{name}_raw.ome.tif", image, ome=True, metadata={"axes": "ZYX"})
+    nothing = np.zeros_like(imread(tmp_path / "empty_seg.ome.tif"))
+    imwrite(tmp_path / "empty_seg.ome.tif", nothing, ome=True, metadata={"axes": "ZYX"})
+    manifest = write_manifest(
+        tmp_path,
+        "raw,seg,split",
+        "full_raw.ome.tif,full_seg.ome.tif,train",
+        "empty_raw.ome.tif,empty_seg.ome.tif,train",
+        "other_raw.ome.tif,other_seg.ome.tif,val",
+    )
+    examples = split_examples(read_examples(manifest, None, None), 0.5, PATCH)
+    for _ in range(2):
+        assert write_dataset(examples, tmp_path / "data") == {"train": 2, "val": 1}
+        masks = [imread(row["seg1"]) for row in rows_of(tmp_path / "data", "train")]
+        assert [mask.any() for mask in masks] == [True, False]
+
+
 shapes = st.tuples(*[st.integers(8, 300)] * 3)
 
 

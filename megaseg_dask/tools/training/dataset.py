@@ -32,7 +32,8 @@ def digest_of(examples: Sequence[Example]) -> str:
 def write_dataset(examples: Sequence[Example], folder: Path) -> dict[str, int]:
     """Write the examples as OME-TIFF with one table a split; return the examples of each split.
 
-    Files that exist are kept. A volume without any label is left out: nobody labelled it.
+    Files that exist are kept. A volume without any label is left out where it was found, for
+    nobody labelled it, and teaches that nothing is there where it was listed.
 
     Raises:
         SourceError: if the labels of a whole split are empty, an image or its labels are not what
@@ -41,17 +42,20 @@ def write_dataset(examples: Sequence[Example], folder: Path) -> dict[str, int]:
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[tuple[str, str, str]]] = {TRAIN: [], VALIDATION: []}
     by_content: dict[str, Example] = {}
+    with_objects = set()
     for example in examples:
         files = _write_example(example, folder)
         if files is None:
             continue
         image, mask = files
+        if not _empty_file(image).exists():
+            with_objects.add(example.split)
         rows[str(example.split)].append((str(image), str(mask), COLUMNS[1]))
         first = by_content.setdefault(_content_file(image).read_text(), example)
         if first.split != example.split:
             raise both_splits(first.name, example.name)
     for split, of_split in rows.items():
-        if not of_split:
+        if split not in with_objects:
             problem = f"the labels of every image for {split} are empty"
             raise SourceError(f"{problem}; the model cannot learn from them")
         with (folder / f"{split}.csv").open("w", newline="") as file:
@@ -60,27 +64,35 @@ def write_dataset(examples: Sequence[Example], folder: Path) -> dict[str, int]:
 
 
 def _write_example(example: Example, folder: Path) -> tuple[Path, Path] | None:
-    """Write image and mask, and return their files; ``None`` if nothing is labelled."""
+    """Write image and mask, and return their files; ``None`` if nobody labelled it."""
     name = _sha256(f"{example.image!r} {example.labels!r} {example.box}")[:16]
     image = folder / f"{name}_raw.ome.tif"
     mask = folder / f"{name}_seg.ome.tif"
-    empty = folder / f"{name}.empty"
-    if empty.exists():
+    empty = _empty_file(image)
+    if empty.exists() and not example.is_listed:
         return None
     # The mask is written last: with it the example is complete.
     if not mask.exists():
         labels = example.labels.read(example.box)
         is_object = labels > 0
-        if not is_object.any():
+        is_empty = not is_object.any()
+        if is_empty:
             empty.touch()
-            return None
+            if not example.is_listed:
+                return None
         require_labels(example.name, labels)
         values = example.image.read(example.box)
-        require_image(example.name, values, is_object)
+        if not is_empty:
+            require_image(example.name, values, is_object)
         _content_file(image).write_text(hashlib.sha256(values.tobytes()).hexdigest())
         _write_tiff(image, values)
         _write_tiff(mask, is_object.astype(np.uint8))
     return image, mask
+
+
+def _empty_file(image: Path) -> Path:
+    """Return the file that says that the labels of an image are empty."""
+    return image.with_suffix(".empty")
 
 
 def _content_file(image: Path) -> Path:

@@ -62,7 +62,8 @@ class Tiff:
 class Example:
     """A box of an image and its labels; a ``group``, such as a field, is never in both splits.
 
-    ``spacing_um`` (z, y, x) is the size of its voxels, if that is known.
+    ``spacing_um`` (z, y, x) is the size of its voxels, if that is known. Where somebody listed
+    the image with its labels, empty labels say that nothing is there; else that nobody labelled it.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Example:
     box: Box
     split: str | None = None
     spacing_um: tuple[float, ...] | None = None
+    is_listed: bool = False
 
 
 # -- TIFF

@@ -102,6 +102,7 @@ def _read_csv(path: Path, channel: str | None) -> list[Example]:
             box=Box.of(shape),
             split=split,
             spacing_um=spacing_um,
+            is_listed=True,
         )
         examples.append(example)
     return examples
