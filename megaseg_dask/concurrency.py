@@ -5,9 +5,11 @@ objects would take an hour. Threads take over the context of their caller.
 """
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from typing import TypeVar
 
@@ -56,3 +58,42 @@ def read_ahead(read: Callable[[T], R], keys: Iterable[T], n_ahead: int) -> Itera
                 yield oldest, result.result()
         for key, result in pending:
             yield key, result.result()
+
+
+class _Quiet:
+    """The threads that ignore warnings, whose filters are those of the whole process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_inside = 0
+        self._filters = ExitStack()
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._n_inside:
+                self._filters.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self._n_inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if not self._n_inside:
+                self._filters.close()
+
+
+_QUIET = _Quiet()
+
+
+@contextmanager
+def ignored_warnings() -> Iterator[None]:
+    """Ignore warnings in this block; the last thread that leaves such a block restores them.
+
+    Of two threads with ``warnings.catch_warnings``, the first that leaves would restore them for
+    both, and the second would let them be ignored for ever.
+    """
+    _QUIET.enter()
+    try:
+        yield
+    finally:
+        _QUIET.leave()

@@ -3,12 +3,11 @@
 Only a conversion needs PyTorch. Its result is kept, so most workers never import this module.
 """
 
-import warnings
-
 import openvino
 import torch
 from torch.nn.functional import avg_pool3d
 
+from megaseg_dask.concurrency import ignored_warnings
 from megaseg_dask.models.build import build_network
 from megaseg_dask.models.bundle import Bundle
 
@@ -23,9 +22,8 @@ def convert(bundle: Bundle) -> openvino.Model:
     example = torch.zeros((1, bundle.network.in_channels, *smallest))
     network = build_network(bundle)
     _pool_norms(network)
-    with warnings.catch_warnings(), torch.inference_mode():
-        # The tracer warns of each check of a shape.
-        warnings.simplefilter("ignore")
+    # The tracer warns of each check of a shape.
+    with ignored_warnings(), torch.inference_mode():
         return openvino.convert_model(network, example_input=example)
 
 

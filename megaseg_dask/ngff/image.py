@@ -8,7 +8,6 @@ ome-zarr-models in both directions, so what is written is valid by construction.
 import functools
 import json
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, TypeVar
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 
 from megaseg_dask.algorithms.geometry import Box, Shape
 from megaseg_dask.algorithms.pyramids import default_level_shapes
+from megaseg_dask.concurrency import ignored_warnings
 from megaseg_dask.errors import DataError, SourceError, StoreError
 from megaseg_dask.ngff.coordinate_systems import (
     is_version_06,
@@ -489,16 +489,11 @@ def _are_numbers(values: Any) -> TypeGuard[list[float]]:
     return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
 
 
-_CHECKING = threading.Lock()
-
-
 @functools.lru_cache(maxsize=_MAX_DOCUMENTS)
 def _require_valid_multiscale(version: str, document: str) -> None:
     model = VERSIONS[version].models.multiscales.Multiscale
-    # Warnings are those of the process: one thread would restore them under another one.
-    with _CHECKING, warnings.catch_warnings():
-        # The models warn of what the specification only recommends: no reason to refuse an image.
-        warnings.simplefilter("ignore")
+    # The models warn of what the specification only recommends: no reason to refuse an image.
+    with ignored_warnings():
         model.model_validate(json.loads(document))
 
 

@@ -5,9 +5,12 @@ import io
 import os
 import pickle
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +20,7 @@ import zarr
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megaseg_dask.concurrency import map_threaded
+from megaseg_dask.concurrency import ignored_warnings, map_threaded
 from megaseg_dask.errors import SettingsError, StoreError, TargetError
 from megaseg_dask.ngff.group import ome_of, open_group, read_attributes, write_group
 from megaseg_dask.stores import (
@@ -628,6 +631,28 @@ def test_many_at_once_keep_their_order_and_end_at_the_first_error():
     with pytest.raises(ValueError, match="0"):
         map_threaded(fail, range(10_000), 2)
     assert len(begun) < 10_000
+
+
+def test_warnings_are_ignored_until_the_last_thread_has_left():
+    before = list(warnings.filters)
+    is_inside = threading.Event()
+    may_leave = threading.Event()
+
+    def warn_later() -> None:
+        with ignored_warnings():
+            is_inside.set()
+            assert may_leave.wait(60)
+            warnings.warn("of a library", stacklevel=1)
+
+    with ThreadPoolExecutor(1) as pool:
+        with ignored_warnings():
+            late = pool.submit(warn_later)
+            assert is_inside.wait(60)
+        may_leave.set()
+        late.result()
+    assert list(warnings.filters) == before
+    with pytest.raises(UserWarning, match="of ours"):
+        warnings.warn("of ours", stacklevel=1)
 
 
 def test_a_group_is_not_made_of_an_array_or_of_damaged_metadata(tmp_path):

@@ -8,7 +8,6 @@ import importlib
 import logging
 import math
 import re
-import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaseg_dask.algorithms.geometry import Shape
+from megaseg_dask.concurrency import ignored_warnings
 from megaseg_dask.errors import SettingsError, SourceError
 from megaseg_dask.messages import closest, install_command
 from megaseg_dask.ngff.foreign import EXTRA_READERS, TIFF_SUFFIXES
@@ -121,9 +121,8 @@ def _naming(path: Path, advice: str = "") -> Iterator[None]:
     logger.addHandler(heard)
     logger.propagate = False
     try:
-        with warnings.catch_warnings():
-            # Readers warn of metadata that they do not understand.
-            warnings.simplefilter("ignore")
+        # Readers warn of metadata that they do not understand.
+        with ignored_warnings():
             yield
     except (SourceError, SettingsError):
         raise
