@@ -29,8 +29,7 @@ SHAPE = (64, 144, 144)
 # An image that validates is as large as a patch: one forward pass each.
 VALIDATION_SHAPE = (64, 128, 128)
 # Large objects are the hardest to fill, dense networks the hardest to take apart.
-_MORE = ("nuclei", "nuclei", "nuclei", "reticulum", "reticulum", "tubes", NOISE, NOISE, NOISE)
-_KINDS = (*KINDS, *_MORE)
+_KINDS = (*KINDS, *["nuclei"] * 6, *["reticulum"] * 2, "tubes", *[NOISE] * 4)
 _SHARE_OF_VALIDATION = 1 / 8
 # Seeds of images that are given up because they hold nothing lie between those of two images.
 _SEEDS_PER_IMAGE = 1000

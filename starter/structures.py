@@ -288,11 +288,11 @@ def _spread(space: Space, radius: float, gap: float) -> NDArray[np.float64]:
 def _chromatin(space: Space) -> NDArray[np.float32]:
     """Brightness inside nuclei: grains or threads, and dark nucleoli."""
     rng = space.rng
-    grains = space.field(space.between(1.2, 8))
+    grains = space.field(space.between(1.0, 6))
     if rng.random() < 0.5:
         # Threads around voids, as of heterochromatin.
         grains = 1 - 2 * np.abs(grains)
-    grains = np.exp(rng.uniform(0.05, 1.1) * grains)
+    grains = np.exp(rng.uniform(0.1, 1.3) * grains)
     nucleoli = space.field(space.between(3, 14)) > rng.uniform(0.9, 2.5)
     return np.asarray(np.where(nucleoli, rng.uniform(0.15, 0.8), 1) * grains, dtype=np.float32)
 
