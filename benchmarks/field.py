@@ -95,7 +95,7 @@ def measure(
     from megaseg_dask.inference.openvino import has_bfloat16
 
     machine = describe()
-    made = simulate(0, shape)
+    made = simulate(0, shape, "nuclei", difficulty=0.2)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "field.zarr"

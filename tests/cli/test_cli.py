@@ -502,6 +502,7 @@ def test_messages_stay_on_one_line(run, broken):
 
 
 SLOW_TO_LEAVE = """
+import time
 from megaseg_dask.cli import app
 
 def run(*_, **__):
