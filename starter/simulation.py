@@ -89,12 +89,14 @@ def simulate(
     if haze is None:
         haze = space.between(0.05, 0.3 + 1.7 * difficulty * (1.0 if drawing.thickness else 0.3))
     ground = background(space, difficulty) + light_of_other_planes(space, signal, mask, haze)
+    light = illumination(space, difficulty)
     if kind == NOISE and rng.random() < 0.5:
         # Nothing but noise, over even ground.
         ground = np.full_like(ground, ground.mean())
+        light = np.ones_like(light)
     if snr is None:
         snr = space.between(12 * 0.125**difficulty, 50 * 0.06**difficulty)
-    scene = (signal + ground) * illumination(space, difficulty)
+    scene = (signal + ground) * light
     level = float(ground[mask].mean()) if mask.any() else float(ground.mean())
     image = digitize(space, expose(space, scene, level, snr))
     return Simulated(image, mask, kind, seed, voxel, snr)

@@ -288,7 +288,10 @@ def _spread(space: Space, radius: float, gap: float) -> NDArray[np.float64]:
 def _chromatin(space: Space) -> NDArray[np.float32]:
     """Brightness inside nuclei: grains or threads, and dark nucleoli."""
     rng = space.rng
-    grains = space.field(space.between(1.0, 6))
+    # Fine grains, coarse ones, or both.
+    share = rng.choice([0.0, 1.0, rng.uniform(0.3, 0.7)])
+    grains = share * space.field(space.between(1.0, 2.5))
+    grains = grains + (1 - share) * space.field(space.between(2.5, 8))
     if rng.random() < 0.5:
         # Threads around voids, as of heterochromatin.
         grains = 1 - 2 * np.abs(grains)
