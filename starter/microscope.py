@@ -69,9 +69,13 @@ def light_of_other_planes(
     wide = _smooth(space, sharp, near)
     smooth = _smooth(space, sharp, far)
     mean = float(wide[mask].mean())
+    mean_of_far = float(smooth[mask].mean())
+    if mean <= 0 or mean_of_far <= 0:
+        # A structure of some voxels may lie between those that the smooth part is made of.
+        return np.zeros_like(sharp)
     of_near = min((1 - share_of_far) * haze, _MAX_NEAR * mean)
     of_far = haze - of_near
-    return of_near / mean * wide + of_far / float(smooth[mask].mean()) * smooth
+    return of_near / mean * wide + of_far / mean_of_far * smooth
 
 
 def _smooth(space: Space, sharp: Floats, width: float) -> NDArray[np.float32]:
