@@ -462,6 +462,26 @@ def read_written_ome(location: Location, version: str) -> dict[str, Any]:
     return ome_of(_stored_attributes(location, version))
 
 
+def is_damaged(location: Location) -> bool:
+    """Return whether a metadata file of a group is no JSON object, as after a power cut.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    files = {version.group_file for version in VERSIONS.values()}
+    files |= {version.attributes_file for version in VERSIONS.values()}
+    return any(map(_is_no_object, map(location.get, files)))
+
+
+def _is_no_object(data: bytes | None) -> bool:
+    if data is None:
+        return False
+    try:
+        return not isinstance(json.loads(data), dict)
+    except (ValueError, RecursionError):
+        return True
+
+
 def remove_damaged_group(location: Location, version: str) -> None:
     """Remove the metadata of a group of ours that no program can read.
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from megaseg_dask.concurrency import map_threaded
 from megaseg_dask.errors import TargetError
-from megaseg_dask.ngff.group import PROVENANCE, find_attributes, require_version
+from megaseg_dask.ngff.group import PROVENANCE, find_attributes, is_damaged, require_version
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.plan.command_line import command_line
 from megaseg_dask.plan.plan import Plan
@@ -332,6 +332,9 @@ def _require_free(target: Target, where: Location, *, is_recorded: bool) -> None
     if not where.is_folder():
         raise TargetError(f"{where} is a file; choose another target")
     if not where.children():
+        return
+    # Nothing was here when the run was recorded. What it had begun, it writes again.
+    if is_recorded and is_damaged(where):
         return
     if _is_foreign(where):
         raise TargetError(
