@@ -31,6 +31,8 @@ VALIDATION_SHAPE = (64, 128, 128)
 # Large objects are the hardest to fill, dense networks the hardest to take apart.
 _KINDS = (*KINDS, *["nuclei"] * 6, *["reticulum"] * 2, "tubes", *[NOISE] * 4)
 _SHARE_OF_VALIDATION = 1 / 8
+# What happens to an image on its way to a user, and how often.
+_CHANGES = {"none": 0.4, "finer": 0.2, "gamma": 0.15, "smoothed": 0.15, "few planes": 0.1}
 # Seeds of images that are given up because they hold nothing lie between those of two images.
 _SEEDS_PER_IMAGE = 1000
 _MIN_SHARE = 0.003
@@ -69,7 +71,7 @@ def _simulated(
 ) -> tuple[NDArray[np.uint16] | NDArray[np.uint8], Mask]:
     """Return the first image from `first_seed` on that holds enough, changed as files are."""
     difficulty = rng.uniform(0, 1)
-    change = rng.choice(["none", "finer", "gamma", "smoothed", "few planes"], p=_CHANCES)
+    change = rng.choice(list(_CHANGES), p=list(_CHANGES.values()))
     finer = rng.uniform(1.2, 2.6, 3) if change == "finer" else np.ones(3)
     planes = int(rng.integers(12, 48)) if change == "few planes" else shape[0]
     z, y, x = np.ceil(np.array((planes, *shape[1:])) / finer).astype(int)
@@ -88,11 +90,8 @@ def _simulated(
         return _to_16_bits(((image - low) / span) ** rng.uniform(0.6, 1.5)), made.mask
     if change == "smoothed":
         smooth = ndimage.gaussian_filter(image, rng.uniform(0, 0.9, 3), truncate=2)
-        return np.asarray(_to_16_bits(smooth / max(float(smooth.max()), 1.0))), made.mask
+        return _to_16_bits(smooth / max(float(smooth.max()), 1.0)), made.mask
     return made.image, made.mask
-
-
-_CHANCES = (0.4, 0.2, 0.15, 0.15, 0.1)
 
 
 def _to_16_bits(image: Floats) -> NDArray[np.uint16]:

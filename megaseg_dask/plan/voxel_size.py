@@ -6,6 +6,7 @@ resampled onto it, and predictions come back on the source's voxels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megaseg_dask.algorithms.geometry import Shape
 from megaseg_dask.algorithms.resampling import resampled_shape
@@ -18,6 +19,7 @@ from megaseg_dask.plan.settings import Settings
 # The image and the model differ by this much on an axis: a person should know.
 _FAR = 1.5
 
+T = TypeVar("T")
 Size = tuple[float, ...]
 Range = tuple[Size, Size]
 
@@ -63,13 +65,17 @@ class VolumeForm:
 
 def model_size_um(bundles: Sequence[BundleFacts]) -> Size | None:
     """Return the voxel size of the images of a model, or of all its bundles if they agree."""
-    first, *others = (bundle.voxel_size_um for bundle in bundles)
-    return first if all(other == first for other in others) else None
+    return _common([bundle.voxel_size_um for bundle in bundles])
 
 
 def model_range_um(bundles: Sequence[BundleFacts]) -> Range | None:
     """Return the range of voxel sizes of the images of a model, if its bundles agree on one."""
-    first, *others = (bundle.voxel_range_um for bundle in bundles)
+    return _common([bundle.voxel_range_um for bundle in bundles])
+
+
+def _common(values: Sequence[T]) -> T | None:
+    """Return the value that all have, ``None`` if they differ."""
+    first, *others = values
     return first if all(other == first for other in others) else None
 
 

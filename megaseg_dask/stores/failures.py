@@ -21,8 +21,6 @@ _DENIED = (
     obstore.exceptions.PermissionDeniedError,
     obstore.exceptions.UnauthenticatedError,
 )
-
-
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
