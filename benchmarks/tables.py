@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from the kept results.
+"""The tables of docs/performance.md and of the starter's card, from the kept results.
 
 ``python -m benchmarks.tables`` writes them again.
 
@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.machine import RESULTS
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+_ROOT = Path(__file__).parents[1]
+PAGES = (_ROOT / "docs/performance.md", _ROOT / "megaseg_dask/models/starter/MODEL_CARD.md")
 
 Rows = Iterable[Iterable[object]]
 
@@ -301,6 +302,120 @@ def passes(found: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
+# -- the card of the starter
+
+_METHODS = {
+    "old": "old",
+    "new": "new",
+    "Otsu": "Otsu",
+    "Otsu, smoothed": "Otsu, smoothed",
+    "one local": "local, one for all",
+    "best local": "local, best for the row",
+}
+
+
+def starter_stacks(found: dict[str, Any]) -> str:
+    """Return the Dice on real stacks, beside thresholds."""
+    return _dice("stack", found["parts"]["real"]["rows"])
+
+
+def starter_groups(found: dict[str, Any]) -> str:
+    """Return the mean Dice of each group of simulations, beside thresholds."""
+    rows: dict[str, Any] = {}
+    for part in ("snr", "hard", "mixed", "haze", "depth"):
+        rows |= found["parts"][part]["means"]
+    return _dice("simulations", rows)
+
+
+def starter_kinds(found: dict[str, Any]) -> str:
+    """Return the Dice of each kind at each signal-to-noise ratio, by three methods."""
+    rows = found["parts"]["snr"]["rows"]
+    hard = found["parts"]["hard"]["rows"]
+    kinds = [name.removeprefix("hard ") for name in hard]
+    ratios = list(dict.fromkeys(name.split(", ")[1] for name in rows))
+    lines = []
+    for kind in kinds:
+        of_kind = [rows[f"{kind}, {ratio}"] for ratio in ratios]
+        lines.append([kind.replace("_", " "), *map(_three, [*of_kind, hard[f"hard {kind}"]])])
+    return _table(["old / new / best local", *ratios, "hard"], lines)
+
+
+def starter_haze(found: dict[str, Any]) -> str:
+    """Return the Dice of thin structures over strong light of other planes."""
+    return _dice("thin structures", found["parts"]["haze"]["rows"])
+
+
+def starter_scores(found: dict[str, Any]) -> str:
+    """Return what the scores of the new bundle mean, and those of the old."""
+    rows = []
+    for part in ("real", "mixed", "hard", "haze"):
+        for group, models in found["parts"][part]["scores"].items():
+            cells = []
+            for model in ("old", "new"):
+                about = models[model]
+                cells += [
+                    f"{about['best_threshold']:.2f}",
+                    f"{-about['dice_at_half_less_best']:.3f}",
+                    f"{about['expected_error']:.3f}",
+                ]
+            rows.append([group, *cells])
+    head = ["images"]
+    for model in ("old", "new"):
+        head += [f"{model}: best threshold", "Dice lost at 0.5", "calibration error"]
+    return _table(head, rows)
+
+
+def starter_objects(found: dict[str, Any]) -> str:
+    """Return how well objects are found after --split distance."""
+    rows = []
+    for name, case in found["parts"]["split"]["rows"].items():
+        stack, _, method = name.partition(", ")
+        objects = f"{case['objects']} of {case['true objects']}"
+        rows.append([stack, method, case["PQ"], case["AP at IoU 0.5"], case["AP, mean"], objects])
+    return _table(["stack", "mask", "PQ", "AP at IoU 0.5", "AP, 0.5 to 0.95", "objects"], rows)
+
+
+def starter_voxels(found: dict[str, Any]) -> str:
+    """Return the Dice with voxels of other sizes."""
+    rows = found["parts"]["voxel-size"]["rows"]
+    columns = list(next(iter(rows.values())))
+    lines = [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in rows.items()]
+    return _table(["image", *(f"`{column}`" for column in columns)], lines)
+
+
+def starter_noise(found: dict[str, Any]) -> str:
+    """Return objects and voxels that are found where nothing is."""
+    rows = []
+    for kind, case in found["parts"]["noise"]["rows"].items():
+        cells = [f"{case[f'{model}, objects']:,} ({case[f'{model}, voxels']:,})" for model in _BOTH]
+        rows.append([kind, *cells, f"{case['new, largest score']:.2f}"])
+    return _table(
+        ["noise", *(f"{model}: objects (voxels)" for model in _BOTH), "new: largest score"], rows
+    )
+
+
+_BOTH = ("old", "new")
+
+
+def _dice(first: str, rows: dict[str, Any]) -> str:
+    lines = []
+    for name, row in rows.items():
+        best = max(row[method] for method in _METHODS)
+        cells = [_bold(row[method], best) for method in _METHODS]
+        lines.append([name.replace("_", " "), *cells])
+    return _table([first, *_METHODS.values()], lines)
+
+
+def _bold(value: float, best: float) -> str:
+    return f"**{value:.3f}**" if value == best else f"{value:.3f}"
+
+
+def _three(row: dict[str, Any]) -> str:
+    return " / ".join(f"{row[method]:.2f}" for method in ("old", "new", "best local"))
+
+
+# -- all tables
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "field": ("field", field),
     "field MegaSeg_v1": ("field_v1", field),
@@ -316,6 +431,14 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "plate": ("scale", plate),
     "labels": ("join", labels),
     "joins": ("join", joins),
+    "stacks": ("starter", starter_stacks),
+    "groups": ("starter", starter_groups),
+    "kinds": ("starter", starter_kinds),
+    "haze": ("starter", starter_haze),
+    "scores": ("starter", starter_scores),
+    "objects": ("starter", starter_objects),
+    "voxels": ("starter", starter_voxels),
+    "noise": ("starter", starter_noise),
 }
 
 
@@ -366,8 +489,9 @@ def _took(case: dict[str, Any] | None) -> str:
 
 
 def fill() -> None:
-    """Write the tables of the page."""
-    PAGE.write_text(filled(PAGE.read_text()))
+    """Write the tables of the pages."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,14 @@ def train(
             metavar="F", help="Learning rate at the start. (default: the recipe's, 0.0001)"
         ),
     ] = None,
+    decay: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F",
+            help="Multiply the learning rate by this after each epoch. "
+            "(default: the recipe's, 0.995)",
+        ),
+    ] = None,
     max_epochs: Annotated[
         int | None,
         typer.Option(
@@ -123,6 +131,7 @@ def train(
             raise SettingsError("give a MANIFEST and --out DIR; see megaseg train --help")
         _require_fraction(validation)
         _require_positive(learning_rate)
+        _require_decay(decay)
         _require_accelerator(accelerator)
         patch_shape = _parse_patch(patch)
         time_limit = _parse_time(max_time)
@@ -140,6 +149,7 @@ def train(
             patch=patch_shape,
             patches_per_image=patches_per_image,
             learning_rate=learning_rate,
+            decay=decay,
             max_epochs=max_epochs,
             patience=patience,
             max_time=time_limit,
@@ -172,6 +182,11 @@ def _require_fraction(validation: float) -> None:
 def _require_positive(rate: float | None) -> None:
     if rate is not None and not 0 < rate < math.inf:
         raise SettingsError(f"--learning-rate {rate}: expected a positive number")
+
+
+def _require_decay(decay: float | None) -> None:
+    if decay is not None and not 0 < decay <= 1:
+        raise SettingsError(f"--decay {decay}: expected a number above 0 and up to 1")
 
 
 def _require_accelerator(accelerator: str) -> None:

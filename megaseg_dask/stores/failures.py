@@ -21,7 +21,8 @@ _DENIED = (
     obstore.exceptions.PermissionDeniedError,
     obstore.exceptions.UnauthenticatedError,
 )
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_DENIED_HERE = (errno.EACCES, errno.EPERM)
+_NOT_WRITABLE = (*_DENIED_HERE, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,8 @@ def explain(
     the store was asked without credentials.
     """
     if scheme_of(url) == LOCAL:
-        cause = Cause("other", cause_of(error))
+        is_denied_here = isinstance(error, OSError) and error.errno in _DENIED_HERE
+        cause = Cause("denied" if is_denied_here else "other", cause_of(error))
     else:
         cause = understand(error)
     line = f"cannot {verb} {url}: {cause.words}"
@@ -234,6 +236,8 @@ def _next_step(kind: str, verb: str, url: str, *, anonymous: bool) -> str:
     scheme = scheme_of(url)
     variables = CLOUDS[scheme].usual_variables if scheme in CLOUDS else "the credentials"
     endpoint = _ENDPOINTS.get(scheme, "the address")
+    if scheme == LOCAL and kind == "denied":
+        return f"check whether your user may {verb} it, and may enter the folders above it"
     if scheme in WEB and kind == "denied":
         return (
             "data behind a web login cannot be read; copy them, or ask for the address of a bucket"

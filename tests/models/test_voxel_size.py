@@ -81,7 +81,9 @@ def test_the_published_models_have_the_published_size(tmp_path):
     _, facts = describe("MegaSeg_v1")
     assert facts.voxel_size_um == (0.29, 0.108333, 0.108333)
     assert facts.origins["voxel_size_um"] == "published"
-    assert describe("starter")[1].voxel_size_um == (0.29, 0.26, 0.26)
+    starter = describe("starter")[1]
+    assert starter.voxel_size_um == (0.29, 0.108333, 0.108333)
+    assert starter.voxel_range_um == ((0.2, 0.06, 0.06), (0.5, 0.3, 0.3))
 
 
 class Nothing:

@@ -26,6 +26,14 @@ def write(tmp_path):
     return write
 
 
+@pytest.fixture
+def sized(tmp_path):
+    """The path of a model that was trained on one voxel size, (0.29, 0.26, 0.26) µm."""
+    new = NewBundle(TINY, (16, 32, 32), 0.5, 1, (0.29, 0.26, 0.26))
+    save_bundle(tmp_path / "sized", new, seeded_network().state_dict())
+    return str(tmp_path / "sized")
+
+
 def plan_of(source, tmp_path, **options):
     settings = parse_settings({"threads": 1, **options})
     [(plan, _)] = plan_runs(source, str(tmp_path / "out.zarr"), settings)
@@ -57,15 +65,15 @@ def test_a_size_is_three_numbers_or_a_word(text):
         parse_settings({"voxel_size": text})
 
 
-def test_it_is_told_how_far_the_image_is_from_the_model(write, tmp_path):
-    told = summarize(plan_of(write(), tmp_path, model="starter"))
+def test_it_is_told_how_far_the_image_is_from_the_model(write, tmp_path, sized):
+    told = summarize(plan_of(write(), tmp_path, model=sized))
     assert told["times_model_voxel"] == (1, 1, 1)
     assert (told["warnings"], told["is_resampled"]) == ([], False)
     source = write((0.29, 0.13, 0.52))
-    told = summarize(plan_of(source, tmp_path, model="starter"))
+    told = summarize(plan_of(source, tmp_path, model=sized))
     [warning] = told["warnings"]
-    assert "are 1 × 0.5 × 2 times those that starter was trained on" in warning
-    told = summarize(plan_of(source, tmp_path, model="starter", voxel_size="model"))
+    assert "are 1 × 0.5 × 2 times those that sized was trained on" in warning
+    told = summarize(plan_of(source, tmp_path, model=sized, voxel_size="model"))
     assert (told["grid_shape"], told["is_resampled"]) == ((20, 20, 96), True)
     assert told["warnings"] == []
     assert told["options"]["voxel_size"] == [0.29, 0.26, 0.26]
@@ -88,10 +96,10 @@ def test_sizes_that_the_model_was_trained_on_are_not_far(size, is_warned, write,
     assert len(told["warnings"]) == is_warned
 
 
-def test_the_model_and_its_numbers_are_one_request(write, tmp_path, cheap_engine):
+def test_the_model_and_its_numbers_are_one_request(write, tmp_path, cheap_engine, sized):
     source = write((0.29, 0.13, 0.52))
     target = str(tmp_path / "out.zarr")
-    common = {"model": "starter", "threads": 1}
+    common = {"model": sized, "threads": 1}
     first = segment_here(source, target, parse_settings({**common, "voxel_size": "model"}))
     assert (first.status, first.warnings) == ("done", [])
     again = parse_settings({**common, "voxel_size": (0.29, 0.26, 0.26)})
@@ -100,10 +108,10 @@ def test_the_model_and_its_numbers_are_one_request(write, tmp_path, cheap_engine
         segment_here(source, target, parse_settings(common))
 
 
-def test_the_command_says_it_and_ends_with_2(write, tmp_path, capsys, tiny_bundle):
+def test_the_command_says_it_and_ends_with_2(write, tmp_path, capsys, tiny_bundle, sized):
     target = str(tmp_path / "out.zarr")
     for arguments, code, words in (
-        (["--model", "starter"], 0, "1 × 1 × 1 times the model's"),
+        (["--model", sized], 0, "1 × 1 × 1 times the model's"),
         (["--model", str(tiny_bundle)], 0, "the model does not say on which it was trained"),
         (["--model", str(tiny_bundle), "--voxel-size", "model"], 2, "--voxel-size Z,Y,X"),
     ):

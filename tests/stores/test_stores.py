@@ -1,6 +1,7 @@
 """Locations: addresses, small objects, and errors that name the object and the cause."""
 
 import ctypes
+import errno
 import io
 import os
 import pickle
@@ -37,6 +38,7 @@ from megaseg_dask.stores import (
 )
 from megaseg_dask.stores.address import normalize
 from megaseg_dask.stores.local import sync as flush
+from megaseg_dask.stores.location import naming
 from tests.fixtures.servers import web_server
 
 ODD_NAMES = [
@@ -616,6 +618,14 @@ def test_target_and_the_folder_beside_it_are_both_probed(tmp_path, monkeypatch, 
     monkeypatch.setattr(Path, "touch", guarded)
     with pytest.raises(TargetError, match=f"Permission denied in {refused};"):
         Location.of(target).require_writable()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_a_file_that_this_user_may_not_read_is_named_with_the_next_step(number, tmp_path):
+    place = Location.of(tmp_path / "image.zarr")
+    told = rf"cannot read .*image\.zarr: {os.strerror(number)}; check whether your user may read it"
+    with pytest.raises(StoreError, match=told), naming(place, "read"):
+        raise PermissionError(number, os.strerror(number))
 
 
 def test_many_at_once_keep_their_order_and_end_at_the_first_error():

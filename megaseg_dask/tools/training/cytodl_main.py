@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators.cuda import CUDAAccelerator
 from lightning.pytorch.accelerators.mps import MPSAccelerator
@@ -25,6 +26,8 @@ from omegaconf import OmegaConf, open_dict
 
 COLUMNS = ("epoch", "training_loss", "validation_loss", "learning_rate", "elapsed_s")
 _BATCH_EVENT_S = 1.0
+# Float32 weights; layers that gain by it compute in bfloat16.
+_BFLOAT16 = "bf16-mixed"
 
 # The real stdout, once descriptor 1 is the log.
 _events: Any = None
@@ -48,6 +51,11 @@ class Reporter(Callback):  # type: ignore[misc]
         self._began = 0.0
         self._last_batch_event = 0.0
         self._finished_epoch: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep channels beside each other, as matrix units take them."""
+        if trainer.precision == _BFLOAT16:
+            pl_module.to(memory_format=torch.channels_last_3d)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the epochs before the checkpoint; the later ones are trained again."""
@@ -151,7 +159,7 @@ def configure(request: dict[str, Any]) -> Any:
             OmegaConf.select(model.cfg, section).pop(name)
         for key, value in changes.items():
             OmegaConf.update(model.cfg, key, value, merge=False, force_add=True)
-        if precision == 32:
+        if precision != 16:
             _cast_to_float32(model.cfg)
     model.save_config(folder / "train_config.yaml")
     reporter = {"_target_": "__main__.Reporter", "table": str(folder / "metrics.csv")}
@@ -161,15 +169,18 @@ def configure(request: dict[str, Any]) -> Any:
 
 
 def _cast_to_float32(config: Any) -> None:
-    """Replace the cast to half precision, which only mixed precision can take."""
+    """Replace the cast to half precision, which only mixed precision of a GPU can take."""
     for stage in ("train", "valid", "test"):
         for transform in config.data.transforms[stage].transforms:
             if transform["_target_"].endswith("ToTensord"):
                 transform["dtype"] = "float32"
 
 
-def choose_hardware(accelerator: str) -> tuple[str, int]:
-    """Return accelerator and bits: 16 on CUDA, as cyto-dl has it; elsewhere 16 are slow or missing.
+def choose_hardware(accelerator: str) -> tuple[str, int | str]:
+    """Return accelerator and precision: 16 bits on CUDA, as cyto-dl has it.
+
+    A CPU with matrix units (Intel AMX) computes in bfloat16, which is several times as quick
+    there. Elsewhere 16 bits are slow or missing.
 
     Raises:
         SystemExit: if the accelerator is not there.
@@ -184,7 +195,10 @@ def choose_hardware(accelerator: str) -> tuple[str, int]:
     if accelerator not in available:
         problem = "the environment of cyto-dl finds none"
         raise SystemExit(f"--accelerator {accelerator}: {problem}; pass cpu or auto")
-    return accelerator, 16 if accelerator == "gpu" else 32
+    if accelerator == "gpu":
+        return accelerator, 16
+    has_matrix_units = accelerator == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return accelerator, _BFLOAT16 if has_matrix_units else 32
 
 
 def draw(rows: list[dict[str, str]], picture: Path) -> None:

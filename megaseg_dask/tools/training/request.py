@@ -8,7 +8,7 @@ from megaseg_dask.models.registry import load
 from megaseg_dask.tools.training.recipes import RECIPES, Recipe
 
 # Fields of a request that take the place of the recipe's own.
-_RECIPE_FIELDS = ("patches_per_image", "learning_rate", "max_epochs", "patience")
+_RECIPE_FIELDS = ("patches_per_image", "learning_rate", "decay", "max_epochs", "patience")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Request:
     patch: tuple[int, int, int] | None = None
     patches_per_image: int | None = None
     learning_rate: float | None = None
+    decay: float | None = None
     max_epochs: int | None = None
     patience: int | None = None
     max_time: str | None = None

@@ -121,6 +121,8 @@ def training(manifest, start, out, *options) -> list:
         "16,32,32",
         "--learning-rate",
         "0.003",
+        "--decay",
+        "0.9",
         "--accelerator",
         "cpu",
         "--json",

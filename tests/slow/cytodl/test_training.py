@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megaseg_dask.models import load_bundle, read_bundle
 from tests.fixtures.images import write_image
@@ -49,11 +50,21 @@ def test_training_ends_with_a_bundle_and_its_card(trained, start):
         result["best_loss"],
     )
     assert float(rows[-1]["training_loss"]) < float(rows[0]["training_loss"])
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates == pytest.approx([0.003 * 0.9**epoch for epoch in range(1, 7)])
     card = (trained / "MODEL_CARD.md").read_text()
     assert bundle.digest in card
     assert "curves.png" in card
     assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (trained / "training/cache").exists()
+
+
+def test_matrix_units_compute_in_bfloat16_and_weights_stay_in_float32(trained):
+    processor = Path("/proc/cpuinfo")
+    has_matrix_units = processor.exists() and "amx_bf16" in processor.read_text()
+    bundle = load_bundle(trained)
+    assert bundle.precision == ("bf16" if has_matrix_units else "fp32")
+    assert {values.dtype for values in bundle.weights.values()} == {torch.float32}
 
 
 def test_the_same_command_again_has_nothing_to_do(trained, manifest, start):
