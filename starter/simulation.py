@@ -25,7 +25,7 @@ from starter.microscope import (
     visible,
 )
 from starter.space import Mask, Space
-from starter.structures import DRAW, Drawing
+from starter.structures import DRAW, Drawing, ellipsoid
 
 KINDS = tuple(DRAW)
 THIN = frozenset(
@@ -62,6 +62,7 @@ def simulate(
     snr: float | None = None,
     haze: float | None = None,
     voxel_size_um: tuple[float, float, float] | None = None,
+    sparse: bool = False,
 ) -> Simulated:
     """Simulate one image of `shape` (z, y, x) voxels.
 
@@ -69,7 +70,8 @@ def simulate(
     for any kind of structure. `difficulty` runs from 0 (bright, even) to 1 (signal-to-noise
     ratio 1.5 to 3, background as bright as the structure and uneven). `snr`, `haze`
     (light of other planes, in units of the structure's mean) and `voxel_size_um`
-    (z, y, x; y and x equal) are drawn unless they are given.
+    (z, y, x; y and x equal) are drawn unless they are given. With `sparse`, only a small
+    part of the field holds structure.
 
     Raises:
         ValueError: for an unknown kind.
@@ -82,6 +84,8 @@ def simulate(
     voxel = _drawn_voxel(rng) if voxel_size_um is None else voxel_size_um
     space = _space(rng, shape, voxel)
     drawing = _drawn(space, kind)
+    if sparse:
+        drawing = _in_a_part(space, drawing)
     mask = visible(space, drawing)
     signal = blur(space, drawing.dye)
     norm = float(signal[mask].mean()) if mask.any() else 1.0
@@ -135,4 +139,14 @@ def _drawn(space: Space, kind: str) -> Drawing:
     drawing = DRAW[kind](layer)
     dye = np.zeros(space.shape, dtype=np.float32)
     dye[first : first + n_layer] = drawing.dye
+    return Drawing(dye, drawing.thickness)
+
+
+def _in_a_part(space: Space, drawing: Drawing) -> Drawing:
+    """Keep what lies in a ball: almost all of the field is empty then."""
+    radius = space.between(8, 30)
+    [center] = space.positions(1)
+    box, distance = ellipsoid(space, center, np.full(3, radius), np.eye(3))
+    dye = np.zeros_like(drawing.dye)
+    dye[box] = np.where(distance < 1, drawing.dye[box], 0)
     return Drawing(dye, drawing.thickness)

@@ -462,15 +462,17 @@ def read_written_ome(location: Location, version: str) -> dict[str, Any]:
     return ome_of(_stored_attributes(location, version))
 
 
-def is_damaged(location: Location) -> bool:
+def is_damaged(location: Location, names: Sequence[str]) -> bool:
     """Return whether a metadata file of a group is no JSON object, as after a power cut.
+
+    ``names`` are those of all that lies in the group.
 
     Raises:
         StoreError: The store failed.
     """
     files = {version.group_file for version in VERSIONS.values()}
     files |= {version.attributes_file for version in VERSIONS.values()}
-    return any(map(_is_no_object, map(location.get, files)))
+    return any(map(_is_no_object, map(location.get, files & set(names))))
 
 
 def _is_no_object(data: bytes | None) -> bool:

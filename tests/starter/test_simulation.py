@@ -152,6 +152,18 @@ def test_noise_holds_no_structure():
     assert all(one.image.std() > 0 for one in made)
 
 
+def test_a_sparse_image_holds_structure_in_a_small_part_alone():
+    made = [simulate(seed, (8, 160, 176), "network", sparse=True) for seed in range(6)]
+    masks = [one.mask for one in made if one.mask.any()]
+    assert len(masks) >= 4
+    for mask in masks:
+        for axis in (1, 2):
+            other = tuple({0, 1, 2} - {axis})
+            along = np.flatnonzero(mask.any(axis=other))
+            # A ball of at most 30 voxels, and its blur.
+            assert np.ptp(along) <= 2 * 30 + 8
+
+
 def test_voxels_have_the_sizes_that_the_card_names():
     sizes = np.array([simulate(seed, (4, 16, 16), NOISE).voxel_size_um for seed in range(60)])
     lateral = sizes[:, 1]

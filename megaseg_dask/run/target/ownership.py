@@ -331,12 +331,13 @@ def _require_free(target: Target, where: Location, *, is_recorded: bool) -> None
         return
     if not where.is_folder():
         raise TargetError(f"{where} is a file; choose another target")
-    if not where.children():
+    names = where.children()
+    if not names:
         return
     # Nothing was here when the run was recorded. What it had begun, it writes again.
-    if is_recorded and is_damaged(where):
+    if is_recorded and is_damaged(where, names):
         return
-    if _is_foreign(where):
+    if _is_foreign(where, names):
         raise TargetError(
             f"{where} holds Zarr data that megaseg did not write and never replaces; choose "
             "another target"
@@ -359,11 +360,10 @@ def _is_ours(target: Target, where: Location) -> bool:
     return provenance is None or is_of_run(target.plan, provenance)
 
 
-def _is_foreign(location: Location) -> bool:
+def _is_foreign(location: Location, names: Sequence[str]) -> bool:
     """Return whether a folder has data that a run would replace, without a mark or provenance."""
-    names = set(location.children())
     has_arrays = any(map(str.isdigit, names))
-    if not has_arrays and not names & {"zarr.json", ".zgroup", ".zarray"}:
+    if not has_arrays and not {"zarr.json", ".zgroup", ".zarray"}.intersection(names):
         return False
     attributes = find_attributes(location)
     if attributes is None:
