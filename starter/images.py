@@ -1,13 +1,13 @@
 """Write simulated images and their masks, and the manifest that `megaseg train` takes.
 
-    python -m starter.images FOLDER --n 340 --first-seed 1
+    python -m starter.images FOLDER --n 340 --first-seed 1 [--idr0062 FOLDER]
 
 Each image is a function of its number and the first seed. Every kind of structure comes
 in turn, at any difficulty; nuclei, reticulum and images of noise come more often. Some
 images hold structure in a small part only: a loss of overlap counts a wrong speck there,
 and not in images without any structure. Some images are changed as files are on their way
 to a user: resampled, smoothed, with another gamma, or filled up with empty planes. The last
-eighth validates.
+eighth validates. With `--idr0062`, parts of that labelled stack train too, a third as many.
 """
 
 import argparse
@@ -17,12 +17,14 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 from tifffile import imwrite
 
+from starter.real import draw_part, read_stack
 from starter.simulation import KINDS, NOISE, simulate
 from starter.space import Floats, Mask
 
@@ -34,6 +36,7 @@ VALIDATION_SHAPE = (64, 128, 128)
 _KINDS = (*KINDS, *["nuclei"] * 9, *["reticulum"] * 2, "tubes", *[NOISE] * 2)
 _SHARE_OF_SPARSE = 0.15
 _SHARE_OF_VALIDATION = 1 / 8
+_SHARE_OF_REAL = 1 / 3
 # What happens to an image on its way to a user, and how often.
 _CHANGES = {"none": 0.4, "finer": 0.2, "gamma": 0.15, "smoothed": 0.15, "few planes": 0.1}
 # Seeds of images that are given up because they hold nothing lie between those of two images.
@@ -43,12 +46,15 @@ _MIN_SHARE = 0.003
 Row = tuple[str, str, str]
 
 
-def write_images(folder: Path, n: int, first_seed: int) -> Path:
-    """Write n pairs of OME-TIFF files and return the manifest."""
+def write_images(folder: Path, n: int, first_seed: int, idr0062: Path | None = None) -> Path:
+    """Write n pairs of OME-TIFF files, and those of a real stack, and return the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     write = partial(_write, folder, n, first_seed)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(write, range(n)))
+        if idr0062 is not None:
+            write_part = partial(_write_part, folder, *read_stack(idr0062), first_seed)
+            rows += pool.map(write_part, range(round(n * _SHARE_OF_REAL)))
     manifest = folder / "images.csv"
     with manifest.open("w", newline="") as file:
         csv.writer(file).writerows([("raw", "seg", "split"), *rows])
@@ -62,11 +68,21 @@ def _write(folder: Path, n: int, first_seed: int, number: int) -> Row:
     rng = np.random.default_rng([first_seed, number])
     kind = _KINDS[number % len(_KINDS)]
     image, mask = _simulated(first_seed * 10**6 + number * _SEEDS_PER_IMAGE, shape, kind, rng)
-    raw = f"{number:03d}_raw.ome.tif"
-    seg = f"{number:03d}_seg.ome.tif"
+    return _write_pair(folder, f"{number:03d}", image, mask, "train" if trains else "val")
+
+
+def _write_part(folder: Path, image: Floats, mask: Mask, first_seed: int, number: int) -> Row:
+    """Write a part of a real stack and its mask, and return its row."""
+    rng = np.random.default_rng([first_seed, number, 1])
+    return _write_pair(folder, f"real_{number:03d}", *draw_part(image, mask, SHAPE, rng), "train")
+
+
+def _write_pair(folder: Path, name: str, image: NDArray[Any], mask: Mask, split: str) -> Row:
+    raw = f"{name}_raw.ome.tif"
+    seg = f"{name}_seg.ome.tif"
     for file, values in ((raw, image), (seg, mask.astype(np.uint8))):
         imwrite(folder / file, values, ome=True, metadata={"axes": "ZYX"}, compression="zlib")
-    return raw, seg, "train" if trains else "val"
+    return raw, seg, split
 
 
 def _simulated(
@@ -131,5 +147,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--n", type=int, default=340)
     parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--idr0062", type=Path, help="the folder of the labelled stack of idr0062")
     args = parser.parse_args()
-    write_images(args.folder, args.n, args.first_seed)
+    write_images(args.folder, args.n, args.first_seed, args.idr0062)
