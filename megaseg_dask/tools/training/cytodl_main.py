@@ -52,11 +52,6 @@ class Reporter(Callback):  # type: ignore[misc]
         self._last_batch_event = 0.0
         self._finished_epoch: dict[str, Any] = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep channels beside each other, as matrix units take them."""
-        if trainer.precision == _BFLOAT16:
-            pl_module.to(memory_format=torch.channels_last_3d)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the epochs before the checkpoint; the later ones are trained again."""
         first = trainer.current_epoch
