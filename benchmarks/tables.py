@@ -312,6 +312,7 @@ _METHODS = {
     "one local": "local, one for all",
     "best local": "local, best for the row",
 }
+_BUNDLES = ("old", "new")
 
 
 def starter_stacks(found: dict[str, Any]) -> str:
@@ -351,7 +352,7 @@ def starter_scores(found: dict[str, Any]) -> str:
     for part in ("real", "mixed", "hard", "haze"):
         for group, models in found["parts"][part]["scores"].items():
             cells = []
-            for model in ("old", "new"):
+            for model in _BUNDLES:
                 about = models[model]
                 cells += [
                     f"{about['best_threshold']:.2f}",
@@ -360,7 +361,7 @@ def starter_scores(found: dict[str, Any]) -> str:
                 ]
             rows.append([group, *cells])
     head = ["images"]
-    for model in ("old", "new"):
+    for model in _BUNDLES:
         head += [f"{model}: best threshold", "Dice lost at 0.5", "calibration error"]
     return _table(head, rows)
 
@@ -387,14 +388,13 @@ def starter_noise(found: dict[str, Any]) -> str:
     """Return objects and voxels that are found where nothing is."""
     rows = []
     for kind, case in found["parts"]["noise"]["rows"].items():
-        cells = [f"{case[f'{model}, objects']:,} ({case[f'{model}, voxels']:,})" for model in _BOTH]
+        cells = [
+            f"{case[f'{model}, objects']:,} ({case[f'{model}, voxels']:,})" for model in _BUNDLES
+        ]
         rows.append([kind, *cells, f"{case['new, largest score']:.2f}"])
     return _table(
-        ["noise", *(f"{model}: objects (voxels)" for model in _BOTH), "new: largest score"], rows
+        ["noise", *(f"{model}: objects (voxels)" for model in _BUNDLES), "new: largest score"], rows
     )
-
-
-_BOTH = ("old", "new")
 
 
 def _dice(first: str, rows: dict[str, Any]) -> str:
@@ -411,7 +411,7 @@ def _bold(value: float, best: float) -> str:
 
 
 def _three(row: dict[str, Any]) -> str:
-    return " / ".join(f"{row[method]:.2f}" for method in ("old", "new", "best local"))
+    return " / ".join(f"{row[method]:.2f}" for method in (*_BUNDLES, "best local"))
 
 
 # -- all tables

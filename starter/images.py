@@ -26,7 +26,7 @@ from tifffile import imwrite
 
 from starter.real import draw_part, read_stack
 from starter.simulation import KINDS, NOISE, simulate
-from starter.space import Floats, Mask
+from starter.space import Floats, Mask, on_grid
 
 # A little more than a patch, so that patches differ from epoch to epoch.
 SHAPE = (64, 144, 144)
@@ -123,12 +123,7 @@ def resampled(
     image: NDArray[np.uint16] | NDArray[np.uint8], mask: Mask, shape: tuple[int, int, int]
 ) -> tuple[NDArray[np.uint16], Mask]:
     """Return an image and its mask on a finer grid of `shape`, linearly between voxels."""
-    factors = np.array(shape) / image.shape
-    fine = [
-        ndimage.zoom(values.astype(np.float32), factors, order=1, grid_mode=True, mode="nearest")
-        for values in (image, mask)
-    ]
-    return np.rint(fine[0]).astype(np.uint16), fine[1] >= 0.5
+    return np.rint(on_grid(image, shape)).astype(np.uint16), on_grid(mask, shape) >= 0.5
 
 
 def with_empty_planes(

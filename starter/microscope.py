@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from starter.space import Floats, Mask, Space
+from starter.space import Floats, Mask, Space, on_grid
 from starter.structures import Drawing
 
 # Dye below this part of what is typical of its volume is not seen as structure.
@@ -85,9 +85,7 @@ def _smooth(space: Space, sharp: Floats, width: float) -> NDArray[np.float32]:
     coarse = sharp[:: factors[0], :: factors[1], :: factors[2]]
     sigmas = [width / factor / step for factor, step in zip(factors, space.steps, strict=True)]
     wide = ndimage.gaussian_filter(coarse, sigmas)
-    zoom = np.array(space.shape) / wide.shape
-    full = ndimage.zoom(wide, zoom, order=1, grid_mode=True, mode="nearest")
-    return np.asarray(full, dtype=np.float32)
+    return on_grid(wide, space.shape)
 
 
 def background(space: Space, difficulty: float) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from tifffile import imread
 
-from starter.space import Floats, Mask
+from starter.space import Floats, Mask, on_grid
 
 IMAGE = "6001240_L1_DAPI.ome.tif"
 LABELS = "6001240_L1_labels_GT61.ome.tif"
@@ -42,11 +42,8 @@ def draw_part(
         box = tuple(slice(low, low + n) for low, n in zip(first, extent, strict=True))
         if mask[box].mean() > _MIN_SHARE:
             break
-    factors = np.array(shape) / extent
-    values, inside = (
-        ndimage.zoom(part[box].astype(np.float32), factors, order=1, grid_mode=True, mode="nearest")
-        for part in (image, mask)
-    )
+    values = on_grid(image[box], shape)
+    inside = on_grid(mask[box], shape)
     turned = tuple(slice(None, None, int(rng.choice([1, -1]))) for _ in range(3))
     values = np.clip(values[turned], 0, 1) ** rng.uniform(0.6, 1.4)
     values = ndimage.gaussian_filter(values, rng.uniform(0, 1.2, 3), truncate=2)

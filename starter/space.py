@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 Floats = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
@@ -80,6 +81,13 @@ class Space:
         amount = np.float32(self.rng.uniform(0, 0.5))
         drift: NDArray[np.float32] = amount * self.field(self.between(10, 60))
         return np.exp(drift)
+
+
+def on_grid(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return values on another grid of `shape` over the same extent, linearly between voxels."""
+    factors = np.array(shape) / values.shape
+    single = values.astype(np.float32)
+    return np.asarray(ndimage.zoom(single, factors, order=1, grid_mode=True, mode="nearest"))
 
 
 def _gaussian_basis(n: int, length: float) -> NDArray[np.float32]:
