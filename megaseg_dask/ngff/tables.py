@@ -28,6 +28,7 @@ from megaseg_dask.ngff.group import (
     PROVENANCE,
     find_attributes,
     holds,
+    is_damaged,
     require_version,
     write_group,
 )
@@ -335,6 +336,28 @@ class ImageTable:
         lists_none = not attributes.get("tables") and attributes.keys() <= {"tables"}
         if lists_none and set(self._tables.children()) <= set(METADATA):
             self._tables.remove()
+
+    def is_damaged(self) -> bool:
+        """Return whether the metadata of the table are damaged.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        return is_damaged(self.location, METADATA)
+
+    def remove_damaged(self) -> None:
+        """Remove the table, and the list of tables, if their metadata are damaged.
+
+        Only for images that are ours: what others wrote could be repaired by hand.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        if self.is_damaged():
+            self.location.remove()
+        if is_damaged(self._tables, METADATA):
+            for name in METADATA:
+                self._tables.delete(name)
 
     def require_own(self) -> None:
         """Require that no table of this name is there that another program wrote.

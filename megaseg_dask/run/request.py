@@ -206,7 +206,12 @@ class Request:
 
     def _open_journals(self, sync: Sync = _nothing) -> Runs:
         require_whole([plan for plan, _ in self._parts], self.superseded)
-        return [(plan, _open_journal_of(plan, part, sync)) for plan, part in self._parts]
+        # Also of a run that is to be overwritten: what it left may be damaged.
+        is_recorded = bool(self._recorded_of_name)
+        return [
+            (plan, _open_journal_of(plan, part, sync, is_recorded=is_recorded))
+            for plan, part in self._parts
+        ]
 
 
 class Following(Request):
@@ -447,14 +452,24 @@ def synced_by(lease: Held, target: Location) -> Sync:
     return sync
 
 
-def _open_journal_of(plan: Plan, part: Part, sync: Sync = _nothing) -> Journal:
-    return _open_journal(plan, part.recorded, part.others, sync)
+def _open_journal_of(
+    plan: Plan, part: Part, sync: Sync = _nothing, *, is_recorded: bool = False
+) -> Journal:
+    return _open_journal(plan, part.recorded, part.others, sync, is_recorded=is_recorded)
 
 
 def _open_journal(
-    plan: Plan, recorded: Plan | None, others: Sequence[Plan] = (), sync: Sync = _nothing
+    plan: Plan,
+    recorded: Plan | None,
+    others: Sequence[Plan] = (),
+    sync: Sync = _nothing,
+    *,
+    is_recorded: bool = False,
 ) -> Journal:
-    """Return the journal of a run, after a look at what is at the target."""
+    """Return the journal of a run, after a look at what is at the target.
+
+    With ``is_recorded`` a run of this name is recorded there, also if it does not go on.
+    """
     target = Target(plan)
     if recorded is not None:
         if recorded.grows:
@@ -473,13 +488,13 @@ def _open_journal(
     for other in others:
         require_alike(plan, other)
     # Arrays that do not exist hold nothing, whatever a record beside them says.
-    is_recorded = recorded is not None
+    goes_on = recorded is not None
     try:
-        require_free(target, is_recorded=is_recorded, is_joining=bool(others))
+        require_free(target, is_recorded=goes_on or is_recorded, is_joining=bool(others))
     except TargetError:
         # A plan whose record is lost is named by its target and its journal too.
         journal = Journal.read(plan, sync=sync)
-        if is_recorded or not is_present(target) or not journal.n_done:
+        if goes_on or not is_present(target) or not journal.n_done:
             raise
         return journal
     if plan.resolved.measures_objects():

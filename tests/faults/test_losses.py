@@ -332,6 +332,19 @@ def test_metadata_of_a_finished_run_that_changed_unseen_are_written_again(
     assert not tasks.ran
 
 
+@pytest.mark.parametrize("harm", [truncate, zero])
+def test_damaged_metadata_of_ours_can_be_overwritten(harm, tmp_path, tiny_bundle, tasks):
+    options = {**OPTIONS, "outputs": "labels,scores,measurements"}
+    case = Case(tmp_path, tiny_bundle, tasks, options)
+    case.segment()
+    case.settings = case.settings.model_copy(update={"overwrite": True})
+    documents = [path for path in case.target.rglob("*") if path.name in METADATA]
+    assert len(documents) > 6
+    for path in documents:
+        harm(path)
+        case.assert_as_calm()
+
+
 def test_listings_of_a_plate_that_are_damaged_are_written_again(tmp_path, tiny_bundle):
     fields = {"A/1/0": FieldSpec(("dna",)), "A/2/0": FieldSpec(("dna",), (16, 32, 48))}
     source = write_fields(tmp_path / "plate.zarr", "0.5", fields)

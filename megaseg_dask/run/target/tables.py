@@ -126,7 +126,13 @@ def require_own_tables(target: Target) -> None:
 
     def require(group: Group) -> None:
         for kind in _kinds(target.plan):
-            kind.table(group).require_own()
+            table = kind.table(group)
+            try:
+                table.require_own()
+            except TargetError:
+                # In an image of ours nobody else writes: what is damaged is replaced.
+                if target.is_in_place or not table.is_damaged():
+                    raise
 
     map_threaded(require, target.iter_labels())
 
@@ -142,7 +148,10 @@ def remove_tables(target: Target) -> None:
     def remove(image: ImageTarget) -> None:
         for group in image.measured_groups:
             for kind in kinds:
-                kind.table(group).remove_own()
+                table = kind.table(group)
+                if not target.is_in_place:
+                    table.remove_damaged()
+                table.remove_own()
 
     # One thread for each image: its tables share one list of tables.
     map_threaded(remove, target.images)
