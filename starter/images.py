@@ -3,11 +3,13 @@
     python -m starter.images FOLDER --n 340 --first-seed 1 [--idr0062 FOLDER]
 
 Each image is a function of its number and the first seed. Every kind of structure comes
-in turn, at any difficulty; nuclei, reticulum and images of noise come more often. Some
-images hold structure in a small part only: a loss of overlap counts a wrong speck there,
-and not in images without any structure. Some images are changed as files are on their way
-to a user: resampled, smoothed, with another gamma, or filled up with empty planes. The last
-eighth validates. With `--idr0062`, parts of that labelled stack train too, a third as many.
+in turn, hard images more often than easy ones; nuclei and dense networks come more often.
+Thin structures often lie over strong light of other planes. Some detectors count photons,
+without noise of their own. Some images hold structure in a small part only: a loss of
+overlap counts a wrong speck there, and not in images without any structure. Some images are
+changed as files are on their way to a user: resampled, smoothed, with another gamma, or
+filled up with empty planes. The last eighth validates. With `--idr0062`, parts of that
+labelled stack train too, a third as many.
 """
 
 import argparse
@@ -24,8 +26,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from tifffile import imwrite
 
+from starter.microscope import to_16_bits
 from starter.real import draw_part, read_stack
-from starter.simulation import KINDS, NOISE, simulate
+from starter.simulation import KINDS, NOISE, THIN, simulate
 from starter.space import Floats, Mask, on_grid
 
 # A little more than a patch, so that patches differ from epoch to epoch.
@@ -33,8 +36,12 @@ SHAPE = (64, 144, 144)
 # An image that validates is as large as a patch: one forward pass each.
 VALIDATION_SHAPE = (64, 128, 128)
 # Large objects are the hardest to fill, dense networks the hardest to take apart.
-_KINDS = (*KINDS, *["nuclei"] * 9, *["reticulum"] * 2, "tubes", *[NOISE] * 2)
-_SHARE_OF_SPARSE = 0.15
+_KINDS = (*KINDS, *["nuclei"] * 6, *["reticulum"] * 2, "tubes", "filaments", "network", NOISE)
+_SHARE_OF_SPARSE = 0.25
+_SHARE_OF_COUNTING = 0.15
+# Of thin structures: light of other planes, in units of the structure's mean.
+_SHARE_OF_HAZY = 0.3
+_STRONG_HAZE = (1.0, 3.0)
 _SHARE_OF_VALIDATION = 1 / 8
 _SHARE_OF_REAL = 1 / 3
 # What happens to an image on its way to a user, and how often.
@@ -89,14 +96,25 @@ def _simulated(
     first_seed: int, shape: tuple[int, int, int], kind: str, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint16] | NDArray[np.uint8], Mask]:
     """Return the first image from `first_seed` on that holds enough, changed as files are."""
-    difficulty = rng.uniform(0, 1)
+    difficulty = rng.uniform(0, 1) ** 0.6
+    is_hazy = kind in THIN and rng.random() < _SHARE_OF_HAZY
+    haze = rng.uniform(*_STRONG_HAZE) if is_hazy else None
+    read_noise = 0.0 if rng.random() < _SHARE_OF_COUNTING else None
     is_sparse = rng.random() < _SHARE_OF_SPARSE
     change = rng.choice(list(_CHANGES), p=list(_CHANGES.values()))
     finer = rng.uniform(1.2, 2.6, 3) if change == "finer" else np.ones(3)
     planes = int(rng.integers(12, 48)) if change == "few planes" else shape[0]
     z, y, x = np.ceil(np.array((planes, *shape[1:])) / finer).astype(int)
     for seed in count(first_seed):
-        made = simulate(seed, (int(z), int(y), int(x)), kind, difficulty, sparse=is_sparse)
+        made = simulate(
+            seed,
+            (int(z), int(y), int(x)),
+            kind,
+            difficulty,
+            haze=haze,
+            read_noise=read_noise,
+            sparse=is_sparse,
+        )
         if kind == NOISE or is_sparse or made.mask.mean() > _MIN_SHARE:
             break
     if change == "finer":
@@ -107,16 +125,13 @@ def _simulated(
     if change == "gamma":
         low = image.min()
         span = max(float(image.max() - low), 1.0)
-        return _to_16_bits(((image - low) / span) ** rng.uniform(0.6, 1.5)), made.mask
+        return to_16_bits(((image - low) / span) ** rng.uniform(0.6, 1.5)), made.mask
     if change == "smoothed":
-        smooth = ndimage.gaussian_filter(image, rng.uniform(0, 0.9, 3), truncate=2)
-        return _to_16_bits(smooth / max(float(smooth.max()), 1.0)), made.mask
+        # More would hide a thin structure, whose mask stays as it is.
+        max_sigma = 0.9 if kind in THIN else 1.5
+        smooth = ndimage.gaussian_filter(image, rng.uniform(0, max_sigma, 3), truncate=3)
+        return to_16_bits(smooth / max(float(smooth.max()), 1.0)), made.mask
     return made.image, made.mask
-
-
-def _to_16_bits(image: Floats) -> NDArray[np.uint16]:
-    """Return values of 0 to 1 as 16 bits."""
-    return (image * 60000).astype(np.uint16)
 
 
 def resampled(

@@ -107,17 +107,18 @@ def illumination(space: Space, difficulty: float) -> NDArray[np.float32]:
     return np.asarray(np.clip(shade, 0.4, None) * bleach[:, None, None], dtype=np.float32)
 
 
-def expose(space: Space, scene: Floats, level: float, snr: float) -> NDArray[np.float32]:
+def expose(
+    space: Space, scene: Floats, level: float, snr: float, read_noise: float
+) -> NDArray[np.float32]:
     """Return what the camera counts of a scene: mean 1 in the structure over `level` around it.
 
-    Photons k per unit solve snr = k / sqrt(k (1 + level) + read^2), the signal
+    Photons k per unit solve snr = k / sqrt(k (1 + level) + read_noise^2), the signal
     over the Poisson and read noise in the structure.
     """
-    read = space.between(0.7, 3)
     half = snr**2 * (1 + level) / 2
-    photons = half + np.sqrt(half**2 + (snr * read) ** 2)
+    photons = half + np.sqrt(half**2 + (snr * read_noise) ** 2)
     counts = space.rng.poisson(scene * np.float32(photons)).astype(np.float32)
-    counts += np.float32(read) * space.rng.standard_normal(space.shape, dtype=np.float32)
+    counts += np.float32(read_noise) * space.rng.standard_normal(space.shape, dtype=np.float32)
     return counts
 
 
@@ -136,3 +137,8 @@ def digitize(space: Space, counts: Floats) -> NDArray[np.uint16] | NDArray[np.ui
     span = max(float(clipped.max()) - low, 1e-6)
     levels = space.between(30, _EIGHT_BITS)
     return ((clipped - low) / span * levels).astype(np.uint8)
+
+
+def to_16_bits(values: Floats) -> NDArray[np.uint16]:
+    """Return values from 0 to 1 as gray values of 16 bits."""
+    return (values * 60000).astype(np.uint16)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from tifffile import imread
 
+from starter.microscope import to_16_bits
 from starter.space import Floats, Mask, on_grid
 
 IMAGE = "6001240_L1_DAPI.ome.tif"
@@ -49,5 +50,4 @@ def draw_part(
     values = ndimage.gaussian_filter(values, rng.uniform(0, 1.2, 3), truncate=2)
     photons = np.exp(rng.uniform(np.log(15), np.log(600)))
     counts = rng.poisson(values * photons) + rng.normal(0, rng.uniform(0.3, 2), shape)
-    gray = (counts - counts.min()) / np.ptp(counts) * 60000
-    return gray.astype(np.uint16), inside[turned] >= 0.5
+    return to_16_bits((counts - counts.min()) / np.ptp(counts)), inside[turned] >= 0.5

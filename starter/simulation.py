@@ -61,6 +61,7 @@ def simulate(
     *,
     snr: float | None = None,
     haze: float | None = None,
+    read_noise: float | None = None,
     voxel_size_um: tuple[float, float, float] | None = None,
     sparse: bool = False,
 ) -> Simulated:
@@ -69,7 +70,8 @@ def simulate(
     `kind` is one of KINDS, "noise" for an image that holds no structure, or None
     for any kind of structure. `difficulty` runs from 0 (bright, even) to 1 (signal-to-noise
     ratio 1.5 to 3, background as bright as the structure and uneven). `snr`, `haze`
-    (light of other planes, in units of the structure's mean) and `voxel_size_um`
+    (light of other planes, in units of the structure's mean), `read_noise` (standard
+    deviation in photons, 0 for a detector that counts them) and `voxel_size_um`
     (z, y, x; y and x equal) are drawn unless they are given. With `sparse`, only a small
     part of the field holds structure.
 
@@ -102,7 +104,9 @@ def simulate(
         snr = space.between(12 * 0.125**difficulty, 50 * 0.06**difficulty)
     scene = (signal + ground) * light
     level = float(ground[mask].mean()) if mask.any() else float(ground.mean())
-    image = digitize(space, expose(space, scene, level, snr))
+    if read_noise is None:
+        read_noise = space.between(0.7, 3)
+    image = digitize(space, expose(space, scene, level, snr, read_noise))
     return Simulated(image, mask, kind, seed, voxel, snr)
 
 

@@ -74,6 +74,14 @@ def test_steps_that_do_not_fit_the_time_are_skipped_and_others_go_on(tmp_path, m
     assert told[-1] == ("last", None)
 
 
+def test_the_benchmark_of_a_training_step_runs():
+    from benchmarks.training_step import measure
+
+    cases = measure(n_steps=3)["cases"]
+    assert all(case["median_s"] > 0 for case in cases.values())
+    assert cases["bfloat16"]["loss"] == pytest.approx(cases["float32"]["loss"], abs=0.01)
+
+
 def test_the_benchmark_of_zarr_runs():
     from benchmarks.io import measure
 
