@@ -54,6 +54,8 @@ def begin(plan: Plan, journal: Journal, lease: Held) -> None:
         # Records of an earlier run must not come back after a power loss, and find other arrays.
         plan.run.sync()
         lease.require()
+        if plan.settings.overwrite and not target.is_in_place:
+            target.remove_damaged()
         target.clear()
         if plan.settings.overwrite:
             # It imports pyarrow.

@@ -32,6 +32,7 @@ from megaseg_dask.run.lease import Held
 from megaseg_dask.run.target.arrays import Target
 from megaseg_dask.run.target.ownership import (
     find_superseded,
+    is_marked,
     is_present,
     require_alike,
     require_free,
@@ -489,12 +490,14 @@ def _open_journal(
         require_alike(plan, other)
     # Arrays that do not exist hold nothing, whatever a record beside them says.
     goes_on = recorded is not None
+    is_known = goes_on or (is_recorded and is_marked(target))
     try:
-        require_free(target, is_recorded=goes_on or is_recorded, is_joining=bool(others))
+        require_free(target, is_recorded=is_known, is_joining=bool(others))
     except TargetError:
         # A plan whose record is lost is named by its target and its journal too.
         journal = Journal.read(plan, sync=sync)
-        if goes_on or not is_present(target) or not journal.n_done:
+        is_named = is_present(target) and journal.n_done
+        if goes_on or plan.settings.overwrite or not is_named:
             raise
         return journal
     if plan.resolved.measures_objects():

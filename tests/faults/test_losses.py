@@ -332,17 +332,43 @@ def test_metadata_of_a_finished_run_that_changed_unseen_are_written_again(
     assert not tasks.ran
 
 
-@pytest.mark.parametrize("harm", [truncate, zero])
-def test_damaged_metadata_of_ours_can_be_overwritten(harm, tmp_path, tiny_bundle, tasks):
-    options = {**OPTIONS, "outputs": "labels,scores,measurements"}
-    case = Case(tmp_path, tiny_bundle, tasks, options)
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("outputs", ["labels", "labels,scores,measurements"])
+def test_damaged_metadata_of_ours_are_replaced(outputs, overwrite, tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, {**OPTIONS, "outputs": outputs})
     case.segment()
-    case.settings = case.settings.model_copy(update={"overwrite": True})
+    case.settings = case.settings.model_copy(update={"overwrite": overwrite})
     documents = [path for path in case.target.rglob("*") if path.name in METADATA]
-    assert len(documents) > 6
+    assert len(documents) > 3
     for path in documents:
-        harm(path)
+        truncate(path)
         case.assert_as_calm()
+
+
+def test_nothing_is_removed_if_a_damaged_list_of_labels_is_not_ours_alone(
+    tmp_path, tiny_bundle, tasks
+):
+    case = Case(tmp_path, tiny_bundle, tasks, {**OPTIONS, "outputs": "labels"})
+    case.segment(case.source)
+    truncate(case.source / "labels/zarr.json")
+    before = contents(case.source)
+    case.settings = case.settings.model_copy(update={"overwrite": True})
+    with pytest.raises(TargetError, match=r"labels/zarr.json is damaged"):
+        case.segment(case.source)
+    assert contents(case.source) == before
+
+
+def test_a_damaged_image_in_the_place_of_ours_is_not_overwritten(tmp_path, tiny_bundle, tasks):
+    case = Case(tmp_path, tiny_bundle, tasks, OPTIONS)
+    case.segment()
+    shutil.rmtree(case.target)
+    shutil.copytree(case.source, case.target)
+    truncate(case.target / "zarr.json")
+    before = contents(case.target)
+    case.settings = case.settings.model_copy(update={"overwrite": True})
+    with pytest.raises(TargetError, match=r"zarr.json is damaged"):
+        case.segment()
+    assert contents(case.target) == before
 
 
 def test_listings_of_a_plate_that_are_damaged_are_written_again(tmp_path, tiny_bundle):

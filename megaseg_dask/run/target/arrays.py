@@ -7,7 +7,7 @@ Removing touches only the groups and arrays that the run itself would write.
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import PurePosixPath
 
@@ -21,6 +21,7 @@ from megaseg_dask.ngff.group import (
 )
 from megaseg_dask.ngff.image import Image
 from megaseg_dask.ngff.labels import labels_group, remove_labels
+from megaseg_dask.ngff.versions import VERSIONS
 from megaseg_dask.ngff.volume import (
     Volume,
     is_array_of,
@@ -199,19 +200,27 @@ class ImageTarget:
             StoreError: The store failed.
         """
         version = self._plan.target_image.version
-        is_ours = not self._plan.adds_labels
-        if self.label_groups and is_ours:
-            remove_damaged_group(self.labels, version)
-        for table in self.tables:
-            remove_damaged_group(table, version)
-        if self.tables and is_ours:
-            remove_damaged_group(self.tables_group, version)
+        self.remove_damaged(version)
         for group in self.groups:
-            if group.is_label or is_ours:
-                remove_damaged_group(group.location, version)
             if group.is_label:
                 write_group(self.labels, version, {})
             self._create_arrays(group, keeps_times=self._plan.grows)
+
+    def remove_damaged(self, version: str) -> None:
+        """Remove damaged metadata of the run's own groups, as one version stores them.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        groups = [group.location for group in self.groups if group.is_label]
+        groups += self.tables
+        if not self._plan.adds_labels:
+            # The group of the image is ours also if it holds labels alone.
+            groups.append(self.location)
+            groups += [self.labels] if self.label_groups else []
+            groups += [self.tables_group] if self.tables else []
+        for group in groups:
+            remove_damaged_group(group, version)
 
     def is_created(self) -> bool:
         """Return whether all groups carry a mark or a provenance.
@@ -372,6 +381,18 @@ class Target:
         for node in self.plate_nodes:
             remove_damaged_group(node, self.version)
         map_threaded(ImageTarget.restore, self.images)
+
+    def remove_damaged(self) -> None:
+        """Remove damaged metadata of the groups that a run replaces, of any version.
+
+        Raises:
+            StoreError: The store failed.
+        """
+        for version in VERSIONS:
+            for node in self.plate_nodes:
+                remove_damaged_group(node, version)
+            remove = partial(ImageTarget.remove_damaged, version=version)
+            map_threaded(remove, self.images)
 
     @property
     def plate_nodes(self) -> list[Location]:

@@ -303,6 +303,14 @@ def is_present(target: Target) -> bool:
     return bool(known) and all(is_of_run(target.plan, mark) for mark in known)
 
 
+def is_marked(target: Target) -> bool:
+    """Return whether a group of our own target still says that a run of megaseg made it."""
+    if target.is_in_place:
+        return False
+    marks = [_undamaged_mark(group) for group in target.marked[:_MAX_MARKS]]
+    return any(mark is not None for mark in marks)
+
+
 def _undamaged_mark(group: Location) -> Mapping[str, object] | None:
     try:
         return provenance_at(group)
@@ -323,6 +331,9 @@ def require_free(target: Target, *, is_recorded: bool, is_joining: bool = False)
     if target.is_in_place or is_joining:
         locations = [group.location for group in target.iter_groups()]
     map_threaded(lambda where: _require_free(target, where, is_recorded=is_recorded), locations)
+    if target.is_in_place and target.plan.settings.overwrite:
+        # The list of labels is not ours alone. It must be readable before any of them goes.
+        map_threaded(lambda image: find_attributes(image.labels), target.images)
     map_threaded(lambda image: _require_one_version(target, image), target.images)
 
 
