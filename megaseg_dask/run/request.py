@@ -207,10 +207,9 @@ class Request:
 
     def _open_journals(self, sync: Sync = _nothing) -> Runs:
         require_whole([plan for plan, _ in self._parts], self.superseded)
-        # Also of a run that is to be overwritten: what it left may be damaged.
-        is_recorded = bool(self._recorded_of_name)
+        replaces = self._settings.overwrite and bool(self._recorded_of_name)
         return [
-            (plan, _open_journal_of(plan, part, sync, is_recorded=is_recorded))
+            (plan, _open_journal_of(plan, part, sync, replaces=replaces))
             for plan, part in self._parts
         ]
 
@@ -454,9 +453,9 @@ def synced_by(lease: Held, target: Location) -> Sync:
 
 
 def _open_journal_of(
-    plan: Plan, part: Part, sync: Sync = _nothing, *, is_recorded: bool = False
+    plan: Plan, part: Part, sync: Sync = _nothing, *, replaces: bool = False
 ) -> Journal:
-    return _open_journal(plan, part.recorded, part.others, sync, is_recorded=is_recorded)
+    return _open_journal(plan, part.recorded, part.others, sync, replaces=replaces)
 
 
 def _open_journal(
@@ -465,11 +464,11 @@ def _open_journal(
     others: Sequence[Plan] = (),
     sync: Sync = _nothing,
     *,
-    is_recorded: bool = False,
+    replaces: bool = False,
 ) -> Journal:
     """Return the journal of a run, after a look at what is at the target.
 
-    With ``is_recorded`` a run of this name is recorded there, also if it does not go on.
+    With ``replaces`` the run overwrites a recorded one, whose metadata may be damaged.
     """
     target = Target(plan)
     if recorded is not None:
@@ -490,7 +489,7 @@ def _open_journal(
         require_alike(plan, other)
     # Arrays that do not exist hold nothing, whatever a record beside them says.
     goes_on = recorded is not None
-    is_known = goes_on or (is_recorded and is_marked(target))
+    is_known = goes_on or (replaces and is_marked(target))
     try:
         require_free(target, is_recorded=is_known, is_joining=bool(others))
     except TargetError:

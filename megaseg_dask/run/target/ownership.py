@@ -297,18 +297,19 @@ def is_present(target: Target) -> bool:
     arrays = [group.location / "0" for group in target.iter_groups()]
     if not all(map_threaded(Location.exists, arrays)):
         return False
-    marks = [_undamaged_mark(group) for group in target.marked[:_MAX_MARKS]]
-    # One that is lost or damaged is written again; none is there if nothing is ours.
-    known = [mark for mark in marks if mark is not None]
+    # A mark that is lost or damaged is written again; none is there if nothing is ours.
+    known = _known_marks(target)
     return bool(known) and all(is_of_run(target.plan, mark) for mark in known)
 
 
 def is_marked(target: Target) -> bool:
     """Return whether a group of our own target still says that a run of megaseg made it."""
-    if target.is_in_place:
-        return False
+    return not target.is_in_place and bool(_known_marks(target))
+
+
+def _known_marks(target: Target) -> list[Mapping[str, object]]:
     marks = [_undamaged_mark(group) for group in target.marked[:_MAX_MARKS]]
-    return any(mark is not None for mark in marks)
+    return [mark for mark in marks if mark is not None]
 
 
 def _undamaged_mark(group: Location) -> Mapping[str, object] | None:
